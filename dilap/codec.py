@@ -1,0 +1,154 @@
+"""Frozen dataclasses to JSON and back, and files that are either whole or absent."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dilap.errors import InvalidInput
+
+T = TypeVar("T")
+VERSION = 1  # of every JSON document; raised when an old reader would misread a new file
+
+
+def encode(value: Any) -> dict[str, Any]:
+    """The JSON object of a dataclass: its fields, `type` and `version`."""
+    return {"type": type(value).__name__, "version": VERSION, **dataclasses.asdict(value)}
+
+
+def decode(cls: type[T], document: Mapping[str, Any], *, source: str) -> T:
+    """The dataclass that `encode` wrote; `source` names the file in the error. Raises InvalidInput."""
+    if document.get("type") != cls.__name__:
+        raise InvalidInput(f"{source}: expected a {cls.__name__}, got type {document.get('type')!r}")
+    if document.get("version") != VERSION:
+        raise InvalidInput(
+            f"{source}: {cls.__name__} has version {document.get('version')!r}, this DiLAP reads {VERSION}"
+        )
+    fields = {name: value for name, value in document.items() if name not in ("type", "version")}
+    try:
+        return typing.cast(T, _build(cls, fields))
+    except (TypeError, ValueError, KeyError) as error:
+        raise InvalidInput(f"{source}: damaged {cls.__name__}: {error}") from error
+
+
+def _build(hint: Any, value: Any) -> Any:
+    """`value` as the type `hint`, for the types that our dataclasses use."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _build(next(a for a in arguments if a is not type(None)), value)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ValueError(f"{value!r} is none of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"expected a list, got {value!r}")
+        if arguments[-1] is Ellipsis:
+            return tuple(_build(arguments[0], item) for item in value)
+        if len(value) != len(arguments):
+            raise ValueError(f"expected {len(arguments)} values, got {value!r}")
+        return tuple(_build(a, item) for a, item in zip(arguments, value, strict=True))
+    if origin in (dict, Mapping) or hint is dict:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"expected an object, got {value!r}")
+        return {key: _build(arguments[1], item) if arguments else item for key, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"expected an object, got {value!r}")
+        hints = typing.get_type_hints(hint)
+        known = {f.name for f in dataclasses.fields(hint)}
+        unknown = sorted(set(value) - known)
+        if unknown:
+            raise ValueError(f"unknown field {unknown[0]!r}")
+        return typing.cast(Any, hint)(**{name: _build(hints[name], item) for name, item in value.items()})
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise TypeError(f"expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def canonical(document: Any) -> str:
+    """The one JSON text of `document`, for digests."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"))
+
+
+def digest(document: Any) -> str:
+    """SHA-256, in hex, of the canonical JSON of `document`."""
+    return hashlib.sha256(canonical(document).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256, in hex, of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: typing.BinaryIO) -> str:
+    """For Python 3.10, which devices may have."""
+    hasher = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises InvalidInput, naming the file, where it is absent or damaged."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InvalidInput(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InvalidInput(f"{path}: not readable JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise InvalidInput(f"{path}: expected a JSON object, got {type(document).__name__}")
+    return document
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write `document` to `path`, whole or not at all."""
+    with written_aside(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, a file or a folder; renamed to `path` at the end, removed on failure.
+
+    A full disk becomes InvalidInput, naming the folder and the space left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _remove(temporary)
+    try:
+        yield temporary
+        if temporary.is_dir():
+            _remove(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno == 28:  # ENOSPC
+            free = shutil.disk_usage(path.parent).free
+            raise InvalidInput(
+                f"no space left to write {path} ({free / 1e6:.0f} MB free); free some or choose another --out"
+            ) from error
+        raise
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,18 @@
+"""Names to objects, imported on use."""
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from dilap.errors import InvalidInput
+
+
+def get(table: Mapping[str, str], name: str, *, kind: str) -> Any:
+    """The object that `table` names as "module:attribute". Raises InvalidInput with what `kind` offers."""
+    if name not in table:
+        close = difflib.get_close_matches(name, table, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise InvalidInput(f"unknown {kind} {name!r}{hint} Known: {', '.join(sorted(table))}")
+    module, attribute = table[name].split(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,365 @@
+"""The values that travel through DiLAP: torch-free, frozen, with units in their names."""
+
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from dilap.codec import digest
+from dilap.errors import InvalidInput, Mismatch
+
+Phase = Literal["decode", "prefill"]
+Statistic = Literal["p50", "p90"]
+GroupKind = Literal["kv_groups", "query_slots", "channels"]
+PRECISION_BITS: Mapping[str, float] = {"f32": 32, "f16": 16, "q8_0": 8.5, "q4_0": 4.5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWidths:
+    """Widths of one decoder layer. 0 heads: no attention; 0 channels: no feed-forward network."""
+
+    num_heads: int
+    num_kv_heads: int
+    num_channels: int
+
+    def __post_init__(self) -> None:
+        if min(self.num_heads, self.num_kv_heads, self.num_channels) < 0:
+            raise ValueError(f"negative width in {self}")
+        if (self.num_heads == 0) != (self.num_kv_heads == 0):
+            raise ValueError(f"heads without KV heads, or the reverse, in {self}")
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads is no multiple of num_kv_heads in {self}")
+
+    @property
+    def is_empty(self) -> bool:
+        return self.num_heads == 0 and self.num_channels == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The shape of a decoder-only model, without its weights.
+
+    `num_positions` counts learned position rows (0 with rotary embeddings); `norm_vectors` the vectors of
+    one norm (1: RMSNorm, 2: LayerNorm); `ffn_matrices` is 3 with a gate, else 2.
+    """
+
+    family: str
+    hidden_size: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool
+    ffn_matrices: int
+    norm_vectors: int
+    qkv_bias: bool
+    out_bias: bool
+    ffn_bias: bool
+    qk_norm: bool
+    num_positions: int
+    layers: tuple[LayerWidths, ...]
+
+    def attention_parameters(self, layer: LayerWidths) -> int:
+        """Weights and biases of a layer's attention sublayer, its norm included."""
+        if layer.num_heads == 0:
+            return 0
+        query, key_value = layer.num_heads * self.head_dim, 2 * layer.num_kv_heads * self.head_dim
+        return (
+            (2 * query + key_value) * self.hidden_size
+            + (query + key_value) * self.qkv_bias
+            + self.hidden_size * self.out_bias
+            + 2 * self.head_dim * self.qk_norm
+            + self.norm_vectors * self.hidden_size
+        )
+
+    def ffn_parameters(self, layer: LayerWidths) -> int:
+        """Weights and biases of a layer's feed-forward sublayer, its norm included."""
+        if layer.num_channels == 0:
+            return 0
+        biases = (self.ffn_matrices - 1) * layer.num_channels + self.hidden_size
+        return (
+            self.ffn_matrices * self.hidden_size * layer.num_channels
+            + biases * self.ffn_bias
+            + self.norm_vectors * self.hidden_size
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters, a tied head counted once."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        layers = sum(self.attention_parameters(layer) + self.ffn_parameters(layer) for layer in self.layers)
+        return embeddings + layers + (self.num_positions + self.norm_vectors) * self.hidden_size
+
+    def decode_flops(self, *, context: int) -> int:
+        """Multiply-adds counted twice, for one token that attends to `context` tokens."""
+        weights = self.vocab_size * self.hidden_size + sum(
+            self.attention_parameters(layer) + self.ffn_parameters(layer) for layer in self.layers
+        )
+        heads = sum(layer.num_heads for layer in self.layers)
+        return 2 * weights + 4 * heads * self.head_dim * context
+
+    def prefill_flops(self, *, prompt_tokens: int) -> int:
+        """Multiply-adds counted twice, for a prompt, with causal attention and the head at the last token."""
+        head = self.vocab_size * self.hidden_size
+        weights = sum(self.attention_parameters(layer) + self.ffn_parameters(layer) for layer in self.layers)
+        heads = sum(layer.num_heads for layer in self.layers)
+        pairs = prompt_tokens * (prompt_tokens + 1) // 2
+        return 2 * (weights * prompt_tokens + head) + 4 * heads * self.head_dim * pairs
+
+    def same_model_as(self, other: "Architecture") -> bool:
+        """Whether both are cut from one dense model: all but the layers agree."""
+        return replace(self, layers=()) == replace(other, layers=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Units that can be removed one by one from one layer; `name` is like `layers.3.channels`."""
+
+    layer: int
+    kind: GroupKind
+    num_units: int
+
+    @property
+    def name(self) -> str:
+        return group_name(self.layer, self.kind)
+
+
+def group_name(layer: int, kind: GroupKind) -> str:
+    return f"layers.{layer}.{kind}"
+
+
+def groups_of(architecture: Architecture) -> tuple[Group, ...]:
+    """The prunable groups, layer by layer.
+
+    KV groups are a KV head with its query heads; query slots the same query head of every KV group; single
+    query heads are no unit, because every runtime maps query head h to KV head h // ratio.
+    """
+    groups: list[Group] = []
+    for index, layer in enumerate(architecture.layers):
+        if layer.num_heads:
+            ratio = layer.num_heads // layer.num_kv_heads
+            groups.append(Group(layer=index, kind="kv_groups", num_units=layer.num_kv_heads))
+            groups.append(Group(layer=index, kind="query_slots", num_units=ratio))
+        if layer.num_channels:
+            groups.append(Group(layer=index, kind="channels", num_units=layer.num_channels))
+    return tuple(groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which units every group of a dense model keeps, as ascending indices; `base` is that model's digest.
+
+    An attention sublayer is removed by keeping no KV group, a feed-forward one by keeping no channel; a layer
+    that keeps neither is deleted.
+    """
+
+    base: str
+    architecture: Architecture
+    kept: dict[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        groups = {group.name: group for group in groups_of(self.architecture)}
+        if set(groups) != set(self.kept):
+            odd = sorted(set(groups) ^ set(self.kept))[0]
+            raise ValueError(f"the plan and its architecture disagree about group {odd}")
+        for name, units in self.kept.items():
+            if list(units) != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < groups[name].num_units):
+                raise ValueError(f"{name}: kept units are not ascending indices below {groups[name].num_units}")
+            if not units and groups[name].kind == "query_slots":
+                raise ValueError(f"{name}: an attention sublayer is removed through its kv_groups, not its slots")
+        if not any(layer.num_heads for layer in self.all_widths()):
+            raise ValueError("no layer keeps attention: the tokens could not see one another")
+
+    @property
+    def digest(self) -> str:
+        return digest(asdict(self))
+
+    def units(self, layer: int, kind: GroupKind) -> tuple[int, ...]:
+        """The kept units of one group; none where the dense layer has no such group."""
+        return self.kept.get(group_name(layer, kind), ())
+
+    def all_widths(self) -> tuple[LayerWidths, ...]:
+        """The widths of every dense layer, the deleted ones included."""
+        widths = []
+        for index in range(len(self.architecture.layers)):
+            num_kv_heads = len(self.units(index, "kv_groups"))
+            widths.append(
+                LayerWidths(
+                    num_heads=num_kv_heads * len(self.units(index, "query_slots")),
+                    num_kv_heads=num_kv_heads,
+                    num_channels=len(self.units(index, "channels")),
+                )
+            )
+        return tuple(widths)
+
+    def pruned_architecture(self) -> Architecture:
+        """The architecture after shrinking, without the deleted layers."""
+        return replace(self.architecture, layers=tuple(w for w in self.all_widths() if not w.is_empty))
+
+
+def full_plan(architecture: Architecture, *, base: str) -> Plan:
+    """The plan that keeps everything."""
+    kept = {group.name: tuple(range(group.num_units)) for group in groups_of(architecture)}
+    return Plan(base=base, architecture=architecture, kept=kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is timed: one decoded token after `context` tokens, or one prompt of `prompt_tokens`."""
+
+    phase: Phase = "decode"
+    prompt_tokens: int = 128
+    context: int = 256
+    batch: int = 1
+    precision: str = "f16"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.phase not in ("decode", "prefill"):
+            raise ValueError(f"phase is decode or prefill, got {self.phase!r}")
+        if min(self.prompt_tokens, self.context, self.batch, self.threads) < 1:
+            raise ValueError(f"prompt tokens, context, batch and threads are at least 1, got {self}")
+
+    def describe(self) -> str:
+        work = f"decode at context {self.context}" if self.phase == "decode" else f"prefill of {self.prompt_tokens}"
+        threads = f"{self.threads} thread" + ("s" if self.threads > 1 else "")
+        return f"{work}, {self.precision}, {threads}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """A latency to keep: absolute seconds, or a fraction of the dense model's latency."""
+
+    seconds: float | None = None
+    fraction: float | None = None
+    statistic: Statistic = "p50"
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.seconds, self.fraction) if value is not None]
+        if len(given) != 1 or not math.isfinite(given[0]) or given[0] <= 0:
+            raise ValueError(f"a budget is one positive number of seconds or one positive fraction, got {self}")
+
+    @classmethod
+    def parse(cls, text: str, *, statistic: Statistic = "p50") -> "Budget":
+        """`40ms`, `0.5s`, `900us`, `70%` of the dense latency, or `1.4x` faster. Raises InvalidInput."""
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s|%|x)\s*", text)
+        value = float(match[1]) if match else 0.0
+        if not match or value == 0:
+            raise InvalidInput(f"budget {text!r} is not understood; write 40ms, 70% (of the dense latency) or 1.4x")
+        scale = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+        if match[2] in scale:
+            return cls(seconds=value * scale[match[2]], statistic=statistic)
+        fraction = value / 100 if match[2] == "%" else 1 / value
+        return cls(fraction=fraction, statistic=statistic)
+
+    def limit_seconds(self, *, dense_seconds: float) -> float:
+        """The latency to keep, given the dense model's."""
+        return self.seconds if self.seconds is not None else (self.fraction or 0.0) * dense_seconds
+
+    def __str__(self) -> str:
+        return f"{self.seconds * 1e3:g}ms" if self.seconds is not None else f"{(self.fraction or 0) * 100:g}%"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """Where a number was measured. Tables are used only where every hard field agrees; `soft` fields may differ."""
+
+    device: str
+    machine: str
+    processor: str
+    num_cores: int
+    memory_bytes: int
+    last_level_cache_bytes: int
+    power_mode: str
+    runtime: str
+    runtime_version: str
+    runtime_build: str
+    soft: dict[str, str] = field(default_factory=dict)
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """The hard fields that differ, as `field: mine / theirs`."""
+        mine, theirs = asdict(self), asdict(other)
+        return [f"{key}: {mine[key]} / {theirs[key]}" for key in mine if key != "soft" and mine[key] != theirs[key]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """An estimate with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        """Half the interval relative to the value."""
+        return (self.high - self.low) / 2 / self.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Raw samples of one artifact under one workload; statistics are derived on reading.
+
+    `rounds` gives the interleaving round of every sample, so that two measurements can be paired. `status`
+    is `ok`, `noisy` (too many outliers or a wide interval) or `contended` (other load on the cores).
+    """
+
+    artifact_sha256: str
+    workload: Workload
+    fingerprint: Fingerprint
+    samples_ns: tuple[int, ...]
+    rounds: tuple[int, ...]
+    peak_memory_bytes: int
+    load_seconds: float
+    started: str
+    status: Literal["ok", "noisy", "contended"]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.samples_ns or min(self.samples_ns) <= 0:
+            raise ValueError("a measurement needs samples, all positive")
+        if len(self.rounds) != len(self.samples_ns):
+            raise ValueError("every sample needs its round")
+
+    def seconds(self, statistic: Statistic = "p50") -> float:
+        return quantile(self.samples_ns, 0.5 if statistic == "p50" else 0.9) / 1e9
+
+    def interval(self) -> Interval:
+        """The median with a distribution-free interval from order statistics."""
+        ordered = sorted(self.samples_ns)
+        count = len(ordered)
+        spread = 1.96 * math.sqrt(count) / 2  # normal approximation to the binomial of ranks
+        low = max(0, math.floor((count - 1) / 2 - spread))
+        high = min(count - 1, math.ceil((count - 1) / 2 + spread))
+        return Interval(value=statistics.median(ordered) / 1e9, low=ordered[low] / 1e9, high=ordered[high] / 1e9)
+
+
+def quantile(values: Sequence[float], fraction: float) -> float:
+    """The linearly interpolated quantile."""
+    ordered = sorted(values)
+    position = fraction * (len(ordered) - 1)
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A model file in a runtime's format; written beside it as a JSON sidecar. `path` is relative to the sidecar."""
+
+    path: str
+    format: str
+    backend: str
+    precision: str
+    plan_digest: str
+    architecture: Architecture
+    sha256: str
+    num_bytes: int
+    sqnr_db: float | None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def require_same_base(plan: Plan, *, base: str) -> None:
+    """Raises Mismatch when `plan` was made for another model."""
+    if plan.base != base:
+        raise Mismatch(f"the plan was made for model {plan.base[:12]}, this model is {base[:12]}")

@@ -1,0 +1,38 @@
+"""Write an artifact in a runtime's format, and check it against the torch model it came from."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from dilap import registry
+from dilap.types import Architecture, Artifact
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EXPORTERS = {
+    "llamacpp": "dilap.export.gguf:GgufExporter",
+}
+
+
+class Exporter(Protocol):
+    """Writes one runtime's format; `backend` is the runtime's name."""
+
+    backend: str
+
+    def export(
+        self, model: "PreTrainedModel", *, tokenizer: Path, precision: str, plan_digest: str, out: Path
+    ) -> Artifact:
+        """Write `model` into the folder `out` with its sidecar `artifact.json`, whole or not at all.
+
+        `tokenizer` is a Hugging Face folder or a GGUF file. The result is verified (logits against torch, the
+        tokenizer's samples against transformers) before it appears. Raises VerificationFailed, Unsupported.
+        """
+
+    def export_probe(self, architecture: Architecture, *, precision: str, seed: int, out: Path) -> Artifact:
+        """Write a model of that shape with random weights and no tokenizer, for timing only."""
+
+
+def get(backend: str) -> Exporter:
+    """The exporter for a backend. Raises InvalidInput with the known ones."""
+    exporter: Exporter = registry.get(EXPORTERS, backend, kind="backend")()
+    return exporter
