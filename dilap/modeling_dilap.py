@@ -1,0 +1,172 @@
+"""Decoder-only models whose layers have their own widths; needs torch and transformers, nothing else.
+
+This file is also copied beside every checkpoint that stock classes cannot hold, so that
+
+    AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+
+works where DiLAP is not installed. `config.layer_widths` has one [num_heads, num_kv_heads, num_channels] a
+layer; zeros remove the sublayer. Everything else is the stock model of the family.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    OPTForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where a family keeps its parts: dotted paths, `layers` in the model and the others in a layer.
+
+    `ffn` is the feed-forward module, None where its matrices lie in the layer itself.
+    """
+
+    layers: str = "model.layers"
+    attention: str = "self_attn"
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    attention_out: str = "self_attn.o_proj"
+    attention_norm: str = "input_layernorm"
+    ffn: str | None = "mlp"
+    ffn_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    ffn_out: str = "mlp.down_proj"
+    ffn_norm: str = "post_attention_layernorm"
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "opt": Family(
+        layers="model.decoder.layers",
+        attention_out="self_attn.out_proj",
+        attention_norm="self_attn_layer_norm",
+        ffn=None,
+        ffn_in=("fc1",),
+        ffn_out="fc2",
+        ffn_norm="final_layer_norm",
+    ),
+}
+
+
+class NoAttention(nn.Module):
+    """The attention of a layer that has none: it adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+class NoFeedForward(nn.Module):
+    """The feed-forward network of a layer that has none."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+def narrow_layers_(model: PreTrainedModel, layer_widths: Sequence[Sequence[int]]) -> None:
+    """Give every decoder layer its own widths; changed matrices are new and hold no values yet."""
+    family = FAMILIES[model.config.model_type]
+    layers = model.get_submodule(family.layers)
+    if len(layer_widths) != len(layers):
+        raise ValueError(f"layer_widths has {len(layer_widths)} entries, the model {len(layers)} layers")
+    cache_index = 0
+    for layer, (num_heads, num_kv_heads, num_channels) in zip(layers, layer_widths, strict=True):
+        _narrow_attention_(layer, family, num_heads, num_kv_heads, cache_index)
+        _narrow_ffn_(layer, family, num_channels)
+        # The cache takes its length from entry 0, so the layers that have attention are numbered without gaps.
+        cache_index += num_heads > 0
+
+
+def _narrow_attention_(layer: nn.Module, family: Family, num_heads: int, num_kv_heads: int, cache_index: int) -> None:
+    if num_heads == 0:
+        layer.set_submodule(family.attention, NoAttention())
+        _drop_norm_(layer, family.attention_norm)
+        return
+    attention = layer.get_submodule(family.attention)
+    attention.layer_idx = cache_index
+    attention.num_key_value_groups = num_heads // num_kv_heads
+    if hasattr(attention, "num_heads"):
+        attention.num_heads = num_heads
+    query, key_value = num_heads * attention.head_dim, num_kv_heads * attention.head_dim
+    _resize_(layer, family.query, out_features=query)
+    _resize_(layer, family.key, out_features=key_value)
+    _resize_(layer, family.value, out_features=key_value)
+    _resize_(layer, family.attention_out, in_features=query)
+
+
+def _narrow_ffn_(layer: nn.Module, family: Family, num_channels: int) -> None:
+    if num_channels == 0:
+        if family.ffn is None:
+            for path in family.ffn_in:
+                layer.set_submodule(path, nn.Identity())
+        layer.set_submodule(family.ffn or family.ffn_out, NoFeedForward())
+        _drop_norm_(layer, family.ffn_norm)
+        return
+    for path in family.ffn_in:
+        _resize_(layer, path, out_features=num_channels)
+    _resize_(layer, family.ffn_out, in_features=num_channels)
+
+
+def _drop_norm_(layer: nn.Module, path: str) -> None:
+    """Remove the norm of a removed sublayer, unless it normalises the residual stream itself (OPT-350m)."""
+    if getattr(layer, "do_layer_norm_before", True):
+        layer.set_submodule(path, nn.Identity())
+
+
+def _resize_(layer: nn.Module, path: str, *, in_features: int | None = None, out_features: int | None = None) -> None:
+    old = layer.get_submodule(path)
+    shape = (in_features or old.in_features, out_features or old.out_features)
+    if shape != (old.in_features, old.out_features):
+        new = nn.Linear(*shape, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+        layer.set_submodule(path, new)
+
+
+class _OwnWidths:
+    """Builds the stock model, then narrows its layers as the config says."""
+
+    def __init__(self, config, *args, **kwargs):  # type: ignore[no-untyped-def]
+        super().__init__(config, *args, **kwargs)
+        if getattr(config, "layer_widths", None):
+            narrow_layers_(self, config.layer_widths)  # type: ignore[arg-type]
+
+
+class PrunedLlamaForCausalLM(_OwnWidths, LlamaForCausalLM):  # type: ignore[misc]
+    pass
+
+
+class PrunedMistralForCausalLM(_OwnWidths, MistralForCausalLM):  # type: ignore[misc]
+    pass
+
+
+class PrunedQwen2ForCausalLM(_OwnWidths, Qwen2ForCausalLM):  # type: ignore[misc]
+    pass
+
+
+class PrunedQwen3ForCausalLM(_OwnWidths, Qwen3ForCausalLM):  # type: ignore[misc]
+    pass
+
+
+class PrunedOPTForCausalLM(_OwnWidths, OPTForCausalLM):  # type: ignore[misc]
+    pass
+
+
+PRUNED_CLASSES = {
+    "llama": PrunedLlamaForCausalLM,
+    "mistral": PrunedMistralForCausalLM,
+    "qwen2": PrunedQwen2ForCausalLM,
+    "qwen3": PrunedQwen3ForCausalLM,
+    "opt": PrunedOPTForCausalLM,
+}
+for _pruned in PRUNED_CLASSES.values():
+    _pruned.register_for_auto_class("AutoModelForCausalLM")
