@@ -47,7 +47,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def head_dim_of(config: PreTrainedConfig) -> int:
     """Channels of one head: heads * head_dim need not equal the hidden size."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
@@ -77,8 +77,9 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
 
 def _widths(layer: nn.Module, family: Family, head_dim: int) -> LayerWidths:
     heads, kv_heads, channels = 0, 0, 0
-    if isinstance(query := _linear(layer, family.query), nn.Linear):
-        heads, kv_heads = query.out_features // head_dim, layer.get_submodule(family.key).out_features // head_dim
+    query, key = _linear(layer, family.query), _linear(layer, family.key)
+    if isinstance(query, nn.Linear) and isinstance(key, nn.Linear):
+        heads, kv_heads = query.out_features // head_dim, key.out_features // head_dim
     if isinstance(out := _linear(layer, family.ffn_out), nn.Linear):
         channels = out.in_features
     return LayerWidths(num_heads=heads, num_kv_heads=kv_heads, num_channels=channels)

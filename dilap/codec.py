@@ -44,38 +44,46 @@ def _build(hint: Any, value: Any) -> Any:
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _build(next(a for a in arguments if a is not type(None)), value)
+        return None if value is None else _build(next(a for a in arguments if a is not type(None)), value)
     if origin is typing.Literal:
         if value not in arguments:
             raise ValueError(f"{value!r} is none of {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise TypeError(f"expected a list, got {value!r}")
-        if arguments[-1] is Ellipsis:
-            return tuple(_build(arguments[0], item) for item in value)
-        if len(value) != len(arguments):
-            raise ValueError(f"expected {len(arguments)} values, got {value!r}")
-        return tuple(_build(a, item) for a, item in zip(arguments, value, strict=True))
-    if origin in (dict, Mapping) or hint is dict:
-        if not isinstance(value, Mapping):
-            raise TypeError(f"expected an object, got {value!r}")
-        return {key: _build(arguments[1], item) if arguments else item for key, item in value.items()}
+        return _build_tuple(arguments, value)
+    return _build_object(hint, origin or hint, arguments, value)
+
+
+def _build_object(hint: Any, kind: Any, arguments: tuple[Any, ...], value: Any) -> Any:
+    """Dictionaries, dataclasses and plain values."""
+    if kind in (dict, Mapping):
+        return {key: _build(arguments[1] if arguments else Any, item) for key, item in _mapping(value).items()}
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise TypeError(f"expected an object, got {value!r}")
         hints = typing.get_type_hints(hint)
-        known = {f.name for f in dataclasses.fields(hint)}
-        unknown = sorted(set(value) - known)
-        if unknown:
+        fields = {field.name for field in dataclasses.fields(hint)}
+        if unknown := sorted(set(_mapping(value)) - fields):
             raise ValueError(f"unknown field {unknown[0]!r}")
         return typing.cast(Any, hint)(**{name: _build(hints[name], item) for name, item in value.items()})
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) is int:
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise TypeError(f"expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def _build_tuple(arguments: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"expected a list, got {value!r}")
+    if arguments[-1] is Ellipsis:
+        return tuple(_build(arguments[0], item) for item in value)
+    if len(value) != len(arguments):
+        raise ValueError(f"expected {len(arguments)} values, got {value!r}")
+    return tuple(_build(hint, item) for hint, item in zip(arguments, value, strict=True))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"expected an object, got {value!r}")
     return value
 
 

@@ -1,12 +1,12 @@
 """Every error a caller may act on.
 
-    DilapError              one line for the user; the commands print it and exit with 2
-    ├── InvalidInput        the caller's words or files are wrong: a name, a budget, a damaged file
-    ├── Unsupported         correct input that this architecture, layout or runtime cannot hold
-    ├── Unavailable         a runtime, a device or a model is not here; the text says how to get it
-    ├── Mismatch            two things that must agree do not: a table and a device, a plan and a model
-    ├── Infeasible          no plan can keep the budget
-    └── VerificationFailed  an artifact does not compute what its torch model computes
+DilapError              one line for the user; the commands print it and exit with 2
+├── InvalidInput        the caller's words or files are wrong: a name, a budget, a damaged file
+├── Unsupported         correct input that this architecture, layout or runtime cannot hold
+├── Unavailable         a runtime, a device or a model is not here; the text says how to get it
+├── Mismatch            two things that must agree do not: a table and a device, a plan and a model
+├── Infeasible          no plan can keep the budget
+└── VerificationFailed  an artifact does not compute what its torch model computes
 """
 
 

@@ -10,6 +10,7 @@ layer; zeros remove the sublayer. Everything else is the stock model of the fami
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralForCausalLM,
     OPTForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
@@ -93,7 +95,7 @@ def _narrow_attention_(layer: nn.Module, family: Family, num_heads: int, num_kv_
         layer.set_submodule(family.attention, NoAttention())
         _drop_norm_(layer, family.attention_norm)
         return
-    attention = layer.get_submodule(family.attention)
+    attention: Any = layer.get_submodule(family.attention)
     attention.layer_idx = cache_index
     attention.num_key_value_groups = num_heads // num_kv_heads
     if hasattr(attention, "num_heads"):
@@ -126,19 +128,20 @@ def _drop_norm_(layer: nn.Module, path: str) -> None:
 
 def _resize_(layer: nn.Module, path: str, *, in_features: int | None = None, out_features: int | None = None) -> None:
     old = layer.get_submodule(path)
+    assert isinstance(old, nn.Linear)
     shape = (in_features or old.in_features, out_features or old.out_features)
     if shape != (old.in_features, old.out_features):
         new = nn.Linear(*shape, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
         layer.set_submodule(path, new)
 
 
-class _OwnWidths:
+class _OwnWidths(PreTrainedModel):  # type: ignore[misc]
     """Builds the stock model, then narrows its layers as the config says."""
 
-    def __init__(self, config, *args, **kwargs):  # type: ignore[no-untyped-def]
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
         if getattr(config, "layer_widths", None):
-            narrow_layers_(self, config.layer_widths)  # type: ignore[arg-type]
+            narrow_layers_(self, config.layer_widths)
 
 
 class PrunedLlamaForCausalLM(_OwnWidths, LlamaForCausalLM):  # type: ignore[misc]

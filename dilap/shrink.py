@@ -54,9 +54,7 @@ def shrink_(model: PreTrainedModel, plan: Plan, *, weights: Weights | None = Non
     return model
 
 
-def _kept_values(
-    layer: nn.Module, family: Family, plan: Plan, index: int, weights: Weights
-) -> dict[str, torch.Tensor]:
+def _kept_values(layer: nn.Module, family: Family, plan: Plan, index: int, weights: Weights) -> dict[str, torch.Tensor]:
     """The kept rows and columns of one layer's matrices, by parameter path; whole matrices are left alone."""
     values: dict[str, torch.Tensor] = {}
     widths, dense = plan.all_widths()[index], plan.architecture.layers[index]

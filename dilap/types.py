@@ -12,6 +12,7 @@ from dilap.errors import InvalidInput, Mismatch
 
 Phase = Literal["decode", "prefill"]
 Statistic = Literal["p50", "p90"]
+Status = Literal["ok", "noisy", "contended"]
 GroupKind = Literal["kv_groups", "query_slots", "channels"]
 PRECISION_BITS: Mapping[str, float] = {"f32": 32, "f16": 16, "q8_0": 8.5, "q4_0": 4.5}
 
@@ -301,7 +302,8 @@ class Measurement:
     """Raw samples of one artifact under one workload; statistics are derived on reading.
 
     `rounds` gives the interleaving round of every sample, so that two measurements can be paired. `status`
-    is `ok`, `noisy` (too many outliers or a wide interval) or `contended` (other load on the cores).
+    is `ok`, `noisy` (too many outliers or a wide interval) or `contended` (other load on the cores). `dropped_ns`
+    keeps the samples of rounds that were left out because of drift or other load.
     """
 
     artifact_sha256: str
@@ -312,8 +314,9 @@ class Measurement:
     peak_memory_bytes: int
     load_seconds: float
     started: str
-    status: Literal["ok", "noisy", "contended"]
+    status: Status
     note: str = ""
+    dropped_ns: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.samples_ns or min(self.samples_ns) <= 0:
@@ -325,13 +328,18 @@ class Measurement:
         return quantile(self.samples_ns, 0.5 if statistic == "p50" else 0.9) / 1e9
 
     def interval(self) -> Interval:
-        """The median with a distribution-free interval from order statistics."""
-        ordered = sorted(self.samples_ns)
-        count = len(ordered)
-        spread = 1.96 * math.sqrt(count) / 2  # normal approximation to the binomial of ranks
-        low = max(0, math.floor((count - 1) / 2 - spread))
-        high = min(count - 1, math.ceil((count - 1) / 2 + spread))
-        return Interval(value=statistics.median(ordered) / 1e9, low=ordered[low] / 1e9, high=ordered[high] / 1e9)
+        """The median in seconds."""
+        return median_interval([sample / 1e9 for sample in self.samples_ns])
+
+
+def median_interval(values: Sequence[float]) -> Interval:
+    """The median with a distribution-free interval from order statistics."""
+    ordered = sorted(values)
+    count = len(ordered)
+    spread = 1.96 * math.sqrt(count) / 2  # normal approximation to the binomial of ranks
+    low = max(0, math.floor((count - 1) / 2 - spread))
+    high = min(count - 1, math.ceil((count - 1) / 2 + spread))
+    return Interval(value=statistics.median(ordered), low=ordered[low], high=ordered[high])
 
 
 def quantile(values: Sequence[float], fraction: float) -> float:

@@ -1,0 +1,157 @@
+"""What can be sensed of the machine this code is on, with the standard library alone.
+
+Everything is read from Linux's /proc and /sys; where they are absent (Windows, macOS) a field is 0 or `unknown`
+and `BusyClock` returns None, so that a caller can say what it could not see.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dilap.types import Fingerprint
+
+if TYPE_CHECKING:
+    from dilap.backends import Backend
+
+_CPUS = Path("/sys/devices/system/cpu")
+
+
+def fingerprint(backend: "Backend", *, device: str) -> Fingerprint:
+    """This machine, and the runtime as it is built here."""
+    return Fingerprint(
+        device=device,
+        machine=platform.machine().lower(),
+        processor=processor(),
+        num_cores=num_physical_cores(),
+        memory_bytes=memory_bytes(),
+        last_level_cache_bytes=last_level_cache_bytes(),
+        power_mode=_text(_CPUS / "cpu0/cpufreq/scaling_governor") or "unknown",
+        runtime=backend.name,
+        runtime_version=backend.version(),
+        runtime_build=backend.build(),
+        soft={"kernel": f"{platform.system()} {platform.release()}", "python": platform.python_version()},
+    )
+
+
+def usable_cpus() -> tuple[int, ...]:
+    """The logical CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def num_physical_cores() -> int:
+    """Usable cores, the two hyper-threads of one counted once."""
+    siblings = {_text(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in usable_cpus()}
+    return len(siblings)
+
+
+def processor() -> str:
+    """The processor's marketing name, or the board's where the kernel only knows part numbers (Arm)."""
+    for line in _text(Path("/proc/cpuinfo")).splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    board = _text(Path("/proc/device-tree/model")).strip("\0")
+    return board or platform.processor() or "unknown"
+
+
+def memory_bytes() -> int:
+    """Installed memory to the nearest 256 MiB: the part that a kernel keeps for itself changes with its version."""
+    kilobytes = _fields(Path("/proc/meminfo")).get("MemTotal", 0)
+    step = 256 << 20
+    return round(kilobytes * 1024 / step) * step
+
+
+def last_level_cache_bytes() -> int:
+    """All caches of the highest level that the usable CPUs share; 0 where unknown."""
+    found: dict[tuple[int, str], int] = {}
+    for index in (path for cpu in usable_cpus() for path in (_CPUS / f"cpu{cpu}/cache").glob("index*")):
+        size, level = _text(index / "size"), _text(index / "level")
+        if size.endswith("K") and level.isdigit():
+            found[int(level), _text(index / "shared_cpu_list")] = int(size[:-1]) * 1024
+    last = max((level for level, _ in found), default=0)
+    return sum(size for (level, _), size in found.items() if level == last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """Resident memory of this process. Pages of a mapped model file count, but can be dropped by the kernel."""
+
+    peak_bytes: int
+    anonymous_bytes: int
+    file_bytes: int
+
+    @property
+    def resident_bytes(self) -> int:
+        return self.anonymous_bytes + self.file_bytes
+
+
+def memory_use() -> MemoryUse:
+    fields = _fields(Path("/proc/self/status"))
+    return MemoryUse(
+        peak_bytes=fields.get("VmHWM", 0) * 1024,
+        anonymous_bytes=fields.get("RssAnon", 0) * 1024,
+        file_bytes=fields.get("RssFile", 0) * 1024,
+    )
+
+
+def reset_peak_memory_() -> None:
+    """Let the peak start from what is resident now; without effect where the kernel does not offer it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+class BusyClock:
+    """CPU time that other processes, and the hypervisor, took from this machine.
+
+    The kernel counts machine time in ticks of 10 ms but our own to the nanosecond, so a short reading is off by
+    a tick or so either way: add several up before judging, and do not clamp them one by one.
+    """
+
+    def __init__(self) -> None:
+        self._wall, self._busy = time.monotonic(), _busy_seconds()
+        self._own = time.process_time()
+
+    def lap(self) -> tuple[float, float | None]:
+        """Seconds since the last lap, and the CPU seconds others used in them (None where it cannot be read)."""
+        wall, busy, own = time.monotonic(), _busy_seconds(), time.process_time()
+        others = None if busy is None or self._busy is None else (busy - self._busy) - (own - self._own)
+        seconds = wall - self._wall
+        self._wall, self._busy, self._own = wall, busy, own
+        return seconds, others
+
+
+def _busy_seconds() -> float | None:
+    """All CPUs' time in user, nice, system, irq, softirq and steal."""
+    first = _text(Path("/proc/stat")).partition("\n")[0].split()
+    if not first or first[0] != "cpu":
+        return None
+    ticks = [int(word) for word in first[1:9]]
+    idle = ticks[3] + ticks[4]  # idle and iowait
+    return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK")
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The `Name:  123 kB` lines of a /proc file."""
+
+    def pairs() -> Iterator[tuple[str, int]]:
+        for line in _text(path).splitlines():
+            words = line.split()
+            if len(words) == 3 and words[2] == "kB":
+                yield words[0].rstrip(":"), int(words[1])
+
+    return dict(pairs())
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,254 @@
+"""llama.cpp on the CPU, through the C interface that llama-cpp-python carries."""
+
+import ctypes
+import functools
+import importlib
+import importlib.metadata
+import random
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dilap.backends import Capabilities
+from dilap.errors import InvalidInput, Unsupported
+from dilap.types import Workload
+
+_ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
+_errors: deque[str] = deque(maxlen=20)  # llama.cpp's complaints: a load failure is otherwise a bare null pointer
+
+
+class LlamaCpp:
+    """GGUF files through llama.cpp."""
+
+    name = "llamacpp"
+    format = "gguf"
+
+    def unavailable(self) -> str | None:
+        try:
+            _library()
+        except (ImportError, OSError, RuntimeError) as error:
+            hint = "pip install llama-cpp-python (it compiles llama.cpp: needs cmake and a C++ compiler)"
+            return f"llama.cpp is not usable here ({error}); {hint}"
+        return None
+
+    def version(self) -> str:
+        return importlib.metadata.version("llama-cpp-python")
+
+    def build(self) -> str:
+        text: bytes = _library().llama_print_system_info()
+        return text.decode().strip()
+
+    def precisions(self) -> tuple[str, ...]:
+        return ("f16", "f32", "q8_0", "q4_0")
+
+    def capabilities(self, family: str, *, precision: str) -> Capabilities:
+        if precision not in self.precisions():
+            raise InvalidInput(f"llama.cpp precision {precision!r} is unknown; use {', '.join(self.precisions())}")
+        if family in ("llama", "mistral", "qwen2"):
+            # 32: a quantisation block; one step for every precision keeps plans portable between them
+            return Capabilities(ffn_multiple=32)
+        if family == "qwen3":  # its q/k norms do not fit llama.cpp's only architecture with widths per layer, `deci`
+            return Capabilities(per_layer_widths=False, attention_removal=False, ffn_removal=False, ffn_multiple=32)
+        if family == "opt":
+            return Capabilities(unsupported="llama.cpp has no OPT architecture, and no other backend holds OPT yet")
+        return Capabilities(unsupported=f"DiLAP writes no GGUF for the family {family!r} yet")
+
+    def load(self, path: Path, workload: Workload) -> "LlamaCppSession":
+        return LlamaCppSession(path, workload)
+
+
+class LlamaCppSession:
+    """One model and one context whose KV cache is left as the workload wants it before every sample."""
+
+    def __init__(self, path: Path, workload: Workload) -> None:
+        if workload.batch != 1:
+            raise Unsupported(f"llama.cpp is timed with batch 1, got batch {workload.batch}")
+        self._workload = workload
+        self._model = _load_model(path)
+        self._context: Any = None
+        try:
+            self._prepare_()
+        except Unsupported:
+            self.close()
+            raise
+
+    def _prepare_(self) -> None:
+        workload = self._workload
+        self._vocab = _library().llama_model_get_vocab(self._model)
+        num_tokens = workload.context if workload.phase == "decode" else workload.prompt_tokens
+        self._context = self._new_context(num_tokens + 1, max_outputs=1)
+        self._memory = _library().llama_get_memory(self._context)
+        prompt = _random_tokens(num_tokens, vocab_size=self._vocab_size)
+        if workload.phase == "decode":
+            self._decode(self._context, _batch(prompt))
+            self._batch = _batch(prompt[:1])
+            self._first_position = num_tokens
+        else:
+            self._batch = _batch(prompt)
+            self._first_position = 0
+
+    def sample(self) -> int:
+        library = _library()
+        start = time.perf_counter_ns()
+        status = library.llama_decode(self._context, self._batch)
+        library.llama_synchronize(self._context)
+        elapsed = time.perf_counter_ns() - start
+        self._check(status)
+        # back to where it was, so that every sample sees the same context length
+        library.llama_memory_seq_rm(self._memory, 0, self._first_position, -1)
+        return elapsed
+
+    def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
+        library = _library()
+        rows: list[NDArray[np.float32]] = []
+        context = self._new_context(len(token_ids), max_outputs=len(token_ids))
+        try:
+            for chunk in [[token] for token in token_ids] if incremental else [list(token_ids)]:
+                batch = library.llama_batch_init(len(chunk), 0, 1)
+                try:
+                    _fill_(batch, chunk, first_position=len(rows))
+                    self._decode(context, batch)
+                finally:
+                    library.llama_batch_free(batch)
+                shape = (len(chunk), self._vocab_size)
+                rows.extend(np.ctypeslib.as_array(library.llama_get_logits(context), shape=shape).copy())
+        finally:
+            library.llama_free(context)
+        return np.stack(rows)
+
+    def tokenize(self, text: str, *, add_special: bool) -> list[int]:
+        return _tokenize(self._vocab, text, add_special=add_special, parse_special=False)
+
+    def close(self) -> None:
+        if self._context is not None:
+            _library().llama_free(self._context)
+            self._context = None
+        if self._model is not None:
+            _library().llama_model_free(self._model)
+            self._model = None
+
+    @property
+    def _vocab_size(self) -> int:
+        return int(_library().llama_vocab_n_tokens(self._vocab))
+
+    def _new_context(self, num_tokens: int, *, max_outputs: int) -> Any:
+        params = _library().llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = num_tokens
+        params.n_outputs_max = max_outputs  # sizes the logits buffer
+        params.n_threads = params.n_threads_batch = self._workload.threads
+        context = _library().llama_init_from_model(self._model, params)
+        if not context:
+            raise Unsupported(f"llama.cpp could not make a context of {num_tokens} tokens: {_reason()}")
+        return context
+
+    def _decode(self, context: Any, batch: Any) -> None:
+        self._check(_library().llama_decode(context, batch))
+
+    def _check(self, status: int) -> None:
+        if status != 0:
+            raise Unsupported(f"llama.cpp failed ({status}) on {self._workload.describe()}: {_reason()}")
+
+
+class Tokenizer:
+    """The tokenizer of a GGUF file, loaded without its weights."""
+
+    def __init__(self, path: Path) -> None:
+        self._model = _load_model(path, vocab_only=True)
+        self._vocab = _library().llama_model_get_vocab(self._model)
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        return _tokenize(self._vocab, text, add_special=add_special, parse_special=parse_special)
+
+    def close(self) -> None:
+        if self._model is not None:
+            _library().llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> "Tokenizer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in `path`, to be closed. Raises InvalidInput where the file is damaged."""
+    return Tokenizer(path)
+
+
+@functools.cache
+def _library() -> Any:
+    library = importlib.import_module("llama_cpp.llama_cpp")
+    library.llama_backend_init()
+    return library
+
+
+@functools.cache
+def _log_callback() -> Any:
+    """Kept for the life of the process: llama.cpp holds a bare pointer to it."""
+
+    def record(level: int, text: bytes, _: object) -> None:
+        if level == _ERROR_LEVEL:
+            _errors.append(text.decode("utf-8", "replace").strip())
+
+    return _library().llama_log_callback(record)
+
+
+def _load_model(path: Path, *, vocab_only: bool = False) -> Any:
+    if not path.is_file():
+        raise InvalidInput(f"{path}: no such file")
+    _library().llama_log_set(_log_callback(), None)
+    params = _library().llama_model_default_params()
+    params.load_mode = _library().LLAMA_LOAD_MODE_MMAP  # one file open twice shares its pages
+    params.n_gpu_layers = 0
+    params.vocab_only = vocab_only
+    _errors.clear()
+    model = _library().llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise InvalidInput(f"{path}: llama.cpp cannot load it: {_reason()}")
+    return model
+
+
+def _reason() -> str:
+    """llama.cpp's own words: the first error is the cause, the rest say where it was noticed."""
+    first = next(iter(_errors), "it gave no reason")
+    return first.partition("error loading model: ")[2] or first
+
+
+def _random_tokens(count: int, *, vocab_size: int) -> list[int]:
+    draw = random.Random(0)
+    return [draw.randrange(vocab_size) for _ in range(count)]
+
+
+def _batch(tokens: Sequence[int]) -> Any:
+    """Tokens that continue sequence 0, with logits for the last one only."""
+    array = (ctypes.c_int32 * len(tokens))(*tokens)
+    batch = _library().llama_batch_get_one(array, len(tokens))
+    batch.owner = array  # the batch only points to it
+    return batch
+
+
+def _fill_(batch: Any, tokens: Sequence[int], *, first_position: int) -> None:
+    """Tokens of sequence 0 with logits for every one."""
+    batch.n_tokens = len(tokens)
+    for index, token in enumerate(tokens):
+        batch.token[index] = token
+        batch.pos[index] = first_position + index
+        batch.n_seq_id[index] = 1
+        batch.seq_id[index][0] = 0
+        batch.logits[index] = 1
+
+
+def _tokenize(vocab: Any, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+    data = text.encode()
+    room = len(data) + 8  # at most a token a byte, and the special ones
+    tokens = (ctypes.c_int32 * room)()
+    count = _library().llama_tokenize(vocab, data, len(data), tokens, room, add_special, parse_special)
+    if count < 0:
+        raise InvalidInput(f"llama.cpp cannot tokenize {text[:40]!r} ({count})")
+    return list(tokens[:count])

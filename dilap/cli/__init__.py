@@ -1,0 +1,1 @@
+"""The commands: arguments into dataclasses, calls, a short table or JSON."""

@@ -1,0 +1,77 @@
+"""Arguments that several commands share."""
+
+import argparse
+from pathlib import Path
+
+from dilap import __version__
+from dilap.errors import InvalidInput
+from dilap.profilers import devices
+from dilap.source import DEFAULT_MODEL
+from dilap.types import Workload
+
+
+def parser(description: str, examples: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        description=description,
+        epilog=f"examples:\n{examples}\n\nexit codes: 0 done, 1 the result misses its budget, 2 bad input",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--version", action="version", version=f"dilap {__version__}")
+    return made
+
+
+def add_model(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="M",
+        help=f"{DEFAULT_MODEL} (the default), a folder with config.json, a .gguf file or a hub id",
+    )
+
+
+def add_workload(to: argparse.ArgumentParser) -> None:
+    defaults = Workload()
+    group = to.add_argument_group("what is timed")
+    group.add_argument("--backend", help="the runtime; the device's first one by default")
+    group.add_argument("--phase", choices=["decode", "prefill"], default="decode", help="one token, or one prompt")
+    group.add_argument(
+        "--context", type=int, default=defaults.context, metavar="N", help=f"tokens before it ({defaults.context})"
+    )
+    group.add_argument(
+        "--prompt-tokens",
+        type=int,
+        default=defaults.prompt_tokens,
+        metavar="N",
+        help=f"prompt length of a prefill ({defaults.prompt_tokens})",
+    )
+    group.add_argument("--precision", default=defaults.precision, help=f"as it ships ({defaults.precision})")
+    group.add_argument("--threads", type=int, metavar="N", help="all physical cores by default")
+
+
+def workload_of(arguments: argparse.Namespace, *, device: str) -> Workload:
+    """Raises InvalidInput for impossible numbers, Unavailable where the device is out of reach."""
+    threads = arguments.threads if arguments.threads is not None else devices.get(device).default_threads()
+    try:
+        return Workload(
+            phase=arguments.phase,
+            prompt_tokens=arguments.prompt_tokens,
+            context=arguments.context,
+            precision=arguments.precision,
+            threads=threads,
+        )
+    except ValueError as error:
+        raise InvalidInput(str(error)) from error
+
+
+def backend_of(arguments: argparse.Namespace, *, device: str) -> str:
+    """The chosen runtime, or the device's first. Raises Unavailable."""
+    known = devices.get(device)
+    if arguments.backend is not None:
+        return str(arguments.backend)
+    if not known.backends:
+        known.connect()  # raises, saying why the device is out of reach
+    return known.backends[0]
+
+
+def new_path(text: str) -> Path:
+    return Path(text).expanduser()

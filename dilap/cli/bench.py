@@ -1,0 +1,130 @@
+"""One target, runtime and workload: everything that a job asks of them."""
+
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dilap import backends, export
+from dilap.backends import Backend
+from dilap.cli.console import Console
+from dilap.codec import decode, read_json, write_json
+from dilap.errors import InvalidInput, Unavailable
+from dilap.profilers import devices
+from dilap.profilers.devices import Device
+from dilap.profilers.probes import build_table, default_levels
+from dilap.profilers.profiler import Case, Profiler
+from dilap.profilers.protocol import FINAL, TABLE
+from dilap.profilers.table import LatencyTable
+from dilap.source import Source
+from dilap.types import Architecture, Artifact, Measurement, Plan, Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Exports to one runtime and measures on one device."""
+
+    device: Device
+    backend: Backend
+    workload: Workload
+    console: Console
+
+    @classmethod
+    def of(cls, target: str, backend_name: str, workload: Workload, console: Console) -> "Bench":
+        """Raises InvalidInput for unknown names, Unavailable for what is not here."""
+        device, backend = devices.get(target), backends.get(backend_name)
+        if reason := device.unavailable() or backend.unavailable():
+            raise Unavailable(reason)
+        if workload.precision not in backend.precisions():
+            raise InvalidInput(
+                f"unknown precision {workload.precision!r}; {backend.name} runs {', '.join(backend.precisions())}"
+            )
+        return cls(device=device, backend=backend, workload=workload, console=console)
+
+    @property
+    def profiler(self) -> Profiler:
+        return Profiler(self.device, backend=self.backend.name)
+
+    def export(self, source: Source, plan: Plan, folder: Path) -> Artifact:
+        """The source's model as it stands, verified."""
+        return export.get(self.backend.name).export(
+            source.model,
+            tokenizer=source.tokenizer_path,
+            precision=self.workload.precision,
+            plan_digest=plan.digest,
+            out=folder,
+        )
+
+    def read_artifact(self, folder: Path) -> Artifact:
+        path = folder / "artifact.json"
+        return decode(Artifact, read_json(path), source=str(path))
+
+    def measure(self, paths: Sequence[Path], *, final: bool = False) -> list[Measurement]:
+        """Measure models interleaved; for a final claim with fresh starts and a narrower interval."""
+        cases = [Case(path=path, workload=self.workload) for path in paths]
+        with self.console.bar("measure", total=None, unit="") as bar:
+            return self.profiler.measure(cases, FINAL if final else TABLE, progress=bar.set_postfix_str)
+
+    def measure_widths(self, dense: Path, architecture: Architecture, path: Path) -> list[Measurement]:
+        """The dense model and a random one of `architecture`, interleaved; kept in `path` for a run that goes on."""
+        if not path.exists():
+            folder = path.with_suffix("")
+            exporter = export.get(self.backend.name)
+            shutil.rmtree(folder, ignore_errors=True)
+            probe = exporter.export_probe(architecture, precision=self.workload.precision, seed=0, out=folder)
+            measurements = self.measure([dense, folder / probe.path])
+            shutil.rmtree(folder)
+            write_json(path, {"measurements": [asdict(one) for one in measurements]})
+        documents = read_json(path)["measurements"]
+        return [
+            decode(Measurement, {"type": "Measurement", "version": 1, **document}, source=str(path))
+            for document in documents
+        ]
+
+    def build_table(self, architecture: Architecture, path: Path) -> LatencyTable:
+        """Measure the table that `path` lacks, with a progress bar."""
+        capabilities = self.backend.capabilities(architecture.family, precision=self.workload.precision)
+        attention_levels, ffn_levels = default_levels(architecture, capabilities)
+        with self.console.bar("latency table", total=None, unit="probe") as bar:
+
+            def show(done: int, total: int, text: str) -> None:
+                bar.total, bar.n = total, done
+                bar.set_postfix_str(text)
+
+            table = build_table(
+                architecture,
+                backend=self.backend.name,
+                device=self.device,
+                workload=self.workload,
+                path=path,
+                attention_levels=attention_levels,
+                ffn_levels=ffn_levels,
+                progress=show,
+            )
+        self.console.say(describe_errors(table))
+        return table
+
+    def read_table(self, path: Path, architecture: Architecture) -> LatencyTable:
+        """A table measured earlier. Raises Mismatch where it was measured for anything else than this bench."""
+        table = LatencyTable.read(path)
+        table.require_usable(
+            fingerprint=self.profiler.fingerprint(),
+            workload=self.workload,
+            architecture=architecture,
+            backend=self.backend.name,
+        )
+        self.console.say(describe_errors(table))
+        return table
+
+
+def describe_errors(table: LatencyTable) -> str:
+    """How well a table predicts plans that took no part in its fit."""
+    model = table.model()
+    errors = model.holdout_errors()
+    if not errors:
+        return f"latency table fitted by {model.method}; it has no held-out plans yet"
+    return (
+        f"latency table fitted by {model.method}: on {len(errors)} held-out random plans the prediction is off by "
+        f"{statistics.median(errors):.1%} (median), {max(errors):.1%} (worst)"
+    )

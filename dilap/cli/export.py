@@ -1,0 +1,72 @@
+"""dilap-export: an already shrunk (or any) checkpoint in a runtime's format, checked against torch."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from dilap import backends, export
+from dilap.cli import arguments, console
+from dilap.codec import read_json
+from dilap.errors import InvalidInput
+
+_EXAMPLES = """\
+  dilap-export --backend llamacpp runs/smollm2-135m-host_cpu-70pct/checkpoint
+  dilap-export --backend llamacpp --precision q4_0 --out exported CHECKPOINT
+  dilap-export --backend llamacpp --tokenizer original.gguf CHECKPOINT"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = arguments.parser(
+        "Write a checkpoint in a runtime's format and verify it against the torch model.", _EXAMPLES
+    )
+    made.add_argument("checkpoint", help="a folder with config.json, a .gguf file, a hub id or a built-in name")
+    made.add_argument("--backend", required=True, help=f"the runtime: {', '.join(backends.BACKENDS)}")
+    made.add_argument("--precision", help="the runtime's default otherwise")
+    made.add_argument("--tokenizer", metavar="PATH", help="a folder or GGUF file; the checkpoint's own by default")
+    made.add_argument("--out", metavar="DIR", help="the artifact's folder (CHECKPOINT-BACKEND-PRECISION)")
+    made.add_argument("--json", action="store_true", help="print the sidecar as JSON")
+    return made
+
+
+def _command() -> int:
+    given = _parser().parse_args()
+    backend = backends.get(given.backend)
+    precision = given.precision or backend.precisions()[0]
+    if precision not in backend.precisions():
+        raise InvalidInput(f"unknown precision {precision!r}; {backend.name} runs {', '.join(backend.precisions())}")
+    out = arguments.new_path(given.out or f"{given.checkpoint.rstrip('/')}-{backend.name}-{precision}")
+    if out.exists():
+        raise InvalidInput(f"{out} already exists; remove it or choose another --out")
+    tokenizer = Path(given.tokenizer) if given.tokenizer else None
+    if tokenizer is not None and not tokenizer.exists():
+        raise InvalidInput(f"no tokenizer {given.tokenizer!r}: give a Hugging Face folder or a GGUF file")
+    from dilap.source import load  # torch and transformers: seconds that bad input should not cost
+
+    screen = console.Console()
+    source = load(given.checkpoint)
+    screen.say(f"exporting {given.checkpoint} to {backend.name}, {precision}")
+    artifact = export.get(backend.name).export(
+        source.model,
+        tokenizer=tokenizer or source.tokenizer_path,
+        precision=precision,
+        plan_digest=_plan_digest(given.checkpoint),
+        out=out,
+    )
+    if given.json:
+        json.dump(asdict(artifact), sys.stdout, indent=1)
+    else:
+        quality = "" if artifact.sqnr_db is None else f", {artifact.sqnr_db:.1f} dB against torch"
+        print(f"{out / artifact.path}: {artifact.num_bytes / 1e6:.1f} MB{quality}")
+    return 0
+
+
+def _plan_digest(checkpoint: str) -> str:
+    """Of the plan that the checkpoint was shrunk by; empty for any other model."""
+    path = Path(checkpoint) / "config.json"
+    return str(read_json(path).get("dilap_plan", "")) if path.is_file() else ""
+
+
+def main() -> None:
+    console.run(_command)

@@ -1,0 +1,54 @@
+"""The main job: model and budget in, a measured smaller model out."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from dilap import __version__, registry
+from dilap.anatomy import architecture_of
+from dilap.backends import Backend
+from dilap.cli.bench import Bench
+from dilap.cli.claim import claim
+from dilap.cli.console import Console
+from dilap.cli.result import PruneResult
+from dilap.cli.stages import JobOptions, Stages
+from dilap.cli.workspace import Workspace
+from dilap.codec import encode, write_json
+from dilap.methods import METHODS
+from dilap.methods.task import Method
+from dilap.profilers.search_space import Layout, default_layout, describe, require_layout
+from dilap.source import load
+from dilap.types import full_plan
+
+
+def prune(options: JobOptions, *, out: Path, console: Console) -> PruneResult | None:
+    """Run the whole job into `out`; None where the dense model already keeps the budget (nothing is written)."""
+    method: Method = registry.get(METHODS, options.method, kind="method")
+    workspace = Workspace(out, console)
+    bench = Bench.of(options.target, options.backend, options.workload, console)
+    with workspace.stage("load the model"):
+        source = load(options.model)
+    architecture = architecture_of(source.model)
+    layout = _layout(options, bench.backend, architecture.family)
+    workspace.open({"options": asdict(options), "model": source.digest, "dilap": __version__})
+    console.say(f"{source.name}: {describe(architecture)}")
+    stages = Stages(options=options, workspace=workspace, console=console, bench=bench, source=source)
+    dense_plan = full_plan(architecture, base=source.digest)
+    dense = stages.artifact("dense", dense_plan)
+    goal = stages.goal(dense, layout)
+    if goal is None:
+        workspace.discard()
+        return None
+    text = stages.calibration()
+    library = stages.library(goal.space, text.train[: options.calibration.train_sequences])
+    found = stages.search(method, goal, library, text, dense)
+    result = claim(stages, goal, library, found, text)
+    write_json(workspace.folder / "result.json", encode(result))
+    workspace.finish()
+    return result
+
+
+def _layout(options: JobOptions, backend: Backend, family: str) -> Layout:
+    capabilities = backend.capabilities(family, precision=options.workload.precision)
+    layout = options.layout or default_layout(capabilities)
+    require_layout(layout, capabilities)
+    return layout

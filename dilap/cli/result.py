@@ -1,0 +1,166 @@
+"""The result of a prune job, as a document and as the table that ends it."""
+
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+from dilap import __version__
+from dilap.types import Architecture, Artifact, Budget, Interval, Measurement, Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """On text that no search saw. KL is to the dense model, in nats a token."""
+
+    text: str
+    text_sha256: str
+    tokens: int
+    kl: float
+    perplexity: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One of the two models: what it is, what it costs and how good it is."""
+
+    artifact: Artifact
+    measurement: Measurement
+    seconds: float
+    interval: Interval
+    parameters: int
+    flops: int
+    quality: Quality
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneResult:
+    """Everything that a run claims, with what it rests on."""
+
+    status: Literal["kept", "missed"]
+    target: str
+    backend: str
+    model: str
+    model_digest: str
+    method: str
+    layout: str
+    budget: Budget
+    workload: Workload
+    limit_seconds: float
+    floor_seconds: float
+    fastest_seconds: float
+    predicted_seconds: float
+    dense: Side
+    pruned: Side
+    speedup: Interval
+    speedup_shown: bool
+    plan_digest: str
+    validation_kl: float
+    kl_without_recovery: float
+    recovery: str
+    calibration: str
+    calibration_sha256: str
+    stage_seconds: dict[str, float]
+    versions: dict[str, str]
+    seed: int
+    notes: tuple[str, ...] = ()
+
+
+def flops_of(architecture: Architecture, workload: Workload) -> int:
+    """Of one workload: a decoded token, or a prompt."""
+    if workload.phase == "decode":
+        return architecture.decode_flops(context=workload.context)
+    return architecture.prefill_flops(prompt_tokens=workload.prompt_tokens)
+
+
+def versions() -> dict[str, str]:
+    """Of everything that a result depends on and that is installed."""
+    wanted = {"torch", "transformers", "gguf", "llama-cpp-python", "numpy", "scipy", "peft", "tokenizers"}
+    found = {one.name.lower().replace("_", "-"): one.version for one in metadata.distributions() if one.name}
+    return {"dilap": __version__, "python": platform.python_version()} | {
+        name: found[name] for name in sorted(wanted & set(found))
+    }
+
+
+def table(result: PruneResult) -> str:
+    """The proof in a dozen lines."""
+    dense, pruned = result.dense, result.pruned
+    share = pruned.seconds / result.limit_seconds
+    rows: list[tuple[str, str, str, str]] = [
+        ("", "dense", "pruned", "pruned / dense"),
+        (f"latency {result.budget.statistic}", _ms(dense), _ms(pruned), _ratio(pruned.seconds, dense.seconds)),
+        ("95 % interval", _ms_interval(dense), _ms_interval(pruned), ""),
+        ("KL to dense", "0", f"{pruned.quality.kl:.3f}", ""),
+        ("perplexity", f"{dense.quality.perplexity:.2f}", f"{pruned.quality.perplexity:.2f}", ""),
+        ("parameters", _mega(dense.parameters), _mega(pruned.parameters), _ratio(pruned.parameters, dense.parameters)),
+        ("FLOPs", _mega(dense.flops), _mega(pruned.flops), _ratio(pruned.flops, dense.flops)),
+        (
+            "file",
+            f"{dense.artifact.num_bytes / 1e6:.1f} MB",
+            f"{pruned.artifact.num_bytes / 1e6:.1f} MB",
+            _ratio(pruned.artifact.num_bytes, dense.artifact.num_bytes),
+        ),
+        (
+            "peak memory",
+            f"{dense.measurement.peak_memory_bytes / 1e6:.1f} MB",
+            f"{pruned.measurement.peak_memory_bytes / 1e6:.1f} MB",
+            _ratio(pruned.measurement.peak_memory_bytes, dense.measurement.peak_memory_bytes),
+        ),
+    ]
+    shown = "" if result.speedup_shown else "  (not shown: the interval includes 1)"
+    verdict = "kept" if result.status == "kept" else "MISSED"
+    return "\n".join(
+        [
+            f"{result.model} on {result.target}, {result.backend}, {result.workload.describe()}",
+            "",
+            *_aligned(rows),
+            "",
+            f"budget {result.budget} = {result.limit_seconds * 1e3:.2f} ms: {verdict}, "
+            f"{share:.1%} of it used (predicted {result.predicted_seconds / result.limit_seconds:.1%})",
+            f"speed-up {result.speedup.value:.3f}x [{result.speedup.low:.3f}, {result.speedup.high:.3f}]{shown}",
+            f"KL and perplexity on {pruned.quality.text} ({pruned.quality.tokens} tokens, never seen by the search); "
+            f"KL without recovery {result.kl_without_recovery:.3f}",
+            *result.notes,
+        ]
+    )
+
+
+def _aligned(rows: list[tuple[str, str, str, str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = []
+    for name, *cells in rows:
+        right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append("  ".join([name.ljust(widths[0]), *right]).rstrip())
+    return lines
+
+
+def _ms(side: Side) -> str:
+    return f"{side.seconds * 1e3:.2f} ms"
+
+
+def _ms_interval(side: Side) -> str:
+    return f"{side.interval.low * 1e3:.2f}-{side.interval.high * 1e3:.2f}"
+
+
+def _mega(count: int) -> str:
+    return f"{count / 1e6:.1f} M"
+
+
+def _ratio(pruned: float, dense: float) -> str:
+    return f"{pruned / dense:.1%}"
+
+
+def summary(result: PruneResult) -> dict[str, Any]:
+    """The few numbers that a script compares."""
+    return {
+        "status": result.status,
+        "budget": str(result.budget),
+        "limit_seconds": result.limit_seconds,
+        "dense_seconds": result.dense.seconds,
+        "pruned_seconds": result.pruned.seconds,
+        "speedup": result.speedup.value,
+        "kl": result.pruned.quality.kl,
+        "perplexity": result.pruned.quality.perplexity,
+        "dense_perplexity": result.dense.quality.perplexity,
+        "plan_digest": result.plan_digest,
+    }

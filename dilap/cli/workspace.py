@@ -1,0 +1,62 @@
+"""The folder in which a run grows: beside the output, under another name, until it is whole."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dilap.cli.console import Console
+from dilap.codec import digest, read_json, write_json
+from dilap.errors import InvalidInput
+
+
+class Workspace:
+    """A killed run leaves its folder behind; the same run started again goes on in it."""
+
+    def __init__(self, out: Path, console: Console) -> None:
+        if out.exists():
+            raise InvalidInput(f"{out} already exists; remove it or choose another --out")
+        self.out, self.console = out, console
+        self.folder = out.with_name(f".{out.name}.unfinished")
+        self.cache = self.folder / "cache"  # what only a later stage of the same run reads
+        self.stage_seconds: dict[str, float] = {}
+
+    def open(self, identity: dict[str, Any]) -> None:
+        """Start, or go on where a run with the same `identity` stopped. Raises InvalidInput for another's folder."""
+        path = self.cache / "identity.json"
+        if path.exists():
+            if digest(read_json(path)) != digest(identity):
+                raise InvalidInput(
+                    f"{self.folder} holds an unfinished run with other options; remove it or choose another --out"
+                )
+            if self._stages.exists():
+                self.stage_seconds.update(read_json(self._stages))
+            self.console.say(f"going on with the unfinished run in {self.folder}")
+        else:
+            write_json(path, identity)
+        self.console.log_to(self.folder / "log.txt")
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage; its seconds survive a kill between stages."""
+        start = time.monotonic()
+        yield
+        seconds = self.stage_seconds.get(name, 0.0) + time.monotonic() - start
+        self.stage_seconds[name] = round(seconds, 3)
+        self.console.say(f"[{seconds:6.1f} s] {name}")
+        if self.cache.exists():
+            write_json(self._stages, self.stage_seconds)
+
+    def finish(self) -> None:
+        """Drop what only the run itself needed and give the folder its name."""
+        shutil.rmtree(self.cache)
+        self.folder.rename(self.out)
+
+    def discard(self) -> None:
+        shutil.rmtree(self.folder)
+
+    @property
+    def _stages(self) -> Path:
+        return self.cache / "stages.json"

@@ -1,0 +1,68 @@
+"""What a search asks of the model: the real KL of a config and the curvature around one, each computed once.
+
+With a `journal` folder every answer is kept on disk. A search is deterministic given the answers, so a killed one
+that is started again replays what it knows and goes on to the identical plan.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from dilap.codec import digest, written_aside
+from dilap.errors import InvalidInput
+from dilap.supernet import Curvature, Supernet, linearise
+from dilap.teacher import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """Answers for one model, library and validation text."""
+
+    net: Supernet
+    teacher: Teacher
+    journal: Path | None = None
+
+    def kl(self, config: Sequence[int]) -> float:
+        """Mean KL(dense || config) per position of the validation split, in nats."""
+        path = self._entry("kl", [list(config)], suffix=".json")
+        if path is not None and path.exists():
+            return float(json.loads(path.read_text(encoding="utf-8")))
+        value = self.net.kl(self.teacher, config)
+        if path is not None:
+            with written_aside(path) as temporary:
+                temporary.write_text(json.dumps(value), encoding="utf-8")
+        return value
+
+    def curvature(self, config: Sequence[int], *, samples: int, seed: int) -> Curvature:
+        """The quadratic model of the KL around `config`, from one Fisher pass."""
+        path = self._entry("curvature", [list(config), samples, seed], suffix=".safetensors")
+        if path is not None and path.exists():
+            return _read_curvature(path)
+        self.net.set(config)
+        curvature = linearise(self.net, self.teacher, samples=samples, seed=seed)
+        if path is not None:
+            with written_aside(path) as temporary:
+                metadata = {"value": repr(curvature.value), "num_rows": str(curvature.num_rows)}
+                save_file({"b": curvature.b, "Q": curvature.Q}, temporary, metadata=metadata)
+        return curvature
+
+    def _entry(self, kind: str, key: list[object], *, suffix: str) -> Path | None:
+        return None if self.journal is None else self.journal / f"{kind}-{digest(key)[:16]}{suffix}"
+
+
+def _read_curvature(path: Path) -> Curvature:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            return Curvature(
+                value=float(metadata["value"]),
+                b=file.get_tensor("b"),
+                Q=file.get_tensor("Q"),
+                num_rows=int(metadata["num_rows"]),
+            )
+    except Exception as error:  # safetensors raises its own type for damaged files
+        raise InvalidInput(f"{path}: damaged journal entry ({error}); remove the file and run again") from error

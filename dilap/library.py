@@ -1,0 +1,210 @@
+"""The level library: for every sublayer and width, the units that stay and the projection that makes up for the rest.
+
+A sublayer's output is W x, with x the inputs of its output projection. Removing units removes entries of x; the
+projection that is left is refitted in closed form so that W_kept x_kept stays near W x (the inner problem of the
+search, solved exactly). Masking the removed entries and cutting them out give the same output.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dilap.anatomy import sublayers
+from dilap.space import Choice, Level, Space, Units
+
+Order = Literal["wanda", "obs"]
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelFit:
+    """A level made concrete: kept units, kept columns of the projection, the refitted projection over them.
+
+    `error` is the mean squared output error relative to that of removing the sublayer (0 full, 1 removed).
+    """
+
+    units: Units
+    columns: torch.Tensor
+    weight: torch.Tensor
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibraryOptions:
+    """`ridge` is relative to the mean diagonal of the input covariance."""
+
+    order: Order = "wanda"
+    ridge: float = 0.01
+    batch_tokens: int = 2048
+
+
+def input_covariances(
+    model: PreTrainedModel, tokens: torch.Tensor, *, batch_tokens: int, progress: Progress = lambda _: None
+) -> dict[str, torch.Tensor]:
+    """X'X / T (inputs x inputs, f32) at the output projection of every sublayer; `tokens` is (sequences x length)."""
+    sums: dict[str, torch.Tensor] = {}
+
+    def accumulate(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            # In f32: a product rounded to bf16 is no longer positive definite, and the refit needs that.
+            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+            with torch.autocast("cpu", enabled=False):
+                sums[name] = sums.get(name, 0) + x.T @ x
+
+        return hook
+
+    hooks = [one.out.register_forward_pre_hook(accumulate(one.name)) for one in sublayers(model)]
+    try:
+        for batch in batches(tokens, batch_tokens=batch_tokens):
+            with torch.no_grad(), compute_precision():
+                model.model(input_ids=batch, use_cache=False)
+            progress(batch.numel())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: total / tokens.numel() for name, total in sums.items()}
+
+
+def batches(tokens: torch.Tensor, *, batch_tokens: int) -> Iterator[torch.Tensor]:
+    """Rows of `tokens`, as many at a time as make up `batch_tokens`, at least one."""
+    yield from tokens.split(max(1, batch_tokens // tokens.shape[1]))
+
+
+def compute_precision() -> torch.autocast:
+    """bf16 products where the CPU has them in hardware (5 times f32 on AVX512-bf16), the model's own type elsewhere."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_fast_bf16())
+
+
+def has_fast_bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def build_library(
+    model: PreTrainedModel,
+    space: Space,
+    tokens: torch.Tensor,
+    *,
+    options: LibraryOptions = LibraryOptions(),
+    progress: Progress = lambda _: None,
+) -> list[list[LevelFit]]:
+    """Fit every level of every choice on `tokens` (sequences x length), in the order of `space`."""
+    covariances = input_covariances(model, tokens, batch_tokens=options.batch_tokens, progress=progress)
+    outs = {sublayer.name: sublayer.out for sublayer in sublayers(model)}
+    library = []
+    for choice in space.choices:
+        weight = outs[choice.name].weight.detach().float()
+        library.append(fit_levels(choice, weight, covariances.pop(choice.name), space=space, options=options))
+    return library
+
+
+def fit_levels(
+    choice: Choice, weight: torch.Tensor, covariance: torch.Tensor, *, space: Space, options: LibraryOptions
+) -> list[LevelFit]:
+    """Fit every level of one choice; `weight` (hidden x inputs), `covariance` (inputs x inputs)."""
+    damped = regularised(covariance, ridge=options.ridge)
+    reference = max(float(torch.einsum("di,ij,dj->", weight, covariance, weight)), 1e-30)
+    order = channel_order(weight, damped, order=options.order) if choice.kind == "ffn" else None
+    fits = []
+    for index, level in enumerate(choice.levels):
+        if order is not None:
+            units: Units = {"channels": _ascending(order[: level.num_channels])}
+            columns = torch.tensor(units["channels"], dtype=torch.long)
+        else:
+            units, columns = _kept_heads(choice, level, weight, damped, space=space, order=options.order)
+        kept = weight.clone() if index == 0 else refit(weight, damped, columns)
+        error = output_error(weight, kept, columns, covariance) / reference
+        fits.append(LevelFit(units=units, columns=columns, weight=kept, error=error))
+    return fits
+
+
+def regularised(covariance: torch.Tensor, *, ridge: float) -> torch.Tensor:
+    """The covariance with `ridge` times its mean diagonal added, and 1 for inputs that are never active."""
+    diagonal = covariance.diagonal()
+    extra = ridge * diagonal.mean() + (diagonal == 0).float()
+    return covariance + torch.diag(extra)
+
+
+def refit(weight: torch.Tensor, damped: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """The projection over `columns` that is nearest to `weight` on the inputs: W H[:,K] H[K,K]^-1 (ZipLM, OBS)."""
+    if len(columns) == 0:
+        return weight.new_zeros(weight.shape[0], 0)
+    factor = torch.linalg.cholesky(damped[columns][:, columns])
+    solution: torch.Tensor = torch.cholesky_solve((weight @ damped[:, columns]).T, factor)
+    return solution.T.contiguous()
+
+
+def output_error(weight: torch.Tensor, kept: torch.Tensor, columns: torch.Tensor, covariance: torch.Tensor) -> float:
+    """Mean squared change of the output, summed over hidden channels."""
+    change = weight.clone()
+    change[:, columns] -= kept
+    return float(((change @ covariance) * change).sum())
+
+
+def wanda_scores(weight: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+    """Importance of every input: its weight norm times its activation norm (Wanda, arXiv 2306.11695, per column)."""
+    return weight.norm(dim=0) * covariance.diagonal().clamp_min(0).sqrt()
+
+
+def channel_order(weight: torch.Tensor, damped: torch.Tensor, *, order: Order) -> torch.Tensor:
+    """Channels, the most important first."""
+    if order == "wanda":
+        return wanda_scores(weight, damped).argsort(descending=True, stable=True)
+    return obs_order(weight, damped, step=32)
+
+
+def obs_order(weight: torch.Tensor, damped: torch.Tensor, *, step: int) -> torch.Tensor:
+    """Channels, the last removed first: greedy removal of the `step` cheapest under a refit of the rest (ZipLM)."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    weight, alive = weight.clone(), torch.ones(damped.shape[0], dtype=torch.bool)
+    removed: list[torch.Tensor] = []
+    while alive.any():
+        scores = weight.square().sum(0) / inverse.diagonal()
+        scores[~alive] = torch.inf
+        cheapest = scores.argsort(stable=True)[: min(step, int(alive.sum()))]
+        factor = torch.linalg.solve(inverse[cheapest][:, cheapest], inverse[cheapest])
+        weight -= weight[:, cheapest] @ factor
+        inverse -= inverse[:, cheapest] @ factor
+        inverse.diagonal()[cheapest] = 1.0  # gone: kept finite so that the division above stays defined
+        alive[cheapest] = False
+        removed.append(cheapest)
+    return torch.cat(removed).flip(0)
+
+
+def _kept_heads(
+    choice: Choice, level: Level, weight: torch.Tensor, damped: torch.Tensor, *, space: Space, order: Order
+) -> tuple[Units, torch.Tensor]:
+    """KV groups and query slots of a level, and their columns."""
+    dense = space.architecture.layers[choice.layer]
+    ratio, head_dim = dense.num_heads // dense.num_kv_heads, space.architecture.head_dim
+    if level.is_removed:
+        return {"kv_groups": (), "query_slots": tuple(range(ratio))}, torch.empty(0, dtype=torch.long)
+    if order == "wanda":
+        heads = wanda_scores(weight, damped).square().reshape(dense.num_kv_heads, ratio, head_dim).sum(-1)
+        groups = _ascending(heads.sum(1).argsort(descending=True, stable=True)[: level.num_kv_groups])
+        slots = _ascending(heads[list(groups)].sum(0).argsort(descending=True, stable=True)[: level.num_query_slots])
+        return {"kv_groups": groups, "query_slots": slots}, head_columns(groups, slots, ratio=ratio, head_dim=head_dim)
+
+    def error(candidate: tuple[tuple[int, ...], tuple[int, ...]]) -> float:
+        columns = head_columns(*candidate, ratio=ratio, head_dim=head_dim)
+        return output_error(weight, refit(weight, damped, columns), columns, damped)
+
+    candidates = product(
+        combinations(range(dense.num_kv_heads), level.num_kv_groups), combinations(range(ratio), level.num_query_slots)
+    )
+    groups, slots = min(candidates, key=error)
+    return {"kv_groups": groups, "query_slots": slots}, head_columns(groups, slots, ratio=ratio, head_dim=head_dim)
+
+
+def head_columns(groups: Sequence[int], slots: Sequence[int], *, ratio: int, head_dim: int) -> torch.Tensor:
+    """Columns of the output projection that belong to `slots` of `groups`; query head = group * ratio + slot."""
+    heads = torch.tensor([group * ratio + slot for group in groups for slot in slots], dtype=torch.long)
+    return (heads[:, None] * head_dim + torch.arange(head_dim)).reshape(-1)
+
+
+def _ascending(indices: torch.Tensor) -> tuple[int, ...]:
+    return tuple(indices.sort().values.tolist())

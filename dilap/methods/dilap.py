@@ -1,0 +1,114 @@
+"""DiLAP's own search: relinearised cross-layer Fisher allocation (C2 of the search specification).
+
+Outer loop, on the validation split: a quadratic model of KL to the dense model from one Fisher pass, minimised over
+level probabilities with a differentiable latency, projected exactly onto the limit, and linearised again where that
+led, in steps of at most 15 % of the latency. Inner loop, on the training split: every level is a sublayer whose output
+projection was refitted in closed form. The end is a polish by swaps on the real KL.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from dilap.allocation import Config, Quadratic, move, move_gains, project, relax, swap
+from dilap.methods.task import Round, SearchOptions, SearchResult, SearchTask
+from dilap.space import Space
+
+
+def search(task: SearchTask) -> SearchResult:
+    """The config with the least real KL that was found within the limit. Raises Infeasible.
+
+    Deterministic for a seed, on one machine with one number of threads.
+    """
+    space, evaluator = task.space, task.evaluator
+    rounds: list[Round] = []
+    current, value = space.dense, 0.0
+    targets = _limits(task)
+    while targets:
+        target = targets.pop(0)
+        quadratic = linear_model(task, current, number=len(rounds))
+        config = allocate(quadratic, space, limit=target, previous=current, options=task.options)
+        predicted, real = value + quadratic.value(config), evaluator.kl(config)
+        rounds.append(Round(limit_seconds=target, config=config, predicted_kl=predicted, real_kl=real))
+        task.report(f"round {len(rounds)}: limit {target * 1e3:.2f} ms, KL predicted {predicted:.3f}, real {real:.3f}")
+        # Trust region: a KL beyond twice the predicted one means that the step left the model's range.
+        halfway = (space.seconds(current) + target) / 2
+        if real - value > 2 * (predicted - value) and space.seconds(current) - halfway > task.options.step / 8 * target:
+            targets = [halfway, target, *targets]
+            continue
+        current, value = config, real
+    return polish(task, SearchResult(config=current, kl=value, rounds=tuple(rounds)))
+
+
+def revise(task: SearchTask, result: SearchResult) -> SearchResult:
+    """Move a finished search to the task's nearby limit: a new allocation around its config, and a new polish."""
+    quadratic = linear_model(task, result.config, number=len(result.rounds))
+    config = allocate(quadratic, task.space, limit=task.limit, previous=result.config, options=task.options)
+    return polish(task, replace(result, config=config, kl=task.evaluator.kl(config)))
+
+
+def _limits(task: SearchTask) -> list[float]:
+    """Limits from the dense latency down to the task's, equal steps apart."""
+    dense = task.space.seconds(task.space.dense)
+    span = dense - task.limit
+    count = min(task.options.rounds, max(1, -int(-span // (task.options.step * dense))))
+    return [dense - span * (index + 1) / count for index in range(count)]
+
+
+def linear_model(task: SearchTask, config: Config, *, number: int) -> Quadratic:
+    """The quadratic model of the KL around `config`."""
+    options = task.options
+    curvature = task.evaluator.curvature(config, samples=options.label_samples, seed=options.seed + number)
+    sizes = tuple(len(levels) for levels in task.evaluator.net.library)
+    quadratic = Quadratic(b=curvature.b, Q=curvature.Q, sizes=sizes)
+    return quadratic.shrunk(num_rows=curvature.num_rows) if options.cross_terms else quadratic.diagonal_only()
+
+
+def allocate(quadratic: Quadratic, space: Space, *, limit: float, previous: Config, options: SearchOptions) -> Config:
+    """The best config of the quadratic model within `limit`: the relaxation from several starts and the exact
+    solution without interactions, each projected and then improved by swaps."""
+    independent = project(quadratic.diagonal_only(), space, limit=limit)
+    candidates = [swap(quadratic, space, independent, limit=limit)]
+    if options.cross_terms:
+        generator = torch.Generator().manual_seed(options.seed)
+        starts: list[Config] = [(), independent, previous]
+        while len(starts) < options.restarts:
+            starts.append(tuple(int(torch.randint(size, (1,), generator=generator)) for size in quadratic.sizes))
+        for p in relax(quadratic, space, limit=limit, starts=starts, options=options.relaxation):
+            projected = project(quadratic, space, limit=limit, probabilities=p)
+            candidates.append(swap(quadratic, space, projected, limit=limit))
+    return min(candidates, key=lambda config: (quadratic.value(config), config))
+
+
+def polish(task: SearchTask, result: SearchResult) -> SearchResult:
+    """Accept changes of one or two sublayers that lower the real KL (EvoPress-like), proposed in the order of what
+    a quadratic model around the start expects of them, with noise so that near ties are not all the same idea."""
+    options = task.options
+    if options.evaluations == 0:
+        return result
+    quadratic = linear_model(task, result.config, number=len(result.rounds))
+    generator = torch.Generator().manual_seed(options.seed)
+    config, value, tried, accepted = result.config, result.kl, {result.config}, 0
+    for _ in range(options.evaluations):
+        candidate = _proposal(quadratic, task, config, tried, generator)
+        if candidate is None:
+            break
+        tried.add(candidate)
+        if (kl := task.evaluator.kl(candidate)) < value:
+            config, value, accepted = candidate, kl, accepted + 1
+    changed = sum(a != b for a, b in zip(result.config, config, strict=True))
+    task.report(f"polish: {accepted} of {len(tried) - 1} moves kept, {changed} sublayers changed, KL {value:.3f}")
+    return replace(result, config=config, kl=value)
+
+
+def _proposal(
+    quadratic: Quadratic, task: SearchTask, config: Config, tried: set[Config], generator: torch.Generator
+) -> Config | None:
+    """An untried neighbour of `config` within the limit, sampled from a softmax of its expected gain."""
+    gains = move_gains(quadratic, task.space, config, limit=task.limit).reshape(-1)
+    best = gains.topk(min(2000, len(gains)), largest=False)
+    finite = best.values[best.values.isfinite()].float()
+    gumbel = -torch.empty(len(finite)).exponential_(generator=generator).log()
+    order = (finite - 0.25 * finite.std() * gumbel).argsort()
+    moves = (move(quadratic, config, int(best.indices[index])) for index in order)
+    return next((moved for moved in moves if moved not in tried), None)

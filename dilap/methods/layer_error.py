@@ -1,0 +1,14 @@
+"""Exact dynamic programming on layer reconstruction error (the prior of ZipLM and SPDY, without their search)."""
+
+import numpy as np
+
+from dilap.allocation import solve
+from dilap.methods.task import SearchResult, SearchTask
+
+
+def search(task: SearchTask) -> SearchResult:
+    """The config with the least sum of output errors, each relative to removing its sublayer, within the limit."""
+    costs = [np.array([fit.error for fit in levels]) for levels in task.evaluator.net.library]
+    seconds = [[level.seconds for level in choice.levels] for choice in task.space.choices]
+    config = solve(costs, seconds, limit=task.limit - task.space.fixed_seconds)
+    return SearchResult(config=config, kl=task.evaluator.kl(config))

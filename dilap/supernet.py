@@ -1,0 +1,176 @@
+"""A dense model whose sublayers can be set to any level, and the curvature of its loss over all levels at once."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dilap.allocation import Config
+from dilap.anatomy import sublayers
+from dilap.library import LevelFit, batches, compute_precision, has_fast_bf16
+from dilap.teacher import Teacher, logits_of
+
+
+class Supernet:
+    """Stitches a model together from library levels; `config` holds the level of every choice.
+
+    A level is set by writing its projection into the dense matrix with zeros at the removed inputs, which computes
+    what the shrunk model computes. `close` restores the dense model.
+    """
+
+    def __init__(self, model: PreTrainedModel, library: Sequence[Sequence[LevelFit]]) -> None:
+        self.model, self.library = model, library
+        self.sublayers = list(sublayers(model))
+        self.outs = [sublayer.out for sublayer in self.sublayers]
+        assert len(self.outs) == len(library)
+        self.config: Config = (0,) * len(library)
+        self.biases = [None if out.bias is None else out.bias.detach().clone() for out in self.outs]
+        model.requires_grad_(False)
+
+    def set(self, config: Sequence[int]) -> None:
+        for index, (old, new) in enumerate(zip(self.config, config, strict=True)):
+            if old != new:
+                fit = self.library[index][new]
+                self.write(index, fit.columns, fit.weight)
+        self.config = tuple(config)
+
+    @torch.no_grad()
+    def write(self, index: int, columns: torch.Tensor, weight: torch.Tensor) -> None:
+        """Give one sublayer a projection over `columns`, zeros elsewhere."""
+        out = self.outs[index]
+        out.weight.zero_()
+        out.weight[:, columns] = weight.to(out.weight.dtype)
+        bias = self.biases[index]
+        if bias is not None:
+            out.bias.copy_(bias if len(columns) else torch.zeros_like(bias))
+
+    def kl(self, teacher: Teacher, config: Sequence[int]) -> float:
+        """Mean KL(dense || config) in nats on the teacher's tokens."""
+        self.set(config)
+        return teacher.kl(self.model)
+
+    def close(self) -> None:
+        self.set((0,) * len(self.library))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curvature:
+    """KL(dense || config) near the current config: value + b'c + c'Qc/2, c the change in one-hot levels.
+
+    `b` (levels) and `Q` (levels x levels) are over the concatenated levels of all choices, relative to the current
+    level of each choice, whose entries are zero.
+    """
+
+    value: float
+    b: torch.Tensor
+    Q: torch.Tensor
+    num_rows: int
+
+
+def linearise(
+    net: Supernet,
+    teacher: Teacher,
+    *,
+    samples: int,
+    seed: int,
+    batch_tokens: int = 1024,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Curvature:
+    """One Fisher pass at the current config (sota and search, C2).
+
+    A[t, (s,k)] = <g_st, delta_skt>: the gradient at sublayer s's output times the change that level k makes there.
+    b comes from the gradient of KL(dense || current), Q = A'A/T from gradients of log-likelihoods of labels that
+    are sampled from the current model itself (the true Fisher matrix). Positions are taken as independent rows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = sum(len(levels) for levels in net.library)
+    b, Q, value, start = torch.zeros(size), torch.zeros(size, size), 0.0, 0
+    head = net.model.get_output_embeddings().weight
+    with _Tap(net) as tap:
+        for batch in batches(teacher.tokens, batch_tokens=batch_tokens):
+            rows = slice(start, start + len(batch))
+            start += len(batch)
+            hidden = tap.forward(batch)
+            loss = teacher.divergence(hidden, head, rows=rows)
+            value += float(loss.detach())
+            b += tap.backward(loss).sum(0)
+            for sample in range(samples):
+                loss = _sampled_likelihood(hidden, head, generator)
+                products = tap.backward(loss, last=sample == samples - 1)
+                Q += products.T @ products
+            progress(batch.numel())
+    total = teacher.tokens.numel()
+    return Curvature(value=value / total, b=b / total, Q=Q / (total * samples), num_rows=total * samples)
+
+
+def _sampled_likelihood(hidden: torch.Tensor, head: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Summed log-likelihood of labels drawn from the model's own distribution."""
+    total = hidden.new_zeros(())
+    for rows in hidden.split(1024):
+        log_probabilities = logits_of(rows, head).float().log_softmax(-1)
+        labels = torch.multinomial(log_probabilities.detach().exp(), 1, generator=generator)
+        total = total + log_probabilities.gather(-1, labels).sum()
+    return total
+
+
+class _Tap:
+    """Records the inputs of all output projections in the forward pass and turns the gradients at their outputs
+    into rows of A in the backward pass, so that neither is ever held for more than one batch."""
+
+    def __init__(self, net: Supernet) -> None:
+        self.net = net
+        # Changes against the current level; one matrix a choice: (levels * hidden) is split again per level.
+        self.dtype = torch.bfloat16 if has_fast_bf16() else torch.float32
+        self.weights = [[fit.weight.to(self.dtype) for fit in levels] for levels in net.library]
+        self.offsets = [0]
+        for levels in net.library:
+            self.offsets.append(self.offsets[-1] + len(levels))
+        self.inputs: list[torch.Tensor | None] = [None] * len(net.library)
+        self.products = torch.zeros(0)
+        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> "_Tap":
+        for index, out in enumerate(self.net.outs):
+            self.hooks.append(out.register_forward_hook(self._record(index)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        model = self.net.model
+        embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
+        with compute_precision():
+            hidden: torch.Tensor = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        self.products = torch.zeros(tokens.numel(), self.offsets[-1])
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    def backward(self, loss: torch.Tensor, *, last: bool = False) -> torch.Tensor:
+        """Rows of A (positions x levels) for the gradient of `loss`."""
+        self.products.zero_()
+        loss.backward(retain_graph=not last)
+        return self.products
+
+    def _record(self, index: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            self.inputs[index] = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).to(self.dtype)
+            output.register_hook(lambda gradient: self._multiply(index, gradient))
+
+        return hook
+
+    @torch.no_grad()
+    def _multiply(self, index: int, gradient: torch.Tensor) -> None:
+        inputs = self.inputs[index]
+        assert inputs is not None
+        g = gradient.reshape(-1, gradient.shape[-1]).to(self.dtype)
+        bias = self.net.biases[index]
+        for level, fit in enumerate(self.net.library[index]):
+            part = ((g @ self.weights[index][level]) * inputs[:, fit.columns]).sum(-1, dtype=torch.float32)
+            if bias is not None and len(fit.columns):
+                part = part + g.float() @ bias.float()
+            self.products[:, self.offsets[index] + level] = part
+        block = self.products[:, self.offsets[index] : self.offsets[index + 1]]
+        block -= block[:, self.net.config[index]].clone()[:, None]

@@ -1,0 +1,89 @@
+"""The dense model as reference: KL divergence to it, cheaply, and perplexity."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from dilap.library import batches, compute_precision
+
+_ROWS = 1024  # positions whose logits are held at once: 1024 x 49152 in f32 is 200 MB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """What the dense model says about `tokens` (sequences x length), without its logits.
+
+    KL_t = logsumexp(E h_t) - <E' p_t, h_t> - constant_t, with p_t the dense model's probabilities, h_t the final
+    hidden state of the model under test and E the head, which pruning leaves alone. So a hidden-sized vector a
+    position (`mean_embedding`, E' p_t) is all that has to be kept, not a vocabulary-sized one.
+    """
+
+    tokens: torch.Tensor
+    mean_embedding: torch.Tensor
+    constant: torch.Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: PreTrainedModel, tokens: torch.Tensor, *, batch_tokens: int = 2048) -> "Teacher":
+        head = model.get_output_embeddings().weight
+        vectors, constants = [], []
+        for batch in batches(tokens, batch_tokens=batch_tokens):
+            for rows in final_hidden(model, batch).split(_ROWS):
+                logits = logits_of(rows, head).float()
+                normaliser = logits.logsumexp(-1)
+                with compute_precision():
+                    vector = ((logits - normaliser[:, None]).exp() @ head).float()
+                vectors.append(vector)
+                constants.append(normaliser - (vector * rows.float()).sum(-1))
+        shape = tokens.shape
+        return cls(
+            tokens=tokens,
+            mean_embedding=torch.cat(vectors).reshape(*shape, -1),
+            constant=torch.cat(constants).reshape(shape),
+        )
+
+    def divergence(self, hidden: torch.Tensor, head: torch.Tensor, *, rows: slice) -> torch.Tensor:
+        """Summed KL over the sequences `rows`, given their final hidden states (positions x hidden)."""
+        vectors = self.mean_embedding[rows].reshape(hidden.shape)
+        total = -(vectors * hidden.float()).sum() - self.constant[rows].sum()
+        for part in hidden.split(_ROWS):
+            total = total + logits_of(part, head).float().logsumexp(-1).sum()
+        return total
+
+    @torch.no_grad()
+    def kl(self, model: PreTrainedModel, *, batch_tokens: int = 2048) -> float:
+        """Mean KL(dense || model) per position, in nats."""
+        head = model.get_output_embeddings().weight
+        total, start = 0.0, 0
+        for batch in batches(self.tokens, batch_tokens=batch_tokens):
+            rows = slice(start, start + len(batch))
+            total += float(self.divergence(final_hidden(model, batch), head, rows=rows))
+            start += len(batch)
+        return total / self.tokens.numel()
+
+
+def final_hidden(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """The states that the head reads, (positions x hidden)."""
+    with compute_precision():
+        hidden: torch.Tensor = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def logits_of(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    with compute_precision():
+        return functional.linear(hidden.to(head.dtype), head)
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, tokens: torch.Tensor) -> float:
+    """exp of the mean negative log-likelihood of every token but the first of each sequence."""
+    head = model.get_output_embeddings().weight
+    total, count = 0.0, 0
+    for batch in batches(tokens, batch_tokens=2048):
+        hidden = final_hidden(model, batch).reshape(*batch.shape, -1)[:, :-1].reshape(-1, head.shape[1])
+        for rows, labels in zip(hidden.split(_ROWS), batch[:, 1:].reshape(-1).split(_ROWS), strict=True):
+            total += float(functional.cross_entropy(logits_of(rows, head).float(), labels, reduction="sum"))
+            count += len(labels)
+    return float(torch.tensor(total / count).exp())

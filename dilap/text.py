@@ -1,0 +1,176 @@
+"""Calibration and evaluation text, as token ids."""
+
+import gzip
+import hashlib
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dilap.errors import InvalidInput, Unavailable
+from dilap.library import compute_precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """`source` is `self`, a text or jsonl file (.gz too) or a hub data set; lengths are in tokens."""
+
+    source: str = "self"
+    sequence_length: int = 256
+    train_sequences: int = 64
+    validation_sequences: int = 24
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Token ids (sequences x length) of the two splits, which share no sequence."""
+
+    name: str
+    train: torch.Tensor
+    validation: torch.Tensor
+
+    @property
+    def sha256(self) -> str:
+        return _ids_sha256(torch.cat([self.train, self.validation]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationText:
+    """Token ids (sequences x length) that no search saw, with the name and digest of their text."""
+
+    name: str
+    tokens: torch.Tensor
+
+    @property
+    def sha256(self) -> str:
+        return _ids_sha256(self.tokens)
+
+
+def _ids_sha256(tokens: torch.Tensor) -> str:
+    return hashlib.sha256(tokens.to(torch.int32).numpy().tobytes()).hexdigest()
+
+
+def calibration(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: CalibrationOptions,
+    *,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Calibration:
+    """The two splits, from the source that `options` names. Raises InvalidInput where the text is too short."""
+    length = min(options.sequence_length, getattr(model.config, "max_position_embeddings", options.sequence_length))
+    count = options.train_sequences + options.validation_sequences
+    if options.source == "self":
+        tokens = self_generated(
+            model, tokenizer, num_sequences=count, length=length, seed=options.seed, progress=progress
+        )
+    else:
+        tokens = sequences(read_text(options.source), tokenizer, length=length, name=options.source)
+        if len(tokens) < count:
+            raise InvalidInput(
+                f"{options.source}: {len(tokens)} sequences of {length} tokens, but {count} are needed; "
+                "give more text or ask for fewer sequences"
+            )
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(options.seed))
+        tokens = tokens[order[:count]]
+    return Calibration(
+        name=options.source, train=tokens[: options.train_sequences], validation=tokens[options.train_sequences :]
+    )
+
+
+@torch.no_grad()
+def self_generated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_sequences: int,
+    length: int,
+    seed: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> torch.Tensor:
+    """Text that the model samples from itself (LLM-QAT, arXiv 2305.17888): a random first token, then its own
+    distribution at temperature 1. Needs no data and is what the model knows."""
+    generator = torch.Generator().manual_seed(seed)
+    special = set(tokenizer.all_special_ids)
+    ordinary = torch.tensor([t for t in range(min(len(tokenizer), model.config.vocab_size)) if t not in special])
+    first = ordinary[torch.randint(len(ordinary), (num_sequences, 1), generator=generator)]
+    start = tokenizer.bos_token_id
+    tokens = first if start is None else torch.cat([torch.full_like(first, start), first], 1)
+    cache, step = None, tokens
+    while tokens.shape[1] < length:
+        with compute_precision():
+            out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        logits = out.logits[:, -1].float()
+        logits[:, list(special)] = -torch.inf  # an end-of-text token would only be followed by another document
+        step = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        tokens = torch.cat([tokens, step], 1)
+        progress(num_sequences)
+    return tokens
+
+
+def sequences(text: str, tokenizer: PreTrainedTokenizerBase, *, length: int, name: str) -> torch.Tensor:
+    """`text` as consecutive sequences of `length` tokens; the rest is dropped."""
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
+    count = len(ids) // length
+    if count == 0:
+        raise InvalidInput(f"{name}: {len(ids)} tokens are fewer than one sequence of {length}")
+    tokens: torch.Tensor = ids[: count * length].reshape(count, length)
+    return tokens
+
+
+def evaluation_text(
+    name: str, tokenizer: PreTrainedTokenizerBase, *, num_sequences: int, length: int
+) -> EvaluationText:
+    """`python-docs` (the language reference that every CPython carries) or a file; the first `num_sequences`."""
+    tokens = sequences(read_text(name)[: num_sequences * length * 16], tokenizer, length=length, name=name)
+    return EvaluationText(name=name, tokens=tokens[:num_sequences])
+
+
+def read_text(name: str) -> str:
+    """The text of a file (.txt, .jsonl with a text field, either with .gz), `python-docs` or a hub data set."""
+    if name == "python-docs":
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+        return "\n\n".join(topics[key] for key in sorted(topics))
+    path = Path(name)
+    if path.is_file():
+        return _file_text(path)
+    if "/" in name and not path.suffix:
+        return _hub_text(name)
+    raise InvalidInput(f"no text {name!r}: give a .txt or .jsonl file (.gz too), or a hub data set (user/name)")
+
+
+def _file_text(path: Path) -> str:
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = raw.decode("utf-8")
+        if ".jsonl" not in path.suffixes:
+            return text
+        return "\n\n".join(_record_text(json.loads(line)) for line in text.splitlines() if line.strip())
+    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        raise InvalidInput(f"{path}: not readable text ({error})") from error
+
+
+def _record_text(record: dict[str, object]) -> str:
+    """The text field of a record: `text`, or lm-eval's `page`."""
+    for key in ("text", "page"):
+        if isinstance(value := record.get(key), str):
+            return value
+    raise TypeError(f"a record has no text field, only {', '.join(sorted(record))}")
+
+
+def _hub_text(name: str) -> str:
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise Unavailable("hub data sets need the datasets package; run: pip install datasets") from None
+    try:
+        records = datasets.load_dataset(name, split="train", streaming=True)
+        return "\n\n".join(_record_text(record) for record in records.take(2000))
+    except Exception as error:  # the hub client raises many types
+        raise Unavailable(f"data set {name!r} cannot be read: {str(error).splitlines()[0][:200]}") from error

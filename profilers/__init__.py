@@ -1,0 +1,1 @@
+"""Measure artifacts on a device: one interface for latency tables and for final validation."""

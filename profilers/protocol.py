@@ -1,0 +1,235 @@
+"""How a measurement is taken, as numbers, and the loop that follows them.
+
+The loop sees a `Bench`, never a clock or a process, so that tests drive it with scripted noise.
+"""
+
+import random
+import statistics
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dilap.types import Status, median_interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """Warm-up; interleaved rounds of a few samples of every open case; a rule to stop.
+
+    `target_half_width` is that of the median's 95 % interval, relative. A round is dropped and repeated when the
+    sentinel case left its running median by more than `drift_tolerance` (after a sleep that doubles), or when
+    other processes used more than `contention_share` of a core meanwhile.
+    """
+
+    target_half_width: float = 0.01
+    min_samples: int = 15
+    max_samples: int = 200
+    max_seconds: float = 20.0
+    samples_per_round: int = 3
+    warm_up_samples: int = 5
+    warm_up_seconds: float = 0.5
+    warm_up_cap_seconds: float = 5.0
+    warm_up_tolerance: float = 0.02
+    drift_tolerance: float = 0.03
+    back_off_seconds: float = 1.0
+    max_back_offs: int = 5
+    contention_share: float = 0.05
+    contention_pause_seconds: float = 1.0
+    max_repeats: int = 10
+    fresh_starts: int = 1
+    seed: int = 0
+
+
+TABLE = Protocol()
+FINAL = Protocol(target_half_width=0.005, fresh_starts=3)
+
+
+class Bench(typing.Protocol):
+    """What the loop needs of the world."""
+
+    def sample(self, case: int, count: int) -> Sequence[int]:
+        """Time a case `count` times; nanoseconds."""
+
+    def other_load(self) -> float:
+        """Cores that other processes used while we sampled since the last call."""
+
+    def now(self) -> float:
+        """Seconds on a clock that only moves forward."""
+
+    def sleep(self, seconds: float) -> None:
+        """Let the machine rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What the loop recorded of one case."""
+
+    samples_ns: tuple[int, ...]
+    rounds: tuple[int, ...]
+    dropped_ns: tuple[int, ...]
+    status: Status
+    note: str
+
+
+OnRound = Callable[[int, int], None]  # the round, the number of cases that are settled
+
+
+def collect(
+    bench: Bench,
+    num_cases: int,
+    protocol: Protocol,
+    *,
+    sentinel: int = 0,
+    first_round: int = 0,
+    on_round: OnRound | None = None,
+) -> list[Trace]:
+    """Measure all cases together. Two cases are a pair: ABBA order, and both go on until both are settled."""
+    run = _Run(bench, num_cases, protocol, sentinel=sentinel, first_round=first_round)
+    for case in range(num_cases):
+        run.warm_up_(case)
+    bench.other_load()  # what happened during warm-up is no reason to drop a round
+    deadline = bench.now() + protocol.max_seconds * num_cases
+    while (cases := run.order()) and not run.gave_up:
+        run.round_(cases)
+        if on_round is not None:
+            on_round(run.round_number, num_cases - len(run.unsettled()))
+        if bench.now() >= deadline:
+            break
+    return [run.trace(case) for case in range(num_cases)]
+
+
+class _Run:
+    """The state of one `collect`."""
+
+    def __init__(self, bench: Bench, num_cases: int, protocol: Protocol, *, sentinel: int, first_round: int) -> None:
+        self._bench, self._protocol, self._sentinel = bench, protocol, sentinel
+        self._kept: list[list[tuple[int, int]]] = [[] for _ in range(num_cases)]  # (round, nanoseconds)
+        self._dropped: list[list[tuple[int, int]]] = [[] for _ in range(num_cases)]
+        self._unsettled_warm_ups: set[int] = set()
+        self._sentinel_medians: list[float] = []
+        self._shuffle = random.Random(protocol.seed + first_round)
+        self._repeats = 0  # contended rounds in a row
+        self._back_offs = 0  # drifting rounds in a row
+        self._contended = False
+        self.gave_up = False
+        self.round_number = first_round
+
+    def warm_up_(self, case: int) -> None:
+        protocol, start = self._protocol, self._bench.now()
+        size = protocol.warm_up_samples
+        windows = [statistics.median(self._bench.sample(case, size))]
+        while True:
+            windows.append(statistics.median(self._bench.sample(case, size)))
+            elapsed = self._bench.now() - start
+            settled = abs(windows[-1] / windows[-2] - 1) < protocol.warm_up_tolerance
+            if settled and elapsed >= protocol.warm_up_seconds:
+                return
+            if elapsed >= protocol.warm_up_cap_seconds:
+                self._unsettled_warm_ups.add(case)
+                return
+
+    def unsettled(self) -> list[int]:
+        """The cases that still need samples."""
+        return [case for case in range(len(self._kept)) if not self._is_settled(case)]
+
+    def _is_settled(self, case: int) -> bool:
+        count = len(self._kept[case])
+        if count < self._protocol.min_samples:
+            return False
+        return count >= self._protocol.max_samples or self._half_width(case) <= self._protocol.target_half_width
+
+    def _half_width(self, case: int) -> float:
+        return median_interval([sample for _, sample in self._kept[case]]).half_width
+
+    def order(self) -> list[int]:
+        """The cases of the next round in their order; none when all are settled."""
+        cases = self.unsettled()
+        if not cases:
+            return []
+        if len(self._kept) == 2:
+            return [0, 1] if self.round_number % 2 == 0 else [1, 0]
+        cases = sorted({self._sentinel, *cases})
+        self._shuffle.shuffle(cases)
+        return cases
+
+    def round_(self, cases: Sequence[int]) -> None:
+        taken = {case: self._bench.sample(case, self._protocol.samples_per_round) for case in cases}
+        pause = self._pause(statistics.median(taken[self._sentinel]))
+        for case, samples in taken.items():
+            store = self._kept if pause == 0 else self._dropped
+            store[case].extend((self.round_number, sample) for sample in samples)
+        if pause and not self.gave_up:
+            self._bench.sleep(pause)
+        self.round_number += 1
+
+    def _pause(self, sentinel_median: float) -> float:
+        """Seconds to rest because the round just taken is dropped; 0 to keep it."""
+        protocol = self._protocol
+        if self._bench.other_load() > protocol.contention_share:
+            if self._repeats < protocol.max_repeats:
+                self._repeats += 1
+                return protocol.contention_pause_seconds
+            self._contended = True  # it does not clear: measure on, and say so; resting would not help
+            return 0.0
+        self._repeats = 0
+        if self._drifts(sentinel_median):
+            self._back_offs += 1
+            self.gave_up = self._back_offs > protocol.max_back_offs
+            return float(protocol.back_off_seconds * 2 ** (self._back_offs - 1))
+        self._back_offs = 0
+        self._sentinel_medians.append(sentinel_median)
+        return 0.0
+
+    def _drifts(self, sentinel_median: float) -> bool:
+        history = self._sentinel_medians
+        if len(history) < 3:
+            return False
+        middle = statistics.median(history)
+        # three sigmas of the sentinel's own rounds: on a noisy machine 3 % happens without any drift
+        noise = 3 * 1.4826 * statistics.median(abs(value - middle) for value in history)
+        return abs(sentinel_median - middle) > max(self._protocol.drift_tolerance * middle, noise)
+
+    def trace(self, case: int) -> Trace:
+        kept, dropped = self._kept[case], self._dropped[case]
+        contended = self._contended
+        if not kept:  # time ran out while no round was good: flagged numbers are better than none
+            kept, dropped, contended = dropped, [], True
+        samples = [sample for _, sample in kept]
+        status, note = self._verdict(case, samples, contended=contended)
+        return Trace(
+            samples_ns=tuple(samples),
+            rounds=tuple(number for number, _ in kept),
+            dropped_ns=tuple(sample for _, sample in dropped),
+            status=status,
+            note=note,
+        )
+
+    def _verdict(self, case: int, samples: Sequence[int], *, contended: bool) -> tuple[Status, str]:
+        if contended:
+            return "contended", "other processes kept using the cores; stop them, or use fewer threads, and repeat"
+        protocol, count = self._protocol, len(samples)
+        share, width = outlier_share(samples), median_interval(samples).half_width
+        complaints = (
+            (self.gave_up, "the sentinel drifted and did not come back; let the device cool and repeat"),
+            (count < protocol.min_samples, f"time ran out after {count} of at least {protocol.min_samples} samples"),
+            (share > 0.05, f"{share:.0%} of the samples are outliers; look for periodic work on the device"),
+            (
+                width > protocol.target_half_width,
+                f"the median is known to {width:.1%} only, {protocol.target_half_width:.1%} was asked",
+            ),
+            (
+                case in self._unsettled_warm_ups,
+                f"not settled after {protocol.warm_up_cap_seconds:g} s of warm-up",
+            ),
+        )
+        for applies, note in complaints:
+            if applies:
+                return "noisy", note
+        return "ok", ""
+
+
+def outlier_share(samples: Sequence[float]) -> float:
+    """The share of samples more than five robust sigmas above the median."""
+    middle = statistics.median(samples)
+    sigma = 1.4826 * statistics.median(abs(sample - middle) for sample in samples)
+    return sum(sample > middle + 5 * sigma for sample in samples) / len(samples)

@@ -1,0 +1,252 @@
+"""Measurements, speed-ups and table building; the last tests use the real agent and the real llama.cpp."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dilap import backends, codec, export
+from dilap.errors import Mismatch
+from dilap.profilers import devices, probes
+from dilap.profilers.profiler import Case, Profiler, is_shown, speedup
+from dilap.profilers.protocol import Protocol
+from dilap.profilers.table import LatencyTable
+from dilap.types import Architecture, Artifact, Fingerprint, Interval, LayerWidths, Measurement, Workload
+
+WORKLOAD = Workload(precision="f32", context=16)
+QUICK = Protocol(warm_up_seconds=0.0, warm_up_cap_seconds=0.0, max_seconds=0.0, back_off_seconds=0.0)
+FINGERPRINT = Fingerprint(
+    device="host_cpu",
+    machine="x86_64",
+    processor="Test",
+    num_cores=2,
+    memory_bytes=8 << 30,
+    last_level_cache_bytes=1 << 20,
+    power_mode="performance",
+    runtime="llamacpp",
+    runtime_version="1",
+    runtime_build="AVX2",
+)
+ARCHITECTURE = Architecture(
+    family="llama",
+    hidden_size=64,
+    head_dim=16,
+    vocab_size=96,
+    tied_embeddings=True,
+    ffn_matrices=3,
+    norm_vectors=1,
+    qkv_bias=False,
+    out_bias=False,
+    ffn_bias=False,
+    qk_norm=False,
+    num_positions=0,
+    layers=(LayerWidths(num_heads=4, num_kv_heads=2, num_channels=64),) * 4,
+)
+
+
+def measurement(samples_ns: Sequence[int], *, first_round: int = 0) -> Measurement:
+    return Measurement(
+        artifact_sha256="0" * 64,
+        workload=WORKLOAD,
+        fingerprint=FINGERPRINT,
+        samples_ns=tuple(samples_ns),
+        rounds=tuple(first_round + index // 3 for index in range(len(samples_ns))),
+        peak_memory_bytes=1,
+        load_seconds=0.1,
+        started="2026-01-01T00:00:00+00:00",
+        status="ok",
+    )
+
+
+def test_a_speedup_is_paired_by_round() -> None:
+    # the machine gets twice as slow half way, in both
+    slowness = [1] * 15 + [2] * 15
+    dense, pruned = (measurement([base * factor for factor in slowness]) for base in (1400, 1000))
+    assert speedup(dense, pruned) == Interval(value=1.4, low=1.4, high=1.4)
+
+
+def test_the_interval_of_a_speedup_is_the_same_for_one_seed() -> None:
+    dense = measurement([1000 + 37 * index % 100 for index in range(30)])
+    pruned = measurement([900 + 53 * index % 90 for index in range(30)])
+    assert speedup(dense, pruned, seed=3) == speedup(dense, pruned, seed=3)
+
+
+def test_rounds_that_only_one_has_are_left_out() -> None:
+    dense = measurement([2000] * 6 + [9000] * 3)
+    assert speedup(dense, measurement([1000] * 6)).value == 2
+
+
+def test_measurements_from_different_runs_have_no_speedup() -> None:
+    with pytest.raises(Mismatch, match="share no round"):
+        speedup(measurement([1000] * 3), measurement([1000] * 3, first_round=7))
+
+
+def test_measurements_of_two_workloads_have_no_speedup() -> None:
+    other = replace(measurement([1000] * 3), workload=replace(WORKLOAD, threads=2))
+    with pytest.raises(Mismatch, match="2 threads"):
+        speedup(measurement([1000] * 3), other)
+
+
+def test_measurements_of_two_devices_have_no_speedup() -> None:
+    other = replace(measurement([1000] * 3), fingerprint=replace(FINGERPRINT, processor="Other"))
+    with pytest.raises(Mismatch, match="processor"):
+        speedup(measurement([1000] * 3), other)
+
+
+@pytest.mark.parametrize(("low", "high", "shown"), [(1.01, 1.2, True), (0.99, 1.2, False), (0.8, 0.9, True)])
+def test_a_speedup_is_shown_only_if_its_interval_excludes_one(low: float, high: float, shown: bool) -> None:
+    assert is_shown(Interval(value=(low + high) / 2, low=low, high=high)) is shown
+
+
+class FakeExporter:
+    """A probe's file says its widths."""
+
+    def export_probe(self, architecture: Architecture, *, precision: str, seed: int, out: Path) -> Artifact:
+        out.mkdir()
+        (out / "model.gguf").write_text(str(sum(one.num_heads + one.num_channels for one in architecture.layers)))
+        codec.write_json(out / "artifact.json", {"path": "model.gguf"})
+        return Artifact(
+            path="model.gguf",
+            format="gguf",
+            backend="llamacpp",
+            precision=precision,
+            plan_digest="",
+            architecture=architecture,
+            sha256="",
+            num_bytes=0,
+            sqnr_db=None,
+        )
+
+
+class FakeProfiler:
+    """A file's number is its latency in microseconds; `killed_after` blocks the power goes off."""
+
+    killed_after = 99
+    blocks: list[int]
+
+    def fingerprint(self) -> Fingerprint:
+        return FINGERPRINT
+
+    def measure(
+        self, cases: Sequence[Case], protocol: Protocol, *, progress: Callable[[str], None] | None = None
+    ) -> list[Measurement]:
+        if len(self.blocks) == self.killed_after:
+            raise KeyboardInterrupt
+        self.blocks.append(len(cases))
+        return [measurement([1000 * (100 + int(case.path.read_text()))] * 15) for case in cases]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeProfiler:
+    profiler = FakeProfiler()
+    profiler.blocks = []
+    monkeypatch.setattr(probes, "Profiler", lambda device, backend: profiler)
+    monkeypatch.setattr(export, "get", lambda name: FakeExporter())
+    return profiler
+
+
+def build(path: Path, *, workload: Workload = WORKLOAD, protocol: Protocol = QUICK) -> LatencyTable:
+    attention, ffn = probes.default_levels(
+        ARCHITECTURE, backends.get("llamacpp").capabilities("llama", precision="f32")
+    )
+    return probes.build_table(
+        ARCHITECTURE,
+        backend="llamacpp",
+        device=devices.get("host_cpu"),
+        workload=workload,
+        path=path,
+        attention_levels=attention,
+        ffn_levels=ffn,
+        num_random=3,
+        num_holdout=2,
+        protocol=protocol,
+    )
+
+
+def test_the_file_holds_the_table_that_is_returned(fake: FakeProfiler, tmp_path: Path) -> None:
+    assert build(tmp_path / "t.jsonl") == LatencyTable.read(tmp_path / "t.jsonl")
+
+
+def test_the_dense_probe_is_in_every_block_and_one_entry(fake: FakeProfiler, tmp_path: Path) -> None:
+    table = build(tmp_path / "t.jsonl")
+    dense = [entry for entry in table.entries if entry.role == "dense"]
+    assert len(dense) == 1
+    assert {entry.sentinel_ns for entry in table.entries} == {dense[0].samples_ns}
+    assert sum(fake.blocks) == len(table.entries) - 1 + len(fake.blocks)
+
+
+def test_no_probe_file_is_left_behind(fake: FakeProfiler, tmp_path: Path) -> None:
+    build(tmp_path / "t.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["t.jsonl"]
+
+
+def test_a_killed_table_goes_on_where_it_stopped(fake: FakeProfiler, tmp_path: Path) -> None:
+    whole = build(tmp_path / "whole.jsonl")
+    fake.killed_after = len(fake.blocks) + 2
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "t.jsonl")
+    num_blocks = len(fake.blocks) - 2
+    fake.killed_after = 99
+    fake.blocks.clear()
+    assert build(tmp_path / "t.jsonl").entries == whole.entries
+    assert len(fake.blocks) == num_blocks - 2
+
+
+def test_a_complete_table_is_not_measured_again(fake: FakeProfiler, tmp_path: Path) -> None:
+    build(tmp_path / "t.jsonl")
+    fake.blocks.clear()
+    build(tmp_path / "t.jsonl")
+    assert fake.blocks == []
+
+
+def test_a_table_is_not_continued_for_another_workload(fake: FakeProfiler, tmp_path: Path) -> None:
+    build(tmp_path / "t.jsonl")
+    with pytest.raises(Mismatch, match="threads: 1 / 2"):
+        build(tmp_path / "t.jsonl", workload=replace(WORKLOAD, threads=2))
+
+
+needs_llamacpp = pytest.mark.skipif(
+    backends.get("llamacpp").unavailable() is not None, reason=str(backends.get("llamacpp").unavailable())
+)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
+    folder = tmp_path_factory.mktemp("pair")
+    cases = []
+    for name, num_layers in (("dense", 4), ("pruned", 1)):
+        shape = replace(ARCHITECTURE, layers=ARCHITECTURE.layers[:num_layers])
+        artifact = export.get("llamacpp").export_probe(shape, precision="f32", seed=0, out=folder / name)
+        cases.append(Case(path=folder / name / artifact.path, workload=WORKLOAD))
+    return cases
+
+
+@needs_llamacpp
+def test_rounds_are_numbered_across_fresh_starts(pair: list[Case]) -> None:
+    profiler = Profiler(devices.get("host_cpu"), backend="llamacpp")
+    dense, pruned = profiler.measure(pair, replace(QUICK, fresh_starts=2))
+    assert sorted(set(dense.rounds)) == sorted(set(pruned.rounds)) == [0, 1]
+
+
+@needs_llamacpp
+def test_a_measurement_knows_what_was_measured(pair: list[Case]) -> None:
+    (one,) = Profiler(devices.get("host_cpu"), backend="llamacpp").measure(pair[:1], QUICK)
+    assert (one.artifact_sha256, one.workload) == (codec.file_sha256(pair[0].path), WORKLOAD)
+    assert (one.fingerprint.runtime, one.load_seconds > 0) == ("llamacpp", True)
+
+
+@needs_llamacpp
+def test_progress_is_told_round_by_round(pair: list[Case]) -> None:
+    told: list[str] = []
+    Profiler(devices.get("host_cpu"), backend="llamacpp").measure(pair[:1], QUICK, progress=told.append)
+    assert told == ["round 1: 0 of 1 settled"]
+
+
+@needs_llamacpp
+def test_a_tiny_table_is_measured_by_the_real_runtime(tmp_path: Path) -> None:
+    table = build(tmp_path / "t.jsonl")
+    assert {entry.role for entry in table.entries} == {"dense", "depth", "attention", "ffn", "random", "holdout"}
+    assert len(table.model().holdout_errors()) == 2
+    assert json.loads((tmp_path / "t.jsonl").read_text().splitlines()[0])["backend"] == "llamacpp"

@@ -1,0 +1,183 @@
+"""The measuring loop under a virtual clock with scripted noise."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+
+from dilap.profilers.protocol import Protocol, collect
+
+MS = 1_000_000
+QUICK = Protocol(warm_up_seconds=0.0)
+
+
+WILD = [1 + (37 * step % 101) / 200 for step in range(101)]  # evenly spread over 1 to 1.5
+
+
+class ScriptedBench:
+    """Cases of fixed cost on a machine whose slowness and other load are functions of the time."""
+
+    def __init__(
+        self,
+        costs_ms: Sequence[float],
+        *,
+        slowness: Callable[[float], float] = lambda now: 1.0,
+        load: Callable[[float], float] = lambda now: 0.0,
+        spike_every: int = 0,
+    ) -> None:
+        self.costs_ms, self.slowness, self.load, self.spike_every = costs_ms, slowness, load, spike_every
+        self.clock = 0.0
+        self.num_samples = 0
+        self.calls: list[int] = []
+        self.sleeps: list[float] = []
+
+    def sample(self, case: int, count: int) -> list[int]:
+        self.calls.append(case)
+        samples = []
+        for _ in range(count):
+            self.num_samples += 1
+            spike = 5 if self.spike_every and self.num_samples % self.spike_every == 0 else 1
+            # a ripple of 0.2 %, so that no interval has width 0
+            ripple = 1 + 0.002 * (self.num_samples % 5 - 2) / 2
+            milliseconds = self.costs_ms[case] * self.slowness(self.clock) * spike * ripple
+            self.clock += milliseconds / 1000
+            samples.append(round(milliseconds * MS))
+        return samples
+
+    def other_load(self) -> float:
+        return self.load(self.clock)
+
+    def now(self) -> float:
+        return self.clock
+
+    def sleep(self, seconds: float) -> None:
+        self.sleeps.append(seconds)
+        self.clock += seconds
+
+
+def ramp(now: float) -> float:
+    """2 % slower every second."""
+    return 1 + 0.02 * now
+
+
+def estimated_ratio(first: Sequence[int], second: Sequence[int]) -> float:
+    return statistics.median(first) / statistics.median(second)
+
+
+def test_interleaving_keeps_a_ratio_right_while_the_machine_drifts() -> None:
+    long = replace(QUICK, min_samples=60, drift_tolerance=1.0)
+    dense, pruned = collect(ScriptedBench([30.0, 20.0], slowness=ramp), 2, long)
+    assert estimated_ratio(dense.samples_ns, pruned.samples_ns) == pytest.approx(1.5, rel=0.01)
+
+
+def test_measuring_one_after_the_other_gets_the_same_ratio_wrong() -> None:
+    long = replace(QUICK, min_samples=60, drift_tolerance=1.0)
+    bench = ScriptedBench([30.0, 20.0], slowness=ramp)
+    (dense,) = collect(bench, 1, long)
+    bench.costs_ms = [20.0]
+    (pruned,) = collect(bench, 1, long)
+    assert abs(estimated_ratio(dense.samples_ns, pruned.samples_ns) / 1.5 - 1) > 0.02
+
+
+def test_spikes_do_not_move_the_median() -> None:
+    (trace,) = collect(ScriptedBench([10.0], spike_every=25), 1, QUICK)
+    assert statistics.median(trace.samples_ns) == pytest.approx(10 * MS, rel=0.002)
+
+
+def test_many_spikes_are_reported_as_noise() -> None:
+    (trace,) = collect(ScriptedBench([10.0], spike_every=7), 1, QUICK)
+    assert (trace.status, "outliers" in trace.note) == ("noisy", True)
+
+
+def test_a_quiet_case_stops_at_the_least_number_of_samples() -> None:
+    (trace,) = collect(ScriptedBench([10.0]), 1, QUICK)
+    assert (len(trace.samples_ns), trace.status) == (QUICK.min_samples, "ok")
+
+
+def test_a_noisy_case_stops_at_the_largest_number_of_samples() -> None:
+    states = iter(WILD * 100)
+    (trace,) = collect(ScriptedBench([10.0], slowness=lambda _: next(states)), 1, QUICK)
+    assert (len(trace.samples_ns), trace.status) == (201, "noisy")
+
+
+def test_the_wall_clock_ends_a_measurement_that_cannot_settle() -> None:
+    states = iter(WILD * 100)
+    bench = ScriptedBench([100.0], slowness=lambda _: next(states))
+    collect(bench, 1, replace(QUICK, max_seconds=3.0, warm_up_cap_seconds=0.0))
+    assert bench.clock < 6.0
+
+
+def test_a_measurement_that_ran_out_of_time_is_not_ok() -> None:
+    (trace,) = collect(ScriptedBench([500.0]), 1, replace(QUICK, max_seconds=3.0))
+    assert (trace.status, "time ran out" in trace.note) == ("noisy", True)
+
+
+def test_warm_up_lasts_until_two_windows_agree() -> None:
+    bench = ScriptedBench([10.0], slowness=lambda now: 3.0 if now < 1.0 else 1.0)
+    (trace,) = collect(bench, 1, Protocol(warm_up_seconds=0.5))
+    assert max(trace.samples_ns) < 31 * MS
+
+
+def test_a_slow_spell_is_slept_over_and_its_round_dropped() -> None:
+    bench = ScriptedBench([10.0], slowness=lambda now: 1.3 if 0.185 < now < 0.8 else 1.0)
+    (trace,) = collect(bench, 1, QUICK)
+    assert bench.sleeps == [1.0]
+    assert max(trace.samples_ns) < 11 * MS
+    assert min(trace.dropped_ns) > 11 * MS
+
+
+def test_back_off_doubles_while_the_drift_lasts_and_gives_up() -> None:
+    bench = ScriptedBench([10.0], slowness=lambda now: 1.0 if now < 0.185 else 1.3)
+    (trace,) = collect(bench, 1, replace(QUICK, max_seconds=60.0))
+    assert bench.sleeps == [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert (trace.status, "sentinel" in trace.note) == ("noisy", True)
+
+
+def test_a_contended_round_is_repeated() -> None:
+    loads = iter([0.0, 0.0, 0.8] + [0.0] * 100)  # the first answer is about the warm-up
+    bench = ScriptedBench([10.0], load=lambda _: next(loads))
+    (trace,) = collect(bench, 1, QUICK)
+    assert (len(trace.dropped_ns), trace.rounds[:6], trace.status) == (3, (0, 0, 0, 2, 2, 2), "ok")
+
+
+def test_contention_that_never_clears_is_measured_and_flagged() -> None:
+    bench = ScriptedBench([10.0], load=lambda _: 0.9)
+    (trace,) = collect(bench, 1, QUICK)
+    assert len(bench.sleeps) == QUICK.max_repeats
+    assert len(trace.samples_ns) == QUICK.min_samples
+    assert (trace.status, "fewer threads" in trace.note) == ("contended", True)
+
+
+def test_a_pair_is_measured_in_abba_order() -> None:
+    bench = ScriptedBench([10.0, 20.0])
+    collect(bench, 2, QUICK)
+    assert bench.calls[4:12] == [0, 1, 1, 0, 0, 1, 1, 0]
+
+
+def test_rounds_of_many_cases_are_shuffled_the_same_way_for_one_seed() -> None:
+    orders = []
+    for _ in range(2):
+        bench = ScriptedBench([10.0, 11.0, 12.0, 13.0])
+        collect(bench, 4, QUICK)
+        orders.append(bench.calls[8:])
+    assert orders[0] == orders[1]
+    assert orders[0][:4] != orders[0][4:8]
+
+
+def test_the_sentinel_stays_open_until_the_last_case_is_settled() -> None:
+    states = iter([1.0, 1.01, 1.04, 0.97, 1.02, 0.99] * 1000)
+    bench = ScriptedBench([10.0, 10.0, 10.0])
+    plain = bench.sample
+
+    def sample(case: int, count: int) -> list[int]:
+        return [round(value * (next(states) if case == 2 else 1)) for value in plain(case, count)]
+
+    bench.sample = sample  # type: ignore[method-assign]
+    sentinel, quiet, restless = collect(bench, 3, replace(QUICK, target_half_width=0.004))
+    assert len(quiet.samples_ns) < len(restless.samples_ns) == len(sentinel.samples_ns)
+
+
+def test_rounds_are_numbered_on_from_the_previous_start() -> None:
+    (trace,) = collect(ScriptedBench([10.0]), 1, QUICK, first_round=40)
+    assert (trace.rounds[0], trace.rounds[-1]) == (40, 44)
