@@ -39,8 +39,9 @@ def build_space(
 ) -> Space:
     """Every sublayer with its measurably faster levels.
 
-    `portable` keeps heads whole and FFN widths at positive multiples of 256, which more runtimes load. The first
-    layer always keeps attention: a model without any is none, and several runtimes need it just there.
+    `portable` keeps heads whole and FFN widths at positive multiples of 256, which more runtimes load; `uniform` is for
+    equal widths in every layer and whole layers removed. The first layer always keeps attention: a model without any
+    is none, and several runtimes need it just there.
     """
     architecture = model.architecture
     dense = architecture.layers[0]
@@ -53,6 +54,9 @@ def build_space(
     ffn = [
         Level(num_channels=width, seconds=model.ffn_seconds(width)) for width in model.measurable_ffn_levels(ffn_levels)
     ]
+    if layout == "uniform":  # a layer goes as a whole, and then costs nothing
+        attention = [*(level for level in attention if not level.is_removed), Level(seconds=0.0)]
+        ffn = [*(level for level in ffn if not level.is_removed), Level(seconds=0.0)]
     choices = []
     for layer in range(len(architecture.layers)):
         kept = [level for level in attention if layer or not level.is_removed]

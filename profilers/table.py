@@ -108,7 +108,11 @@ class LatencyTable:
             )
 
     def model(self, statistic: Statistic = "p50") -> LatencyModel:
-        """The costs that explain the entries. Raises InvalidInput where the probes are not all there."""
+        """The costs that explain the entries. Raises InvalidInput where the probes are not all there.
+
+        The hold-out errors are those of the median for either statistic: p90 is the median times one tail factor,
+        which no hold-out plan tests.
+        """
         observations = observations_of(self.entries, statistic)
         return fit(observations, architecture=self.header.architecture, workload=self.header.workload)
 
@@ -158,24 +162,27 @@ def _difference(name: str, mine: object, theirs: object) -> str:
 
 
 def observations_of(entries: Sequence[TableEntry], statistic: Statistic) -> list[Observation]:
-    """Entries with the drift of the machine divided out by their sentinels."""
+    """Entries with the drift of the machine divided out by their sentinels.
+
+    The tail that p90 adds belongs to the machine, not to a width: it is one factor, the entries' median.
+    """
     if not entries:
         return []
     reference = statistics.median(statistics.median(entry.sentinel_ns) for entry in entries) / 1e9
-    return [_observation(entry, statistic, reference) for entry in entries]
+    if statistic == "p90":
+        reference *= statistics.median(
+            quantile(entry.samples_ns, 0.9) / statistics.median(entry.samples_ns) for entry in entries
+        )
+    return [_observation(entry, reference) for entry in entries]
 
 
-def _observation(entry: TableEntry, statistic: Statistic, reference_seconds: float) -> Observation:
+def _observation(entry: TableEntry, reference_seconds: float) -> Observation:
     # within rounds, because a spell of other load that outlasts a round slows both alike
     ratios = [sample / sentinel for sample, sentinel in zip(entry.samples_ns, entry.sentinel_ns, strict=True)]
     middle = median_interval(ratios)
-    if statistic == "p50":
-        multiple = middle.value
-    else:  # the sentinel's own tail does not belong to the entry's
-        multiple = quantile(entry.samples_ns, 0.9) / statistics.median(entry.sentinel_ns)
     return Observation(
         role=entry.role,
         widths=entry.widths,
-        seconds=multiple * reference_seconds,
+        seconds=middle.value * reference_seconds,
         half_width=middle.half_width,
     )

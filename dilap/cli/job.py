@@ -13,6 +13,7 @@ from dilap.cli.result import PruneResult
 from dilap.cli.stages import JobOptions, Stages
 from dilap.cli.workspace import Workspace
 from dilap.codec import encode, write_json
+from dilap.errors import Unsupported
 from dilap.methods import METHODS
 from dilap.methods.task import Method
 from dilap.profilers.search_space import Layout, default_layout, describe, require_layout
@@ -22,13 +23,13 @@ from dilap.types import full_plan
 
 def prune(options: JobOptions, *, out: Path, console: Console) -> PruneResult | None:
     """Run the whole job into `out`; None where the dense model already keeps the budget (nothing is written)."""
-    method: Method = registry.get(METHODS, options.method, kind="method")
     workspace = Workspace(out, console)
     bench = Bench.of(options.target, options.backend, options.workload, console)
     with workspace.stage("load the model"):
         source = load(options.model)
     architecture = architecture_of(source.model)
     layout = _layout(options, bench.backend, architecture.family)
+    method = _method(options.method, layout)
     workspace.open({"options": asdict(options), "model": source.digest, "dilap": __version__})
     console.say(f"{source.name}: {describe(architecture)}")
     stages = Stages(options=options, workspace=workspace, console=console, bench=bench, source=source)
@@ -45,6 +46,17 @@ def prune(options: JobOptions, *, out: Path, console: Console) -> PruneResult | 
     write_json(workspace.folder / "result.json", encode(result))
     workspace.finish()
     return result
+
+
+def _method(name: str, layout: Layout) -> Method:
+    """The method of that name; equal widths have a search of their own. Raises InvalidInput, Unsupported."""
+    method: Method = registry.get(METHODS, name, kind="method")
+    if layout != "uniform" or name == "equal_widths":
+        return method
+    if name != "dilap":
+        raise Unsupported(f"method {name} gives every layer its own widths; --layout uniform needs equal_widths")
+    equal_widths: Method = registry.get(METHODS, "equal_widths", kind="method")
+    return equal_widths
 
 
 def _layout(options: JobOptions, backend: Backend, family: str) -> Layout:

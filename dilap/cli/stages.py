@@ -15,7 +15,6 @@ from dilap.errors import Infeasible, Mismatch
 from dilap.evaluator import Evaluator
 from dilap.library import LevelFit, LibraryOptions, build_library
 from dilap.library_file import load_library, save_library
-from dilap.methods.dilap import revise
 from dilap.methods.task import Method, SearchOptions, SearchResult, SearchTask
 from dilap.profilers.fit import LatencyModel
 from dilap.profilers.probes import default_levels
@@ -222,9 +221,9 @@ class Stages:
             if _ENOUGH <= used <= 1.0 or attempt == _CORRECTIONS:
                 break
             fastest = goal.space.seconds(goal.space.fastest)
-            task = replace(task, limit=max(task.limit * _AIM / used, fastest))
+            task = replace(task, limit=max(task.limit * _AIM / used, fastest), previous=found)
             with self.workspace.stage("correct the limit by the gap"):
-                found = revise(task, found)
+                found = method(task)
         net.close()
         return max(attempts, key=lambda one: (one.used <= 1.0, one.used if one.used <= 1.0 else -one.used))
 

@@ -20,6 +20,8 @@ def search(task: SearchTask) -> SearchResult:
 
     Deterministic for a seed, on one machine with one number of threads.
     """
+    if task.previous is not None:
+        return _revise(task, task.previous)
     space, evaluator = task.space, task.evaluator
     rounds: list[Round] = []
     current, value = space.dense, 0.0
@@ -40,8 +42,8 @@ def search(task: SearchTask) -> SearchResult:
     return polish(task, SearchResult(config=current, kl=value, rounds=tuple(rounds)))
 
 
-def revise(task: SearchTask, result: SearchResult) -> SearchResult:
-    """Move a finished search to the task's nearby limit: a new allocation around its config, and a new polish."""
+def _revise(task: SearchTask, result: SearchResult) -> SearchResult:
+    """Move a finished search to the task's limit: a new allocation around its config, and a new polish."""
     quadratic = linear_model(task, result.config, number=len(result.rounds))
     config = allocate(quadratic, task.space, limit=task.limit, previous=result.config, options=task.options)
     return polish(task, replace(result, config=config, kl=task.evaluator.kl(config)))

@@ -29,13 +29,17 @@ class SearchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchTask:
-    """Choose a config of `space` within `limit` seconds; `report` takes a line for the log."""
+    """Choose a config of `space` within `limit` seconds; `report` takes a line for the log.
+
+    `previous` is a result for a nearby limit that a method may start from.
+    """
 
     evaluator: Evaluator
     space: Space
     limit: float
     options: SearchOptions = field(default_factory=SearchOptions)
     report: Callable[[str], None] = _silent
+    previous: "SearchResult | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
