@@ -87,7 +87,7 @@ def relax(
         loss = flat @ quadratic.b + 0.5 * torch.einsum("ri,ij,rj->r", flat, quadratic.Q, flat) + 0.5 * own
         lagrangian = ((multiplier + penalty * excess).clamp_min(0).square() - multiplier.square()) / (2 * penalty)
         adam.zero_grad()
-        (scale * loss + lagrangian).sum().backward()  # type: ignore[no-untyped-call]
+        (scale * loss + lagrangian).sum().backward()
         adam.step()
         if step % options.multiplier_every == options.multiplier_every - 1:
             multiplier = (multiplier + penalty * excess.detach()).clamp_min(0)

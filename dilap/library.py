@@ -147,7 +147,8 @@ def output_error(weight: torch.Tensor, kept: torch.Tensor, columns: torch.Tensor
 
 def wanda_scores(weight: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
     """Importance of every input: its weight norm times its activation norm (Wanda, arXiv 2306.11695, per column)."""
-    return weight.norm(dim=0) * covariance.diagonal().clamp_min(0).sqrt()
+    norms: torch.Tensor = weight.norm(dim=0)
+    return norms * covariance.diagonal().clamp_min(0).sqrt()
 
 
 def channel_order(weight: torch.Tensor, damped: torch.Tensor, *, order: Order) -> torch.Tensor:

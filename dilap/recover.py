@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -54,19 +54,19 @@ def distil(
         part = Teacher(tokens=tokens, mean_embedding=teacher.mean_embedding[rows], constant=teacher.constant[rows])
         loss = part.divergence(final_hidden(model, tokens), head, rows=slice(None)) / tokens.numel()
         adam.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step()
         schedule.step()
         losses.append(float(loss.detach()))
         progress(losses[-1])
     if options.mode == "lora":
-        student.merge_and_unload()  # type: ignore[operator]  # puts plain matrices back into `model`
+        student.merge_and_unload()  # puts plain matrices back into `model`
     model.eval().requires_grad_(False)
     return losses
 
 
-def _trainable(model: PreTrainedModel, options: RecoveryOptions) -> nn.Module:
+def _trainable(model: PreTrainedModel, options: RecoveryOptions) -> Any:
     """The model with only what recovery may change left trainable."""
     torch.manual_seed(options.seed)
     if options.mode == "lora":

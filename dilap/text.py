@@ -22,7 +22,7 @@ class CalibrationOptions:
     source: str = "self"
     sequence_length: int = 256
     train_sequences: int = 64
-    validation_sequences: int = 24
+    validation_sequences: int = 16
     seed: int = 0
 
 

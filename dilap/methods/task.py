@@ -22,7 +22,7 @@ class SearchOptions:
     label_samples: int = 2
     cross_terms: bool = True
     restarts: int = 6
-    evaluations: int = 60
+    evaluations: int = 40
     seed: int = 0
     relaxation: RelaxationOptions = field(default_factory=RelaxationOptions)
 

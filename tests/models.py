@@ -1,0 +1,112 @@
+"""Tiny models, spaces with fabricated seconds and libraries for the tests of the core."""
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import torch
+from tiny_gguf import CLASSES, VOCAB_SIZE, byte_level_tokenizer, tiny_model
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dilap.anatomy import architecture_of, decoder_layers, family_of
+from dilap.library import LibraryOptions, build_library
+from dilap.shrink import out_columns
+from dilap.space import Choice, Level, Space, Units, plan_of
+from dilap.supernet import Supernet
+from dilap.types import LayerWidths, Plan, full_plan
+
+__all__ = ["CLASSES", "FAMILIES", "VOCAB_SIZE", "tiny_model"]
+FAMILIES = tuple(CLASSES)
+Kept = dict[str, tuple[int, ...]]
+
+
+def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(byte_level_tokenizer(folder))
+
+
+def random_tokens(num_sequences: int, length: int, *, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> torch.Tensor:
+    return torch.randint(vocab_size, (num_sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def plan_for(model: PreTrainedModel, kept: Kept) -> Plan:
+    """The plan that keeps everything but in the groups given."""
+    full = full_plan(architecture_of(model), base="base")
+    return replace(full, kept=full.kept | kept)
+
+
+@torch.no_grad()
+def masked_(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """`model` in its dense shape with the output projections of removed units set to zero."""
+    family = family_of(model.config)
+    for index, layer in enumerate(decoder_layers(model)):
+        for kind, path in (("attention", family.attention_out), ("ffn", family.ffn_out)):
+            out, columns = layer.get_submodule(path), out_columns(plan, index, kind)
+            assert isinstance(out, torch.nn.Linear)
+            mask = torch.zeros(out.in_features)
+            mask[columns] = 1
+            out.weight.mul_(mask)
+            if len(columns) == 0 and out.bias is not None:
+                out.bias.zero_()
+    return model
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=tokens).logits
+    return found
+
+
+@torch.no_grad()
+def logits_with_cache(model: PreTrainedModel, tokens: torch.Tensor, *, prompt: int = 5) -> torch.Tensor:
+    """The logits of all positions: a prompt first, then token by token through the KV cache."""
+    out = model(input_ids=tokens[:, :prompt], use_cache=True)
+    parts = [out.logits]
+    for position in range(prompt, tokens.shape[1]):
+        out = model(
+            input_ids=tokens[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True
+        )
+        parts.append(out.logits)
+    return torch.cat(parts, 1)
+
+
+def tiny_space(model: PreTrainedModel, *, fractions: tuple[float, ...] = (1.0, 0.5, 0.25)) -> Space:
+    """Every grid of KV groups and query slots, some shares of the channels, and removal; a microsecond a parameter."""
+    architecture = architecture_of(model)
+    choices = []
+    for index, layer in enumerate(architecture.layers):
+        ratio = layer.num_heads // layer.num_kv_heads
+        attention = [
+            Level(num_kv_groups=groups, num_query_slots=slots, seconds=seconds)
+            for groups, slots in product(range(1, layer.num_kv_heads + 1), range(1, ratio + 1))
+            if (
+                seconds := 1e-6
+                * architecture.attention_parameters(
+                    LayerWidths(num_heads=groups * slots, num_kv_heads=groups, num_channels=0)
+                )
+            )
+        ]
+        ffn = [
+            Level(
+                num_channels=channels,
+                seconds=1e-6
+                * architecture.ffn_parameters(LayerWidths(num_heads=0, num_kv_heads=0, num_channels=channels)),
+            )
+            for channels in (round(layer.num_channels * fraction) for fraction in fractions)
+        ]
+        for kind, levels in (("attention", attention), ("ffn", ffn)):
+            ordered = sorted([*levels, Level(seconds=0.0)], key=lambda level: -level.seconds)
+            choices.append(Choice(layer=index, kind=kind, levels=tuple(ordered)))  # type: ignore[arg-type]
+    return Space(architecture=architecture, choices=tuple(choices), fixed_seconds=0.01)
+
+
+def tiny_net(
+    model: PreTrainedModel, tokens: torch.Tensor, *, options: LibraryOptions = LibraryOptions()
+) -> tuple[Space, Supernet]:
+    """A supernet over `tiny_space`, its library fitted on `tokens`."""
+    space = tiny_space(model)
+    return space, Supernet(model, build_library(model, space, tokens, options=options))
+
+
+def plan_at(space: Space, net: Supernet, config: tuple[int, ...]) -> Plan:
+    units: list[Units] = [levels[index].units for levels, index in zip(net.library, config, strict=True)]
+    return plan_of(space, units, base="base")

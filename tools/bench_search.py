@@ -1,0 +1,195 @@
+"""KL to the dense model at equal predicted latency: DiLAP's search, two baselines and ablations, over seeds.
+
+    tools/bench_search                                   3 seeds, budgets 85 %, 70 %, 55 %, self-made calibration text
+    tools/bench_search --calib corpus.txt --seeds 1      another calibration text, one seed
+
+Everything but the allocation is the same: model, latency table, level library, text, closed-form refit. The KL is on
+text that no search saw, before any training. `library` is the KL with the library's projections, `refitted` the one
+after the sequential refit that always ends a run. A killed run goes on where it stopped.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dilap import registry
+from dilap.anatomy import architecture_of
+from dilap.cli.bench import Bench
+from dilap.cli.console import Console, run
+from dilap.codec import written_aside
+from dilap.evaluator import Evaluator
+from dilap.library import LevelFit, LibraryOptions, build_library
+from dilap.library_file import load_library, save_library
+from dilap.methods import METHODS
+from dilap.methods.task import SearchOptions, SearchTask
+from dilap.profilers.devices import get
+from dilap.profilers.probes import default_levels
+from dilap.profilers.search_space import build_space
+from dilap.refit import RefitOptions, refit_sequentially
+from dilap.source import DEFAULT_MODEL, Source, load
+from dilap.space import Space
+from dilap.supernet import Supernet
+from dilap.teacher import Teacher
+from dilap.text import CalibrationOptions, calibration, evaluation_text
+from dilap.types import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A way to choose the config."""
+
+    name: str
+    method: str
+    options: SearchOptions
+
+
+def _variants(evaluations: int, seed: int) -> list[Variant]:
+    full = SearchOptions(evaluations=evaluations, seed=seed)
+    return [
+        Variant(name="equal ratios", method="uniform", options=full),
+        Variant(name="DP on layer error", method="layer_error", options=full),
+        Variant(
+            name="diagonal only, one round, no swaps",
+            method="dilap",
+            options=SearchOptions(cross_terms=False, rounds=1, evaluations=0, seed=seed),
+        ),
+        Variant(
+            name="diagonal only",
+            method="dilap",
+            options=SearchOptions(cross_terms=False, evaluations=evaluations, seed=seed),
+        ),
+        Variant(name="one round", method="dilap", options=SearchOptions(rounds=1, evaluations=evaluations, seed=seed)),
+        Variant(name="no swaps", method="dilap", options=SearchOptions(evaluations=0, seed=seed)),
+        Variant(name="DiLAP", method="dilap", options=full),
+    ]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--table", type=Path, default=Path("tables/bench.jsonl"), help="measured first where absent")
+    parser.add_argument("--calib", default="self")
+    parser.add_argument("--eval-text", default="python-docs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[85, 70, 55], help="per cent of the dense latency")
+    parser.add_argument("--importance", choices=["wanda", "obs"], default=LibraryOptions().order)
+    parser.add_argument("--evaluations", type=int, default=SearchOptions().evaluations)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench_search"))
+    return parser.parse_args()
+
+
+def _space(given: argparse.Namespace, source: Source, console: Console) -> Space:
+    workload = Workload(threads=get("host_cpu").default_threads())
+    bench = Bench.of("host_cpu", "llamacpp", workload, console)
+    architecture = architecture_of(source.model)
+    capabilities = bench.backend.capabilities(architecture.family, precision=workload.precision)
+    attention_levels, ffn_levels = default_levels(architecture, capabilities)
+    model = bench.build_table(architecture, given.table).model()
+    return build_space(model, attention_levels=attention_levels, ffn_levels=ffn_levels, layout="free")
+
+
+class Study:
+    """One seed: its text, library and journal, all kept in a folder."""
+
+    def __init__(self, given: argparse.Namespace, source: Source, space: Space, seed: int) -> None:
+        self.given, self.source, self.space, self.seed = given, source, space, seed
+        self.folder = given.out / f"{Path(given.calib).name}-{given.importance}-{seed}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = self._text()
+        self.train = text["train"]
+        self.teacher = Teacher.of(source.model, text["validation"])
+        unseen = evaluation_text(given.eval_text, source.tokenizer, num_sequences=32, length=256)
+        self.exam = Teacher.of(source.model, unseen.tokens)
+        self.library = self._library()
+
+    def _text(self) -> dict[str, torch.Tensor]:
+        path = self.folder / "text.safetensors"
+        if not path.exists():
+            options = CalibrationOptions(source=self.given.calib, seed=self.seed)
+            text = calibration(self.source.model, self.source.tokenizer, options)
+            with written_aside(path) as temporary:
+                save_file({"train": text.train.contiguous(), "validation": text.validation.contiguous()}, temporary)
+        return load_file(path)
+
+    def _library(self) -> list[list[LevelFit]]:
+        path = self.folder / "library.safetensors"
+        if not path.exists():
+            options = LibraryOptions(order=self.given.importance)
+            save_library(path, build_library(self.source.model, self.space, self.train, options=options))
+        return load_library(path)
+
+    def score(self, variant: Variant, budget: int) -> dict[str, float]:
+        """KL on unseen text with the library's projections and after the refit, and the search's seconds."""
+        path = self.folder / f"{budget}-{variant.name.replace(' ', '_')}.json"
+        if not path.exists():
+            result = self._score(variant, budget)
+            with written_aside(path) as temporary:
+                temporary.write_text(json.dumps(result), encoding="utf-8")
+        scores: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+        return scores
+
+    def _score(self, variant: Variant, budget: int) -> dict[str, float]:
+        net = Supernet(self.source.model, self.library)
+        evaluator = Evaluator(net=net, teacher=self.teacher, journal=self.folder / "journal")
+        limit = budget / 100 * self.space.seconds(self.space.dense)
+        start = time.monotonic()
+        task = SearchTask(evaluator=evaluator, space=self.space, limit=limit, options=variant.options)
+        found = registry.get(METHODS, variant.method, kind="method")(task)
+        seconds = time.monotonic() - start
+        library_kl = net.kl(self.exam, found.config)
+        weights = refit_sequentially(net, found.config, self.train, options=RefitOptions())
+        for index, sublayer in enumerate(net.sublayers):
+            if sublayer.name in weights:
+                columns = self.library[index][found.config[index]].columns
+                net.write(index, columns, weights[sublayer.name])
+            else:
+                net.write(index, torch.empty(0, dtype=torch.long), torch.empty(net.outs[index].out_features, 0))
+        refitted_kl = self.exam.kl(self.source.model)
+        for index, levels in enumerate(self.library):
+            net.write(index, levels[0].columns, levels[0].weight)
+        return {
+            "library": library_kl,
+            "refitted": refitted_kl,
+            "validation": found.kl,
+            "latency": self.space.seconds(found.config) / self.space.seconds(self.space.dense),
+            "search_seconds": seconds,
+        }
+
+
+def _main() -> int:
+    given = _arguments()
+    console = Console()
+    source = load(given.model)
+    space = _space(given, source, console)
+    scores: dict[tuple[int, str], list[dict[str, float]]] = {}
+    for seed in range(given.seeds):
+        study = Study(given, source, space, seed)
+        for budget in given.budgets:
+            for variant in _variants(given.evaluations, seed):
+                one = study.score(variant, budget)
+                scores.setdefault((budget, variant.name), []).append(one)
+                console.say(
+                    f"seed {seed}, {budget} %, {variant.name}: library {one['library']:.3f}, "
+                    f"refitted {one['refitted']:.3f}, latency {one['latency']:.1%}, {one['search_seconds']:.0f} s"
+                )
+    print(
+        f"KL to dense {given.model} on {given.eval_text}, calibration {given.calib}, {given.seeds} seeds: mean (each)"
+    )
+    print("| budget | allocation | library | refitted |\n|---|---|---|---|")
+    for (budget, name), each in scores.items():
+        cells = []
+        for column in ("library", "refitted"):
+            values = [one[column] for one in each]
+            cells.append(f"{statistics.fmean(values):.3f} ({', '.join(f'{value:.3f}' for value in values)})")
+        print(f"| {budget} % | {name} | {' | '.join(cells)} |")
+    return 0
+
+
+if __name__ == "__main__":
+    run(_main)
