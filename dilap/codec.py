@@ -1,6 +1,7 @@
 """Frozen dataclasses to JSON and back, and files that are either whole or absent."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -63,12 +64,19 @@ def _build_object(hint: Any, kind: Any, arguments: tuple[Any, ...], value: Any) 
         fields = {field.name for field in dataclasses.fields(hint)}
         if unknown := sorted(set(_mapping(value)) - fields):
             raise ValueError(f"unknown field {unknown[0]!r}")
-        return typing.cast(Any, hint)(**{name: _build(hints[name], item) for name, item in value.items()})
+        return typing.cast(Any, hint)(**{name: _build_field(name, hints[name], item) for name, item in value.items()})
     if hint is float and type(value) is int:
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise TypeError(f"expected {hint.__name__}, got {value!r}")
     return value
+
+
+def _build_field(name: str, hint: Any, value: Any) -> Any:
+    try:
+        return _build(hint, value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _build_tuple(arguments: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
@@ -144,8 +152,9 @@ def written_aside(path: Path) -> Iterator[Path]:
         if temporary.is_dir():
             _remove(path)
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno == 28:  # ENOSPC
+    except Exception as error:
+        # safetensors has no OSError: it writes the number into its text.
+        if getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error):
             free = shutil.disk_usage(path.parent).free
             raise InvalidInput(
                 f"no space left to write {path} ({free / 1e6:.0f} MB free); free some or choose another --out"

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from dilap.anatomy import family_of, model_digest, require_finite
 from dilap.codec import written_aside
 from dilap.errors import DilapError, InvalidInput, Unavailable
+from dilap.modeling_dilap import PRUNED_CLASSES
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -40,7 +41,7 @@ def load(name: str) -> Source:
         arguments: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
         folder, tokenizer_path = path.parent, path
     elif path.is_dir() or _looks_like_hub_id(name):
-        arguments = {"dtype": "auto", "trust_remote_code": _is_our_checkpoint(path)}
+        arguments = {"dtype": "auto"}
         folder, tokenizer_path = path, path
     else:
         raise InvalidInput(
@@ -56,11 +57,16 @@ def load(name: str) -> Source:
 
 
 def _read(name: str, folder: str, arguments: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    # A checkpoint's own code is never run: pruned checkpoints load with the classes that their code is a copy of.
+    arguments = {**arguments, "trust_remote_code": False}
     keep = {key: value for key, value in arguments.items() if key != "dtype"}
     try:
-        family_of(AutoConfig.from_pretrained(folder, **keep))  # the clear error, before gigabytes are read
+        config = AutoConfig.from_pretrained(folder, **keep)
+        family_of(config)  # the clear error, before gigabytes are read
         tokenizer = AutoTokenizer.from_pretrained(folder, **keep)
-        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+        pruned = getattr(config, "layer_widths", None)
+        loader = PRUNED_CLASSES[config.model_type] if pruned else AutoModelForCausalLM
+        model, report = loader.from_pretrained(folder, output_loading_info=True, **arguments)
     except DilapError:
         raise
     except Exception as error:  # the loaders raise dozens of types for damaged files
@@ -87,13 +93,6 @@ def _builtin_model() -> Path:
 
 def _looks_like_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
-def _is_our_checkpoint(folder: Path) -> bool:
-    """Whether a folder's own code is the modelling file that DiLAP writes; no other code is ever run."""
-    ours = Path(__file__).with_name("modeling_dilap.py")
-    theirs = folder / ours.name
-    return theirs.is_file() and theirs.read_bytes() == ours.read_bytes()
 
 
 def _first_line(error: Exception) -> str:

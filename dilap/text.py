@@ -102,15 +102,15 @@ def self_generated(
     start = tokenizer.bos_token_id
     tokens = first if start is None else torch.cat([torch.full_like(first, start), first], 1)
     cache, step = None, tokens
-    while tokens.shape[1] < length:
-        with compute_precision():
+    with compute_precision():  # around the loop: the weights are converted once, not once a token
+        while tokens.shape[1] < length:
             out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
-        logits = out.logits[:, -1].float()
-        logits[:, list(special)] = -torch.inf  # an end-of-text token would only be followed by another document
-        step = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        tokens = torch.cat([tokens, step], 1)
-        progress(num_sequences)
+            cache = out.past_key_values
+            logits = out.logits[:, -1].float()
+            logits[:, list(special)] = -torch.inf  # an end-of-text token would only be followed by another document
+            step = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            tokens = torch.cat([tokens, step], 1)
+            progress(num_sequences)
     return tokens
 
 

@@ -62,9 +62,7 @@ def logits_with_cache(model: PreTrainedModel, tokens: torch.Tensor, *, prompt: i
     out = model(input_ids=tokens[:, :prompt], use_cache=True)
     parts = [out.logits]
     for position in range(prompt, tokens.shape[1]):
-        out = model(
-            input_ids=tokens[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True
-        )
+        out = model(input_ids=tokens[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True)
         parts.append(out.logits)
     return torch.cat(parts, 1)
 

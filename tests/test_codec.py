@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from dilap import registry
 from dilap.codec import canonical, decode, digest, encode, file_sha256, read_json, write_json, written_aside
@@ -123,9 +124,16 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_full_disk_is_invalid_input_that_says_how_much_is_free(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_full_disk_is_invalid_input_that_says_how_much_is_free(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(InvalidInput, match=r"no space left to write .*x \(\d+ MB free\)"):
-        write_half(tmp_path / "x", OSError(errno.ENOSPC, "No space left on device"))
+        write_half(tmp_path / "x", error)
     assert list(tmp_path.iterdir()) == []
 
 

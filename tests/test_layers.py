@@ -10,8 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {"dilap.cli": 5, "dilap.profilers": 4, "dilap.backends": 3, "dilap.export": 2}
-MODULES = sorted((ROOT / "dilap").rglob("*.py", recurse_symlinks=True)) if sys.version_info >= (3, 13) else sorted(
-    path for folder in ("", "backends", "cli", "export", "methods", "profilers") for path in (ROOT / "dilap" / folder).glob("*.py")
+MODULES = (
+    sorted((ROOT / "dilap").rglob("*.py", recurse_symlinks=True))
+    if sys.version_info >= (3, 13)
+    else sorted(
+        path
+        for folder in ("", "backends", "cli", "export", "methods", "profilers")
+        for path in (ROOT / "dilap" / folder).glob("*.py")
+    )
 )
 TRAVELLING = [ROOT / "dilap" / f"{name}.py" for name in ("__init__", "types", "codec", "errors", "registry")]
 TRAVELLING += sorted((ROOT / "dilap" / "backends").glob("*.py"))

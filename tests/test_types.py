@@ -136,7 +136,12 @@ def test_plan_must_name_every_group() -> None:
 
 
 def test_widths_follow_from_the_kept_units() -> None:
-    kept = {"layers.0.kv_groups": (1,), "layers.0.query_slots": (0,), "layers.0.channels": (3, 4), "layers.1.channels": ()}
+    kept = {
+        "layers.0.kv_groups": (1,),
+        "layers.0.query_slots": (0,),
+        "layers.0.channels": (3, 4),
+        "layers.1.channels": (),
+    }
     first, second = replace(FULL, kept=FULL.kept | kept).all_widths()
     assert first == LayerWidths(num_heads=1, num_kv_heads=1, num_channels=2)
     assert second == LayerWidths(num_heads=4, num_kv_heads=2, num_channels=0)

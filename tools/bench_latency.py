@@ -33,7 +33,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--precision", default="f16")
     parser.add_argument("--phase", choices=["decode", "prefill"], default="decode")
-    parser.add_argument("--table", type=Path, default=Path("tables/bench.jsonl"), help="measured first where absent")
+    parser.add_argument("--table", type=Path, help="by default the one in tables/ that fits, measured first")
     parser.add_argument("--plans", type=int, default=12)
     return parser.parse_args()
 
@@ -85,7 +85,7 @@ def _main() -> int:
     workload = Workload(phase=given.phase, precision=given.precision, threads=get("host_cpu").default_threads())
     bench = Bench.of("host_cpu", "llamacpp", workload, console)
     architecture = architecture_of(load(given.model).model)
-    table: LatencyTable = bench.build_table(architecture, given.table)
+    table: LatencyTable = bench.build_table(architecture, given.table or bench.table_path(given.model, architecture))
     model = table.model()
     shallow = probe_architecture(architecture, workload, cache_bytes=table.header.fingerprint.last_level_cache_bytes)
     plans = _plans(shallow, bench, given.plans)

@@ -73,7 +73,7 @@ def _variants(evaluations: int, seed: int) -> list[Variant]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--table", type=Path, default=Path("tables/bench.jsonl"), help="measured first where absent")
+    parser.add_argument("--table", type=Path, help="by default the one in tables/ that fits, measured first")
     parser.add_argument("--calib", default="self")
     parser.add_argument("--eval-text", default="python-docs")
     parser.add_argument("--seeds", type=int, default=3)
@@ -90,7 +90,8 @@ def _space(given: argparse.Namespace, source: Source, console: Console) -> Space
     architecture = architecture_of(source.model)
     capabilities = bench.backend.capabilities(architecture.family, precision=workload.precision)
     attention_levels, ffn_levels = default_levels(architecture, capabilities)
-    model = bench.build_table(architecture, given.table).model()
+    table = bench.build_table(architecture, given.table or bench.table_path(given.model, architecture))
+    model = table.model()
     return build_space(model, attention_levels=attention_levels, ffn_levels=ffn_levels, layout="free")
 
 

@@ -3,13 +3,13 @@
 import shutil
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dilap import backends, export
 from dilap.backends import Backend
 from dilap.cli.console import Console
-from dilap.codec import decode, read_json, write_json
+from dilap.codec import decode, digest, read_json, write_json
 from dilap.errors import InvalidInput, Unavailable
 from dilap.profilers import devices
 from dilap.profilers.devices import Device
@@ -82,8 +82,15 @@ class Bench:
             for document in documents
         ]
 
+    def table_path(self, model: str, architecture: Architecture) -> Path:
+        """Where this bench's table of a model lies by default: another device, runtime or workload, another file."""
+        fingerprint = replace(self.profiler.fingerprint(), soft={})
+        key = digest([asdict(fingerprint), asdict(self.workload), asdict(architecture)])
+        stem = f"{Path(model).name.removesuffix('.gguf')}-{self.device.name}-{self.backend.name}"
+        return Path("tables") / f"{stem}-{self.workload.phase}-{self.workload.precision}-{key[:8]}.jsonl"
+
     def build_table(self, architecture: Architecture, path: Path) -> LatencyTable:
-        """Measure the table that `path` lacks, with a progress bar."""
+        """Measure what `path` lacks of the table, with a progress bar."""
         capabilities = self.backend.capabilities(architecture.family, precision=self.workload.precision)
         attention_levels, ffn_levels = default_levels(architecture, capabilities)
         with self.console.bar("latency table", total=None, unit="probe") as bar:

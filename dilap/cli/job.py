@@ -13,7 +13,7 @@ from dilap.cli.result import PruneResult
 from dilap.cli.stages import JobOptions, Stages
 from dilap.cli.workspace import Workspace
 from dilap.codec import encode, write_json
-from dilap.errors import Unsupported
+from dilap.errors import DilapError, Unsupported
 from dilap.methods import METHODS
 from dilap.methods.task import Method
 from dilap.profilers.search_space import Layout, default_layout, describe, require_layout
@@ -33,19 +33,30 @@ def prune(options: JobOptions, *, out: Path, console: Console) -> PruneResult | 
     workspace.open({"options": asdict(options), "model": source.digest, "dilap": __version__})
     console.say(f"{source.name}: {describe(architecture)}")
     stages = Stages(options=options, workspace=workspace, console=console, bench=bench, source=source)
-    dense_plan = full_plan(architecture, base=source.digest)
-    dense = stages.artifact("dense", dense_plan)
-    goal = stages.goal(dense, layout)
-    if goal is None:
+    try:
+        result = _run(stages, method, layout)
+    except DilapError:
+        if not workspace.is_continued:  # its options were bad: nothing to go on with
+            workspace.discard()
+        raise
+    if result is None:
         workspace.discard()
         return None
-    text = stages.calibration()
-    library = stages.library(goal.space, text.train[: options.calibration.train_sequences])
-    found = stages.search(method, goal, library, text, dense)
-    result = claim(stages, goal, library, found, text)
     write_json(workspace.folder / "result.json", encode(result))
     workspace.finish()
     return result
+
+
+def _run(stages: Stages, method: Method, layout: Layout) -> PruneResult | None:
+    dense_plan = full_plan(architecture_of(stages.source.model), base=stages.source.digest)
+    dense = stages.artifact("dense", dense_plan)
+    goal = stages.goal(dense, layout)
+    if goal is None:
+        return None
+    text = stages.calibration()
+    library = stages.library(goal.space, text.train[: stages.options.calibration.train_sequences])
+    found = stages.search(method, goal, library, text, dense)
+    return claim(stages, goal, library, found, text)
 
 
 def _method(name: str, layout: Layout) -> Method:

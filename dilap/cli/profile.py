@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from dilap.cli import arguments, console, doctor
 from dilap.errors import InvalidInput
@@ -22,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
         "--doctor", action="store_true", help="say which runtimes and devices are usable, and mend what is not"
     )
     arguments.add_model(made)
-    made.add_argument("--out", metavar="FILE", help="the table (tables/MODEL-DEVICE-WORKLOAD.jsonl)")
+    made.add_argument("--out", metavar="FILE", help="the table; by default where dilap-prune looks for it, in tables/")
     made.add_argument("--json", action="store_true", help="print the fitted costs as JSON")
     arguments.add_workload(made)
     return made
@@ -49,8 +48,7 @@ def _command() -> int:
     if reason := bench.backend.capabilities(architecture.family, precision=workload.precision).unsupported:
         raise InvalidInput(reason)
     screen.say(f"{given.model}: {describe(architecture)}\n{workload.describe()} on {given.device}, {backend}")
-    name = f"{Path(given.model).name}-{given.device}-{workload.phase}-{workload.precision}.jsonl"
-    path = arguments.new_path(given.out) if given.out else Path("tables") / name
+    path = arguments.new_path(given.out) if given.out else bench.table_path(given.model, architecture)
     table = bench.build_table(architecture, path)
     model = table.model()
     if given.json:

@@ -43,7 +43,9 @@ def _add_search(made: argparse.ArgumentParser) -> None:
     group = made.add_argument_group("the search")
     group.add_argument("--method", default="dilap", help=f"how widths are chosen: {', '.join(METHODS)} (dilap)")
     group.add_argument("--layout", choices=LAYOUTS, help="restrict plans to what more runtimes load; see the README")
-    group.add_argument("--table", metavar="FILE", help="a latency table from dilap-profile; measured here by default")
+    group.add_argument(
+        "--table", metavar="FILE", help="a latency table; by default the one in tables/ that fits, measured first"
+    )
     group.add_argument("--importance", choices=["wanda", "obs"], default=library.order, help=f"({library.order})")
     group.add_argument("--rounds", type=int, default=search.rounds, metavar="N", help=f"({search.rounds})")
     group.add_argument(

@@ -137,13 +137,13 @@ class Stages:
         )
 
     def _latency_model(self, dense: Artifact) -> LatencyModel:
-        path = self.workspace.folder / "table.jsonl"
         if self.options.table is not None:
             table = self.bench.read_table(Path(self.options.table), dense.architecture)
-            table.write(path)
         else:
-            with self.workspace.stage("measure the latency table"):
+            path = self.bench.table_path(self.source.name, dense.architecture)
+            with self.workspace.stage("latency table"):
                 table = self.bench.build_table(dense.architecture, path)
+        table.write(self.workspace.folder / "table.jsonl")
         model = table.model(self.options.budget.statistic)
         errors = model.holdout_errors()
         if errors and statistics.median(errors) > _MAX_TABLE_ERROR:

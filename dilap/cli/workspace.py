@@ -22,6 +22,7 @@ class Workspace:
         self.folder = out.with_name(f".{out.name}.unfinished")
         self.cache = self.folder / "cache"  # what only a later stage of the same run reads
         self.stage_seconds: dict[str, float] = {}
+        self.is_continued = False
 
     def open(self, identity: dict[str, Any]) -> None:
         """Start, or go on where a run with the same `identity` stopped. Raises InvalidInput for another's folder."""
@@ -33,6 +34,7 @@ class Workspace:
                 )
             if self._stages.exists():
                 self.stage_seconds.update(read_json(self._stages))
+            self.is_continued = True
             self.console.say(f"going on with the unfinished run in {self.folder}")
         else:
             write_json(path, identity)
@@ -55,7 +57,7 @@ class Workspace:
         self.folder.rename(self.out)
 
     def discard(self) -> None:
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def _stages(self) -> Path:

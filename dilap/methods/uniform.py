@@ -1,6 +1,7 @@
 """Equal ratios everywhere: every sublayer keeps the same share, the baseline that any search has to beat."""
 
 from dilap.allocation import Config
+from dilap.errors import Infeasible
 from dilap.methods.task import SearchResult, SearchTask
 from dilap.space import Space
 
@@ -12,10 +13,18 @@ def search(task: SearchTask) -> SearchResult:
 
 
 def equal_shares(space: Space, *, limit: float) -> Config:
-    """The largest share whose config keeps `limit`, then single widenings, the sublayers in bit-reversed order."""
+    """The largest share whose config keeps `limit`, then single widenings, the sublayers in bit-reversed order.
+
+    Raises Infeasible.
+    """
     shares = sorted({level.seconds / c.levels[0].seconds for c in space.choices for level in c.levels}, reverse=True)
     fitting = (config for share in shares if space.seconds(config := _at_share(space, share)) <= limit)
-    config = next(fitting, space.fastest)
+    config = next(fitting, None)
+    if config is None:
+        raise Infeasible(
+            f"the smallest widths take {space.seconds(space.fastest) * 1e3:.3f} ms, "
+            f"more than the {limit * 1e3:.3f} ms allowed"
+        )
     for index in sorted(range(len(config)), key=lambda index: int(f"{index:016b}"[::-1], 2)):
         wider = (*config[:index], max(config[index] - 1, 0), *config[index + 1 :])
         if space.seconds(wider) <= limit:

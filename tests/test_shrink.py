@@ -1,0 +1,162 @@
+"""The shrunk model computes what the masked one computes, in every family and at every edge."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import FAMILIES, Kept, logits, logits_with_cache, masked_, plan_for, random_tokens, tiny_model
+from torch.testing import assert_close
+from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
+
+from dilap.anatomy import architecture_of, decoder_layers
+from dilap.errors import Mismatch
+from dilap.modeling_dilap import PRUNED_CLASSES, NoAttention, NoFeedForward
+from dilap.shrink import shrink_
+from dilap.types import Plan
+
+ODD = tuple(range(1, 96, 2))
+CASES: dict[str, Kept] = {
+    "mixed_widths": {"layers.0.kv_groups": (1,), "layers.1.channels": ODD, "layers.2.channels": tuple(range(33))},
+    "attention_free": {"layers.1.kv_groups": ()},
+    "ffn_free": {"layers.1.channels": ()},
+    "first_layer_without_attention": {"layers.0.kv_groups": (), "layers.2.kv_groups": (0,)},
+    "first_layer_without_ffn": {"layers.0.channels": ()},
+    "last_layer_without_attention": {"layers.2.kv_groups": (), "layers.2.channels": ODD},
+    "first_layer_deleted": {"layers.0.kv_groups": (), "layers.0.channels": ()},
+    "middle_layer_deleted": {"layers.1.kv_groups": (), "layers.1.channels": (), "layers.0.channels": ODD},
+    "attention_in_one_layer_only": {"layers.0.kv_groups": (), "layers.2.kv_groups": ()},
+    "equal_widths": {f"layers.{layer}.channels": ODD for layer in range(3)},
+    "nothing_removed": {},
+}
+SLOTS: Kept = {"layers.0.query_slots": (1,), "layers.1.query_slots": (0,), "layers.2.kv_groups": (1,)}
+TOKENS = random_tokens(2, 12)
+
+
+def shrunk(family: str, kept: Kept, **changes: Any) -> PreTrainedModel:
+    model = tiny_model(family, **changes)
+    return shrink_(model, plan_for(model, kept))
+
+
+def assert_masked_equals_shrunk(family: str, kept: Kept, **changes: Any) -> None:
+    dense = tiny_model(family, **changes)
+    expected = logits(masked_(dense, plan_for(dense, kept)), TOKENS)
+    found = logits(shrunk(family, kept, **changes), TOKENS)
+    # The sums are the same but for zeros; f32 adds them in another order.
+    assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shrunk_model_equals_the_masked_one(family: str, case: str) -> None:
+    assert_masked_equals_shrunk(family, CASES[case])
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "opt"])
+def test_query_slots_are_removed_from_every_kv_group(family: str) -> None:
+    assert_masked_equals_shrunk(family, SLOTS)
+
+
+def test_heads_wider_than_the_hidden_size_shrink() -> None:
+    assert_masked_equals_shrunk("qwen3", CASES["mixed_widths"] | SLOTS, head_dim=24)
+
+
+def test_attention_and_ffn_biases_of_llama_shrink() -> None:
+    assert_masked_equals_shrunk("llama", CASES["mixed_widths"], attention_bias=True, mlp_bias=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shrunk_model_with_cache_equals_the_one_without(family: str, case: str) -> None:
+    model = shrunk(family, CASES[case])
+    # The cached kernel sums one query at a time: f32 noise.
+    assert_close(logits_with_cache(model, TOKENS), logits(model, TOKENS), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_removal_is_not_a_no_op(family: str) -> None:
+    difference = logits(shrunk(family, CASES["mixed_widths"]), TOKENS) - logits(tiny_model(family), TOKENS)
+    assert difference.abs().max() > 0.1
+
+
+def test_removed_sublayer_holds_no_parameters() -> None:
+    layers = decoder_layers(shrunk("llama", {"layers.0.kv_groups": (), "layers.1.channels": ()}))
+    assert isinstance(layers[0].self_attn, NoAttention)
+    assert isinstance(layers[1].mlp, NoFeedForward)
+    assert not [*layers[0].self_attn.parameters(), *layers[0].input_layernorm.parameters()]
+    assert not [*layers[1].mlp.parameters(), *layers[1].post_attention_layernorm.parameters()]
+
+
+def test_weights_replace_the_output_projections() -> None:
+    model = tiny_model("opt")
+    weight = torch.full((64, len(ODD)), 0.5)
+    bias = model.model.decoder.layers[1].fc2.bias.detach().clone()
+    shrink_(model, plan_for(model, {"layers.1.channels": ODD}), weights={"layers.1.ffn": weight})
+    assert torch.equal(model.model.decoder.layers[1].fc2.weight, weight)
+    assert torch.equal(model.model.decoder.layers[1].fc2.bias, bias)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_model_stays_bf16(family: str) -> None:
+    model = tiny_model(family).to(torch.bfloat16)
+    plan = plan_for(model, CASES["mixed_widths"])
+    shrink_(model, plan, weights={"layers.1.ffn": torch.zeros(64, len(ODD))})
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_plan_for_another_shape_is_a_mismatch() -> None:
+    plan = plan_for(tiny_model("llama", intermediate_size=80), {})
+    with pytest.raises(Mismatch, match="another shape"):
+        shrink_(tiny_model("llama"), plan)
+
+
+def test_pruned_model_is_pruned_again_by_a_plan_of_its_own_shape() -> None:
+    twice = shrunk("llama", CASES["mixed_widths"])
+    twice = shrink_(twice, plan_for(twice, {"layers.1.kv_groups": ()}))
+    once = shrunk("llama", CASES["mixed_widths"] | {"layers.1.kv_groups": ()})
+    assert torch.equal(logits(twice, TOKENS), logits(once, TOKENS))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_widths_give_the_stock_class_and_config(family: str) -> None:
+    model = shrunk(family, CASES["equal_widths"])
+    assert type(model) is type(tiny_model(family))
+    assert getattr(model.config, "layer_widths", None) is None
+    fresh = type(model)(model.config)
+    assert {name: p.shape for name, p in fresh.named_parameters()} == {
+        name: p.shape for name, p in model.named_parameters()
+    }
+
+
+def test_equal_widths_after_deleted_layers_are_stock() -> None:
+    model = shrunk("qwen3", {"layers.1.kv_groups": (), "layers.1.channels": ()})
+    assert type(model) is Qwen3ForCausalLM
+    assert (model.config.num_hidden_layers, len(model.config.layer_types)) == (2, 2)
+
+
+def test_equal_widths_with_fewer_heads_are_stock() -> None:
+    model = shrunk("llama", {f"layers.{layer}.kv_groups": (layer % 2,) for layer in range(3)})
+    assert type(model) is LlamaForCausalLM
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim) == (2, 1, 16)
+
+
+def test_opt_with_fewer_heads_is_not_stock() -> None:
+    model = shrunk("opt", {f"layers.{layer}.kv_groups": (1, 3) for layer in range(3)})
+    assert type(model) is PRUNED_CLASSES["opt"]
+    assert architecture_of(model).layers[0].num_heads == 2
+
+
+def test_attention_free_model_of_equal_widths_is_a_pruned_class() -> None:
+    model = shrunk("llama", {f"layers.{layer}.channels": () for layer in range(3)})
+    assert type(model) is PRUNED_CLASSES["llama"]
+    assert_masked_equals_shrunk("llama", {f"layers.{layer}.channels": () for layer in range(3)})
+
+
+def test_config_lists_the_widths_of_the_kept_layers() -> None:
+    model = shrunk("llama", CASES["middle_layer_deleted"])
+    assert model.config.layer_widths == [[4, 2, 48], [4, 2, 96]]
+    assert model.config.architectures == ["PrunedLlamaForCausalLM"]
+
+
+def test_full_plan_changes_no_value() -> None:
+    plan: Plan = plan_for(tiny_model("llama"), {})
+    assert torch.equal(logits(shrink_(tiny_model("llama"), plan), TOKENS), logits(tiny_model("llama"), TOKENS))
