@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from dilap.allocation import Config
@@ -117,20 +118,36 @@ def _sampled_likelihood(hidden: torch.Tensor, head: torch.Tensor, generator: tor
 
 
 class _Tap:
-    """Records the inputs of all output projections in the forward pass and turns the gradients at their outputs
-    into rows of A in the backward pass, so that neither is ever held for more than one batch."""
+    """Computes in the forward pass what every level would change at the outputs of the projections, and turns the
+    gradients at those outputs into rows of A in the backward passes; nothing is held for more than one batch."""
 
     def __init__(self, net: Supernet) -> None:
         self.net = net
-        # Changes against the current level; one matrix a choice: (levels * hidden) is split again per level.
         self.dtype = torch.bfloat16 if has_fast_bf16() else torch.float32
-        self.weights = [[fit.weight.to(self.dtype) for fit in levels] for levels in net.library]
+        self.changes = [self._weight_changes(index) for index in range(len(net.library))]
         self.offsets = [0]
         for levels in net.library:
             self.offsets.append(self.offsets[-1] + len(levels))
-        self.inputs: list[torch.Tensor | None] = [None] * len(net.library)
+        self.deltas: list[torch.Tensor | None] = [None] * len(net.library)
         self.products = torch.zeros(0)
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def _weight_changes(self, index: int) -> torch.Tensor:
+        """Every level's projection minus the current one, (levels * hidden x inputs)."""
+        out, levels = self.net.outs[index], self.net.library[index]
+        changes = (-out.weight.detach().float()).repeat(len(levels), 1, 1)
+        for level, fit in enumerate(levels):
+            changes[level][:, fit.columns] += fit.weight
+        changes[self.net.config[index]] = 0
+        return changes.reshape(-1, out.in_features).to(self.dtype)
+
+    def _bias_changes(self, index: int) -> torch.Tensor | None:
+        """The same for the bias, (levels x hidden): a removed sublayer has none."""
+        bias, levels = self.net.biases[index], self.net.library[index]
+        if bias is None:
+            return None
+        has_bias = torch.tensor([float(len(fit.columns) > 0) for fit in levels])
+        return (has_bias - has_bias[self.net.config[index]])[:, None] * bias.float()
 
     def __enter__(self) -> "_Tap":
         for index, out in enumerate(self.net.outs):
@@ -142,6 +159,7 @@ class _Tap:
             hook.remove()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Final hidden states (positions x hidden), with a graph from the outputs of the projections on."""
         model = self.net.model
         embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
         with compute_precision():
@@ -151,27 +169,22 @@ class _Tap:
 
     def backward(self, loss: torch.Tensor, *, last: bool = False) -> torch.Tensor:
         """Rows of A (positions x levels) for the gradient of `loss`."""
-        self.products.zero_()
         loss.backward(retain_graph=not last)
         return self.products
 
     def _record(self, index: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
         def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            self.inputs[index] = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).to(self.dtype)
+            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).to(self.dtype)
+            delta = functional.linear(x, self.changes[index]).reshape(len(x), -1, output.shape[-1])
+            bias = self._bias_changes(index)
+            self.deltas[index] = delta if bias is None else delta + bias.to(self.dtype)
             output.register_hook(lambda gradient: self._multiply(index, gradient))
 
         return hook
 
     @torch.no_grad()
     def _multiply(self, index: int, gradient: torch.Tensor) -> None:
-        inputs = self.inputs[index]
-        assert inputs is not None
-        g = gradient.reshape(-1, gradient.shape[-1]).to(self.dtype)
-        bias = self.net.biases[index]
-        for level, fit in enumerate(self.net.library[index]):
-            part = ((g @ self.weights[index][level]) * inputs[:, fit.columns]).sum(-1, dtype=torch.float32)
-            if bias is not None and len(fit.columns):
-                part = part + g.float() @ bias.float()
-            self.products[:, self.offsets[index] + level] = part
-        block = self.products[:, self.offsets[index] : self.offsets[index + 1]]
-        block -= block[:, self.net.config[index]].clone()[:, None]
+        delta = self.deltas[index]
+        assert delta is not None
+        g = gradient.reshape(-1, gradient.shape[-1], 1).to(self.dtype)
+        self.products[:, self.offsets[index] : self.offsets[index + 1]] = torch.bmm(delta, g).squeeze(-1).float()

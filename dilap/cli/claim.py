@@ -1,6 +1,6 @@
 """The end of a prune job: from the plan to a measured artifact and what can be claimed of it."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from dilap.cli.result import PruneResult, Quality, Side, flops_of, versions
 from dilap.cli.stages import Found, Goal, Stages
@@ -156,6 +156,9 @@ def _result(
         recovery=options.recovery.mode,
         calibration=text.name,
         calibration_sha256=text.sha256,
+        calibration_sequences=len(text.train) + len(text.validation),
+        calibration_sequence_length=text.train.shape[1],
+        options=asdict(options),
         stage_seconds=dict(stages.workspace.stage_seconds),
         versions=versions(),
         seed=options.search.seed,

@@ -60,6 +60,9 @@ class PruneResult:
     recovery: str
     calibration: str
     calibration_sha256: str
+    calibration_sequences: int
+    calibration_sequence_length: int
+    options: dict[str, Any]
     stage_seconds: dict[str, float]
     versions: dict[str, str]
     seed: int
