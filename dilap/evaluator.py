@@ -30,7 +30,7 @@ class Evaluator:
         """Mean KL(dense || config) per position of the validation split, in nats."""
         path = self._entry("kl", [list(config)], suffix=".json")
         if path is not None and path.exists():
-            return float(json.loads(path.read_text(encoding="utf-8")))
+            return _read_kl(path)
         value = self.net.kl(self.teacher, config)
         if path is not None:
             with written_aside(path) as temporary:
@@ -52,6 +52,13 @@ class Evaluator:
 
     def _entry(self, kind: str, key: list[object], *, suffix: str) -> Path | None:
         return None if self.journal is None else self.journal / f"{kind}-{digest(key)[:16]}{suffix}"
+
+
+def _read_kl(path: Path) -> float:
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InvalidInput(f"{path}: damaged journal entry ({error}); remove the file and run again") from error
 
 
 def _read_curvature(path: Path) -> Curvature:

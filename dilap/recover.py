@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from dilap.anatomy import decoder_layers
 from dilap.teacher import Teacher, final_hidden
 
 Mode = Literal["none", "lora", "full"]
@@ -48,7 +49,6 @@ def distil(
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, options))
     head = model.get_output_embeddings().weight
     losses: list[float] = []
-    student.train()
     for _, rows in zip(range(options.steps), _shuffled_rows(teacher, options), strict=False):
         tokens = teacher.tokens[rows]
         part = Teacher(tokens=tokens, mean_embedding=teacher.mean_embedding[rows], constant=teacher.constant[rows])
@@ -73,9 +73,8 @@ def _trainable(model: PreTrainedModel, options: RecoveryOptions) -> Any:
         config = LoraConfig(r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules="all-linear")
         adapted: nn.Module = get_peft_model(model, config)
         return adapted
-    model.requires_grad_(True)
-    model.get_input_embeddings().requires_grad_(False)
-    model.get_output_embeddings().requires_grad_(False)
+    model.requires_grad_(False)
+    decoder_layers(model).requires_grad_(True)
     return model
 
 

@@ -51,19 +51,22 @@ def refit_sequentially(
         for i in indices:
             fit = net.library[i][config[i]]
             net.write(i, fit.columns, fit.weight)
+        results = pruned_states  # of a layer that loses both sublayers
         for i in indices:
             fit = net.library[i][config[i]]
-            if len(fit.columns):
-                problem = _Problem(fit.weight, fit.columns, net.biases[i], options)
-                for call, state, trace in zip(calls, pruned_states, traces, strict=True):
-                    found = _trace(layer, call, state, net, indices)
-                    problem.add(found.inputs[i], trace.outputs[i], trace.residuals[i] - found.residuals[i])
-                weights[net.sublayers[i].name] = solved = problem.solve()
-                net.write(i, fit.columns, solved)
+            if len(fit.columns) == 0:
+                continue
+            problem = _Problem(fit.weight, fit.columns, net.biases[i], options)
+            found = [_trace(layer, call, state, net, indices) for call, state in zip(calls, pruned_states, strict=True)]
+            for here, trace in zip(found, traces, strict=True):
+                problem.add(here.inputs[i], trace.outputs[i], trace.residuals[i] - here.residuals[i])
+            weights[net.sublayers[i].name] = solved = problem.solve()
+            net.write(i, fit.columns, solved)
+            # What the layer would give now: every family adds its sublayers' outputs to the residual stream.
+            with compute_precision():
+                results = [here.residuals[i] + net.outs[i](here.inputs[i]).reshape(here.result.shape) for here in found]
         dense_states = [trace.result for trace in traces]
-        pruned_states = [
-            _trace(layer, call, state, net, indices).result for call, state in zip(calls, pruned_states, strict=True)
-        ]
+        pruned_states = results
         for i in indices:
             net.write(i, net.library[i][0].columns, net.library[i][0].weight)
         progress(tokens.numel())

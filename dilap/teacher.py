@@ -34,7 +34,7 @@ class Teacher:
                 logits = logits_of(rows, head).float()
                 normaliser = logits.logsumexp(-1)
                 with compute_precision():
-                    vector = ((logits - normaliser[:, None]).exp() @ head).float()
+                    vector = ((logits - normaliser[:, None]).exp().to(head.dtype) @ head).float()
                 vectors.append(vector)
                 constants.append(normaliser - (vector * rows.float()).sum(-1))
         shape = tokens.shape

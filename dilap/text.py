@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import importlib
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,8 @@ def self_generated(
     generator = torch.Generator().manual_seed(seed)
     special = set(tokenizer.all_special_ids)
     ordinary = torch.tensor([t for t in range(min(len(tokenizer), model.config.vocab_size)) if t not in special])
+    banned = torch.ones(model.config.vocab_size, dtype=torch.bool)  # special tokens, and rows that no token has
+    banned[ordinary] = False
     first = ordinary[torch.randint(len(ordinary), (num_sequences, 1), generator=generator)]
     start = tokenizer.bos_token_id
     tokens = first if start is None else torch.cat([torch.full_like(first, start), first], 1)
@@ -107,7 +110,7 @@ def self_generated(
             out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
             logits = out.logits[:, -1].float()
-            logits[:, list(special)] = -torch.inf  # an end-of-text token would only be followed by another document
+            logits[:, banned] = -torch.inf  # an end-of-text token would only be followed by another document
             step = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             tokens = torch.cat([tokens, step], 1)
             progress(num_sequences)
@@ -151,13 +154,15 @@ def _file_text(path: Path) -> str:
         text = raw.decode("utf-8")
         if ".jsonl" not in path.suffixes:
             return text
-        return "\n\n".join(_record_text(json.loads(line)) for line in text.splitlines() if line.strip())
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        return "\n\n".join(_record_text(json.loads(line)) for line in text.split("\n") if line.strip())
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         raise InvalidInput(f"{path}: not readable text ({error})") from error
 
 
-def _record_text(record: dict[str, object]) -> str:
+def _record_text(record: object) -> str:
     """The text field of a record: `text`, or lm-eval's `page`."""
+    if not isinstance(record, dict):
+        raise TypeError(f"a record is an object with a text field, got {record!r:.40}")
     for key in ("text", "page"):
         if isinstance(value := record.get(key), str):
             return value

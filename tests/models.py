@@ -17,6 +17,7 @@ from dilap.types import LayerWidths, Plan, full_plan
 
 __all__ = ["CLASSES", "FAMILIES", "VOCAB_SIZE", "tiny_model"]
 FAMILIES = tuple(CLASSES)
+_DEFAULTS = LibraryOptions()
 Kept = dict[str, tuple[int, ...]]
 
 
@@ -98,7 +99,7 @@ def tiny_space(model: PreTrainedModel, *, fractions: tuple[float, ...] = (1.0, 0
 
 
 def tiny_net(
-    model: PreTrainedModel, tokens: torch.Tensor, *, options: LibraryOptions = LibraryOptions()
+    model: PreTrainedModel, tokens: torch.Tensor, *, options: LibraryOptions = _DEFAULTS
 ) -> tuple[Space, Supernet]:
     """A supernet over `tiny_space`, its library fitted on `tokens`."""
     space = tiny_space(model)

@@ -141,7 +141,7 @@ def test_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             raise OSError(28, "No space left on device")
 
     with pytest.raises(InvalidInput, match="no space left"):
-        save_checkpoint(pruned("llama", MIXED), Full(), tmp_path / "out")  # type: ignore[arg-type]
+        save_checkpoint(pruned("llama", MIXED), Full(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

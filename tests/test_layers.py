@@ -2,23 +2,16 @@
 
 import ast
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {"dilap.cli": 5, "dilap.profilers": 4, "dilap.backends": 3, "dilap.export": 2}
-MODULES = (
-    sorted((ROOT / "dilap").rglob("*.py", recurse_symlinks=True))
-    if sys.version_info >= (3, 13)
-    else sorted(
-        path
-        for folder in ("", "backends", "cli", "export", "methods", "profilers")
-        for path in (ROOT / "dilap" / folder).glob("*.py")
-    )
-)
+FOLDERS = ("", "backends", "cli", "export", "methods", "profilers")
+MODULES = sorted(path for folder in FOLDERS for path in (ROOT / "dilap" / folder).glob("*.py"))
 TRAVELLING = [ROOT / "dilap" / f"{name}.py" for name in ("__init__", "types", "codec", "errors", "registry")]
 TRAVELLING += sorted((ROOT / "dilap" / "backends").glob("*.py"))
 

@@ -92,7 +92,7 @@ def test_obs_order_one_at_a_time_is_the_greedy_one(seed: int) -> None:
     while alive:
 
         def error(column: int) -> float:
-            kept = torch.tensor([c for c in alive if c != column], dtype=torch.long)  # noqa: B023
+            kept = torch.tensor([c for c in alive if c != column], dtype=torch.long)
             return output_error(weight, refit(weight, H, kept), kept, H)
 
         removed.append(min(alive, key=error))

@@ -17,14 +17,11 @@ def equal_shares(space: Space, *, limit: float) -> Config:
 
     Raises Infeasible.
     """
+    if (fastest := space.seconds(space.fastest)) > limit:
+        raise Infeasible(f"the fastest levels take {fastest * 1e3:.3f} ms, more than the {limit * 1e3:.3f} ms allowed")
     shares = sorted({level.seconds / c.levels[0].seconds for c in space.choices for level in c.levels}, reverse=True)
     fitting = (config for share in shares if space.seconds(config := _at_share(space, share)) <= limit)
-    config = next(fitting, None)
-    if config is None:
-        raise Infeasible(
-            f"the smallest widths take {space.seconds(space.fastest) * 1e3:.3f} ms, "
-            f"more than the {limit * 1e3:.3f} ms allowed"
-        )
+    config = next(fitting, space.fastest)
     for index in sorted(range(len(config)), key=lambda index: int(f"{index:016b}"[::-1], 2)):
         wider = (*config[:index], max(config[index] - 1, 0), *config[index + 1 :])
         if space.seconds(wider) <= limit:

@@ -1,0 +1,177 @@
+"""Calibration and evaluation text: reproducible, disjoint, and clear about bad files."""
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_model, tiny_tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from dilap.errors import InvalidInput
+from dilap.text import (
+    Calibration,
+    CalibrationOptions,
+    calibration,
+    evaluation_text,
+    read_text,
+    self_generated,
+    sequences,
+)
+
+SMALL = CalibrationOptions(sequence_length=12, train_sequences=6, validation_sequences=4)
+WORDS = " ".join(f"word{number} the fox" for number in range(400))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def calibrated(tokenizer: PreTrainedTokenizerBase, options: CalibrationOptions) -> Calibration:
+    return calibration(tiny_model("llama"), tokenizer, options)
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    path = tmp_path / "words.txt"
+    path.write_text(WORDS, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("source", ["self", "file"])
+def test_calibration_is_deterministic_for_a_seed(source: str, tokenizer: PreTrainedTokenizerBase, words: Path) -> None:
+    options = SMALL if source == "self" else replace(SMALL, source=str(words))
+    first, second = calibrated(tokenizer, options), calibrated(tokenizer, options)
+    assert torch.equal(first.train, second.train)
+    assert torch.equal(first.validation, second.validation)
+    assert first.sha256 == second.sha256 != calibrated(tokenizer, replace(options, seed=1)).sha256
+
+
+@pytest.mark.parametrize("source", ["self", "file"])
+def test_splits_have_the_sizes_asked_for_and_share_no_sequence(
+    source: str, tokenizer: PreTrainedTokenizerBase, words: Path
+) -> None:
+    found = calibrated(tokenizer, SMALL if source == "self" else replace(SMALL, source=str(words)))
+    assert (found.train.shape, found.validation.shape) == ((6, 12), (4, 12))
+    train, validation = ({tuple(row) for row in part.tolist()} for part in (found.train, found.validation))
+    assert not train & validation
+
+
+def test_length_is_capped_by_the_positions_of_the_model(tokenizer: PreTrainedTokenizerBase) -> None:
+    options = replace(SMALL, sequence_length=500, train_sequences=1, validation_sequences=1)
+    assert calibrated(tokenizer, options).train.shape == (1, 128)
+
+
+def test_generated_text_starts_with_the_start_token_and_has_no_other_special_one(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    tokens = self_generated(tiny_model("llama"), tokenizer, num_sequences=16, length=24, seed=0)
+    assert tokens.shape == (16, 24)
+    assert set(tokens[:, 0].tolist()) == {tokenizer.bos_token_id}
+    assert tokenizer.bos_token_id not in tokens[:, 1:]
+
+
+def test_generated_tokens_are_known_to_the_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A model may have more rows than its tokenizer tokens: padding, which no text holds."""
+    tokens = self_generated(tiny_model("llama", vocab_size=900), tokenizer, num_sequences=16, length=24, seed=0)
+    assert int(tokens.max()) < len(tokenizer)
+
+
+def test_generated_text_follows_the_model(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[7] = 100 * model.model.norm.weight.sign()
+        model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight.abs() + 5)
+    tokens = self_generated(model, tokenizer, num_sequences=2, length=10, seed=0)
+    assert int((tokens[:, 2:] == 7).sum()) > 8
+
+
+def test_generated_text_of_a_tokenizer_without_a_start_token(tmp_path: Path) -> None:
+    bare = tiny_tokenizer(tmp_path)
+    bare.bos_token = None
+    tokens = self_generated(tiny_model("llama"), bare, num_sequences=3, length=8, seed=0)
+    assert tokens.shape == (3, 8)
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.md"])
+def test_text_files_are_read_whole(name: str, tmp_path: Path) -> None:
+    assert read_text(str(write(tmp_path / name, "héllo\nworld".encode()))) == "héllo\nworld"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("key", ["text", "page"])
+def test_jsonl_files_give_the_text_of_their_records(name: str, key: str, tmp_path: Path) -> None:
+    content = "\n".join(json.dumps({key: text, "id": 3}) for text in ("one", "two\u2028lines")) + "\n\n"
+    assert read_text(str(write(tmp_path / name, content.encode()))) == "one\n\ntwo\u2028lines"
+
+
+def test_line_separators_inside_a_record_do_not_split_it(tmp_path: Path) -> None:
+    content = json.dumps({"text": "two\u2028lines\x85here"}, ensure_ascii=False)
+    assert read_text(str(write(tmp_path / "a.jsonl", content.encode()))) == "two\u2028lines\x85here"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b"\xff\xfe\xfa"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": '),
+        ("a.jsonl", b'{"title": "no text"}'),
+        ("a.jsonl", b"[1, 2]"),
+        ("a.jsonl", b"3"),
+    ],
+)
+def test_broken_file_is_one_line_of_invalid_input_that_names_it(name: str, content: bytes, tmp_path: Path) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(InvalidInput) as caught:
+        read_text(str(path))
+    assert str(caught.value).startswith(f"{path}: not readable text (")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not_gzip", "bad_block"])
+def test_broken_gzip_is_invalid_input(damage: str, tmp_path: Path) -> None:
+    whole = bytearray(gzip.compress(WORDS.encode()))
+    if damage == "bad_block":
+        whole[40:60] = bytes(20)
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes({"truncated": bytes(whole[:50]), "not_gzip": b"plain", "bad_block": bytes(whole)}[damage])
+    with pytest.raises(InvalidInput, match=r"a\.txt\.gz: not readable text"):
+        read_text(str(path))
+
+
+def test_missing_file_is_invalid_input_that_says_what_would_do() -> None:
+    with pytest.raises(InvalidInput, match=r"no text '/nowhere/a\.txt': give a \.txt or \.jsonl file"):
+        read_text("/nowhere/a.txt")
+
+
+def test_text_shorter_than_one_sequence_is_invalid_input(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(InvalidInput, match="x: 1 tokens are fewer than one sequence of 12"):
+        sequences("the fox"[:3], tokenizer, length=12, name="x")
+
+
+def test_text_of_too_few_sequences_is_invalid_input(tokenizer: PreTrainedTokenizerBase, words: Path) -> None:
+    options = replace(SMALL, source=str(words), train_sequences=10_000)
+    with pytest.raises(InvalidInput, match=r"sequences of 12 tokens, but 10004 are needed; give more text"):
+        calibrated(tokenizer, options)
+
+
+def test_sequences_are_consecutive(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = tokenizer(WORDS, add_special_tokens=False).input_ids
+    found = sequences(WORDS, tokenizer, length=10, name="x")
+    assert found.reshape(-1).tolist() == ids[: found.numel()]
+    assert len(ids) - found.numel() < 10
+
+
+def test_evaluation_text_has_the_number_of_sequences_asked_for(tokenizer: PreTrainedTokenizerBase) -> None:
+    found = evaluation_text("python-docs", tokenizer, num_sequences=3, length=16)
+    assert found.tokens.shape == (3, 16)
+    assert found.sha256 == evaluation_text("python-docs", tokenizer, num_sequences=3, length=16).sha256
