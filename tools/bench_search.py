@@ -4,8 +4,8 @@
     tools/bench_search --calib corpus.txt --seeds 1      another calibration text, one seed
 
 Everything but the allocation is the same: model, latency table, level library, text, closed-form refit. The KL is on
-text that no search saw, before any training. `library` is the KL with the library's projections, `refitted` the one
-after the sequential refit that always ends a run. A killed run goes on where it stopped.
+text that no search saw, before any training. `library` is the KL with the library's projections; `refitted`, taken for
+what is not an ablation, the one after the sequential refit that always ends a run. A killed run goes on where it was.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dilap import registry
+from dilap.allocation import Config
 from dilap.anatomy import architecture_of
 from dilap.cli.bench import Bench
 from dilap.cli.console import Console, run
@@ -47,6 +48,7 @@ class Variant:
     name: str
     method: str
     options: SearchOptions
+    is_ablation: bool = False
 
 
 def _variants(evaluations: int, seed: int) -> list[Variant]:
@@ -56,16 +58,17 @@ def _variants(evaluations: int, seed: int) -> list[Variant]:
         Variant(name="DP on layer error", method="layer_error", options=full),
         Variant(
             name="diagonal only, one round, no swaps",
+            is_ablation=True,
             method="dilap",
             options=SearchOptions(cross_terms=False, rounds=1, evaluations=0, seed=seed),
         ),
         Variant(
-            name="diagonal only",
+            name="one round",
+            is_ablation=True,
             method="dilap",
-            options=SearchOptions(cross_terms=False, evaluations=evaluations, seed=seed),
+            options=SearchOptions(rounds=1, evaluations=evaluations, seed=seed),
         ),
-        Variant(name="one round", method="dilap", options=SearchOptions(rounds=1, evaluations=evaluations, seed=seed)),
-        Variant(name="no swaps", method="dilap", options=SearchOptions(evaluations=0, seed=seed)),
+        Variant(name="no swaps", is_ablation=True, method="dilap", options=SearchOptions(evaluations=0, seed=seed)),
         Variant(name="DiLAP", method="dilap", options=full),
     ]
 
@@ -143,24 +146,25 @@ class Study:
         task = SearchTask(evaluator=evaluator, space=self.space, limit=limit, options=variant.options)
         found = registry.get(METHODS, variant.method, kind="method")(task)
         seconds = time.monotonic() - start
-        library_kl = net.kl(self.exam, found.config)
-        weights = refit_sequentially(net, found.config, self.train, options=RefitOptions())
-        for index, sublayer in enumerate(net.sublayers):
-            if sublayer.name in weights:
-                columns = self.library[index][found.config[index]].columns
-                net.write(index, columns, weights[sublayer.name])
-            else:
-                net.write(index, torch.empty(0, dtype=torch.long), torch.empty(net.outs[index].out_features, 0))
-        refitted_kl = self.exam.kl(self.source.model)
-        for index, levels in enumerate(self.library):
-            net.write(index, levels[0].columns, levels[0].weight)
-        return {
-            "library": library_kl,
-            "refitted": refitted_kl,
+        scores = {
+            "library": net.kl(self.exam, found.config),
             "validation": found.kl,
             "latency": self.space.seconds(found.config) / self.space.seconds(self.space.dense),
             "search_seconds": seconds,
         }
+        return scores if variant.is_ablation else scores | {"refitted": self._refitted_kl(net, found.config)}
+
+    def _refitted_kl(self, net: Supernet, config: Config) -> float:
+        weights = refit_sequentially(net, config, self.train, options=RefitOptions())
+        net.set(config)
+        for index, sublayer in enumerate(net.sublayers):
+            if sublayer.name in weights:
+                net.write(index, self.library[index][config[index]].columns, weights[sublayer.name])
+        kl = self.exam.kl(self.source.model)
+        for index, levels in enumerate(self.library):
+            net.write(index, levels[0].columns, levels[0].weight)
+        net.config = self.space.dense
+        return kl
 
 
 def _main() -> int:
@@ -176,8 +180,9 @@ def _main() -> int:
                 one = study.score(variant, budget)
                 scores.setdefault((budget, variant.name), []).append(one)
                 console.say(
-                    f"seed {seed}, {budget} %, {variant.name}: library {one['library']:.3f}, "
-                    f"refitted {one['refitted']:.3f}, latency {one['latency']:.1%}, {one['search_seconds']:.0f} s"
+                    f"seed {seed}, {budget} %, {variant.name}: library {one['library']:.3f}, refitted "
+                    f"{one.get('refitted', float('nan')):.3f}, latency {one['latency']:.1%}, "
+                    f"{one['search_seconds']:.0f} s"
                 )
     print(
         f"KL to dense {given.model} on {given.eval_text}, calibration {given.calib}, {given.seeds} seeds: mean (each)"
@@ -186,8 +191,9 @@ def _main() -> int:
     for (budget, name), each in scores.items():
         cells = []
         for column in ("library", "refitted"):
-            values = [one[column] for one in each]
-            cells.append(f"{statistics.fmean(values):.3f} ({', '.join(f'{value:.3f}' for value in values)})")
+            values = [one[column] for one in each if column in one]
+            shown = ", ".join(f"{value:.3f}" for value in values)
+            cells.append(f"{statistics.fmean(values):.3f} ({shown})" if values else "")
         print(f"| {budget} % | {name} | {' | '.join(cells)} |")
     return 0
 
