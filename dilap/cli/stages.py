@@ -221,7 +221,10 @@ class Stages:
             if _ENOUGH <= used <= 1.0 or attempt == _CORRECTIONS:
                 break
             fastest = goal.space.seconds(goal.space.fastest)
-            task = replace(task, limit=max(task.limit * _AIM / used, fastest), previous=found)
+            options = replace(
+                task.options, evaluations=min(10, task.options.evaluations)
+            )  # a small step, a small polish
+            task = replace(task, limit=max(task.limit * _AIM / used, fastest), previous=found, options=options)
             with self.workspace.stage("correct the limit by the gap"):
                 found = method(task)
         net.close()
