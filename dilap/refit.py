@@ -17,9 +17,13 @@ from dilap.supernet import Supernet
 @dataclass(frozen=True, kw_only=True)
 class RefitOptions:
     """`correction` is the share of the error already in the residual stream that a sublayer is asked to undo;
-    `ridge` pulls towards the library's projection, relative to the mean diagonal of the input covariance."""
+    `ridge` pulls towards the library's projection, relative to the mean diagonal of the input covariance.
 
-    correction: float = 0.5
+    SmolLM2-135M at 70 %, KL on unseen prose (two texts): without the refit 1.72 and 1.81; correction 0.5: 1.44 and
+    1.57; correction 1: 1.38 and 1.55. Correction 0 is worse than no refit (1.16 against 0.97, another calibration).
+    """
+
+    correction: float = 1.0
     ridge: float = 0.1
     batch_tokens: int = 2048
 

