@@ -121,9 +121,6 @@ class LlamaCppSession:
             library.llama_free(context)
         return np.stack(rows)
 
-    def tokenize(self, text: str, *, add_special: bool) -> list[int]:
-        return _tokenize(self._vocab, text, add_special=add_special, parse_special=False)
-
     def close(self) -> None:
         if self._context is not None:
             _library().llama_free(self._context)
@@ -154,33 +151,6 @@ class LlamaCppSession:
             raise Unsupported(f"llama.cpp failed ({status}) on {self._workload.describe()}: {_reason()}")
 
 
-class Tokenizer:
-    """The tokenizer of a GGUF file, loaded without its weights."""
-
-    def __init__(self, path: Path) -> None:
-        self._model = _load_model(path, vocab_only=True)
-        self._vocab = _library().llama_model_get_vocab(self._model)
-
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        return _tokenize(self._vocab, text, add_special=add_special, parse_special=parse_special)
-
-    def close(self) -> None:
-        if self._model is not None:
-            _library().llama_model_free(self._model)
-            self._model = None
-
-    def __enter__(self) -> "Tokenizer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in `path`, to be closed. Raises InvalidInput where the file is damaged."""
-    return Tokenizer(path)
-
-
 @functools.cache
 def _library() -> Any:
     library = importlib.import_module("llama_cpp.llama_cpp")
@@ -199,14 +169,13 @@ def _log_callback() -> Any:
     return _library().llama_log_callback(record)
 
 
-def _load_model(path: Path, *, vocab_only: bool = False) -> Any:
+def _load_model(path: Path) -> Any:
     if not path.is_file():
         raise InvalidInput(f"{path}: no such file")
     _library().llama_log_set(_log_callback(), None)
     params = _library().llama_model_default_params()
     params.load_mode = _library().LLAMA_LOAD_MODE_MMAP  # one file open twice shares its pages
     params.n_gpu_layers = 0
-    params.vocab_only = vocab_only
     _errors.clear()
     model = _library().llama_model_load_from_file(str(path).encode(), params)
     if not model:
@@ -242,13 +211,3 @@ def _fill_(batch: Any, tokens: Sequence[int], *, first_position: int) -> None:
         batch.n_seq_id[index] = 1
         batch.seq_id[index][0] = 0
         batch.logits[index] = 1
-
-
-def _tokenize(vocab: Any, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-    data = text.encode()
-    room = len(data) + 8  # at most a token a byte, and the special ones
-    tokens = (ctypes.c_int32 * room)()
-    count = _library().llama_tokenize(vocab, data, len(data), tokens, room, add_special, parse_special)
-    if count < 0:
-        raise InvalidInput(f"llama.cpp cannot tokenize {text[:40]!r} ({count})")
-    return list(tokens[:count])

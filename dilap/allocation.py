@@ -39,7 +39,7 @@ class Quadratic:
         """Without the terms between levels of different choices."""
         return Quadratic(b=self.b, Q=torch.diag(self.Q.diagonal()), sizes=self.sizes)
 
-    def shrunk(self, *, num_rows: int) -> "Quadratic":
+    def shrunk(self, *, num_rows: float) -> "Quadratic":
         """Off-diagonals shrunk by rows / (rows + dimension): few rows make them mostly noise (C3)."""
         keep = num_rows / (num_rows + len(self.b))
         diagonal = torch.diag(self.Q.diagonal())

@@ -47,7 +47,8 @@ class Evaluator:
         if path is not None:
             with written_aside(path) as temporary:
                 metadata = {"value": repr(curvature.value), "num_rows": str(curvature.num_rows)}
-                save_file({"b": curvature.b, "Q": curvature.Q}, temporary, metadata=metadata)
+                tensors = {"b": curvature.b, "b_error": curvature.b_error, "Q": curvature.Q}
+                save_file(tensors, temporary, metadata=metadata)
         return curvature
 
     def _entry(self, kind: str, key: list[object], *, suffix: str) -> Path | None:
@@ -68,6 +69,7 @@ def _read_curvature(path: Path) -> Curvature:
             return Curvature(
                 value=float(metadata["value"]),
                 b=file.get_tensor("b"),
+                b_error=file.get_tensor("b_error"),
                 Q=file.get_tensor("Q"),
                 num_rows=int(metadata["num_rows"]),
             )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from dilap.anatomy import family_of, model_digest, require_finite
 from dilap.codec import written_aside
@@ -49,8 +50,8 @@ def load(name: str) -> Source:
         )
     model, tokenizer = _read(name, str(folder), arguments)
     require_finite(model)
-    if not tokenizer_path.exists():
-        tokenizer_path = Path(tokenizer.name_or_path)
+    if not tokenizer_path.exists():  # a hub id: its files are in the hub's local cache by now
+        tokenizer_path = Path(cached_file(name, "tokenizer_config.json")).parent
     return Source(
         name=name, model=model, tokenizer=tokenizer, tokenizer_path=tokenizer_path, digest=model_digest(model)
     )

@@ -61,11 +61,12 @@ class Curvature:
     """KL(dense || config) near the current config: value + b'c + c'Qc/2, c the change in one-hot levels.
 
     `b` (levels) and `Q` (levels x levels) are over the concatenated levels of all choices, relative to the current
-    level of each choice, whose entries are zero.
+    level of each choice, whose entries are zero. `b_error` is the standard error of `b` over sequences.
     """
 
     value: float
     b: torch.Tensor
+    b_error: torch.Tensor
     Q: torch.Tensor
     num_rows: int
 
@@ -87,7 +88,8 @@ def linearise(
     """
     generator = torch.Generator().manual_seed(seed)
     size = sum(len(levels) for levels in net.library)
-    b, Q, value, start = torch.zeros(size), torch.zeros(size, size), 0.0, 0
+    slopes = torch.zeros(len(teacher.tokens), size)
+    Q, value, start = torch.zeros(size, size), 0.0, 0
     head = net.model.get_output_embeddings().weight
     with _Tap(net) as tap:
         for batch in batches(teacher.tokens, batch_tokens=batch_tokens):
@@ -97,14 +99,20 @@ def linearise(
             loss = teacher.divergence(hidden, head, rows=rows)
             value += float(loss.detach())
             if any(net.config):  # at the dense model the KL has its minimum: no gradient
-                b += tap.backward(loss).sum(0)
+                slopes[rows] = tap.backward(loss).reshape(*batch.shape, size).mean(1)
             for sample in range(samples):
                 loss = _sampled_likelihood(hidden, head, generator)
                 products = tap.backward(loss, last=sample == samples - 1)
                 Q += products.T @ products
             progress(batch.numel())
     total = teacher.tokens.numel()
-    return Curvature(value=value / total, b=b / total, Q=Q / (total * samples), num_rows=total * samples)
+    return Curvature(
+        value=value / total,
+        b=slopes.mean(0),
+        b_error=slopes.std(0, correction=0) / len(slopes) ** 0.5,
+        Q=Q / (total * samples),
+        num_rows=total * samples,
+    )
 
 
 def _sampled_likelihood(hidden: torch.Tensor, head: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

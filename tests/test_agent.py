@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fabricated import TINY_LAYER, tiny_llama
 from numpy.typing import NDArray
 
 from dilap import backends, codec, export
@@ -17,7 +18,7 @@ from dilap.errors import InvalidInput, Mismatch, Unavailable
 from dilap.profilers import devices
 from dilap.profilers.client import AgentBench, AgentClient
 from dilap.profilers.transports import LocalTransport, PipedProcess
-from dilap.types import Architecture, Fingerprint, LayerWidths, Workload
+from dilap.types import Fingerprint, Workload
 
 WORKLOAD = Workload(precision="f32", context=16)
 
@@ -224,21 +225,7 @@ def running() -> Iterator[AgentClient]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiny") / "model"
-    architecture = Architecture(
-        family="llama",
-        hidden_size=64,
-        head_dim=16,
-        vocab_size=96,
-        tied_embeddings=True,
-        ffn_matrices=3,
-        norm_vectors=1,
-        qkv_bias=False,
-        out_bias=False,
-        ffn_bias=False,
-        qk_norm=False,
-        num_positions=0,
-        layers=(LayerWidths(num_heads=4, num_kv_heads=2, num_channels=64),) * 2,
-    )
+    architecture = tiny_llama(TINY_LAYER, TINY_LAYER)
     artifact = export.get("llamacpp").export_probe(architecture, precision="f32", seed=1, out=out)
     return out / artifact.path
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_table
+from fabricated import FINGERPRINT
 from models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -50,7 +50,7 @@ class FakeBench(Bench):
                 Measurement(
                     artifact_sha256=artifact.sha256,
                     workload=self.workload,
-                    fingerprint=test_table.FINGERPRINT,
+                    fingerprint=FINGERPRINT,
                     samples_ns=tuple(center + 10 * step for step in range(-7, 8)),
                     rounds=tuple(range(15)),
                     peak_memory_bytes=artifact.num_bytes,
@@ -74,7 +74,7 @@ def fabricated_table(architecture: Architecture, workload: Workload) -> LatencyT
     capabilities = LlamaCpp().capabilities(architecture.family, precision=workload.precision)
     attention, ffn = default_levels(architecture, capabilities)
     header = TableHeader(
-        fingerprint=test_table.FINGERPRINT,
+        fingerprint=FINGERPRINT,
         workload=workload,
         architecture=architecture,
         backend="llamacpp",

@@ -4,34 +4,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fabricated import TINY_LAYER, tiny_llama
 
 from dilap import backends, export
 from dilap.errors import InvalidInput, Unsupported
-from dilap.types import Architecture, LayerWidths, Workload
+from dilap.types import LayerWidths, Workload
 
 if reason := backends.get("llamacpp").unavailable():
     pytest.skip(reason, allow_module_level=True)
 
-DENSE = LayerWidths(num_heads=4, num_kv_heads=2, num_channels=64)
-TINY = Architecture(
-    family="llama",
-    hidden_size=64,
-    head_dim=16,
-    vocab_size=96,
-    tied_embeddings=True,
-    ffn_matrices=3,
-    norm_vectors=1,
-    qkv_bias=False,
-    out_bias=False,
-    ffn_bias=False,
-    qk_norm=False,
-    num_positions=0,
-    layers=(
-        DENSE,
-        LayerWidths(num_heads=2, num_kv_heads=1, num_channels=32),
-        LayerWidths(num_heads=0, num_kv_heads=0, num_channels=64),
-        LayerWidths(num_heads=4, num_kv_heads=2, num_channels=0),
-    ),
+TINY = tiny_llama(
+    TINY_LAYER,
+    LayerWidths(num_heads=2, num_kv_heads=1, num_channels=32),
+    LayerWidths(num_heads=0, num_kv_heads=0, num_channels=64),
+    LayerWidths(num_heads=4, num_kv_heads=2, num_channels=0),
 )
 DECODE = Workload(precision="f32", context=16, prompt_tokens=8)
 TOKENS = [5, 17, 80, 3, 3, 41, 0, 95]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fabricated import FINGERPRINT, TINY_LAYER, tiny_llama
 
 from dilap import backends, codec, export
 from dilap.errors import Mismatch
@@ -13,37 +14,11 @@ from dilap.profilers import devices, probes
 from dilap.profilers.profiler import Case, Profiler, is_shown, speedup
 from dilap.profilers.protocol import Protocol
 from dilap.profilers.table import LatencyTable
-from dilap.types import Architecture, Artifact, Fingerprint, Interval, LayerWidths, Measurement, Workload
+from dilap.types import Architecture, Artifact, Fingerprint, Interval, Measurement, Workload
 
 WORKLOAD = Workload(precision="f32", context=16)
 QUICK = Protocol(warm_up_seconds=0.0, warm_up_cap_seconds=0.0, max_seconds=0.0, back_off_seconds=0.0)
-FINGERPRINT = Fingerprint(
-    device="host_cpu",
-    machine="x86_64",
-    processor="Test",
-    num_cores=2,
-    memory_bytes=8 << 30,
-    last_level_cache_bytes=1 << 20,
-    power_mode="performance",
-    runtime="llamacpp",
-    runtime_version="1",
-    runtime_build="AVX2",
-)
-ARCHITECTURE = Architecture(
-    family="llama",
-    hidden_size=64,
-    head_dim=16,
-    vocab_size=96,
-    tied_embeddings=True,
-    ffn_matrices=3,
-    norm_vectors=1,
-    qkv_bias=False,
-    out_bias=False,
-    ffn_bias=False,
-    qk_norm=False,
-    num_positions=0,
-    layers=(LayerWidths(num_heads=4, num_kv_heads=2, num_channels=64),) * 4,
-)
+ARCHITECTURE = tiny_llama(*[TINY_LAYER] * 4)
 
 
 def measurement(samples_ns: Sequence[int], *, first_round: int = 0) -> Measurement:

@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fabricated import FINGERPRINT
 
 from dilap.backends import Capabilities
 from dilap.errors import InvalidInput, Mismatch, Unsupported
 from dilap.profilers.probes import default_levels, list_probes, probe_architecture, spread
 from dilap.profilers.protocol import TABLE
 from dilap.profilers.table import LatencyTable, Role, TableEntry, TableHeader, runs_of
-from dilap.types import Architecture, Fingerprint, LayerWidths, Workload
+from dilap.types import Architecture, LayerWidths, Workload
 
 DENSE = LayerWidths(num_heads=6, num_kv_heads=3, num_channels=768)
 ARCHITECTURE = Architecture(
@@ -31,18 +32,6 @@ ARCHITECTURE = Architecture(
     layers=(DENSE,) * 8,
 )
 WORKLOAD = Workload(threads=2)
-FINGERPRINT = Fingerprint(
-    device="host_cpu",
-    machine="x86_64",
-    processor="Test",
-    num_cores=2,
-    memory_bytes=8 << 30,
-    last_level_cache_bytes=1 << 20,
-    power_mode="performance",
-    runtime="llamacpp",
-    runtime_version="1",
-    runtime_build="AVX2",
-)
 HEADER = TableHeader(
     fingerprint=FINGERPRINT,
     workload=WORKLOAD,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fabricated import tiny_llama
 from models import FAMILIES, Kept, plan_for, random_tokens, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
@@ -32,21 +33,7 @@ from dilap.types import (
 
 def architecture(*layers: tuple[int, int, int]) -> Architecture:
     widths = tuple(LayerWidths(num_heads=h, num_kv_heads=kv, num_channels=c) for h, kv, c in layers)
-    return Architecture(
-        family="llama",
-        hidden_size=64,
-        head_dim=16,
-        vocab_size=300,
-        tied_embeddings=True,
-        ffn_matrices=3,
-        norm_vectors=1,
-        qkv_bias=False,
-        out_bias=False,
-        ffn_bias=False,
-        qk_norm=False,
-        num_positions=0,
-        layers=widths,
-    )
+    return replace(tiny_llama(*widths), vocab_size=300)
 
 
 DENSE = architecture((4, 2, 96), (4, 2, 96))

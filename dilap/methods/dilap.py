@@ -14,6 +14,8 @@ from dilap.allocation import Config, Quadratic, move, move_gains, project, relax
 from dilap.methods.task import Round, SearchOptions, SearchResult, SearchTask
 from dilap.space import Space
 
+_CORRELATED_ROWS = 64  # positions of one sequence that tell about the interactions as much as one independent row
+
 
 def search(task: SearchTask) -> SearchResult:
     """The config with the least real KL that was found within the limit. Raises Infeasible.
@@ -24,27 +26,28 @@ def search(task: SearchTask) -> SearchResult:
         return _revise(task, task.previous)
     space, evaluator = task.space, task.evaluator
     rounds: list[Round] = []
-    current, value = space.dense, 0.0
+    current, value, scale = space.dense, 0.0, 1.0
     targets = _limits(task)
     while targets:
         target = targets.pop(0)
-        quadratic = linear_model(task, current, number=len(rounds))
+        quadratic = linear_model(task, current, number=len(rounds), scale=scale)
         config = allocate(quadratic, space, limit=target, previous=current, options=task.options)
         predicted, real = value + quadratic.value(config), evaluator.kl(config)
         rounds.append(Round(limit_seconds=target, config=config, predicted_kl=predicted, real_kl=real))
         task.report(f"round {len(rounds)}: limit {target * 1e3:.2f} ms, KL predicted {predicted:.3f}, real {real:.3f}")
+        scale *= _correction(predicted=predicted - value, real=real - value)
         # Trust region: a KL beyond twice the predicted one means that the step left the model's range.
         halfway = (space.seconds(current) + target) / 2
         if real - value > 2 * (predicted - value) and space.seconds(current) - halfway > task.options.step / 8 * target:
             targets = [halfway, target, *targets]
             continue
         current, value = config, real
-    return polish(task, SearchResult(config=current, kl=value, rounds=tuple(rounds)))
+    return polish(task, SearchResult(config=current, kl=value, rounds=tuple(rounds), curvature_scale=scale))
 
 
 def _revise(task: SearchTask, result: SearchResult) -> SearchResult:
     """Move a finished search to the task's limit: a new allocation around its config, and a new polish."""
-    quadratic = linear_model(task, result.config, number=len(result.rounds))
+    quadratic = linear_model(task, result.config, number=len(result.rounds), scale=result.curvature_scale)
     config = allocate(quadratic, task.space, limit=task.limit, previous=result.config, options=task.options)
     return polish(task, replace(result, config=config, kl=task.evaluator.kl(config)))
 
@@ -57,13 +60,27 @@ def _limits(task: SearchTask) -> list[float]:
     return [dense - span * (index + 1) / count for index in range(count)]
 
 
-def linear_model(task: SearchTask, config: Config, *, number: int) -> Quadratic:
-    """The quadratic model of the KL around `config`."""
+def linear_model(task: SearchTask, config: Config, *, number: int, scale: float = 1.0) -> Quadratic:
+    """The quadratic model of the KL around `config`, made robust against its own noise.
+
+    Measured on SmolLM2-135M, KL after a second step to 79 % of the prunable latency: slopes as they are 0.95; taken two
+    standard errors worse 0.61, and with the curvature scaled by what the first step missed 0.56 without interactions
+    between sublayers, 0.59 with 15 % and 0.60 with 60 % of them (to 73 %: 0.86, 0.83, 0.89).
+    """
     options = task.options
     curvature = task.evaluator.curvature(config, samples=options.label_samples, seed=options.seed + number)
     sizes = tuple(len(levels) for levels in task.evaluator.net.library)
-    quadratic = Quadratic(b=curvature.b, Q=curvature.Q, sizes=sizes)
-    return quadratic.shrunk(num_rows=curvature.num_rows) if options.cross_terms else quadratic.diagonal_only()
+    # The minimum over hundreds of levels picks slopes that are low by chance: take each at the high end of its error.
+    slopes = curvature.b + options.caution * curvature.b_error
+    quadratic = Quadratic(b=slopes, Q=scale * curvature.Q, sizes=sizes)
+    if not options.cross_terms:
+        return quadratic.diagonal_only()
+    return quadratic.shrunk(num_rows=curvature.num_rows / _CORRELATED_ROWS)
+
+
+def _correction(*, predicted: float, real: float) -> float:
+    """The factor by which the curvature was too small: rows that are positions miss how positions add up."""
+    return min(max(real / predicted, 0.5), 3.0) if predicted > 0 else 1.0
 
 
 def allocate(quadratic: Quadratic, space: Space, *, limit: float, previous: Config, options: SearchOptions) -> Config:
@@ -88,7 +105,7 @@ def polish(task: SearchTask, result: SearchResult) -> SearchResult:
     options = task.options
     if options.evaluations == 0:
         return result
-    quadratic = linear_model(task, result.config, number=len(result.rounds))
+    quadratic = linear_model(task, result.config, number=len(result.rounds), scale=result.curvature_scale)
     generator = torch.Generator().manual_seed(options.seed)
     config, value, tried, accepted = result.config, result.kl, {result.config}, 0
     for _ in range(options.evaluations):

@@ -15,12 +15,14 @@ def _silent(_: str) -> None:
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
     """At most `rounds` planned linearisations, `step` of the dense latency apart; `evaluations` of the real KL while
-    polishing. `cross_terms` keeps interactions between sublayers in the quadratic model."""
+    polishing. `cross_terms` keeps interactions between sublayers in the quadratic model; `caution` is the number of
+    standard errors by which its slopes are taken for worse than measured."""
 
     rounds: int = 4
     step: float = 0.15
     label_samples: int = 2
     cross_terms: bool = True
+    caution: float = 2.0
     restarts: int = 6
     evaluations: int = 40
     seed: int = 0
@@ -54,11 +56,13 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """The chosen config with its real KL on the validation split."""
+    """The chosen config with its real KL on the validation split; `curvature_scale` is what the quadratic model has
+    to be multiplied by to predict it."""
 
     config: Config
     kl: float
     rounds: tuple[Round, ...] = ()
+    curvature_scale: float = 1.0
 
 
 Method = Callable[[SearchTask], SearchResult]
