@@ -1,11 +1,9 @@
-"""What can be used on this machine, why not the rest, and what a table says."""
+"""What can be used on this machine, and why not the rest."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from dilap import backends
 from dilap.profilers.devices import DEVICES
-from dilap.profilers.fit import LatencyModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,39 +38,3 @@ def report(checks: list[Check]) -> str:
         f"{'ok  ' if check.usable else 'no  '}{check.kind:8}{check.name.ljust(width)}  {check.reason}"
         for check in checks
     )
-
-
-def costs(model: LatencyModel) -> dict[str, Any]:
-    """The fitted costs, in seconds, and the errors on held-out plans."""
-    return {
-        "method": model.method,
-        "fixed_seconds": model.fixed_seconds,
-        "attention": [
-            {"work": w, "seconds": s} for w, s in zip(model.attention.work, model.attention.seconds, strict=True)
-        ],
-        "ffn": [{"channels": int(w), "seconds": s} for w, s in zip(model.ffn.work, model.ffn.seconds, strict=True)],
-        "holdout_errors": model.holdout_errors(),
-        "holdout": [
-            {"predicted_seconds": model.predict(one.widths), "measured_seconds": one.seconds} for one in model.holdout
-        ],
-    }
-
-
-def cost_table(model: LatencyModel) -> str:
-    """Costs a layer, and predicted against measured on the held-out plans."""
-    dense = model.architecture.layers[0]
-    lines = [
-        f"fixed part (embedding, head, launch) {model.fixed_seconds * 1e3:.3f} ms; a dense layer's attention "
-        f"{model.attention_seconds(dense.num_heads, dense.num_kv_heads) * 1e3:.3f} ms",
-        "",
-        "channels  ms a layer",
-        *(f"{int(w):8}  {s * 1e3:10.4f}" for w, s in zip(model.ffn.work, model.ffn.seconds, strict=True)),
-        "",
-        "held-out plan  predicted ms  measured ms   error",
-    ]
-    for number, one in enumerate(model.holdout, start=1):
-        predicted = model.predict(one.widths)
-        lines.append(
-            f"{number:13}  {predicted * 1e3:12.2f}  {one.seconds * 1e3:11.2f}  {predicted / one.seconds - 1:+6.1%}"
-        )
-    return "\n".join(lines)

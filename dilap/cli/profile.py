@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from dilap.cli import arguments, console, doctor
+from dilap.cli import arguments, console, costs, doctor
 from dilap.errors import InvalidInput
 
 _EXAMPLES = """\
@@ -52,9 +52,9 @@ def _command() -> int:
     table = bench.build_table(architecture, path)
     model = table.model()
     if given.json:
-        json.dump(doctor.costs(model) | {"table": str(path)}, sys.stdout, indent=1)
+        json.dump(costs.document(model) | {"table": str(path)}, sys.stdout, indent=1)
     else:
-        print(doctor.cost_table(model))
+        print(costs.text(model))
         print(f"\nthe table is in {path}")
     return 0
 
