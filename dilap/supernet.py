@@ -1,6 +1,6 @@
 """A dense model whose sublayers can be set to any level, and the curvature of its loss over all levels at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,10 +47,19 @@ class Supernet:
         if bias is not None:
             out.bias.copy_(bias if len(columns) else torch.zeros_like(bias))
 
-    def kl(self, teacher: Teacher, config: Sequence[int]) -> float:
-        """Mean KL(dense || config) in nats on the teacher's tokens."""
+    def kl(
+        self, teacher: Teacher, config: Sequence[int], *, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> float:
+        """Mean KL(dense || config) in nats on the teacher's tokens; `weights` replace the library's projections."""
         self.set(config)
-        return teacher.kl(self.model)
+        replaced = [i for i, sublayer in enumerate(self.sublayers) if weights and sublayer.name in weights]
+        fits = {i: self.library[i][config[i]] for i in replaced}
+        for i, fit in fits.items():
+            self.write(i, fit.columns, (weights or {})[self.sublayers[i].name])
+        value = teacher.kl(self.model)
+        for i, fit in fits.items():
+            self.write(i, fit.columns, fit.weight)
+        return value
 
     def close(self) -> None:
         self.set((0,) * len(self.library))

@@ -6,7 +6,7 @@ from models import FAMILIES, logits, plan_at, random_tokens, tiny_model, tiny_ne
 from torch.testing import assert_close
 
 from dilap.library import LibraryOptions
-from dilap.refit import RefitOptions, refit_sequentially
+from dilap.refit import RefitOptions, best_refit, refit_sequentially
 from dilap.shrink import shrink_
 from dilap.teacher import Teacher
 
@@ -20,7 +20,7 @@ def test_refit_lowers_the_kl_on_its_own_text(family: str) -> None:
     teacher = Teacher.of(model, TOKENS)
     space, net = tiny_net(model, TOKENS)
     before = net.kl(teacher, CONFIG)
-    weights = refit_sequentially(net, CONFIG, TOKENS)
+    weights = refit_sequentially(net, CONFIG, TOKENS, correction=1.0)
     shrunk = shrink_(tiny_model(family), plan_at(space, net, CONFIG), weights=weights)
     assert teacher.kl(shrunk) < before
 
@@ -31,7 +31,7 @@ def test_refit_leaves_the_supernet_dense(family: str) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     _, net = tiny_net(model, TOKENS)
     net.set(CONFIG)
-    refit_sequentially(net, CONFIG, TOKENS)
+    refit_sequentially(net, CONFIG, TOKENS, correction=1.0)
     assert net.config == (0,) * 6
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -40,7 +40,7 @@ def test_refit_of_the_dense_config_is_the_dense_model() -> None:
     model = tiny_model("opt")
     dense = logits(model, TOKENS[:2])
     space, net = tiny_net(model, TOKENS)
-    weights = refit_sequentially(net, space.dense, TOKENS)
+    weights = refit_sequentially(net, space.dense, TOKENS, correction=1.0)
     shrunk = shrink_(tiny_model("opt"), plan_at(space, net, space.dense), weights=weights)
     # Least squares in f32 on inputs whose covariance has a condition number of about 100.
     assert_close(logits(shrunk, TOKENS[:2]), dense, rtol=1e-3, atol=1e-3)
@@ -49,7 +49,7 @@ def test_refit_of_the_dense_config_is_the_dense_model() -> None:
 def test_refit_names_the_sublayers_that_are_kept() -> None:
     model = tiny_model("llama")
     _, net = tiny_net(model, TOKENS)
-    weights = refit_sequentially(net, (4, 1, 0, 3, 1, 2), TOKENS)
+    weights = refit_sequentially(net, (4, 1, 0, 3, 1, 2), TOKENS, correction=1.0)
     assert list(weights) == ["layers.0.ffn", "layers.1.attention", "layers.2.attention", "layers.2.ffn"]
     assert weights["layers.0.ffn"].shape == (64, 48)
 
@@ -58,7 +58,8 @@ def test_refit_does_not_depend_on_the_batch_size() -> None:
     model = tiny_model("llama")
     _, net = tiny_net(model, TOKENS)
     whole, parts = (
-        refit_sequentially(net, CONFIG, TOKENS, options=RefitOptions(batch_tokens=size)) for size in (10_000, 96)
+        refit_sequentially(net, CONFIG, TOKENS, correction=1.0, options=RefitOptions(batch_tokens=size))
+        for size in (10_000, 96)
     )
     for name, weight in whole.items():
         assert_close(parts[name], weight, rtol=1e-3, atol=1e-4)  # f32 sums in another order, then solved
@@ -67,7 +68,7 @@ def test_refit_does_not_depend_on_the_batch_size() -> None:
 def test_strong_ridge_keeps_the_projections_of_the_library() -> None:
     model = tiny_model("llama")
     _, net = tiny_net(model, TOKENS, options=LibraryOptions(ridge=0.05))
-    weights = refit_sequentially(net, CONFIG, TOKENS, options=RefitOptions(ridge=1e6))
+    weights = refit_sequentially(net, CONFIG, TOKENS, correction=1.0, options=RefitOptions(ridge=1e6))
     for index, sublayer in enumerate(net.sublayers):
         assert_close(weights[sublayer.name], net.library[index][CONFIG[index]].weight, rtol=1e-3, atol=1e-4)
 
@@ -87,5 +88,24 @@ def test_first_refit_is_the_ridge_solution() -> None:
     H = kept.T @ kept
     damping = 0.1 * H.diagonal().mean()
     expected = ((x @ dense.T).T @ kept + damping * fit.weight) @ torch.linalg.inv(H + damping * torch.eye(len(H)))
-    weights = refit_sequentially(net, (1, 0, 0, 0, 0, 0), TOKENS, options=RefitOptions(ridge=0.1))
+    weights = refit_sequentially(net, (1, 0, 0, 0, 0, 0), TOKENS, correction=1.0, options=RefitOptions(ridge=0.1))
     assert_close(weights["layers.0.attention"].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_best_refit_keeps_the_library_where_no_refit_is_nearer() -> None:
+    model = tiny_model("llama")
+    _, net = tiny_net(model, TOKENS)
+    teacher = Teacher.of(model, TOKENS)
+    before = net.kl(teacher, CONFIG)
+    found = best_refit(net, CONFIG, TOKENS, teacher=teacher, options=RefitOptions(corrections=(-20.0,)))
+    assert found.correction is None
+    assert found.kl == before
+
+
+def test_best_refit_takes_the_better_correction() -> None:
+    model = tiny_model("llama")
+    _, net = tiny_net(model, TOKENS)
+    teacher = Teacher.of(model, TOKENS)
+    found = best_refit(net, CONFIG, TOKENS, teacher=teacher, options=RefitOptions(corrections=(-20.0, 1.0)))
+    assert found.correction == 1.0
+    assert found.kl == net.kl(teacher, CONFIG, weights=found.weights)

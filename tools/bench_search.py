@@ -32,7 +32,7 @@ from dilap.methods.task import SearchOptions, SearchTask
 from dilap.profilers.devices import get
 from dilap.profilers.probes import default_levels
 from dilap.profilers.search_space import build_space
-from dilap.refit import RefitOptions, refit_sequentially
+from dilap.refit import best_refit
 from dilap.source import DEFAULT_MODEL, Source, load
 from dilap.space import Space
 from dilap.supernet import Supernet
@@ -155,16 +155,8 @@ class Study:
         return scores if variant.is_ablation else scores | {"refitted": self._refitted_kl(net, found.config)}
 
     def _refitted_kl(self, net: Supernet, config: Config) -> float:
-        weights = refit_sequentially(net, config, self.train, options=RefitOptions())
-        net.set(config)
-        for index, sublayer in enumerate(net.sublayers):
-            if sublayer.name in weights:
-                net.write(index, self.library[index][config[index]].columns, weights[sublayer.name])
-        kl = self.exam.kl(self.source.model)
-        for index, levels in enumerate(self.library):
-            net.write(index, levels[0].columns, levels[0].weight)
-        net.config = self.space.dense
-        return kl
+        refit = best_refit(net, config, self.train, teacher=self.teacher)
+        return net.kl(self.exam, config, weights=refit.weights)
 
 
 def _main() -> int:

@@ -8,7 +8,7 @@ from dilap.codec import encode, write_json
 from dilap.library import LevelFit
 from dilap.profilers.profiler import is_shown, speedup
 from dilap.recover import distil
-from dilap.refit import refit_sequentially
+from dilap.refit import best_refit
 from dilap.shrink import shrink_
 from dilap.source import save_checkpoint
 from dilap.space import plan_of
@@ -72,17 +72,21 @@ def _exam(stages: Stages) -> _Exam:
 
 
 def _refit_and_shrink_(stages: Stages, library: Library, found: Found, text: Calibration, plan: Plan) -> None:
-    """Closed-form recovery on the training split, then the cut."""
+    """Closed-form recovery on the training split, chosen on the validation split, then the cut."""
     options, model = stages.options, stages.source.model
     tokens = text.train[: options.calibration.train_sequences]
-    num_layers = len(plan.architecture.layers)
-    with (
-        stages.workspace.stage("closed-form refit"),
-        stages.console.bar("refit", total=num_layers * tokens.numel(), unit="tok") as bar,
-    ):
-        net = Supernet(model, library)
-        weights = refit_sequentially(net, found.result.config, tokens, options=options.refit, progress=bar.update)
-    shrink_(model, plan, weights=weights)
+    total = len(options.refit.corrections) * len(plan.architecture.layers) * tokens.numel()
+    with stages.workspace.stage("closed-form refit"), stages.console.bar("refit", total=total, unit="tok") as bar:
+        refit = best_refit(
+            Supernet(model, library),
+            found.result.config,
+            tokens,
+            teacher=Teacher.of(model, text.validation),
+            options=options.refit,
+            progress=bar.update,
+        )
+    stages.console.say(f"refit: KL on the validation split {found.result.kl:.3f} -> {refit.kl:.3f}")
+    shrink_(model, plan, weights=refit.weights)
     model.config.dilap_plan = plan.digest
 
 
