@@ -11,10 +11,10 @@ from fabricated import FINGERPRINT, TINY_LAYER, tiny_llama
 from dilap import backends, codec, export
 from dilap.errors import Mismatch
 from dilap.profilers import devices, probes
-from dilap.profilers.profiler import Case, Profiler, is_shown, speedup
+from dilap.profilers.profiler import Case, Profiler, budget_share, is_shown, speedup
 from dilap.profilers.protocol import Protocol
 from dilap.profilers.table import LatencyTable
-from dilap.types import Architecture, Artifact, Fingerprint, Interval, Measurement, Workload
+from dilap.types import Architecture, Artifact, Budget, Fingerprint, Interval, Measurement, Workload
 
 WORKLOAD = Workload(precision="f32", context=16)
 QUICK = Protocol(warm_up_seconds=0.0, warm_up_cap_seconds=0.0, max_seconds=0.0, back_off_seconds=0.0)
@@ -225,3 +225,23 @@ def test_a_tiny_table_is_measured_by_the_real_runtime(tmp_path: Path) -> None:
     assert {entry.role for entry in table.entries} == {"dense", "depth", "attention", "ffn", "random", "holdout"}
     assert len(table.model().holdout_errors()) == 2
     assert json.loads((tmp_path / "t.jsonl").read_text().splitlines()[0])["backend"] == "llamacpp"
+
+
+# The machine slows down to half after the first two rounds; the pruned model always takes 0.7 of the dense one.
+DRIFTING = [100, 100, 100, 100, 100, 100, 200, 200, 200]
+
+
+def test_a_relative_budget_is_judged_round_by_round() -> None:
+    dense, pruned = measurement(DRIFTING), measurement([7 * one // 10 for one in DRIFTING[:3] + DRIFTING[6:]])
+    assert budget_share(Budget(fraction=0.7), dense, replace(pruned, rounds=(0, 0, 0, 2, 2, 2))) == pytest.approx(1.0)
+
+
+def test_an_absolute_budget_is_judged_on_the_median() -> None:
+    dense, pruned = measurement([100] * 9), measurement([80] * 9)
+    assert budget_share(Budget(seconds=1e-7), dense, pruned) == pytest.approx(0.8)
+
+
+def test_a_p90_budget_is_judged_on_the_p90() -> None:
+    dense, pruned = measurement([100] * 9), measurement([50] * 7 + [90] * 2)
+    share = budget_share(Budget(fraction=1.0, statistic="p90"), dense, pruned)
+    assert share == pytest.approx(0.9)

@@ -6,7 +6,7 @@ from dilap.cli.result import PruneResult, Quality, Side, flops_of, versions
 from dilap.cli.stages import Found, Goal, Stages
 from dilap.codec import encode, write_json
 from dilap.library import LevelFit
-from dilap.profilers.profiler import is_shown, speedup
+from dilap.profilers.profiler import budget_share, is_shown, speedup
 from dilap.recover import distil
 from dilap.refit import best_refit
 from dilap.shrink import shrink_
@@ -131,13 +131,16 @@ def _result(
     options = stages.options
     limit = options.budget.limit_seconds(dense_seconds=dense.seconds)
     ratio = speedup(dense.measurement, pruned.measurement)
+    used = budget_share(options.budget, dense.measurement, pruned.measurement)
+    predicted_ratio = goal.space.seconds(found.result.config) / goal.space.seconds(goal.space.dense)
     notes = tuple(
         f"the {name} model's measurement is {side.measurement.status}: {side.measurement.note}"
         for name, side in (("dense", dense), ("pruned", pruned))
         if side.measurement.status != "ok"
     )
     return PruneResult(
-        status="kept" if pruned.seconds <= limit else "missed",
+        status="kept" if used <= 1.0 else "missed",
+        budget_used=used,
         target=options.target,
         backend=options.backend,
         model=stages.source.name,
@@ -149,7 +152,7 @@ def _result(
         limit_seconds=limit,
         floor_seconds=goal.floor_seconds,
         fastest_seconds=goal.fastest_seconds,
-        predicted_seconds=goal.scale * goal.space.seconds(found.result.config),
+        predicted_seconds=predicted_ratio * dense.seconds,
         dense=dense,
         pruned=pruned,
         speedup=ratio,

@@ -38,6 +38,7 @@ class PruneResult:
     """Everything that a run claims, with what it rests on."""
 
     status: Literal["kept", "missed"]
+    budget_used: float
     target: str
     backend: str
     model: str
@@ -88,10 +89,9 @@ def versions() -> dict[str, str]:
 def table(result: PruneResult) -> str:
     """The proof in a dozen lines."""
     dense, pruned = result.dense, result.pruned
-    share = pruned.seconds / result.limit_seconds
     rows: list[tuple[str, str, str, str]] = [
         ("", "dense", "pruned", "pruned / dense"),
-        (f"latency {result.budget.statistic}", _ms(dense), _ms(pruned), _ratio(pruned.seconds, dense.seconds)),
+        (f"latency {result.budget.statistic}", _ms(dense), _ms(pruned), f"{1 / result.speedup.value:.1%} paired"),
         ("95 % interval", _ms_interval(dense), _ms_interval(pruned), ""),
         ("KL to dense", "0", f"{pruned.quality.kl:.3f}", ""),
         ("perplexity", f"{dense.quality.perplexity:.2f}", f"{pruned.quality.perplexity:.2f}", ""),
@@ -119,10 +119,10 @@ def table(result: PruneResult) -> str:
             *_aligned(rows),
             "",
             f"budget {result.budget} = {result.limit_seconds * 1e3:.2f} ms: {verdict}, "
-            f"{share:.1%} of it used (predicted {result.predicted_seconds / result.limit_seconds:.1%})",
+            f"{result.budget_used:.1%} of it used (predicted {result.predicted_seconds / result.limit_seconds:.1%})",
             f"speed-up {result.speedup.value:.3f}x [{result.speedup.low:.3f}, {result.speedup.high:.3f}]{shown}",
-            f"KL and perplexity on {pruned.quality.text} ({pruned.quality.tokens} tokens, never seen by the search); "
-            f"KL without recovery {result.kl_without_recovery:.3f}",
+            f"KL and perplexity on {pruned.quality.text} ({pruned.quality.tokens} tokens, never seen by the search)"
+            + (f"; KL before recovery {result.kl_without_recovery:.3f}" if result.recovery != "none" else ""),
             *result.notes,
         ]
     )
@@ -158,6 +158,7 @@ def summary(result: PruneResult) -> dict[str, Any]:
     return {
         "status": result.status,
         "budget": str(result.budget),
+        "budget_used": result.budget_used,
         "limit_seconds": result.limit_seconds,
         "dense_seconds": result.dense.seconds,
         "pruned_seconds": result.pruned.seconds,

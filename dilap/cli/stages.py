@@ -18,6 +18,7 @@ from dilap.library_file import load_library, save_library
 from dilap.methods.task import Method, SearchOptions, SearchResult, SearchTask
 from dilap.profilers.fit import LatencyModel
 from dilap.profilers.probes import default_levels
+from dilap.profilers.profiler import budget_share
 from dilap.profilers.search_space import Layout, build_space
 from dilap.recover import RecoveryOptions
 from dilap.refit import RefitOptions
@@ -57,11 +58,10 @@ class JobOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """A budget made concrete. `scale` turns the table's seconds into those of the real model on this day."""
+    """A budget made concrete; `table_limit` is in the table's seconds, the others in those of this day's machine."""
 
     space: Space
     layout: Layout
-    scale: float
     floor_seconds: float
     fastest_seconds: float
     table_limit: float
@@ -111,7 +111,7 @@ class Stages:
         space = build_space(latency, attention_levels=attention_levels, ffn_levels=ffn_levels, layout=layout)
         with self.workspace.stage("measure the dense model"):
             dense_seconds = self.bench.measure([self.file("dense", dense)])[0].seconds(budget.statistic)
-        scale = dense_seconds / space.seconds(space.dense)
+        scale = dense_seconds / space.seconds(space.dense)  # the table's day against this one
         floor, fastest = scale * space.fixed_seconds, scale * space.seconds(space.fastest)
         limit = budget.limit_seconds(dense_seconds=dense_seconds)
         self.console.say(
@@ -130,7 +130,6 @@ class Stages:
         return Goal(
             space=space,
             layout=layout,
-            scale=scale,
             floor_seconds=floor,
             fastest_seconds=fastest,
             table_limit=_AIM * limit / scale,
@@ -232,12 +231,10 @@ class Stages:
 
     def _share_used(self, goal: Goal, found: SearchResult, dense: Artifact) -> float:
         """Measured share of the budget, taken once for every config and kept for a run that goes on."""
-        budget = self.options.budget
         widths = tuple(layer for layer in goal.space.widths(found.config) if not layer.is_empty)
         path = self.workspace.cache / f"widths-{digest([asdict(layer) for layer in widths])[:16]}.json"
         with self.workspace.stage("measure the widths found"):
             both = self.bench.measure_widths(
                 self.file("dense", dense), replace(dense.architecture, layers=widths), path
             )
-        dense_seconds, seconds = (one.seconds(budget.statistic) for one in both)
-        return seconds / budget.limit_seconds(dense_seconds=dense_seconds)
+        return budget_share(self.options.budget, *both)
