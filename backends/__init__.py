@@ -35,7 +35,6 @@ class Capabilities:
     head_pruning: bool = True
     attention_removal: bool = True
     ffn_removal: bool = True
-    first_layer_keeps_attention: bool = False
     ffn_multiple: int = 1
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from dilap.codec import digest
-from dilap.errors import InvalidInput, Mismatch
+from dilap.errors import InvalidInput
 
 Phase = Literal["decode", "prefill"]
 Statistic = Literal["p50", "p90"]
@@ -106,10 +106,6 @@ class Architecture:
         heads = sum(layer.num_heads for layer in self.layers)
         pairs = prompt_tokens * (prompt_tokens + 1) // 2
         return 2 * (weights * prompt_tokens + head) + 4 * heads * self.head_dim * pairs
-
-    def same_model_as(self, other: "Architecture") -> bool:
-        """Whether both are cut from one dense model: all but the layers agree."""
-        return replace(self, layers=()) == replace(other, layers=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,9 +361,3 @@ class Artifact:
     num_bytes: int
     sqnr_db: float | None
     details: dict[str, Any] = field(default_factory=dict)
-
-
-def require_same_base(plan: Plan, *, base: str) -> None:
-    """Raises Mismatch when `plan` was made for another model."""
-    if plan.base != base:
-        raise Mismatch(f"the plan was made for model {plan.base[:12]}, this model is {base[:12]}")

@@ -6,31 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fabricated import FINGERPRINT
+from fabricated import FINGERPRINT, tiny_llama
 
 from dilap.backends import Capabilities
 from dilap.errors import InvalidInput, Mismatch, Unsupported
 from dilap.profilers.probes import default_levels, list_probes, probe_architecture, spread
 from dilap.profilers.protocol import TABLE
 from dilap.profilers.table import LatencyTable, Role, TableEntry, TableHeader, runs_of
-from dilap.types import Architecture, LayerWidths, Workload
+from dilap.types import LayerWidths, Workload
 
 DENSE = LayerWidths(num_heads=6, num_kv_heads=3, num_channels=768)
-ARCHITECTURE = Architecture(
-    family="llama",
-    hidden_size=256,
-    head_dim=32,
-    vocab_size=1000,
-    tied_embeddings=True,
-    ffn_matrices=3,
-    norm_vectors=1,
-    qkv_bias=False,
-    out_bias=False,
-    ffn_bias=False,
-    qk_norm=False,
-    num_positions=0,
-    layers=(DENSE,) * 8,
-)
+ARCHITECTURE = replace(tiny_llama(*[DENSE] * 8), hidden_size=256, head_dim=32, vocab_size=1000)
 WORKLOAD = Workload(threads=2)
 HEADER = TableHeader(
     fingerprint=FINGERPRINT,

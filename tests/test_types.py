@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dilap.anatomy import architecture_of
 from dilap.codec import decode, encode
-from dilap.errors import InvalidInput, Mismatch
+from dilap.errors import InvalidInput
 from dilap.shrink import shrink_
 from dilap.types import (
     Architecture,
@@ -27,7 +27,6 @@ from dilap.types import (
     groups_of,
     median_interval,
     quantile,
-    require_same_base,
 )
 
 
@@ -137,16 +136,6 @@ def test_widths_follow_from_the_kept_units() -> None:
 def test_layer_that_keeps_nothing_is_deleted() -> None:
     plan = replace(FULL, kept=FULL.kept | {"layers.0.kv_groups": (), "layers.0.channels": ()})
     assert plan.pruned_architecture().layers == DENSE.layers[1:]
-
-
-def test_pruned_architecture_is_the_same_model() -> None:
-    assert architecture((4, 2, 8)).same_model_as(DENSE)
-    assert not replace(DENSE, vocab_size=301).same_model_as(DENSE)
-
-
-def test_plan_for_another_base_is_a_mismatch() -> None:
-    with pytest.raises(Mismatch, match="was made for model base"):
-        require_same_base(FULL, base="other")
 
 
 def count(model: PreTrainedModel) -> int:
