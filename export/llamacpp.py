@@ -122,12 +122,12 @@ class Gguf:
         text: bytes = self._lib.llama_vocab_get_text(self._vocab, token)
         return text.decode(errors="replace")
 
-    def logits(self, token_ids: Sequence[int], *, one_by_one: int = 0) -> NDArray[np.float32]:
-        """Logits (tokens x vocabulary): one pass, except the last `one_by_one` tokens, which use the KV cache."""
+    def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
+        """Logits (tokens x vocabulary): one pass, or its last quarter token by token through the KV cache."""
         assert self._context, "opened without room for tokens"
         assert len(token_ids) <= self._num_tokens
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
-        together = len(token_ids) - one_by_one
+        together = len(token_ids) - (-(-len(token_ids) // 4) if incremental else 0)
         rows = [self._decode(token_ids[:together], start=0)]
         rows += [self._decode(token_ids[i : i + 1], start=i) for i in range(together, len(token_ids))]
         return np.concatenate(rows)
@@ -145,6 +145,11 @@ class Gguf:
             self._lib.llama_batch_free(batch)
         values = self._lib.llama_get_logits(self._context)
         return np.ctypeslib.as_array(values, (len(token_ids), self.vocab_size)).copy()
+
+
+def validate(path: Path) -> None:
+    """Open a GGUF file as llama.cpp does. Raises InvalidInput, in one line, where a tensor is missing or wrong."""
+    Gguf(path, num_tokens=1).close()
 
 
 def quantise(source: Path, target: Path, *, precision: str) -> None:
