@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -28,14 +29,18 @@ class Evaluator:
 
     def kl(self, config: Sequence[int]) -> float:
         """Mean KL(dense || config) per position of the validation split, in nats."""
+        return float(self.kls(config).double().mean())
+
+    def kls(self, config: Sequence[int]) -> torch.Tensor:
+        """The same for every sequence of the validation split."""
         path = self._entry("kl", [list(config)], suffix=".json")
         if path is not None and path.exists():
-            return _read_kl(path)
-        value = self.net.kl(self.teacher, config)
+            return _read_kls(path)
+        values = self.net.kls(self.teacher, config)
         if path is not None:
             with written_aside(path) as temporary:
-                temporary.write_text(json.dumps(value), encoding="utf-8")
-        return value
+                temporary.write_text(json.dumps(values.tolist()), encoding="utf-8")
+        return values
 
     def curvature(self, config: Sequence[int], *, samples: int, seed: int) -> Curvature:
         """The quadratic model of the KL around `config`, from one Fisher pass."""
@@ -55,9 +60,9 @@ class Evaluator:
         return None if self.journal is None else self.journal / f"{kind}-{digest(key)[:16]}{suffix}"
 
 
-def _read_kl(path: Path) -> float:
+def _read_kls(path: Path) -> torch.Tensor:
     try:
-        return float(json.loads(path.read_text(encoding="utf-8")))
+        return torch.tensor([float(value) for value in json.loads(path.read_text(encoding="utf-8"))])
     except (ValueError, TypeError) as error:
         raise InvalidInput(f"{path}: damaged journal entry ({error}); remove the file and run again") from error
 

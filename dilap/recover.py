@@ -52,7 +52,7 @@ def distil(
     for _, rows in zip(range(options.steps), _shuffled_rows(teacher, options), strict=False):
         tokens = teacher.tokens[rows]
         part = Teacher(tokens=tokens, mean_embedding=teacher.mean_embedding[rows], constant=teacher.constant[rows])
-        loss = part.divergence(final_hidden(model, tokens), head, rows=slice(None)) / tokens.numel()
+        loss = part.divergence(final_hidden(model, tokens), head, rows=slice(None)).mean()
         adam.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

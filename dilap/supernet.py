@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from dilap.allocation import Config
 from dilap.anatomy import sublayers
 from dilap.library import LevelFit, batches, compute_precision, has_fast_bf16
-from dilap.teacher import Teacher, draw, logits_of
+from dilap.teacher import ROWS, Teacher, draw, logits_of
 
 
 class Supernet:
@@ -51,15 +50,21 @@ class Supernet:
         self, teacher: Teacher, config: Sequence[int], *, weights: Mapping[str, torch.Tensor] | None = None
     ) -> float:
         """Mean KL(dense || config) in nats on the teacher's tokens; `weights` replace the library's projections."""
+        return float(self.kls(teacher, config, weights=weights).double().mean())
+
+    def kls(
+        self, teacher: Teacher, config: Sequence[int], *, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The same for every sequence."""
         self.set(config)
         replaced = [i for i, sublayer in enumerate(self.sublayers) if weights and sublayer.name in weights]
         fits = {i: self.library[i][config[i]] for i in replaced}
         for i, fit in fits.items():
             self.write(i, fit.columns, (weights or {})[self.sublayers[i].name])
-        value = teacher.kl(self.model)
+        values = teacher.kls(self.model)
         for i, fit in fits.items():
             self.write(i, fit.columns, fit.weight)
-        return value
+        return values
 
     def close(self) -> None:
         self.set((0,) * len(self.library))
@@ -91,27 +96,26 @@ def linearise(
 ) -> Curvature:
     """One Fisher pass at the current config (sota and search, C2).
 
-    A[t, (s,k)] = <g_st, delta_skt>: the gradient at sublayer s's output times the change that level k makes there.
-    b comes from the gradient of KL(dense || current), Q = A'A/T from gradients of log-likelihoods of labels that
-    are sampled from the current model itself (the true Fisher matrix). Positions are taken as independent rows.
+    A[r, (s,k)] = sum over the positions t of sequence r of <g_st, delta_skt>: the gradient at sublayer s's output times
+    the change that level k makes there. b comes from the gradient of KL(dense || current), Q = A'A/T from gradients of
+    log-likelihoods of labels that are sampled from the current model itself: without bias the Fisher matrix, which is
+    the curvature of the KL at the dense model. Rows of single positions would miss how positions add up.
     """
     generator = torch.Generator().manual_seed(seed)
     size = sum(len(levels) for levels in net.library)
     slopes = torch.zeros(len(teacher.tokens), size)
     Q, value, start = torch.zeros(size, size), 0.0, 0
-    head = net.model.get_output_embeddings().weight
     with _Tap(net) as tap:
         for batch in batches(teacher.tokens, batch_tokens=batch_tokens):
             rows = slice(start, start + len(batch))
             start += len(batch)
             hidden = tap.forward(batch)
-            loss = teacher.divergence(hidden, head, rows=rows)
-            value += float(loss.detach())
+            at_head = _at_head(net, teacher, hidden.detach(), rows=rows, samples=samples, generator=generator)
+            value += at_head.kl
             if any(net.config):  # at the dense model the KL has its minimum: no gradient
-                slopes[rows] = tap.backward(loss).reshape(*batch.shape, size).mean(1)
-            for sample in range(samples):
-                loss = _sampled_likelihood(hidden, head, generator)
-                products = tap.backward(loss, last=sample == samples - 1)
+                slopes[rows] = tap.backward(hidden, at_head.slope) / batch.shape[1]
+            for gradient in at_head.scores:
+                products = tap.backward(hidden, gradient)
                 Q += products.T @ products
             progress(batch.numel())
     total = teacher.tokens.numel()
@@ -120,23 +124,44 @@ def linearise(
         b=slopes.mean(0),
         b_error=slopes.std(0, correction=0) / len(slopes) ** 0.5,
         Q=Q / (total * samples),
-        num_rows=total * samples,
+        num_rows=len(teacher.tokens) * samples,
     )
 
 
-def _sampled_likelihood(hidden: torch.Tensor, head: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Summed log-likelihood of labels drawn from the model's own distribution."""
-    total = hidden.new_zeros(())
-    for rows in hidden.split(1024):
-        log_probabilities = logits_of(rows, head).float().log_softmax(-1)
-        labels = draw(log_probabilities.detach().exp(), generator=generator)
-        total = total + log_probabilities.gather(-1, labels).sum()
-    return total
+@dataclass(frozen=True, kw_only=True)
+class _AtHead:
+    """Summed KL of one batch, its gradient in the final hidden states, and that of the log-likelihood of labels drawn
+    from the model's own distribution, once a sample (positions x hidden each)."""
+
+    kl: float
+    slope: torch.Tensor
+    scores: list[torch.Tensor]
+
+
+def _at_head(
+    net: Supernet, teacher: Teacher, hidden: torch.Tensor, *, rows: slice, samples: int, generator: torch.Generator
+) -> _AtHead:
+    """With p the model's probabilities and E the head: the gradient of the KL is E'p - E'p_dense, that of the
+    log-likelihood of a label E[label] - E'p; so one pass over the vocabulary serves them all."""
+    head = net.model.get_output_embeddings().weight
+    wanted = teacher.mean_embedding[rows].reshape(hidden.shape)
+    normalisers, means, labels = [], [], []
+    for part in hidden.split(ROWS):
+        logits = logits_of(part, head).float()
+        normalisers.append(logits.logsumexp(-1))
+        probabilities = logits.sub_(normalisers[-1][:, None]).exp_()
+        with compute_precision():
+            means.append((probabilities.to(head.dtype) @ head).float())
+        labels.append(draw(probabilities, num_samples=samples, generator=generator))
+    mean, drawn = torch.cat(means), torch.cat(labels)
+    kl = torch.cat(normalisers).sum() - (wanted * hidden.float()).sum() - teacher.constant[rows].sum()
+    scores = [head[drawn[:, sample]].float() - mean for sample in range(samples)]
+    return _AtHead(kl=float(kl), slope=mean - wanted, scores=scores)
 
 
 class _Tap:
-    """Computes in the forward pass what every level would change at the outputs of the projections, and turns the
-    gradients at those outputs into rows of A in the backward passes; nothing is held for more than one batch."""
+    """Keeps the inputs of the projections in the forward pass and turns the gradients at their outputs into rows of A
+    in the backward passes; nothing is held for more than one batch."""
 
     def __init__(self, net: Supernet) -> None:
         self.net = net
@@ -145,18 +170,17 @@ class _Tap:
         self.offsets = [0]
         for levels in net.library:
             self.offsets.append(self.offsets[-1] + len(levels))
-        self.deltas: list[torch.Tensor | None] = [None] * len(net.library)
         self.products = torch.zeros(0)
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def _weight_changes(self, index: int) -> torch.Tensor:
-        """Every level's projection minus the current one, (levels * hidden x inputs)."""
+        """Every level's projection minus the current one, (levels x hidden * inputs)."""
         out, levels = self.net.outs[index], self.net.library[index]
         changes = (-out.weight.detach().float()).repeat(len(levels), 1, 1)
         for level, fit in enumerate(levels):
             changes[level][:, fit.columns] += fit.weight
         changes[self.net.config[index]] = 0
-        return changes.reshape(-1, out.in_features).to(self.dtype)
+        return changes.reshape(len(levels), -1).to(self.dtype)
 
     def _bias_changes(self, index: int) -> torch.Tensor | None:
         """The same for the bias, (levels x hidden): a removed sublayer has none."""
@@ -181,27 +205,28 @@ class _Tap:
         embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
         with compute_precision():
             hidden: torch.Tensor = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        self.products = torch.zeros(tokens.numel(), self.offsets[-1])
+        self.products = torch.zeros(len(tokens), self.offsets[-1])
         return hidden.reshape(-1, hidden.shape[-1])
 
-    def backward(self, loss: torch.Tensor, *, last: bool = False) -> torch.Tensor:
-        """Rows of A (positions x levels) for the gradient of `loss`."""
-        loss.backward(retain_graph=not last)
+    def backward(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Rows of A (sequences x levels) for a loss with that `gradient` in the final hidden states."""
+        hidden.backward(gradient.to(hidden.dtype), retain_graph=True)
         return self.products
 
     def _record(self, index: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
         def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).to(self.dtype)
-            delta = functional.linear(x, self.changes[index]).reshape(len(x), -1, output.shape[-1])
-            bias = self._bias_changes(index)
-            self.deltas[index] = delta if bias is None else delta + bias.to(self.dtype)
-            output.register_hook(lambda gradient: self._multiply(index, gradient))
+            x = inputs[0].detach().to(self.dtype)
+            output.register_hook(lambda gradient: self._multiply(index, x, gradient))
 
         return hook
 
     @torch.no_grad()
-    def _multiply(self, index: int, gradient: torch.Tensor) -> None:
-        delta = self.deltas[index]
-        assert delta is not None
-        g = gradient.reshape(-1, gradient.shape[-1], 1).to(self.dtype)
-        self.products[:, self.offsets[index] : self.offsets[index + 1]] = torch.bmm(delta, g).squeeze(-1).float()
+    def _multiply(self, index: int, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        """<g_t, change x_t> summed over the positions of a sequence is <sum of g_t x_t', change>."""
+        g = gradient.to(self.dtype).reshape(len(self.products), -1, gradient.shape[-1])
+        outer = torch.bmm(g.mT, x.reshape(*g.shape[:2], -1))
+        products = (outer.reshape(len(g), -1) @ self.changes[index].T).float()
+        bias = self._bias_changes(index)
+        if bias is not None:
+            products += g.float().sum(1) @ bias.T
+        self.products[:, self.offsets[index] : self.offsets[index + 1]] = products

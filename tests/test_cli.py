@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fabricated import FINGERPRINT
 from models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -29,7 +30,7 @@ from dilap.profilers.table import LatencyTable, TableEntry, TableHeader, runs_of
 from dilap.source import load, save_checkpoint
 from dilap.types import Architecture, Artifact, LayerWidths, Measurement, Plan, Workload
 
-FAST = ["--evaluations", "3", "--rounds", "2", "--calib-length", "32"]
+FAST = ["--evaluations", "3", "--step", "0.2", "--calib-length", "32"]
 
 
 def seconds_of(widths: Sequence[LayerWidths]) -> float:
@@ -177,16 +178,16 @@ def test_a_killed_run_goes_on_to_the_identical_plan(
     checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prune_tiny(checkpoint, corpus, tmp_path / "whole", "--budget", "70%")
-    answers, real = 0, Evaluator.kl
+    answers, real = 0, Evaluator.kls
 
-    def dying(self: Evaluator, config: Sequence[int]) -> float:
+    def dying(self: Evaluator, config: Sequence[int]) -> torch.Tensor:
         nonlocal answers
         answers += 1
         if answers == 3:
             raise KeyboardInterrupt
         return real(self, config)
 
-    monkeypatch.setattr(Evaluator, "kl", dying)
+    monkeypatch.setattr(Evaluator, "kls", dying)
     assert prune_tiny(checkpoint, corpus, tmp_path / "killed", "--budget", "70%") == 130
     assert not (tmp_path / "killed").exists()
     assert prune_tiny(checkpoint, corpus, tmp_path / "killed", "--budget", "70%") == 0
@@ -275,7 +276,7 @@ BAD = {
     "threads": (["--threads", "0"], "at least 1"),
     "model": (["--model", "no-such-model"], "no model 'no-such-model'"),
     "table": (["--table", "no-table.jsonl"], "no-table.jsonl"),
-    "rounds": (["--rounds", "0"], "--rounds is too small"),
+    "step": (["--step", "0"], "--step is a share of the dense latency between 0 and 1, got 0"),
 }
 
 

@@ -100,10 +100,10 @@ def perturbed_kl(net: Supernet, teacher: Teacher, config: tuple[int, ...], chang
     return value
 
 
-def test_curvature_is_that_of_the_real_kl() -> None:
-    """Inputs of one token: the rows of A are source positions, whose correlations Q drops by design, so it is the
-    Fisher matrix exactly only where positions do not see one another."""
-    net, teacher, _ = toy(length=1)
+@pytest.mark.parametrize("length", [1, 6])
+def test_curvature_is_that_of_the_real_kl(length: int) -> None:
+    """At any length: rows of A are sequences, so how positions add up is in them."""
+    net, teacher, _ = toy(length=length)
     Q = linearise(net, teacher, samples=400, seed=0).Q
     generator = torch.Generator().manual_seed(1)
     dense, step = (0,) * len(net.library), 0.03
@@ -157,7 +157,8 @@ def test_slope_holds_in_every_family(family: str) -> None:
 def test_value_is_the_real_kl() -> None:
     net, teacher, _ = toy(length=6)
     net.set((1, 1, 2, 0))
-    assert linearise(net, teacher, samples=1, seed=0).value == pytest.approx(net.kl(teacher, (1, 1, 2, 0)), rel=1e-4)
+    found = linearise(net, teacher, samples=1, seed=0).value
+    assert found == pytest.approx(net.kl(teacher, (1, 1, 2, 0)), rel=1e-4)
 
 
 def test_curvature_is_zero_at_the_current_levels() -> None:

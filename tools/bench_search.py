@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -53,22 +53,13 @@ class Variant:
 
 def _variants(evaluations: int, seed: int) -> list[Variant]:
     full = SearchOptions(evaluations=evaluations, seed=seed)
+    rounds = replace(full, evaluations=0)
     return [
         Variant(name="equal ratios", method="uniform", options=full),
         Variant(name="DP on layer error", method="layer_error", options=full),
-        Variant(
-            name="diagonal only, one round, no swaps",
-            is_ablation=True,
-            method="dilap",
-            options=SearchOptions(cross_terms=False, rounds=1, evaluations=0, seed=seed),
-        ),
-        Variant(
-            name="one round",
-            is_ablation=True,
-            method="dilap",
-            options=SearchOptions(rounds=1, evaluations=evaluations, seed=seed),
-        ),
-        Variant(name="no swaps", is_ablation=True, method="dilap", options=SearchOptions(evaluations=0, seed=seed)),
+        Variant(name="one round, no swaps", method="dilap", options=replace(rounds, step=1.0), is_ablation=True),
+        Variant(name="OTHER, no swaps", method="dilap", options=replace(rounds, cross_terms=False), is_ablation=True),
+        Variant(name="no swaps", method="dilap", options=rounds, is_ablation=True),
         Variant(name="DiLAP", method="dilap", options=full),
     ]
 

@@ -47,7 +47,13 @@ def _add_search(made: argparse.ArgumentParser) -> None:
         "--table", metavar="FILE", help="a latency table; by default the one in tables/ that fits, measured first"
     )
     group.add_argument("--importance", choices=["wanda", "obs"], default=library.order, help=f"({library.order})")
-    group.add_argument("--rounds", type=int, default=search.rounds, metavar="N", help=f"({search.rounds})")
+    group.add_argument(
+        "--step",
+        type=float,
+        default=search.step,
+        metavar="SHARE",
+        help=f"of the dense latency between two linearisations ({search.step:g})",
+    )
     group.add_argument(
         "--evaluations", type=int, default=search.evaluations, metavar="N", help=f"({search.evaluations})"
     )
@@ -72,7 +78,9 @@ def _command() -> int:
     from dilap.cli.job import prune  # torch and transformers: seconds that bad input should not cost
     from dilap.cli.stages import JobOptions
 
-    for name in ("rounds", "evaluations", "calib_length", "recover_steps"):
+    if not 0 < given.step <= 1:
+        raise InvalidInput(f"--step is a share of the dense latency between 0 and 1, got {given.step:g}")
+    for name in ("evaluations", "calib_length", "recover_steps"):
         if getattr(given, name) < (0 if name == "evaluations" else 1):
             raise InvalidInput(f"--{name.replace('_', '-')} is too small: {getattr(given, name)}")
     options = JobOptions(
@@ -87,7 +95,7 @@ def _command() -> int:
         calibration=CalibrationOptions(source=given.calib, sequence_length=given.calib_length, seed=given.seed),
         evaluation_text=given.eval_text,
         library=LibraryOptions(order=given.importance),
-        search=SearchOptions(rounds=given.rounds, evaluations=given.evaluations, seed=given.seed),
+        search=SearchOptions(step=given.step, evaluations=given.evaluations, seed=given.seed),
         recovery=RecoveryOptions(mode=given.recover, steps=given.recover_steps, seed=given.seed),
     )
     out = arguments.new_path(given.out) if given.out else _default_out(given.model, given.target, budget)

@@ -2,10 +2,11 @@
 
 Outer loop, on the validation split: a quadratic model of KL to the dense model from one Fisher pass, minimised over
 level probabilities with a differentiable latency, projected exactly onto the limit, and linearised again where that
-led, in steps of at most 15 % of the latency. Inner loop, on the training split: every level is a sublayer whose output
-projection was refitted in closed form. The end is a polish by swaps on the real KL.
+led, in steps of a few per cent of the latency. Inner loop, on the training split: every level is a sublayer whose
+output projection was refitted in closed form. The end is a polish by swaps on the real KL.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -13,8 +14,6 @@ import torch
 from dilap.allocation import Config, Quadratic, move, move_gains, project, relax, swap
 from dilap.methods.task import Round, SearchOptions, SearchResult, SearchTask
 from dilap.space import Space
-
-_CORRELATED_ROWS = 64  # positions of one sequence that tell about the interactions as much as one independent row
 
 
 def search(task: SearchTask) -> SearchResult:
@@ -53,11 +52,11 @@ def _revise(task: SearchTask, result: SearchResult) -> SearchResult:
 
 
 def _limits(task: SearchTask) -> list[float]:
-    """Limits from the dense latency down to the task's, equal steps apart."""
+    """Limits from the dense latency down to the task's, a step apart; nearby tasks share all but the last."""
     dense = task.space.seconds(task.space.dense)
-    span = dense - task.limit
-    count = min(task.options.rounds, max(1, -int(-span // (task.options.step * dense))))
-    return [dense - span * (index + 1) / count for index in range(count)]
+    step = task.options.step * dense
+    count = math.ceil((dense - task.limit) / step - 1e-6)  # exactly two steps are not three
+    return [*(dense - step * number for number in range(1, count)), task.limit]
 
 
 def linear_model(task: SearchTask, config: Config, *, number: int, scale: float = 1.0) -> Quadratic:
@@ -75,7 +74,7 @@ def linear_model(task: SearchTask, config: Config, *, number: int, scale: float 
     quadratic = Quadratic(b=slopes, Q=scale * curvature.Q, sizes=sizes)
     if not options.cross_terms:
         return quadratic.diagonal_only()
-    return quadratic.shrunk(num_rows=curvature.num_rows / _CORRELATED_ROWS)
+    return quadratic.shrunk(num_rows=curvature.num_rows)
 
 
 def _correction(*, predicted: float, real: float) -> float:
@@ -107,17 +106,25 @@ def polish(task: SearchTask, result: SearchResult) -> SearchResult:
         return result
     quadratic = linear_model(task, result.config, number=len(result.rounds), scale=result.curvature_scale)
     generator = torch.Generator().manual_seed(options.seed)
-    config, value, tried, accepted = result.config, result.kl, {result.config}, 0
+    config, values, tried, accepted = result.config, task.evaluator.kls(result.config), {result.config}, 0
     for _ in range(options.evaluations):
         candidate = _proposal(quadratic, task, config, tried, generator)
         if candidate is None:
             break
         tried.add(candidate)
-        if (kl := task.evaluator.kl(candidate)) < value:
-            config, value, accepted = candidate, kl, accepted + 1
+        found = task.evaluator.kls(candidate)
+        if _is_better(found, values):
+            config, values, accepted = candidate, found, accepted + 1
     changed = sum(a != b for a, b in zip(result.config, config, strict=True))
-    task.report(f"polish: {accepted} of {len(tried) - 1} moves kept, {changed} sublayers changed, KL {value:.3f}")
-    return replace(result, config=config, kl=value)
+    kl = float(values.double().mean())
+    task.report(f"polish: {accepted} of {len(tried) - 1} moves kept, {changed} sublayers changed, KL {kl:.3f}")
+    return replace(result, config=config, kl=kl)
+
+
+def _is_better(found: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether the KL of the sequences fell by more than the standard error of that fall."""
+    fall = (values - found).double()
+    return bool(fall.mean() > fall.std() / len(fall) ** 0.5)
 
 
 def _proposal(

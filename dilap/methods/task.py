@@ -14,12 +14,11 @@ def _silent(_: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """At most `rounds` planned linearisations, `step` of the dense latency apart; `evaluations` of the real KL while
-    polishing. `cross_terms` keeps interactions between sublayers in the quadratic model; `caution` is the number of
-    standard errors by which its slopes are taken for worse than measured."""
+    """Linearisations are `step` of the dense latency apart; `evaluations` of the real KL are made while polishing.
+    `cross_terms` keeps interactions between sublayers in the quadratic model; `caution` is the number of standard
+    errors by which its slopes are taken for worse than measured."""
 
-    rounds: int = 4
-    step: float = 0.15
+    step: float = 0.05
     label_samples: int = 2
     cross_terms: bool = True
     caution: float = 2.0
