@@ -102,10 +102,10 @@ def test_best_refit_keeps_the_library_where_no_refit_is_nearer() -> None:
     assert found.kl == before
 
 
-def test_best_refit_takes_the_better_correction() -> None:
+def test_best_refit_takes_the_first_correction_that_helps() -> None:
     model = tiny_model("llama")
     _, net = tiny_net(model, TOKENS)
     teacher = Teacher.of(model, TOKENS)
-    found = best_refit(net, CONFIG, TOKENS, teacher=teacher, options=RefitOptions(corrections=(-20.0, 1.0)))
+    found = best_refit(net, CONFIG, TOKENS, teacher=teacher, options=RefitOptions(corrections=(-20.0, 1.0, 0.5)))
     assert found.correction == 1.0
     assert found.kl == net.kl(teacher, CONFIG, weights=found.weights)

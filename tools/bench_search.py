@@ -58,7 +58,9 @@ def _variants(evaluations: int, seed: int) -> list[Variant]:
         Variant(name="equal ratios", method="uniform", options=full),
         Variant(name="DP on layer error", method="layer_error", options=full),
         Variant(name="one round, no swaps", method="dilap", options=replace(rounds, step=1.0), is_ablation=True),
-        Variant(name="OTHER, no swaps", method="dilap", options=replace(rounds, cross_terms=False), is_ablation=True),
+        Variant(
+            name="diagonal only, no swaps", method="dilap", options=replace(rounds, cross_terms=False), is_ablation=True
+        ),
         Variant(name="no swaps", method="dilap", options=rounds, is_ablation=True),
         Variant(name="DiLAP", method="dilap", options=full),
     ]

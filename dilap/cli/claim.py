@@ -75,7 +75,7 @@ def _refit_and_shrink_(stages: Stages, library: Library, found: Found, text: Cal
     """Closed-form recovery on the training split, chosen on the validation split, then the cut."""
     options, model = stages.options, stages.source.model
     tokens = text.train[: options.calibration.train_sequences]
-    total = len(options.refit.corrections) * len(plan.architecture.layers) * tokens.numel()
+    total = len(plan.architecture.layers) * tokens.numel()  # of the first correction, which mostly does
     with stages.workspace.stage("closed-form refit"), stages.console.bar("refit", total=total, unit="tok") as bar:
         refit = best_refit(
             Supernet(model, library),

@@ -2,7 +2,7 @@
 
 Outer loop, on the validation split: a quadratic model of KL to the dense model from one Fisher pass, minimised over
 level probabilities with a differentiable latency, projected exactly onto the limit, and linearised again where that
-led, in steps of a few per cent of the latency. Inner loop, on the training split: every level is a sublayer whose
+led, in steps of 10 % of the latency. Inner loop, on the training split: every level is a sublayer whose
 output projection was refitted in closed form. The end is a polish by swaps on the real KL.
 """
 

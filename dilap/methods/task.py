@@ -18,7 +18,7 @@ class SearchOptions:
     `cross_terms` keeps interactions between sublayers in the quadratic model; `caution` is the number of standard
     errors by which its slopes are taken for worse than measured."""
 
-    step: float = 0.05
+    step: float = 0.1
     label_samples: int = 2
     cross_terms: bool = True
     caution: float = 2.0
