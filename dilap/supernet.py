@@ -25,6 +25,8 @@ class Supernet:
         self.sublayers = list(sublayers(model))
         self.outs = [sublayer.out for sublayer in self.sublayers]
         assert len(self.outs) == len(library)
+        for out, levels in zip(self.outs, library, strict=True):
+            assert torch.equal(out.weight.float(), levels[0].weight.float()), "another supernet was left open"
         self.config: Config = (0,) * len(library)
         self.biases = [None if out.bias is None else out.bias.detach().clone() for out in self.outs]
         model.requires_grad_(False)

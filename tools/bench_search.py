@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dilap import registry
-from dilap.allocation import Config
 from dilap.anatomy import architecture_of
 from dilap.cli.bench import Bench
 from dilap.cli.console import Console, run
@@ -103,7 +102,7 @@ class Study:
         self.teacher = Teacher.of(source.model, text["validation"])
         unseen = evaluation_text(given.eval_text, source.tokenizer, num_sequences=32, length=256)
         self.exam = Teacher.of(source.model, unseen.tokens)
-        self.library = self._library()
+        self.net = Supernet(source.model, self._library())
 
     def _text(self) -> dict[str, torch.Tensor]:
         path = self.folder / "text.safetensors"
@@ -132,7 +131,7 @@ class Study:
         return scores
 
     def _score(self, variant: Variant, budget: int) -> dict[str, float]:
-        net = Supernet(self.source.model, self.library)
+        net = self.net
         evaluator = Evaluator(net=net, teacher=self.teacher, journal=self.folder / "journal")
         limit = budget / 100 * self.space.seconds(self.space.dense)
         start = time.monotonic()
@@ -145,11 +144,11 @@ class Study:
             "latency": self.space.seconds(found.config) / self.space.seconds(self.space.dense),
             "search_seconds": seconds,
         }
-        return scores if variant.is_ablation else scores | {"refitted": self._refitted_kl(net, found.config)}
-
-    def _refitted_kl(self, net: Supernet, config: Config) -> float:
-        refit = best_refit(net, config, self.train, teacher=self.teacher)
-        return net.kl(self.exam, config, weights=refit.weights)
+        if not variant.is_ablation:
+            refit = best_refit(net, found.config, self.train, teacher=self.teacher)
+            scores["refitted"] = net.kl(self.exam, found.config, weights=refit.weights)
+        net.close()  # the next study takes the same model for dense
+        return scores
 
 
 def _main() -> int:
