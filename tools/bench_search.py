@@ -2,16 +2,17 @@
 
     tools/bench_search                                   3 seeds, budgets 85 %, 70 %, 55 %, self-made calibration text
     tools/bench_search --calib corpus.txt --seeds 1      another calibration text, one seed
+    tools/bench_search --refit                           also after the closed-form refit that ends a run
 
-Everything but the allocation is the same: model, latency table, level library, text, closed-form refit. The KL is on
-text that no search saw, before any training. `library` is the KL with the library's projections; `refitted`, taken for
-what is not an ablation, the one after the sequential refit that always ends a run. A killed run goes on where it was.
+Everything but the allocation is the same: model, latency table, level library, text. The KL is on text that no search
+saw, before any recovery. A killed run goes on where it was.
 """
 
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,7 +48,6 @@ class Variant:
     name: str
     method: str
     options: SearchOptions
-    is_ablation: bool = False
 
 
 def _variants(evaluations: int, seed: int) -> list[Variant]:
@@ -56,11 +56,9 @@ def _variants(evaluations: int, seed: int) -> list[Variant]:
     return [
         Variant(name="equal ratios", method="uniform", options=full),
         Variant(name="DP on layer error", method="layer_error", options=full),
-        Variant(name="one round, no swaps", method="dilap", options=replace(rounds, step=1.0), is_ablation=True),
-        Variant(
-            name="diagonal only, no swaps", method="dilap", options=replace(rounds, cross_terms=False), is_ablation=True
-        ),
-        Variant(name="no swaps", method="dilap", options=rounds, is_ablation=True),
+        Variant(name="one round, no swaps", method="dilap", options=replace(rounds, step=1.0)),
+        Variant(name="diagonal only, no swaps", method="dilap", options=replace(rounds, cross_terms=False)),
+        Variant(name="no swaps", method="dilap", options=rounds),
         Variant(name="DiLAP", method="dilap", options=full),
     ]
 
@@ -75,6 +73,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budgets", type=int, nargs="+", default=[85, 70, 55], help="per cent of the dense latency")
     parser.add_argument("--importance", choices=["wanda", "obs"], default=LibraryOptions().order)
     parser.add_argument("--evaluations", type=int, default=SearchOptions().evaluations)
+    parser.add_argument("--refit", action="store_true", help="also take the KL after the closed-form refit")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_search"))
     return parser.parse_args()
 
@@ -121,8 +120,8 @@ class Study:
         return load_library(path)
 
     def score(self, variant: Variant, budget: int) -> dict[str, float]:
-        """KL on unseen text with the library's projections and after the refit, and the search's seconds."""
-        path = self.folder / f"{budget}-{variant.name.replace(' ', '_')}.json"
+        """KL on unseen and on validation text, share of the dense latency, and the search's seconds."""
+        path = self.folder / f"{budget}-{variant.name.replace(' ', '_')}{'-refitted' * self.given.refit}.json"
         if not path.exists():
             result = self._score(variant, budget)
             with written_aside(path) as temporary:
@@ -139,16 +138,20 @@ class Study:
         found = registry.get(METHODS, variant.method, kind="method")(task)
         seconds = time.monotonic() - start
         scores = {
-            "library": net.kl(self.exam, found.config),
+            "kl": net.kl(self.exam, found.config),
             "validation": found.kl,
             "latency": self.space.seconds(found.config) / self.space.seconds(self.space.dense),
             "search_seconds": seconds,
         }
-        if not variant.is_ablation:
+        if self.given.refit:
             refit = best_refit(net, found.config, self.train, teacher=self.teacher)
-            scores["refitted"] = net.kl(self.exam, found.config, weights=refit.weights)
+            scores["kl"] = net.kl(self.exam, found.config, weights=refit.weights)
         net.close()  # the next study takes the same model for dense
         return scores
+
+
+def _cell(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.3f} ({', '.join(f'{value:.3f}' for value in values)})"
 
 
 def _main() -> int:
@@ -164,21 +167,17 @@ def _main() -> int:
                 one = study.score(variant, budget)
                 scores.setdefault((budget, variant.name), []).append(one)
                 console.say(
-                    f"seed {seed}, {budget} %, {variant.name}: library {one['library']:.3f}, refitted "
-                    f"{one.get('refitted', float('nan')):.3f}, latency {one['latency']:.1%}, "
+                    f"seed {seed}, {budget} %, {variant.name}: KL {one['kl']:.3f}, latency {one['latency']:.1%}, "
                     f"{one['search_seconds']:.0f} s"
                 )
     print(
         f"KL to dense {given.model} on {given.eval_text}, calibration {given.calib}, {given.seeds} seeds: mean (each)"
     )
-    print("| budget | allocation | library | refitted |\n|---|---|---|---|")
-    for (budget, name), each in scores.items():
-        cells = []
-        for column in ("library", "refitted"):
-            values = [one[column] for one in each if column in one]
-            shown = ", ".join(f"{value:.3f}" for value in values)
-            cells.append(f"{statistics.fmean(values):.3f} ({shown})" if values else "")
-        print(f"| {budget} % | {name} | {' | '.join(cells)} |")
+    print(f"| allocation | {' | '.join(f'{budget} %' for budget in given.budgets)} |")
+    print(f"|---|{'---|' * len(given.budgets)}")
+    for variant in _variants(given.evaluations, 0):
+        cells = [_cell([one["kl"] for one in scores[budget, variant.name]]) for budget in given.budgets]
+        print(f"| {variant.name} | {' | '.join(cells)} |")
     return 0
 
 
