@@ -38,7 +38,7 @@ class LevelFit:
 class LibraryOptions:
     """`ridge` is relative to the mean diagonal of the input covariance."""
 
-    order: Order = "wanda"
+    order: Order = "obs"
     ridge: float = 0.01
     batch_tokens: int = 2048
 
