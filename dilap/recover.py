@@ -14,6 +14,7 @@ from dilap.anatomy import decoder_layers
 from dilap.teacher import Teacher, final_hidden
 
 Mode = Literal["none", "lora", "full"]
+_TOKENS_AT_ONCE = 512  # forward and backward; all tokens of a step would hold gigabytes of activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +48,29 @@ def distil(
     rate = options.lora_learning_rate if options.mode == "lora" else options.full_learning_rate
     adam = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, options))
-    head = model.get_output_embeddings().weight
     losses: list[float] = []
     for _, rows in zip(range(options.steps), _shuffled_rows(teacher, options), strict=False):
-        tokens = teacher.tokens[rows]
-        part = Teacher(tokens=tokens, mean_embedding=teacher.mean_embedding[rows], constant=teacher.constant[rows])
-        loss = part.divergence(final_hidden(model, tokens), head, rows=slice(None)).mean()
         adam.zero_grad()
-        loss.backward()
+        losses.append(_accumulate_gradients_(model, teacher, rows))
         nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step()
         schedule.step()
-        losses.append(float(loss.detach()))
         progress(losses[-1])
     if options.mode == "lora":
         student.merge_and_unload()  # puts plain matrices back into `model`
     model.eval().requires_grad_(False)
     return losses
+
+
+def _accumulate_gradients_(model: PreTrainedModel, teacher: Teacher, rows: torch.Tensor) -> float:
+    """Mean KL of the sequences `rows`."""
+    head, length, total = model.get_output_embeddings().weight, teacher.tokens.shape[1], 0.0
+    for few in rows.split(max(1, _TOKENS_AT_ONCE // length)):
+        hidden = final_hidden(model, teacher.tokens[few])
+        at_head = teacher.at_head(hidden.detach(), head, rows=few)
+        hidden.backward((at_head.slope / (len(rows) * length)).to(hidden.dtype))
+        total += float(at_head.kls.sum())
+    return total / (len(rows) * length)
 
 
 def _trainable(model: PreTrainedModel, options: RecoveryOptions) -> Any:

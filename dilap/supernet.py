@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from dilap.allocation import Config
 from dilap.anatomy import sublayers
 from dilap.library import LevelFit, batches, compute_precision, has_fast_bf16
-from dilap.teacher import ROWS, Teacher, draw, logits_of
+from dilap.teacher import Teacher
 
 
 class Supernet:
@@ -107,13 +107,14 @@ def linearise(
     size = sum(len(levels) for levels in net.library)
     slopes = torch.zeros(len(teacher.tokens), size)
     Q, value, start = torch.zeros(size, size), 0.0, 0
+    head = net.model.get_output_embeddings().weight
     with _Tap(net) as tap:
         for batch in batches(teacher.tokens, batch_tokens=batch_tokens):
             rows = slice(start, start + len(batch))
             start += len(batch)
             hidden = tap.forward(batch)
-            at_head = _at_head(net, teacher, hidden.detach(), rows=rows, samples=samples, generator=generator)
-            value += at_head.kl
+            at_head = teacher.at_head(hidden.detach(), head, rows=rows, samples=samples, generator=generator)
+            value += float(at_head.kls.sum())
             if any(net.config):  # at the dense model the KL has its minimum: no gradient
                 slopes[rows] = tap.backward(hidden, at_head.slope) / batch.shape[1]
             for gradient in at_head.scores:
@@ -128,37 +129,6 @@ def linearise(
         Q=Q / (total * samples),
         num_rows=len(teacher.tokens) * samples,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _AtHead:
-    """Summed KL of one batch, its gradient in the final hidden states, and that of the log-likelihood of labels drawn
-    from the model's own distribution, once a sample (positions x hidden each)."""
-
-    kl: float
-    slope: torch.Tensor
-    scores: list[torch.Tensor]
-
-
-def _at_head(
-    net: Supernet, teacher: Teacher, hidden: torch.Tensor, *, rows: slice, samples: int, generator: torch.Generator
-) -> _AtHead:
-    """With p the model's probabilities and E the head: the gradient of the KL is E'p - E'p_dense, that of the
-    log-likelihood of a label E[label] - E'p; so one pass over the vocabulary serves them all."""
-    head = net.model.get_output_embeddings().weight
-    wanted = teacher.mean_embedding[rows].reshape(hidden.shape)
-    normalisers, means, labels = [], [], []
-    for part in hidden.split(ROWS):
-        logits = logits_of(part, head).float()
-        normalisers.append(logits.logsumexp(-1))
-        probabilities = logits.sub_(normalisers[-1][:, None]).exp_()
-        with compute_precision():
-            means.append((probabilities.to(head.dtype) @ head).float())
-        labels.append(draw(probabilities, num_samples=samples, generator=generator))
-    mean, drawn = torch.cat(means), torch.cat(labels)
-    kl = torch.cat(normalisers).sum() - (wanted * hidden.float()).sum() - teacher.constant[rows].sum()
-    scores = [head[drawn[:, sample]].float() - mean for sample in range(samples)]
-    return _AtHead(kl=float(kl), slope=mean - wanted, scores=scores)
 
 
 class _Tap:

@@ -12,6 +12,19 @@ ROWS = 128  # positions whose logits are held at once: 128 x 49152 in f32 is 25 
 
 
 @dataclass(frozen=True, kw_only=True)
+class AtHead:
+    """Losses of a model under test at every position, as its final hidden states see them.
+
+    `kls` is the KL (positions), `slope` its gradient and `scores` the gradients of the log-likelihood of labels drawn
+    from the model's own distribution, one for each sample (positions x hidden).
+    """
+
+    kls: torch.Tensor
+    slope: torch.Tensor
+    scores: list[torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Teacher:
     """What the dense model says about `tokens` (sequences x length), without its logits.
 
@@ -44,11 +57,35 @@ class Teacher:
             constant=torch.cat(constants).reshape(shape),
         )
 
-    def divergence(self, hidden: torch.Tensor, head: torch.Tensor, *, rows: slice) -> torch.Tensor:
-        """KL at every position of the sequences `rows`, given their final hidden states (positions x hidden)."""
-        vectors = self.mean_embedding[rows].reshape(hidden.shape)
-        normaliser = torch.cat([logits_of(part, head).float().logsumexp(-1) for part in hidden.split(ROWS)])
-        return normaliser - (vectors * hidden.float()).sum(-1) - self.constant[rows].reshape(-1)
+    @torch.no_grad()
+    def at_head(
+        self,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        *,
+        rows: slice | torch.Tensor,
+        samples: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> AtHead:
+        """Losses and gradients for the sequences `rows`, given their final hidden states (positions x hidden).
+
+        With p the model's probabilities the gradient of the KL is E'p - E'p_dense and that of the log-likelihood of a
+        label E[label] - E'p: one pass over the vocabulary serves them all, and no logits are kept.
+        """
+        normalisers, means, labels = [], [], []
+        for part in hidden.split(ROWS):
+            logits = logits_of(part, head).float()
+            normalisers.append(logits.logsumexp(-1))
+            probabilities = logits.sub_(normalisers[-1][:, None]).exp_()
+            with compute_precision():
+                means.append((probabilities.to(head.dtype) @ head).float())
+            if samples:
+                labels.append(draw(probabilities, num_samples=samples, generator=generator))
+        mean = torch.cat(means)
+        drawn = torch.cat(labels) if samples else torch.empty(len(hidden), 0, dtype=torch.long)
+        scores = [head[labels].float() - mean for labels in drawn.T]
+        slope = mean - self.mean_embedding[rows].reshape(hidden.shape)
+        return AtHead(kls=self._kls(torch.cat(normalisers), hidden, rows), slope=slope, scores=scores)
 
     @torch.no_grad()
     def kls(self, model: PreTrainedModel, *, batch_tokens: int = 2048) -> torch.Tensor:
@@ -57,9 +94,15 @@ class Teacher:
         found, start = [], 0
         for batch in batches(self.tokens, batch_tokens=batch_tokens):
             rows = slice(start, start + len(batch))
-            found.append(self.divergence(final_hidden(model, batch), head, rows=rows).reshape(batch.shape).mean(1))
             start += len(batch)
+            hidden = final_hidden(model, batch)
+            normaliser = torch.cat([logits_of(part, head).float().logsumexp(-1) for part in hidden.split(ROWS)])
+            found.append(self._kls(normaliser, hidden, rows).reshape(batch.shape).mean(1))
         return torch.cat(found)
+
+    def _kls(self, normaliser: torch.Tensor, hidden: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
+        wanted = self.mean_embedding[rows].reshape(hidden.shape)
+        return normaliser - (wanted * hidden.float()).sum(-1) - self.constant[rows].reshape(-1)
 
     def kl(self, model: PreTrainedModel) -> float:
         """Mean KL(dense || model) per position, in nats."""
@@ -78,7 +121,7 @@ def logits_of(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         return functional.linear(hidden.to(head.dtype), head)
 
 
-def draw(probabilities: torch.Tensor, *, num_samples: int = 1, generator: torch.Generator) -> torch.Tensor:
+def draw(probabilities: torch.Tensor, *, num_samples: int = 1, generator: torch.Generator | None) -> torch.Tensor:
     """Indices (rows x samples) by inverting the distribution function: a fifth of torch.multinomial's time."""
     cumulative = probabilities.cumsum(-1)
     level = torch.rand(len(probabilities), num_samples, generator=generator) * cumulative[:, -1:]

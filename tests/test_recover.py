@@ -46,6 +46,14 @@ def test_distillation_lowers_the_kl_on_its_text(family: str, mode: Mode) -> None
     assert teacher.kl(model) < 0.95 * before
 
 
+def test_a_step_does_not_depend_on_how_many_tokens_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = []
+    for tokens_at_once in (1, 10_000):
+        monkeypatch.setattr("dilap.recover._TOKENS_AT_ONCE", tokens_at_once)
+        losses.append(distil(pruned("llama"), Teacher.of(tiny_model("llama"), TOKENS), options("full", steps=4)))
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_distillation_leaves_a_plain_model(family: str, mode: Mode) -> None:

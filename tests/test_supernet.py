@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from dilap.shrink import shrink_
 from dilap.supernet import Supernet, linearise
-from dilap.teacher import Teacher, perplexity
+from dilap.teacher import Teacher, final_hidden, perplexity
 
 TOKENS = random_tokens(4, 12)
 OTHERS = random_tokens(3, 12, seed=1)
@@ -66,6 +66,20 @@ def test_teacher_does_not_depend_on_the_batch_size() -> None:
     one, all_at_once = Teacher.of(model, TOKENS, batch_tokens=1), Teacher.of(model, TOKENS)
     assert_close(one.mean_embedding, all_at_once.mean_embedding)
     assert_close(one.constant, all_at_once.constant)
+
+
+def test_slope_at_the_head_is_that_of_autograd() -> None:
+    model = tiny_model("llama")
+    teacher, dense = Teacher.of(model, TOKENS), logits(model, TOKENS).flatten(0, 1).log_softmax(-1)
+    tiny_net(model, TOKENS)[1].set(MIXED)
+    head = model.get_output_embeddings().weight.detach()
+    hidden = final_hidden(model, TOKENS).detach().requires_grad_(True)
+    kls = (dense.exp() * (dense - (hidden.float() @ head.T).log_softmax(-1))).sum(-1)
+    kls.sum().backward()
+    found = teacher.at_head(hidden.detach(), head, rows=slice(None))
+    assert hidden.grad is not None
+    assert_close(found.slope, hidden.grad.float(), rtol=0, atol=0.03 * float(hidden.grad.abs().max()))
+    assert_close(found.kls, kls.detach(), rtol=0, atol=0.03 * float(kls.detach().max()))
 
 
 @torch.no_grad()

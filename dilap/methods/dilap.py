@@ -55,7 +55,7 @@ def _limits(task: SearchTask) -> list[float]:
     """Limits from the dense latency down to the task's, a step apart; nearby tasks share all but the last."""
     dense = task.space.seconds(task.space.dense)
     step = task.options.step * dense
-    count = math.ceil((dense - task.limit) / step - 1e-6)  # exactly two steps are not three
+    count = math.ceil((dense - task.limit) / step - 0.25)  # the last may be a quarter longer
     return [*(dense - step * number for number in range(1, count)), task.limit]
 
 
