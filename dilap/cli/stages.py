@@ -224,9 +224,7 @@ class Stages:
             if _ENOUGH <= used <= 1.0 or attempt == _CORRECTIONS:
                 break
             fastest = goal.space.seconds(goal.space.fastest)
-            options = replace(
-                task.options, evaluations=min(10, task.options.evaluations)
-            )  # a small step, a small polish
+            options = replace(task.options, evaluations=0)  # of 10 more moves at most one was kept
             limit = max(goal.table_limit / statistics.fmean(gaps), fastest)
             task = replace(task, limit=limit, previous=found, options=options)
             with self.workspace.stage("correct the limit by the gap"):
