@@ -16,7 +16,11 @@ def _silent(_: str) -> None:
 class SearchOptions:
     """Linearisations are `step` of the dense latency apart; `evaluations` of the real KL are made while polishing.
     `cross_terms` keeps interactions between sublayers in the quadratic model; `caution` is the number of standard
-    errors by which its slopes are taken for worse than measured."""
+    errors by which its slopes are taken for worse than measured.
+
+    SmolLM2-135M at 70 %, validation KL before the polish: two steps of 15 % 1.18, three of 10 % 0.95, six of 5 % 0.99.
+    The polish lowers the KL on unseen text from 0.591 to 0.558 at 85 %, 1.253 to 1.184 at 70 %, 1.963 to 1.887 at 55 %.
+    """
 
     step: float = 0.1
     label_samples: int = 2
