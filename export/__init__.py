@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 EXPORTERS = {
     "llamacpp": "dilap.export.gguf:GgufExporter",
+    "onnxruntime": "dilap.export.onnxruntime:OnnxRuntimeExporter",
 }
 
 
