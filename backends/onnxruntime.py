@@ -20,7 +20,7 @@ _PAST, _PRESENT = "past_key_values.", "present."
 
 
 class OnnxRuntime:
-    """ONNX files of DiLAP's exporter, or others with the same names, that use GroupQueryAttention."""
+    """ONNX files of DiLAP's exporter."""
 
     name = "onnxruntime"
     format = "onnx"
@@ -66,7 +66,7 @@ class OnnxRuntimeSession:
             raise Unsupported(f"ONNX Runtime is timed with batch 1, got batch {workload.batch}")
         self._session: Any = _open(path, workload.threads)
         self._inputs = {value.name: value for value in self._session.get_inputs()}
-        self._vocab_size = self._checked_vocab_size(path)
+        self._vocab_size = self._read_vocab_size(path)
         num_tokens = workload.context if workload.phase == "decode" else workload.prompt_tokens
         prompt = _random_tokens(num_tokens, vocab_size=self._vocab_size)
         cache = self._new_cache(num_tokens + 1)
@@ -92,10 +92,12 @@ class OnnxRuntimeSession:
     def close(self) -> None:
         self._binding = self._session = None
 
-    def _checked_vocab_size(self, path: Path) -> int:
+    def _read_vocab_size(self, path: Path) -> int:
+        """Raises InvalidInput for what is no decoder of DiLAP's exporter."""
         outputs = {value.name: value for value in self._session.get_outputs()}
-        if not {"input_ids", "attention_mask"} <= set(self._inputs) or "logits" not in outputs:
-            raise InvalidInput(f"{path}: not a decoder: it needs input_ids and attention_mask, and gives no logits")
+        names = {*self._inputs, *outputs, *(value.name for value in self._session.get_overridable_initializers())}
+        if missing := sorted({"input_ids", "attention_mask", "logits_to_keep", "logits"} - names):
+            raise InvalidInput(f"{path}: not a decoder that DiLAP exported: it has no {missing[0]}")
         return int(outputs["logits"].shape[2])
 
     def _new_cache(self, capacity: int) -> dict[str, Any]:

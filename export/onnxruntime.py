@@ -101,8 +101,9 @@ def _write_model(
     )
     ir.save(model, folder / MODEL, external_data=DATA)
     # The graph alone is the same for every model of a shape: with this its digest stands for the weights as well.
-    model.metadata_props[DATA] = file_sha256(folder / DATA)
-    ir.save(model, folder / MODEL)
+    graph = ir.load(folder / MODEL)
+    graph.metadata_props[DATA] = file_sha256(folder / DATA)
+    ir.save(graph, folder / MODEL)
 
 
 def verify_onnx(model: "PreTrainedModel", path: Path, tokenizer: "PreTrainedTokenizerBase", *, precision: str) -> float:
