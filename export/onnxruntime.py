@@ -229,8 +229,8 @@ def _describe(
     sqnr_db: float | None,
     details: dict[str, Any],
 ) -> Artifact:
-    graph = ir.load(folder / MODEL).graph
-    operators = collections.Counter(node.op_type for node in graph)
+    model = ir.load(folder / MODEL)
+    operators = collections.Counter(node.op_type for node in model.graph)
     return Artifact(
         path=MODEL,
         format="onnx",
@@ -239,7 +239,7 @@ def _describe(
         plan_digest=plan_digest,
         architecture=architecture,
         sha256=file_sha256(folder / MODEL),
-        companions={DATA: file_sha256(folder / DATA)},
+        companions={DATA: model.metadata_props[DATA]},
         num_bytes=sum((folder / name).stat().st_size for name in (MODEL, DATA)),
         sqnr_db=sqnr_db,
         details={"operators": dict(sorted(operators.items())), **details},

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from models import FAMILIES, Kept
+from numpy.typing import NDArray
 from tiny_gguf import pruned_model, tiny_model
 from transformers import PreTrainedModel
 
@@ -166,14 +167,12 @@ def test_rows_of_logits_are_the_last_ones_asked_for(form: Form, tmp_path: Path) 
     model = tiny_model("llama")
     path = save(model, tmp_path / "m.onnx", form)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    feed = {
-        f"past_key_values.{i}.{part}": np.zeros((1, 2, 0, 16), np.float32)
-        for i in range(3)
-        for part in ("key", "value")
-    }
-    feed["position_ids" if form == "plain" else "attention_mask"] = (
-        np.arange(len(TOKENS))[None] if form == "plain" else np.ones((1, len(TOKENS)), np.int64)
-    )
+    names = [f"past_key_values.{layer}.{part}" for layer in range(3) for part in ("key", "value")]
+    feed: dict[str, NDArray[np.generic]] = {name: np.zeros((1, 2, 0, 16), np.float32) for name in names}
+    if form == "plain":
+        feed["position_ids"] = np.arange(len(TOKENS))[None]
+    else:
+        feed["attention_mask"] = np.ones((1, len(TOKENS)), np.int64)
     feed |= {"input_ids": np.array([TOKENS]), "logits_to_keep": np.array([2])}
     with torch.no_grad():
         expected = model(torch.tensor([TOKENS])).logits[0, -2:].numpy()

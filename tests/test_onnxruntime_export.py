@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from models import FAMILIES, Kept
+from numpy.typing import NDArray
 from tiny_gguf import byte_level_tokenizer, pruned_model, tiny_model
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
@@ -20,7 +21,8 @@ if reason := backends.get("onnxruntime").unavailable():
     pytest.skip(reason, allow_module_level=True)
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 
-from dilap.export import hf_tokenizer, onnxruntime  # noqa: E402
+from dilap.export import hf_tokenizer  # noqa: E402
+from dilap.export.onnx_weights import ModelWeights  # noqa: E402
 from dilap.export.onnxruntime import OnnxFile, OnnxRuntimeExporter  # noqa: E402
 from dilap.export.text_samples import SAMPLES  # noqa: E402
 
@@ -145,12 +147,12 @@ def test_export_and_probe_are_the_same_twice(words: Path, tmp_path: Path) -> Non
 def test_a_wrong_layout_is_noticed_before_it_is_quantised(
     words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Misordered(onnxruntime.ModelWeights):
-        def values(self, name: str, shape: tuple[int, ...]) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
+    class Misordered(ModelWeights):
+        def values(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
             found = super().values(name, shape)
             return found[::-1].copy() if name.endswith("layers.1.self_attn.q_proj.weight") else found
 
-    monkeypatch.setattr(onnxruntime, "ModelWeights", Misordered)
+    monkeypatch.setattr("dilap.export.onnxruntime.ModelWeights", Misordered)
     with pytest.raises(VerificationFailed, match=r"model\.onnx in f32 differs"):
         write(tiny_model("llama"), words, tmp_path / "out", "int4")
     assert not (tmp_path / "out").exists()
