@@ -79,7 +79,8 @@ def flops_of(architecture: Architecture, workload: Workload) -> int:
 
 def versions() -> dict[str, str]:
     """Of everything that a result depends on and that is installed."""
-    wanted = {"torch", "transformers", "gguf", "llama-cpp-python", "numpy", "scipy", "peft", "tokenizers"}
+    wanted = {"torch", "transformers", "tokenizers", "numpy", "scipy", "peft", "gguf", "llama-cpp-python"}
+    wanted |= {"onnx", "onnx-ir", "onnxruntime"}
     found = {one.name.lower().replace("_", "-"): one.version for one in metadata.distributions() if one.name}
     return {"dilap": __version__, "python": platform.python_version()} | {
         name: found[name] for name in sorted(wanted & set(found))
