@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BACKENDS = {
     "llamacpp": "dilap.backends.llamacpp:LlamaCpp",
+    "tensorrt": "dilap.backends.tensorrt:TensorRT",
 }
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 EXPORTERS = {
     "llamacpp": "dilap.export.gguf:GgufExporter",
+    "tensorrt": "dilap.export.tensorrt:TensorRTExporter",
 }
 
 
