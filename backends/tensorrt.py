@@ -175,8 +175,8 @@ def compare(session: Session, folder: Path, recipe: Recipe) -> float | None:
     if not worst >= recipe.bound_db:
         raise VerificationFailed(
             f"the TensorRT engine differs from the torch model: SQNR {together:.1f} dB in one pass, {one_by_one:.1f} dB"
-            f" token by token; {recipe.bound_db:g} dB expected. TensorRT miscompiled it: try --precision bf16, or a JetPack"
-            " with another TensorRT"
+            f" token by token; {recipe.bound_db:g} dB expected. TensorRT miscompiled it: try --precision bf16, or"
+            " a JetPack with another TensorRT"
         )
     return worst
 

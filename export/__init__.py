@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from dilap import registry
+from dilap.errors import Unavailable
 from dilap.types import Architecture, Artifact
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class Exporter(Protocol):
 
 
 def get(backend: str) -> Exporter:
-    """The exporter for a backend. Raises InvalidInput with the known ones."""
-    exporter: Exporter = registry.get(EXPORTERS, backend, kind="backend")()
+    """The exporter for a backend. Raises InvalidInput with the known ones, Unavailable where its libraries are missing."""
+    try:
+        exporter: Exporter = registry.get(EXPORTERS, backend, kind="backend")()
+    except ModuleNotFoundError as error:
+        raise Unavailable(f"exporting to {backend} needs {error.name}; pip install 'dilap[{backend}]'") from error
     return exporter
