@@ -17,7 +17,7 @@ from dilap.backends import Capabilities, Session, cuda, trtexec
 from dilap.backends.tensorrt_session import EngineSession
 from dilap.errors import InvalidInput, Unavailable, Unsupported, VerificationFailed
 from dilap.sqnr import sqnr_db
-from dilap.tensorrt_build import Api
+from dilap.tensorrt_build import Api, PhaseSummary
 from dilap.tensorrt_recipe import Profile, Recipe, read_recipe
 from dilap.types import Workload
 
@@ -28,14 +28,17 @@ _CACHE = Path(".cache") / "dilap"  # in the user's home
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSidecar:
-    """What an engine is bound to; `sqnr_db` is its distance from torch, None where it was not compared."""
+    """What an engine is bound to, and what became of the model in it.
+
+    `sqnr_db` is its distance from torch, None where it was not compared (a probe, or a device with trtexec alone).
+    """
 
     key: str
     files: dict[str, str]
     runtime: str
     gpu: str
     profiles: tuple[Profile, ...]
-    layers: int
+    phases: tuple[PhaseSummary, ...]
     device_memory_bytes: int | None
     sqnr_db: float | None
 
@@ -145,14 +148,20 @@ class _Job:
         self, sidecar: Path, gpu: str, *, engine: Any = None, api: Api | None = None, compared: float | None = None
     ) -> None:
         """Written last: an engine without its sidecar is built again."""
+        phases: tuple[PhaseSummary, ...] = ()
+        memory = None
+        if api is not None:
+            layers = tensorrt_build.inspect(engine, api=api)
+            phases = tensorrt_build.summarise(layers, [profile.phase for profile in self.profiles])
+            memory = api.device_memory_bytes(engine)
         bound = EngineSidecar(
             key=self.recipe.engine_key(self.profiles, runtime=self.runtime, gpu=gpu),
             files=self.recipe.files,
             runtime=self.runtime,
             gpu=gpu,
             profiles=self.profiles,
-            layers=engine.num_layers if engine else 0,
-            device_memory_bytes=api.device_memory_bytes(engine) if api else None,
+            phases=phases,
+            device_memory_bytes=memory,
             sqnr_db=compared,
         )
         codec.write_json(sidecar, codec.encode(bound))

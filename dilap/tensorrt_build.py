@@ -29,6 +29,7 @@ from dilap.types import Phase
 
 # Ampere for data centres, Jetson Orin's generation (SM87, which TensorRT for RTX does not know), Ada
 CHECKED_TARGETS = ("SM80", "SM86", "SM89")
+_OLDEST = (10, 3)
 _MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 _LAYER = re.compile(r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), ")
 _ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
@@ -82,16 +83,24 @@ def find_api(modules: tuple[str, ...] = _MODULES) -> Api:
     reasons = []
     for name in modules:
         try:
-            return Api(importlib.import_module(name))
+            api = Api(importlib.import_module(name))
         except ModuleNotFoundError:  # noqa: PERF203  (three names)
             continue
         except (ImportError, OSError, RuntimeError) as error:  # installed, but a library is missing
             reasons.append(f"{name}: {str(error).splitlines()[0]}")
+        else:
+            if api.for_rtx or _numbers(api.module.__version__) >= _OLDEST:
+                return api
+            reasons.append(f"{api.version} is older than 10.3, which JetPack 6.1 has")
     why = f" ({'; '.join(reasons)})" if reasons else ""
     raise Unavailable(
         f"TensorRT's Python module is not usable here{why}; on a Jetson: apt-get install python3-libnvinfer; elsewhere "
         "pip install 'dilap[tensorrt]' checks builds without a GPU"
     )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,18 +282,26 @@ def _subgraph(name: str) -> str:
     return found[1] if found else name
 
 
-def summarise(built: Built, phases: Sequence[Phase]) -> tuple[PhaseSummary, ...]:
+def inspect(engine: Any, *, api: Api) -> tuple[Layer, ...]:
+    """The layers of an engine that is open on its GPU."""
+    text: str = engine.create_engine_inspector().get_engine_information(api.module.LayerInformationFormat.JSON)
+    return layers_of_inspector(text)
+
+
+def summarise(
+    all_layers: Sequence[Layer], phases: Sequence[Phase], *, activation_bytes: Sequence[int] = ()
+) -> tuple[PhaseSummary, ...]:
     """What became of the model in every phase, in the order of the engine's profiles."""
     found = []
     for index, phase in enumerate(phases):
-        layers = [layer for layer in built.layers if layer.profile == index]
+        layers = [layer for layer in all_layers if layer.profile == index]
         softmax = {
             node: sum("MatMul" in other for other in layer.nodes) >= 2  # queries by keys, and weights by values
             for layer in layers
             for node in layer.nodes
             if "Softmax" in node
         }
-        memory = built.activation_bytes[index] if index < len(built.activation_bytes) else None
+        memory = activation_bytes[index] if index < len(activation_bytes) else None
         found.append(
             PhaseSummary(
                 phase=phase,

@@ -35,7 +35,7 @@ class Exporter(Protocol):
 
 
 def get(backend: str) -> Exporter:
-    """The exporter for a backend. Raises InvalidInput with the known ones, Unavailable where its libraries are missing."""
+    """The exporter for a backend. Raises InvalidInput with the known ones, Unavailable for want of a library."""
     try:
         exporter: Exporter = registry.get(EXPORTERS, backend, kind="backend")()
     except ModuleNotFoundError as error:

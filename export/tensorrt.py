@@ -1,7 +1,6 @@
 """Export for TensorRT: an ONNX file and the recipe by which a device builds its engine."""
 
 import importlib
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,14 +15,15 @@ from transformers import AutoTokenizer
 from dilap import tensorrt_build
 from dilap.anatomy import architecture_of
 from dilap.codec import encode, file_sha256, write_json, written_aside
-from dilap.errors import DilapError, InvalidInput, Unavailable, Unsupported
+from dilap.errors import InvalidInput, Unavailable, Unsupported
 from dilap.export.onnx_graph import OPSET, Values, build_model
 from dilap.export.onnx_hyperparameters import Hyperparameters, hyperparameters, probe_hyperparameters
+from dilap.export.tensorrt_report import CompileReport, compile_for, one_layer_a_width
 from dilap.export.text_samples import SAMPLES
 from dilap.export.verify import NUM_TOKENS, torch_logits, verify_logits
-from dilap.tensorrt_build import CHECKED_TARGETS, PhaseSummary
+from dilap.tensorrt_build import CHECKED_TARGETS
 from dilap.tensorrt_recipe import RECIPE_FILE, SHAPE_INPUT, CacheInput, Recipe
-from dilap.types import Architecture, Artifact, LayerWidths
+from dilap.types import Architecture, Artifact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,39 +34,6 @@ _MAX_TOKENS = 2048  # of a prompt and of a context: an engine reserves memory fo
 # Measured in dB on tiny random models of five families, pruned: f16 53 to 66, bf16 38 to 51; SmolLM2-135M: f16 56.
 # A damaged model amplifies rounding (llama.cpp's f16 then has 27), an engine rounds in places of its own.
 SQNR_BOUNDS_DB = {"f16": 20.0, "bf16": 10.0}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompiledTarget:
-    """What became of the model on one GPU generation; `reason` says why nothing did."""
-
-    target: str
-    built: bool
-    reason: str = ""
-    seconds: float = 0.0
-    engine_bytes: int = 0
-    phases: tuple[PhaseSummary, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompileReport:
-    """Compiled by TensorRT for RTX without a GPU. The whole file was parsed; one layer of every width was built."""
-
-    runtime: str
-    files: dict[str, str]
-    parsed: bool
-    num_layers: int
-    num_layers_built: int
-    targets: tuple[CompiledTarget, ...]
-
-    def describe(self) -> str:
-        """One line."""
-        built = [one for one in self.targets if one.built]
-        failed = [f"{one.target}: {one.reason}" for one in self.targets if not one.built]
-        unfused = sorted({node for one in built for phase in one.phases for node in phase.unfused_attention})
-        text = f"compiled by {self.runtime} for {', '.join(one.target for one in built) or 'no target'}"
-        text += f"; attention that is not one kernel: {', '.join(unfused)}" if unfused else "; all attention fused"
-        return text + "".join(f"; failed for {reason}" for reason in failed)
 
 
 class TensorRTExporter:
@@ -280,7 +247,7 @@ class _Check:
         _save(path, shallow, self.numbers, RandomValues(0), dtype=recipe.precision)
         try:
             tensorrt_build.parse(self.folder / _MODEL, api=api)
-            targets = [_compiled(path, recipe, api, target) for target in CHECKED_TARGETS]
+            targets = [compile_for(path, recipe, api, target) for target in CHECKED_TARGETS]
         finally:
             _remove_check(self.folder)
         return CompileReport(
@@ -296,38 +263,6 @@ class _Check:
 def _remove_check(folder: Path) -> None:
     for path in folder.glob("check.onnx*"):
         path.unlink()
-
-
-def _compiled(path: Path, recipe: Recipe, api: tensorrt_build.Api, target: str) -> CompiledTarget:
-    profiles = recipe.profiles()
-    try:
-        built = tensorrt_build.build(path, profiles, api=api, target=target)
-    except DilapError as error:
-        return CompiledTarget(target=target, built=False, reason=str(error))
-    return CompiledTarget(
-        target=target,
-        built=True,
-        seconds=round(built.seconds, 1),
-        engine_bytes=built.num_bytes,
-        phases=tensorrt_build.summarise(built, [profile.phase for profile in profiles]),
-    )
-
-
-def one_layer_a_width(architecture: Architecture) -> Architecture:
-    """The same model with every width of attention and of FFN once.
-
-    Layers of equal widths get equal kernels, and a builder takes minutes for thirty layers.
-    """
-    attention = list(dict.fromkeys((layer.num_heads, layer.num_kv_heads) for layer in architecture.layers))
-    ffn = list(dict.fromkeys(layer.num_channels for layer in architecture.layers))
-    attention.sort(reverse=True)
-    ffn.sort()  # a layer of none is paired with one of many
-    layers = []
-    for heads, channels in itertools.zip_longest(attention, ffn):
-        num_heads, num_kv_heads = attention[0] if heads is None else heads
-        width = ffn[-1] if channels is None else channels
-        layers.append(LayerWidths(num_heads=num_heads, num_kv_heads=num_kv_heads, num_channels=width))
-    return replace(architecture, layers=tuple(layer for layer in layers if not layer.is_empty))
 
 
 class OnnxLogits:

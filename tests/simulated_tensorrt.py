@@ -120,7 +120,6 @@ class Context:
 
 class Engine:
     device_memory_size_v2 = 4096
-    num_layers = 12
 
     def __init__(self, session: Any) -> None:
         self._session = session
@@ -128,7 +127,12 @@ class Engine:
         self.num_io_tensors = len(self._names)
 
     def get_tensor_name(self, index: int) -> str:
-        return self._names[index]
+        name: str = self._names[index]
+        return name
+
+    def create_engine_inspector(self) -> SimpleNamespace:
+        text = '{"Layers": [{"Name": "a", "LayerType": "gemm"}, {"Name": "b [profile 1]", "LayerType": "kgen"}]}'
+        return SimpleNamespace(get_engine_information=lambda _: text)
 
     def create_execution_context(self) -> Context:
         return Context(self._session)
@@ -159,4 +163,6 @@ def module(version: str = "10.3.0") -> SimpleNamespace:
         def __init__(self, severity: int) -> None:
             pass
 
-    return SimpleNamespace(__version__=version, Runtime=Runtime, Logger=Logger)
+    return SimpleNamespace(
+        __version__=version, Runtime=Runtime, Logger=Logger, LayerInformationFormat=SimpleNamespace(JSON=1)
+    )

@@ -67,7 +67,7 @@ def test_a_failed_call_is_named() -> None:
 
 
 def test_elapsed_milliseconds_become_nanoseconds() -> None:
-    one = cuda.Cuda(library(cudaEventElapsedTime=writes(1.25)))  # type: ignore[arg-type]
+    one = cuda.Cuda(library(cudaEventElapsedTime=writes(1.25)))
     assert one.elapsed_ns(1, 2) == 1_250_000
 
 

@@ -99,6 +99,19 @@ def test_what_cannot_be_imported_is_told_with_its_reason(monkeypatch: pytest.Mon
     def broken(name: str) -> None:
         raise ImportError("libnvinfer.so.10: cannot open shared object file")
 
-    monkeypatch.setattr(tensorrt_build.importlib, "import_module", broken)
+    monkeypatch.setattr("importlib.import_module", broken)
     with pytest.raises(Unavailable, match=r"libnvinfer\.so\.10: cannot open"):
         tensorrt_build.find_api(("tensorrt_broken",))
+
+
+@pytest.mark.parametrize(
+    ("version", "usable"), [("8.6.2", False), ("10.3.0", True), ("10.16.2.10", True), ("11.1.0", True)]
+)
+def test_old_tensorrt_is_refused(version: str, usable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = tensorrt_build.find_api.__wrapped__  # past the cache
+    monkeypatch.setattr("importlib.import_module", lambda name: device.module(version))
+    if usable:
+        assert find().version == f"TensorRT {version}"
+    else:
+        with pytest.raises(Unavailable, match=r"8\.6\.2 is older than 10\.3"):
+            find()

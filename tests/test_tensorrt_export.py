@@ -23,6 +23,7 @@ from dilap.types import Architecture, Artifact, LayerWidths
 pytest.importorskip("onnx_ir", reason="onnx_ir is not installed: nothing can be exported to ONNX")
 
 from dilap.export import tensorrt as exporter
+from dilap.export import tensorrt_report
 
 MIXED = {"layers.0.kv_groups": (1,), "layers.1.query_slots": (0,), "layers.1.channels": tuple(range(0, 80, 2))}
 
@@ -171,7 +172,7 @@ NO_FFN = LayerWidths(num_heads=2, num_kv_heads=2, num_channels=0)
     "layers", [(WIDE,) * 3, (WIDE, NARROW, WIDE, NO_ATTENTION), (NO_ATTENTION, WIDE), (NO_FFN, WIDE, NO_ATTENTION)]
 )
 def test_every_width_is_compiled_once(layers: tuple[LayerWidths, ...]) -> None:
-    found = exporter.one_layer_a_width(tiny_llama(*layers)).layers
+    found = tensorrt_report.one_layer_a_width(tiny_llama(*layers)).layers
     assert {(one.num_heads, one.num_kv_heads) for one in found} == {(one.num_heads, one.num_kv_heads) for one in layers}
     assert {one.num_channels for one in found} == {one.num_channels for one in layers}
     assert len(found) <= len(layers)
@@ -187,7 +188,7 @@ def compiled(architecture: Architecture, folder: Path, *, precision: str = "f16"
 @pytest.mark.parametrize("target", tensorrt_build.CHECKED_TARGETS)
 def test_mixed_widths_compile_for_every_target_with_all_attention_fused(target: str, tmp_path: Path) -> None:
     built = compiled(tiny_llama(WIDE, NARROW), tmp_path / "out", target=target)
-    decode_phase, prefill = tensorrt_build.summarise(built, ("decode", "prefill"))
+    decode_phase, prefill = tensorrt_build.summarise(built.layers, ("decode", "prefill"))
     assert built.num_bytes > 0
     assert (decode_phase.fused_attention, prefill.fused_attention) == (2, 2)
     assert decode_phase.unfused_attention == prefill.unfused_attention == ()
@@ -196,7 +197,7 @@ def test_mixed_widths_compile_for_every_target_with_all_attention_fused(target: 
 @pytest.mark.parametrize("layers", [(WIDE, NO_ATTENTION), (NO_FFN, WIDE), (WIDE,)], ids=["attention", "ffn", "layer"])
 def test_removed_sublayers_and_layers_compile(layers: tuple[LayerWidths, ...], tmp_path: Path) -> None:
     built = compiled(tiny_llama(*layers), tmp_path / "out")
-    found = tensorrt_build.summarise(built, ("decode", "prefill"))
+    found = tensorrt_build.summarise(built.layers, ("decode", "prefill"))
     assert found[0].fused_attention == sum(layer.num_heads > 0 for layer in layers)
 
 
@@ -243,18 +244,18 @@ def test_the_compile_report_holds_every_target(
     monkeypatch.setattr(tensorrt_build, "find_api", lambda: api)
     monkeypatch.setattr(exporter, "CHECKED_TARGETS", ("SM86", "SM87"))
     artifact = export(tiny_model("llama"), tokenizer, tmp_path / "out")
-    report = decode(exporter.CompileReport, read_json(tmp_path / "out" / "compile_report.json"), source="report")
+    report = decode(tensorrt_report.CompileReport, read_json(tmp_path / "out" / "compile_report.json"), source="report")
     assert [one.built for one in report.targets] == [True, False]
     assert (report.num_layers, report.num_layers_built) == (3, 1)
     assert "failed for SM87" in artifact.details["notes"][1]
 
 
 def test_the_report_survives_a_round_trip() -> None:
-    target = exporter.CompiledTarget(target="SM86", built=False, reason="no kernel")
-    report = exporter.CompileReport(
+    target = tensorrt_report.CompiledTarget(target="SM86", built=False, reason="no kernel")
+    report = tensorrt_report.CompileReport(
         runtime="TensorRT for RTX 1", files={}, parsed=True, num_layers=3, num_layers_built=1, targets=(target,)
     )
-    assert decode(exporter.CompileReport, encode(report), source="report") == report
+    assert decode(tensorrt_report.CompileReport, encode(report), source="report") == report
 
 
 def test_without_its_libraries_the_exporter_is_unavailable_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The code that runs engines, on a simulated device: its logits are torch's, its cache is never copied."""
 
+import ctypes
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from fabricated import TINY_LAYER, tiny_llama
 from tiny_gguf import byte_level_tokenizer, pruned_model
 from transformers import PreTrainedModel
 
+from dilap import tensorrt_build
 from dilap.codec import decode, file_sha256, read_json
 from dilap.errors import InvalidInput, Mismatch, Unsupported, VerificationFailed
 from dilap.types import LayerWidths, Workload
@@ -17,7 +19,7 @@ from dilap.types import LayerWidths, Workload
 pytest.importorskip("onnx_ir", reason="onnx_ir is not installed: nothing can be exported to ONNX")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: it executes simulated engines")
 
-from dilap.backends import tensorrt, tensorrt_session
+from dilap.backends import cuda, tensorrt, tensorrt_session
 from dilap.export import tensorrt as exporter
 from dilap.export.verify import torch_logits
 from dilap.sqnr import sqnr_db
@@ -70,9 +72,9 @@ def on_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
         built.append(onnx)
         return Built(plan=str(onnx).encode(), num_bytes=1, seconds=1.0)
 
-    monkeypatch.setattr(tensorrt.tensorrt_build, "find_api", lambda: Api(device.module()))
-    monkeypatch.setattr(tensorrt.tensorrt_build, "build", build)
-    monkeypatch.setattr(tensorrt.cuda, "load", device.HostCuda)
+    monkeypatch.setattr(tensorrt_build, "find_api", lambda: Api(device.module()))
+    monkeypatch.setattr(tensorrt_build, "build", build)
+    monkeypatch.setattr(cuda, "load", device.HostCuda)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     return built
 
@@ -145,6 +147,7 @@ def test_the_first_load_builds_and_compares_with_torch(pushed: Path, on_device: 
     assert on_device == [pushed]
     assert found.sqnr_db is not None
     assert found.sqnr_db > 45, f"{found.sqnr_db:.1f} dB"
+    assert [phase.kinds for phase in found.phases] == [{"gemm": 1}, {"kgen": 1}]
 
 
 def test_an_engine_is_bound_to_model_runtime_and_gpu(pushed: Path, on_device: list[Path]) -> None:
@@ -168,7 +171,7 @@ def test_another_workload_gets_an_engine_of_its_own(pushed: Path, on_device: lis
 
 def test_another_tensorrt_builds_anew(pushed: Path, on_device: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     for version in ("10.16.2", "11.1.0"):
-        monkeypatch.setattr(tensorrt.tensorrt_build, "find_api", lambda version=version: Api(device.module(version)))
+        monkeypatch.setattr(tensorrt_build, "find_api", lambda version=version: Api(device.module(version)))
         tensorrt.TensorRT().load(pushed, DECODE)
     assert len(on_device) == 2
 
@@ -180,7 +183,7 @@ def test_an_engine_that_computes_something_else_is_refused_and_not_kept(
 
     def lose_values(self: device.Context, stream: int) -> bool:
         done = execute(self, stream)
-        device.ctypes.memset(self.addresses["present.0.value"], 0, 64)  # as if q, k and v were joined wrongly
+        ctypes.memset(self.addresses["present.0.value"], 0, 64)  # as if q, k and v were joined wrongly
         return done
 
     monkeypatch.setattr(device.Context, "execute_async_v3", lose_values)

@@ -11,7 +11,7 @@ import pytest
 import simulated_tensorrt as device
 from test_tensorrt_recipe import RECIPE
 
-from dilap.backends import tensorrt, trtexec
+from dilap.backends import cuda, tensorrt, trtexec
 from dilap.errors import InvalidInput, Unsupported
 from dilap.types import Workload
 
@@ -122,7 +122,7 @@ def test_logits_need_the_python_module(program: Path, tmp_path: Path) -> None:
 def test_an_engine_that_trtexec_built_says_that_it_was_not_compared(
     program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt.cuda, "load", device.HostCuda)
+    monkeypatch.setattr(cuda, "load", device.HostCuda)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     (tmp_path / "model.onnx").write_bytes(b"model")
     job = tensorrt._Job(
