@@ -50,12 +50,18 @@ class Agent:
         self._backend = chosen
         return {"dilap": __version__, "fingerprint": codec.encode(host.fingerprint(chosen, device=device))}
 
-    def op_load(self, *, path: str, sha256: str, workload: Mapping[str, Any]) -> dict[str, Any]:
-        """Open a model and run it once; `peak_memory_bytes` is what it added to this process until then."""
+    def op_load(
+        self, *, path: str, sha256: str, workload: Mapping[str, Any], companions: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Open a model and run it once; `peak_memory_bytes` is what it added to this process until then.
+
+        `companions` are the other files that the runtime reads, by their names beside it, with their SHA-256.
+        """
         if self._backend is None:
             raise InvalidInput("load came before hello")
-        if codec.file_sha256(Path(path)) != sha256:
-            raise Mismatch(f"{path}: its content is not the one that was sent (sha256 differs from {sha256[:12]})")
+        _require_content(Path(path), sha256)
+        for name, digest in (companions or {}).items():
+            _require_content(Path(path).with_name(name), digest)
         host.reset_peak_memory_()
         before = host.memory_use().resident_bytes
         start = time.perf_counter()
@@ -103,6 +109,13 @@ class Agent:
         if handle not in self._sessions:
             raise InvalidInput(f"no model is loaded under handle {handle}")
         return self._sessions[handle]
+
+
+def _require_content(path: Path, sha256: str) -> None:
+    if not path.is_file():
+        raise InvalidInput(f"{path}: no such file")
+    if codec.file_sha256(path) != sha256:
+        raise Mismatch(f"{path}: its content is not the one that was sent (sha256 differs from {sha256[:12]})")
 
 
 def serve(requests: IO[str], responses: IO[str]) -> None:

@@ -55,7 +55,7 @@ class LlamaCpp:
         if family == "qwen3":  # its q/k norms do not fit llama.cpp's only architecture with widths per layer, `deci`
             return Capabilities(per_layer_widths=False, attention_removal=False, ffn_removal=False, ffn_multiple=32)
         if family == "opt":
-            return Capabilities(unsupported="llama.cpp has no OPT architecture, and no other backend holds OPT yet")
+            return Capabilities(unsupported="llama.cpp has no OPT architecture; use --backend onnxruntime")
         return Capabilities(unsupported=f"DiLAP writes no GGUF for the family {family!r} yet")
 
     def load(self, path: Path, workload: Workload) -> "LlamaCppSession":

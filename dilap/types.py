@@ -14,7 +14,16 @@ Phase = Literal["decode", "prefill"]
 Statistic = Literal["p50", "p90"]
 Status = Literal["ok", "noisy", "contended"]
 GroupKind = Literal["kv_groups", "query_slots", "channels"]
-PRECISION_BITS: Mapping[str, float] = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q4_0": 4.5}
+# Bits a weight takes, its share of the scales included: 32 weights have one, in f16 (GGUF) or f32 (ONNX Runtime).
+PRECISION_BITS: Mapping[str, float] = {
+    "f32": 32,
+    "f16": 16,
+    "bf16": 16,
+    "q8_0": 8.5,
+    "q4_0": 4.5,
+    "int8": 9,
+    "int4": 5,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,7 +358,11 @@ def quantile(values: Sequence[float], fraction: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """A model file in a runtime's format; written beside it as a JSON sidecar. `path` is relative to the sidecar."""
+    """A model file in a runtime's format; written beside it as a JSON sidecar. `path` is relative to the sidecar.
+
+    `companions` are the files beside it that the runtime reads too, by name, with their SHA-256; `sha256` is that of
+    `path` alone, `num_bytes` counts all of them.
+    """
 
     path: str
     format: str
@@ -360,4 +373,5 @@ class Artifact:
     sha256: str
     num_bytes: int
     sqnr_db: float | None
+    companions: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)

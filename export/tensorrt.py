@@ -1,28 +1,30 @@
 """Export for TensorRT: an ONNX file and the recipe by which a device builds its engine."""
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
 
 from dilap import tensorrt_build
 from dilap.anatomy import architecture_of
 from dilap.codec import encode, file_sha256, write_json, written_aside
 from dilap.errors import InvalidInput, Unavailable, Unsupported
-from dilap.export.onnx_graph import OPSET, Values, build_model
+from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
+from dilap.export.onnx_emitter import Values
+from dilap.export.onnx_graph import build_model
 from dilap.export.onnx_hyperparameters import Hyperparameters, hyperparameters, probe_hyperparameters
+from dilap.export.onnx_weights import ModelWeights, RandomWeights
+from dilap.export.onnxruntime import OnnxFile
 from dilap.export.tensorrt_report import CompileReport, compile_for, one_layer_a_width
 from dilap.export.text_samples import SAMPLES
 from dilap.export.verify import NUM_TOKENS, torch_logits, verify_logits
 from dilap.tensorrt_build import CHECKED_TARGETS
-from dilap.tensorrt_recipe import RECIPE_FILE, SHAPE_INPUT, CacheInput, Recipe
+from dilap.tensorrt_recipe import RECIPE_FILE, CacheInput, Recipe
 from dilap.types import Architecture, Artifact
 
 if TYPE_CHECKING:
@@ -47,10 +49,12 @@ class TensorRTExporter:
         """Write `model` into the folder `out`, verified as far as this machine can, or leave nothing behind."""
         architecture = architecture_of(model)
         numbers = hyperparameters(model, architecture)
-        values = ModelValues(model.state_dict(), precision)
+        values = RoundedValues(ModelWeights(model.state_dict()).values, precision)
+        words = read_tokenizer(tokenizer, vocab_size=architecture.vocab_size)
+        token_ids = words("\n".join(SAMPLES))["input_ids"][: min(NUM_TOKENS, numbers.context_length)]
         with written_aside(out) as folder:
             folder.mkdir()
-            token_ids = _write_tokenizer(tokenizer, folder, count=min(NUM_TOKENS, numbers.context_length))
+            save_tokenizer(words, folder)
             files = _write_model(folder, architecture, numbers, values, dtype=precision)
             np.savez(folder / _REFERENCE, token_ids=np.array(token_ids), logits=torch_logits(model, token_ids))
             recipe = _recipe(architecture, numbers, precision=precision, files=files, reference=_REFERENCE)
@@ -69,7 +73,7 @@ class TensorRTExporter:
         numbers = probe_hyperparameters(architecture)
         with written_aside(out) as folder:
             folder.mkdir()
-            files = _write_model(folder, architecture, numbers, RandomValues(seed), dtype=precision)
+            files = _write_model(folder, architecture, numbers, RandomWeights(seed=seed).values, dtype=precision)
             recipe = _recipe(architecture, numbers, precision=precision, files=files, reference=None)
             write_json(folder / RECIPE_FILE, encode(recipe))
             artifact = _describe(folder, recipe, architecture, sqnr_db=None)
@@ -84,36 +88,20 @@ _REMAINING = (
 
 
 @dataclass(frozen=True)
-class ModelValues:
-    """Tensors of a torch model, in f32 but with no more digits than `precision` has."""
+class RoundedValues:
+    """Numbers in f32 with no more digits than `precision` has: what is checked is what is written."""
 
-    tensors: dict[str, torch.Tensor]
+    values: Values
     precision: str
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> NDArray[np.floating]:
-        """Raises InvalidInput, naming the tensor, for a missing one, another shape, NaN or infinity."""
-        if name not in self.tensors:
-            raise InvalidInput(f"the model has no tensor {name}")
-        tensor = self.tensors[name].detach()
-        if tuple(tensor.shape) != shape:
-            raise InvalidInput(f"{name} is {tuple(tensor.shape)}, the architecture needs {shape}")
-        values = tensor.to(device="cpu", dtype=torch.bfloat16 if self.precision == "bf16" else torch.float16)
-        if not torch.isfinite(values).all():
-            raise InvalidInput(f"{name} holds NaN, infinity or a value too large for {self.precision}; try bf16")
-        array: NDArray[np.floating] = values.float().numpy()
+        """Raises InvalidInput, naming the tensor, for a value too large."""
+        exact = torch.from_numpy(self.values(name, shape))
+        rounded = exact.to(torch.bfloat16 if self.precision == "bf16" else torch.float16)
+        if not torch.isfinite(rounded).all():
+            raise InvalidInput(f"{name} holds a value too large for {self.precision}; try --precision bf16")
+        array: NDArray[np.floating] = rounded.float().numpy()
         return array
-
-
-class RandomValues:
-    """N(0, 0.02) from one small block repeated, so that a probe is written at the speed of the disk."""
-
-    def __init__(self, seed: int) -> None:
-        self._block = np.random.default_rng(seed).normal(0, 0.02, 1 << 16).astype(np.float32)
-
-    def __call__(self, name: str, shape: tuple[int, ...]) -> NDArray[np.floating]:
-        if name.endswith("norm.weight"):  # ones keep the activations of a trained model's size
-            return np.ones(shape, np.float32)
-        return np.resize(self._block, shape)
 
 
 def _write_model(
@@ -167,17 +155,9 @@ def _recipe(
     )
 
 
-def _write_tokenizer(path: Path, folder: Path, *, count: int) -> list[int]:
-    """The tokenizer as a Hugging Face folder has it; the first `count` tokens of text that tries it."""
-    where: dict[str, Any] = {"gguf_file": path.name} if path.is_file() else {}
-    tokenizer = AutoTokenizer.from_pretrained(path.parent if path.is_file() else path, **where)
-    tokenizer.save_pretrained(folder)
-    ids: list[int] = tokenizer("\n".join(SAMPLES))["input_ids"]
-    return ids[:count]
-
-
 def _describe(folder: Path, recipe: Recipe, architecture: Architecture, *, sqnr_db: float | None) -> Artifact:
     """The sidecar, without a plan."""
+    companions = {name: file_sha256(folder / name) for name in (RECIPE_FILE, recipe.reference) if name}
     return Artifact(
         path=_MODEL,
         format="onnx",
@@ -186,9 +166,9 @@ def _describe(folder: Path, recipe: Recipe, architecture: Architecture, *, sqnr_
         plan_digest="",
         architecture=architecture,
         sha256=recipe.files[_MODEL],
+        companions={_WEIGHTS: recipe.files[_WEIGHTS], **companions},
         num_bytes=sum((folder / name).stat().st_size for name in recipe.files),
         sqnr_db=sqnr_db,
-        details={"opset": OPSET, "files": recipe.files},
     )
 
 
@@ -209,24 +189,20 @@ class _Check:
         ONNX Runtime's CPU kernels know no bf16: there the same graph is run in f32 with the weights' bf16 values.
         Raises VerificationFailed.
         """
-        try:
-            runtime = importlib.import_module("onnxruntime")
-        except ImportError:
-            return None, "not verified against torch: pip install onnxruntime and export again"
         precision = self.recipe.precision
         path, computed = self.folder / _MODEL, precision
         if precision == "bf16":
             path, computed = self.folder / "check.onnx", "f32"
             _save(path, self.architecture, self.numbers, self.values, dtype=computed)
         try:
-            session = OnnxLogits(path, replace(self.recipe, precision=computed), runtime)
-            name = f"{_MODEL} in {precision}"
-            bound = SQNR_BOUNDS_DB[precision]
-            sqnr = verify_logits(self.model, session, token_ids, bound_db=bound, name=name)
+            bound, name = SQNR_BOUNDS_DB[precision], f"{_MODEL} in {precision}"
+            sqnr = verify_logits(self.model, OnnxFile(path), token_ids, bound_db=bound, name=name)
+        except Unavailable as error:
+            return None, f"not verified against torch: {error}"
         finally:
             _remove_check(self.folder)
         how = f"computed in {computed}" + (f" on {precision} weights" if computed != precision else "")
-        return sqnr, f"verified against torch in ONNX Runtime {runtime.__version__}, {how}: {sqnr:.1f} dB"
+        return sqnr, f"verified against torch in ONNX Runtime, {how}: {sqnr:.1f} dB"
 
     def compile(self) -> str:
         """Write the compile report; a line that says what it says, or why there is none."""
@@ -244,7 +220,7 @@ class _Check:
         shallow = one_layer_a_width(self.architecture)
         path = self.folder / "check.onnx"
         recipe = _recipe(shallow, self.numbers, precision=self.recipe.precision, files={}, reference=None)
-        _save(path, shallow, self.numbers, RandomValues(0), dtype=recipe.precision)
+        _save(path, shallow, self.numbers, RandomWeights(seed=0).values, dtype=recipe.precision)
         try:
             tensorrt_build.parse(self.folder / _MODEL, api=api)
             targets = [compile_for(path, recipe, api, target) for target in CHECKED_TARGETS]
@@ -263,35 +239,3 @@ class _Check:
 def _remove_check(folder: Path) -> None:
     for path in folder.glob("check.onnx*"):
         path.unlink()
-
-
-class OnnxLogits:
-    """An ONNX file in the plain form, open in ONNX Runtime on the CPU."""
-
-    def __init__(self, path: Path, recipe: Recipe, runtime: Any) -> None:
-        self._recipe = recipe
-        options = runtime.SessionOptions()
-        options.log_severity_level = 3
-        self._session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self._names = [output.name for output in self._session.get_outputs()]
-
-    def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
-        steps = [[token] for token in token_ids] if incremental else [list(token_ids)]
-        dtype = np.float16 if self._recipe.precision == "f16" else np.float32
-        cache = {
-            name: np.zeros(shape, dtype)
-            for name, shape in self._recipe.shapes(num_tokens=1, past=0, kept=1).items()
-            if name.startswith("past_key_values.")
-        }
-        rows, past = [], 0
-        for step in steps:
-            inputs = {
-                "input_ids": np.array([step]),
-                "position_ids": np.arange(past, past + len(step))[None],
-                SHAPE_INPUT: np.array([len(step)]),
-            }
-            found = dict(zip(self._names, self._session.run(None, inputs | cache), strict=True))
-            rows.append(found["logits"][0].astype(np.float32))
-            cache = {name: found[name.replace("past_key_values.", "present.")] for name in cache}
-            past += len(step)
-        return np.concatenate(rows)

@@ -41,8 +41,12 @@ class AgentClient:
             raise
         self.fingerprint: Fingerprint = codec.decode(Fingerprint, hello["fingerprint"], source="the agent's hello")
 
-    def load(self, path: str, *, sha256: str, workload: Workload) -> Loaded:
-        return Loaded(**self.call("load", path=path, sha256=sha256, workload=codec.encode(workload)))
+    def load(
+        self, path: str, *, sha256: str, workload: Workload, companions: Mapping[str, str] | None = None
+    ) -> Loaded:
+        """Open a model; `companions` are the files that lie beside it there, with their SHA-256."""
+        fields = {"path": path, "sha256": sha256, "companions": companions or {}}
+        return Loaded(**self.call("load", workload=codec.encode(workload), **fields))
 
     def unload(self, handle: int) -> None:
         self.call("unload", handle=handle)

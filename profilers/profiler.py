@@ -4,18 +4,18 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 
-from dilap.codec import file_sha256
+from dilap.codec import decode, file_sha256, read_json
 from dilap.errors import Mismatch
 from dilap.profilers.client import AgentBench, AgentClient, Loaded
 from dilap.profilers.devices import Device
 from dilap.profilers.protocol import OnRound, Protocol, Trace, collect, outlier_share
-from dilap.types import Budget, Fingerprint, Interval, Measurement, Status, Workload, median_interval
+from dilap.types import Artifact, Budget, Fingerprint, Interval, Measurement, Status, Workload, median_interval
 
 Progress = Callable[[str], None]
 
@@ -42,7 +42,7 @@ class Profiler:
         self, cases: Sequence[Case], protocol: Protocol, *, progress: Progress | None = None
     ) -> list[Measurement]:
         """Measure all cases interleaved, the first being the sentinel for drift; one Measurement a case."""
-        digests = [file_sha256(case.path) for case in cases]
+        contents = [_content(case.path) for case in cases]
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         starts: list[_Start] = []
         for number in range(protocol.fresh_starts):
@@ -53,13 +53,13 @@ class Profiler:
                 if progress is not None:
                     progress(f"{prefix}round {round_number}: {num_settled} of {len(cases)} settled")
 
-            starts.append(self._measure_once(cases, digests, protocol, first_round=first_round, on_round=on_round))
+            starts.append(self._measure_once(cases, contents, protocol, first_round=first_round, on_round=on_round))
             if differences := starts[0].fingerprint.differences(starts[-1].fingerprint):
                 raise Mismatch(f"the device changed between two starts: {'; '.join(differences)}")
         return [
             _measurement(
                 [(start.loaded[index], start.traces[index]) for start in starts],
-                artifact_sha256=digests[index],
+                artifact_sha256=contents[index].sha256,
                 workload=case.workload,
                 fingerprint=starts[0].fingerprint,
                 started=started,
@@ -71,7 +71,7 @@ class Profiler:
     def _measure_once(
         self,
         cases: Sequence[Case],
-        digests: Sequence[str],
+        contents: Sequence["_Content"],
         protocol: Protocol,
         *,
         first_round: int,
@@ -79,14 +79,32 @@ class Profiler:
     ) -> "_Start":
         transport = self._device.connect()
         with AgentClient(transport, backend=self._backend, device=self._device.name) as agent:
-            loaded = [
-                agent.load(transport.push(case.path, sha256=digest), sha256=digest, workload=case.workload)
-                for case, digest in zip(cases, digests, strict=True)
-            ]
+            loaded = []
+            for case, content in zip(cases, contents, strict=True):
+                files = asdict(content)
+                loaded.append(agent.load(transport.push(case.path, **files), workload=case.workload, **files))
             bench = AgentBench(agent, [one.handle for one in loaded])
             share = _share_of_one_start(protocol)
             traces = collect(bench, len(cases), share, first_round=first_round, on_round=on_round)
             return _Start(loaded=loaded, traces=traces, fingerprint=agent.fingerprint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Content:
+    """What a model's files must hold wherever they are loaded."""
+
+    sha256: str
+    companions: dict[str, str]
+
+
+def _content(path: Path) -> _Content:
+    """Of the file as it is now, and of those beside it as its sidecar, where it has one, says."""
+    sidecar = path.with_name("artifact.json")
+    companions: dict[str, str] = {}
+    if sidecar.exists():
+        artifact = decode(Artifact, read_json(sidecar), source=str(sidecar))
+        companions = artifact.companions if artifact.path == path.name else {}
+    return _Content(sha256=file_sha256(path), companions=companions)
 
 
 @dataclass(frozen=True, kw_only=True)

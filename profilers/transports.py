@@ -33,8 +33,11 @@ class Transport(Protocol):
     def start(self, argv: Sequence[str]) -> Process:
         """Start a program on the device."""
 
-    def push(self, path: Path, *, sha256: str) -> str:
-        """Bring a file to the device unless it has that content already; its path there."""
+    def push(self, path: Path, *, sha256: str, companions: Mapping[str, str]) -> str:
+        """Bring a file and those beside it (name -> SHA-256) to the device; its path there.
+
+        What the device has already, with that content, stays.
+        """
 
     def close(self) -> None:
         """Leave the device."""
@@ -117,7 +120,7 @@ class LocalTransport:
         paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
         return PipedProcess(argv, environment={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
 
-    def push(self, path: Path, *, sha256: str) -> str:  # noqa: ARG002
+    def push(self, path: Path, *, sha256: str, companions: Mapping[str, str]) -> str:  # noqa: ARG002
         return str(path.resolve())
 
     def close(self) -> None:

@@ -1,0 +1,161 @@
+"""ONNX Runtime on the CPU: decoders with the KV cache as inputs and outputs."""
+
+import importlib
+import importlib.metadata
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dilap.backends import Capabilities
+from dilap.errors import InvalidInput, Unsupported
+from dilap.types import Workload
+
+_FATAL_LEVEL = 4  # what it logs below that it raises too
+_PAST, _PRESENT = "past_key_values.", "present."
+
+
+class OnnxRuntime:
+    """ONNX files of DiLAP's exporter, or others with the same names, that use GroupQueryAttention."""
+
+    name = "onnxruntime"
+    format = "onnx"
+
+    def unavailable(self) -> str | None:
+        try:
+            _library()
+        except (ImportError, OSError) as error:
+            return f"ONNX Runtime is not usable here ({error}); pip install onnxruntime"
+        return None
+
+    def version(self) -> str:
+        return str(_library().__version__)
+
+    def build(self) -> str:
+        """Kernels are chosen by the processor at run time; what differs between builds are the providers."""
+        return f"{_library().get_build_info()}, providers {', '.join(_library().get_available_providers())}"
+
+    def precisions(self) -> tuple[str, ...]:
+        return ("f32", "int8", "int4")
+
+    def capabilities(self, family: str, *, precision: str) -> Capabilities:
+        if precision not in self.precisions():
+            raise InvalidInput(f"ONNX Runtime precision {precision!r} is unknown; use {', '.join(self.precisions())}")
+        if family in ("llama", "mistral", "qwen2", "qwen3", "opt"):
+            # 32: a quantisation block; one step for every precision keeps plans portable between them
+            return Capabilities(ffn_multiple=32)
+        return Capabilities(unsupported=f"DiLAP writes no ONNX for the family {family!r} yet")
+
+    def load(self, path: Path, workload: Workload) -> "OnnxRuntimeSession":
+        return OnnxRuntimeSession(path, workload)
+
+
+class OnnxRuntimeSession:
+    """One model, bound to one KV cache that every sample finds as the workload wants it.
+
+    Past and present are the same buffers: the attention operator writes the new rows in place, so nothing is copied,
+    and a sample that is run again overwrites its own rows.
+    """
+
+    def __init__(self, path: Path, workload: Workload) -> None:
+        if workload.batch != 1:
+            raise Unsupported(f"ONNX Runtime is timed with batch 1, got batch {workload.batch}")
+        self._session: Any = _open(path, workload.threads)
+        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        self._vocab_size = self._checked_vocab_size(path)
+        num_tokens = workload.context if workload.phase == "decode" else workload.prompt_tokens
+        prompt = _random_tokens(num_tokens, vocab_size=self._vocab_size)
+        cache = self._new_cache(num_tokens + 1)
+        self._binding, _ = self._bind(cache, prompt, start=0, num_rows=1)
+        if workload.phase == "decode":
+            self._session.run_with_iobinding(self._binding)
+            self._binding, _ = self._bind(cache, prompt[:1], start=num_tokens, num_rows=1)
+
+    def sample(self) -> int:
+        start = time.perf_counter_ns()
+        self._session.run_with_iobinding(self._binding)
+        return time.perf_counter_ns() - start
+
+    def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
+        rows: list[NDArray[np.float32]] = []
+        cache = self._new_cache(len(token_ids))
+        for chunk in [[token] for token in token_ids] if incremental else [list(token_ids)]:
+            binding, logits = self._bind(cache, chunk, start=len(rows), num_rows=len(chunk))
+            self._session.run_with_iobinding(binding)
+            rows.extend(logits.numpy()[0].copy())
+        return np.stack(rows)
+
+    def close(self) -> None:
+        self._binding = self._session = None
+
+    def _checked_vocab_size(self, path: Path) -> int:
+        outputs = {value.name: value for value in self._session.get_outputs()}
+        if not {"input_ids", "attention_mask"} <= set(self._inputs) or "logits" not in outputs:
+            raise InvalidInput(f"{path}: not a decoder: it needs input_ids and attention_mask, and gives no logits")
+        return int(outputs["logits"].shape[2])
+
+    def _new_cache(self, capacity: int) -> dict[str, Any]:
+        """Zeros for `capacity` tokens, by input name."""
+        return {
+            name: _tensor(np.zeros((1, value.shape[1], capacity, value.shape[3]), np.float32))
+            for name, value in self._inputs.items()
+            if name.startswith(_PAST)
+        }
+
+    def _bind(self, cache: dict[str, Any], token_ids: Sequence[int], *, start: int, num_rows: int) -> tuple[Any, Any]:
+        """Tokens that follow `start` others, with the logits of the last `num_rows` (1 x rows x vocabulary)."""
+        end = start + len(token_ids)
+        feed = {
+            "input_ids": np.array([token_ids], np.int64),
+            "attention_mask": np.ones((1, end), np.int64),
+            "logits_to_keep": np.array([num_rows], np.int64),
+        }
+        if "position_ids" in self._inputs:
+            feed["position_ids"] = np.arange(start, end, dtype=np.int64)[None]
+        binding = self._session.io_binding()
+        for name, array in feed.items():
+            binding.bind_ortvalue_input(name, _tensor(array))
+        for name, buffer in cache.items():
+            binding.bind_ortvalue_input(name, buffer)
+            binding.bind_ortvalue_output(name.replace(_PAST, _PRESENT), buffer)
+        logits = _tensor(np.zeros((1, num_rows, self._vocab_size), np.float32))
+        binding.bind_ortvalue_output("logits", logits)
+        return binding, logits
+
+
+def _library() -> Any:
+    return importlib.import_module("onnxruntime")
+
+
+def _open(path: Path, threads: int) -> Any:
+    """An inference session. Raises InvalidInput, in one line, where the file or its data is damaged."""
+    if not path.is_file():
+        raise InvalidInput(f"{path}: no such file")
+    options = _library().SessionOptions()
+    options.log_severity_level = _FATAL_LEVEL
+    options.intra_op_num_threads = threads
+    # Threads spin while a model runs, not between two samples, when another model is being timed.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return _library().InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # it has a dozen types, which share no base of their own
+        raise InvalidInput(f"{path}: ONNX Runtime cannot load it: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Its own words: `[ONNXRuntimeError] : 1 : FAIL : words`."""
+    return str(error).splitlines()[0].split(" : ", 3)[-1]
+
+
+def _tensor(array: NDArray[np.generic]) -> Any:
+    """Shares the array's memory."""
+    return _library().OrtValue.ortvalue_from_numpy(array)
+
+
+def _random_tokens(count: int, *, vocab_size: int) -> list[int]:
+    draw = random.Random(0)
+    return [draw.randrange(vocab_size) for _ in range(count)]

@@ -1,0 +1,41 @@
+"""A tokenizer as Hugging Face's files, from such a folder or from a GGUF file."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dilap.errors import InvalidInput, VerificationFailed
+from dilap.export.text_samples import SAMPLES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def read_tokenizer(source: Path, *, vocab_size: int) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a Hugging Face folder or of a GGUF file. Raises InvalidInput."""
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    folder, arguments = (source.parent, {"gguf_file": source.name}) if source.is_file() else (source, {})
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **arguments)
+    except Exception as error:  # the loaders raise dozens of types for damaged files
+        line = str(error).strip().partition("\n")[0]
+        raise InvalidInput(f"{source}: transformers cannot load a tokenizer from it: {line}") from error
+    if len(tokenizer) > vocab_size:
+        raise InvalidInput(f"the tokenizer has {len(tokenizer)} tokens, the model {vocab_size} embedding rows")
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Write the files and read them back. Raises VerificationFailed at the first text that they split otherwise."""
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    tokenizer.save_pretrained(folder)
+    saved = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for text in SAMPLES:
+        expected, got = (one(text)["input_ids"] for one in (tokenizer, saved))
+        if expected != got:
+            at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), len(got))
+            raise VerificationFailed(
+                f"the exported tokenizer differs: {text!r} at token {at}: expected {expected[at:][:1]}, "
+                f"got {got[at:][:1]}"
+            )

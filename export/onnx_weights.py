@@ -1,0 +1,80 @@
+"""The numbers of an ONNX graph: a model's own, or random ones for timing."""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dilap.errors import InvalidInput, Unavailable
+from dilap.export.onnx_matrices import BLOCK
+
+_Quantised = tuple[NDArray[np.uint8], NDArray[np.float32]]
+
+
+class ModelWeights:
+    """A torch model's tensors, converted one at a time; what was quantised is kept, as bytes and scales are read apart.
+
+    `values` and `blocks` are what `build_model` asks for.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+        self.blocks = functools.cache(self._quantise)
+
+    def values(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Raises InvalidInput, naming the tensor, for a missing one, another shape, NaN or infinity."""
+        if name not in self._tensors:
+            raise InvalidInput(f"the model has no tensor {name}")
+        tensor = self._tensors[name].detach()
+        if tuple(tensor.shape) != shape:
+            raise InvalidInput(f"{name} is {tuple(tensor.shape)}, the architecture needs {shape}")
+        tensor = tensor.to(device="cpu", dtype=torch.float32)
+        if not torch.isfinite(tensor).all():
+            raise InvalidInput(f"{name} holds NaN or infinity")
+        array: NDArray[np.float32] = tensor.numpy()
+        return array
+
+    def _quantise(self, name: str, shape: tuple[int, int], bits: int) -> _Quantised:
+        return quantise(self.values(name, shape), bits=bits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomWeights:
+    """N(0, 0.02) from one small block repeated, so that a probe is written at the speed of the disk."""
+
+    seed: int
+
+    def values(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        if "norm" in name:  # ones keep the activations of a trained model's size
+            return np.ones(shape, np.float32) if name.endswith("weight") else np.zeros(shape, np.float32)
+        block = np.random.default_rng(self.seed).normal(0, 0.02, 1 << 16).astype(np.float32)
+        return np.resize(block, shape)
+
+    def blocks(self, name: str, shape: tuple[int, int], bits: int) -> _Quantised:  # noqa: ARG002
+        rows, num_blocks = shape[0], -(-shape[1] // BLOCK)
+        block = np.random.default_rng(self.seed).integers(0, 256, 1 << 16, np.uint8)
+        scales = np.full((rows, num_blocks), 0.06 / (1 << bits), np.float32)  # their largest weight: 0.03
+        return np.resize(block, (rows, num_blocks, BLOCK * bits // 8)), scales
+
+
+def quantise(matrix: NDArray[np.float32], *, bits: int) -> _Quantised:
+    """Bytes and scales of symmetric blocks, by the functions behind ONNX Runtime's MatMulNBitsQuantizer.
+
+    That class wants the whole model in memory twice. Raises Unavailable without ONNX Runtime.
+    """
+    try:
+        from onnxruntime.capi import _pybind_state as native  # noqa: PLC0415
+    except ImportError as error:
+        raise Unavailable("ONNX Runtime is needed to quantise; pip install 'dilap[onnxruntime]'") from error
+    rows, columns = matrix.shape
+    num_blocks = -(-columns // BLOCK)
+    padded = np.zeros((num_blocks * BLOCK, rows), np.float32)
+    padded[:columns] = matrix.T
+    values = np.zeros((rows, num_blocks, BLOCK * bits // 8), np.uint8)
+    scales = np.zeros((rows, num_blocks), np.float32)
+    zero_points = np.zeros((rows, -(-num_blocks * bits // 8)), np.uint8)
+    run = native.quantize_matmul_8bits if bits == 8 else native.quantize_matmul_4bits
+    run(values, padded, scales, zero_points, BLOCK, rows, columns, True)
+    return values, scales

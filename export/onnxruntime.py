@@ -1,0 +1,246 @@
+"""Export to the folder that ONNX Runtime and ONNX Runtime GenAI load."""
+
+import collections
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from dilap.anatomy import architecture_of
+from dilap.codec import encode, file_sha256, write_json, written_aside
+from dilap.errors import InvalidInput, Unavailable, Unsupported
+from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
+from dilap.export.onnx_graph import build_model
+from dilap.export.onnx_hyperparameters import Hyperparameters, hyperparameters, probe_hyperparameters
+from dilap.export.onnx_matrices import Storage
+from dilap.export.onnx_weights import ModelWeights, RandomWeights
+from dilap.export.text_samples import SAMPLES
+from dilap.export.verify import NUM_TOKENS, verify_logits
+from dilap.types import Architecture, Artifact
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+STORAGE: dict[str, Storage] = {"f32": "float", "int8": "int8", "int4": "int4"}
+_MAX_LENGTH = 4096  # GenAI allocates the cache for this many tokens unless it is told another number
+
+SQNR_BOUNDS_DB = {"f32": 60.0, "int8": 0.0, "int4": -2.5}
+
+
+class OnnxRuntimeExporter:
+    """Writes `model.onnx` with its data, config, tokenizer and `artifact.json`."""
+
+    backend = "onnxruntime"
+
+    def export(
+        self, model: "PreTrainedModel", *, tokenizer: Path, precision: str, plan_digest: str, out: Path
+    ) -> Artifact:
+        """Write `model` into the folder `out`, verified, or leave nothing behind."""
+        _require_known(precision)
+        architecture = architecture_of(model)
+        numbers = hyperparameters(model, architecture)
+        weights = ModelWeights(model.state_dict())
+        words = read_tokenizer(tokenizer, vocab_size=architecture.vocab_size)
+        with written_aside(out) as folder:
+            folder.mkdir()
+            # The f32 file is verified too: four bits cost as many decibels as a misordered matrix does.
+            for written in dict.fromkeys(("f32", precision)):
+                _write_model(folder, architecture, numbers, weights, written)
+                sqnr_db = verify_onnx(model, folder / MODEL, words, precision=written)
+            save_tokenizer(words, folder)
+            write_json(folder / "config.json", model.config.to_diff_dict())
+            write_json(folder / "genai_config.json", _genai_config(model, architecture, numbers, words))
+            artifact = _describe(
+                folder,
+                architecture,
+                precision=precision,
+                plan_digest=plan_digest,
+                sqnr_db=sqnr_db,
+                details={"torch_dtype": str(model.dtype)},
+            )
+            write_json(folder / "artifact.json", encode(artifact))
+        return artifact
+
+    def export_probe(self, architecture: Architecture, *, precision: str, seed: int, out: Path) -> Artifact:
+        """Write a model of that shape with random weights and no tokenizer, for timing only."""
+        _require_known(precision)
+        with written_aside(out) as folder:
+            folder.mkdir()
+            numbers = probe_hyperparameters(architecture)
+            _write_model(folder, architecture, numbers, RandomWeights(seed=seed), precision)
+            OnnxFile(folder / MODEL, optimised=False)
+            artifact = _describe(folder, architecture, precision=precision, plan_digest="", sqnr_db=None, details={})
+            write_json(folder / "artifact.json", encode(artifact))
+        return artifact
+
+
+def _require_known(precision: str) -> None:
+    if precision not in STORAGE:
+        raise Unsupported(f"precision {precision!r} is not known; ONNX Runtime runs {', '.join(STORAGE)}")
+
+
+def _write_model(
+    folder: Path,
+    architecture: Architecture,
+    numbers: Hyperparameters,
+    weights: ModelWeights | RandomWeights,
+    precision: str,
+) -> None:
+    model = build_model(
+        architecture,
+        numbers,
+        weights.values,
+        form="onnxruntime",
+        storage=STORAGE[precision],
+        blocks=weights.blocks,
+    )
+    ir.save(model, folder / MODEL, external_data=DATA)
+    # The graph alone is the same for every model of a shape: with this its digest stands for the weights as well.
+    model.metadata_props[DATA] = file_sha256(folder / DATA)
+    ir.save(model, folder / MODEL)
+
+
+def verify_onnx(model: "PreTrainedModel", path: Path, tokenizer: "PreTrainedTokenizerBase", *, precision: str) -> float:
+    """The SQNR in dB of a file's logits against `model`. Raises VerificationFailed below the bound of the precision."""
+    # Real text, as a trained model's logits are only typical there.
+    token_ids = tokenizer("\n".join(SAMPLES))["input_ids"][: min(NUM_TOKENS, model.config.max_position_embeddings)]
+    name = f"{path.name} in {precision}"
+    return verify_logits(model, OnnxFile(path), token_ids, bound_db=SQNR_BOUNDS_DB[precision], name=name)
+
+
+class OnnxFile:
+    """An exported file in ONNX Runtime on the CPU, as any user of its names would run it."""
+
+    def __init__(self, path: Path, *, optimised: bool = True) -> None:
+        """Raises InvalidInput, in one line, where ONNX Runtime refuses the file."""
+        try:
+            import onnxruntime  # noqa: PLC0415
+        except ImportError as error:
+            raise Unavailable("ONNX Runtime is needed to check a file; pip install 'dilap[onnxruntime]'") from error
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what it logs, it raises
+        options.intra_op_num_threads = max(1, (os.cpu_count() or 2) // 2)
+        if not optimised:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # it has a dozen types, which share no base of their own
+            raise InvalidInput(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
+
+    def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
+        """Logits (tokens x vocabulary): one pass, or its last quarter token by token through the KV cache."""
+        cache = {
+            value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), _NUMPY_TYPES[value.type])
+            for value in self._session.get_inputs()
+            if value.name.startswith("past_key_values.")
+        }
+        together = len(token_ids) - (-(-len(token_ids) // 4) if incremental else 0)
+        rows, start = [], 0
+        for end in range(together, len(token_ids) + 1):
+            logits, cache = self._run(token_ids[start:end], start, cache)
+            rows.append(logits)
+            start = end
+        return np.concatenate(rows)
+
+    def _run(
+        self, token_ids: Sequence[int], start: int, cache: dict[str, NDArray[np.floating]]
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.floating]]]:
+        end = start + len(token_ids)
+        feed = {
+            "input_ids": np.array([token_ids], np.int64),
+            "attention_mask": np.ones((1, end), np.int64),
+            "position_ids": np.arange(start, end)[None],
+            "logits_to_keep": np.array([len(token_ids)]),
+        }
+        wanted = {value.name for value in self._session.get_inputs()}
+        feed = {name: value for name, value in feed.items() if name in wanted}
+        names = [value.name for value in self._session.get_outputs()]
+        outputs = dict(zip(names, self._session.run(names, feed | cache), strict=True))
+        grown = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
+        return outputs["logits"][0].astype(np.float32), grown
+
+
+def _genai_config(
+    model: "PreTrainedModel",
+    architecture: Architecture,
+    numbers: Hyperparameters,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> dict[str, Any]:
+    """What ONNX Runtime GenAI wants to know; widths are those of the first layer with attention.
+
+    It takes the true ones, layer by layer, from the graph.
+    """
+    layers = [widths for widths in architecture.layers if widths.num_heads]
+    eos = model.config.eos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": MODEL,
+        "head_size": architecture.head_dim,
+        "hidden_size": architecture.hidden_size,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "position_ids": "position_ids",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+        "num_attention_heads": layers[0].num_heads,
+        "num_hidden_layers": len(layers),
+        "num_key_value_heads": layers[0].num_kv_heads,
+    }
+    return {
+        "model": {
+            "bos_token_id": bos,
+            "context_length": numbers.context_length,
+            "decoder": decoder,
+            "eos_token_id": eos,
+            "pad_token_id": pad,
+            "type": "llama",  # its name for a decoder without a peculiarity
+            "vocab_size": architecture.vocab_size,
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": min(numbers.context_length, _MAX_LENGTH),
+            "past_present_share_buffer": True,
+        },
+    }
+
+
+def _describe(
+    folder: Path,
+    architecture: Architecture,
+    *,
+    precision: str,
+    plan_digest: str,
+    sqnr_db: float | None,
+    details: dict[str, Any],
+) -> Artifact:
+    graph = ir.load(folder / MODEL).graph
+    operators = collections.Counter(node.op_type for node in graph)
+    return Artifact(
+        path=MODEL,
+        format="onnx",
+        backend=OnnxRuntimeExporter.backend,
+        precision=precision,
+        plan_digest=plan_digest,
+        architecture=architecture,
+        sha256=file_sha256(folder / MODEL),
+        companions={DATA: file_sha256(folder / DATA)},
+        num_bytes=sum((folder / name).stat().st_size for name in (MODEL, DATA)),
+        sqnr_db=sqnr_db,
+        details={"operators": dict(sorted(operators.items())), **details},
+    )
