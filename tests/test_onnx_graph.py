@@ -1,6 +1,7 @@
 """The emitted ONNX graph against torch, for every family, in both forms."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
