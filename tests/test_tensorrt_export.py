@@ -145,9 +145,7 @@ def test_without_onnxruntime_the_export_says_that_it_was_not_verified(
 def test_a_weight_too_large_for_f16_is_named_and_nothing_is_left(tokenizer: Path, tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = 1e6
-    with pytest.raises(
-        InvalidInput, match=r"up_proj\.weight .* too large for f16; try --precision bf16"
-    ):
+    with pytest.raises(InvalidInput, match=r"up_proj\.weight .* too large for f16; try --precision bf16"):
         export(model, tokenizer, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
