@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 BACKENDS = {
     "llamacpp": "dilap.backends.llamacpp:LlamaCpp",
     "onnxruntime": "dilap.backends.onnxruntime:OnnxRuntime",
+    "tensorrt": "dilap.backends.tensorrt:TensorRT",
 }
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 EXPORTERS = {
     "llamacpp": "dilap.export.gguf:GgufExporter",
     "onnxruntime": "dilap.export.onnxruntime:OnnxRuntimeExporter",
+    "tensorrt": "dilap.export.tensorrt:TensorRTExporter",
 }
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
+_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 STORAGE: dict[str, Storage] = {"f32": "float", "int8": "int8", "int4": "int4"}
 _MAX_LENGTH = 4096  # GenAI allocates the cache for this many tokens unless it is told another number
 
@@ -137,7 +138,7 @@ class OnnxFile:
     def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
         """Logits (tokens x vocabulary): one pass, or its last quarter token by token through the KV cache."""
         cache = {
-            value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+            value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), _NUMPY_TYPES[value.type])
             for value in self._session.get_inputs()
             if value.name.startswith("past_key_values.")
         }
@@ -150,8 +151,8 @@ class OnnxFile:
         return np.concatenate(rows)
 
     def _run(
-        self, token_ids: Sequence[int], start: int, cache: dict[str, NDArray[np.float32]]
-    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
+        self, token_ids: Sequence[int], start: int, cache: dict[str, NDArray[np.floating]]
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.floating]]]:
         end = start + len(token_ids)
         feed = {
             "input_ids": np.array([token_ids], np.int64),
@@ -164,7 +165,7 @@ class OnnxFile:
         names = [value.name for value in self._session.get_outputs()]
         outputs = dict(zip(names, self._session.run(names, feed | cache), strict=True))
         grown = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
-        return outputs["logits"][0], grown
+        return outputs["logits"][0].astype(np.float32), grown
 
 
 def _genai_config(

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from dilap.errors import VerificationFailed
+from dilap.sqnr import sqnr_db
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,16 +25,6 @@ class HasLogits(Protocol):
         """Logits (tokens x vocabulary) at every position, in one pass or through the KV cache."""
 
 
-def sqnr_db(reference: NDArray[np.floating], other: NDArray[np.floating]) -> float:
-    """Signal to quantisation noise of logits, rows centred first: a constant added to a row is no difference."""
-    signal = reference.astype(np.float64) - reference.mean(axis=-1, keepdims=True, dtype=np.float64)
-    noise = signal - (other.astype(np.float64) - other.mean(axis=-1, keepdims=True, dtype=np.float64))
-    if not np.isfinite(noise).all():
-        return -np.inf
-    power = float(np.square(noise).sum())
-    return 10 * float(np.log10(np.square(signal).sum() / power)) if power else np.inf
-
-
 def verify_logits(
     model: "PreTrainedModel", artifact: HasLogits, token_ids: Sequence[int], *, bound_db: float, name: str
 ) -> float:
@@ -41,7 +32,7 @@ def verify_logits(
 
     `name` says in an error what was compared. Raises VerificationFailed below `bound_db`.
     """
-    reference = _torch_logits(model, token_ids)
+    reference = torch_logits(model, token_ids)
     together = sqnr_db(reference, artifact.logits(token_ids, incremental=False))
     incremental = sqnr_db(reference, artifact.logits(token_ids, incremental=True))
     bound = min(bound_db, TORCH_BOUNDS_DB.get(model.dtype, np.inf))
@@ -56,13 +47,13 @@ def verify_logits(
 
 
 @torch.no_grad()
-def _torch_logits(model: "PreTrainedModel", token_ids: Sequence[int]) -> NDArray[np.floating]:
-    """In the dtype that the model has: an f32 copy would not fit beside a large one."""
+def torch_logits(model: "PreTrainedModel", token_ids: Sequence[int]) -> NDArray[np.float32]:
+    """Logits (tokens x vocabulary) in the dtype that the model has: an f32 copy would not fit beside a large one."""
     was_training = model.training
     model.eval()
     try:
         logits = model(torch.tensor([list(token_ids)], device=model.device), use_cache=False).logits[0]
     finally:
         model.train(was_training)
-    array: NDArray[np.floating] = logits.float().cpu().numpy()
+    array: NDArray[np.float32] = logits.float().cpu().numpy()
     return array

@@ -46,7 +46,7 @@ DEVICES: Mapping[str, Device] = {
         Device(
             name="host_cpu", description="this machine's CPU", transport="local", backends=("llamacpp", "onnxruntime")
         ),
-        Device(name="jetson_gpu", description="Jetson Orin GPU, TensorRT", transport="ssh"),
+        Device(name="jetson_gpu", description="Jetson Orin GPU, TensorRT", transport="ssh", backends=("tensorrt",)),
         Device(name="jetson_cpu", description="Jetson Orin CPU", transport="ssh"),
         Device(name="snapdragon_x", description="Snapdragon X Plus laptop", transport="ssh"),
         Device(name="s23", description="Samsung S23", transport="adb"),

@@ -20,7 +20,8 @@ from dilap.export.onnx_graph import Form, build_model  # noqa: E402
 from dilap.export.onnx_hyperparameters import hyperparameters  # noqa: E402
 from dilap.export.onnx_weights import ModelWeights, quantise  # noqa: E402
 from dilap.export.onnxruntime import OnnxFile  # noqa: E402
-from dilap.export.verify import sqnr_db, verify_logits  # noqa: E402
+from dilap.export.verify import verify_logits  # noqa: E402
+from dilap.sqnr import sqnr_db  # noqa: E402
 
 TOKENS = [5, 17, 80, 3, 3, 41, 0, 95, 250, 7, 7, 12]
 FORMS: tuple[Form, ...] = ("onnxruntime", "plain")

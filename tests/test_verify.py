@@ -14,7 +14,7 @@ from dilap.errors import InvalidInput, Unavailable, VerificationFailed
 from dilap.export import llamacpp
 from dilap.export.gguf import GgufExporter, verify_gguf
 from dilap.export.llamacpp import validate
-from dilap.export.verify import sqnr_db
+from dilap.sqnr import sqnr_db
 
 __all__ = ["tokenizer"]
 

@@ -14,7 +14,8 @@ from dilap.errors import InvalidInput
 _EXAMPLES = """\
   dilap-export --backend llamacpp runs/smollm2-135m-host_cpu-70pct/checkpoint
   dilap-export --backend llamacpp --precision q4_0 --out exported CHECKPOINT
-  dilap-export --backend llamacpp --tokenizer original.gguf CHECKPOINT"""
+  dilap-export --backend llamacpp --tokenizer original.gguf CHECKPOINT
+  dilap-export --backend tensorrt CHECKPOINT                    # for a Jetson, checked here as far as it goes"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,6 +60,8 @@ def _command() -> int:
     else:
         quality = "" if artifact.sqnr_db is None else f", {artifact.sqnr_db:.1f} dB against torch"
         print(f"{out / artifact.path}: {artifact.num_bytes / 1e6:.1f} MB{quality}")
+        for note in artifact.details.get("notes", ()):  # what was checked, and what only the device can check
+            print(f"  {note}")
     return 0
 
 
