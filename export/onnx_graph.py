@@ -1,10 +1,11 @@
 """The ONNX graph of a decoder-only model of any widths, one for prefill and decode.
 
-The graph is emitted from the Architecture, not sliced out of an exporter's graph of the dense model. Both were tried.
-transformers' OnnxExporter (5.23) took half a minute and more for three tiny layers; its fused graph names its
-constants `val_45`, hides head counts in them, rotates outside the attention operator and differs between families and
-versions. Emitting takes about twenty operators and a tenth of a second, leaves nothing to cache or to keep in step with
-three libraries' versions, and is checked in the same way: logits against torch after every export.
+The graph is emitted from the Architecture, not sliced out of an exporter's graph of the dense model. transformers'
+OnnxExporter (5.23, tried on Llama and Mistral) took more than a minute for three tiny layers on a busy machine, and
+names its cache `input.past_key_values.layers.0.keys` and its constants `val_45`: slicing it would mean to recognise
+head counts and reshapes by position, again for every version of three libraries. Emitting takes about twenty operators
+and a tenth of a second, leaves nothing to cache, and is checked in the same way: logits against torch after every
+export.
 
 Inputs and outputs have the names of the ecosystem (B batch, S new tokens, P past tokens, N key-value heads):
 
