@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 import transformers
+from gguf import GGUFReader
+from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -64,7 +66,7 @@ def _read(name: str, folder: str, arguments: dict[str, Any]) -> tuple[PreTrained
     try:
         config = AutoConfig.from_pretrained(folder, **keep)
         family_of(config)  # the clear error, before gigabytes are read
-        tokenizer = AutoTokenizer.from_pretrained(folder, **keep)
+        tokenizer = load_tokenizer(folder, **keep)
         pruned = getattr(config, "layer_widths", None)
         loader = PRUNED_CLASSES[config.model_type] if pruned else AutoModelForCausalLM
         model, report = loader.from_pretrained(folder, output_loading_info=True, **arguments)
@@ -81,6 +83,19 @@ def _read(name: str, folder: str, arguments: dict[str, Any]) -> tuple[PreTrained
         if hasattr(owner, attribute):
             delattr(owner, attribute)
     return model.eval(), tokenizer
+
+
+def load_tokenizer(folder: str | Path, *, gguf_file: str | None = None, **arguments: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, a hub id or a GGUF file in `folder`, which is split as its pre-tokenizer says:
+    transformers reads SmolLM's without the rule that digits stand alone. Raises what transformers raises."""
+    arguments = arguments if gguf_file is None else {**arguments, "gguf_file": gguf_file}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
+    if gguf_file is not None:
+        field = GGUFReader(Path(folder) / gguf_file).fields.get("tokenizer.ggml.pre")
+        if field is not None and field.contents() == "smollm":
+            parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    return tokenizer
 
 
 def _builtin_model() -> Path:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from dilap.errors import InvalidInput, VerificationFailed
 from dilap.export.text_samples import SAMPLES
+from dilap.source import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -12,11 +13,9 @@ if TYPE_CHECKING:
 
 def read_tokenizer(source: Path, *, vocab_size: int) -> "PreTrainedTokenizerBase":
     """The tokenizer of a Hugging Face folder or of a GGUF file. Raises InvalidInput."""
-    from transformers import AutoTokenizer  # noqa: PLC0415
-
-    folder, arguments = (source.parent, {"gguf_file": source.name}) if source.is_file() else (source, {})
+    folder, gguf_file = (source.parent, source.name) if source.is_file() else (source, None)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **arguments)
+        tokenizer = load_tokenizer(folder, gguf_file=gguf_file, local_files_only=True)
     except Exception as error:  # the loaders raise dozens of types for damaged files
         line = str(error).strip().partition("\n")[0]
         raise InvalidInput(f"{source}: transformers cannot load a tokenizer from it: {line}") from error

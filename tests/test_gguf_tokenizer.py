@@ -16,7 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dilap.errors import InvalidInput, Unsupported, VerificationFailed
 from dilap.export import gguf_tokenizer
 from dilap.export.gguf_tokenizer import read_tokenizer, verify_tokenizer
+from dilap.export.llamacpp import Gguf
 from dilap.export.text_samples import SAMPLES
+from dilap.source import load_tokenizer
 
 __all__ = ["tokenizer"]
 
@@ -241,6 +243,12 @@ def smollm2() -> Path:
 def test_real_gguf_tokenizer_is_copied(smollm2: Path, tokenizer: Path, tmp_path: Path) -> None:
     path = write_vocabulary(smollm2, tmp_path / "vocabulary.gguf", vocab_size=49152)
     verify_tokenizer(path, smollm2)
+
+
+def test_tokenizer_of_a_real_gguf_file_splits_as_llama_cpp_does(smollm2: Path) -> None:
+    ours = load_tokenizer(smollm2.parent, gguf_file=smollm2.name)
+    with Gguf(smollm2, vocab_only=True) as file:
+        assert [ours(text)["input_ids"] for text in SAMPLES] == [file.tokens(text) for text in SAMPLES]
 
 
 def test_real_vocabulary_splits_as_transformers_does(smollm2: Path, tokenizer: Path, tmp_path: Path) -> None:
