@@ -14,7 +14,7 @@ Phase = Literal["decode", "prefill"]
 Statistic = Literal["p50", "p90"]
 Status = Literal["ok", "noisy", "contended"]
 GroupKind = Literal["kv_groups", "query_slots", "channels"]
-PRECISION_BITS: Mapping[str, float] = {"f32": 32, "f16": 16, "q8_0": 8.5, "q4_0": 4.5}
+PRECISION_BITS: Mapping[str, float] = {"f32": 32, "f16": 16, "q8_0": 8.5, "q4_0": 4.5, "8da4w": 4.5}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXPORTERS = {
+    "executorch": "dilap.export.executorch:ExecuTorchExporter",
     "llamacpp": "dilap.export.gguf:GgufExporter",
 }
 

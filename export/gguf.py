@@ -21,7 +21,7 @@ from dilap.export.gguf_layout import Hyperparameters, Layout, TensorSpec, hyperp
 from dilap.export.gguf_tokenizer import NO_TOKENIZER, Tokenizer, read_tokenizer, verify_tokenizer
 from dilap.export.text_samples import SAMPLES
 from dilap.export.verify import NUM_TOKENS, verify_logits
-from dilap.types import PRECISION_BITS, Architecture, Artifact
+from dilap.types import Architecture, Artifact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,8 +141,8 @@ def _write_folder(
 
     The f16 file is verified too: four bits cost as many decibels (7 left) as a misordered matrix does (6 left).
     """
-    if precision not in PRECISION_BITS:
-        raise Unsupported(f"precision {precision!r} is not known; llama.cpp runs {', '.join(PRECISION_BITS)}")
+    if precision not in SQNR_BOUNDS_DB:
+        raise Unsupported(f"precision {precision!r} is not known; llama.cpp runs {', '.join(SQNR_BOUNDS_DB)}")
     folder.mkdir()
     path = folder / "model.gguf"
     quantised = precision in llamacpp.FILE_TYPES

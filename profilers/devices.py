@@ -43,7 +43,9 @@ class Device:
 DEVICES: Mapping[str, Device] = {
     device.name: device
     for device in (
-        Device(name="host_cpu", description="this machine's CPU", transport="local", backends=("llamacpp",)),
+        Device(
+            name="host_cpu", description="this machine's CPU", transport="local", backends=("llamacpp", "executorch")
+        ),
         Device(name="jetson_gpu", description="Jetson Orin GPU, TensorRT", transport="ssh"),
         Device(name="jetson_cpu", description="Jetson Orin CPU", transport="ssh"),
         Device(name="snapdragon_x", description="Snapdragon X Plus laptop", transport="ssh"),
