@@ -152,11 +152,11 @@ def _describe(path: Path, header: Header, *, sqnr_db: float | None) -> Artifact:
         sha256=file_sha256(path),
         num_bytes=path.stat().st_size,
         sqnr_db=sqnr_db,
-        details={"max_context": header.max_context, "matrix_types": _matrix_types(header)},
+        details={"max_context": header.max_context, "matrix_types": matrix_types(header)},
     )
 
 
-def _matrix_types(header: Header) -> dict[str, int]:
+def matrix_types(header: Header) -> dict[str, int]:
     """How many matrices have which type: rows that no group divides, and the head, stay in 8 bits."""
     model = header.architecture
     if header.precision == "f32":

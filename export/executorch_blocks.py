@@ -35,6 +35,7 @@ from dilap.types import Architecture, LayerWidths
 Kind = Literal["attention_in", "attention_out", "ffn", "head"]
 EDGE = EdgeCompileConfig(_check_ir_validity=False)  # the check refuses operators that are not ATen's: the custom ones
 _EXAMPLE_TOKENS = 5
+_INT4: torch.dtype = torch.int4  # type: ignore[attr-defined] # torch's stubs lack it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class BlockShape:
     style: Style
     architecture: Architecture  # without its layers
     widths: LayerWidths
+    max_tokens: int  # of one run: XNNPACK reserves memory for as many when it loads a program
 
     def build(self) -> "Block":
         """The module, its matrices without values."""
@@ -71,6 +73,9 @@ class Block(nn.Module):
 class Norm(nn.Module):
     """RMSNorm, or LayerNorm where it has a bias; XNNPACK averages images only, so a mean is a product."""
 
+    mean: torch.Tensor
+    eps: torch.Tensor
+
     def __init__(self, size: int, *, eps: float) -> None:
         super().__init__()
         self.register_buffer("mean", torch.full((1, size), 1 / size, device="cpu"))
@@ -89,6 +94,8 @@ class AttentionIn(Block):
     Inputs: residual stream, norm vectors, q and k norm weights (if any), cosines and sines (1 x tokens x 1 x head_dim,
     if rotary). Outputs: queries, keys, values (1 x tokens x heads x head_dim).
     """
+
+    half_turn: torch.Tensor
 
     def __init__(self, shape: BlockShape) -> None:
         super().__init__(shape)
@@ -218,7 +225,7 @@ def quantise_(block: Block, *, algorithm: str = "affine") -> None:
         small = block.shape.kind != "head" and linear.in_features % GROUP_SIZE == 0
         granularity: Granularity = PerGroup(GROUP_SIZE) if small else PerAxis(0)
         config = Int8DynamicActivationIntxWeightConfig(
-            weight_dtype=torch.int4 if small else torch.int8,
+            weight_dtype=_INT4 if small else torch.int8,
             weight_granularity=granularity,
             intx_choose_qparams_algorithm=algorithm if small else "affine",
         )
@@ -229,7 +236,7 @@ def constants(linear: nn.Linear) -> list[tuple[str, bytes]]:
     """What the delegate stores for a matrix, under the names that it finds it by: weights, scales, bias."""
     weight, found = linear.weight, []
     if isinstance(weight, IntxUnpackedToInt8Tensor):
-        grouped = weight.target_dtype == torch.int4
+        grouped = weight.target_dtype == _INT4
         found.append(("", NodeVisitor.convert_to_qc4w(weight.qdata) if grouped else weight.qdata))
         found.append(("scale_", weight.scale.to(torch.bfloat16 if grouped else torch.float32)))
     else:
@@ -309,7 +316,7 @@ def template(shape: BlockShape) -> Template:
 def lower(block: Block) -> Delegate:
     """The XNNPACK delegate of a whole block. Raises Unsupported where it cannot be one."""
     examples = block.examples()
-    tokens = torch.export.Dim("tokens", min=1, max=1 << 20)
+    tokens = torch.export.Dim("tokens", min=1, max=block.shape.max_tokens)
     moving = block.shape.kind != "head"
     dynamic = tuple({1: tokens} if moving and example.dim() > 1 else None for example in examples)
     forward_dynamic: Any = (dynamic[0], dynamic[1:]) if block.shape.kind != "attention_out" else dynamic
@@ -325,8 +332,31 @@ def lower(block: Block) -> Delegate:
     inputs = list(lowered.graph_signature.user_inputs)
     call = next(node for node in calls if node.target == executorch_call_delegate)
     outputs: Sequence[Any] = lowered.graph.output_node().args[0]
+    arguments = tuple(inputs.index(argument.name) for argument in call.args[1:])
+    module = getattr(lowered.graph_module, call.args[0].target)
+    shapes = tuple(tuple(value.shape[2:]) for value in call.meta["val"])
+    stand_in = torch.export.export(
+        _StandIn(shapes),
+        tuple(examples[index] for index in arguments),
+        dynamic_shapes=(tuple(dynamic[index] for index in arguments),),
+        strict=False,
+    )
     return Delegate(
-        module=getattr(lowered.graph_module, call.args[0].target),
-        arguments=tuple(inputs.index(argument.name) for argument in call.args[1:]),
+        module=LoweredBackendModule(
+            stand_in, module.backend_id, module.processed_bytes, module.compile_specs, module.named_data_store_output
+        ),
+        arguments=arguments,
         results=tuple(output.args[1] for output in outputs),
     )
+
+
+class _StandIn(nn.Module):
+    """What later passes run to learn a delegate's output shapes: with its real code they take three times as long."""
+
+    def __init__(self, shapes: tuple[tuple[int, ...], ...]) -> None:
+        super().__init__()
+        self._shapes = shapes
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        activations = next(tensor for tensor in inputs if tensor.dim() > 1)
+        return tuple(activations.new_empty(1, activations.shape[1], *shape) for shape in self._shapes)

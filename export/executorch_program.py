@@ -10,7 +10,7 @@ blocks' delegates at the end: tracing through the delegates of 30 layers would t
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, ExecutorchProgramManager, to_edge
@@ -25,7 +25,7 @@ from torch.nn import functional
 from dilap.export.executorch_blocks import EDGE, BlockShape, Delegate, Kind, quantise_, template
 from dilap.export.executorch_header import POSITION_OFFSET, Header
 from dilap.modeling_dilap import FAMILIES
-from dilap.types import LayerWidths
+from dilap.types import Architecture, LayerWidths
 
 Values = Callable[[str, tuple[int, ...]], torch.Tensor]  # a tensor's name and shape -> its content in f32
 REGISTERED = (custom_ops, _quant_patterns_and_replacements)  # imported for the operators that they define
@@ -35,8 +35,8 @@ REGISTERED = (custom_ops, _quant_patterns_and_replacements)  # imported for the 
 def build(header: Header, values: Values) -> ExecutorchProgramManager:
     """The program, ready to be written."""
     decoder = Decoder(header, values)
-    # Two tokens or more: one would be burnt in as a constant.
-    example = (torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    # two tokens: one would be taken for a constant
+    example = (torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     tokens = torch.export.Dim("tokens", min=1, max=header.max_context)
     traced = torch.export.export(decoder, example, dynamic_shapes=({1: tokens}, None), strict=False)
     edge = to_edge(traced, compile_config=EDGE).exported_program()
@@ -48,32 +48,25 @@ def build(header: Header, values: Values) -> ExecutorchProgramManager:
 
 
 @torch.library.custom_op("dilap::attention_in", mutates_args=())
-def attention_in(
-    inputs: list[torch.Tensor], block: int, num_heads: int, num_kv_heads: int, head_dim: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Placeholder for block number `block`: queries, keys and values (1 x tokens x heads x head_dim)."""
+def attention_in(inputs: list[torch.Tensor], block: int, heads: list[int], head_dim: int) -> list[torch.Tensor]:
+    """Placeholder for block number `block` with outputs (1 x tokens x count x head_dim) for every count of heads."""
     raise NotImplementedError
 
 
 @attention_in.register_fake
-def _(
-    inputs: list[torch.Tensor], _: int, num_heads: int, num_kv_heads: int, head_dim: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    def empty(heads: int) -> torch.Tensor:
-        return inputs[0].new_empty(1, inputs[0].shape[1], heads, head_dim)
-
-    return empty(num_heads), empty(num_kv_heads), empty(num_kv_heads)
+def _(inputs: list[torch.Tensor], _: int, heads: list[int], head_dim: int) -> list[torch.Tensor]:
+    return [inputs[0].new_empty(1, inputs[0].shape[1], count, head_dim) for count in heads]
 
 
 @torch.library.custom_op("dilap::block", mutates_args=())
-def block_of_width(inputs: list[torch.Tensor], block: int, width: int) -> torch.Tensor:
+def block_of_width(inputs: list[torch.Tensor], block: int, width: int) -> list[torch.Tensor]:
     """Placeholder for block number `block` with one output (1 x tokens x width)."""
     raise NotImplementedError
 
 
 @block_of_width.register_fake
-def _(inputs: list[torch.Tensor], _: int, width: int) -> torch.Tensor:
-    return inputs[0].new_empty(1, inputs[0].shape[1], width)
+def _(inputs: list[torch.Tensor], _: int, width: int) -> list[torch.Tensor]:
+    return [inputs[0].new_empty(1, inputs[0].shape[1], width)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +83,12 @@ class Decoder(nn.Module):
     That is the form that deployed programs have: all positions' logits would make a prefill of SmolLM2-135M a
     quarter slower. Whoever wants every position's calls it once for each prefix.
     """
+
+    embedding: torch.Tensor
+    embedding_scales: torch.Tensor
+    positions: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
 
     def __init__(self, header: Header, values: Values) -> None:
         super().__init__()
@@ -168,9 +167,9 @@ class Decoder(nn.Module):
             kind=kind,
             precision=header.precision,
             style=header.style,
-            # without what its code does not depend on, so that models of a width share their lowered blocks
-            architecture=replace(header.architecture, family="", layers=()),
+            architecture=_relevant(header.architecture, kind),
             widths=widths,
+            max_tokens=header.max_context,
         )
         block = shape.build()
         for name, linear in block.linears().items():
@@ -193,15 +192,17 @@ class Decoder(nn.Module):
         torch._check(start >= 0)
         torch._check(start < self.header.max_context)
         torch._check(start + count <= self.header.max_context)
-        model = self.header.architecture
         x, angles = self._embed(tokens, start)
-        for index, (widths, calls) in enumerate(zip(model.layers, self._layers, strict=True)):
+        for index, (widths, calls) in enumerate(zip(self.header.architecture.layers, self._layers, strict=True)):
             if widths.num_heads:
                 x = self._attention(x, angles, index, start)
             if widths.num_channels:
-                x = block_of_width([x, *self._vectors(calls[-1])], calls[-1].block, model.hidden_size)
-        last = [x[:, -1:], *self._vectors(self._head)]
-        return block_of_width(last, self._head.block, model.vocab_size)[:, 0]
+                x = self._run(calls[-1], [x], width=x.shape[-1])
+        return self._run(self._head, [x[:, -1:]], width=self.header.architecture.vocab_size)[:, 0]
+
+    def _run(self, call: _Call, inputs: list[torch.Tensor], *, width: int) -> torch.Tensor:
+        found: list[torch.Tensor] = block_of_width([*inputs, *self._vectors(call)], call.block, width)
+        return found[0]
 
     def _vectors(self, call: _Call) -> list[torch.Tensor]:
         return [getattr(self, name) for name in call.vectors]
@@ -210,25 +211,33 @@ class Decoder(nn.Module):
         """The residual stream; cosines and sines (1 x tokens x 1 x head_dim) where positions are rotary."""
         count = tokens.shape[1]
         if self.header.precision == "f32":
-            x = functional.embedding(tokens, self.embedding)
+            x: torch.Tensor = functional.embedding(tokens, self.embedding)
         else:
-            byte = torch.ops.quantized_decomposed.embedding_byte.dtype
-            x = byte(self.embedding, self.embedding_scales, None, -128, 127, tokens, dtype=torch.float32)
+            embedding_byte: Any = torch.ops.quantized_decomposed.embedding_byte
+            x = embedding_byte.dtype(
+                self.embedding, self.embedding_scales, None, -128, 127, tokens, dtype=torch.float32
+            )
         if self.header.architecture.num_positions:
             return x + self.positions.narrow(0, start, count), []
         tables = [table.narrow(0, start, count) for table in (self.cos, self.sin)]
         return x, [table.view(1, -1, 1, self.header.architecture.head_dim) for table in tables]
 
     def _attention(self, x: torch.Tensor, angles: list[torch.Tensor], index: int, start: Any) -> torch.Tensor:
-        model = self.header.architecture
-        widths, (before, after, *_) = model.layers[index], self._layers[index]
+        widths, (before, after, *_) = self.header.architecture.layers[index], self._layers[index]
         keys, values = getattr(self, f"keys_{index}"), getattr(self, f"values_{index}")
+        counts = [widths.num_heads, widths.num_kv_heads, widths.num_kv_heads]
         inputs = [x, *self._vectors(before), *angles]
-        query, key, value = attention_in(inputs, before.block, widths.num_heads, widths.num_kv_heads, model.head_dim)
+        query, key, value = attention_in(inputs, before.block, counts, self.header.architecture.head_dim)
         torch.ops.llama.update_cache(key, keys, start)
         torch.ops.llama.update_cache(value, values, start)
         heads = torch.ops.llama.custom_sdpa(query, keys, values, start, None, 0.0, True)
-        return block_of_width([x, heads], after.block, model.hidden_size)
+        return self._run(after, [x, heads], width=x.shape[-1])
+
+
+def _relevant(architecture: Architecture, kind: Kind) -> Architecture:
+    """An architecture without what the code of a block does not depend on, so that models share lowered blocks."""
+    found = replace(architecture, family="", layers=(), tied_embeddings=False)
+    return found if kind == "attention_in" else replace(found, qkv_bias=False, qk_norm=False)
 
 
 def _call_delegates_(program: ExportedProgram, delegates: Sequence[Delegate]) -> None:
@@ -249,20 +258,14 @@ def _call_delegates_(program: ExportedProgram, delegates: Sequence[Delegate]) ->
 
 
 def _take_results_(node: Node, call: Node, results: tuple[int, ...]) -> None:
-    """Give the users of a placeholder operator the delegate's outputs."""
-    value = node.meta["val"]
-    single = isinstance(value, torch.Tensor)
-    values = (value,) if single else value
-    by_output = dict(zip(results, values, strict=True))
+    """Give the users of a placeholder operator, each of which takes one output, the delegate's."""
+    by_output = dict(zip(results, node.meta["val"], strict=True))
     call.meta["val"] = tuple(by_output[index] for index in range(len(results)))
-    outputs = [node] if single else sorted(node.users, key=lambda user: user.args[1])
-    for output in outputs:
-        result = results[0 if single else output.args[1]]
+    for user in list(node.users):
+        result = results[cast(int, user.args[1])]
         with node.graph.inserting_before(node):
             item = node.graph.call_function(operator.getitem, (call, result))
             item.meta["val"] = by_output[result]
-        output.replace_all_uses_with(item)
-    for output in reversed(outputs):
-        node.graph.erase_node(output)
-    if not single:
-        node.graph.erase_node(node)
+        user.replace_all_uses_with(item)
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
