@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BACKENDS = {
+    "executorch": "dilap.backends.executorch:ExecuTorch",
     "llamacpp": "dilap.backends.llamacpp:LlamaCpp",
     "onnxruntime": "dilap.backends.onnxruntime:OnnxRuntime",
     "tensorrt": "dilap.backends.tensorrt:TensorRT",

@@ -14,13 +14,14 @@ Phase = Literal["decode", "prefill"]
 Statistic = Literal["p50", "p90"]
 Status = Literal["ok", "noisy", "contended"]
 GroupKind = Literal["kv_groups", "query_slots", "channels"]
-# Bits a weight takes, its share of the scales included: 32 weights have one, in f16 (GGUF) or f32 (ONNX Runtime).
+# Bits a weight takes, its share of the scales included: 32 weights have one, in f16 (GGUF, ExecuTorch) or f32 (ONNX).
 PRECISION_BITS: Mapping[str, float] = {
     "f32": 32,
     "f16": 16,
     "bf16": 16,
     "q8_0": 8.5,
     "q4_0": 4.5,
+    "8da4w": 4.5,
     "int8": 9,
     "int4": 5,
 }

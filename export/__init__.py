@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXPORTERS = {
+    "executorch": "dilap.export.executorch:ExecuTorchExporter",
     "llamacpp": "dilap.export.gguf:GgufExporter",
     "onnxruntime": "dilap.export.onnxruntime:OnnxRuntimeExporter",
     "tensorrt": "dilap.export.tensorrt:TensorRTExporter",

@@ -44,7 +44,10 @@ DEVICES: Mapping[str, Device] = {
     device.name: device
     for device in (
         Device(
-            name="host_cpu", description="this machine's CPU", transport="local", backends=("llamacpp", "onnxruntime")
+            name="host_cpu",
+            description="this machine's CPU",
+            transport="local",
+            backends=("llamacpp", "onnxruntime", "executorch"),
         ),
         Device(name="jetson_gpu", description="Jetson Orin GPU, TensorRT", transport="ssh", backends=("tensorrt",)),
         Device(name="jetson_cpu", description="Jetson Orin CPU", transport="ssh"),

@@ -1,0 +1,77 @@
+"""ExecuTorch's runtime as far as an exporter needs it: logits of a file, and its tokenizer."""
+
+import functools
+import importlib
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dilap.errors import InvalidInput, Unavailable
+
+
+@functools.cache
+def library() -> Any:
+    """The low-level runtime module, with the kernels that our programs call. Raises Unavailable."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # torchao lists the GPU libraries that it did not find
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "this API is experimental", and deprecations between these packages
+            runtime = importlib.import_module("executorch.extension.pybindings.portable_lib")
+            importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")
+            importlib.import_module("executorch.kernels.quantized")
+    except ImportError as error:
+        raise Unavailable(f"ExecuTorch is needed ({error}); pip install 'dilap[executorch]'") from error
+    finally:
+        logging.disable(before)
+    return runtime
+
+
+class Pte:
+    """A program opened by ExecuTorch's runtime."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises InvalidInput, in one line, where the file is damaged."""
+        try:
+            self._program: Any = library()._load_program(str(path))
+            self._method: Any = self._program.load_method("forward")
+        except RuntimeError as error:
+            raise InvalidInput(f"{path}: ExecuTorch cannot load it: {str(error).partition(chr(10))[0]}") from error
+
+    def __enter__(self) -> "Pte":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._method = self._program = None
+
+    def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
+        """Logits (tokens x vocabulary). The program gives the last position's, so one pass is one for each prefix."""
+        ids = list(token_ids)
+        inputs = [([token], at) if incremental else (ids[: at + 1], 0) for at, token in enumerate(ids)]
+        return np.concatenate([self._run(tokens, position) for tokens, position in inputs])
+
+    def _run(self, tokens: list[int], position: int) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = self._method([torch.tensor([tokens]), torch.tensor([position])])[0].numpy()
+        return array
+
+
+def tokenizer(path: Path) -> Callable[[str], list[int]]:
+    """Text to token ids, without special tokens, as ExecuTorch's runner does. Raises Unavailable, InvalidInput."""
+    try:
+        found = importlib.import_module("pytorch_tokenizers").CppHFTokenizer()
+    except ImportError as error:
+        raise Unavailable(f"ExecuTorch's tokenizers are needed ({error}); pip install 'dilap[executorch]'") from error
+    try:
+        found.load(str(path))
+    except RuntimeError as error:
+        raise InvalidInput(f"{path}: ExecuTorch cannot load the tokenizer: {error}") from error
+    return lambda text: [int(token) for token in found.encode(text, 0, 0)]
