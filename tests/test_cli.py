@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,6 +147,35 @@ def test_a_run_keeps_its_budget(checkpoint: Path, corpus: Path, tmp_path: Path) 
     assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--budget", "70%") == 0
     result = read_json(tmp_path / "run" / "result.json")
     assert 0.93 * result["limit_seconds"] <= result["pruned"]["seconds"] <= result["limit_seconds"]
+
+
+@pytest.mark.usefixtures("fake_device")
+def test_nothing_is_corrected_on_a_quick_measurement(
+    checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune_tiny(checkpoint, corpus, tmp_path / "quiet", "--budget", "70%")
+    measure = FakeBench.measure
+
+    def disturbed(self: FakeBench, paths: Sequence[Path], *, final: bool = False) -> list[Measurement]:
+        *others, last = measure(self, paths, final=final)
+        share = 1.0 if final else 1.2
+        return [*others, replace(last, samples_ns=tuple(round(share * sample) for sample in last.samples_ns))]
+
+    monkeypatch.setattr(FakeBench, "measure", disturbed)
+    assert prune_tiny(checkpoint, corpus, tmp_path / "disturbed", "--budget", "70%") == 0
+    quiet, noisy = (read_json(tmp_path / name / "plan.json") for name in ("quiet", "disturbed"))
+    assert quiet == noisy
+
+
+def test_a_measurement_beside_other_load_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses = ["contended", "ok"]
+
+    def measured(*_: object, **__: object) -> list[SimpleNamespace]:
+        return [SimpleNamespace(status=statuses.pop(0))]
+
+    monkeypatch.setattr("dilap.cli.bench.Profiler.measure", measured)
+    bench = Bench(device=devices.get("host_cpu"), backend=LlamaCpp(), workload=Workload(), console=Console())
+    assert [one.status for one in bench.measure([tmp_path / "model.gguf"])] == ["ok"]
 
 
 @pytest.mark.usefixtures("fake_device")
