@@ -18,7 +18,8 @@ class Protocol:
 
     `target_half_width` is that of the median's 95 % interval, relative. A round is dropped and repeated when the
     sentinel case left its running median by more than `drift_tolerance` (after a sleep that doubles), or when
-    other processes used more than `contention_share` of a core meanwhile.
+    other processes used more than `contention_share` of a core meanwhile. When `new_state_rounds` dropped rounds in a
+    row agree with one another, the machine has changed its speed: measuring starts over at the new one.
     """
 
     target_half_width: float = 0.01
@@ -33,6 +34,7 @@ class Protocol:
     drift_tolerance: float = 0.03
     back_off_seconds: float = 1.0
     max_back_offs: int = 5
+    new_state_rounds: int = 3
     contention_share: float = 0.05
     contention_pause_seconds: float = 1.0
     max_repeats: int = 10
@@ -107,10 +109,11 @@ class _Run:
         self._dropped: list[list[tuple[int, int]]] = [[] for _ in range(num_cases)]
         self._unsettled_warm_ups: set[int] = set()
         self._sentinel_medians: list[float] = []
+        self._strays: list[float] = []  # the sentinel in drifting rounds in a row
         self._shuffle = random.Random(protocol.seed + first_round)
         self._repeats = 0  # contended rounds in a row
-        self._back_offs = 0  # drifting rounds in a row
         self._contended = False
+        self._became_slower = False
         self.gave_up = False
         self.round_number = first_round
 
@@ -173,12 +176,28 @@ class _Run:
             return 0.0
         self._repeats = 0
         if self._drifts(sentinel_median):
-            self._back_offs += 1
-            self.gave_up = self._back_offs > protocol.max_back_offs
-            return float(protocol.back_off_seconds * 2 ** (self._back_offs - 1))
-        self._back_offs = 0
+            self._strays.append(sentinel_median)
+            if self._is_in_new_state():
+                self._start_over_()
+                return 0.0
+            self.gave_up = len(self._strays) > protocol.max_back_offs
+            return float(protocol.back_off_seconds * 2 ** (len(self._strays) - 1))
+        self._strays.clear()
         self._sentinel_medians.append(sentinel_median)
         return 0.0
+
+    def _is_in_new_state(self) -> bool:
+        latest = self._strays[-self._protocol.new_state_rounds :]
+        spread = max(latest) / min(latest) - 1
+        return len(latest) == self._protocol.new_state_rounds and spread <= self._protocol.drift_tolerance
+
+    def _start_over_(self) -> None:
+        latest = self._strays[-self._protocol.new_state_rounds :]
+        self._became_slower = statistics.median(latest) > statistics.median(self._sentinel_medians)
+        for kept, dropped in zip(self._kept, self._dropped, strict=True):
+            dropped.extend(kept)
+            kept.clear()
+        self._sentinel_medians, self._strays = latest, []
 
     def _drifts(self, sentinel_median: float) -> bool:
         history = self._sentinel_medians
@@ -211,6 +230,7 @@ class _Run:
         share, width = outlier_share(samples), median_interval(samples).half_width
         complaints = (
             (self.gave_up, "the sentinel drifted and did not come back; let the device cool and repeat"),
+            (self._became_slower, "the device became slower meanwhile and stayed so; let it cool and repeat"),
             (count < protocol.min_samples, f"time ran out after {count} of at least {protocol.min_samples} samples"),
             (share > 0.05, f"{share:.0%} of the samples are outliers; look for periodic work on the device"),
             (

@@ -128,10 +128,19 @@ def test_a_slow_spell_is_slept_over_and_its_round_dropped() -> None:
 
 
 def test_back_off_doubles_while_the_drift_lasts_and_gives_up() -> None:
-    bench = ScriptedBench([10.0], slowness=lambda now: 1.0 if now < 0.185 else 1.3)
+    bench = ScriptedBench([10.0], slowness=lambda now: 1.0 if now < 0.185 else 1.3 + now)
     (trace,) = collect(bench, 1, replace(QUICK, max_seconds=60.0))
     assert bench.sleeps == [1.0, 2.0, 4.0, 8.0, 16.0]
     assert (trace.status, "sentinel" in trace.note) == ("noisy", True)
+
+
+@pytest.mark.parametrize(("speed", "status"), [(0.7, "ok"), (1.3, "noisy")])
+def test_a_machine_that_changed_its_speed_is_measured_at_the_new_one(speed: float, status: str) -> None:
+    bench = ScriptedBench([10.0, 20.0], slowness=lambda now: 1.0 if now < 0.6 else speed)
+    first, second = collect(bench, 2, QUICK)
+    assert first.samples_ns == pytest.approx([10 * speed * MS] * QUICK.min_samples, rel=0.003)
+    assert second.samples_ns == pytest.approx([20 * speed * MS] * QUICK.min_samples, rel=0.003)
+    assert (first.status, "slower" in first.note) == (status, speed > 1)
 
 
 def test_a_contended_round_is_repeated() -> None:
