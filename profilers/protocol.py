@@ -17,9 +17,9 @@ class Protocol:
     """Warm-up; interleaved rounds of a few samples of every open case; a rule to stop.
 
     `target_half_width` is that of the median's 95 % interval, relative. A round is dropped and repeated when the
-    sentinel case left its running median by more than `drift_tolerance` (after a sleep that doubles), or when
-    other processes used more than `contention_share` of a core meanwhile. When `new_state_rounds` dropped rounds in a
-    row agree with one another, the machine has changed its speed: measuring starts over at the new one.
+    sentinel case left its running median by more than `drift_tolerance` (after a rest that doubles, and a short
+    warm-up), or when other processes used more than `contention_share` of a core meanwhile. When `new_state_rounds`
+    dropped rounds in a row agree with one another, the machine has changed its speed: measuring starts over.
     """
 
     target_half_width: float = 0.01
@@ -162,8 +162,16 @@ class _Run:
             store = self._kept if pause == 0 else self._dropped
             store[case].extend((self.round_number, sample) for sample in samples)
         if pause and not self.gave_up:
-            self._bench.sleep(pause)
+            self._rest_(pause, cases)
         self.round_number += 1
+
+    def _rest_(self, seconds: float, cases: Sequence[int]) -> None:
+        """Sleep, and warm up again: the first samples after a second of rest took 15 % longer, which looked like drift
+        and led to the next rest."""
+        self._bench.sleep(seconds)
+        for case in cases:
+            self._bench.sample(case, self._protocol.warm_up_samples)
+        self._bench.other_load()  # what happened meanwhile is no reason to drop a round
 
     def _pause(self, sentinel_median: float) -> float:
         """Seconds to rest because the round just taken is dropped; 0 to keep it."""

@@ -134,6 +134,23 @@ def test_back_off_doubles_while_the_drift_lasts_and_gives_up() -> None:
     assert (trace.status, "sentinel" in trace.note) == ("noisy", True)
 
 
+def test_a_device_that_is_slow_after_a_rest_is_warmed_up_again() -> None:
+    bench = ScriptedBench([10.0])
+    plain, loads = bench.sample, iter([0.0, 0.0, 0.0, 0.0, 0.0, 0.8] + [0.0] * 100)
+
+    def sample(case: int, count: int) -> list[int]:
+        cold = bench.calls[-1:] == [-1]
+        return [round(value * (1.2 if cold else 1.0)) for value in plain(case, count)]
+
+    def sleep(seconds: float) -> None:
+        bench.sleeps.append(seconds)
+        bench.calls.append(-1)
+
+    bench.sample, bench.sleep, bench.load = sample, sleep, lambda _: next(loads)  # type: ignore[method-assign]
+    collect(bench, 1, replace(QUICK, min_samples=30))
+    assert bench.sleeps == [1.0]  # for the other load, and none for drift
+
+
 @pytest.mark.parametrize(("speed", "status"), [(0.7, "ok"), (1.3, "noisy")])
 def test_a_machine_that_changed_its_speed_is_measured_at_the_new_one(speed: float, status: str) -> None:
     bench = ScriptedBench([10.0, 20.0], slowness=lambda now: 1.0 if now < 0.6 else speed)
