@@ -18,8 +18,8 @@ class Protocol:
 
     `target_half_width` is that of the median's 95 % interval, relative. A round is dropped and repeated when the
     sentinel case left its running median by more than `drift_tolerance` (after a rest that doubles, and a short
-    warm-up), or when other processes used more than `contention_share` of a core meanwhile. When `new_state_rounds`
-    dropped rounds in a row agree with one another, the machine has changed its speed: measuring starts over.
+    warm-up), or when other processes used more than `contention_share` of a core meanwhile. A machine that drifts still
+    after `max_back_offs` rests in a row has changed its speed, and measuring starts over.
     """
 
     target_half_width: float = 0.01
@@ -33,8 +33,7 @@ class Protocol:
     warm_up_tolerance: float = 0.02
     drift_tolerance: float = 0.03
     back_off_seconds: float = 1.0
-    max_back_offs: int = 5
-    new_state_rounds: int = 3
+    max_back_offs: int = 2
     contention_share: float = 0.05
     contention_pause_seconds: float = 1.0
     max_repeats: int = 10
@@ -91,7 +90,7 @@ def collect(
         run.warm_up_(case)
     bench.other_load()  # what happened during warm-up is no reason to drop a round
     deadline = bench.now() + protocol.max_seconds * num_cases
-    while (cases := run.order()) and not run.gave_up:
+    while cases := run.order():
         run.round_(cases)
         if on_round is not None:
             on_round(run.round_number, num_cases - len(run.unsettled()))
@@ -114,7 +113,6 @@ class _Run:
         self._repeats = 0  # contended rounds in a row
         self._contended = False
         self._became_slower = False
-        self.gave_up = False
         self.round_number = first_round
 
     def warm_up_(self, case: int) -> None:
@@ -161,7 +159,7 @@ class _Run:
         for case, samples in taken.items():
             store = self._kept if pause == 0 else self._dropped
             store[case].extend((self.round_number, sample) for sample in samples)
-        if pause and not self.gave_up:
+        if pause:
             self._rest_(pause, cases)
         self.round_number += 1
 
@@ -185,27 +183,20 @@ class _Run:
         self._repeats = 0
         if self._drifts(sentinel_median):
             self._strays.append(sentinel_median)
-            if self._is_in_new_state():
+            if len(self._strays) > protocol.max_back_offs:
                 self._start_over_()
                 return 0.0
-            self.gave_up = len(self._strays) > protocol.max_back_offs
             return float(protocol.back_off_seconds * 2 ** (len(self._strays) - 1))
         self._strays.clear()
         self._sentinel_medians.append(sentinel_median)
         return 0.0
 
-    def _is_in_new_state(self) -> bool:
-        latest = self._strays[-self._protocol.new_state_rounds :]
-        spread = max(latest) / min(latest) - 1
-        return len(latest) == self._protocol.new_state_rounds and spread <= self._protocol.drift_tolerance
-
     def _start_over_(self) -> None:
-        latest = self._strays[-self._protocol.new_state_rounds :]
-        self._became_slower = statistics.median(latest) > statistics.median(self._sentinel_medians)
+        self._became_slower = statistics.median(self._strays) > statistics.median(self._sentinel_medians)
         for kept, dropped in zip(self._kept, self._dropped, strict=True):
             dropped.extend(kept)
             kept.clear()
-        self._sentinel_medians, self._strays = latest, []
+        self._sentinel_medians, self._strays = self._strays, []
 
     def _drifts(self, sentinel_median: float) -> bool:
         history = self._sentinel_medians
@@ -237,7 +228,6 @@ class _Run:
         protocol, count = self._protocol, len(samples)
         share, width = outlier_share(samples), median_interval(samples).half_width
         complaints = (
-            (self.gave_up, "the sentinel drifted and did not come back; let the device cool and repeat"),
             (self._became_slower, "the device became slower meanwhile and stayed so; let it cool and repeat"),
             (count < protocol.min_samples, f"time ran out after {count} of at least {protocol.min_samples} samples"),
             (share > 0.05, f"{share:.0%} of the samples are outliers; look for periodic work on the device"),

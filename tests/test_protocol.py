@@ -127,11 +127,10 @@ def test_a_slow_spell_is_slept_over_and_its_round_dropped() -> None:
     assert min(trace.dropped_ns) > 11 * MS
 
 
-def test_back_off_doubles_while_the_drift_lasts_and_gives_up() -> None:
-    bench = ScriptedBench([10.0], slowness=lambda now: 1.0 if now < 0.185 else 1.3 + now)
-    (trace,) = collect(bench, 1, replace(QUICK, max_seconds=60.0))
-    assert bench.sleeps == [1.0, 2.0, 4.0, 8.0, 16.0]
-    assert (trace.status, "sentinel" in trace.note) == ("noisy", True)
+def test_back_off_doubles_while_the_drift_lasts() -> None:
+    bench = ScriptedBench([10.0], slowness=lambda now: 1.0 if now < 0.185 else 1.3)
+    collect(bench, 1, replace(QUICK, max_back_offs=4))
+    assert bench.sleeps == [1.0, 2.0, 4.0, 8.0]
 
 
 def test_a_device_that_is_slow_after_a_rest_is_warmed_up_again() -> None:
