@@ -8,6 +8,7 @@ by the runtime, when it is first asked for, and never by this module.
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import platform
 import random
@@ -21,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dilap.backends import Capabilities
-from dilap.errors import InvalidInput, Unsupported
+from dilap.errors import InvalidInput, Unavailable, Unsupported
 from dilap.types import Workload
 
+_PACKAGES = ("executorch", "torch")
 _FAMILIES = ("llama", "mistral", "opt", "qwen2", "qwen3")
 _open_sessions: set[int] = set()  # the thread pool is the process's, and must not change under a loaded program
 
@@ -35,10 +37,11 @@ class ExecuTorch:
     format = "pte"
 
     def unavailable(self) -> str | None:
-        try:
-            _library()
-        except (ImportError, OSError, RuntimeError) as error:
-            return f"ExecuTorch is not usable here ({error}); pip install executorch"
+        """By the packages alone: importing torch takes seconds, and torchao, which comes with it, lists at length the
+        GPU libraries that it did not find."""
+        missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"ExecuTorch is not usable here (no {' and no '.join(missing)}); pip install executorch"
         return None
 
     def version(self) -> str:
@@ -109,7 +112,10 @@ class ExecuTorchSession:
 
 @functools.cache
 def _library() -> Any:
-    """The bindings, after the libraries that register attention, cache and quantised kernels in them."""
+    """The bindings, with the libraries that register attention, cache and quantised kernels in them.
+
+    Raises Unavailable.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # torchao lists the GPU libraries that it did not find
     try:
@@ -118,6 +124,8 @@ def _library() -> Any:
             library = importlib.import_module("executorch.extension.pybindings.portable_lib")
             importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")
             importlib.import_module("executorch.kernels.quantized")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise Unavailable(f"ExecuTorch is installed, but cannot be loaded here: {error}") from error
     finally:
         logging.disable(before)
     return library

@@ -26,7 +26,7 @@ def quantise_linear_(linear: nn.Linear, *, is_head: bool) -> None:
         weight_granularity=PerGroup(GROUP_SIZE) if grouped else PerAxis(0),
     )
     quantize_(linear, config, filter_fn=None)
-    if grouped:
+    if grouped and isinstance(linear.weight, IntxUnpackedToInt8Tensor):
         linear.weight.scale.copy_(linear.weight.scale.bfloat16())  # as XNNPACK keeps them
 
 

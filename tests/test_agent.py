@@ -204,6 +204,11 @@ def test_the_presets_other_than_host_cpu_say_that_they_cannot_be_reached_yet() -
     assert all("host_cpu only" in reason for reason in reasons.values() if reason)
 
 
+@pytest.mark.parametrize("device", devices.DEVICES.values(), ids=lambda device: device.name)
+def test_what_a_device_ships_by_default_its_runtimes_run(device: devices.Device) -> None:
+    assert all(precision in backends.get(name).precisions() for name, precision in device.backends.items())
+
+
 def test_an_unknown_device_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(InvalidInput, match="did you mean 'jetson_cpu'"):
         devices.get("jetson-cpu")

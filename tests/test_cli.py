@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -258,6 +259,12 @@ def test_the_doctor_names_every_runtime_and_device(capsys: pytest.CaptureFixture
     assert call(profile.main, "--doctor") == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("llamacpp", "host_cpu", "jetson_gpu", "jetson_cpu", "snapdragon_x", "s23"))
+
+
+def test_the_doctor_imports_no_torch() -> None:
+    program = "import sys; from dilap.cli import doctor, profile; doctor.examine(); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("main", [prune.main, profile.main, export.main])

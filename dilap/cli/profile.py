@@ -36,7 +36,7 @@ def _command() -> int:
     if given.device is None:
         raise InvalidInput("name a device with --device, or ask --doctor what is usable")
     backend = arguments.backend_of(given, device=given.device)
-    workload = arguments.workload_of(given, device=given.device)
+    workload = arguments.workload_of(given, device=given.device, backend=backend)
     from dilap.anatomy import architecture_of  # torch and transformers: seconds that bad input should not cost
     from dilap.cli.bench import Bench
     from dilap.profilers.search_space import describe
