@@ -1,6 +1,7 @@
 """Export to ExecuTorch: `model.pte`, which its own LLM runner loads, with the tokenizer beside it."""
 
 import collections
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +79,9 @@ def _write(path: Path, header: Header, values: "Values") -> None:
     executorch_runtime.library()  # the one-line reason where it is not installed
     from dilap.export.executorch_program import build  # noqa: PLC0415 - needs ExecuTorch
 
-    program = build(header, values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # hundreds of deprecations between ExecuTorch, torchao and torch
+        program = build(header, values)
     with path.open("wb") as file:
         program.write_to_file(file)
 
