@@ -95,10 +95,14 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """A runtime. `name` is its key in BACKENDS, `format` the artifact format that it loads."""
+    """A runtime. `name` is its key in BACKENDS, `format` the artifact format that it loads.
+
+    `load_seconds` is how long a load may take at most, on a slow device with a cold disk.
+    """
 
     name: str
     format: str
+    load_seconds: float
 
     def unavailable(self) -> str | None:
         """Why the runtime cannot be used here and how to get it; None where it can."""

@@ -35,6 +35,7 @@ class ExecuTorch:
 
     name = "executorch"
     format = "pte"
+    load_seconds = 300.0
 
     def unavailable(self) -> str | None:
         """By the packages alone: importing torch takes seconds, and torchao, which comes with it, lists at length the

@@ -24,6 +24,7 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     format = "onnx"
+    load_seconds = 300.0
 
     def unavailable(self) -> str | None:
         try:
