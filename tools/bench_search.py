@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from dilap import registry
 from dilap.anatomy import architecture_of
+from dilap.builtin import DEFAULT_MODEL
 from dilap.cli.bench import Bench
 from dilap.cli.console import Console, run
 from dilap.codec import written_aside
@@ -35,7 +36,7 @@ from dilap.profilers.devices import get
 from dilap.profilers.probes import default_levels
 from dilap.profilers.search_space import build_space
 from dilap.refit import best_refit
-from dilap.source import DEFAULT_MODEL, Source, load
+from dilap.source import Source, load
 from dilap.space import Space
 from dilap.supernet import Supernet
 from dilap.teacher import Teacher

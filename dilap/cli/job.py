@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from dilap import __version__, registry
+from dilap import __version__, backends, registry
 from dilap.anatomy import architecture_of
 from dilap.backends import Backend
 from dilap.cli.bench import Bench
@@ -28,6 +28,7 @@ def prune(options: JobOptions, *, out: Path, console: Console) -> PruneResult | 
     with workspace.stage("load the model"):
         source = load(options.model)
     architecture = architecture_of(source.model)
+    backends.require_loadable(bench.backend, architecture, precision=options.workload.precision)
     layout = _layout(options, bench.backend, architecture.family)
     method = _method(options.method, layout)
     workspace.open({"options": asdict(options), "model": source.digest, "dilap": __version__})

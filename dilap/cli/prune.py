@@ -7,12 +7,8 @@ from pathlib import Path
 
 from dilap.cli import arguments, console, result
 from dilap.errors import InvalidInput
-from dilap.library import LibraryOptions
 from dilap.methods import METHODS
-from dilap.methods.task import SearchOptions
 from dilap.profilers.search_space import LAYOUTS
-from dilap.recover import RecoveryOptions
-from dilap.text import CalibrationOptions
 from dilap.types import Budget
 
 _EXAMPLES = """\
@@ -39,6 +35,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_search(made: argparse.ArgumentParser) -> None:
+    from dilap.library import LibraryOptions
+    from dilap.methods.task import SearchOptions
+
     search, library = SearchOptions(), LibraryOptions()
     group = made.add_argument_group("the search")
     group.add_argument("--method", default="dilap", help=f"how widths are chosen: {', '.join(METHODS)} (dilap)")
@@ -61,6 +60,9 @@ def _add_search(made: argparse.ArgumentParser) -> None:
 
 
 def _add_text_and_recovery(made: argparse.ArgumentParser) -> None:
+    from dilap.recover import RecoveryOptions
+    from dilap.text import CalibrationOptions
+
     text, recovery = CalibrationOptions(), RecoveryOptions()
     group = made.add_argument_group("text and recovery")
     group.add_argument("--calib", default="self", help="self (sampled from the model), a text or jsonl file, a hub set")
@@ -74,9 +76,13 @@ def _command() -> int:
     given = _parser().parse_args()
     budget = Budget.parse(given.budget, statistic=given.stat)
     backend = arguments.backend_of(given, device=given.target)
-    workload = arguments.workload_of(given, device=given.target)
+    workload = arguments.workload_of(given, device=given.target, backend=backend)
     from dilap.cli.job import prune  # torch and transformers: seconds that bad input should not cost
     from dilap.cli.stages import JobOptions
+    from dilap.library import LibraryOptions
+    from dilap.methods.task import SearchOptions
+    from dilap.recover import RecoveryOptions
+    from dilap.text import CalibrationOptions
 
     if not 0 < given.step <= 1:
         raise InvalidInput(f"--step is a share of the dense latency between 0 and 1, got {given.step:g}")

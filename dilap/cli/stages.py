@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from dilap.builtin import DEFAULT_MODEL
 from dilap.cli.bench import Bench
 from dilap.cli.console import Console
 from dilap.cli.workspace import Workspace
@@ -22,7 +23,7 @@ from dilap.profilers.profiler import budget_share
 from dilap.profilers.search_space import Layout, build_space
 from dilap.recover import RecoveryOptions
 from dilap.refit import RefitOptions
-from dilap.source import DEFAULT_MODEL, Source
+from dilap.source import Source
 from dilap.space import Space
 from dilap.supernet import Supernet
 from dilap.teacher import Teacher
