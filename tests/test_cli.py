@@ -18,7 +18,9 @@ from fabricated import FINGERPRINT
 from models import plan_for, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from dilap import backends
 from dilap.anatomy import architecture_of
+from dilap.backends import Backend
 from dilap.backends.llamacpp import LlamaCpp
 from dilap.cli import export, profile, prune
 from dilap.cli.bench import Bench
@@ -33,6 +35,7 @@ from dilap.shrink import shrink_
 from dilap.source import load, save_checkpoint
 from dilap.types import Architecture, Artifact, LayerWidths, Measurement, Plan, Workload
 
+LLAMACPP = backends.get("llamacpp")
 FAST = ["--evaluations", "3", "--step", "0.2", "--calib-length", "32"]
 
 
@@ -69,19 +72,19 @@ class FakeBench(Bench):
         return Path(model).with_suffix(".jsonl")
 
     def build_table(self, architecture: Architecture, path: Path) -> LatencyTable:
-        table = fabricated_table(architecture, self.workload)
+        table = fabricated_table(architecture, self.workload, self.backend)
         table.write(path)
         return table
 
 
-def fabricated_table(architecture: Architecture, workload: Workload) -> LatencyTable:
-    capabilities = LlamaCpp().capabilities(architecture.family, precision=workload.precision)
+def fabricated_table(architecture: Architecture, workload: Workload, backend: Backend = LLAMACPP) -> LatencyTable:
+    capabilities = backend.capabilities(architecture.family, precision=workload.precision)
     attention, ffn = default_levels(architecture, capabilities)
     header = TableHeader(
         fingerprint=FINGERPRINT,
         workload=workload,
         architecture=architecture,
-        backend="llamacpp",
+        backend=backend.name,
         protocol=TABLE,
         created="2026-01-01T00:00:00+00:00",
     )
@@ -126,7 +129,8 @@ def corpus(tmp_path: Path) -> Path:
 @pytest.fixture
 def fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def made(target: str, backend: str, workload: Workload, console: Console) -> FakeBench:
-        return FakeBench(device=devices.get(target), backend=LlamaCpp(), workload=workload, console=console)
+        chosen = backends.get(backend)
+        return FakeBench(device=devices.get(target), backend=chosen, workload=workload, console=console)
 
     monkeypatch.setattr("dilap.cli.job.Bench.of", made)
 
@@ -142,6 +146,21 @@ def call(main: Callable[[], None], *arguments: object) -> int:
 def prune_tiny(checkpoint: Path, corpus: Path, out: Path, *extra: str) -> int:
     arguments = ["--target", "host_cpu", "--model", checkpoint, "--calib", corpus, "--eval-text", corpus, "--out", out]
     return call(prune.main, *arguments, *FAST, *extra)
+
+
+@pytest.mark.usefixtures("fake_device")
+@pytest.mark.filterwarnings("ignore:::torch", "ignore:::torchao", "ignore:::executorch", "ignore:::copyreg")
+@pytest.mark.parametrize("backend", ["onnxruntime"])
+def test_a_run_through_another_runtime_keeps_its_budget_in_what_ships_there(
+    backend: str, checkpoint: Path, corpus: Path, tmp_path: Path
+) -> None:
+    if reason := backends.get(backend).unavailable():
+        pytest.skip(reason)
+    assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--budget", "70%", "--backend", backend) == 0
+    result = read_json(tmp_path / "run" / "result.json")
+    assert result["workload"]["precision"] == devices.get("host_cpu").backends[backend]
+    assert 0.93 * result["limit_seconds"] <= result["pruned"]["seconds"] <= result["limit_seconds"]
+    assert read_json(tmp_path / "run" / "artifact" / "artifact.json")["backend"] == backend
 
 
 @pytest.mark.usefixtures("fake_device")
