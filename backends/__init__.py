@@ -30,7 +30,8 @@ class Capabilities:
     """The plans that a runtime loads; the search space is cut by it before the search.
 
     `unsupported` is the reason why the family cannot be held at all. `ffn_multiple` is the step of FFN widths
-    that the kernels and quantisation blocks of the precision need.
+    that the kernels and quantisation blocks of the precision need; `output_biases` says whether the output projections
+    may have a bias that the family lacks.
     """
 
     unsupported: str | None = None
@@ -39,6 +40,7 @@ class Capabilities:
     attention_removal: bool = True
     ffn_removal: bool = True
     ffn_multiple: int = 1
+    output_biases: bool = True
 
 
 class Session(Protocol):
