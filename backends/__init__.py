@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from dilap import registry
-from dilap.types import Workload
+from dilap.errors import Unsupported
+from dilap.types import Architecture, GroupKind, LayerWidths, Workload, group_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,20 +28,59 @@ BACKENDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """The plans that a runtime loads; the search space is cut by it before the search.
+    """The models that a runtime loads; the search space is cut by it before the search.
 
-    `unsupported` is the reason why the family cannot be held at all. `ffn_multiple` is the step of FFN widths
-    that the kernels and quantisation blocks of the precision need; `output_biases` says whether the output projections
-    may have a bias that the family lacks.
+    `unsupported` is the reason why the family cannot be held at all. `head_dim_multiple` and `hidden_multiple` are what
+    its kernels and quantised tables need. `ffn_multiple` is the step of FFN widths that fills kernels and quantisation
+    blocks: other widths load, but run no faster than the next multiple, so a search is not offered them.
+    `output_biases` says whether output projections may have a bias that the family lacks.
     """
 
     unsupported: str | None = None
     per_layer_widths: bool = True
-    head_pruning: bool = True
     attention_removal: bool = True
     ffn_removal: bool = True
     ffn_multiple: int = 1
+    head_dim_multiple: int = 1
+    hidden_multiple: int = 1
     output_biases: bool = True
+
+    def refusal(self, architecture: Architecture) -> str | None:
+        """Why no model of that shape is loaded, by group and rule; None where it is."""
+        if self.unsupported:
+            return self.unsupported
+        sizes = (
+            ("head_dim", architecture.head_dim, self.head_dim_multiple),
+            ("hidden_size", architecture.hidden_size, self.hidden_multiple),
+        )
+        for name, size, multiple in sizes:
+            if size % multiple:
+                return f"{name} is {size}, and it needs a multiple of {multiple}"
+        refusals = (
+            self._layer_refusal(index, layer, architecture.layers[0]) for index, layer in enumerate(architecture.layers)
+        )
+        return next(filter(None, refusals), None)
+
+    def _layer_refusal(self, index: int, layer: LayerWidths, first: LayerWidths) -> str | None:
+        if not layer.num_heads and not self.attention_removal:
+            return f"{group_name(index, 'kv_groups')} is removed, and it needs attention in every layer"
+        if not layer.num_channels and not self.ffn_removal:
+            return f"{group_name(index, 'channels')} is removed, and it needs a feed-forward network in every layer"
+        if self.per_layer_widths:
+            return None
+        kinds: tuple[tuple[GroupKind, int, int], ...] = (
+            ("kv_groups", layer.num_kv_heads, first.num_kv_heads),
+            ("query_slots", layer.num_heads, first.num_heads),
+            ("channels", layer.num_channels, first.num_channels),
+        )
+        for kind, width, wanted in kinds:
+            if width != wanted:
+                heads = " query heads" if kind == "query_slots" else ""
+                return (
+                    f"{group_name(index, kind)} keeps {width}{heads} where layer 0 keeps {wanted}, and it needs equal"
+                    " widths in every layer"
+                )
+        return None
 
 
 class Session(Protocol):
@@ -57,10 +97,14 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """A runtime. `name` is its key in BACKENDS, `format` the artifact format that it loads."""
+    """A runtime. `name` is its key in BACKENDS, `format` the artifact format that it loads.
+
+    `load_seconds` is how long a load may take at most, on a slow device with a cold disk.
+    """
 
     name: str
     format: str
+    load_seconds: float
 
     def unavailable(self) -> str | None:
         """Why the runtime cannot be used here and how to get it; None where it can."""
@@ -85,3 +129,9 @@ def get(name: str) -> Backend:
     """The backend of that name. Raises InvalidInput with the known ones."""
     backend: Backend = registry.get(BACKENDS, name, kind="backend")()
     return backend
+
+
+def require_loadable(backend: Backend, architecture: Architecture, *, precision: str) -> None:
+    """Raises Unsupported, by group and rule, where the backend's runtime does not load models of that shape."""
+    if reason := backend.capabilities(architecture.family, precision=precision).refusal(architecture):
+        raise Unsupported(f"{backend.name} cannot hold this model in {precision}: {reason}")

@@ -8,6 +8,7 @@ by the runtime, when it is first asked for, and never by this module.
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import platform
 import random
@@ -21,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dilap.backends import Capabilities
-from dilap.errors import InvalidInput, Unsupported
+from dilap.errors import InvalidInput, Unavailable, Unsupported
 from dilap.types import Workload
 
+_PACKAGES = ("executorch", "torch")
 _FAMILIES = ("llama", "mistral", "opt", "qwen2", "qwen3")
 _open_sessions: set[int] = set()  # the thread pool is the process's, and must not change under a loaded program
 
@@ -33,12 +35,14 @@ class ExecuTorch:
 
     name = "executorch"
     format = "pte"
+    load_seconds = 300.0
 
     def unavailable(self) -> str | None:
-        try:
-            _library()
-        except (ImportError, OSError, RuntimeError) as error:
-            return f"ExecuTorch is not usable here ({error}); pip install executorch"
+        """By the packages alone: importing torch takes seconds, and torchao, which comes with it, lists at length the
+        GPU libraries that it did not find."""
+        missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"ExecuTorch is not usable here (no {' and no '.join(missing)}); pip install executorch"
         return None
 
     def version(self) -> str:
@@ -57,7 +61,7 @@ class ExecuTorch:
         if family not in _FAMILIES:
             return Capabilities(unsupported=f"DiLAP writes no ExecuTorch program for the family {family!r} yet")
         # 32: a group of 4-bit weights; one step for every precision keeps plans portable between them
-        return Capabilities(ffn_multiple=32)
+        return Capabilities(ffn_multiple=32, hidden_multiple=1 if precision == "f32" else 32)
 
     def load(self, path: Path, workload: Workload) -> "ExecuTorchSession":
         return ExecuTorchSession(path, workload)
@@ -109,7 +113,10 @@ class ExecuTorchSession:
 
 @functools.cache
 def _library() -> Any:
-    """The bindings, after the libraries that register attention, cache and quantised kernels in them."""
+    """The bindings, with the libraries that register attention, cache and quantised kernels in them.
+
+    Raises Unavailable.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # torchao lists the GPU libraries that it did not find
     try:
@@ -118,6 +125,8 @@ def _library() -> Any:
             library = importlib.import_module("executorch.extension.pybindings.portable_lib")
             importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")
             importlib.import_module("executorch.kernels.quantized")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise Unavailable(f"ExecuTorch is installed, but cannot be loaded here: {error}") from error
     finally:
         logging.disable(before)
     return library

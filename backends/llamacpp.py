@@ -27,6 +27,7 @@ class LlamaCpp:
 
     name = "llamacpp"
     format = "gguf"
+    load_seconds = 300.0
 
     def unavailable(self) -> str | None:
         try:

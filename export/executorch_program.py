@@ -22,8 +22,9 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.nn import functional
 
-from dilap.export.executorch_blocks import EDGE, BlockShape, Delegate, Kind, quantise_, template
+from dilap.export.executorch_blocks import EDGE, BlockShape, Delegate, Kind, template
 from dilap.export.executorch_header import POSITION_OFFSET, Header
+from dilap.export.executorch_quantisation import quantised_rows
 from dilap.modeling_dilap import FAMILIES
 from dilap.types import Architecture, LayerWidths
 
@@ -105,9 +106,8 @@ class Decoder(nn.Module):
     def _make_embedding_(self) -> None:
         model = self.header.architecture
         table = self._values(f"{self._stack}.embed_tokens.weight", (model.vocab_size, model.hidden_size))
-        if self.header.precision != "f32":  # 8 bits a row: only one row is read a token, so 4 would save no time
-            scales = table.abs().amax(1).clamp(min=1e-12) / 127
-            table = (table / scales[:, None]).round().to(torch.int8)
+        if self.header.precision == "8da4w":
+            table, scales = quantised_rows(table)
             self.register_buffer("embedding_scales", scales)
         self.register_buffer("embedding", table)
 
@@ -179,7 +179,7 @@ class Decoder(nn.Module):
             if linear.bias is not None:
                 bias = self._values(f"{matrices[name]}.bias", tuple(linear.bias.shape))
                 linear.bias = nn.Parameter(bias, requires_grad=False)
-        quantise_(block)
+        block.quantise_()
         self.delegates.append(template(shape).filled(block))
         number = len(self.delegates) - 1
         names = tuple(f"vector_{number}_{index}" for index in range(len(vectors)))

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,21 +61,17 @@ class RandomWeights:
 
 
 def quantise(matrix: NDArray[np.float32], *, bits: int) -> _Quantised:
-    """Bytes and scales of symmetric blocks, by the functions behind ONNX Runtime's MatMulNBitsQuantizer.
+    """Bytes and scales of symmetric blocks, one matrix at a time, as ONNX Runtime's MatMulNBitsQuantizer makes them of
+    a whole model, which it wants in memory twice. Raises Unavailable without ONNX Runtime."""
+    values, scales, _ = _quantiser(bits).qbits_block_quant(np.ascontiguousarray(matrix.T))
+    return values, scales
 
-    That class wants the whole model in memory twice. Raises Unavailable without ONNX Runtime.
-    """
+
+@functools.cache
+def _quantiser(bits: int) -> Any:
     try:
-        from onnxruntime.capi import _pybind_state as native  # noqa: PLC0415
+        from onnxruntime.quantization import matmul_nbits_quantizer as library  # noqa: PLC0415 - slow, and not needed in f32
     except ImportError as error:
         raise Unavailable("ONNX Runtime is needed to quantise; pip install 'dilap[onnxruntime]'") from error
-    rows, columns = matrix.shape
-    num_blocks = -(-columns // BLOCK)
-    padded = np.zeros((num_blocks * BLOCK, rows), np.float32)
-    padded[:columns] = matrix.T
-    values = np.zeros((rows, num_blocks, BLOCK * bits // 8), np.uint8)
-    scales = np.zeros((rows, num_blocks), np.float32)
-    zero_points = np.zeros((rows, -(-num_blocks * bits // 8)), np.uint8)
-    run = native.quantize_matmul_8bits if bits == 8 else native.quantize_matmul_4bits
-    run(values, padded, scales, zero_points, BLOCK, rows, columns, True)
-    return values, scales
+    config = library.DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, bits=bits)
+    return library.DefaultWeightOnlyQuantizer(config)

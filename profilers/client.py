@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from dilap import codec, errors
+from dilap import backends, codec, errors
 from dilap.errors import DilapError
 from dilap.profilers.transports import Transport
 from dilap.types import Fingerprint, Workload
 
-_TIMEOUT_SECONDS = 300.0  # a slow device loading a large model over a cold disk
+_TIMEOUT_SECONDS = 300.0  # of all but a load, which has its runtime's own: TensorRT may build an engine for an hour
 # /proc/stat counts in ticks of 10 ms per core: less than this is indistinguishable from nothing
 _TICK_SLACK_SECONDS = 0.02
 
@@ -33,6 +33,7 @@ class AgentClient:
     def __init__(self, transport: Transport, *, backend: str, device: str) -> None:
         self._transport = transport
         self._seq = itertools.count(1)
+        self._load_seconds = backends.get(backend).load_seconds
         self._process = transport.start([*transport.python, "-m", "dilap.backends.agent"])
         try:
             hello = self.call("hello", backend=backend, device=device)
@@ -46,16 +47,16 @@ class AgentClient:
     ) -> Loaded:
         """Open a model; `companions` are the files that lie beside it there, with their SHA-256."""
         fields = {"path": path, "sha256": sha256, "companions": companions or {}}
-        return Loaded(**self.call("load", workload=codec.encode(workload), **fields))
+        return Loaded(**self.call("load", timeout=self._load_seconds, workload=codec.encode(workload), **fields))
 
     def unload(self, handle: int) -> None:
         self.call("unload", handle=handle)
 
-    def call(self, operation: str, **fields: Any) -> dict[str, Any]:
+    def call(self, operation: str, *, timeout: float = _TIMEOUT_SECONDS, **fields: Any) -> dict[str, Any]:
         """One request and its response. Raises what the agent raised, and Unavailable where it is gone."""
         seq = next(self._seq)
         line = json.dumps({"seq": seq, "op": operation, **fields})
-        response: dict[str, Any] = json.loads(self._process.request(line, timeout=_TIMEOUT_SECONDS))
+        response: dict[str, Any] = json.loads(self._process.request(line, timeout=timeout))
         if "error" in response:
             raise _as_error(response["error"])
         assert response.pop("seq") == seq

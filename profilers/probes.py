@@ -38,8 +38,6 @@ def default_levels(architecture: Architecture, capabilities: Capabilities) -> tu
     dense = _uniform_layer(architecture)
     ratio = dense.num_heads // max(1, dense.num_kv_heads)
     kv_heads, slots = list(range(1, dense.num_kv_heads + 1)), list(range(1, ratio + 1))
-    if not capabilities.head_pruning:
-        kv_heads, slots = kv_heads[-1:], slots[-1:]
     while len(kv_heads) * len(slots) > _MAX_ATTENTION_LEVELS:
         longer = kv_heads if len(kv_heads) >= len(slots) else slots
         longer[:] = spread(longer, len(longer) - 1)

@@ -25,8 +25,6 @@ def default_layout(capabilities: Capabilities) -> Layout:
 
 def require_layout(layout: Layout, capabilities: Capabilities) -> None:
     """Raises Unsupported where the runtime cannot load plans of that layout."""
-    if capabilities.unsupported:
-        raise Unsupported(capabilities.unsupported)
     if layout != "uniform" and not capabilities.per_layer_widths:
         raise Unsupported(
             f"this runtime needs equal widths in every layer for this family: use --layout uniform, not {layout}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fabricated import TINY_LAYER, tiny_llama
+from fabricated import FINGERPRINT, TINY_LAYER, tiny_llama
 from numpy.typing import NDArray
 
 from dilap import backends, codec, export
@@ -17,7 +17,7 @@ from dilap.backends import Capabilities, agent, host
 from dilap.errors import InvalidInput, Mismatch, Unavailable
 from dilap.profilers import devices
 from dilap.profilers.client import AgentBench, AgentClient
-from dilap.profilers.transports import LocalTransport, PipedProcess
+from dilap.profilers.transports import LocalTransport, PipedProcess, Process
 from dilap.types import Fingerprint, Workload
 
 WORKLOAD = Workload(precision="f32", context=16)
@@ -42,6 +42,7 @@ class FakeBackend:
 
     name = "fake"
     format = "fake"
+    load_seconds = 1.0
 
     def unavailable(self) -> str | None:
         return None
@@ -193,6 +194,37 @@ def test_a_silent_program_times_out() -> None:
     child.close()
 
 
+class PatientTransport(LocalTransport):
+    """Starts a process that answers everything and keeps how long each answer was waited for."""
+
+    def __init__(self) -> None:
+        self.timeouts: dict[str, float] = {}
+
+    def start(self, argv: Sequence[str]) -> Process:
+        return self
+
+    def request(self, line: str, *, timeout: float) -> str:
+        request = json.loads(line)
+        self.timeouts[request["op"]] = timeout
+        answer = {"fingerprint": codec.encode(FINGERPRINT)} if request["op"] == "hello" else LOADED
+        return json.dumps({"seq": request["seq"], **answer})
+
+
+LOADED = {"handle": 1, "load_seconds": 1.0, "peak_memory_bytes": 1}
+
+
+@pytest.mark.parametrize("backend", ["llamacpp", "tensorrt"])
+def test_a_load_is_waited_for_as_long_as_its_runtime_may_take(backend: str) -> None:
+    transport = PatientTransport()
+    with AgentClient(transport, backend=backend, device="host_cpu") as client:
+        client.load("model", sha256="", workload=Workload())
+    assert transport.timeouts["load"] == backends.get(backend).load_seconds
+
+
+def test_tensorrt_may_build_for_an_hour() -> None:
+    assert backends.get("tensorrt").load_seconds > 3600
+
+
 def test_an_absent_program_is_unavailable() -> None:
     with pytest.raises(Unavailable, match="no-such-program"):
         PipedProcess(["no-such-program"])
@@ -202,6 +234,11 @@ def test_the_presets_other_than_host_cpu_say_that_they_cannot_be_reached_yet() -
     reasons = {name: device.unavailable() for name, device in devices.DEVICES.items()}
     assert [name for name, reason in reasons.items() if reason is None] == ["host_cpu"]
     assert all("host_cpu only" in reason for reason in reasons.values() if reason)
+
+
+@pytest.mark.parametrize("device", devices.DEVICES.values(), ids=lambda device: device.name)
+def test_what_a_device_ships_by_default_its_runtimes_run(device: devices.Device) -> None:
+    assert all(precision in backends.get(name).precisions() for name, precision in device.backends.items())
 
 
 def test_an_unknown_device_is_refused_with_the_nearest_name() -> None:

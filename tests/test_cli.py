@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fake_job import FAST, FakeBench, call, fabricated_table, last_line
+from models import plan_for, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from dilap.anatomy import architecture_of
@@ -24,7 +27,8 @@ from dilap.codec import decode, read_json
 from dilap.evaluator import Evaluator
 from dilap.profilers import devices
 from dilap.profilers.table import TableHeader
-from dilap.source import load
+from dilap.shrink import shrink_
+from dilap.source import load, save_checkpoint
 from dilap.types import Architecture, Measurement, Plan, Workload
 
 
@@ -235,10 +239,26 @@ def test_the_doctor_names_every_runtime_and_device(capsys: pytest.CaptureFixture
     assert all(name in printed for name in ("llamacpp", "host_cpu", "jetson_gpu", "jetson_cpu", "snapdragon_x", "s23"))
 
 
+def test_the_doctor_imports_no_torch() -> None:
+    program = "import sys; from dilap.cli import doctor, profile; doctor.examine(); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("main", [prune.main, profile.main, export.main])
 def test_help_has_examples(main: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> None:
     call(main, "--help")
     assert "examples:\n  dilap-" in capsys.readouterr().out
+
+
+def test_a_plan_that_a_runtime_cannot_hold_is_refused_by_group_and_rule(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model("qwen3")
+    shrink_(model, plan_for(model, {"layers.1.channels": tuple(range(32))}))
+    save_checkpoint(model, tiny_tokenizer(tmp_path / "words"), tmp_path / "pruned")
+    assert call(export.main, "--backend", "llamacpp", tmp_path / "pruned") == 2
+    assert "layers.1.channels keeps 32 where layer 0 keeps 96, and it needs equal widths" in last_line(capsys)
 
 
 BAD = {

@@ -122,13 +122,13 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeProfiler:
     return profiler
 
 
-def build(path: Path, *, workload: Workload = WORKLOAD, protocol: Protocol = QUICK) -> LatencyTable:
-    attention, ffn = probes.default_levels(
-        ARCHITECTURE, backends.get("llamacpp").capabilities("llama", precision="f32")
-    )
+def build(
+    path: Path, *, backend: str = "llamacpp", workload: Workload = WORKLOAD, protocol: Protocol = QUICK
+) -> LatencyTable:
+    attention, ffn = probes.default_levels(ARCHITECTURE, backends.get(backend).capabilities("llama", precision="f32"))
     return probes.build_table(
         ARCHITECTURE,
-        backend="llamacpp",
+        backend=backend,
         device=devices.get("host_cpu"),
         workload=workload,
         path=path,
@@ -219,12 +219,14 @@ def test_progress_is_told_round_by_round(pair: list[Case]) -> None:
     assert told == ["round 1: 0 of 1 settled"]
 
 
-@needs_llamacpp
-def test_a_tiny_table_is_measured_by_the_real_runtime(tmp_path: Path) -> None:
-    table = build(tmp_path / "t.jsonl")
+@pytest.mark.parametrize("backend", ["llamacpp", "onnxruntime"])
+def test_a_tiny_table_is_measured_by_the_real_runtime(backend: str, tmp_path: Path) -> None:
+    if reason := backends.get(backend).unavailable():
+        pytest.skip(reason)
+    table = build(tmp_path / "t.jsonl", backend=backend)
     assert {entry.role for entry in table.entries} == {"dense", "depth", "attention", "ffn", "random", "holdout"}
     assert len(table.model().holdout_errors()) == 2
-    assert json.loads((tmp_path / "t.jsonl").read_text().splitlines()[0])["backend"] == "llamacpp"
+    assert json.loads((tmp_path / "t.jsonl").read_text().splitlines()[0])["backend"] == backend
 
 
 # The machine slows down to half after the first two rounds; the pruned model always takes 0.7 of the dense one.

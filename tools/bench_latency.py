@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dilap import backends, export
 from dilap.anatomy import architecture_of
+from dilap.builtin import DEFAULT_MODEL
 from dilap.cli.bench import Bench
 from dilap.cli.console import Console, run
 from dilap.profilers.devices import get
@@ -22,7 +23,7 @@ from dilap.profilers.probes import default_levels, list_probes, probe_architectu
 from dilap.profilers.profiler import Case, speedup
 from dilap.profilers.protocol import TABLE
 from dilap.profilers.table import LatencyTable
-from dilap.source import DEFAULT_MODEL, load
+from dilap.source import load
 from dilap.types import Architecture, LayerWidths, Workload
 
 _SEED = 20261122  # not the tables' seed

@@ -3,6 +3,7 @@
     tools/bench_search                                   3 seeds, budgets 85 %, 70 %, 55 %, self-made calibration text
     tools/bench_search --calib corpus.txt --seeds 1      another calibration text, one seed
     tools/bench_search --refit                           also after the closed-form refit that ends a run
+    tools/bench_search --importance wanda --only "no swaps"
 
 Everything but the allocation is the same: model, latency table, level library, text. The KL is on text that no search
 saw, before any recovery. A killed run goes on where it was.
@@ -21,9 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from dilap import registry
 from dilap.anatomy import architecture_of
+from dilap.builtin import DEFAULT_MODEL
 from dilap.cli.bench import Bench
 from dilap.cli.console import Console, run
 from dilap.codec import written_aside
+from dilap.errors import InvalidInput
 from dilap.evaluator import Evaluator
 from dilap.library import LevelFit, LibraryOptions, build_library
 from dilap.library_file import load_library, save_library
@@ -33,7 +36,7 @@ from dilap.profilers.devices import get
 from dilap.profilers.probes import default_levels
 from dilap.profilers.search_space import build_space
 from dilap.refit import best_refit
-from dilap.source import DEFAULT_MODEL, Source, load
+from dilap.source import Source, load
 from dilap.space import Space
 from dilap.supernet import Supernet
 from dilap.teacher import Teacher
@@ -50,10 +53,10 @@ class Variant:
     options: SearchOptions
 
 
-def _variants(evaluations: int, seed: int) -> list[Variant]:
-    full = SearchOptions(evaluations=evaluations, seed=seed)
+def _variants(given: argparse.Namespace, *, seed: int) -> list[Variant]:
+    full = SearchOptions(evaluations=given.evaluations, seed=seed)
     rounds = replace(full, evaluations=0)
-    return [
+    variants = [
         Variant(name="equal ratios", method="uniform", options=full),
         Variant(name="DP on layer error", method="layer_error", options=full),
         Variant(name="one round, no swaps", method="dilap", options=replace(rounds, step=1.0)),
@@ -61,6 +64,10 @@ def _variants(evaluations: int, seed: int) -> list[Variant]:
         Variant(name="no swaps", method="dilap", options=rounds),
         Variant(name="DiLAP", method="dilap", options=full),
     ]
+    chosen = [variant for variant in variants if given.only in (None, variant.name)]
+    if not chosen:
+        raise InvalidInput(f"unknown allocation {given.only!r}; known: {', '.join(one.name for one in variants)}")
+    return chosen
 
 
 def _arguments() -> argparse.Namespace:
@@ -73,6 +80,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budgets", type=int, nargs="+", default=[85, 70, 55], help="per cent of the dense latency")
     parser.add_argument("--importance", choices=["wanda", "obs"], default=LibraryOptions().order)
     parser.add_argument("--evaluations", type=int, default=SearchOptions().evaluations)
+    parser.add_argument("--only", metavar="ALLOCATION", help="one line of the table")
     parser.add_argument("--refit", action="store_true", help="also take the KL after the closed-form refit")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_search"))
     return parser.parse_args()
@@ -163,7 +171,7 @@ def _main() -> int:
     for seed in range(given.seeds):
         study = Study(given, source, space, seed)
         for budget in given.budgets:
-            for variant in _variants(given.evaluations, seed):
+            for variant in _variants(given, seed=seed):
                 one = study.score(variant, budget)
                 scores.setdefault((budget, variant.name), []).append(one)
                 console.say(
@@ -175,7 +183,7 @@ def _main() -> int:
     )
     print(f"| allocation | {' | '.join(f'{budget} %' for budget in given.budgets)} |")
     print(f"|---|{'---|' * len(given.budgets)}")
-    for variant in _variants(given.evaluations, 0):
+    for variant in _variants(given, seed=0):
         cells = [_cell([one["kl"] for one in scores[budget, variant.name]]) for budget in given.budgets]
         print(f"| {variant.name} | {' | '.join(cells)} |")
     return 0

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from dilap import __version__
+from dilap.builtin import DEFAULT_MODEL
 from dilap.errors import InvalidInput
 from dilap.profilers import devices
-from dilap.source import DEFAULT_MODEL
 from dilap.types import Workload
 
 
@@ -44,19 +44,20 @@ def add_workload(to: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"prompt length of a prefill ({defaults.prompt_tokens})",
     )
-    group.add_argument("--precision", default=defaults.precision, help=f"as it ships ({defaults.precision})")
+    group.add_argument("--precision", help="as it ships; by default what ships on the device in that runtime")
     group.add_argument("--threads", type=int, metavar="N", help="all physical cores by default")
 
 
-def workload_of(arguments: argparse.Namespace, *, device: str) -> Workload:
+def workload_of(arguments: argparse.Namespace, *, device: str, backend: str) -> Workload:
     """Raises InvalidInput for impossible numbers, Unavailable where the device is out of reach."""
-    threads = arguments.threads if arguments.threads is not None else devices.get(device).default_threads()
+    known = devices.get(device)
+    threads = arguments.threads if arguments.threads is not None else known.default_threads()
     try:
         return Workload(
             phase=arguments.phase,
             prompt_tokens=arguments.prompt_tokens,
             context=arguments.context,
-            precision=arguments.precision,
+            precision=arguments.precision or known.default_precision(backend),
             threads=threads,
         )
     except ValueError as error:
@@ -64,13 +65,8 @@ def workload_of(arguments: argparse.Namespace, *, device: str) -> Workload:
 
 
 def backend_of(arguments: argparse.Namespace, *, device: str) -> str:
-    """The chosen runtime, or the device's first. Raises Unavailable."""
-    known = devices.get(device)
-    if arguments.backend is not None:
-        return str(arguments.backend)
-    if not known.backends:
-        known.connect()  # raises, saying why the device is out of reach
-    return known.backends[0]
+    """The chosen runtime, or the device's first."""
+    return str(arguments.backend or next(iter(devices.get(device).backends)))
 
 
 def new_path(text: str) -> Path:

@@ -7,17 +7,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dilap.cli import arguments, comparison, console
 from dilap.cli.comparison import Row
 from dilap.cli.console import Console
 from dilap.cli.job_arguments import add_search, add_text_and_recovery, job_options
-from dilap.cli.stages import JobOptions
 from dilap.codec import decode, digest, encode, read_json, write_json
 from dilap.errors import InvalidInput
 from dilap.methods import METHODS
-from dilap.recover import RecoveryOptions
 from dilap.types import Budget
+
+if TYPE_CHECKING:
+    from dilap.cli.stages import JobOptions
 
 _LARGE = ("checkpoint", "artifact")  # of a run's folder, dropped when its numbers are known
 _NOT_COMPARED = ("equal_widths",)  # DiLAP itself where a runtime needs equal widths
@@ -47,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--json", action="store_true", help="print compare.json")
     arguments.add_workload(made)
     add_search(made)
-    add_text_and_recovery(made, RecoveryOptions(mode="full", steps=16))
+    add_text_and_recovery(made, mode="full", steps=16)
     return made
 
 
@@ -84,7 +86,7 @@ def _names(asked: Sequence[str]) -> list[str]:
     return list(asked)
 
 
-def _open(out: Path, base: JobOptions) -> None:
+def _open(out: Path, base: "JobOptions") -> None:
     """Start, or go on with a comparison of the same options. Raises InvalidInput for another's folder."""
     options = {key: value for key, value in asdict(base).items() if key not in ("budget", "method", "settings")}
     path = out / "shared" / "identity.json"
@@ -94,7 +96,7 @@ def _open(out: Path, base: JobOptions) -> None:
         raise InvalidInput(f"{out} holds a comparison with other options; remove it or choose another --out")
 
 
-def _rows(jobs: Sequence[JobOptions], out: Path, screen: Console, *, keep_models: bool) -> Iterator[Row]:
+def _rows(jobs: Sequence["JobOptions"], out: Path, screen: Console, *, keep_models: bool) -> Iterator[Row]:
     for number, options in enumerate(jobs, start=1):
         budget = str(options.budget).replace("%", "pct")
         folder = out / "runs" / budget / options.method.replace(":", ".")
@@ -111,7 +113,7 @@ def _rows(jobs: Sequence[JobOptions], out: Path, screen: Console, *, keep_models
         yield decode(Row, read_json(folder / "row.json"), source=str(folder / "row.json"))
 
 
-def _run(options: JobOptions, folder: Path, out: Path, screen: Console) -> Row:
+def _run(options: "JobOptions", folder: Path, out: Path, screen: Console) -> Row:
     from dilap.cli.job import prune  # torch and transformers: seconds that bad input should not cost
 
     try:

@@ -1,5 +1,6 @@
 """What a command shows: lines, progress bars, one-line errors; standard output is left to results."""
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,8 @@ class Console:
 
 def run(command: Callable[[], int]) -> None:
     """Run a command's body and exit: 0 done, 1 the result does not keep its promise, 2 bad input, 130 interrupted."""
+    for name in ("torchao", "torch.utils._pytree"):  # at import: GPU libraries not found, deprecations between the two
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = command()
     except DilapError as error:

@@ -43,10 +43,12 @@ def _command() -> int:
     tokenizer = Path(given.tokenizer) if given.tokenizer else None
     if tokenizer is not None and not tokenizer.exists():
         raise InvalidInput(f"no tokenizer {given.tokenizer!r}: give a Hugging Face folder or a GGUF file")
-    from dilap.source import load  # torch and transformers: seconds that bad input should not cost
+    from dilap.anatomy import architecture_of  # torch and transformers: seconds that bad input should not cost
+    from dilap.source import load
 
     screen = console.Console()
     source = load(given.checkpoint)
+    backends.require_loadable(backend, architecture_of(source.model), precision=precision)
     screen.say(f"exporting {given.checkpoint} to {backend.name}, {precision}")
     artifact = export.get(backend.name).export(
         source.model,

@@ -4,7 +4,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from dilap import __version__, methods
+from dilap import __version__, backends, methods
 from dilap.anatomy import architecture_of
 from dilap.backends import Backend
 from dilap.cli.bench import Bench
@@ -30,6 +30,7 @@ def prune(options: JobOptions, *, out: Path, console: Console, shared: Path | No
     with workspace.stage("load the model"):
         source = load(options.model)
     architecture = architecture_of(source.model)
+    backends.require_loadable(bench.backend, architecture, precision=options.workload.precision)
     layout = _layout(options, bench.backend, architecture.family)
     method = _method(options, layout)
     workspace.open({"options": asdict(options), "model": source.digest, "dilap": __version__})

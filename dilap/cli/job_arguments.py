@@ -5,11 +5,7 @@ from typing import TYPE_CHECKING
 
 from dilap.cli import arguments
 from dilap.errors import InvalidInput
-from dilap.library import LibraryOptions
-from dilap.methods.task import SearchOptions
 from dilap.profilers.search_space import LAYOUTS
-from dilap.recover import RecoveryOptions
-from dilap.text import CalibrationOptions
 from dilap.types import Budget
 
 if TYPE_CHECKING:
@@ -17,6 +13,9 @@ if TYPE_CHECKING:
 
 
 def add_search(made: argparse.ArgumentParser) -> None:
+    from dilap.library import LibraryOptions
+    from dilap.methods.task import SearchOptions
+
     search, library = SearchOptions(), LibraryOptions()
     group = made.add_argument_group("the search")
     group.add_argument("--layout", choices=LAYOUTS, help="restrict plans to what more runtimes load; see the README")
@@ -37,14 +36,18 @@ def add_search(made: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=search.seed, metavar="N", help=f"({search.seed})")
 
 
-def add_text_and_recovery(made: argparse.ArgumentParser, recovery: RecoveryOptions) -> None:
-    text = CalibrationOptions()
+def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", steps: int | None = None) -> None:
+    """`mode` and `steps` are the defaults of this command's recovery."""
+    from dilap.recover import RecoveryOptions
+    from dilap.text import CalibrationOptions
+
+    text, steps = CalibrationOptions(), steps or RecoveryOptions().steps
     group = made.add_argument_group("text and recovery")
     group.add_argument("--calib", default="self", help="self (sampled from the model), a text or jsonl file, a hub set")
     group.add_argument("--calib-length", type=int, default=text.sequence_length, metavar="N", help="tokens a sequence")
     group.add_argument("--eval-text", default="python-docs", metavar="TEXT", help="scored, never searched on")
-    group.add_argument("--recover", choices=["none", "lora", "full"], default=recovery.mode, help=f"({recovery.mode})")
-    group.add_argument("--recover-steps", type=int, default=recovery.steps, metavar="N", help=f"({recovery.steps})")
+    group.add_argument("--recover", choices=["none", "lora", "full"], default=mode, help=f"({mode})")
+    group.add_argument("--recover-steps", type=int, default=steps, metavar="N", help=f"({steps})")
 
 
 def job_options(
@@ -52,9 +55,13 @@ def job_options(
 ) -> "JobOptions":
     """Raises InvalidInput for impossible values, Unavailable where the device is out of reach."""
     backend = arguments.backend_of(given, device=given.target)
-    workload = arguments.workload_of(given, device=given.target)
+    workload = arguments.workload_of(given, device=given.target, backend=backend)
     from dilap.cli.stages import JobOptions  # torch and transformers: seconds that bad input should not cost
+    from dilap.library import LibraryOptions
     from dilap.methods.method import LevelOptions
+    from dilap.methods.task import SearchOptions
+    from dilap.recover import RecoveryOptions
+    from dilap.text import CalibrationOptions
 
     if not 0 < given.step <= 1:
         raise InvalidInput(f"--step is a share of the dense latency between 0 and 1, got {given.step:g}")

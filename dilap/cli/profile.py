@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+from dilap import backends
 from dilap.cli import arguments, console, costs, doctor
 from dilap.errors import InvalidInput
 
@@ -36,7 +37,7 @@ def _command() -> int:
     if given.device is None:
         raise InvalidInput("name a device with --device, or ask --doctor what is usable")
     backend = arguments.backend_of(given, device=given.device)
-    workload = arguments.workload_of(given, device=given.device)
+    workload = arguments.workload_of(given, device=given.device, backend=backend)
     from dilap.anatomy import architecture_of  # torch and transformers: seconds that bad input should not cost
     from dilap.cli.bench import Bench
     from dilap.profilers.search_space import describe
@@ -45,8 +46,7 @@ def _command() -> int:
     screen = console.Console()
     bench = Bench.of(given.device, backend, workload, screen)
     architecture = architecture_of(load(given.model).model)
-    if reason := bench.backend.capabilities(architecture.family, precision=workload.precision).unsupported:
-        raise InvalidInput(reason)
+    backends.require_loadable(bench.backend, architecture, precision=workload.precision)
     screen.say(f"{given.model}: {describe(architecture)}\n{workload.describe()} on {given.device}, {backend}")
     path = arguments.new_path(given.out) if given.out else bench.table_path(given.model, architecture)
     table = bench.build_table(architecture, path)

@@ -11,8 +11,6 @@ from dilap.cli.job_arguments import add_search, add_text_and_recovery, job_optio
 from dilap.codec import encode
 from dilap.errors import InvalidInput
 from dilap.methods import METHODS
-from dilap.recover import RecoveryOptions
-from dilap.text import CalibrationOptions
 from dilap.types import Budget
 
 _EXAMPLES = """\
@@ -44,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_method(made)
     _add_sparse(made)
     add_search(made)
-    add_text_and_recovery(made, RecoveryOptions())
+    add_text_and_recovery(made)
     return made
 
 
@@ -74,6 +72,7 @@ def _add_sparse(made: argparse.ArgumentParser) -> None:
 def _sparse(given: argparse.Namespace) -> int:
     """The job for a pattern of zeros."""
     from dilap.cli import sparse_job  # torch and transformers: seconds that bad input should not cost
+    from dilap.text import CalibrationOptions
 
     if given.threshold is not None and not 0 <= given.threshold <= 1:
         raise InvalidInput(f"--threshold is a share between 0 and 1, got {given.threshold:g}")

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from dilap import __version__, methods
 from dilap.anatomy import decoder_layers
+from dilap.builtin import DEFAULT_MODEL
 from dilap.cli.console import Console
 from dilap.cli.result import Quality, versions
 from dilap.cli.workspace import Workspace
@@ -15,7 +16,7 @@ from dilap.codec import encode, write_json
 from dilap.errors import DilapError, VerificationFailed
 from dilap.methods.barber import PUBLISHED, Barber, Granularity, dense_matrices
 from dilap.methods.unstructured import RULES, Rule, require_matrices, sparsify_
-from dilap.source import DEFAULT_MODEL, Source, load, save_checkpoint
+from dilap.source import Source, load, save_checkpoint
 from dilap.sparsity import Pattern
 from dilap.teacher import Teacher, perplexity
 from dilap.text import Calibration, CalibrationOptions, calibration, evaluation_text

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from dilap.anatomy import architecture_of
 from dilap.backends import host
+from dilap.builtin import DEFAULT_MODEL
 from dilap.cli.bench import Bench
 from dilap.cli.console import Console
 from dilap.cli.workspace import Workspace
@@ -22,7 +23,7 @@ from dilap.profilers.profiler import budget_share
 from dilap.profilers.search_space import Costs, Layout, build_space, width_rules
 from dilap.pruned_file import load_pruned, save_pruned
 from dilap.recover import RecoveryOptions
-from dilap.source import DEFAULT_MODEL, Source
+from dilap.source import Source
 from dilap.space import Space, WidthRules
 from dilap.target import Target, uses_well
 from dilap.text import Calibration, CalibrationOptions, calibration

@@ -71,7 +71,7 @@ def linear_model(task: SearchTask, config: Config, *, number: int, scale: float 
 
     `scale` multiplies the curvature. SmolLM2-135M at 70 %, validation KL: slopes taken one standard error worse than
     measured 1.38, two 1.18. Interactions between sublayers, few as are kept of them, lower the KL on unseen text from
-    0.678 to 0.591 at 85 %, 1.308 to 1.253 at 70 %, 2.067 to 1.963 at 55 % (tools/bench_search).
+    0.595 to 0.562 at 85 %, 1.350 to 1.218 at 70 %, 1.994 to 1.970 at 55 % (tools/bench_search, means of three seeds).
     """
     options = task.options
     curvature = task.evaluator.curvature(config, samples=options.label_samples, seed=options.seed + number)

@@ -1,0 +1,314 @@
+"""Runtimes side by side: one decoded token and one prompt, dense and pruned, beside the speed of reading memory.
+
+    tools/bench_backends                   SmolLM2-135M, and its shape with FFNs cut until 70 % of the weights are left
+    tools/bench_backends --plan runs/NAME  the same, and the widths that a run of dilap-prune found
+    tools/bench_backends --backends onnxruntime --starts 1 --json
+
+Everything of one phase is loaded at once, one process a runtime, and sampled in interleaved rounds; every start loads
+it afresh. The models have random weights, because speed does not depend on what a weight is. Decoding reads every
+weight once a token, so the share of the memory's speed says how much there is left to gain; it is given for floats,
+where a file's bytes are all weights.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dilap import backends, export
+from dilap.anatomy import architecture_of
+from dilap.backends import host
+from dilap.builtin import DEFAULT_MODEL
+from dilap.cli.console import Console, run
+from dilap.codec import decode, file_sha256, read_json
+from dilap.profilers.client import AgentBench, AgentClient
+from dilap.profilers.devices import get
+from dilap.profilers.protocol import TABLE, Bench, Trace, collect
+from dilap.source import load
+from dilap.types import PRECISION_BITS, Architecture, Artifact, Interval, Phase, Plan, Workload, median_interval
+
+PRECISIONS: Mapping[str, tuple[str, ...]] = {  # the best of each runtime, and floats
+    "llamacpp": ("q4_0", "f16", "f32"),
+    "onnxruntime": ("int4", "f32"),
+    "executorch": ("8da4w", "f32"),
+}
+_PHASES: tuple[Phase, ...] = ("decode", "prefill")
+_SHARE = 0.7  # of the weights
+_READ_BYTES = 512 << 20  # as the f32 model: far more than any cache holds
+# The threads of a runtime that was just asked spin for a while and would slow the next one's.
+_PAUSE_SECONDS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A written model file; `name` is `dense` or the pruned shape's."""
+
+    backend: str
+    precision: str
+    name: str
+    path: Path
+    artifact: Artifact
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One model in one phase; `samples_ns` come with the round that each was taken in. No model: reading memory."""
+
+    phase: Phase
+    backend: str
+    precision: str
+    model: str
+    num_bytes: int
+    weight_bytes: int | None
+    samples_ns: tuple[int, ...]
+    rounds: tuple[int, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def interval(self) -> Interval:
+        return median_interval([sample / 1e9 for sample in self.samples_ns])
+
+
+class MemoryBench:
+    """Reads memory with as many threads as the models have."""
+
+    def __init__(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._numbers = torch.ones(_READ_BYTES // 4)  # a sum in f32 reads as fast as anything that was tried
+
+    def sample(self, case: int, count: int) -> Sequence[int]:  # noqa: ARG002 - there is one case
+        samples = []
+        for _ in range(count):
+            start = time.perf_counter_ns()
+            self._numbers.sum()
+            samples.append(time.perf_counter_ns() - start)
+        return samples
+
+    def other_load(self) -> float:
+        """Left to the runtimes that are sampled in the same rounds: the clock of CPU time is too coarse for this."""
+        return 0.0
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+class Benches:
+    """Several benches as one; `cases` are (bench, case in it)."""
+
+    def __init__(self, benches: Sequence[Bench], cases: Sequence[tuple[int, int]]) -> None:
+        self._benches, self._cases = benches, cases
+        self._last: int | None = None
+
+    def sample(self, case: int, count: int) -> Sequence[int]:
+        bench, inner = self._cases[case]
+        if bench != self._last:
+            time.sleep(_PAUSE_SECONDS)
+            self._last = bench
+        return self._benches[bench].sample(inner, count)
+
+    def other_load(self) -> float:
+        return max(bench.other_load() for bench in self._benches)
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--plan", type=Path, help="plan.json, or the folder of a run that has one")
+    parser.add_argument("--backends", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
+    parser.add_argument("--threads", type=int, default=get("host_cpu").default_threads())
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--starts", type=int, default=3, help="fresh processes, pooled (3)")
+    parser.add_argument("--json", action="store_true", help="with the raw samples")
+    return parser.parse_args()
+
+
+def _shapes(architecture: Architecture, plan: Path | None) -> dict[str, Architecture]:
+    """The dense shape and the pruned ones, by name."""
+    shapes = {"dense": architecture, "equal widths": _equal_widths(architecture)}
+    if plan is not None:
+        path = plan / "plan.json" if plan.is_dir() else plan
+        shapes["plan"] = decode(Plan, read_json(path), source=str(path)).pruned_architecture()
+    return shapes
+
+
+def _equal_widths(architecture: Architecture) -> Architecture:
+    """The widest FFN, a multiple of 32, with at most 70 % of the parameters; the same in every layer."""
+    width = architecture.layers[0].num_channels
+    while width > 32:
+        width -= 32
+        found = replace(architecture, layers=tuple(replace(one, num_channels=width) for one in architecture.layers))
+        if found.num_parameters <= _SHARE * architecture.num_parameters:
+            break
+    return found
+
+
+def _write(names: Sequence[str], shapes: Mapping[str, Architecture], folder: Path, console: Console) -> list[Model]:
+    models = []
+    for backend in names:
+        for precision in PRECISIONS[backend]:
+            for number, (name, shape) in enumerate(shapes.items()):
+                start, out = time.monotonic(), folder / f"{backend}-{precision}-{number}"
+                artifact = export.get(backend).export_probe(shape, precision=precision, seed=0, out=out)
+                console.say(f"wrote {backend} {precision} {name} in {time.monotonic() - start:.1f} s")
+                models.append(
+                    Model(backend=backend, precision=precision, name=name, path=out / artifact.path, artifact=artifact)
+                )
+    return models
+
+
+def _measure(models: Sequence[Model], workload: Workload, *, starts: int, console: Console) -> Iterator[Result]:
+    """Every model under `workload`, each start's samples after the other's, and reading memory last."""
+    traces: list[list[Trace]] = []
+    for start in range(starts):
+        console.say(f"{workload.phase}: start {start + 1} of {starts}, {len(models)} models")
+        first_round = 1 + max((max(trace.rounds) for one in traces for trace in one), default=-1)
+        traces.append(_measure_once(models, workload, first_round=first_round, console=console))
+    for index in range(len(models) + 1):
+        parts = [one[index] for one in traces]
+        model = models[index] if index < len(models) else None
+        yield Result(
+            phase=workload.phase,
+            backend=model.backend if model else "",
+            precision=model.precision if model else "",
+            model=model.name if model else "",
+            num_bytes=model.artifact.num_bytes if model else _READ_BYTES,
+            weight_bytes=_weight_bytes(model) if model else _READ_BYTES,
+            samples_ns=tuple(sample for part in parts for sample in part.samples_ns),
+            rounds=tuple(number for part in parts for number in part.rounds),
+            notes=tuple(dict.fromkeys(part.note for part in parts if part.note)),
+        )
+
+
+def _measure_once(models: Sequence[Model], workload: Workload, *, first_round: int, console: Console) -> list[Trace]:
+    device = get("host_cpu")
+    with ExitStack() as stack:
+        benches: list[Bench] = []
+        cases = []
+        for backend in dict.fromkeys(model.backend for model in models):
+            agent = stack.enter_context(AgentClient(device.connect(), backend=backend, device=device.name))
+            handles: list[int] = []
+            for model in (one for one in models if one.backend == backend):
+                loaded = agent.load(
+                    str(model.path),
+                    sha256=file_sha256(model.path),
+                    companions=model.artifact.companions,
+                    workload=replace(workload, precision=model.precision),
+                )
+                cases.append((len(benches), len(handles)))
+                handles.append(loaded.handle)
+            benches.append(AgentBench(agent, handles))
+        benches.append(MemoryBench(workload.threads))
+        cases.append((len(benches) - 1, 0))
+        with console.bar(workload.phase, total=len(cases), unit="case") as bar:
+
+            def on_round(number: int, num_settled: int) -> None:
+                bar.n = num_settled
+                bar.set_postfix_str(f"round {number}")
+
+            return collect(Benches(benches, cases), len(cases), TABLE, first_round=first_round, on_round=on_round)
+
+
+def _weight_bytes(model: Model) -> int | None:
+    """What a decoded token reads of the weights: all but the embedding, of which it is one row; None in blocks."""
+    if model.precision not in ("f32", "f16"):
+        return None
+    shape = model.artifact.architecture
+    unread = 0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size
+    return round((shape.num_parameters - unread) * PRECISION_BITS[model.precision] / 8)
+
+
+def _ratio(dense: Result, other: Result) -> Interval:
+    """`other`'s latency over the dense model's, paired round by round."""
+    medians = []
+    for result in (dense, other):
+        by_round: dict[int, list[int]] = {}
+        for number, sample in zip(result.rounds, result.samples_ns, strict=True):
+            by_round.setdefault(number, []).append(sample)
+        medians.append({number: statistics.median(samples) for number, samples in by_round.items()})
+    shared = medians[0].keys() & medians[1].keys()
+    return median_interval([medians[1][number] / medians[0][number] for number in shared])
+
+
+def _table(results: Sequence[Result], workloads: Mapping[Phase, Workload]) -> str:
+    decode_work, prefill_work = workloads["decode"], workloads["prefill"]
+    lines = [
+        f"| runtime | precision | model | file MB | decode at context {decode_work.context}, ms | tok/s | / dense "
+        f"| GB/s | of memory | prefill of {prefill_work.prompt_tokens}, ms | tok/s | / dense |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    by_key = {(one.phase, one.backend, one.precision, one.model): one for one in results}
+    memory = by_key["decode", "", "", ""]
+    speed = _READ_BYTES / memory.interval.value
+    for one in (one for one in results if one.phase == "decode" and one.backend):
+        prefill = by_key["prefill", one.backend, one.precision, one.model]
+        dense = [by_key[phase, one.backend, one.precision, "dense"] for phase in _PHASES]
+        read = one.weight_bytes / one.interval.value if one.weight_bytes else None
+        cells = [
+            *(one.backend, one.precision, one.model, f"{one.num_bytes / 1e6:.1f}"),
+            *(_milliseconds(one.interval), f"{1 / one.interval.value:.1f}", _share(dense[0], one)),
+            *((f"{read / 1e9:.1f}", f"{read / speed:.0%}") if read else ("", "")),
+            *(_milliseconds(prefill.interval), f"{prefill_work.prompt_tokens / prefill.interval.value:.0f}"),
+            _share(dense[1], prefill),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    low, high = (_READ_BYTES / bound / 1e9 for bound in (memory.interval.high, memory.interval.low))
+    lines += ["", f"memory read beside the decoding: {speed / 1e9:.1f} GB/s [{low:.1f}, {high:.1f}]"]
+    lines += [f"{one.phase} {one.backend} {one.precision} {one.model}: {note}" for one in results for note in one.notes]
+    return "\n".join(lines)
+
+
+def _milliseconds(interval: Interval) -> str:
+    return f"{interval.value * 1e3:.2f} [{interval.low * 1e3:.2f}, {interval.high * 1e3:.2f}]"
+
+
+def _share(dense: Result, other: Result) -> str:
+    if other is dense:
+        return ""
+    ratio = _ratio(dense, other)
+    return f"{ratio.value:.1%} [{ratio.low:.1%}, {ratio.high:.1%}]"
+
+
+def _main() -> int:
+    given = _arguments()
+    console = Console()
+    common = {"threads": given.threads, "context": given.context, "prompt_tokens": given.prompt_tokens}
+    workloads = {phase: Workload(phase=phase, **common) for phase in _PHASES}
+    architecture = architecture_of(load(given.model).model)
+    with tempfile.TemporaryDirectory() as folder:
+        models = _write(given.backends, _shapes(architecture, given.plan), Path(folder), console)
+        results = [
+            result
+            for phase in _PHASES
+            for result in _measure(models, workloads[phase], starts=given.starts, console=console)
+        ]
+    versions = {name: backends.get(name).version() for name in given.backends}
+    if given.json:
+        document = {"model": given.model, "processor": host.processor(), "threads": given.threads, "versions": versions}
+        json.dump(document | {"results": [asdict(one) for one in results]}, sys.stdout)
+    else:
+        print(f"{given.model}, {given.threads} threads, {host.processor()}; ", end="")
+        print(", ".join(f"{name} {version}" for name, version in versions.items()) + "\n")
+        print(_table(results, workloads))
+    return 0
+
+
+if __name__ == "__main__":
+    run(_main)

@@ -1,0 +1,169 @@
+"""Which family goes where in which precision: what backends declare, and a trial of every pair.
+
+    tools/support_table              the README's table, after every pair was tried
+    tools/support_table --declared   the same from the capabilities alone
+
+A trial exports a tiny random model with as unequal widths as the pair is declared to hold, which compares it with
+torch, and opens the result with the runtime's own loader. Where nothing is declared, the exporter must refuse.
+"""
+
+import argparse
+import importlib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from models import tiny_model
+from tiny_gguf import byte_level_tokenizer, pruned_model
+from tqdm import tqdm
+
+from dilap import backends, export
+from dilap.anatomy import architecture_of
+from dilap.cli.console import run
+from dilap.codec import read_json
+from dilap.errors import DilapError, Unsupported, VerificationFailed
+from dilap.modeling_dilap import FAMILIES
+from dilap.types import Artifact
+
+RUNTIMES = ("llamacpp", "onnxruntime", "executorch", "tensorrt")
+_KEPT: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "any plan": {
+        "layers.0.channels": tuple(range(32)),
+        "layers.1.kv_groups": (0,),
+        "layers.1.channels": (),
+        "layers.2.kv_groups": (),
+    },
+    "equal widths, whole layers": {
+        **{f"layers.{layer}.channels": tuple(range(64)) for layer in (0, 1)},
+        "layers.2.kv_groups": (),
+        "layers.2.channels": (),
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A family in a precision of a runtime; `plans` can be held, none for `reason`."""
+
+    family: str
+    backend: str
+    precision: str
+    plans: str
+    reason: str = ""
+
+
+def declared(family: str, backend: str, precision: str) -> Pair:
+    """What the backend's capabilities say."""
+    capabilities = backends.get(backend).capabilities(family, precision=precision)
+    held = "any plan" if capabilities.per_layer_widths else "equal widths, whole layers"
+    plans = "no" if capabilities.unsupported else held
+    return Pair(family=family, backend=backend, precision=precision, plans=plans, reason=capabilities.unsupported or "")
+
+
+def declared_pairs() -> list[Pair]:
+    return [
+        declared(family, backend, precision)
+        for backend in RUNTIMES
+        for precision in backends.get(backend).precisions()
+        for family in FAMILIES
+    ]
+
+
+def try_out(pair: Pair, folder: Path) -> None:
+    """Raises VerificationFailed where the pair does not do what is declared, and what exporter or runtime raise."""
+    tokenizer = byte_level_tokenizer(folder / "tokenizer")
+    exporter, out = export.get(pair.backend), folder / "out"
+    if pair.plans == "no":
+        try:
+            exporter.export(
+                tiny_model(pair.family), tokenizer=tokenizer, precision=pair.precision, plan_digest="", out=out
+            )
+        except Unsupported:
+            return
+        raise VerificationFailed(f"{pair.backend} {pair.precision} exports {pair.family}, which it says it cannot hold")
+    model = pruned_model(pair.family, dict(_KEPT[pair.plans]))
+    backends.require_loadable(backends.get(pair.backend), architecture_of(model), precision=pair.precision)
+    artifact = exporter.export(model, tokenizer=tokenizer, precision=pair.precision, plan_digest="", out=out)
+    OPEN[pair.backend](out, artifact)
+
+
+def _open_llamacpp(folder: Path, artifact: Artifact) -> None:
+    llama = importlib.import_module("llama_cpp").Llama(str(folder / artifact.path), n_ctx=16, verbose=False)
+    llama.eval([1, 2, 3])
+    llama.close()
+
+
+def _open_onnxruntime(folder: Path, artifact: Artifact) -> None:  # noqa: ARG001 - GenAI takes the folder
+    genai = importlib.import_module("onnxruntime_genai")
+    model = genai.Model(str(folder))
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=8)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(np.array([[1, 2, 3]], np.int32))
+    generator.generate_next_token()
+
+
+def _open_executorch(folder: Path, artifact: Artifact) -> None:
+    importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")
+    importlib.import_module("executorch.kernels.quantized")
+    runtime = importlib.import_module("executorch.runtime").Runtime.get()
+    method: Any = runtime.load_program(folder / artifact.path).load_method("forward")
+    method.execute((torch.tensor([[1, 2, 3]]), torch.tensor([0])))
+
+
+def _open_tensorrt(folder: Path, artifact: Artifact) -> None:  # noqa: ARG001 - its report is the check
+    """TensorRT for RTX has parsed the file and built engines of it during the export."""
+    targets = read_json(folder / "compile_report.json")["targets"]
+    if not targets or not all(target["built"] for target in targets):
+        raise VerificationFailed(f"TensorRT for RTX did not build it: {targets}")
+
+
+OPEN: Mapping[str, Callable[[Path, Artifact], None]] = {
+    "llamacpp": _open_llamacpp,
+    "onnxruntime": _open_onnxruntime,
+    "executorch": _open_executorch,
+    "tensorrt": _open_tensorrt,
+}
+
+
+def table(pairs: Sequence[Pair]) -> str:
+    """Markdown: a row for the precisions of a runtime that hold the same, a column a family; reasons below."""
+    names = list(dict.fromkeys(pair.family for pair in pairs))
+    reasons = list(dict.fromkeys(pair.reason for pair in pairs if pair.reason))
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for backend, precision in dict.fromkeys((pair.backend, pair.precision) for pair in pairs):
+        found = {pair.family: pair for pair in pairs if (pair.backend, pair.precision) == (backend, precision)}
+        cells = (found[name].plans + (f" ({1 + reasons.index(found[name].reason)})" if found[name].reason else "")
+                 for name in names)  # fmt: skip
+        rows.setdefault((backend, *cells), []).append(f"`{precision}`")
+    lines = [f"| runtime | precisions | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
+    lines += [
+        f"| {backend} | {', '.join(precisions)} | {' | '.join(cells)} |"
+        for (backend, *cells), precisions in rows.items()
+    ]
+    return "\n".join(lines + [""] * bool(reasons) + [f"({n}) {reason}" for n, reason in enumerate(reasons, start=1)])
+
+
+def _main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--declared", action="store_true", help="without the trials")
+    given = parser.parse_args()
+    pairs, failed = declared_pairs(), []
+    for pair in [] if given.declared else tqdm(pairs, unit="pair"):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                try_out(pair, Path(folder))
+            except (DilapError, ImportError, RuntimeError) as error:
+                failed.append(f"{pair.backend} {pair.precision} {pair.family}: {error}")
+    print(table(pairs))
+    for line in failed:
+        print(f"not as declared: {line}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run(_main)
