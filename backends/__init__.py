@@ -33,6 +33,7 @@ class Capabilities:
     `unsupported` is the reason why the family cannot be held at all. `head_dim_multiple` and `hidden_multiple` are what
     its kernels and quantised tables need. `ffn_multiple` is the step of FFN widths that fills kernels and quantisation
     blocks: other widths load, but run no faster than the next multiple, so a search is not offered them.
+    `output_biases` says whether output projections may have a bias that the family lacks.
     """
 
     unsupported: str | None = None
@@ -42,6 +43,7 @@ class Capabilities:
     ffn_multiple: int = 1
     head_dim_multiple: int = 1
     hidden_multiple: int = 1
+    output_biases: bool = True
 
     def refusal(self, architecture: Architecture) -> str | None:
         """Why no model of that shape is loaded, by group and rule; None where it is."""

@@ -54,7 +54,13 @@ class LlamaCpp:
             # 32: a quantisation block; one step for every precision keeps plans portable between them
             return Capabilities(ffn_multiple=32)
         if family == "qwen3":  # its q/k norms do not fit llama.cpp's only architecture with widths per layer, `deci`
-            return Capabilities(per_layer_widths=False, attention_removal=False, ffn_removal=False, ffn_multiple=32)
+            return Capabilities(
+                per_layer_widths=False,
+                attention_removal=False,
+                ffn_removal=False,
+                ffn_multiple=32,
+                output_biases=False,  # its graph of Qwen3 adds none
+            )
         if family == "opt":
             return Capabilities(unsupported="llama.cpp has no OPT architecture; use --backend onnxruntime")
         return Capabilities(unsupported=f"DiLAP writes no GGUF for the family {family!r} yet")

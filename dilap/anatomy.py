@@ -10,16 +10,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dilap.codec import canonical
 from dilap.errors import InvalidInput, Unsupported
-from dilap.modeling_dilap import FAMILIES, Family
+from dilap.modeling_dilap import FAMILIES, Family, linear_at
 from dilap.types import Architecture, LayerWidths
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sublayer:
-    """One attention or feed-forward network of a model; `out` is its output projection (hidden x inputs)."""
+    """One attention or feed-forward network of a model; `out` is its output projection (hidden x inputs),
+    at `path` in the model."""
 
     layer: int
     kind: str
+    path: str
     out: nn.Linear
 
     @property
@@ -54,7 +56,9 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     """The shape of a loaded model, its widths read from the tensors themselves."""
     config, family = model.config, family_of(model.config)
     head_dim = head_dim_of(config)
-    first = {path: _first(model, path) for path in (family.query, family.attention_out, family.ffn_in[0])}
+    first = {
+        path: _first(model, path) for path in (family.query, family.attention_out, family.ffn_in[0], family.ffn_out)
+    }
     positions = getattr(model.get_submodule(family.layers.rpartition(".")[0]), "embed_positions", None)
     if config.hidden_size != model.get_input_embeddings().weight.shape[1]:
         raise Unsupported("embeddings of another width than the hidden size (OPT-350m) cannot be pruned yet")
@@ -69,6 +73,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         qkv_bias=_has_bias(first[family.query]),
         out_bias=_has_bias(first[family.attention_out]),
         ffn_bias=_has_bias(first[family.ffn_in[0]]),
+        ffn_out_bias=_has_bias(first[family.ffn_out]),
         qk_norm=any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()),
         num_positions=0 if positions is None else positions.weight.shape[0],
         layers=tuple(_widths(layer, family, head_dim) for layer in decoder_layers(model)),
@@ -77,30 +82,22 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
 
 def _widths(layer: nn.Module, family: Family, head_dim: int) -> LayerWidths:
     heads, kv_heads, channels = 0, 0, 0
-    query, key = _linear(layer, family.query), _linear(layer, family.key)
-    if isinstance(query, nn.Linear) and isinstance(key, nn.Linear):
+    query, key = linear_at(layer, family.query), linear_at(layer, family.key)
+    if query is not None and key is not None:
         heads, kv_heads = query.out_features // head_dim, key.out_features // head_dim
-    if isinstance(out := _linear(layer, family.ffn_out), nn.Linear):
+    if (out := linear_at(layer, family.ffn_out)) is not None:
         channels = out.in_features
     return LayerWidths(num_heads=heads, num_kv_heads=kv_heads, num_channels=channels)
 
 
-def _linear(layer: nn.Module, path: str) -> nn.Module | None:
-    """The module at `path`, None where its sublayer was removed."""
-    try:
-        return layer.get_submodule(path)
-    except AttributeError:
-        return None
-
-
-def _first(model: PreTrainedModel, path: str) -> nn.Module | None:
+def _first(model: PreTrainedModel, path: str) -> nn.Linear | None:
     """The first layer's matrix at `path` that was not removed."""
-    found = (_linear(layer, path) for layer in decoder_layers(model))
-    return next((module for module in found if isinstance(module, nn.Linear)), None)
+    found = (linear_at(layer, path) for layer in decoder_layers(model))
+    return next((module for module in found if module is not None), None)
 
 
-def _has_bias(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Linear) and module.bias is not None
+def _has_bias(module: nn.Linear | None) -> bool:
+    return module is not None and module.bias is not None
 
 
 def _final_norm(model: PreTrainedModel) -> nn.Module:
@@ -114,8 +111,8 @@ def sublayers(model: PreTrainedModel) -> Iterator[Sublayer]:
     family = family_of(model.config)
     for index, layer in enumerate(decoder_layers(model)):
         for kind, path in (("attention", family.attention_out), ("ffn", family.ffn_out)):
-            if isinstance(out := _linear(layer, path), nn.Linear):
-                yield Sublayer(layer=index, kind=kind, out=out)
+            if (out := linear_at(layer, path)) is not None:
+                yield Sublayer(layer=index, kind=kind, path=f"{family.layers}.{index}.{path}", out=out)
 
 
 def model_digest(model: PreTrainedModel) -> str:

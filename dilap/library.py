@@ -11,11 +11,11 @@ from itertools import combinations, product
 from typing import Literal
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from dilap.anatomy import sublayers
 from dilap.space import Choice, Level, Space, Units
+from dilap.walk import OUTPUTS, walk
 
 Order = Literal["wanda", "obs"]
 Progress = Callable[[int], None]
@@ -49,43 +49,14 @@ class LibraryOptions:
 
 def input_covariances(
     model: PreTrainedModel, tokens: torch.Tensor, *, batch_tokens: int, progress: Progress = lambda _: None
-) -> dict[str, torch.Tensor]:
-    """X'X / T (inputs x inputs, f32) at the output projection of every sublayer; `tokens` is (sequences x length)."""
-    sums: dict[str, torch.Tensor] = {}
-
-    def accumulate(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            # In f32: a product rounded to bf16 is no longer positive definite, and the refit needs that.
-            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
-            with torch.autocast("cpu", enabled=False):
-                sums[name] = sums.get(name, 0) + x.T @ x
-
-        return hook
-
-    hooks = [one.out.register_forward_pre_hook(accumulate(one.name)) for one in sublayers(model)]
-    try:
-        for batch in batches(tokens, batch_tokens=batch_tokens):
-            with torch.no_grad(), compute_precision():
-                model.model(input_ids=batch, use_cache=False)
-            progress(batch.numel())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: total / tokens.numel() for name, total in sums.items()}
-
-
-def batches(tokens: torch.Tensor, *, batch_tokens: int) -> Iterator[torch.Tensor]:
-    """Rows of `tokens`, as many at a time as make up `batch_tokens`, at least one."""
-    yield from tokens.split(max(1, batch_tokens // tokens.shape[1]))
-
-
-def compute_precision() -> torch.autocast:
-    """bf16 products where the CPU has them in hardware (5 times f32 on AVX512-bf16), the model's own type elsewhere."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_fast_bf16())
-
-
-def has_fast_bf16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """X'X / T (inputs x inputs, f32) at the output projection of every sublayer, in order; `tokens` is (sequences x
+    length). No more than a layer's are alive at a time."""
+    names = {one.name for one in sublayers(model)}
+    for step in walk(model, tokens, covariance=True, batch_tokens=batch_tokens, progress=progress):
+        for kind, role in OUTPUTS:
+            if (name := f"layers.{step.index}.{kind}") in names:
+                yield name, step.statistics[role].covariance
 
 
 def build_library(
@@ -97,13 +68,12 @@ def build_library(
     progress: Progress = lambda _: None,
 ) -> list[list[LevelFit]]:
     """Fit every level of every choice on `tokens` (sequences x length), in the order of `space`."""
-    covariances = input_covariances(model, tokens, batch_tokens=options.batch_tokens, progress=progress)
     outs = {sublayer.name: sublayer.out for sublayer in sublayers(model)}
-    library = []
-    for choice in space.choices:
-        weight = outs[choice.name].weight.detach().float()
-        library.append(fit_levels(choice, weight, covariances.pop(choice.name), space=space, options=options))
-    return library
+    choices, library = {choice.name: choice for choice in space.choices}, {}
+    for name, covariance in input_covariances(model, tokens, batch_tokens=options.batch_tokens, progress=progress):
+        weight = outs[name].weight.detach().float()
+        library[name] = fit_levels(choices[name], weight, covariance, space=space, options=options)
+    return [library[choice.name] for choice in space.choices]
 
 
 def fit_levels(

@@ -5,7 +5,8 @@ This file is also copied beside every checkpoint that stock classes cannot hold,
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
 works where DiLAP is not installed. `config.layer_widths` has one [num_heads, num_kv_heads, num_channels] a
-layer; zeros remove the sublayer. Everything else is the stock model of the family.
+layer; zeros remove the sublayer. `config.output_biases` gives every output projection a bias, which the family may
+lack: it holds the mean output of removed units. Everything else is the stock model of the family.
 """
 
 from collections.abc import Sequence
@@ -90,6 +91,26 @@ def narrow_layers_(model: PreTrainedModel, layer_widths: Sequence[Sequence[int]]
         cache_index += num_heads > 0
 
 
+def add_output_biases_(model: PreTrainedModel) -> None:
+    """Give every output projection that has no bias one of zeros."""
+    family = FAMILIES[model.config.model_type]
+    for layer in model.get_submodule(family.layers):
+        for path in (family.attention_out, family.ffn_out):
+            out = linear_at(layer, path)
+            if out is not None and out.bias is None:
+                out.bias = nn.Parameter(torch.zeros_like(out.weight[:, 0]), requires_grad=out.weight.requires_grad)
+    model.config.output_biases = True
+
+
+def linear_at(layer: nn.Module, path: str) -> nn.Linear | None:
+    """The matrix at `path`, None where its sublayer was removed."""
+    try:
+        module = layer.get_submodule(path)
+    except AttributeError:
+        return None
+    return module if isinstance(module, nn.Linear) else None
+
+
 def _narrow_attention_(layer: nn.Module, family: Family, num_heads: int, num_kv_heads: int, cache_index: int) -> None:
     if num_heads == 0:
         layer.set_submodule(family.attention, NoAttention())
@@ -142,6 +163,8 @@ class _OwnWidths(PreTrainedModel):  # type: ignore[misc]
         super().__init__(config)
         if getattr(config, "layer_widths", None):
             narrow_layers_(self, config.layer_widths)
+        if getattr(config, "output_biases", False):
+            add_output_biases_(self)
 
 
 class PrunedLlamaForCausalLM(_OwnWidths, LlamaForCausalLM):  # type: ignore[misc]

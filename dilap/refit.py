@@ -2,17 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from dilap.allocation import Config
-from dilap.anatomy import decoder_layers, family_of
-from dilap.library import batches, compute_precision
+from dilap.anatomy import decoder_layers
+from dilap.compute import compute_precision
 from dilap.supernet import Supernet
 from dilap.teacher import Teacher
+from dilap.walk import LayerCall, layer_calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ def refit_sequentially(
     cannot know. `net` is left dense.
     """
     net.close()
-    calls = _layer_calls(net.model, tokens, batch_tokens=options.batch_tokens)
+    calls = layer_calls(net.model, tokens, batch_tokens=options.batch_tokens)
     dense_states = [call.hidden for call in calls]
     pruned_states = [call.hidden for call in calls]
     weights: dict[str, torch.Tensor] = {}
@@ -116,38 +115,6 @@ def refit_sequentially(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LayerCall:
-    """The hidden states that enter the first layer for one batch, and the other arguments of every layer."""
-
-    hidden: torch.Tensor
-    arguments: dict[str, Any]
-
-
-class _Recorder(nn.Module):
-    """Stands in for the layers, so that one cheap pass yields what they are called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[_LayerCall] = []
-
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        self.calls.append(_LayerCall(hidden=hidden_states, arguments=arguments))
-        return hidden_states
-
-
-def _layer_calls(model: PreTrainedModel, tokens: torch.Tensor, *, batch_tokens: int) -> list[_LayerCall]:
-    path, layers, recorder = family_of(model.config).layers, decoder_layers(model), _Recorder()
-    model.set_submodule(path, nn.ModuleList([recorder]))
-    try:
-        for batch in batches(tokens, batch_tokens=batch_tokens):
-            with compute_precision():
-                model.model(input_ids=batch, use_cache=False)
-    finally:
-        model.set_submodule(path, layers)
-    return recorder.calls
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Trace:
     """One layer on one batch, by choice: inputs of the projections, their outputs, the residual stream before."""
 
@@ -157,7 +124,7 @@ class _Trace:
     result: torch.Tensor
 
 
-def _trace(layer: nn.Module, call: _LayerCall, state: torch.Tensor, net: Supernet, indices: Sequence[int]) -> _Trace:
+def _trace(layer: nn.Module, call: LayerCall, state: torch.Tensor, net: Supernet, indices: Sequence[int]) -> _Trace:
     inputs: dict[int, torch.Tensor] = {}
     outputs: dict[int, torch.Tensor] = {}
 

@@ -16,3 +16,14 @@ def get(table: Mapping[str, str], name: str, *, kind: str) -> Any:
         raise InvalidInput(f"unknown {kind} {name!r}{hint} Known: {', '.join(sorted(table))}")
     module, attribute = table[name].split(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def own(name: str, *, kind: str) -> Any:
+    """The object that a user names as "module:attribute". Raises InvalidInput."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise InvalidInput(f"{kind} {name!r} cannot be imported: {error}") from error
+    except AttributeError:
+        raise InvalidInput(f"{kind} {name!r}: module {module} has no {attribute!r}") from None

@@ -1,6 +1,7 @@
 """Apply a plan physically: the same values in smaller matrices."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -9,10 +10,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dilap.anatomy import architecture_of, decoder_layers, family_of
 from dilap.errors import Mismatch
-from dilap.modeling_dilap import PRUNED_CLASSES, Family, narrow_layers_
+from dilap.modeling_dilap import PRUNED_CLASSES, Family, add_output_biases_, linear_at, narrow_layers_
 from dilap.types import Plan
 
-Weights = Mapping[str, torch.Tensor]  # sublayer name -> its compensated output projection (hidden x kept columns)
+# New values of a dense model's parameters, by their names: in the dense shape, or cut to a plan already. An output
+# projection's bias may be among them where the dense model has none.
+Parameters = Mapping[str, torch.Tensor]
+_NONE: Parameters = MappingProxyType({})
 
 
 def out_columns(plan: Plan, layer: int, kind: str) -> torch.Tensor:
@@ -34,62 +38,75 @@ def _rows_of(heads: list[int] | tuple[int, ...], head_dim: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def shrink_(model: PreTrainedModel, plan: Plan, *, weights: Weights | None = None) -> PreTrainedModel:
+def shrink_(model: PreTrainedModel, plan: Plan, *, parameters: Parameters = _NONE) -> PreTrainedModel:
     """Cut `model` in place to the units that `plan` keeps, one layer at a time; returns it.
 
-    `weights` replaces output projections by compensated ones. Raises Mismatch when the plan is for another shape.
+    `parameters` replaces values of decoder layers; what belongs to removed units is cut off. Raises Mismatch when the
+    plan is for another shape or a parameter is unknown.
     """
     if architecture_of(model) != plan.architecture:
         raise Mismatch("the plan was made for a model of another shape")
     family, layers = family_of(model.config), decoder_layers(model)
-    sliced = [_kept_values(layers[i], family, plan, i, weights or {}) for i in range(len(layers))]
+    _add_missing_biases_(model, family, parameters)
+    own, prefix = dict(model.named_parameters()), f"{family.layers}."
+    for name in parameters:
+        if name not in own or not name.startswith(prefix):
+            raise Mismatch(f"there is no parameter {name!r} in the decoder layers of this model")
+    cut = []
+    for index, layer in enumerate(layers):
+        start = f"{prefix}{index}."
+        new = {name.removeprefix(start): value for name, value in parameters.items() if name.startswith(start)}
+        cut.append(_cut_values(layer, _cuts(family, plan, index), new))
     narrow_layers_(model, [(w.num_heads, w.num_kv_heads, w.num_channels) for w in plan.all_widths()])
-    for layer, values in zip(layers, sliced, strict=True):
+    for layer, values in zip(layers, cut, strict=True):
+        left = dict(layer.named_parameters())
         for path, value in values.items():
-            module, _, attribute = path.rpartition(".")
-            setattr(layer.get_submodule(module), attribute, nn.Parameter(value))
+            if path in left:  # not where its sublayer is gone
+                module, _, attribute = path.rpartition(".")
+                setattr(layer.get_submodule(module), attribute, nn.Parameter(value.to(left[path].dtype)))
         values.clear()
     _delete_empty_layers_(model, plan)
     _describe_(model, plan)
     return model
 
 
-def _kept_values(layer: nn.Module, family: Family, plan: Plan, index: int, weights: Weights) -> dict[str, torch.Tensor]:
-    """The kept rows and columns of one layer's matrices, by parameter path; whole matrices are left alone."""
-    values: dict[str, torch.Tensor] = {}
-    widths, dense = plan.all_widths()[index], plan.architecture.layers[index]
+def _add_missing_biases_(model: PreTrainedModel, family: Family, parameters: Parameters) -> None:
+    own, biases = dict(model.named_parameters()), (f".{family.attention_out}.bias", f".{family.ffn_out}.bias")
+    if any(name.endswith(biases) and name not in own for name in parameters):
+        add_output_biases_(model)
+
+
+def _cuts(family: Family, plan: Plan, index: int) -> dict[str, tuple[int, torch.Tensor]]:
+    """For every matrix that a layer keeps: the dimension that is cut, and the indices that stay."""
+    widths = plan.all_widths()[index]
+    cuts: dict[str, tuple[int, torch.Tensor]] = {}
     if widths.num_heads:
         query = out_columns(plan, index, "attention")
         key_value = _rows_of(plan.units(index, "kv_groups"), plan.architecture.head_dim)
-        if widths.num_heads < dense.num_heads:
-            values |= _rows(layer, family.query, query)
-        if widths.num_kv_heads < dense.num_kv_heads:
-            values |= _rows(layer, family.key, key_value) | _rows(layer, family.value, key_value)
-        values |= _columns(layer, family.attention_out, query, weights.get(f"layers.{index}.attention"))
+        cuts |= {family.query: (0, query), family.key: (0, key_value), family.value: (0, key_value)}
+        cuts |= {family.attention_out: (1, query)}
     if widths.num_channels:
         channels = out_columns(plan, index, "ffn")
-        if widths.num_channels < dense.num_channels:
-            for path in family.ffn_in:
-                values |= _rows(layer, path, channels)
-        values |= _columns(layer, family.ffn_out, channels, weights.get(f"layers.{index}.ffn"))
-    return values
+        cuts |= dict.fromkeys(family.ffn_in, (0, channels)) | {family.ffn_out: (1, channels)}
+    return cuts
 
 
-def _rows(layer: nn.Module, path: str, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {f"{path}.{name}": p.detach()[rows] for name, p in layer.get_submodule(path).named_parameters()}
-
-
-def _columns(
-    layer: nn.Module, path: str, columns: torch.Tensor, weight: torch.Tensor | None
+def _cut_values(
+    layer: nn.Module, cuts: Mapping[str, tuple[int, torch.Tensor]], new: Parameters
 ) -> dict[str, torch.Tensor]:
-    out = layer.get_submodule(path)
-    assert isinstance(out, nn.Linear)
-    if weight is None and len(columns) == out.in_features:
-        return {}
-    kept = out.weight.detach()[:, columns] if weight is None else weight.to(out.weight.dtype)
-    # A narrowed matrix is a new module: its bias has to come along.
-    bias = {} if out.bias is None else {f"{path}.bias": out.bias.detach()}
-    return {f"{path}.weight": kept.contiguous(), **bias}
+    """The new and the cut parameters of one layer, by path; what stays as it was is left out."""
+    values = dict(new)
+    for path, (dim, kept) in cuts.items():
+        matrix = linear_at(layer, path)
+        assert matrix is not None
+        is_narrowed = len(kept) < matrix.weight.shape[dim]  # then it will be a new module: its bias has to come along
+        for name, parameter in matrix.named_parameters():
+            value = new.get(f"{path}.{name}", parameter.detach())
+            if is_narrowed and dim < value.dim() and value.shape[dim] != len(kept):
+                value = value.index_select(dim, kept)
+            if is_narrowed or f"{path}.{name}" in new:
+                values[f"{path}.{name}"] = value.contiguous()
+    return values
 
 
 def _delete_empty_layers_(model: PreTrainedModel, plan: Plan) -> None:
@@ -119,7 +136,7 @@ def _describe_(model: PreTrainedModel, plan: Plan) -> None:
 def _stock_config(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig | None:
     """The family's own config for equal widths; None where its class cannot hold them."""
     widths = plan.pruned_architecture().layers[0]
-    if widths.num_heads == 0 or widths.num_channels == 0:
+    if widths.num_heads == 0 or widths.num_channels == 0 or getattr(config, "output_biases", False):
         return None
     sizes = {"num_attention_heads": widths.num_heads}
     if config.model_type == "opt":  # derives head_dim from hidden_size // heads, so it cannot lose heads

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dilap.types import Architecture, GroupKind, LayerWidths, Plan, group_name
+from dilap.errors import Unsupported
+from dilap.types import Architecture, Group, GroupKind, LayerWidths, Plan, group_name
 
 SublayerKind = Literal["attention", "ffn"]
 
@@ -78,6 +79,51 @@ class Space:
             LayerWidths(num_heads=h, num_kv_heads=kv, num_channels=c)
             for (h, kv), c in zip(heads, channels, strict=True)
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthRules:
+    """The plans that a runtime and a layout load, whether every width pays or not.
+
+    Whole layers may always be removed. `output_biases`: output projections may get a bias that the family lacks.
+    """
+
+    ffn_multiple: int = 1
+    head_pruning: bool = True
+    attention_removal: bool = True
+    ffn_removal: bool = True
+    equal_widths: bool = False
+    output_biases: bool = True
+
+    def rounded(self, group: Group, wanted: int) -> int:
+        """The loadable number of units nearest to `wanted`, at least one."""
+        if group.kind == "channels":
+            wanted = max(1, round(wanted / self.ffn_multiple)) * self.ffn_multiple
+        elif not self.head_pruning:
+            wanted = group.num_units
+        return min(max(1, wanted), group.num_units)
+
+    def require(self, plan: Plan) -> None:
+        """Raises Unsupported, naming the first layer that would not load."""
+        kept = [widths for widths in plan.all_widths() if not widths.is_empty]
+        if self.equal_widths and len(set(kept)) > 1:
+            raise Unsupported("this method gives layers their own widths, the runtime or layout needs equal ones")
+        for index, (dense, widths) in enumerate(zip(plan.architecture.layers, plan.all_widths(), strict=True)):
+            if reason := self._refusal(dense, widths):
+                raise Unsupported(f"layer {index}: this runtime or layout loads no {reason}; choose another method")
+
+    def _refusal(self, dense: LayerWidths, widths: LayerWidths) -> str | None:
+        if widths.is_empty or widths == dense:
+            return None
+        if widths.num_heads == 0 and not self.attention_removal:
+            return "layer without attention"
+        if widths.num_channels == 0 and not self.ffn_removal:
+            return "layer without a feed-forward network"
+        if 0 < widths.num_heads < dense.num_heads and not self.head_pruning:
+            return "layer with fewer heads"
+        if widths.num_channels not in (0, dense.num_channels) and widths.num_channels % self.ffn_multiple:
+            return f"{widths.num_channels} channels but multiples of {self.ffn_multiple}"
+        return None
 
 
 Units = dict[GroupKind, tuple[int, ...]]

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from dilap.allocation import Config
 from dilap.anatomy import sublayers
-from dilap.library import LevelFit, batches, compute_precision, has_fast_bf16
+from dilap.compute import batches, compute_precision, has_fast_bf16
+from dilap.library import LevelFit
 from dilap.teacher import Teacher
 
 

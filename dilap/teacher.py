@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from dilap.library import batches, compute_precision
+from dilap.compute import batches, compute_precision
 
 ROWS = 128  # positions whose logits are held at once: 128 x 49152 in f32 is 25 MB, which malloc reuses
 
@@ -128,9 +128,14 @@ def draw(probabilities: torch.Tensor, *, num_samples: int = 1, generator: torch.
     return torch.searchsorted(cumulative, level, right=True).clamp_max(probabilities.shape[1] - 1)
 
 
-@torch.no_grad()
 def perplexity(model: PreTrainedModel, tokens: torch.Tensor) -> float:
-    """exp of the mean negative log-likelihood of every token but the first of each sequence."""
+    """exp of the mean negative log-likelihood."""
+    return float(torch.tensor(negative_log_likelihood(model, tokens)).exp())
+
+
+@torch.no_grad()
+def negative_log_likelihood(model: PreTrainedModel, tokens: torch.Tensor) -> float:
+    """Mean over every token but the first of each sequence, in nats."""
     head = model.get_output_embeddings().weight
     total, count = 0.0, 0
     for batch in batches(tokens, batch_tokens=2048):
@@ -138,4 +143,4 @@ def perplexity(model: PreTrainedModel, tokens: torch.Tensor) -> float:
         for rows, labels in zip(hidden.split(ROWS), batch[:, 1:].reshape(-1).split(ROWS), strict=True):
             total += float(functional.cross_entropy(logits_of(rows, head).float(), labels, reduction="sum"))
             count += len(labels)
-    return float(torch.tensor(total / count).exp())
+    return total / count

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dilap.compute import compute_precision
 from dilap.errors import InvalidInput, Unavailable
-from dilap.library import compute_precision
 from dilap.teacher import draw
 
 _TEMPERATURE = 0.8

@@ -53,7 +53,8 @@ class Architecture:
     """The shape of a decoder-only model, without its weights.
 
     `num_positions` counts learned position rows (0 with rotary embeddings); `norm_vectors` the vectors of
-    one norm (1: RMSNorm, 2: LayerNorm); `ffn_matrices` is 3 with a gate, else 2.
+    one norm (1: RMSNorm, 2: LayerNorm); `ffn_matrices` is 3 with a gate, else 2; `ffn_bias` is that of the matrices
+    before the activation, `ffn_out_bias` that of the one after it.
     """
 
     family: str
@@ -66,6 +67,7 @@ class Architecture:
     qkv_bias: bool
     out_bias: bool
     ffn_bias: bool
+    ffn_out_bias: bool = False
     qk_norm: bool
     num_positions: int
     layers: tuple[LayerWidths, ...]
@@ -87,10 +89,10 @@ class Architecture:
         """Weights and biases of a layer's feed-forward sublayer, its norm included."""
         if layer.num_channels == 0:
             return 0
-        biases = (self.ffn_matrices - 1) * layer.num_channels + self.hidden_size
         return (
             self.ffn_matrices * self.hidden_size * layer.num_channels
-            + biases * self.ffn_bias
+            + (self.ffn_matrices - 1) * layer.num_channels * self.ffn_bias
+            + self.hidden_size * self.ffn_out_bias
             + self.norm_vectors * self.hidden_size
         )
 
@@ -235,16 +237,22 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A latency to keep: absolute seconds, or a fraction of the dense model's latency."""
+    """A latency to keep: absolute seconds, or a fraction of the dense model's latency.
+
+    Or, without any latency, a pruning `ratio`: the share of the decoder layers' weights to remove.
+    """
 
     seconds: float | None = None
     fraction: float | None = None
+    ratio: float | None = None
     statistic: Statistic = "p50"
 
     def __post_init__(self) -> None:
-        given = [value for value in (self.seconds, self.fraction) if value is not None]
+        given = [value for value in (self.seconds, self.fraction, self.ratio) if value is not None]
         if len(given) != 1 or not math.isfinite(given[0]) or given[0] <= 0:
-            raise ValueError(f"a budget is one positive number of seconds or one positive fraction, got {self}")
+            raise ValueError(f"a budget is one positive number of seconds, fraction or ratio, got {given}")
+        if self.ratio is not None and self.ratio >= 1:
+            raise ValueError(f"a pruning ratio lies between 0 and 1, got {self.ratio:g}")
 
     @classmethod
     def parse(cls, text: str, *, statistic: Statistic = "p50") -> "Budget":
@@ -260,10 +268,13 @@ class Budget:
         return cls(fraction=fraction, statistic=statistic)
 
     def limit_seconds(self, *, dense_seconds: float) -> float:
-        """The latency to keep, given the dense model's."""
+        """The latency to keep, given the dense model's; none is asked by a ratio."""
+        assert self.ratio is None
         return self.seconds if self.seconds is not None else (self.fraction or 0.0) * dense_seconds
 
     def __str__(self) -> str:
+        if self.ratio is not None:
+            return f"ratio {self.ratio:g}"
         return f"{self.seconds * 1e3:g}ms" if self.seconds is not None else f"{(self.fraction or 0) * 100:g}%"
 
 

@@ -164,7 +164,7 @@ class FeedForward(Block):
         if model.ffn_matrices == 3:
             self.gate = nn.Linear(model.hidden_size, channels, bias=model.ffn_bias)
         self.up = nn.Linear(model.hidden_size, channels, bias=model.ffn_bias)
-        self.down = nn.Linear(channels, model.hidden_size, bias=model.ffn_bias)
+        self.down = nn.Linear(channels, model.hidden_size, bias=model.ffn_out_bias)
 
     def forward(self, x: torch.Tensor, *norm: torch.Tensor) -> torch.Tensor:
         activation = functional.silu if self.shape.style.activation == "silu" else functional.relu

@@ -147,11 +147,12 @@ class Layout:
 
     def _ffn(self, index: int, held: LayerWidths, *, zero: bool) -> Iterator[TensorSpec]:
         hidden, width, bias = self.architecture.hidden_size, held.num_channels, self.architecture.ffn_bias
+        out_bias = self.architecture.ffn_out_bias
         block = _Block(index=index, zero=zero)
         yield block.norm("ffn_norm", "post_attention_layernorm", hidden)
         yield from block.linear("ffn_gate", "mlp.gate_proj", (width, hidden), bias=bias)
         yield from block.linear("ffn_up", "mlp.up_proj", (width, hidden), bias=bias)
-        yield from block.linear("ffn_down", "mlp.down_proj", (hidden, width), bias=bias)
+        yield from block.linear("ffn_down", "mlp.down_proj", (hidden, width), bias=out_bias)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,8 +200,8 @@ def _name(architecture: Architecture, values: Hyperparameters) -> str:
                 f"layer {odd}: llama.cpp holds Qwen3 (its q/k norms) only with equal widths and both sublayers in"
                 f" every layer; got {_words(architecture.layers[odd])} against {_words(first)} in layer 0"
             )
-        if architecture.out_bias or values.rope_factors:
-            raise Unsupported("llama.cpp holds Qwen3 without an attention output bias and without rotary scaling only")
+        if architecture.out_bias or architecture.ffn_out_bias or values.rope_factors:
+            raise Unsupported("llama.cpp holds Qwen3 without output biases and without rotary scaling only")
         return "qwen3"
     if architecture.family not in ("llama", "mistral", "qwen2"):
         raise Unsupported(
@@ -210,9 +211,10 @@ def _name(architecture: Architecture, values: Hyperparameters) -> str:
         return "deci"
     if architecture.family != "qwen2":
         return "llama"
-    # llama.cpp's qwen2 declares the query projection square, and has no rotary factors.
+    # llama.cpp's qwen2 declares the query projection square, and has no rotary factors and no output biases.
     square = first.num_heads * architecture.head_dim == architecture.hidden_size
-    return "qwen2" if square and not values.rope_factors else "deci"
+    has_bias = architecture.out_bias or architecture.ffn_out_bias
+    return "qwen2" if square and not values.rope_factors and not has_bias else "deci"
 
 
 def _words(widths: LayerWidths) -> str:

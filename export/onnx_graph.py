@@ -155,15 +155,18 @@ class _Builder:
         return self._emitter.input(f"past_key_values.{index}.{part}", shape, self._emitter.dtype)
 
     def _ffn(self, layer: str, num_channels: int) -> ir.Value:
-        hidden_size, bias, family = self._architecture.hidden_size, self._architecture.ffn_bias, self._family
+        architecture, family = self._architecture, self._family
+        hidden_size = architecture.hidden_size
         x = self._norm(f"{layer}.{family.ffn_norm}")
         first, *up = (
-            self._linear(x, f"{layer}.{path}", (num_channels, hidden_size), bias=bias) for path in family.ffn_in
+            self._linear(x, f"{layer}.{path}", (num_channels, hidden_size), bias=architecture.ffn_bias)
+            for path in family.ffn_in
         )
         y = self._activation(first)
         if up:
             y = self._op("Mul", y, up[0])
-        return self._linear(y, f"{layer}.{family.ffn_out}", (hidden_size, num_channels), bias=bias)
+        shape = (hidden_size, num_channels)
+        return self._linear(y, f"{layer}.{family.ffn_out}", shape, bias=architecture.ffn_out_bias)
 
     def _activation(self, x: ir.Value) -> ir.Value:
         kind = self._numbers.activation

@@ -1,15 +1,18 @@
 """From measured costs to what a search may choose: cut by the runtime, by the layout and by what pays."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 from dilap.backends import Capabilities
 from dilap.errors import Unsupported
 from dilap.profilers.fit import LatencyModel
+from dilap.profilers.parameters import ParameterCosts
 from dilap.profilers.probes import AttentionLevel
-from dilap.space import Choice, Level, Space
+from dilap.space import Choice, Level, Space, WidthRules
 from dilap.types import Architecture
 
+Costs = LatencyModel | ParameterCosts
 Layout = Literal["free", "portable", "uniform"]
 LAYOUTS: tuple[Layout, ...] = ("free", "portable", "uniform")
 _PORTABLE_FFN_MULTIPLE = 256
@@ -28,8 +31,21 @@ def require_layout(layout: Layout, capabilities: Capabilities) -> None:
         )
 
 
+def width_rules(layout: Layout, capabilities: Capabilities) -> WidthRules:
+    """What methods that choose widths of their own have to keep to."""
+    portable, uniform = layout == "portable", layout == "uniform"
+    return WidthRules(
+        ffn_multiple=math.lcm(capabilities.ffn_multiple, _PORTABLE_FFN_MULTIPLE if portable else 1),
+        head_pruning=not portable,
+        attention_removal=capabilities.attention_removal and not uniform,
+        ffn_removal=capabilities.ffn_removal and not (portable or uniform),
+        equal_widths=uniform,
+        output_biases=capabilities.output_biases and not portable,
+    )
+
+
 def build_space(
-    model: LatencyModel,
+    model: Costs,
     *,
     attention_levels: Sequence[AttentionLevel],
     ffn_levels: Sequence[int],
@@ -63,7 +79,7 @@ def build_space(
     return Space(architecture=architecture, choices=tuple(choices), fixed_seconds=model.fixed_seconds)
 
 
-def _attention_level(model: LatencyModel, num_heads: int, num_kv_heads: int) -> Level:
+def _attention_level(model: Costs, num_heads: int, num_kv_heads: int) -> Level:
     return Level(
         num_kv_groups=num_kv_heads,
         num_query_slots=num_heads // num_kv_heads if num_kv_heads else 0,

@@ -1,10 +1,45 @@
 """What every test shares."""
 
+from pathlib import Path
+
 import pytest
+from fake_job import FakeBench
+from models import tiny_model, tiny_tokenizer
+
+from dilap import backends
+from dilap.cli.console import Console
+from dilap.profilers import devices
+from dilap.source import save_checkpoint
+from dilap.types import Workload
 
 
 @pytest.fixture(autouse=True)
 def _single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """f32 products on every machine, so that tolerances are those of f32."""
-    for module in ("dilap.library", "dilap.supernet"):
+    for module in ("dilap.compute", "dilap.supernet"):
         monkeypatch.setattr(f"{module}.has_fast_bf16", lambda: False)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A tiny llama with a tokenizer, as a user would have it."""
+    folder = tmp_path / "tiny"
+    model = tiny_model("llama")
+    save_checkpoint(model, tiny_tokenizer(tmp_path / "words"), folder)
+    return folder
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_text(" ".join(f"the {word} of line {word * 7}" for word in range(4000)))
+    return path
+
+
+@pytest.fixture
+def fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(target: str, backend: str, workload: Workload, console: Console) -> FakeBench:
+        chosen = backends.get(backend)
+        return FakeBench(device=devices.get(target), backend=chosen, workload=workload, console=console)
+
+    monkeypatch.setattr("dilap.cli.job.Bench.of", made)

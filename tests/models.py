@@ -1,18 +1,23 @@
 """Tiny models, spaces with fabricated seconds and libraries for the tests of the core."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny_gguf import CLASSES, VOCAB_SIZE, byte_level_tokenizer, tiny_model
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dilap.anatomy import architecture_of, decoder_layers, family_of
+from dilap.anatomy import architecture_of, decoder_layers, family_of, sublayers
 from dilap.library import LibraryOptions, build_library
+from dilap.methods.method import PruneTask
 from dilap.shrink import out_columns
 from dilap.space import Choice, Level, Space, Units, plan_of
 from dilap.supernet import Supernet
+from dilap.target import Target
+from dilap.text import Calibration
 from dilap.types import LayerWidths, Plan, full_plan
 
 __all__ = ["CLASSES", "FAMILIES", "VOCAB_SIZE", "tiny_model"]
@@ -104,6 +109,30 @@ def tiny_net(
     """A supernet over `tiny_space`, its library fitted on `tokens`."""
     space = tiny_space(model)
     return space, Supernet(model, build_library(model, space, tokens, options=options))
+
+
+def tiny_task(model: PreTrainedModel, *, share: float = 0.7, **changes: Any) -> PruneTask:
+    """What a method is asked in the tests: a share of a fabricated latency, a microsecond a weight, of a tiny model."""
+    space = tiny_space(model)
+
+    def predict(widths: Sequence[LayerWidths]) -> float:
+        weights = (space.architecture.attention_parameters(w) + space.architecture.ffn_parameters(w) for w in widths)
+        return space.fixed_seconds + 1e-6 * sum(weights)
+
+    train, validation = random_tokens(8, 24), random_tokens(4, 24, seed=1)
+    task = PruneTask(
+        model=model,
+        base="base",
+        text=Calibration(name="random", train=train, validation=validation),
+        target=Target(limit=share * predict(space.architecture.layers), predict=predict),
+        space=space,
+    )
+    return replace(task, **changes)
+
+
+def projections(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Output projections by sublayer name as parameters by their own names."""
+    return {f"{one.path}.weight": weights[one.name] for one in sublayers(model) if one.name in weights}
 
 
 def plan_at(space: Space, net: Supernet, config: tuple[int, ...]) -> Plan:

@@ -31,7 +31,7 @@ def test_groups_are_found_in_every_layer(family: str) -> None:
         ("mistral", {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": False, "ffn_matrices": 3}),
         ("qwen2", {"qkv_bias": True, "out_bias": False, "ffn_bias": False, "qk_norm": False, "ffn_matrices": 3}),
         ("qwen3", {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": True, "ffn_matrices": 3}),
-        ("opt", {"qkv_bias": True, "out_bias": True, "ffn_bias": True, "qk_norm": False, "ffn_matrices": 2}),
+        ("opt", {"out_bias": True, "ffn_bias": True, "ffn_out_bias": True, "qk_norm": False, "ffn_matrices": 2}),
     ],
 )
 def test_biases_norms_and_gates_are_found(family: str, expected: dict[str, Any]) -> None:

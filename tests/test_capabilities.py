@@ -26,6 +26,7 @@ OPT = replace(
     qkv_bias=True,
     out_bias=True,
     ffn_bias=True,
+    ffn_out_bias=True,
     num_positions=66,
     layers=(replace(TINY_LAYER, num_kv_heads=4),) * 2,
 )

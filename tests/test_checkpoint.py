@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import FAMILIES, Kept, logits, plan_for, random_tokens, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny_gguf import compensated_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -79,6 +80,8 @@ def test_pruned_checkpoints_work_where_dilap_is_not_installed(
         model = pruned(family, MIXED)
         reference[family] = logits(model, TOKENS)
         save_checkpoint(model, tokenizer, tmp_path / family)
+    reference["biased"] = logits(biased := compensated_model("qwen2", EQUAL), TOKENS)
+    save_checkpoint(biased, tokenizer, tmp_path / "biased")
     save_file(reference, tmp_path / "reference.safetensors")
     environment = {"PATH": os.environ["PATH"], "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-I", "-c", ALONE, str(tmp_path)]
@@ -86,7 +89,7 @@ def test_pruned_checkpoints_work_where_dilap_is_not_installed(
         command, cwd=tmp_path, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == sorted(FAMILIES)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == sorted([*FAMILIES, "biased"])
     assert "llama PrunedLlamaForCausalLM" in done.stdout
 
 

@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from fabricated import FINGERPRINT
+from fake_job import FAST, FakeBench, call, fabricated_table, last_line
 from models import plan_for, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from dilap import backends
 from dilap.anatomy import architecture_of
-from dilap.backends import Backend
 from dilap.backends.llamacpp import LlamaCpp
 from dilap.cli import export, profile, prune
 from dilap.cli.bench import Bench
@@ -28,119 +27,10 @@ from dilap.cli.console import Console
 from dilap.codec import decode, read_json
 from dilap.evaluator import Evaluator
 from dilap.profilers import devices
-from dilap.profilers.probes import default_levels, list_probes, spread
-from dilap.profilers.protocol import TABLE
-from dilap.profilers.table import LatencyTable, TableEntry, TableHeader, runs_of
+from dilap.profilers.table import TableHeader
 from dilap.shrink import shrink_
 from dilap.source import load, save_checkpoint
-from dilap.types import Architecture, Artifact, LayerWidths, Measurement, Plan, Workload
-
-LLAMACPP = backends.get("llamacpp")
-FAST = ["--evaluations", "3", "--step", "0.2", "--calib-length", "32"]
-
-
-def seconds_of(widths: Sequence[LayerWidths]) -> float:
-    """A made-up device: 0.2 ms and a few microseconds a head and channel."""
-    per_layer = (20e-6 * one.num_heads + 30e-6 * one.num_kv_heads + 1e-6 * one.num_channels for one in widths)
-    return 0.2e-3 + sum(per_layer)
-
-
-class FakeBench(Bench):
-    """Real exports, fabricated seconds."""
-
-    def measure(self, paths: Sequence[Path], *, final: bool = False) -> list[Measurement]:
-        found = []
-        for path in paths:
-            artifact = decode(Artifact, read_json(path.with_name("artifact.json")), source=str(path))
-            center = round(seconds_of(artifact.architecture.layers) * 1e9)
-            found.append(
-                Measurement(
-                    artifact_sha256=artifact.sha256,
-                    workload=self.workload,
-                    fingerprint=FINGERPRINT,
-                    samples_ns=tuple(center + 10 * step for step in range(-7, 8)),
-                    rounds=tuple(range(15)),
-                    peak_memory_bytes=artifact.num_bytes,
-                    load_seconds=0.1,
-                    started="2026-01-01T00:00:00+00:00",
-                    status="ok",
-                )
-            )
-        return found
-
-    def table_path(self, model: str, architecture: Architecture) -> Path:
-        return Path(model).with_suffix(".jsonl")
-
-    def build_table(self, architecture: Architecture, path: Path) -> LatencyTable:
-        table = fabricated_table(architecture, self.workload, self.backend)
-        table.write(path)
-        return table
-
-
-def fabricated_table(architecture: Architecture, workload: Workload, backend: Backend = LLAMACPP) -> LatencyTable:
-    capabilities = backend.capabilities(architecture.family, precision=workload.precision)
-    attention, ffn = default_levels(architecture, capabilities)
-    header = TableHeader(
-        fingerprint=FINGERPRINT,
-        workload=workload,
-        architecture=architecture,
-        backend=backend.name,
-        protocol=TABLE,
-        created="2026-01-01T00:00:00+00:00",
-    )
-    probes = list_probes(
-        architecture,
-        measured=(spread(attention, 6), spread(ffn, 6)),
-        levels=(attention, ffn),
-        uniform=not capabilities.per_layer_widths,
-        num_random=6,
-        num_holdout=3,
-        seed=0,
-    )
-    dense = round(seconds_of(architecture.layers) * 1e9)
-    return LatencyTable(header).with_entries(
-        TableEntry(
-            role=probe.role,
-            runs=runs_of(probe.widths),
-            samples_ns=(round(seconds_of(probe.widths) * 1e9),) * 15,
-            sentinel_ns=(dense,) * 15,
-            status="ok",
-        )
-        for probe in probes
-    )
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """A tiny llama with a tokenizer, as a user would have it."""
-    folder = tmp_path / "tiny"
-    model = tiny_model("llama")
-    save_checkpoint(model, tiny_tokenizer(tmp_path / "words"), folder)
-    return folder
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    path = tmp_path / "corpus.txt"
-    path.write_text(" ".join(f"the {word} of line {word * 7}" for word in range(4000)))
-    return path
-
-
-@pytest.fixture
-def fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    def made(target: str, backend: str, workload: Workload, console: Console) -> FakeBench:
-        chosen = backends.get(backend)
-        return FakeBench(device=devices.get(target), backend=chosen, workload=workload, console=console)
-
-    monkeypatch.setattr("dilap.cli.job.Bench.of", made)
-
-
-def call(main: Callable[[], None], *arguments: object) -> int:
-    """Run a command's main; its exit code."""
-    sys.argv = ["dilap", *map(str, arguments)]
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    return int(stopped.value.code or 0)
+from dilap.types import Architecture, Measurement, Plan, Workload
 
 
 def prune_tiny(checkpoint: Path, corpus: Path, out: Path, *extra: str) -> int:
@@ -254,7 +144,7 @@ def test_an_unfinished_run_with_other_options_is_not_touched(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dilap.cli.stages.build_library", interrupt)
+        patch.setattr("dilap.methods.levels.build_library", interrupt)
         assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--budget", "70%") == 130
     assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--budget", "60%") == 2
     assert "unfinished run with other options" in last_line(capsys)
@@ -282,6 +172,60 @@ def test_recovery_lowers_the_kl(checkpoint: Path, corpus: Path, tmp_path: Path) 
     prune_tiny(checkpoint, corpus, tmp_path / "run", "--budget", "60%", "--recover", "full", "--recover-steps", "8")
     result = read_json(tmp_path / "run" / "result.json")
     assert result["pruned"]["quality"]["kl"] < result["kl_without_recovery"]
+
+
+@pytest.mark.usefixtures("fake_device")
+def test_a_ratio_removes_that_share_of_the_decoders_weights(
+    checkpoint: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--ratio", "0.3", "--method", "magnitude") == 0
+    result = read_json(tmp_path / "run" / "result.json")
+    dense, pruned = (result[side]["artifact"]["architecture"] for side in ("dense", "pruned"))
+    embeddings = 2 * 300 * 64 + 64
+    left = (result["pruned"]["parameters"] - embeddings) / (result["dense"]["parameters"] - embeddings)
+    assert 0.55 < left <= 0.7  # 96 channels in steps of 32
+    assert result["limit_seconds"] is None
+    assert dense["hidden_size"] == pruned["hidden_size"]
+    assert "pruning ratio 0.3: kept" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("fake_device")
+def test_another_method_keeps_the_budget_and_its_biases_are_exported(
+    checkpoint: Path, corpus: Path, tmp_path: Path
+) -> None:
+    settings = ("--method", "flap", "--set", "metric=WIFN")
+    assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--budget", "70%", *settings) == 0
+    result = read_json(tmp_path / "run" / "result.json")
+    assert result["budget_used"] <= 1
+    assert result["pruned"]["artifact"]["architecture"]["ffn_out_bias"]
+    assert result["options"]["settings"] == {"metric": "WIFN"}
+    assert result["pruning_seconds"] > 0
+    model = load(str(tmp_path / "run" / "checkpoint")).model
+    assert architecture_of(model).out_bias
+
+
+@pytest.mark.usefixtures("fake_device")
+def test_a_killed_run_does_not_ask_its_method_again(
+    checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = ("--budget", "70%", "--method", "shortgpt")
+    with monkeypatch.context() as patch:
+        patch.setattr("dilap.cli.claim.shrink_", interrupt)
+        assert prune_tiny(checkpoint, corpus, tmp_path / "run", *arguments) == 130
+    monkeypatch.setattr("dilap.methods.shortgpt.walk", interrupt)
+    assert prune_tiny(checkpoint, corpus, tmp_path / "run", *arguments) == 0
+
+
+@pytest.mark.usefixtures("fake_device")
+def test_a_method_that_the_layout_does_not_hold_is_one_line(
+    checkpoint: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--budget", "80%", "--method", "sprint", "--layout", "portable")
+    assert prune_tiny(checkpoint, corpus, tmp_path / "run", *arguments) == 2
+    assert "SPRINT removes single sublayers" in last_line(capsys)
 
 
 @pytest.mark.usefixtures("fake_device")
@@ -343,6 +287,7 @@ BAD = {
     "threads": (["--threads", "0"], "at least 1"),
     "model": (["--model", "no-such-model"], "no model 'no-such-model'"),
     "table": (["--table", "no-table.jsonl"], "no-table.jsonl"),
+    "setting": (["--method", "flap", "--set", "metric"], "--set takes NAME=VALUE, got 'metric'"),
     "step": (["--step", "0"], "--step is a share of the dense latency between 0 and 1, got 0"),
 }
 
@@ -439,7 +384,3 @@ def test_an_existing_output_is_not_overwritten(
     assert call(export.main, "--backend", "llamacpp", "--out", tmp_path / "out", checkpoint) == 2
     assert "already exists" in last_line(capsys)
     shutil.rmtree(tmp_path / "out")
-
-
-def last_line(capsys: pytest.CaptureFixture[str]) -> str:
-    return capsys.readouterr().err.strip().splitlines()[-1]

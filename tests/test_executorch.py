@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from models import logits, plan_for, random_tokens
-from tiny_gguf import VOCAB_SIZE, byte_level_tokenizer, pruned_model, tiny_model
+from tiny_gguf import VOCAB_SIZE, byte_level_tokenizer, compensated_model, pruned_model, tiny_model
 from transformers import AutoTokenizer, PreTrainedModel
 
 from dilap import backends, codec, export
@@ -122,6 +122,10 @@ def test_unequal_widths_and_missing_sublayers_are_exact(family: str, tokenizer: 
 )
 def test_a_pruned_llama_is_exact(kept: Kept, tokenizer: Path, tmp_path: Path) -> None:
     assert_exact(exported(pruned_model("llama", kept), tokenizer, tmp_path / "out"))
+
+
+def test_biases_of_output_projections_alone_are_exact(tokenizer: Path, tmp_path: Path) -> None:
+    assert_exact(exported(compensated_model("llama", RAGGED), tokenizer, tmp_path / "out"))
 
 
 def test_four_bit_weights_cost_what_they_should(four_bits: Path) -> None:

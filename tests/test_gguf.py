@@ -8,10 +8,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tiny_gguf import VOCAB_SIZE, pruned_model, tiny_model, tokenizer
+from tiny_gguf import VOCAB_SIZE, compensated_model, pruned_model, tiny_model, tokenizer
 from transformers import PreTrainedModel
 
 from dilap.anatomy import architecture_of
+from dilap.backends.llamacpp import LlamaCpp
 from dilap.codec import decode, file_sha256, read_json
 from dilap.errors import InvalidInput, Unsupported
 from dilap.export import llamacpp
@@ -87,6 +88,23 @@ def test_heads_need_not_fill_the_hidden_size(tokenizer: Path, tmp_path: Path) ->
 def test_biases_of_every_projection_are_exact(tokenizer: Path, tmp_path: Path) -> None:
     model = pruned_model("llama", MIXED, attention_bias=True, mlp_bias=True)
     assert_exact(model, tokenizer, tmp_path / "out", "deci")
+
+
+@pytest.mark.parametrize(("kept", "architecture"), [({}, "llama"), (MIXED, "deci")], ids=["dense", "mixed"])
+def test_biases_of_output_projections_alone_are_exact(
+    kept: dict[str, tuple[int, ...]], architecture: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    assert_exact(compensated_model("llama", kept), tokenizer, tmp_path / "out", architecture)
+
+
+def test_output_biases_of_qwen2_need_deci(tokenizer: Path, tmp_path: Path) -> None:
+    assert_exact(compensated_model("qwen2", {}), tokenizer, tmp_path / "out", "deci")
+
+
+def test_output_biases_of_qwen3_are_refused_as_its_capabilities_say(tokenizer: Path, tmp_path: Path) -> None:
+    assert not LlamaCpp().capabilities("qwen3", precision="f16").output_biases
+    with pytest.raises(Unsupported, match="without output biases"):
+        export(compensated_model("qwen3", {}), tokenizer, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

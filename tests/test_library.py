@@ -126,7 +126,7 @@ def inputs_of(model: PreTrainedModel, path: str) -> torch.Tensor:
 def test_covariance_is_that_of_the_inputs(batch_tokens: int) -> None:
     model = tiny_model("llama")
     x = inputs_of(model, "model.layers.1.mlp.down_proj")
-    found = input_covariances(model, TOKENS, batch_tokens=batch_tokens)["layers.1.ffn"]
+    found = dict(input_covariances(model, TOKENS, batch_tokens=batch_tokens))["layers.1.ffn"]
     assert_close(found, x.T @ x / len(x), rtol=1e-4, atol=1e-5)  # f32 sums in another order
 
 
@@ -134,7 +134,7 @@ def test_wanda_scores_are_weight_norm_times_activation_norm() -> None:
     model = tiny_model("llama")
     x = inputs_of(model, "model.layers.1.mlp.down_proj")
     weight = model.model.layers[1].mlp.down_proj.weight.detach()
-    covariance = input_covariances(model, TOKENS, batch_tokens=256)["layers.1.ffn"]
+    covariance = dict(input_covariances(model, TOKENS, batch_tokens=256))["layers.1.ffn"]
     expected = torch.stack([weight[:, c].norm() * (x[:, c].square().mean()).sqrt() for c in range(96)])
     assert_close(wanda_scores(weight, covariance), expected, rtol=1e-4, atol=1e-5)
 
@@ -196,7 +196,7 @@ def test_obs_heads_are_the_best_combination() -> None:
     model = tiny_model("llama")
     space = tiny_space(model)
     library = build_library(model, space, TOKENS, options=LibraryOptions(order="obs"))
-    H = regularised(input_covariances(model, TOKENS, batch_tokens=256)["layers.0.attention"], ridge=0.01)
+    H = regularised(dict(input_covariances(model, TOKENS, batch_tokens=256))["layers.0.attention"], ridge=0.01)
     weight = model.model.layers[0].self_attn.o_proj.weight.detach()
     for level, fit in zip(space.choices[0].levels[1:-1], library[0][1:-1], strict=True):
         errors = [

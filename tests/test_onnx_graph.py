@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import FAMILIES, Kept
 from numpy.typing import NDArray
-from tiny_gguf import pruned_model, tiny_model
+from tiny_gguf import compensated_model, pruned_model, tiny_model
 from transformers import PreTrainedModel
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
@@ -74,6 +74,12 @@ def test_tied_head_is_exact_and_stored_once(family: str, form: Form, tmp_path: P
 def test_untied_head_of_opt_is_exact(tmp_path: Path) -> None:
     model = tiny_model("opt", tie_word_embeddings=False)
     assert_exact(model, save(model, tmp_path / "m.onnx", "onnxruntime"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_biases_of_output_projections_alone_are_exact(form: Form, tmp_path: Path) -> None:
+    model = compensated_model("llama", PLANS["mixed widths"])
+    assert_exact(model, save(model, tmp_path / "m.onnx", form))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import FAMILIES, logits, plan_at, random_tokens, tiny_model, tiny_net
+from models import FAMILIES, logits, plan_at, projections, random_tokens, tiny_model, tiny_net
 from torch.testing import assert_close
 
 from dilap.library import LibraryOptions
@@ -21,7 +21,7 @@ def test_refit_lowers_the_kl_on_its_own_text(family: str) -> None:
     space, net = tiny_net(model, TOKENS)
     before = net.kl(teacher, CONFIG)
     weights = refit_sequentially(net, CONFIG, TOKENS, correction=1.0)
-    shrunk = shrink_(tiny_model(family), plan_at(space, net, CONFIG), weights=weights)
+    shrunk = shrink_(tiny_model(family), plan_at(space, net, CONFIG), parameters=projections(model, weights))
     assert teacher.kl(shrunk) < before
 
 
@@ -41,7 +41,7 @@ def test_refit_of_the_dense_config_is_the_dense_model() -> None:
     dense = logits(model, TOKENS[:2])
     space, net = tiny_net(model, TOKENS)
     weights = refit_sequentially(net, space.dense, TOKENS, correction=1.0)
-    shrunk = shrink_(tiny_model("opt"), plan_at(space, net, space.dense), weights=weights)
+    shrunk = shrink_(tiny_model("opt"), plan_at(space, net, space.dense), parameters=projections(model, weights))
     # Least squares in f32 on inputs whose covariance has a condition number of about 100.
     assert_close(logits(shrunk, TOKENS[:2]), dense, rtol=1e-3, atol=1e-3)
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, Kept, logits, logits_with_cache, masked_, plan_for, random_tokens, tiny_model
+from models import FAMILIES, Kept, logits, logits_with_cache, masked_, plan_for, projections, random_tokens, tiny_model
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
-from dilap.anatomy import architecture_of, decoder_layers
+from dilap.anatomy import architecture_of, decoder_layers, sublayers
 from dilap.errors import Mismatch
 from dilap.modeling_dilap import PRUNED_CLASSES, NoAttention, NoFeedForward
 from dilap.shrink import shrink_
@@ -91,16 +91,51 @@ def test_weights_replace_the_output_projections() -> None:
     model = tiny_model("opt")
     weight = torch.full((64, len(ODD)), 0.5)
     bias = model.model.decoder.layers[1].fc2.bias.detach().clone()
-    shrink_(model, plan_for(model, {"layers.1.channels": ODD}), weights={"layers.1.ffn": weight})
+    shrink_(
+        model, plan_for(model, {"layers.1.channels": ODD}), parameters={"model.decoder.layers.1.fc2.weight": weight}
+    )
     assert torch.equal(model.model.decoder.layers[1].fc2.weight, weight)
     assert torch.equal(model.model.decoder.layers[1].fc2.bias, bias)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_may_come_whole_or_cut(family: str) -> None:
+    model, plan = tiny_model(family), plan_for(tiny_model(family), CASES["mixed_widths"])
+    changed = {name: value + 0.1 for name, value in model.named_parameters() if "layers.1." in name}
+    whole = shrink_(tiny_model(family), plan, parameters=changed)
+    with torch.no_grad():
+        for name, value in changed.items():
+            model.get_parameter(name).copy_(value)
+    cut = {name: value for name, value in whole.named_parameters() if "layers.1." in name}
+    for one in (whole, shrink_(tiny_model(family), plan, parameters=cut)):
+        assert torch.equal(logits(one, TOKENS), logits(shrink_(tiny_model(family), plan), TOKENS)) is False
+        assert torch.equal(logits(one, TOKENS), logits(whole, TOKENS))
+    assert torch.equal(logits(whole, TOKENS), logits(shrink_(model, plan), TOKENS))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_output_biases_may_be_added(family: str) -> None:
+    model, path = tiny_model(family), next(one.path for one in sublayers(tiny_model(family)) if one.layer == 1)
+    plain = logits(model, TOKENS)
+    shrink_(model, plan_for(model, {}), parameters={f"{path}.bias": torch.full((64,), 0.25)})
+    assert torch.equal(model.get_submodule(path).bias, torch.full((64,), 0.25))
+    assert architecture_of(model).out_bias
+    assert architecture_of(model).ffn_out_bias
+    assert not torch.equal(logits(model, TOKENS), plain)
+
+
+def test_unknown_parameter_is_a_mismatch() -> None:
+    model = tiny_model("llama")
+    for name in ("model.layers.9.mlp.down_proj.weight", "lm_head.weight"):
+        with pytest.raises(Mismatch, match=f"no parameter '{name}'"):
+            shrink_(model, plan_for(model, {}), parameters={name: torch.zeros(1)})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_model_stays_bf16(family: str) -> None:
     model = tiny_model(family).to(torch.bfloat16)
     plan = plan_for(model, CASES["mixed_widths"])
-    shrink_(model, plan, weights={"layers.1.ffn": torch.zeros(64, len(ODD))})
+    shrink_(model, plan, parameters=projections(model, {"layers.1.ffn": torch.zeros(64, len(ODD))}))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import FAMILIES, logits, plan_at, random_tokens, tiny_model, tiny_net
+from models import FAMILIES, logits, plan_at, projections, random_tokens, tiny_model, tiny_net
 from torch.nn import functional
 from torch.testing import assert_close
 from transformers import PreTrainedModel
@@ -28,7 +28,7 @@ def test_config_computes_what_the_shrunk_model_computes(family: str, config: tup
     space, net = tiny_net(model, TOKENS)
     net.set(config)
     weights = {s.name: net.library[i][config[i]].weight for i, s in enumerate(net.sublayers)}
-    shrunk = shrink_(tiny_model(family), plan_at(space, net, config), weights=weights)
+    shrunk = shrink_(tiny_model(family), plan_at(space, net, config), parameters=projections(model, weights))
     # The same sums but for zeros, in another order.
     assert_close(logits(shrunk, OTHERS), logits(model, OTHERS), rtol=1e-5, atol=1e-4)
 

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from dilap.anatomy import architecture_of
+from dilap.anatomy import architecture_of, sublayers
 from dilap.shrink import shrink_
 from dilap.types import Plan, full_plan
 
@@ -69,6 +69,15 @@ def pruned_model(family: str, kept: dict[str, tuple[int, ...]], **changes: Any) 
     model = tiny_model(family, **changes)
     plan = full_plan(architecture_of(model), base="base")
     return shrink_(model, Plan(base="base", architecture=plan.architecture, kept=plan.kept | kept))
+
+
+def compensated_model(family: str, kept: dict[str, tuple[int, ...]]) -> PreTrainedModel:
+    """`pruned_model` with random biases at the output projections, which most families lack."""
+    model = tiny_model(family)
+    plan, generator = full_plan(architecture_of(model), base="base"), torch.Generator().manual_seed(1)
+    biases = {f"{one.path}.bias": torch.randn(64, generator=generator) for one in sublayers(model)}
+    plan = Plan(base="base", architecture=plan.architecture, kept=plan.kept | kept)
+    return shrink_(model, plan, parameters=biases)
 
 
 def byte_level_tokenizer(folder: Path) -> Path:

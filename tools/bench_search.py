@@ -30,7 +30,7 @@ from dilap.errors import InvalidInput
 from dilap.evaluator import Evaluator
 from dilap.library import LevelFit, LibraryOptions, build_library
 from dilap.library_file import load_library, save_library
-from dilap.methods import METHODS
+from dilap.methods import SEARCHES
 from dilap.methods.task import SearchOptions, SearchTask
 from dilap.profilers.devices import get
 from dilap.profilers.probes import default_levels
@@ -143,7 +143,7 @@ class Study:
         limit = budget / 100 * self.space.seconds(self.space.dense)
         start = time.monotonic()
         task = SearchTask(evaluator=evaluator, space=self.space, limit=limit, options=variant.options)
-        found = registry.get(METHODS, variant.method, kind="method")(task)
+        found = registry.get(SEARCHES, variant.method, kind="method")(task)
         seconds = time.monotonic() - start
         scores = {
             "kl": net.kl(self.exam, found.config),

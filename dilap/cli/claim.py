@@ -2,64 +2,64 @@
 
 from dataclasses import asdict, dataclass
 
+from transformers import PreTrainedModel
+
 from dilap.cli.result import PruneResult, Quality, Side, flops_of, versions
-from dilap.cli.stages import Found, Goal, Stages
+from dilap.cli.stages import Goal, Stages
 from dilap.codec import encode, write_json
-from dilap.library import LevelFit
+from dilap.methods.method import Pruned
 from dilap.profilers.profiler import budget_share, is_shown, speedup
 from dilap.recover import distil
-from dilap.refit import best_refit
 from dilap.shrink import shrink_
 from dilap.source import save_checkpoint
-from dilap.space import plan_of
-from dilap.supernet import Supernet
 from dilap.teacher import Teacher, perplexity
 from dilap.text import Calibration, EvaluationText, evaluation_text
-from dilap.types import Artifact, Measurement, Plan
-
-Library = list[list[LevelFit]]
+from dilap.types import Artifact, Measurement
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Exam:
-    """Text that no search saw, with what the dense model says about it."""
+    """Text that no search saw, with what the dense model says about it and about the validation split."""
 
     text: EvaluationText
     reference: Teacher
-    dense_perplexity: float
+    validation: Teacher
+    dense: Quality
 
 
-def claim(stages: Stages, goal: Goal, library: Library, found: Found, text: Calibration) -> PruneResult:
-    """Refit, shrink, recover, export, measure with fresh starts, and score on text that no stage has seen.
+def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration) -> PruneResult:
+    """Shrink, recover, export, measure with fresh starts, and score on text that no stage has seen.
 
     The source's model becomes the pruned one on the way, so what is asked of the dense one is asked first.
     """
-    source, workspace, config = stages.source, stages.workspace, found.result.config
-    units = [levels[level].units for levels, level in zip(library, config, strict=True)]
-    plan = plan_of(goal.space, units, base=source.digest)
+    source, workspace, plan = stages.source, stages.workspace, pruned.plan
     write_json(workspace.folder / "plan.json", encode(plan))
     with workspace.stage("score the dense model"):
-        exam = _exam(stages)
+        exam = _exam(stages, text)
         lessons = Teacher.of(source.model, text.train) if stages.options.recovery.mode != "none" else None
-    _refit_and_shrink_(stages, library, found, text, plan)
-    kl_refitted = exam.reference.kl(source.model)
-    stages.console.say(f"refitted and shrunk: KL {kl_refitted:.3f} on {exam.text.name}")
+    shrink_(source.model, plan, parameters=pruned.parameters)
+    source.model.config.dilap_plan = plan.digest
+    with workspace.stage("score the pruned model"):
+        validation_kl = exam.validation.kl(source.model)
+        shrunk = _quality(exam, source.model)
+    stages.console.say(f"shrunk: KL {shrunk.kl:.3f} on {exam.text.name}, {validation_kl:.3f} on the validation split")
+    recovered = shrunk
     if lessons is not None:
         _recover_(stages, lessons)
+        recovered = _quality(exam, source.model)
     with workspace.stage("save the checkpoint"):
         save_checkpoint(source.model, source.tokenizer, workspace.folder / "checkpoint")
-    artifacts = stages.bench.read_artifact(workspace.folder / "dense"), stages.artifact("artifact", plan)
-    with workspace.stage("score the pruned model"):
-        kl, pruned_perplexity = exam.reference.kl(source.model), perplexity(source.model, exam.text.tokens)
+    folders = workspace.dense, workspace.folder / "artifact"
+    artifacts = stages.bench.read_artifact(folders[0]), stages.artifact(folders[1], plan)
     with workspace.stage("measure for the claim"):
-        paths = [stages.file(name, one) for name, one in zip(("dense", "artifact"), artifacts, strict=True)]
+        paths = [folder / one.path for folder, one in zip(folders, artifacts, strict=True)]
         before, after = stages.bench.measure(paths, final=True)
-    dense = _side(stages, artifacts[0], before, _quality(exam, kl=0.0, perplexity=exam.dense_perplexity))
-    pruned = _side(stages, artifacts[1], after, _quality(exam, kl=kl, perplexity=pruned_perplexity))
-    return _result(stages, goal, found, text, dense=dense, pruned=pruned, kl_refitted=kl_refitted)
+    dense = _side(stages, artifacts[0], before, exam.dense)
+    side = _side(stages, artifacts[1], after, recovered)
+    return _result(stages, goal, pruned, text, dense=dense, side=side, shrunk=shrunk, validation_kl=validation_kl)
 
 
-def _exam(stages: Stages) -> _Exam:
+def _exam(stages: Stages, calibration: Calibration) -> _Exam:
     options, source = stages.options, stages.source
     text = evaluation_text(
         options.evaluation_text,
@@ -67,27 +67,12 @@ def _exam(stages: Stages) -> _Exam:
         num_sequences=options.evaluation_sequences,
         length=options.calibration.sequence_length,
     )
-    reference = Teacher.of(source.model, text.tokens)
-    return _Exam(text=text, reference=reference, dense_perplexity=perplexity(source.model, text.tokens))
-
-
-def _refit_and_shrink_(stages: Stages, library: Library, found: Found, text: Calibration, plan: Plan) -> None:
-    """Closed-form recovery on the training split, chosen on the validation split, then the cut."""
-    options, model = stages.options, stages.source.model
-    tokens = text.train[: options.calibration.train_sequences]
-    total = len(plan.architecture.layers) * tokens.numel()  # of the first correction, which mostly does
-    with stages.workspace.stage("closed-form refit"), stages.console.bar("refit", total=total, unit="tok") as bar:
-        refit = best_refit(
-            Supernet(model, library),
-            found.result.config,
-            tokens,
-            teacher=Teacher.of(model, text.validation),
-            options=options.refit,
-            progress=bar.update,
-        )
-    stages.console.say(f"refit: KL on the validation split {found.result.kl:.3f} -> {refit.kl:.3f}")
-    shrink_(model, plan, weights=refit.weights)
-    model.config.dilap_plan = plan.digest
+    return _Exam(
+        text=text,
+        reference=Teacher.of(source.model, text.tokens),
+        validation=Teacher.of(source.model, calibration.validation),
+        dense=_scored(text, kl=0.0, perplexity=perplexity(source.model, text.tokens)),
+    )
 
 
 def _recover_(stages: Stages, lessons: Teacher) -> None:
@@ -103,14 +88,12 @@ def _recover_(stages: Stages, lessons: Teacher) -> None:
     stages.console.say(f"recovery ({options.mode}): KL on its own text {losses[0]:.3f} -> {losses[-1]:.3f}")
 
 
-def _quality(exam: _Exam, *, kl: float, perplexity: float) -> Quality:
-    return Quality(
-        text=exam.text.name,
-        text_sha256=exam.text.sha256,
-        tokens=exam.text.tokens.numel(),
-        kl=kl,
-        perplexity=perplexity,
-    )
+def _quality(exam: _Exam, model: PreTrainedModel) -> Quality:
+    return _scored(exam.text, kl=exam.reference.kl(model), perplexity=perplexity(model, exam.text.tokens))
+
+
+def _scored(text: EvaluationText, *, kl: float, perplexity: float) -> Quality:
+    return Quality(text=text.name, text_sha256=text.sha256, tokens=text.tokens.numel(), kl=kl, perplexity=perplexity)
 
 
 def _side(stages: Stages, artifact: Artifact, measurement: Measurement, quality: Quality) -> Side:
@@ -126,17 +109,29 @@ def _side(stages: Stages, artifact: Artifact, measurement: Measurement, quality:
 
 
 def _result(
-    stages: Stages, goal: Goal, found: Found, text: Calibration, *, dense: Side, pruned: Side, kl_refitted: float
+    stages: Stages,
+    goal: Goal,
+    pruned: Pruned,
+    text: Calibration,
+    *,
+    dense: Side,
+    side: Side,
+    shrunk: Quality,
+    validation_kl: float,
 ) -> PruneResult:
     options = stages.options
-    limit = options.budget.limit_seconds(dense_seconds=dense.seconds)
-    ratio = speedup(dense.measurement, pruned.measurement)
-    used = budget_share(options.budget, dense.measurement, pruned.measurement)
-    predicted_ratio = goal.space.seconds(found.result.config) / goal.space.seconds(goal.space.dense)
+    budget, ratio = options.budget, speedup(dense.measurement, side.measurement)
+    cost, dense_cost = goal.target.cost(pruned.plan), goal.target.predict(pruned.plan.architecture.layers)
+    if budget.ratio is None:
+        used = budget_share(budget, dense.measurement, side.measurement)
+        limit: float | None = budget.limit_seconds(dense_seconds=dense.seconds)
+        predicted: float | None = cost / dense_cost * dense.seconds
+    else:
+        used, limit, predicted = cost / goal.target.limit, None, None
     notes = tuple(
-        f"the {name} model's measurement is {side.measurement.status}: {side.measurement.note}"
-        for name, side in (("dense", dense), ("pruned", pruned))
-        if side.measurement.status != "ok"
+        f"the {name} model's measurement is {one.measurement.status}: {one.measurement.note}"
+        for name, one in (("dense", dense), ("pruned", side))
+        if one.measurement.status != "ok"
     )
     return PruneResult(
         status="kept" if used <= 1.0 else "missed",
@@ -147,27 +142,31 @@ def _result(
         model_digest=stages.source.digest,
         method=options.method,
         layout=goal.layout,
-        budget=options.budget,
+        budget=budget,
         workload=options.workload,
         limit_seconds=limit,
         floor_seconds=goal.floor_seconds,
         fastest_seconds=goal.fastest_seconds,
-        predicted_seconds=predicted_ratio * dense.seconds,
+        predicted_seconds=predicted,
         dense=dense,
-        pruned=pruned,
+        pruned=side,
         speedup=ratio,
         speedup_shown=is_shown(ratio),
-        plan_digest=pruned.artifact.plan_digest,
-        validation_kl=found.result.kl,
-        kl_without_recovery=kl_refitted,
+        plan_digest=side.artifact.plan_digest,
+        validation_kl=validation_kl,
+        kl_without_recovery=shrunk.kl,
+        perplexity_without_recovery=shrunk.perplexity,
         recovery=options.recovery.mode,
         calibration=text.name,
         calibration_sha256=text.sha256,
         calibration_sequences=len(text.train) + len(text.validation),
         calibration_sequence_length=text.train.shape[1],
+        pruning_seconds=float(pruned.facts["seconds"]),
+        pruning_peak_memory_bytes=int(pruned.facts["peak_memory_bytes"]),
+        method_facts={k: v for k, v in pruned.facts.items() if k not in ("seconds", "peak_memory_bytes")},
         options=asdict(options),
         stage_seconds=dict(stages.workspace.stage_seconds),
         versions=versions(),
-        seed=options.search.seed,
+        seed=options.seed,
         notes=notes,
     )

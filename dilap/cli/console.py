@@ -17,7 +17,7 @@ class Console:
     def __init__(self) -> None:
         self._log: Path | None = None
 
-    def log_to(self, path: Path) -> None:
+    def log_to(self, path: Path | None) -> None:
         self._log = path
 
     def say(self, text: str) -> None:

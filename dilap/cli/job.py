@@ -1,9 +1,10 @@
 """The main job: model and budget in, a measured smaller model out."""
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from dilap import __version__, backends, registry
+from dilap import __version__, backends, methods
 from dilap.anatomy import architecture_of
 from dilap.backends import Backend
 from dilap.cli.bench import Bench
@@ -13,24 +14,25 @@ from dilap.cli.result import PruneResult
 from dilap.cli.stages import JobOptions, Stages
 from dilap.cli.workspace import Workspace
 from dilap.codec import encode, write_json
-from dilap.errors import DilapError, Unsupported
-from dilap.methods import METHODS
-from dilap.methods.task import Method
+from dilap.errors import DilapError
+from dilap.methods.method import Method
 from dilap.profilers.search_space import Layout, default_layout, describe, require_layout
 from dilap.source import load
-from dilap.types import full_plan
 
 
-def prune(options: JobOptions, *, out: Path, console: Console) -> PruneResult | None:
-    """Run the whole job into `out`; None where the dense model already keeps the budget (nothing is written)."""
-    workspace = Workspace(out, console)
+def prune(options: JobOptions, *, out: Path, console: Console, shared: Path | None = None) -> PruneResult | None:
+    """Run the whole job into `out`; None where the dense model already keeps the budget (nothing is written).
+
+    `shared` is a folder for what several jobs have in common.
+    """
+    workspace = Workspace(out, console, shared=shared)
     bench = Bench.of(options.target, options.backend, options.workload, console)
     with workspace.stage("load the model"):
         source = load(options.model)
     architecture = architecture_of(source.model)
     backends.require_loadable(bench.backend, architecture, precision=options.workload.precision)
     layout = _layout(options, bench.backend, architecture.family)
-    method = _method(options.method, layout)
+    method = _method(options, layout)
     workspace.open({"options": asdict(options), "model": source.digest, "dilap": __version__})
     console.say(f"{source.name}: {describe(architecture)}")
     stages = Stages(options=options, workspace=workspace, console=console, bench=bench, source=source)
@@ -49,26 +51,20 @@ def prune(options: JobOptions, *, out: Path, console: Console) -> PruneResult | 
 
 
 def _run(stages: Stages, method: Method, layout: Layout) -> PruneResult | None:
-    dense_plan = full_plan(architecture_of(stages.source.model), base=stages.source.digest)
-    dense = stages.artifact("dense", dense_plan)
-    goal = stages.goal(dense, layout)
+    goal = stages.goal(stages.dense_artifact(), layout)
     if goal is None:
         return None
     text = stages.calibration()
-    library = stages.library(goal.space, text.train[: stages.options.calibration.train_sequences])
-    found = stages.search(method, goal, library, text, dense)
-    return claim(stages, goal, library, found, text)
+    return claim(stages, goal, stages.prune(method, goal, text), text)
 
 
-def _method(name: str, layout: Layout) -> Method:
-    """The method of that name; equal widths have a search of their own. Raises InvalidInput, Unsupported."""
-    method: Method = registry.get(METHODS, name, kind="method")
-    if layout != "uniform" or name == "equal_widths":
-        return method
-    if name != "dilap":
-        raise Unsupported(f"method {name} gives every layer its own widths; --layout uniform needs equal_widths")
-    equal_widths: Method = registry.get(METHODS, "equal_widths", kind="method")
-    return equal_widths
+def _method(options: JobOptions, layout: Layout) -> Method:
+    """The method asked for; DiLAP's has a search of its own for equal widths. Raises InvalidInput."""
+    if ":" in options.method and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # a user's own method lies where the command is given
+    name = "equal_widths" if layout == "uniform" and options.method == "dilap" else options.method
+    method: Method = methods.get(name, options.settings)
+    return method
 
 
 def _layout(options: JobOptions, backend: Backend, family: str) -> Layout:

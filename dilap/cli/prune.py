@@ -3,17 +3,22 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from dilap.cli import arguments, console, result
+from dilap.cli.job_arguments import add_search, add_text_and_recovery, job_options
+from dilap.codec import encode
 from dilap.errors import InvalidInput
 from dilap.methods import METHODS
-from dilap.profilers.search_space import LAYOUTS
 from dilap.types import Budget
 
 _EXAMPLES = """\
   dilap-prune --target host_cpu --budget 70%
   dilap-prune --target host_cpu --budget 40ms --model ./my-llama --precision q4_0 --out runs/forty
+  dilap-prune --target host_cpu --budget 70% --method flap --set metric=WIFN
+  dilap-prune --target host_cpu --ratio 0.2 --method my_module:MyMethod
+  dilap-prune --pattern 2:4 --method sparsegpt --rebuild barber
   dilap-prune --target host_cpu --budget 1.4x --table tables/here.jsonl --calib corpus.jsonl --recover lora
 A killed run goes on where it stopped when the same command is given again."""
 
@@ -22,89 +27,89 @@ def _parser() -> argparse.ArgumentParser:
     made = arguments.parser(
         "Prune a model to a latency budget that is measured on the device, and prove it.", _EXAMPLES
     )
-    made.add_argument("--target", required=True, help="the device: host_cpu, jetson_gpu, jetson_cpu, snapdragon_x, s23")
-    made.add_argument("--budget", required=True, help="40ms, 70%% (of the dense latency) or 1.4x (faster than dense)")
+    made.add_argument(
+        "--target", help="the device: host_cpu, jetson_gpu, jetson_cpu, snapdragon_x, s23 (needed unless --pattern)"
+    )
+    asked = made.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--budget", help="40ms, 70%% (of the dense latency) or 1.4x (faster than dense)")
+    asked.add_argument("--ratio", type=float, help="instead: the share of the decoder layers' weights to remove")
+    asked.add_argument("--pattern", help="instead: zeros inside matrices, 0.5 (a share), 2:4 or 4:8 (N of M kept)")
     made.add_argument("--stat", choices=["p50", "p90"], default="p50", help="the latency the budget is about (p50)")
     arguments.add_model(made)
     made.add_argument("--out", metavar="DIR", help="the run's folder (runs/MODEL-TARGET-BUDGET)")
     made.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments.add_workload(made)
-    _add_search(made)
-    _add_text_and_recovery(made)
+    _add_method(made)
+    _add_sparse(made)
+    add_search(made)
+    add_text_and_recovery(made)
     return made
 
 
-def _add_search(made: argparse.ArgumentParser) -> None:
-    from dilap.library import LibraryOptions
-    from dilap.methods.task import SearchOptions
-
-    search, library = SearchOptions(), LibraryOptions()
-    group = made.add_argument_group("the search")
-    group.add_argument("--method", default="dilap", help=f"how widths are chosen: {', '.join(METHODS)} (dilap)")
-    group.add_argument("--layout", choices=LAYOUTS, help="restrict plans to what more runtimes load; see the README")
+def _add_method(made: argparse.ArgumentParser) -> None:
+    group = made.add_argument_group("the method")
     group.add_argument(
-        "--table", metavar="FILE", help="a latency table; by default the one in tables/ that fits, measured first"
-    )
-    group.add_argument("--importance", choices=["wanda", "obs"], default=library.order, help=f"({library.order})")
-    group.add_argument(
-        "--step",
-        type=float,
-        default=search.step,
-        metavar="SHARE",
-        help=f"of the dense latency between two linearisations ({search.step:g})",
+        "--method",
+        metavar="NAME",
+        help=f"{', '.join(METHODS)}, or your own as module:attribute; see the README (dilap). "
+        "With --pattern: magnitude, wanda, sparsegpt (wanda)",
     )
     group.add_argument(
-        "--evaluations", type=int, default=search.evaluations, metavar="N", help=f"({search.evaluations})"
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeat for more"
     )
-    group.add_argument("--seed", type=int, default=search.seed, metavar="N", help=f"({search.seed})")
 
 
-def _add_text_and_recovery(made: argparse.ArgumentParser) -> None:
-    from dilap.recover import RecoveryOptions
+def _add_sparse(made: argparse.ArgumentParser) -> None:
+    group = made.add_argument_group("zeros inside matrices (--pattern)")
+    group.add_argument(
+        "--propagate", choices=["pruned", "dense"], default="pruned", help="what later layers see (pruned)"
+    )
+    group.add_argument("--rebuild", choices=["barber"], help="swap zeros block by block afterwards")
+    group.add_argument("--granularity", choices=["block", "layer", "output1", "input1"], help="where swaps are made")
+    group.add_argument("--threshold", type=float, metavar="SHARE", help="of the swaps that would help")
+
+
+def _sparse(given: argparse.Namespace) -> int:
+    """The job for a pattern of zeros."""
+    from dilap.cli import sparse_job  # torch and transformers: seconds that bad input should not cost
     from dilap.text import CalibrationOptions
 
-    text, recovery = CalibrationOptions(), RecoveryOptions()
-    group = made.add_argument_group("text and recovery")
-    group.add_argument("--calib", default="self", help="self (sampled from the model), a text or jsonl file, a hub set")
-    group.add_argument("--calib-length", type=int, default=text.sequence_length, metavar="N", help="tokens a sequence")
-    group.add_argument("--eval-text", default="python-docs", metavar="TEXT", help="scored, never searched on")
-    group.add_argument("--recover", choices=["none", "lora", "full"], default=recovery.mode, help=f"({recovery.mode})")
-    group.add_argument("--recover-steps", type=int, default=recovery.steps, metavar="N", help=f"({recovery.steps})")
+    if given.threshold is not None and not 0 <= given.threshold <= 1:
+        raise InvalidInput(f"--threshold is a share between 0 and 1, got {given.threshold:g}")
+    options = sparse_job.SparseOptions(
+        pattern=given.pattern,
+        method=given.method or "wanda",
+        settings=_settings(given.set),
+        model=given.model,
+        propagate=given.propagate,
+        rebuild=given.rebuild is not None,
+        granularity=given.granularity,
+        threshold=given.threshold,
+        calibration=CalibrationOptions(source=given.calib, sequence_length=given.calib_length, seed=given.seed),
+        evaluation_text=given.eval_text,
+    )
+    name = Path(given.model).name.removesuffix(".gguf")
+    out = given.out or f"runs/{name}-{options.method}-{given.pattern.replace(':', 'of')}{'-barber' * options.rebuild}"
+    done = sparse_job.sparsify(options, out=arguments.new_path(out), console=console.Console())
+    if given.json:
+        json.dump(encode(done) | {"out": out}, sys.stdout, indent=1)
+    else:
+        print(f"{sparse_job.table(done)}\n\neverything is in {out}")
+    return 0
 
 
 def _command() -> int:
     given = _parser().parse_args()
-    budget = Budget.parse(given.budget, statistic=given.stat)
-    backend = arguments.backend_of(given, device=given.target)
-    workload = arguments.workload_of(given, device=given.target, backend=backend)
+    if given.pattern is not None:
+        return _sparse(given)
+    if given.target is None:
+        raise InvalidInput("name the device with --target; dilap-profile --doctor lists them")
+    given.method = given.method or "dilap"
+    budget = _budget(given)
+    options = job_options(given, budget=budget, method=given.method, settings=_settings(given.set))
     from dilap.cli.job import prune  # torch and transformers: seconds that bad input should not cost
-    from dilap.cli.stages import JobOptions
-    from dilap.library import LibraryOptions
-    from dilap.methods.task import SearchOptions
-    from dilap.recover import RecoveryOptions
-    from dilap.text import CalibrationOptions
 
-    if not 0 < given.step <= 1:
-        raise InvalidInput(f"--step is a share of the dense latency between 0 and 1, got {given.step:g}")
-    for name in ("evaluations", "calib_length", "recover_steps"):
-        if getattr(given, name) < (0 if name == "evaluations" else 1):
-            raise InvalidInput(f"--{name.replace('_', '-')} is too small: {getattr(given, name)}")
-    options = JobOptions(
-        budget=budget,
-        model=given.model,
-        target=given.target,
-        backend=backend,
-        workload=workload,
-        layout=given.layout,
-        method=given.method,
-        table=given.table,
-        calibration=CalibrationOptions(source=given.calib, sequence_length=given.calib_length, seed=given.seed),
-        evaluation_text=given.eval_text,
-        library=LibraryOptions(order=given.importance),
-        search=SearchOptions(step=given.step, evaluations=given.evaluations, seed=given.seed),
-        recovery=RecoveryOptions(mode=given.recover, steps=given.recover_steps, seed=given.seed),
-    )
-    out = arguments.new_path(given.out) if given.out else _default_out(given.model, given.target, budget)
+    out = arguments.new_path(given.out) if given.out else _default_out(given, budget)
     done = prune(options, out=out, console=console.Console())
     if done is None:
         if given.json:
@@ -117,9 +122,26 @@ def _command() -> int:
     return 0 if done.status == "kept" else 1
 
 
-def _default_out(model: str, target: str, budget: Budget) -> Path:
-    name = Path(model).name.removesuffix(".gguf")
-    return Path("runs") / f"{name}-{target}-{str(budget).replace('%', 'pct')}"
+def _budget(given: argparse.Namespace) -> Budget:
+    if given.ratio is None:
+        return Budget.parse(given.budget, statistic=given.stat)
+    if not 0 < given.ratio < 1:
+        raise InvalidInput(f"--ratio is a share of the weights between 0 and 1, got {given.ratio:g}")
+    return Budget(ratio=given.ratio)
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, str]:
+    """`name=value` each."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise InvalidInput(f"--set takes NAME=VALUE, got {pair!r}")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def _default_out(given: argparse.Namespace, budget: Budget) -> Path:
+    name = Path(given.model).name.removesuffix(".gguf")
+    method = "" if given.method == "dilap" else f"-{given.method.replace(':', '.')}"
+    return Path("runs") / f"{name}-{given.target}-{str(budget).replace('%', 'pct').replace(' ', '')}{method}"
 
 
 def main() -> None:

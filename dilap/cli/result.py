@@ -47,10 +47,10 @@ class PruneResult:
     layout: str
     budget: Budget
     workload: Workload
-    limit_seconds: float
-    floor_seconds: float
-    fastest_seconds: float
-    predicted_seconds: float
+    limit_seconds: float | None
+    floor_seconds: float | None
+    fastest_seconds: float | None
+    predicted_seconds: float | None
     dense: Side
     pruned: Side
     speedup: Interval
@@ -58,11 +58,15 @@ class PruneResult:
     plan_digest: str
     validation_kl: float
     kl_without_recovery: float
+    perplexity_without_recovery: float
     recovery: str
     calibration: str
     calibration_sha256: str
     calibration_sequences: int
     calibration_sequence_length: int
+    pruning_seconds: float
+    pruning_peak_memory_bytes: int
+    method_facts: dict[str, Any]
     options: dict[str, Any]
     stage_seconds: dict[str, float]
     versions: dict[str, str]
@@ -112,20 +116,28 @@ def table(result: PruneResult) -> str:
         ),
     ]
     shown = "" if result.speedup_shown else "  (not shown: the interval includes 1)"
-    verdict = "kept" if result.status == "kept" else "MISSED"
     return "\n".join(
         [
             f"{result.model} on {result.target}, {result.backend}, {result.workload.describe()}",
             "",
             *_aligned(rows),
             "",
-            f"budget {result.budget} = {result.limit_seconds * 1e3:.2f} ms: {verdict}, "
-            f"{result.budget_used:.1%} of it used (predicted {result.predicted_seconds / result.limit_seconds:.1%})",
+            _verdict(result),
             f"speed-up {result.speedup.value:.3f}x [{result.speedup.low:.3f}, {result.speedup.high:.3f}]{shown}",
             f"KL and perplexity on {pruned.quality.text} ({pruned.quality.tokens} tokens, never seen by the search)"
             + (f"; KL before recovery {result.kl_without_recovery:.3f}" if result.recovery != "none" else ""),
             *result.notes,
         ]
+    )
+
+
+def _verdict(result: PruneResult) -> str:
+    verdict = "kept" if result.status == "kept" else "MISSED"
+    if result.limit_seconds is None or result.predicted_seconds is None:
+        return f"pruning {result.budget}: {verdict}, {result.budget_used:.1%} of the weights it leaves are used"
+    return (
+        f"budget {result.budget} = {result.limit_seconds * 1e3:.2f} ms: {verdict}, "
+        f"{result.budget_used:.1%} of it used (predicted {result.predicted_seconds / result.limit_seconds:.1%})"
     )
 
 

@@ -1,39 +1,37 @@
 """The stages of a prune job up to the plan; each goes on from what an earlier run left in the workspace."""
 
 import statistics
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
+from dilap.anatomy import architecture_of
+from dilap.backends import host
 from dilap.builtin import DEFAULT_MODEL
 from dilap.cli.bench import Bench
 from dilap.cli.console import Console
 from dilap.cli.workspace import Workspace
 from dilap.codec import digest, written_aside
 from dilap.errors import Infeasible, Mismatch
-from dilap.evaluator import Evaluator
-from dilap.library import LevelFit, LibraryOptions, build_library
-from dilap.library_file import load_library, save_library
-from dilap.methods.task import Method, SearchOptions, SearchResult, SearchTask
+from dilap.methods.method import LevelOptions, Method, Pruned, PruneTask
 from dilap.profilers.fit import LatencyModel
+from dilap.profilers.parameters import ParameterCosts
 from dilap.profilers.probes import default_levels
 from dilap.profilers.profiler import budget_share
-from dilap.profilers.search_space import Layout, build_space
+from dilap.profilers.search_space import Costs, Layout, build_space, width_rules
+from dilap.pruned_file import load_pruned, save_pruned
 from dilap.recover import RecoveryOptions
-from dilap.refit import RefitOptions
 from dilap.source import Source
-from dilap.space import Space
-from dilap.supernet import Supernet
-from dilap.teacher import Teacher
+from dilap.space import Space, WidthRules
+from dilap.target import Target, uses_well
 from dilap.text import Calibration, CalibrationOptions, calibration
-from dilap.types import Artifact, Budget, Plan, Workload
+from dilap.types import Architecture, Artifact, Budget, Plan, Workload, full_plan
 
 _AIM = 0.985  # of the limit: a table is right to 1-2 %, and a budget missed by 0.1 % is missed
-_ENOUGH = 0.95  # of the limit used: a plan that uses less gave away quality for nothing
-_CORRECTIONS = 3
 _MAX_TABLE_ERROR = 0.10
+_MEASURE = "measure the plans found"  # inside the pruning stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,33 +45,27 @@ class JobOptions:
     workload: Workload = field(default_factory=Workload)
     layout: Layout | None = None
     method: str = "dilap"
+    settings: dict[str, str] = field(default_factory=dict)
     table: str | None = None
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     evaluation_text: str = "python-docs"
     evaluation_sequences: int = 32
-    library: LibraryOptions = field(default_factory=LibraryOptions)
-    search: SearchOptions = field(default_factory=SearchOptions)
-    refit: RefitOptions = field(default_factory=RefitOptions)
+    levels: LevelOptions = field(default_factory=LevelOptions)
     recovery: RecoveryOptions = field(default_factory=RecoveryOptions)
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """A budget made concrete; `table_limit` is in the table's seconds, the others in those of this day's machine."""
+    """A budget made concrete. `target` is in the table's seconds, or in weights where a ratio is asked; the other
+    seconds are those of this day's machine, none for a ratio."""
 
     space: Space
     layout: Layout
-    floor_seconds: float
-    fastest_seconds: float
-    table_limit: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """A search result and the share of the budget that its widths were measured at."""
-
-    result: SearchResult
-    used: float
+    rules: WidthRules
+    target: Target
+    floor_seconds: float | None = None
+    fastest_seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,32 +78,43 @@ class Stages:
     bench: Bench
     source: Source
 
-    def artifact(self, name: str, plan: Plan) -> Artifact:
+    def dense_artifact(self) -> Artifact:
+        """The dense model, exported once."""
+        plan = full_plan(architecture_of(self.source.model), base=self.source.digest)
+        return self.artifact(self.workspace.dense, plan)
+
+    def artifact(self, folder: Path, plan: Plan) -> Artifact:
         """The model as it stands, exported and verified."""
-        folder = self.workspace.folder / name
         if not folder.exists():
-            with self.workspace.stage(f"export {name}"):
+            with self.workspace.stage(f"export {folder.name}"):
                 self.bench.export(self.source, plan, folder)
         return self.bench.read_artifact(folder)
-
-    def file(self, name: str, artifact: Artifact) -> Path:
-        """The model file of an artifact of this run."""
-        return self.workspace.folder / name / artifact.path
 
     def goal(self, dense: Artifact, layout: Layout) -> Goal | None:
         """Says floor and fastest reachable latency; None where the dense model keeps the budget already.
 
         Raises Infeasible below the fastest, Mismatch where the table cannot be trusted.
         """
-        latency = self._latency_model(dense)
-        budget = self.options.budget
         capabilities = self.bench.backend.capabilities(
-            latency.architecture.family, precision=self.options.workload.precision
+            dense.architecture.family, precision=self.options.workload.precision
         )
-        attention_levels, ffn_levels = default_levels(latency.architecture, capabilities)
-        space = build_space(latency, attention_levels=attention_levels, ffn_levels=ffn_levels, layout=layout)
+        ratio = self.options.budget.ratio
+        costs = self._latency_model(dense) if ratio is None else ParameterCosts(architecture=dense.architecture)
+        attention_levels, ffn_levels = default_levels(dense.architecture, capabilities)
+        space = build_space(costs, attention_levels=attention_levels, ffn_levels=ffn_levels, layout=layout)
+        rules = width_rules(layout, capabilities)
+        if ratio is None:
+            return self._latency_goal(dense, costs, space, layout, rules)
+        limit = (1 - ratio) * costs.predict(dense.architecture.layers)
+        target = Target(limit=limit, predict=costs.predict)
+        return Goal(space=space, layout=layout, rules=rules, target=target)
+
+    def _latency_goal(
+        self, dense: Artifact, costs: Costs, space: Space, layout: Layout, rules: WidthRules
+    ) -> Goal | None:
+        budget = self.options.budget
         with self.workspace.stage("measure the dense model"):
-            dense_seconds = self.bench.measure([self.file("dense", dense)])[0].seconds(budget.statistic)
+            dense_seconds = self.bench.measure([self.workspace.dense / dense.path])[0].seconds(budget.statistic)
         scale = dense_seconds / space.seconds(space.dense)  # the table's day against this one
         floor, fastest = scale * space.fixed_seconds, scale * space.seconds(space.fastest)
         limit = budget.limit_seconds(dense_seconds=dense_seconds)
@@ -128,12 +131,19 @@ class Stages:
                 f"{fastest / dense_seconds:.0%} of dense: take a larger budget, a smaller --precision, --layout free "
                 "or a smaller model"
             )
+        target = Target(
+            limit=_AIM * limit / scale,
+            predict=costs.predict,
+            measure=lambda architecture: self._share_used(architecture, dense),
+            aim=_AIM,
+        )
         return Goal(
             space=space,
             layout=layout,
+            rules=rules,
+            target=target,
             floor_seconds=floor,
             fastest_seconds=fastest,
-            table_limit=_AIM * limit / scale,
         )
 
     def _latency_model(self, dense: Artifact) -> LatencyModel:
@@ -154,7 +164,7 @@ class Stages:
         return model
 
     def calibration(self) -> Calibration:
-        options, path = self.options.calibration, self.workspace.cache / "calibration.safetensors"
+        options, path = self.options.calibration, self.workspace.calibration
         count = options.train_sequences + options.validation_sequences + self._recovery_sequences
         if not path.exists():
             total = count * options.sequence_length
@@ -181,73 +191,55 @@ class Stages:
         text = self.options.calibration
         return replace(text, train_sequences=text.train_sequences + self._recovery_sequences)
 
-    def library(self, space: Space, tokens: torch.Tensor) -> list[list[LevelFit]]:
-        path = self.workspace.cache / "library.safetensors"
+    def prune(self, method: Method, goal: Goal, text: Calibration) -> Pruned:
+        """What `method` answers; it is asked once in the life of a run."""
+        path = self.workspace.cache / "pruned.safetensors"
         if not path.exists():
-            with (
-                self.workspace.stage("level library"),
-                self.console.bar("library", total=tokens.numel(), unit="tok") as bar,
-            ):
-                save_library(
-                    path,
-                    build_library(self.source.model, space, tokens, options=self.options.library, progress=bar.update),
-                )
-        return load_library(path)
+            start, measured = time.monotonic(), self._seconds_measured
+            with self.workspace.stage("prune"):
+                host.reset_peak_memory_()
+                pruned = method(self._task(goal, text))
+            goal.rules.require(pruned.plan)
+            cost = {
+                "seconds": time.monotonic() - start - (self._seconds_measured - measured),
+                "peak_memory_bytes": host.memory_use().peak_bytes,
+            }
+            save_pruned(path, replace(pruned, facts={**pruned.facts, **cost}))
+        return load_pruned(path)
 
-    def search(
-        self, method: Method, goal: Goal, library: list[list[LevelFit]], text: Calibration, dense: Artifact
-    ) -> "Found":
-        """Search, measure the widths that came out, and correct the limit by the gap until the budget is used well.
+    @property
+    def _seconds_measured(self) -> float:
+        return self.workspace.stage_seconds.get(_MEASURE, 0.0)
 
-        Latency does not depend on the weights' values, so a random model of the same widths is measured. The gap
-        between measured and predicted is the mean of all attempts: one alone sent a search 8 % too far on a busy
-        machine.
+    def _task(self, goal: Goal, text: Calibration) -> PruneTask:
+        train = text.train[: self.options.calibration.train_sequences]
+        return PruneTask(
+            model=self.source.model,
+            base=self.source.digest,
+            text=replace(text, train=train),
+            target=goal.target,
+            space=goal.space,
+            rules=goal.rules,
+            levels=self.options.levels,
+            tokenizer=self.source.tokenizer,
+            cache=self.workspace.cache,
+            seed=self.options.seed,
+            bar=self.console.bar,
+            report=self.console.say,
+        )
+
+    def _share_used(self, architecture: Architecture, dense: Artifact) -> float:
+        """Measured share of the budget, kept for a run that goes on; nothing is corrected on a quick measurement.
+
+        Latency does not depend on the weights' values, so a random model of that shape is measured.
         """
-        net = Supernet(self.source.model, library)
-        with self.workspace.stage("search"):
-            teacher = Teacher.of(self.source.model, text.validation)
-            evaluator = Evaluator(net=net, teacher=teacher, journal=self.workspace.cache / "journal")
-            task = SearchTask(
-                evaluator=evaluator,
-                space=goal.space,
-                limit=goal.table_limit,
-                options=self.options.search,
-                report=self.console.say,
-            )
-            found = method(task)
-        attempts: list[Found] = []
-        gaps: list[float] = []
-        for attempt in range(1 + _CORRECTIONS):
-            used = self._share_used(goal, found, dense)
-            attempts.append(Found(result=found, used=used))
-            gaps.append(used / (_AIM * goal.space.seconds(found.config) / goal.table_limit))
-            if _uses_budget_well(used) or attempt == _CORRECTIONS:
-                break
-            fastest = goal.space.seconds(goal.space.fastest)
-            options = replace(task.options, evaluations=0)  # of 10 more moves at most one was kept
-            limit = max(goal.table_limit / statistics.fmean(gaps), fastest)
-            task = replace(task, limit=limit, previous=found, options=options)
-            with self.workspace.stage("correct the limit by the gap"):
-                found = method(task)
-        net.close()
-        return max(attempts, key=lambda one: (one.used <= 1.0, one.used if one.used <= 1.0 else -one.used))
-
-    def _share_used(self, goal: Goal, found: SearchResult, dense: Artifact) -> float:
-        """Measured share of the budget, kept for a run that goes on; nothing is corrected on a quick measurement."""
-        widths = tuple(layer for layer in goal.space.widths(found.config) if not layer.is_empty)
-        stem = f"widths-{digest([asdict(layer) for layer in widths])[:16]}"
-        architecture = replace(dense.architecture, layers=widths)
-        used = 0.0
+        stem, used = f"widths-{digest(asdict(architecture))[:16]}", 0.0
         for name, final in ((stem, False), (f"{stem}-again", True)):
             path = self.workspace.cache / f"{name}.json"
-            with self.workspace.stage("measure the widths found"):
-                both = self.bench.measure_widths(self.file("dense", dense), architecture, path, final=final)
+            with self.workspace.stage(_MEASURE):
+                both = self.bench.measure_widths(self.workspace.dense / dense.path, architecture, path, final=final)
             used = budget_share(self.options.budget, *both)
-            self.console.say(f"these widths, measured{' again' * final}: {used:.1%} of the budget")
-            if _uses_budget_well(used):
+            self.console.say(f"this plan, measured{' again' * final}: {used:.1%} of the budget")
+            if uses_well(used):
                 break
         return used
-
-
-def _uses_budget_well(used: float) -> bool:
-    return _ENOUGH <= used <= 1.0

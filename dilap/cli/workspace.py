@@ -13,16 +13,22 @@ from dilap.errors import InvalidInput
 
 
 class Workspace:
-    """A killed run leaves its folder behind; the same run started again goes on in it."""
+    """A killed run leaves its folder behind; the same run started again goes on in it.
 
-    def __init__(self, out: Path, console: Console) -> None:
+    Runs of one comparison have a `shared` folder for what is the same in all of them: calibration text, dense artifact.
+    """
+
+    def __init__(self, out: Path, console: Console, *, shared: Path | None = None) -> None:
         if out.exists():
             raise InvalidInput(f"{out} already exists; remove it or choose another --out")
         self.out, self.console = out, console
         self.folder = out.with_name(f".{out.name}.unfinished")
         self.cache = self.folder / "cache"  # what only a later stage of the same run reads
+        self.calibration = (shared or self.cache) / "calibration.safetensors"
+        self.dense = (shared or self.folder) / "dense"
         self.stage_seconds: dict[str, float] = {}
         self.is_continued = False
+        self._is_open = False
 
     def open(self, identity: dict[str, Any]) -> None:
         """Start, or go on where a run with the same `identity` stopped. Raises InvalidInput for another's folder."""
@@ -33,11 +39,12 @@ class Workspace:
                     f"{self.folder} holds an unfinished run with other options; remove it or choose another --out"
                 )
             if self._stages.exists():
-                self.stage_seconds.update(read_json(self._stages))
+                self.stage_seconds = {**read_json(self._stages), **self.stage_seconds}
             self.is_continued = True
             self.console.say(f"going on with the unfinished run in {self.folder}")
         else:
             write_json(path, identity)
+        self._is_open = True
         self.console.log_to(self.folder / "log.txt")
 
     @contextmanager
@@ -48,15 +55,17 @@ class Workspace:
         seconds = self.stage_seconds.get(name, 0.0) + time.monotonic() - start
         self.stage_seconds[name] = round(seconds, 3)
         self.console.say(f"[{seconds:6.1f} s] {name}")
-        if self.cache.exists():
+        if self._is_open:  # not before what an earlier run left there has been read
             write_json(self._stages, self.stage_seconds)
 
     def finish(self) -> None:
         """Drop what only the run itself needed and give the folder its name."""
+        self.console.log_to(None)
         shutil.rmtree(self.cache)
         self.folder.rename(self.out)
 
     def discard(self) -> None:
+        self.console.log_to(None)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @property

@@ -12,8 +12,15 @@ from dataclasses import replace
 import torch
 
 from dilap.allocation import Config, Quadratic, move, move_gains, project, relax, swap
+from dilap.methods.levels import prune_by_levels
+from dilap.methods.method import Pruned, PruneTask
 from dilap.methods.task import Round, SearchOptions, SearchResult, SearchTask
 from dilap.space import Space
+
+
+def prune(task: PruneTask) -> Pruned:
+    """This search over measured levels, then a closed-form refit."""
+    return prune_by_levels(task, search)
 
 
 def search(task: SearchTask) -> SearchResult:

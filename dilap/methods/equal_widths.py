@@ -5,10 +5,17 @@ from collections.abc import Iterator
 from dilap.allocation import Config, Quadratic
 from dilap.errors import Infeasible
 from dilap.methods.dilap import linear_model
+from dilap.methods.levels import prune_by_levels
+from dilap.methods.method import Pruned, PruneTask
 from dilap.methods.task import SearchResult, SearchTask
 from dilap.space import Space
 
 _CANDIDATES = 12  # of the quadratic's best width pairs, scored on the real KL
+
+
+def prune(task: PruneTask) -> Pruned:
+    """This search over measured levels, then a closed-form refit."""
+    return prune_by_levels(task, search)
 
 
 def search(task: SearchTask) -> SearchResult:

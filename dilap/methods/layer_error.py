@@ -3,7 +3,14 @@
 import numpy as np
 
 from dilap.allocation import solve
+from dilap.methods.levels import prune_by_levels
+from dilap.methods.method import Pruned, PruneTask
 from dilap.methods.task import SearchResult, SearchTask
+
+
+def prune(task: PruneTask) -> Pruned:
+    """This allocation of measured levels, then a closed-form refit."""
+    return prune_by_levels(task, search)
 
 
 def search(task: SearchTask) -> SearchResult:

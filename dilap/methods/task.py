@@ -1,4 +1,4 @@
-"""What a method is asked, and what it answers."""
+"""What a search over measured levels is asked, and what it answers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ class SearchOptions:
 class SearchTask:
     """Choose a config of `space` within `limit` seconds; `report` takes a line for the log.
 
-    `previous` is a result for a nearby limit that a method may start from.
+    `previous` is a result for a nearby limit that a search may start from.
     """
 
     evaluator: Evaluator
@@ -69,4 +69,4 @@ class SearchResult:
     curvature_scale: float = 1.0
 
 
-Method = Callable[[SearchTask], SearchResult]
+Search = Callable[[SearchTask], SearchResult]

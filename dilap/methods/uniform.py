@@ -2,8 +2,15 @@
 
 from dilap.allocation import Config
 from dilap.errors import Infeasible
+from dilap.methods.levels import prune_by_levels
+from dilap.methods.method import Pruned, PruneTask
 from dilap.methods.task import SearchResult, SearchTask
 from dilap.space import Space
+
+
+def prune(task: PruneTask) -> Pruned:
+    """This allocation of measured levels, then a closed-form refit."""
+    return prune_by_levels(task, search)
 
 
 def search(task: SearchTask) -> SearchResult:

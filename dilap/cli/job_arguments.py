@@ -1,0 +1,89 @@
+"""Arguments of the commands that prune, and the job that they ask for."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from dilap.cli import arguments
+from dilap.errors import InvalidInput
+from dilap.profilers.search_space import LAYOUTS
+from dilap.types import Budget
+
+if TYPE_CHECKING:
+    from dilap.cli.stages import JobOptions
+
+
+def add_search(made: argparse.ArgumentParser) -> None:
+    from dilap.library import LibraryOptions
+    from dilap.methods.task import SearchOptions
+
+    search, library = SearchOptions(), LibraryOptions()
+    group = made.add_argument_group("the search")
+    group.add_argument("--layout", choices=LAYOUTS, help="restrict plans to what more runtimes load; see the README")
+    group.add_argument(
+        "--table", metavar="FILE", help="a latency table; by default the one in tables/ that fits, measured first"
+    )
+    group.add_argument("--importance", choices=["wanda", "obs"], default=library.order, help=f"({library.order})")
+    group.add_argument(
+        "--step",
+        type=float,
+        default=search.step,
+        metavar="SHARE",
+        help=f"of the dense latency between two linearisations ({search.step:g})",
+    )
+    group.add_argument(
+        "--evaluations", type=int, default=search.evaluations, metavar="N", help=f"({search.evaluations})"
+    )
+    group.add_argument("--seed", type=int, default=search.seed, metavar="N", help=f"({search.seed})")
+
+
+def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", steps: int | None = None) -> None:
+    """`mode` and `steps` are the defaults of this command's recovery."""
+    from dilap.recover import RecoveryOptions
+    from dilap.text import CalibrationOptions
+
+    text, steps = CalibrationOptions(), steps or RecoveryOptions().steps
+    group = made.add_argument_group("text and recovery")
+    group.add_argument("--calib", default="self", help="self (sampled from the model), a text or jsonl file, a hub set")
+    group.add_argument("--calib-length", type=int, default=text.sequence_length, metavar="N", help="tokens a sequence")
+    group.add_argument("--eval-text", default="python-docs", metavar="TEXT", help="scored, never searched on")
+    group.add_argument("--recover", choices=["none", "lora", "full"], default=mode, help=f"({mode})")
+    group.add_argument("--recover-steps", type=int, default=steps, metavar="N", help=f"({steps})")
+
+
+def job_options(
+    given: argparse.Namespace, *, budget: Budget, method: str = "dilap", settings: dict[str, str] | None = None
+) -> "JobOptions":
+    """Raises InvalidInput for impossible values, Unavailable where the device is out of reach."""
+    backend = arguments.backend_of(given, device=given.target)
+    workload = arguments.workload_of(given, device=given.target, backend=backend)
+    from dilap.cli.stages import JobOptions  # torch and transformers: seconds that bad input should not cost
+    from dilap.library import LibraryOptions
+    from dilap.methods.method import LevelOptions
+    from dilap.methods.task import SearchOptions
+    from dilap.recover import RecoveryOptions
+    from dilap.text import CalibrationOptions
+
+    if not 0 < given.step <= 1:
+        raise InvalidInput(f"--step is a share of the dense latency between 0 and 1, got {given.step:g}")
+    for name in ("evaluations", "calib_length", "recover_steps"):
+        if getattr(given, name) < (0 if name == "evaluations" else 1):
+            raise InvalidInput(f"--{name.replace('_', '-')} is too small: {getattr(given, name)}")
+    return JobOptions(
+        budget=budget,
+        model=given.model,
+        target=given.target,
+        backend=backend,
+        workload=workload,
+        layout=given.layout,
+        method=method,
+        settings=settings or {},
+        table=given.table,
+        calibration=CalibrationOptions(source=given.calib, sequence_length=given.calib_length, seed=given.seed),
+        evaluation_text=given.eval_text,
+        levels=LevelOptions(
+            library=LibraryOptions(order=given.importance),
+            search=SearchOptions(step=given.step, evaluations=given.evaluations, seed=given.seed),
+        ),
+        recovery=RecoveryOptions(mode=given.recover, steps=given.recover_steps, seed=given.seed),
+        seed=given.seed,
+    )

@@ -1,0 +1,67 @@
+"""Low-rank adapters on a model that has to be left as it was."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel
+
+from dilap.anatomy import decoder_layers, family_of
+from dilap.methods.method import PruneTask
+from dilap.modeling_dilap import Family
+
+
+class Adapters:
+    """The model with adapters on every decoder matrix while it is entered; taken off again in the end."""
+
+    def __init__(
+        self, task: PruneTask, *, rank: int, alpha: int, dropout: float, paths: Sequence[str] | None = None
+    ) -> None:
+        """`paths` are the matrices of a layer that get adapters, all by default."""
+        self.model: PreTrainedModel = task.model
+        self.paths = paths or matrices_of(family_of(task.model.config))
+        torch.manual_seed(task.seed)
+        names = [path.rpartition(".")[2] for path in self.paths]
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names)
+        self.scale, self.config = alpha / rank, config
+
+    def __enter__(self) -> "Adapters":
+        self.wrapped: Any = get_peft_model(self.model, self.config)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wrapped.unload()
+        self.model.eval().requires_grad_(False)
+
+    def layer(self, index: int, path: str) -> Any:
+        """The adapted matrix at `path` of a layer."""
+        return decoder_layers(self.model)[index].get_submodule(path)
+
+    def update(self, index: int, path: str) -> torch.Tensor:
+        """What the adapter adds to a matrix (outputs x inputs)."""
+        matrix = self.layer(index, path)
+        product: torch.Tensor = matrix.lora_B["default"].weight @ matrix.lora_A["default"].weight
+        return self.scale * product.detach()
+
+    def merged(self) -> dict[str, torch.Tensor]:
+        """Every adapted matrix with its adapter folded in, by parameter name."""
+        found, family = {}, family_of(self.model.config)
+        for index in range(len(decoder_layers(self.model))):
+            for path in self.paths:
+                matrix = self.layer(index, path)
+                weight = matrix.base_layer.weight.detach()
+                found[f"{family.layers}.{index}.{path}.weight"] = weight + self.update(index, path).to(weight.dtype)
+        return found
+
+
+def matrices_of(family: Family) -> tuple[str, ...]:
+    return (family.query, family.key, family.value, family.attention_out, *family.ffn_in, family.ffn_out)
+
+
+def shuffled(tokens: torch.Tensor, *, batch_tokens: int, seed: int) -> Iterator[torch.Tensor]:
+    """Batches of `tokens` (sequences x length), epoch after epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(tokens), generator=generator)
+        yield from (tokens[rows] for rows in order.split(max(1, batch_tokens // tokens.shape[1])))

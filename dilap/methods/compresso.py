@@ -1,0 +1,170 @@
+"""Compresso: hard-concrete gates on units, trained with adapters under a constraint on the expected size."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from dilap.anatomy import family_of, sublayers
+from dilap.methods.adapters import Adapters, shuffled
+from dilap.methods.llm_pruner import loss_of
+from dilap.methods.method import Pruned, PruneTask
+from dilap.methods.units import unit_group
+from dilap.types import Plan
+
+_LOW, _HIGH, _TEMPERATURE = -0.1, 1.1, 2 / 3
+_SHARPNESS = 0.8  # of the gates kept at the end
+_LEAST, _MOST = math.log(0.01), math.log(100)  # of a gate's parameter
+_KNOB = 20.0  # shift of all gates' parameters between keeping and removing everything
+
+
+def sampled(log_alpha: torch.Tensor, *, generator: torch.Generator) -> torch.Tensor:
+    """Hard-concrete gates between 0 and 1, differentiable in `log_alpha`."""
+    u = torch.rand(log_alpha.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
+    s = torch.sigmoid((u.log() - (1 - u).log() + log_alpha) / _TEMPERATURE)
+    return (s * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+
+
+def open_probability(log_alpha: torch.Tensor) -> torch.Tensor:
+    """P(gate > 0)."""
+    return torch.sigmoid(log_alpha - _TEMPERATURE * math.log(-_LOW / _HIGH))
+
+
+def lagrangian(sparsity: torch.Tensor, target: float, multipliers: torch.Tensor) -> torch.Tensor:
+    """What the constraint adds to the loss; the two multipliers ascend on it."""
+    gap = sparsity - target
+    return multipliers[0] * gap + multipliers[1] * gap.square()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compresso:
+    """The published settings: gates 0.1, multipliers 0.1 by ascent, adapters of rank 8 on query and value with 5e-5,
+    the target sparsity reached after half of the training, kept gates folded in at their soft values. It trains for
+    8 epochs of an instruction corpus; here `steps` batches of calibration text.
+
+    Left out: gates on the residual stream, whose width our plans keep, and the prompt, which would have to be shown at
+    inference too. The size that is constrained is that of the equal-share plan for the target; the learnt
+    gates are then shifted together until the target is met.
+    """
+
+    steps: int = 100
+    batch_tokens: int = 2048
+    gate_learning_rate: float = 0.1
+    adapter_learning_rate: float = 5e-5
+    rank: int = 8
+    alpha: int = 8
+
+    def __call__(self, task: PruneTask) -> Pruned:
+        family = family_of(task.model.config)
+        paths = (family.query, family.value)
+        with Adapters(task, rank=self.rank, alpha=self.alpha, dropout=0.0, paths=paths) as adapted:
+            gates = _Gates(self, task, adapted)
+            gates.train()
+            parameters = adapted.merged()
+        plan = task.target.bisect(gates.plan)
+        return Pruned(plan=plan, parameters={**parameters, **gates.folded()})
+
+
+@dataclass
+class _Gates:
+    """The gates' parameters by group, and their training."""
+
+    options: Compresso
+    task: PruneTask
+    adapted: Adapters
+    log_alphas: dict[str, torch.Tensor] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.task.seed)
+        architecture = self.task.architecture
+        for group in self.task.groups:
+            if group.kind == "query_slots":
+                continue
+            layer = architecture.layers[group.layer]
+            weights = (
+                architecture.attention_parameters(layer)
+                if group.kind == "kv_groups"
+                else architecture.ffn_parameters(layer)
+            )
+            self.costs[group.name] = weights / group.num_units
+            start = torch.full((group.num_units,), math.log((1 - 0.01) / 0.01))
+            if group.kind == "kv_groups":
+                start = (10 + 0.01 * torch.randn(group.num_units, generator=self.generator)).clamp(_LEAST, _MOST)
+            self.log_alphas[group.name] = start.requires_grad_(True)
+
+    def sparsity(self) -> torch.Tensor:
+        """Expected share of the prunable weights that are gone."""
+        sizes = [self.costs[name] * open_probability(values).sum() for name, values in self.log_alphas.items()]
+        return 1 - torch.stack(sizes).sum() / sum(self.costs[name] * len(v) for name, v in self.log_alphas.items())
+
+    def _final_sparsity(self) -> float:
+        """Of the plan with equal shares that meets the target."""
+        blank = {name: torch.zeros(len(values)) for name, values in self.log_alphas.items()}
+        plan = self.task.keep_equal_shares(blank)
+        kept = sum(self.costs[name] * len(plan.kept[name]) for name in blank)
+        return 1 - kept / sum(self.costs[name] * len(values) for name, values in blank.items())
+
+    def train(self) -> None:
+        options, multipliers = self.options, torch.zeros(2, requires_grad=True)
+        adapters = [p for p in self.adapted.wrapped.parameters() if p.requires_grad]
+        optimizers = [
+            torch.optim.AdamW(adapters, lr=options.adapter_learning_rate),
+            torch.optim.AdamW(list(self.log_alphas.values()), lr=options.gate_learning_rate, weight_decay=0.0),
+            torch.optim.AdamW([multipliers], lr=options.gate_learning_rate, weight_decay=0.0, maximize=True),
+        ]
+        final, hooks = self._final_sparsity(), list(self._hooks())
+        batches = shuffled(self.task.text.train, batch_tokens=options.batch_tokens, seed=self.task.seed)
+        try:
+            with self.task.bar("Compresso", total=options.steps, unit="step") as bar:
+                for step, batch in zip(range(options.steps), batches, strict=False):
+                    target = final * min(1.0, step / max(1.0, options.steps / 2))
+                    for optimizer in optimizers:
+                        optimizer.zero_grad()
+                    (loss_of(self.task.model, batch) + lagrangian(self.sparsity(), target, multipliers)).backward()
+                    for optimizer in optimizers:
+                        optimizer.step()
+                    with torch.no_grad():
+                        for values in self.log_alphas.values():
+                            values.clamp_(_LEAST, _MOST)
+                    bar.update(1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.log_alphas = {name: values.detach() for name, values in self.log_alphas.items()}
+        self.task.report(f"Compresso: expected sparsity {float(self.sparsity()):.1%}, target {final:.1%}")
+
+    def _hooks(self) -> Iterator[Any]:
+        """Gates scale the inputs of the output projections."""
+        for one in sublayers(self.task.model):
+            name = unit_group(one)
+
+            def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], name: str = name) -> tuple[torch.Tensor, ...]:
+                gates = sampled(self.log_alphas[name], generator=self.generator)
+                scale = gates.repeat_interleave(inputs[0].shape[-1] // len(gates)).to(inputs[0].dtype)
+                return (inputs[0] * scale, *inputs[1:])
+
+            yield one.out.register_forward_pre_hook(hook)
+
+    @torch.no_grad()
+    def plan(self, knob: float) -> Plan:
+        """All gates shifted towards closing: of every group as many units go as are expected to be closed then."""
+        shift = _KNOB * (knob - 0.5)
+        counts = {
+            name: len(values) - round(float((1 - open_probability(values - shift)).sum()))
+            for name, values in self.log_alphas.items()
+        }
+        return self.task.keep(self.log_alphas, counts=counts)
+
+    def folded(self) -> dict[str, torch.Tensor]:
+        """Output projections with the soft gates of their inputs folded in."""
+        found = {}
+        for one in sublayers(self.task.model):
+            soft = torch.sigmoid(self.log_alphas[unit_group(one)] / _TEMPERATURE * _SHARPNESS)
+            weight = one.out.weight.detach()
+            scale = soft.repeat_interleave(weight.shape[1] // len(soft))
+            found[f"{one.path}.weight"] = (weight.float() * scale).to(weight.dtype)
+        return found

@@ -1,0 +1,173 @@
+"""FLAP: units whose output hardly fluctuates are replaced by the mean of what they give, a bias."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from dilap.anatomy import Sublayer, sublayers
+from dilap.errors import Unsupported
+from dilap.methods.method import Pruned, PruneTask
+from dilap.methods.units import by_unit, out_statistics, removed_columns, unit_group
+from dilap.types import Architecture, Plan
+from dilap.walk import InputStatistics, walk
+
+Metric = Literal["IFV", "WIFV", "WIFN"]
+Structure = Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"]
+
+
+def metric_of(metric: Metric, weight: torch.Tensor, statistics: InputStatistics, *, squared: bool) -> torch.Tensor:
+    """The fluctuation metric of every input (inputs); FLAP squares that of attention, whatever the metric."""
+    weight = weight.detach().float()
+    if metric == "WIFN":
+        per_sequence = statistics.sum_squares.float() / max(1, statistics.num_sequences)
+        values = weight.abs().mean(0) * per_sequence.sqrt()
+    else:
+        values = statistics.variance * (weight.square().sum(0) if metric == "WIFV" else 1.0)
+    return values.square() if squared else values
+
+
+def standardised(values: torch.Tensor) -> torch.Tensor:
+    return (values - values.mean()) / values.std().clamp_min(1e-30)
+
+
+def group_cost(architecture: Architecture) -> float:
+    """Weights of a KV group in units of those of a channel: 4d/3 for multi-head attention with a gated network."""
+    layer = architecture.layers[0]
+    ratio = layer.num_heads // layer.num_kv_heads
+    return (2 * ratio + 2) * architecture.head_dim / architecture.ffn_matrices
+
+
+def global_counts(
+    scores: dict[str, torch.Tensor], costs: dict[str, float], *, ratio: float, strict: bool
+) -> dict[str, int]:
+    """Units kept of every group where all compete in one ranking (AL-AM): the best ones that make up 1 - `ratio`.
+
+    The cut is the unit at which the cost kept is nearest to that share, itself included; `strict` leaves it out.
+    """
+    names = [name for name, values in scores.items() for _ in values]
+    every, cost = torch.cat(list(scores.values())), torch.tensor([costs[name] for name in names], dtype=torch.float64)
+    order = every.argsort(descending=True, stable=True)
+    kept_cost = cost[order].cumsum(0)
+    cut = int((kept_cost - (1 - ratio) * kept_cost[-1]).abs().argmin())
+    if strict:
+        threshold = every[order[cut]]
+        return {name: int((values > threshold).sum()) for name, values in scores.items()}
+    counts = dict.fromkeys(scores, 0)
+    for index in order[: cut + 1].tolist():
+        counts[names[index]] += 1
+    return counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flap:
+    """FLAP at its published settings: metric WIFV, structure AL-AM, statistics of the dense model, biases added.
+
+    U: the same in every layer or for both sublayers, A: adaptive; L: layers, M: modules. `remove_heads` is the number
+    of KV groups that UL-MM and AL-MM remove in all; by default the share that is removed of everything.
+    `upstream_compatible` truncates the cost of a head to an integer and leaves out the unit at the threshold, as the
+    authors' code does. `compensate=false` adds no bias, for runtimes that load none.
+    """
+
+    metric: Metric = "WIFV"
+    structure: Structure = "AL-AM"
+    remove_heads: int = -1
+    compensate: bool = True
+    upstream_compatible: bool = False
+
+    def __call__(self, task: PruneTask) -> Pruned:
+        if self.compensate and not task.rules.output_biases:
+            raise Unsupported(
+                "FLAP adds biases to the output projections, which this runtime or layout does not load for the "
+                "family: use another backend, or --set compensate=false"
+            )
+        findings = self._findings(task)
+        if self.structure == "UL-UM":
+            plan = task.keep_equal_shares(findings.sums(task), output_biases=self.compensate)
+        else:
+            plan = task.target.bisect(lambda ratio: findings.plan(self, task, ratio), output_biases=self.compensate)
+        return Pruned(plan=plan, parameters=findings.biases(plan) if self.compensate else {})
+
+    def _findings(self, task: PruneTask) -> "_Findings":
+        """Metrics and means of all units, from one dense pass."""
+        found = _Findings()
+        total = task.num_layers * task.text.train.numel()
+        with task.bar("FLAP", total=total, unit="tok") as bar:
+            outs = list(sublayers(task.model))
+            for step in walk(task.model, task.text.train, progress=bar.update):
+                for one in (one for one in outs if one.layer == step.index):
+                    statistics = out_statistics(step, one)
+                    squared = one.kind == "attention"
+                    found.sublayers.append(one)
+                    found.means.append(statistics.mean.float())
+                    found.metrics.append(metric_of(self.metric, one.out.weight, statistics, squared=squared))
+        return found
+
+
+@dataclass(kw_only=True)
+class _Findings:
+    """What the dense pass told of every sublayer: metric and mean of every input of its output projection."""
+
+    sublayers: list[Sublayer] = field(default_factory=list)
+    metrics: list[torch.Tensor] = field(default_factory=list)
+    means: list[torch.Tensor] = field(default_factory=list)
+
+    def plan(self, flap: Flap, task: PruneTask, ratio: float) -> Plan:
+        """The plan of one of the structures whose knob is the share of the weights, `ratio`."""
+        values = self.metrics if flap.structure == "UL-MM" else [standardised(one) for one in self.metrics]
+        scores = {name: rows.mean(1) for name, rows in self._by_unit(task, values).items()}
+        cost = group_cost(task.architecture)
+        if flap.upstream_compatible:
+            cost = math.floor(cost)
+        costs = {name: cost if name.endswith("kv_groups") else 1.0 for name in scores}
+        if flap.structure == "AL-AM":
+            counts = global_counts(scores, costs, ratio=ratio, strict=flap.upstream_compatible)
+        else:
+            counts = self._manual_counts(flap, scores, cost, ratio)
+        return task.keep(scores, counts=counts)
+
+    def sums(self, task: PruneTask) -> dict[str, torch.Tensor]:
+        """The score of UL-UM: the sum of a unit's metric."""
+        return {name: rows.sum(1) for name, rows in self._by_unit(task, self.metrics).items()}
+
+    def _by_unit(self, task: PruneTask, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        sizes = {group.name: group.num_units for group in task.groups}
+        names = [unit_group(one) for one in self.sublayers]
+        return {name: by_unit(one, sizes[name]) for name, one in zip(names, values, strict=True)}
+
+    def _manual_counts(self, flap: Flap, scores: dict[str, torch.Tensor], cost: float, ratio: float) -> dict[str, int]:
+        """UL-MM and AL-MM: so many KV groups, and the channels that are then missing to `ratio`."""
+        groups = {name: values for name, values in scores.items() if name.endswith("kv_groups")}
+        channels = {name: values for name, values in scores.items() if name.endswith("channels")}
+        num_groups, num_channels = (sum(len(values) for values in kind.values()) for kind in (groups, channels))
+        removed_groups = round(ratio * num_groups) if flap.remove_heads < 0 else min(flap.remove_heads, num_groups)
+        if flap.structure == "UL-MM":
+            removed_groups = removed_groups // len(groups) * len(groups)
+        removed_channels = math.floor(ratio * (num_groups * cost + num_channels) - cost * removed_groups)
+        removed_channels = min(max(0, removed_channels), num_channels)
+        if flap.structure == "AL-MM":
+            return _lowest(groups, removed_groups) | _lowest(channels, removed_channels)
+        return {name: len(values) - removed_groups // len(groups) for name, values in groups.items()} | {
+            name: len(values) - removed_channels // len(channels) for name, values in channels.items()
+        }
+
+    def biases(self, plan: Plan) -> dict[str, torch.Tensor]:
+        """W[:, removed] mean[removed], what the removed inputs give on average, added to the bias there is."""
+        found = {}
+        for one, mean in zip(self.sublayers, self.means, strict=True):
+            removed = removed_columns(plan, one)
+            bias = one.out.weight.detach()[:, removed].float() @ mean[removed]
+            found[f"{one.path}.bias"] = bias if one.out.bias is None else bias + one.out.bias.detach().float()
+        return found
+
+
+def _lowest(scores: dict[str, torch.Tensor], removed: int) -> dict[str, int]:
+    """Units kept of every group when the `removed` lowest of all go."""
+    names = [name for name, values in scores.items() for _ in values]
+    order = torch.cat(list(scores.values())).argsort(stable=True)
+    counts = {name: len(values) for name, values in scores.items()}
+    for index in order[:removed].tolist():
+        counts[names[index]] -= 1
+    return counts

@@ -1,0 +1,184 @@
+"""LLM-Streamline: a window of layers that hardly turns the stream is replaced by one trained layer."""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from dilap.anatomy import decoder_layers, family_of
+from dilap.compute import batches, compute_precision
+from dilap.methods.llm_pruner import loss_of
+from dilap.methods.method import Pruned, PruneTask
+from dilap.methods.shortgpt import mean_cosine
+from dilap.skipping import layers_replaced
+from dilap.types import Plan
+from dilap.walk import LayerCall, State, first_of, layer_calls, walk
+
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streamline:
+    """The published settings: cosines over 50 sequences, a copy of the window's first layer trained on the mean
+    squared error (`llm`: in place, on the language-modelling loss), AdamW from 2e-4 by half a cosine to 5e-5, weight
+    decay 1e-3, gradients clipped at 5, the best weights on validation text kept. The authors see 100,000 documents
+    once; here `steps` batches of 2,048 tokens."""
+
+    objective: Literal["mse", "llm"] = "mse"
+    num_scored_sequences: int = 50
+    steps: int = 200
+    learning_rate: float = 2e-4
+    least_learning_rate: float = 5e-5
+    weight_decay: float = 1e-3
+
+    def __call__(self, task: PruneTask) -> Pruned:
+        windows = _Windows(task, num_sequences=self.num_scored_sequences)
+        plan = task.target.first(windows.plans())
+        removed = [index for index, widths in enumerate(plan.all_widths()) if widths.is_empty]
+        if not removed:
+            return Pruned(plan=plan)
+        first = removed[0] - 1
+        trained = self._train(task, first=first, last=removed[-1])
+        prefix = f"{family_of(task.model.config).layers}.{first}."
+        parameters = {prefix + name: value.detach() for name, value in trained.named_parameters()}
+        return Pruned(plan=plan, parameters=parameters, facts={"replaced_layers": [first, *removed]})
+
+    def _train(self, task: PruneTask, *, first: int, last: int) -> nn.Module:
+        """A layer that does the work of the layers from `first` to `last`."""
+        kind = Regression if self.objective == "mse" else LanguageModelling
+        lessons = kind.of(task, task.text.train, first=first, last=last)
+        exam = kind.of(task, task.text.validation, first=first, last=last)
+        layer = copy.deepcopy(decoder_layers(task.model)[first]).float().eval().requires_grad_(True)
+        task.model.requires_grad_(False)
+        adam = torch.optim.AdamW(layer.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(adam, self._rate)
+        start = least = _mean_loss(exam, layer)
+        best = copy.deepcopy(layer.state_dict())
+        generator = torch.Generator().manual_seed(task.seed)
+        with task.bar("LLM-Streamline", total=self.steps, unit="step") as bar:
+            for step in range(self.steps):
+                index = int(torch.randint(lessons.num_batches, (1,), generator=generator))
+                adam.zero_grad()
+                lessons.loss(layer, index).backward()
+                nn.utils.clip_grad_norm_(layer.parameters(), 5.0)
+                adam.step()
+                schedule.step()
+                bar.update(1)
+                if (step + 1) % max(1, self.steps // 10) == 0 and (loss := _mean_loss(exam, layer)) < least:
+                    least, best = loss, copy.deepcopy(layer.state_dict())
+        layer.load_state_dict(best)
+        task.report(f"LLM-Streamline: loss ({self.objective}) on the validation split {start:.4g} -> {least:.4g}")
+        return layer.to(task.model.dtype).requires_grad_(False)
+
+    def _rate(self, step: int) -> float:
+        """Half a cosine between the two rates, relative to the first."""
+        low = self.least_learning_rate / self.learning_rate
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.steps))))
+
+
+@dataclass
+class _Windows:
+    """The best window of every length."""
+
+    task: PruneTask
+    num_sequences: int
+    states: list[torch.Tensor] = field(default_factory=list)
+
+    def plans(self) -> Iterator[Plan]:
+        """A window of n + 1 layers is replaced by its first one, so n are removed."""
+        yield self.task.without_layers([])
+        self.states = self._states()
+        for removed in range(1, self.task.num_layers):
+            start = best_window(self.states, length=removed + 1)
+            yield self.task.without_layers(range(start + 1, start + 1 + removed))
+
+    def _states(self) -> list[torch.Tensor]:
+        """What enters every layer, and what leaves the last one (before the final norm)."""
+        found: list[torch.Tensor] = []
+        for step in walk(self.task.model, self.task.text.train[: self.num_sequences], roles=()):
+            if not found:
+                found.append(torch.cat(list(step.inputs)))
+            found.append(torch.cat(list(step.outputs)))
+        return found
+
+
+def best_window(states: Sequence[torch.Tensor], *, length: int) -> int:
+    """The first layer of the window of `length` layers whose input and output are most alike."""
+    starts = range(len(states) - length)
+    return max(starts, key=lambda first: (mean_cosine(states[first], states[first + length]), -first))
+
+
+class Objective(Protocol):
+    """What the replacement is trained on, in batches."""
+
+    @property
+    def num_batches(self) -> int:
+        """Batches there are."""
+
+    def loss(self, layer: nn.Module, index: int) -> torch.Tensor:
+        """Of one batch."""
+
+
+@dataclass(frozen=True)
+class Regression:
+    """What enters and what leaves a window, batch by batch, with the arguments of its layers: mean squared error."""
+
+    calls: list[LayerCall]
+    inputs: list[State]
+    outputs: list[State]
+
+    @classmethod
+    def of(cls, task: PruneTask, tokens: torch.Tensor, *, first: int, last: int) -> "Regression":
+        calls = layer_calls(task.model, tokens, batch_tokens=_BATCH_TOKENS)
+        inputs: list[State] = []
+        for step in walk(task.model, tokens, roles=(), batch_tokens=_BATCH_TOKENS):
+            if step.index == first:
+                inputs = list(step.inputs)
+            if step.index == last:
+                return cls(calls, inputs, list(step.outputs))
+        raise AssertionError("the window ends behind the last layer")
+
+    @property
+    def num_batches(self) -> int:
+        return len(self.calls)
+
+    def loss(self, layer: nn.Module, index: int) -> torch.Tensor:
+        """Over positions and channels."""
+        with compute_precision():
+            found = first_of(layer(self.inputs[index].float(), **self.calls[index].arguments))
+        return functional.mse_loss(found.float(), self.outputs[index].float())
+
+
+@dataclass(frozen=True)
+class LanguageModelling:
+    """The next token's cross entropy of the model with the layer in place of its window."""
+
+    model: PreTrainedModel
+    tokens: list[torch.Tensor]
+    before: list[nn.Module]
+    after: list[nn.Module]
+
+    @classmethod
+    def of(cls, task: PruneTask, tokens: torch.Tensor, *, first: int, last: int) -> "LanguageModelling":
+        layers = list(decoder_layers(task.model))
+        few = list(batches(tokens, batch_tokens=_BATCH_TOKENS // 2))
+        return cls(task.model, few, layers[:first], layers[last + 1 :])
+
+    @property
+    def num_batches(self) -> int:
+        return len(self.tokens)
+
+    def loss(self, layer: nn.Module, index: int) -> torch.Tensor:
+        with layers_replaced(self.model, [*self.before, layer, *self.after]):
+            return loss_of(self.model, self.tokens[index])
+
+
+@torch.no_grad()
+def _mean_loss(objective: Objective, layer: nn.Module) -> float:
+    return sum(float(objective.loss(layer, index)) for index in range(objective.num_batches)) / objective.num_batches

@@ -1,0 +1,15 @@
+"""Magnitude, structured (mag_sp): units whose output projection is small go first, equally many in every layer."""
+
+from dilap.anatomy import sublayers
+from dilap.methods.method import Pruned, PruneTask
+from dilap.methods.units import by_unit, unit_group
+
+
+def prune(task: PruneTask) -> Pruned:
+    """Score of a channel: the norm of its column of the output projection; of a KV group: the sum over its columns."""
+    sizes = {group.name: group.num_units for group in task.groups}
+    scores = {
+        unit_group(one): by_unit(one.out.weight.detach().float().norm(dim=0), sizes[unit_group(one)]).sum(1)
+        for one in sublayers(task.model)
+    }
+    return Pruned(plan=task.keep_equal_shares(scores))

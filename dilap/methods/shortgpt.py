@@ -1,0 +1,67 @@
+"""ShortGPT: the layers that change the residual stream's direction least are removed; and its contiguous variant."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn import functional
+
+from dilap.methods.method import Pruned, PruneTask
+from dilap.types import Plan
+from dilap.walk import State, walk
+
+Score = Literal["influence", "angular"]
+
+
+def mean_cosine(before: State, after: State) -> float:
+    """Mean over positions of the cosine between two streams (... x hidden); 0 counts for a zero vector."""
+    return float(functional.cosine_similarity(before.float(), after.float(), dim=-1).double().mean())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortGpt:
+    """`influence`: one shot by block influence, 1 - cos(in, out) over all tokens, as published. `angular`: the window
+    of layers with the least angle at the last token (Gromov et al.), without their healing."""
+
+    score: Score = "influence"
+
+    def __call__(self, task: PruneTask) -> Pruned:
+        plans = self._by_influence(task) if self.score == "influence" else self._by_angle(task)
+        return Pruned(plan=task.target.first(plans))
+
+    def _by_influence(self, task: PruneTask) -> Iterator[Plan]:
+        influences = block_influences(task)
+        order = sorted(range(task.num_layers), key=lambda layer: (influences[layer], layer))
+        for count in range(task.num_layers):
+            yield task.without_layers(order[:count])
+
+    def _by_angle(self, task: PruneTask) -> Iterator[Plan]:
+        states: list[torch.Tensor] = []
+        for step in walk(task.model, task.text.train, roles=()):
+            if not states:
+                states.append(last_positions(step.inputs))
+            states.append(last_positions(step.outputs))
+        for length in range(task.num_layers):
+            starts = range(task.num_layers - length + 1)
+            start = min(starts, key=lambda first: (_angle(states[first], states[first + length]), first))
+            yield task.without_layers(range(start, start + length))
+
+
+def block_influences(task: PruneTask) -> list[float]:
+    """1 - mean cosine between what enters and what leaves every layer, before the final norm."""
+    with task.bar("block influence", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
+        return [
+            1 - mean_cosine(torch.cat(list(step.inputs)), torch.cat(list(step.outputs)))
+            for step in walk(task.model, task.text.train, roles=(), progress=bar.update)
+        ]
+
+
+def last_positions(states: Sequence[State]) -> torch.Tensor:
+    """The stream at the last token of every sequence (sequences x hidden)."""
+    return torch.cat([state[:, -1] for state in states])
+
+
+def _angle(before: torch.Tensor, after: torch.Tensor) -> float:
+    cosines = functional.cosine_similarity(before.float(), after.float(), dim=-1).clamp(-1, 1)
+    return float((cosines.arccos() / torch.pi).double().mean())

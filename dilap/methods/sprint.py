@@ -1,0 +1,277 @@
+"""SPRINT: remove the sublayer that costs least quality per second saved, and tune the next feed-forward network for it.
+
+Written from the published description alone. A sublayer has the number 2 * layer, plus 1 for a feed-forward network.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from dilap.anatomy import Sublayer, decoder_layers, sublayers
+from dilap.errors import Mismatch, Unsupported
+from dilap.methods.method import Pruned, PruneTask
+from dilap.methods.units import restored
+from dilap.skipping import sublayer_skipped
+from dilap.types import Plan
+from dilap.walk import LayerCall, State, layer_calls, run_layer
+
+Distance = Literal["l1", "l2", "cos"]
+Norm = Literal["sentence", "token", "channel", "element", "none"]
+States = list[State]
+_DIMS: dict[Norm, tuple[int, ...]] = {"sentence": (1, 2), "token": (2,), "channel": (1,), "element": (), "none": ()}
+_KINDS = ("attention", "ffn")
+
+
+def saved_seconds(*, dense: float, without_ffn: float, without_attention: float, num_removed: int) -> dict[str, float]:
+    """Seconds that removing one sublayer saves, by kind, from a model without `num_removed` of them.
+
+    Raises Mismatch where removing a kind saves nothing: no importance per second can be had from that.
+    """
+    saved = {"attention": (dense - without_attention) / num_removed, "ffn": (dense - without_ffn) / num_removed}
+    for kind, seconds in saved.items():
+        if seconds <= 0:
+            raise Mismatch(f"removing {kind} sublayers saves no time here ({seconds:.3g} s); measure the table again")
+    return saved
+
+
+def distance(wanted: State, found: State, *, kind: Distance, norm: Norm) -> float:
+    """How far two streams are apart (sequences x tokens x hidden), summed over the vectors that `norm` says.
+
+    The authors' "l2" computes what is called l1 here.
+    """
+    y, x = wanted.float(), found.float()
+    if kind == "cos":
+        dims = _DIMS[norm] or (2,)
+        cosine = (y * x).sum(dims) / (y.square().sum(dims).sqrt() * x.square().sum(dims).sqrt()).clamp_min(1e-30)
+        return float((1 - cosine).double().sum())
+    power = 1 if kind == "l1" else 2
+    difference, size = (y - x).abs() ** power, y.abs() ** power
+    if dims := _DIMS[norm]:
+        difference, size = difference.sum(dims), size.sum(dims)
+    if norm == "none":
+        return float(difference.double().sum() ** (1 / power))
+    return float((difference / size.clamp_min(1e-30)).double().pow(1 / power).sum())
+
+
+def tuned_projection(
+    weight: torch.Tensor, inputs: torch.Tensor, wanted: torch.Tensor, *, ridge: float, ratio: float = 1.0
+) -> torch.Tensor:
+    """The projection (outputs x inputs) with the least |A W' - B|^2, drawn to `weight` by `ridge` times the mean
+    diagonal of A'A; without ridge the least-squares solution of least norm. Only the `ratio` of output rows with the
+    largest weight times activation norms is tuned. `inputs` A (tokens x inputs), `wanted` B (tokens x outputs).
+
+    The authors' dampening is not this one: its scale is that of the squared normal equations.
+    """
+    old, a, b = weight.detach().float(), inputs.float(), wanted.float()
+    gram, right = a.T @ a, a.T @ b
+    if ridge:
+        damping = ridge * gram.diagonal().mean()
+        factor = torch.linalg.cholesky(gram + damping * torch.eye(len(gram)))
+        solved = torch.cholesky_solve(right + damping * old.T, factor).T
+    else:
+        solved = torch.linalg.lstsq(gram.double(), right.double(), driver="gelsd").solution.float().T
+    if not torch.isfinite(solved).all():
+        return old
+    rows = (old.abs() * a.square().sum(0).sqrt()).sum(1).argsort(descending=True, stable=True)
+    chosen = rows[: int(ratio * len(rows))]
+    result = old.clone()
+    result[chosen] = solved[chosen]
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sprint:
+    """The published settings: 5 candidates an iteration, sensitivity at the output of the next feed-forward network,
+    divided by the latency saved, its down projection tuned in full, 8 activation checkpoints (they save memory
+    and change no result). `ridge` replaces an undamped normal equation, which our fewer tokens make singular; 0 is the
+    original. `tune=false` only removes.
+    """
+
+    distance: Distance = "l1"
+    norm: Norm = "sentence"
+    candidates: int = 5
+    checkpoints: int = 8
+    ridge: float = 0.01
+    ratio: float = 1.0
+    tune: bool = True
+
+    def __call__(self, task: PruneTask) -> Pruned:
+        if not (task.rules.attention_removal and task.rules.ffn_removal):
+            raise Unsupported("SPRINT removes single sublayers, which this runtime or layout does not load")
+        outs = list(sublayers(task.model))
+        with restored(outs):
+            run = _Run(self, task, outs)
+            plan = task.target.first(run.plans())
+        removed, weights = next((gone, weights) for found, gone, weights in run.made if found == plan)
+        parameters = {f"{outs[sublayer].path}.weight": weight for sublayer, weight in weights.items()}
+        names = [outs[one].name for one in removed]
+        return Pruned(plan=plan, parameters=parameters, facts={"removed_sublayers": names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tuned:
+    """A candidate after tuning: its importance, and the new down projection of the feed-forward network `tuned`."""
+
+    importance: float
+    tuned: int
+    weight: torch.Tensor
+
+
+@dataclass
+class _Run:
+    """The loop. `made` are the plans so far, with what they remove and the projections tuned for them."""
+
+    sprint: Sprint
+    task: PruneTask
+    outs: list[Sublayer]
+    made: list[tuple[Plan, list[int], dict[int, torch.Tensor]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.layers = decoder_layers(self.task.model)
+        self.calls: list[LayerCall] = layer_calls(self.task.model, self.task.text.train, batch_tokens=2048)
+        self.alive = [True] * len(self.outs)
+        spacing = self.sprint.checkpoints + 1
+        self.marks = {0} | {2 * (j * len(self.layers) // spacing) for j in range(1, spacing)}
+        self.saved: dict[int, States] = {0: [call.hidden for call in self.calls]}
+        self.seconds = self._latencies()
+        self.untuned: dict[int, float] = {}
+        self.tuned: dict[int, _Tuned] = {}
+
+    def _latencies(self) -> dict[str, float]:
+        """From predictions without a quarter of the sublayers of a kind, the last one kept, as the method measures."""
+        dense = self.task.architecture.layers
+        number = max(1, len(dense) // 4)
+        late = range(max(0, len(dense) - 1 - number), len(dense) - 1)
+
+        def without(kind: str) -> float:
+            widths = list(self.task.without((layer, kind) for layer in late).all_widths())
+            return self.task.target.predict(widths)
+
+        return saved_seconds(
+            dense=self.task.target.predict(dense),
+            without_ffn=without("ffn"),
+            without_attention=without("attention"),
+            num_removed=len(late),
+        )
+
+    def plans(self) -> Iterator[Plan]:
+        removed: list[int] = []
+        weights: dict[int, torch.Tensor] = {}
+        yield self._made(removed, weights)
+        while True:
+            with self.task.bar(f"SPRINT, sublayer {len(removed) + 1}", total=sum(self.alive), unit="sublayer") as bar:
+                chosen = self._choose(bar.update)
+            if chosen is None:
+                return
+            removed.append(chosen)
+            self._remove(chosen, weights)
+            self.task.report(f"SPRINT removes {self.outs[chosen].name}")
+            yield self._made(removed, weights)
+
+    def _made(self, removed: Sequence[int], weights: dict[int, torch.Tensor]) -> Plan:
+        plan = self.task.without((self.outs[one].layer, self.outs[one].kind) for one in removed)
+        self.made.append((plan, list(removed), dict(weights)))
+        return plan
+
+    def _remove(self, chosen: int, weights: dict[int, torch.Tensor]) -> None:
+        """Take a sublayer out, write what was tuned for it, and forget what has changed by that."""
+        self.alive[chosen] = False
+        if (found := self.tuned.get(chosen)) is not None and self.sprint.tune:
+            weights[found.tuned] = found.weight
+            with torch.no_grad():
+                self.outs[found.tuned].out.weight.copy_(found.weight)
+        self.saved = {mark: states for mark, states in self.saved.items() if mark <= chosen}
+        ends = {s: self._next_ffn(s, before=chosen) for s in range(len(self.outs))}
+        kept = {s for s, end in ends.items() if end is not None and end < chosen}
+        self.untuned = {s: value for s, value in self.untuned.items() if s in kept}
+        self.tuned = {s: value for s, value in self.tuned.items() if s in kept and s != chosen}
+
+    def _next_ffn(self, sublayer: int, *, before: int | None = None) -> int | None:
+        """The next feed-forward network that is left; `before` counts a removed one as left still."""
+        later = range(sublayer + 1, len(self.outs))
+        return next((one for one in later if one % 2 and (self.alive[one] or one == before)), None)
+
+    def _choose(self, progress: Callable[[int], None]) -> int | None:
+        """The sublayer of least importance among the best candidates, tuned; None where no more can go."""
+        self._score_all(progress)
+        removable = [s for s in self.untuned if s % 2 or sum(self.alive[::2]) > 1]  # the last attention stays
+        best = sorted(removable, key=lambda s: (self.untuned[s], s))[: self.sprint.candidates]
+        if not self.sprint.tune:
+            return best[0] if best else None
+        for candidate in best:
+            if candidate not in self.tuned:
+                self.tuned[candidate] = self._tune(candidate)
+        tuned = [s for s in removable if s in self.tuned]
+        return min(tuned, key=lambda s: (self.tuned[s].importance, s), default=None)
+
+    def _score_all(self, progress: Callable[[int], None]) -> None:
+        """Untuned importance of every sublayer that has none yet; those before the last change keep theirs."""
+        missing = [s for s in range(len(self.outs)) if self.alive[s] and s not in self.untuned]
+        missing = [s for s in missing if self._next_ffn(s) is not None]
+        for sublayer in missing:
+            end = self._next_ffn(sublayer)
+            assert end is not None
+            entering = self._entering(sublayer)
+            total = sum(
+                distance(
+                    self._through(call, state, range(sublayer, end + 1), everything=True),
+                    self._through(call, state, range(sublayer + 1, end + 1)),
+                    kind=self.sprint.distance,
+                    norm=self.sprint.norm,
+                )
+                for call, state in zip(self.calls, entering, strict=True)
+            )
+            self.untuned[sublayer] = total / self.seconds[_KINDS[sublayer % 2]]
+            progress(1)
+
+    def _entering(self, sublayer: int) -> States:
+        """The streams before a sublayer, from the nearest checkpoint on; checkpoints on the way are kept."""
+        start = max(mark for mark in self.saved if mark <= sublayer)
+        states = self.saved[start]
+        for one in range(start, sublayer):
+            if one in self.marks:
+                self.saved[one] = states
+            if self.alive[one]:
+                states = [self._run(call, state, one) for call, state in zip(self.calls, states, strict=True)]
+        if sublayer in self.marks:
+            self.saved[sublayer] = states
+        return states
+
+    def _through(self, call: LayerCall, state: State, span: range, *, everything: bool = False) -> State:
+        """The stream after the sublayers of `span`; those removed earlier are skipped unless `everything` is on."""
+        for one in span:
+            if everything or self.alive[one]:
+                state = self._run(call, state, one)
+        return state
+
+    @torch.no_grad()
+    def _run(self, call: LayerCall, state: State, sublayer: int) -> State:
+        """One sublayer alone, its residual connection included."""
+        layer = self.layers[sublayer // 2]
+        with sublayer_skipped(layer, self.task.model, _KINDS[1 - sublayer % 2]):
+            return run_layer(layer, call, state)
+
+    def _tune(self, candidate: int) -> _Tuned:
+        """The next feed-forward network's down projection, fitted so that its output is as before the removal."""
+        end = self._next_ffn(candidate)
+        assert end is not None
+        out, inputs, residuals, wanted = self.outs[end].out, [], [], []
+        hook = out.register_forward_pre_hook(lambda _, given: inputs.append(given[0].detach()))
+        for call, state in zip(self.calls, self._entering(candidate), strict=True):
+            hidden = self._through(call, state, range(candidate + 1, end))
+            self._run(call, hidden, end)
+            residuals.append(hidden)
+        hook.remove()
+        for call, state in zip(self.calls, self._entering(candidate), strict=True):
+            wanted.append(self._through(call, state, range(candidate, end + 1), everything=True))
+        a = torch.cat([one.reshape(-1, one.shape[-1]) for one in inputs])
+        bias = 0.0 if out.bias is None else out.bias.detach()
+        gaps = [(y - x - bias).reshape(-1, y.shape[-1]) for y, x in zip(wanted, residuals, strict=True)]
+        weight = tuned_projection(out.weight, a, torch.cat(gaps), ridge=self.sprint.ridge, ratio=self.sprint.ratio)
+        total = 0.0
+        for y, x, z in zip(wanted, residuals, inputs, strict=True):
+            found = x + (z.float() @ weight.T + bias).reshape(y.shape)
+            total += distance(y, found, kind=self.sprint.distance, norm=self.sprint.norm)
+        return _Tuned(importance=total / self.seconds[_KINDS[candidate % 2]], tuned=end, weight=weight)

@@ -1,0 +1,58 @@
+"""From scores of an output projection's inputs to scores of units, and back from units to those inputs."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from dilap.anatomy import Sublayer
+from dilap.shrink import out_columns
+from dilap.types import Plan, group_name
+from dilap.walk import OUTPUTS, InputStatistics, Step
+
+
+def unit_group(sublayer: Sublayer) -> str:
+    """The group whose units the inputs of a sublayer's output projection belong to: KV groups, or channels."""
+    return group_name(sublayer.layer, "kv_groups" if sublayer.kind == "attention" else "channels")
+
+
+def by_unit(columns: torch.Tensor, num_units: int) -> torch.Tensor:
+    """Scores (inputs) as a row per unit (units x inputs of a unit): the query heads of a KV head lie side by side."""
+    return columns.reshape(num_units, -1)
+
+
+def out_statistics(step: Step, sublayer: Sublayer) -> InputStatistics:
+    """Of the inputs of a sublayer's output projection."""
+    return step.statistics[dict(OUTPUTS)[sublayer.kind]]
+
+
+def removed_columns(plan: Plan, sublayer: Sublayer) -> torch.Tensor:
+    """The output projection's inputs that a plan removes, ascending."""
+    kept = out_columns(plan, sublayer.layer, sublayer.kind)
+    mask = torch.ones(sublayer.out.in_features, dtype=torch.bool)
+    mask[kept] = False
+    return mask.nonzero().squeeze(1)
+
+
+@torch.no_grad()
+def zero_columns_(out: nn.Linear, columns: torch.Tensor) -> None:
+    """Silence inputs of an output projection."""
+    out.weight[:, columns] = 0
+
+
+def num_units(plan: Plan) -> Mapping[str, int]:
+    """How many units a plan keeps of every group."""
+    return {name: len(units) for name, units in plan.kept.items()}
+
+
+@contextmanager
+def restored(sublayers: list[Sublayer]) -> Iterator[None]:
+    """Give the output projections their values back in the end."""
+    values = [one.out.weight.detach().clone() for one in sublayers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for one, value in zip(sublayers, values, strict=True):
+                one.out.weight.copy_(value)

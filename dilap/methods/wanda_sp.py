@@ -1,0 +1,32 @@
+"""Wanda, structured (Wanda-sp, as FLAP's authors define it): weight times activation norm, summed over a unit."""
+
+import torch
+
+from dilap.anatomy import sublayers
+from dilap.methods.method import Pruned, PruneTask
+from dilap.methods.units import by_unit, num_units, out_statistics, removed_columns, restored, unit_group, zero_columns_
+from dilap.walk import walk
+
+
+def channel_scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """mean_o |W_oj| * |x_j|: `weight` (outputs x inputs), `norms` (inputs)."""
+    return weight.detach().float().abs().mean(0) * norms
+
+
+def prune(task: PruneTask) -> Pruned:
+    """The same share of every layer's KV groups and channels, scored on what the pruned layers before them give.
+
+    How many units stay does not depend on the scores, so the share is found first, and the layers are walked once.
+    """
+    outs, sizes = list(sublayers(task.model)), {group.name: group.num_units for group in task.groups}
+    equal = {unit_group(one): torch.zeros(sizes[unit_group(one)]) for one in outs}
+    counts = num_units(task.keep_equal_shares(equal))
+    scores: dict[str, torch.Tensor] = {}
+    total = task.num_layers * task.text.train.numel()
+    with restored(outs), task.bar("wanda_sp", total=total, unit="tok") as bar:
+        for step in walk(task.model, task.text.train, propagate="pruned", progress=bar.update):
+            for one in (one for one in outs if one.layer == step.index):
+                columns = channel_scores(one.out.weight, out_statistics(step, one).norms)
+                scores[unit_group(one)] = by_unit(columns, sizes[unit_group(one)]).sum(1)
+                zero_columns_(one.out, removed_columns(task.keep(scores, counts=counts), one))
+    return Pruned(plan=task.keep(scores, counts=counts))
