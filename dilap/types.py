@@ -275,7 +275,7 @@ class Budget:
     def __str__(self) -> str:
         if self.ratio is not None:
             return f"ratio {self.ratio:g}"
-        return f"{self.seconds * 1e3:g}ms" if self.seconds is not None else f"{(self.fraction or 0) * 100:g}%"
+        return f"{self.seconds * 1e3:g}ms" if self.seconds is not None else f"{(self.fraction or 0) * 100:.4g}%"
 
 
 @dataclass(frozen=True, kw_only=True)
