@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from dilap.anatomy import architecture_of
@@ -15,6 +14,7 @@ from dilap.codec import encode, file_sha256, write_json, written_aside
 from dilap.errors import InvalidInput, Unsupported, VerificationFailed
 from dilap.export import executorch_runtime
 from dilap.export.executorch_header import GROUP_SIZE, Header, header_of, probe_header
+from dilap.export.random_weights import RandomWeights
 from dilap.export.text_samples import SAMPLES
 from dilap.export.verify import verify_logits
 from dilap.types import Architecture, Artifact
@@ -66,10 +66,15 @@ class ExecuTorchExporter:
     def export_probe(self, architecture: Architecture, *, precision: str, seed: int, out: Path) -> Artifact:
         """Write a model of that shape with random weights and no tokenizer, for timing only."""
         header = probe_header(architecture, precision=precision)
+        random = RandomWeights(seed)
+
+        def values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+            return torch.from_numpy(random.weights(name, shape))
+
         with written_aside(out) as folder:
             folder.mkdir()
             path = folder / "model.pte"
-            _write(path, header, RandomValues(seed))
+            _write(path, header, values)
             artifact = _describe(path, header, sqnr_db=None)
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
@@ -102,22 +107,6 @@ class ModelValues:
         if not torch.isfinite(tensor).all():
             raise InvalidInput(f"{name} holds NaN or infinity")
         return tensor.to(device="cpu", dtype=torch.float32)
-
-
-class RandomValues:
-    """N(0, 0.02) from one block repeated. Each tensor starts elsewhere in it: equal ones would be stored once."""
-
-    def __init__(self, seed: int) -> None:
-        self._block = torch.from_numpy(np.random.default_rng(seed).normal(0, 0.02, 1 << 16).astype(np.float32))
-        self._num_drawn = 0
-
-    def __call__(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if "norm" in name and name.endswith("weight"):  # ones keep the activations of a trained model's size
-            return torch.ones(shape)
-        self._num_drawn += 1
-        count = int(np.prod(shape))
-        repeats = -(-(count + self._num_drawn) // len(self._block))
-        return self._block.repeat(repeats)[self._num_drawn : self._num_drawn + count].reshape(shape)
 
 
 def _read_tokenizer(source: Path, *, vocab_size: int) -> "PreTrainedTokenizerFast":

@@ -19,6 +19,7 @@ from dilap.errors import InvalidInput, Unsupported
 from dilap.export import llamacpp
 from dilap.export.gguf_layout import Hyperparameters, Layout, TensorSpec, hyperparameters, layout_of
 from dilap.export.gguf_tokenizer import NO_TOKENIZER, Tokenizer, read_tokenizer, verify_tokenizer
+from dilap.export.random_weights import RandomWeights
 from dilap.export.text_samples import SAMPLES
 from dilap.export.verify import NUM_TOKENS, verify_logits
 from dilap.types import Architecture, Artifact
@@ -72,8 +73,12 @@ class GgufExporter:
         def verify(path: Path, _: str) -> None:
             llamacpp.validate(path)
 
+        random = RandomWeights(seed)
+
+        def values(spec: TensorSpec, dtype: "np.dtype[np.floating]") -> NDArray[np.floating]:
+            return random.weights(spec.name, spec.shape, dtype)
+
         with written_aside(out) as folder:
-            values = RandomValues(seed)
             artifact = _write_folder(folder, layout, values, tokenizer=NO_TOKENIZER, precision=precision, verify=verify)
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
@@ -120,18 +125,6 @@ class ModelValues:
 def _neighbouring(rows: torch.Tensor, *, num_heads: int) -> torch.Tensor:
     """Every head's row i and row i + head_dim / 2 side by side (llama.cpp's NORM rotary order)."""
     return rows.reshape(num_heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-class RandomValues:
-    """N(0, 0.02) from one small block repeated, so that a probe is written at the speed of the disk."""
-
-    def __init__(self, seed: int) -> None:
-        self._block = np.random.default_rng(seed).normal(0, 0.02, 1 << 16)
-
-    def __call__(self, spec: TensorSpec, dtype: "np.dtype[np.floating]") -> NDArray[np.floating]:
-        if spec.name.endswith("norm.weight"):  # ones keep the activations of a trained model's size
-            return np.ones(spec.shape, dtype)
-        return np.resize(self._block.astype(dtype), spec.shape)
 
 
 def _write_folder(

@@ -1,7 +1,6 @@
 """The numbers of an ONNX graph: a model's own, or random ones for timing."""
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from dilap.errors import InvalidInput, Unavailable
 from dilap.export.onnx_matrices import BLOCK
+from dilap.export.random_weights import RandomWeights
 
 _Quantised = tuple[NDArray[np.uint8], NDArray[np.float32]]
 
@@ -41,23 +41,19 @@ class ModelWeights:
         return quantise(self.values(name, shape), bits=bits)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RandomWeights:
-    """N(0, 0.02) from one small block repeated, so that a probe is written at the speed of the disk."""
+class ProbeWeights:
+    """Random ones, for timing; `values` and `blocks` as in `ModelWeights`."""
 
-    seed: int
+    def __init__(self, seed: int) -> None:
+        self._random = RandomWeights(seed)
 
     def values(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        if "norm" in name:  # ones keep the activations of a trained model's size
-            return np.ones(shape, np.float32) if name.endswith("weight") else np.zeros(shape, np.float32)
-        block = np.random.default_rng(self.seed).normal(0, 0.02, 1 << 16).astype(np.float32)
-        return np.resize(block, shape)
+        return self._random.weights(name, shape)
 
-    def blocks(self, name: str, shape: tuple[int, int], bits: int) -> _Quantised:  # noqa: ARG002
+    def blocks(self, name: str, shape: tuple[int, int], bits: int) -> _Quantised:
         rows, num_blocks = shape[0], -(-shape[1] // BLOCK)
-        block = np.random.default_rng(self.seed).integers(0, 256, 1 << 16, np.uint8)
         scales = np.full((rows, num_blocks), 0.06 / (1 << bits), np.float32)  # their largest weight: 0.03
-        return np.resize(block, (rows, num_blocks, BLOCK * bits // 8)), scales
+        return self._random.bytes(name, (rows, num_blocks, BLOCK * bits // 8)), scales
 
 
 def quantise(matrix: NDArray[np.float32], *, bits: int) -> _Quantised:

@@ -17,7 +17,7 @@ from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.onnx_graph import build_model
 from dilap.export.onnx_hyperparameters import Hyperparameters, hyperparameters, probe_hyperparameters
 from dilap.export.onnx_matrices import Storage
-from dilap.export.onnx_weights import ModelWeights, RandomWeights
+from dilap.export.onnx_weights import ModelWeights, ProbeWeights
 from dilap.export.text_samples import SAMPLES
 from dilap.export.verify import NUM_TOKENS, verify_logits
 from dilap.types import Architecture, Artifact
@@ -81,7 +81,7 @@ class OnnxRuntimeExporter:
         with written_aside(out) as folder:
             folder.mkdir()
             numbers = probe_hyperparameters(architecture)
-            _write_model(folder, architecture, numbers, RandomWeights(seed=seed), precision)
+            _write_model(folder, architecture, numbers, ProbeWeights(seed), precision)
             OnnxFile(folder / MODEL, optimised=False)
             artifact = _describe(folder, architecture, precision=precision, plan_digest="", sqnr_db=None, details={})
             write_json(folder / "artifact.json", encode(artifact))
@@ -97,7 +97,7 @@ def _write_model(
     folder: Path,
     architecture: Architecture,
     numbers: Hyperparameters,
-    weights: ModelWeights | RandomWeights,
+    weights: ModelWeights | ProbeWeights,
     precision: str,
 ) -> None:
     model = build_model(

@@ -18,7 +18,7 @@ from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.onnx_emitter import Values
 from dilap.export.onnx_graph import build_model
 from dilap.export.onnx_hyperparameters import Hyperparameters, hyperparameters, probe_hyperparameters
-from dilap.export.onnx_weights import ModelWeights, RandomWeights
+from dilap.export.onnx_weights import ModelWeights, ProbeWeights
 from dilap.export.onnxruntime import OnnxFile
 from dilap.export.tensorrt_report import CompileReport, compile_for, one_layer_a_width
 from dilap.export.text_samples import SAMPLES
@@ -73,7 +73,7 @@ class TensorRTExporter:
         numbers = probe_hyperparameters(architecture)
         with written_aside(out) as folder:
             folder.mkdir()
-            files = _write_model(folder, architecture, numbers, RandomWeights(seed=seed).values, dtype=precision)
+            files = _write_model(folder, architecture, numbers, ProbeWeights(seed).values, dtype=precision)
             recipe = _recipe(architecture, numbers, precision=precision, files=files, reference=None)
             write_json(folder / RECIPE_FILE, encode(recipe))
             artifact = _describe(folder, recipe, architecture, sqnr_db=None)
@@ -220,7 +220,7 @@ class _Check:
         shallow = one_layer_a_width(self.architecture)
         path = self.folder / "check.onnx"
         recipe = _recipe(shallow, self.numbers, precision=self.recipe.precision, files={}, reference=None)
-        _save(path, shallow, self.numbers, RandomWeights(seed=0).values, dtype=recipe.precision)
+        _save(path, shallow, self.numbers, ProbeWeights(0).values, dtype=recipe.precision)
         try:
             tensorrt_build.parse(self.folder / _MODEL, api=api)
             targets = [compile_for(path, recipe, api, target) for target in CHECKED_TARGETS]

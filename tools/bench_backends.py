@@ -1,7 +1,7 @@
 """Runtimes side by side: one decoded token and one prompt, dense and pruned, beside the speed of reading memory.
 
     tools/bench_backends                   SmolLM2-135M, and its shape with FFNs cut until 70 % of the weights are left
-    tools/bench_backends --plan runs/NAME  the same, and the widths that a run of dilap-prune found
+    tools/bench_backends --plan runs/NAME  dense, and the widths that a run of dilap-prune found
     tools/bench_backends --backends onnxruntime --starts 1 --json
 
 Everything of one phase is loaded at once, one process a runtime, and sampled in interleaved rounds; every start loads
@@ -36,7 +36,7 @@ from dilap.source import load
 from dilap.types import PRECISION_BITS, Architecture, Artifact, Interval, Phase, Plan, Workload, median_interval
 
 PRECISIONS: Mapping[str, tuple[str, ...]] = {  # the best of each runtime, and floats
-    "llamacpp": ("q4_0", "f16", "f32"),
+    "llamacpp": ("q4_0", "f16"),
     "onnxruntime": ("int4", "f32"),
     "executorch": ("8da4w", "f32"),
 }
@@ -45,6 +45,7 @@ _SHARE = 0.7  # of the weights
 _READ_BYTES = 512 << 20  # as the f32 model: far more than any cache holds
 # The threads of a runtime that was just asked spin for a while and would slow the next one's.
 _PAUSE_SECONDS = 0.1
+_PROTOCOL = replace(TABLE, samples_per_round=10)  # a pause a visit, so that visits should be worth it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +142,11 @@ def _arguments() -> argparse.Namespace:
 
 
 def _shapes(architecture: Architecture, plan: Path | None) -> dict[str, Architecture]:
-    """The dense shape and the pruned ones, by name."""
-    shapes = {"dense": architecture, "equal widths": _equal_widths(architecture)}
-    if plan is not None:
-        path = plan / "plan.json" if plan.is_dir() else plan
-        shapes["plan"] = decode(Plan, read_json(path), source=str(path)).pruned_architecture()
-    return shapes
+    """The dense shape and a pruned one, by name."""
+    if plan is None:
+        return {"dense": architecture, "equal widths": _equal_widths(architecture)}
+    path = plan / "plan.json" if plan.is_dir() else plan
+    return {"dense": architecture, "plan": decode(Plan, read_json(path), source=str(path)).pruned_architecture()}
 
 
 def _equal_widths(architecture: Architecture) -> Architecture:
@@ -223,7 +223,7 @@ def _measure_once(models: Sequence[Model], workload: Workload, *, first_round: i
                 bar.n = num_settled
                 bar.set_postfix_str(f"round {number}")
 
-            return collect(Benches(benches, cases), len(cases), TABLE, first_round=first_round, on_round=on_round)
+            return collect(Benches(benches, cases), len(cases), _PROTOCOL, first_round=first_round, on_round=on_round)
 
 
 def _weight_bytes(model: Model) -> int | None:
