@@ -45,7 +45,8 @@ _SHARE = 0.7  # of the weights
 _READ_BYTES = 512 << 20  # as the f32 model: far more than any cache holds
 # The threads of a runtime that was just asked spin for a while and would slow the next one's.
 _PAUSE_SECONDS = 0.1
-_PROTOCOL = replace(TABLE, samples_per_round=10)  # a pause a visit, so that visits should be worth it
+# A visit costs a pause, so that it takes more samples.
+_PROTOCOL = replace(TABLE, samples_per_round=10, max_seconds=10)
 
 
 @dataclass(frozen=True, kw_only=True)
