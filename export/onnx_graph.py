@@ -33,6 +33,7 @@ import onnx_ir as ir
 from dilap.export.onnx_emitter import MICROSOFT, Emitter, Values
 from dilap.export.onnx_hyperparameters import POSITION_OFFSET, Hyperparameters
 from dilap.export.onnx_matrices import HEAD, BlockMatrices, Blocks, FloatMatrices, Matrices, Storage
+from dilap.export.onnx_stacks import Stacks
 from dilap.modeling_dilap import FAMILIES
 from dilap.types import Architecture, LayerWidths
 
@@ -57,23 +58,30 @@ def build_model(
 
     `dtype` is f32, f16 or bf16; `storage` other than float needs f32, the form `onnxruntime` and `blocks`.
     """
-    fused = form == "onnxruntime"
-    emitter = Emitter(dtype=_DTYPES[dtype], values=values, contrib=fused)
+    fused, stacks = form == "onnxruntime", Stacks()
+    emitter = Emitter(dtype=_DTYPES[dtype], values=stacks.of_values(values), contrib=fused)
     matrices: Matrices = FloatMatrices(emitter)
     if storage != "float":
         assert fused and dtype == "f32" and blocks is not None  # noqa: PT018
-        matrices = BlockMatrices(emitter, blocks, bits=8 if storage == "int8" else 4)
-    return _Builder(architecture, numbers, emitter, matrices, fused=fused).build()
+        matrices = BlockMatrices(emitter, stacks.of_blocks(blocks), bits=8 if storage == "int8" else 4)
+    return _Builder(architecture, numbers, emitter, matrices, stacks, fused=fused).build()
 
 
 class _Builder:
     """Emits one graph. `_residual` is the residual stream, `_update` what the last sublayer has yet to add to it."""
 
     def __init__(
-        self, architecture: Architecture, numbers: Hyperparameters, emitter: Emitter, matrices: Matrices, *, fused: bool
+        self,
+        architecture: Architecture,
+        numbers: Hyperparameters,
+        emitter: Emitter,
+        matrices: Matrices,
+        stacks: Stacks,
+        *,
+        fused: bool,
     ) -> None:
         self._architecture, self._numbers, self._fused = architecture, numbers, fused
-        self._emitter, self._matrices, self._op = emitter, matrices, emitter.op
+        self._emitter, self._matrices, self._stacks, self._op = emitter, matrices, stacks, emitter.op
         self._family = FAMILIES[architecture.family]
         self._stack = self._family.layers.rpartition(".")[0]
         self._embeddings = (f"{self._stack}.embed_tokens.weight", (architecture.vocab_size, architecture.hidden_size))
@@ -134,21 +142,31 @@ class _Builder:
     ) -> tuple[ir.Value, Sequence[ir.Value]]:
         """What attention adds to the stream, and the grown cache."""
         architecture, family = self._architecture, self._family
-        hidden_size, head_dim = architecture.hidden_size, architecture.head_dim
         x = self._norm(f"{layer}.{family.attention_norm}")
+        inputs = self._projections(x, layer, widths)
+        past = [self._past(cache_index, part, widths.num_kv_heads) for part in ("key", "value")]
+        attend = self._fused_attention if self._fused else self._plain_attention
+        mixed, *present = attend(inputs, past, positions, widths)
+        shape = (architecture.hidden_size, widths.num_heads * architecture.head_dim)
+        return self._linear(mixed, f"{layer}.{family.attention_out}", shape, bias=architecture.out_bias), present
+
+    def _projections(self, x: ir.Value, layer: str, widths: LayerWidths) -> Sequence[ir.Value]:
+        """Query, key and value; or one value that holds all, as GroupQueryAttention takes it."""
+        architecture, family = self._architecture, self._family
         heads = {family.query: widths.num_heads, family.key: widths.num_kv_heads, family.value: widths.num_kv_heads}
+        rows = {f"{layer}.{path}": count * architecture.head_dim for path, count in heads.items()}
+        if self._fused and not architecture.qk_norm:
+            stacked, num_rows = self._stacks.add(f"{layer}.self_attn.qkv_proj", rows), sum(rows.values())
+            shape = (num_rows, architecture.hidden_size)
+            return (self._linear(x, stacked, shape, bias=architecture.qkv_bias),)
         query, key, value = (
-            self._linear(x, f"{layer}.{path}", (count * head_dim, hidden_size), bias=architecture.qkv_bias)
-            for path, count in heads.items()
+            self._linear(x, path, (count, architecture.hidden_size), bias=architecture.qkv_bias)
+            for path, count in rows.items()
         )
         if architecture.qk_norm:
             query = self._head_norm(query, f"{layer}.self_attn.q_norm", widths.num_heads)
             key = self._head_norm(key, f"{layer}.self_attn.k_norm", widths.num_kv_heads)
-        past = [self._past(cache_index, part, widths.num_kv_heads) for part in ("key", "value")]
-        attend = self._fused_attention if self._fused else self._plain_attention
-        mixed, *present = attend((query, key, value), past, positions, widths)
-        shape = (hidden_size, widths.num_heads * head_dim)
-        return self._linear(mixed, f"{layer}.{family.attention_out}", shape, bias=architecture.out_bias), present
+        return query, key, value
 
     def _past(self, index: int, part: str, num_kv_heads: int) -> ir.Value:
         shape = ("batch", num_kv_heads, "past_sequence", self._architecture.head_dim)
@@ -185,11 +203,16 @@ class _Builder:
         return last, self._op("Cast", total, to=ir.DataType.INT32), *self._rotations()
 
     def _fused_attention(
-        self, inputs: Sequence[ir.Value], past: Sequence[ir.Value], positions: Sequence[ir.Value], widths: LayerWidths
+        self,
+        inputs: Sequence[ir.Value],
+        past: Sequence[ir.Value],
+        positions: Sequence[ir.Value],
+        widths: LayerWidths,
     ) -> Sequence[ir.Value]:
         return self._emitter.ops(
             "GroupQueryAttention",
             *inputs,
+            *[None] * (3 - len(inputs)),
             *past,
             *positions,
             num_outputs=3,

@@ -40,7 +40,7 @@ def result(phase: str, backend: str, model: str, milliseconds: float, **changes:
         "precision": "f32",
         "model": model,
         "num_bytes": 1_000_000,
-        "weight_bytes": 44_000_000,
+        "read_bytes": 44_000_000,
         "samples_ns": (round(milliseconds * 1e6),) * 9,
         "rounds": (0, 0, 0, 1, 1, 1, 2, 2, 2),
         "notes": (),

@@ -6,8 +6,8 @@
 
 Everything of one phase is loaded at once, one process a runtime, and sampled in interleaved rounds; every start loads
 it afresh. The models have random weights, because speed does not depend on what a weight is. Decoding reads every
-weight once a token, so the share of the memory's speed says how much there is left to gain; it is given for floats,
-where a file's bytes are all weights.
+weight and the KV cache once a token, so the share of the memory's speed says how much there is left to gain; it is
+given for floats, where a file's bytes are all weights.
 """
 
 import argparse
@@ -40,6 +40,7 @@ PRECISIONS: Mapping[str, tuple[str, ...]] = {  # the best of each runtime, and f
     "onnxruntime": ("int4", "f32"),
     "executorch": ("8da4w", "f32"),
 }
+_CACHE_BYTES = {"llamacpp": 2, "onnxruntime": 4, "executorch": 4}  # of a number in the KV cache
 _PHASES: tuple[Phase, ...] = ("decode", "prefill")
 _SHARE = 0.7  # of the weights
 _READ_BYTES = 512 << 20  # as the f32 model: far more than any cache holds
@@ -69,7 +70,7 @@ class Result:
     precision: str
     model: str
     num_bytes: int
-    weight_bytes: int | None
+    read_bytes: int | None
     samples_ns: tuple[int, ...]
     rounds: tuple[int, ...]
     notes: tuple[str, ...]
@@ -191,7 +192,7 @@ def _measure(models: Sequence[Model], workload: Workload, *, starts: int, consol
             precision=model.precision if model else "",
             model=model.name if model else "",
             num_bytes=model.artifact.num_bytes if model else _READ_BYTES,
-            weight_bytes=_weight_bytes(model) if model else _READ_BYTES,
+            read_bytes=_read_bytes(model, workload) if model else _READ_BYTES,
             samples_ns=tuple(sample for part in parts for sample in part.samples_ns),
             rounds=tuple(number for part in parts for number in part.rounds),
             notes=tuple(dict.fromkeys(part.note for part in parts if part.note)),
@@ -227,13 +228,15 @@ def _measure_once(models: Sequence[Model], workload: Workload, *, first_round: i
             return collect(Benches(benches, cases), len(cases), _PROTOCOL, first_round=first_round, on_round=on_round)
 
 
-def _weight_bytes(model: Model) -> int | None:
-    """What a decoded token reads of the weights: all but the embedding, of which it is one row; None in blocks."""
+def _read_bytes(model: Model, workload: Workload) -> int | None:
+    """What a decoded token reads: the KV cache, and all weights but the embedding's other rows; None in blocks."""
     if model.precision not in ("f32", "f16"):
         return None
     shape = model.artifact.architecture
     unread = 0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size
-    return round((shape.num_parameters - unread) * PRECISION_BITS[model.precision] / 8)
+    weights = round((shape.num_parameters - unread) * PRECISION_BITS[model.precision] / 8)
+    cached = 2 * sum(widths.num_kv_heads for widths in shape.layers) * shape.head_dim * workload.context
+    return weights + cached * _CACHE_BYTES[model.backend]
 
 
 def _ratio(dense: Result, other: Result) -> Interval:
@@ -261,7 +264,7 @@ def _table(results: Sequence[Result], workloads: Mapping[Phase, Workload]) -> st
     for one in (one for one in results if one.phase == "decode" and one.backend):
         prefill = by_key["prefill", one.backend, one.precision, one.model]
         dense = [by_key[phase, one.backend, one.precision, "dense"] for phase in _PHASES]
-        read = one.weight_bytes / one.interval.value if one.weight_bytes else None
+        read = one.read_bytes / one.interval.value if one.read_bytes else None
         cells = [
             *(one.backend, one.precision, one.model, f"{one.num_bytes / 1e6:.1f}"),
             *(_milliseconds(one.interval), f"{1 / one.interval.value:.1f}", _share(dense[0], one)),
