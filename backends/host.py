@@ -4,6 +4,7 @@ Everything is read from Linux's /proc and /sys; where they are absent (Windows, 
 and `BusyClock` returns None, so that a caller can say what it could not see.
 """
 
+import hashlib
 import os
 import platform
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dilap.backends import sensors
 from dilap.types import Fingerprint
 
 if TYPE_CHECKING:
@@ -29,12 +31,21 @@ def fingerprint(backend: "Backend", *, device: str) -> Fingerprint:
         num_cores=num_physical_cores(),
         memory_bytes=memory_bytes(),
         last_level_cache_bytes=last_level_cache_bytes(),
-        power_mode=_text(_CPUS / "cpu0/cpufreq/scaling_governor") or "unknown",
+        power_mode=sensors.power_mode(),
+        serial_sha256=serial_sha256(),
         runtime=backend.name,
         runtime_version=backend.version(),
         runtime_build=backend.build(),
         soft={"kernel": f"{platform.system()} {platform.release()}", "python": platform.python_version()},
     )
+
+
+def serial_sha256() -> str:
+    """What tells this machine from another of its kind, hashed; nothing where it does not say."""
+    for path in ("/proc/device-tree/serial-number", "/etc/machine-id"):
+        if serial := _text(Path(path)).strip("\0"):
+            return hashlib.sha256(serial.encode()).hexdigest()[:16]
+    return ""
 
 
 def usable_cpus() -> tuple[int, ...]:

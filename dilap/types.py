@@ -281,12 +281,38 @@ class Fingerprint:
     runtime: str
     runtime_version: str
     runtime_build: str
+    serial_sha256: str = ""
     soft: dict[str, str] = field(default_factory=dict)
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """The hard fields that differ, as `field: mine / theirs`."""
         mine, theirs = asdict(self), asdict(other)
         return [f"{key}: {mine[key]} / {theirs[key]}" for key in mine if key != "soft" and mine[key] != theirs[key]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceState:
+    """What a device said of itself at one moment; None or nothing where it does not say.
+
+    `clocks_khz` and `temperatures_celsius` are by the kernel's names; `throttle_events` only count up (over-current on
+    a Jetson, thermal throttling on x86); `thermal_status` is Android's, 0 (none) to 6 (shutdown).
+    """
+
+    power_mode: str = "unknown"
+    governor: str = "unknown"
+    num_cores: int | None = None
+    affinity: str = "unknown"
+    clocks_khz: dict[str, int] = field(default_factory=dict)
+    temperatures_celsius: dict[str, float] = field(default_factory=dict)
+    throttle_events: int | None = None
+    thermal_status: int | None = None
+    ac_power: bool | None = None
+    battery_percent: float | None = None
+    load: float | None = None
+
+    @property
+    def hottest_celsius(self) -> float | None:
+        return max(self.temperatures_celsius.values(), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +335,8 @@ class Measurement:
 
     `rounds` gives the interleaving round of every sample, so that two measurements can be paired. `status`
     is `ok`, `noisy` (too many outliers or a wide interval) or `contended` (other load on the cores). `dropped_ns`
-    keeps the samples of rounds that were left out because of drift or other load.
+    keeps the samples of rounds that were left out because of drift or other load. `states` are the device's before
+    and after every fresh start; `forced` says what made it unfit and was overridden.
     """
 
     artifact_sha256: str
@@ -323,6 +350,8 @@ class Measurement:
     status: Status
     note: str = ""
     dropped_ns: tuple[int, ...] = ()
+    states: tuple[DeviceState, ...] = ()
+    forced: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.samples_ns or min(self.samples_ns) <= 0:

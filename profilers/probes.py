@@ -12,7 +12,7 @@ from typing import TypeVar
 from dilap import backends, export
 from dilap.backends import Capabilities
 from dilap.codec import read_json
-from dilap.errors import Unsupported
+from dilap.errors import Mismatch, Unsupported
 from dilap.profilers.devices import Device
 from dilap.profilers.fit import attention_work
 from dilap.profilers.profiler import Case, Profiler, round_medians
@@ -66,6 +66,7 @@ def build_table(
     num_holdout: int = 6,
     seed: int = 0,
     protocol: Protocol = TABLE,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> LatencyTable:
     """Measure a table into `path`, or what is missing of it: the same arguments give the same probes.
@@ -74,7 +75,7 @@ def build_table(
     all levels, so that the hold-out error covers the interpolation. Raises Mismatch where `path` was measured for
     something else.
     """
-    profiler = Profiler(device, backend=backend)
+    profiler = Profiler(device, backend=backend, force=force)
     header = TableHeader(
         fingerprint=profiler.fingerprint(),
         workload=workload,
@@ -246,6 +247,8 @@ def _fill(
                 progress(done, len(probes), text)
 
         dense, *measurements = bench.measure(block, tell)
+        if differences := table.header.fingerprint.differences(dense.fingerprint):
+            raise Mismatch(f"the device changed while its table was measured: {'; '.join(differences)}")
         measured = list(zip(block, measurements, strict=True))
         if wants_dense:
             measured.insert(0, (missing[0], dense))

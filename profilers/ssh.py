@@ -30,7 +30,9 @@ class SshAddress:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[^\s\x00-\x1f-][^\s\x00-\x1f]*", self.destination):
-            raise InvalidInput(f"{self.destination!r} is no ssh destination; write user@host or a Host of ~/.ssh/config")
+            raise InvalidInput(
+                f"{self.destination!r} is no ssh destination: write user@host, or a Host of ~/.ssh/config"
+            )
 
     def options(self) -> list[str]:
         """For ssh and sftp alike."""
@@ -79,9 +81,7 @@ class SshTransport:
     def close(self) -> None:
         if os.name != "nt":
             with contextlib.suppress(LinkLost):  # a master that is gone needs no end
-                run_client(
-                    ["ssh", *self._options, "-Oexit", "--", self._address.destination], seconds=10, device="ssh"
-                )
+                run_client(["ssh", *self._options, "-Oexit", "--", self._address.destination], seconds=10, device="ssh")
         self._folder.cleanup()
 
     def _ssh(self, command: str) -> list[str]:
@@ -104,7 +104,12 @@ class SshTransport:
         argv = ["sftp", "-q", *self._options, "-b", "-", "--", self._address.destination]
         try:
             done = subprocess.run(
-                argv, input=words + "\n", capture_output=True, encoding="utf-8", errors="replace", timeout=seconds,
+                argv,
+                input=words + "\n",
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=seconds,
                 check=False,
             )
         except subprocess.TimeoutExpired:

@@ -81,6 +81,8 @@ class PipedProcess:
                 encoding="utf-8",
                 errors="replace",
                 env=environment,
+                # a Ctrl-C in the terminal is for us alone: we end the child by closing its input
+                start_new_session=True,
             )
         except (OSError, ValueError) as error:
             self._complaints.close()

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from dilap import backends, codec, export
 from dilap.backends import Capabilities, agent, host
-from dilap.errors import InvalidInput, Mismatch, Unavailable
+from dilap.errors import InvalidInput, LinkLost, Mismatch, Unavailable
 from dilap.profilers import devices
-from dilap.profilers.client import AgentBench, AgentClient
-from dilap.profilers.transports import LocalTransport, PipedProcess
+from dilap.profilers.client import AgentClient, InstrumentBench, LocalConnection, Sampled
+from dilap.profilers.transports import PipedProcess
 from dilap.types import Fingerprint, Workload
 
 WORKLOAD = Workload(precision="f32", context=16)
@@ -153,8 +153,8 @@ class ScriptedClient:
     def __init__(self, others: Sequence[float | None]) -> None:
         self.others = iter(others)
 
-    def call(self, operation: str, **fields: Any) -> dict[str, Any]:
-        return {"samples_ns": [1] * fields["n"], "seconds": 0.1, "other_seconds": next(self.others)}
+    def sample(self, handle: int, count: int) -> Sampled:
+        return Sampled(samples_ns=[1] * count, seconds=0.1, other_seconds=next(self.others))
 
 
 @pytest.mark.parametrize(
@@ -166,42 +166,42 @@ class ScriptedClient:
     ],
 )
 def test_other_load_is_summed_over_the_round_and_forgives_a_tick(others: list[float | None], load: float) -> None:
-    bench = AgentBench(ScriptedClient(others), [1])  # type: ignore[arg-type]
+    bench = InstrumentBench(ScriptedClient(others), [1])  # type: ignore[arg-type]
     bench.sample(0, 3)
     bench.sample(0, 3)
     assert bench.other_load() == pytest.approx(load)
 
 
 def test_other_load_starts_anew_with_every_reading() -> None:
-    bench = AgentBench(ScriptedClient([0.1]), [1])  # type: ignore[arg-type]
+    bench = InstrumentBench(ScriptedClient([0.1]), [1])  # type: ignore[arg-type]
     bench.sample(0, 3)
     bench.other_load()
     assert bench.other_load() == 0
 
 
 def test_a_program_that_ends_is_reported_with_its_last_words() -> None:
-    child = PipedProcess([sys.executable, "-c", "import sys; sys.exit('no such board')"])
-    with pytest.raises(Unavailable, match="no such board"):
-        child.request("{}", timeout=30)
+    child = PipedProcess([sys.executable, "-c", "import sys; sys.exit('no such board')"], name="it")
+    with pytest.raises(LinkLost, match="no such board"):
+        child.read_line(timeout=30)
     child.close()
 
 
 def test_a_silent_program_times_out() -> None:
-    child = PipedProcess([sys.executable, "-c", "import sys; sys.stdin.read()"])
-    with pytest.raises(Unavailable, match=r"no answer for 0\.1 s"):
-        child.request("{}", timeout=0.1)
+    child = PipedProcess([sys.executable, "-c", "import sys; sys.stdin.read()"], name="it")
+    with pytest.raises(LinkLost, match=r"no answer for 0\.1 s"):
+        child.read_line(timeout=0.1)
     child.close()
 
 
 def test_an_absent_program_is_unavailable() -> None:
     with pytest.raises(Unavailable, match="no-such-program"):
-        PipedProcess(["no-such-program"])
+        PipedProcess(["no-such-program"], name="it")
 
 
-def test_the_presets_other_than_host_cpu_say_that_they_cannot_be_reached_yet() -> None:
+def test_the_presets_other_than_host_cpu_ask_where_they_are() -> None:
     reasons = {name: device.unavailable() for name, device in devices.DEVICES.items()}
     assert [name for name, reason in reasons.items() if reason is None] == ["host_cpu"]
-    assert all("host_cpu only" in reason for reason in reasons.values() if reason)
+    assert all("devices.toml" in reason for reason in reasons.values() if reason)
 
 
 @pytest.mark.parametrize("device", devices.DEVICES.values(), ids=lambda device: device.name)
@@ -223,7 +223,7 @@ def test_connecting_to_a_device_out_of_reach_is_refused() -> None:
 def running() -> Iterator[AgentClient]:
     if reason := backends.get("llamacpp").unavailable():
         pytest.skip(reason)
-    with AgentClient(LocalTransport(), backend="llamacpp", device="host_cpu") as client:
+    with AgentClient(LocalConnection(), backend="llamacpp", device="host_cpu") as client:
         yield client
 
 
@@ -241,8 +241,8 @@ def test_the_real_agent_introduces_itself(running: AgentClient) -> None:
 
 
 def test_the_real_agent_times_a_real_model(running: AgentClient, tiny: Path) -> None:
-    one = running.load(str(tiny), sha256=codec.file_sha256(tiny), workload=WORKLOAD)
-    samples = AgentBench(running, [one.handle]).sample(0, 5)
+    one = running.load(tiny, sha256=codec.file_sha256(tiny), workload=WORKLOAD)
+    samples = InstrumentBench(running, [one.handle]).sample(0, 5)
     running.unload(one.handle)
     assert len(samples) == 5
     assert min(samples) > 0
@@ -250,17 +250,17 @@ def test_the_real_agent_times_a_real_model(running: AgentClient, tiny: Path) -> 
 
 def test_an_error_on_the_device_is_raised_here_as_the_same_type(running: AgentClient, tiny: Path) -> None:
     with pytest.raises(Mismatch, match="sha256 differs"):
-        running.load(str(tiny), sha256="0" * 64, workload=WORKLOAD)
+        running.load(tiny, sha256="0" * 64, workload=WORKLOAD)
 
 
 def test_a_damaged_model_is_invalid_input_and_the_agent_lives_on(running: AgentClient, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(b"GGUF and nothing more")
     with pytest.raises(InvalidInput, match=r"damaged\.gguf"):
-        running.load(str(damaged), sha256=codec.file_sha256(damaged), workload=WORKLOAD)
+        running.load(damaged, sha256=codec.file_sha256(damaged), workload=WORKLOAD)
     assert running.call("memory")["peak_bytes"] > 0
 
 
 def test_an_unknown_backend_is_refused_by_the_real_agent() -> None:
     with pytest.raises(InvalidInput, match="unknown backend"):
-        AgentClient(LocalTransport(), backend="nothing", device="host_cpu")
+        AgentClient(LocalConnection(), backend="nothing", device="host_cpu")

@@ -25,6 +25,7 @@ from dilap.cli.console import Console
 from dilap.codec import decode, read_json
 from dilap.evaluator import Evaluator
 from dilap.profilers import devices
+from dilap.profilers.devices import Device
 from dilap.profilers.probes import default_levels, list_probes, spread
 from dilap.profilers.protocol import TABLE
 from dilap.profilers.table import LatencyTable, TableEntry, TableHeader, runs_of
@@ -123,8 +124,8 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    def made(target: str, backend: str, workload: Workload, console: Console) -> FakeBench:
-        return FakeBench(device=devices.get(target), backend=LlamaCpp(), workload=workload, console=console)
+    def made(device: Device, backend: str, workload: Workload, console: Console, *, force: bool) -> FakeBench:
+        return FakeBench(device=device, backend=LlamaCpp(), workload=workload, console=console)
 
     monkeypatch.setattr("dilap.cli.job.Bench.of", made)
 
@@ -276,7 +277,7 @@ def test_help_has_examples(main: Callable[[], None], capsys: pytest.CaptureFixtu
 BAD = {
     "budget": (["--budget", "fast"], "budget 'fast' is not understood"),
     "device": (["--target", "jetson"], "unknown device 'jetson'"),
-    "device out of reach": (["--target", "s23"], "needs the adb transport"),
+    "device out of reach": (["--target", "s23"], "it is not known where your s23"),
     "backend": (["--backend", "llama"], "unknown backend 'llama'"),
     "method": (["--method", "magic"], "unknown method 'magic'"),
     "precision": (["--precision", "q3"], "unknown precision 'q3'"),
@@ -311,7 +312,7 @@ MISMATCHES: dict[str, Callable[[TableHeader], TableHeader]] = {
 def test_a_table_of_something_else_is_refused(
     what: str, checkpoint: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench = Bench.of("host_cpu", "llamacpp", Workload(threads=1), Console())
+    bench = Bench.of(devices.get("host_cpu"), "llamacpp", Workload(threads=1), Console())
     architecture = read_architecture(checkpoint)
     table = fabricated_table(architecture, bench.workload)
     header = replace(table.header, fingerprint=bench.profiler.fingerprint())

@@ -117,7 +117,7 @@ class FakeProfiler:
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeProfiler:
     profiler = FakeProfiler()
     profiler.blocks = []
-    monkeypatch.setattr(probes, "Profiler", lambda device, backend: profiler)
+    monkeypatch.setattr(probes, "Profiler", lambda device, backend, force: profiler)
     monkeypatch.setattr(export, "get", lambda name: FakeExporter())
     return profiler
 

@@ -212,7 +212,7 @@ class Stream:
             self._path(path).parent.mkdir(parents=True, exist_ok=True)
             file = self._path(path).open("wb")
         except OSError as error:
-            file, failure = Path(os.devnull).open("wb"), error
+            file, failure = Path(os.devnull).open("wb"), error  # noqa: SIM115  (closed below)
         with file:
             while True:
                 operation, size = struct.unpack("<4sI", self._read(8))

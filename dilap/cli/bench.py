@@ -11,11 +11,10 @@ from dilap.backends import Backend
 from dilap.cli.console import Console
 from dilap.codec import decode, digest, read_json, write_json
 from dilap.errors import InvalidInput, Unavailable
-from dilap.profilers import devices
 from dilap.profilers.devices import Device
 from dilap.profilers.probes import build_table, default_levels
 from dilap.profilers.profiler import Case, Profiler
-from dilap.profilers.protocol import FINAL, TABLE
+from dilap.profilers.protocol import FINAL, TABLE, Protocol
 from dilap.profilers.table import LatencyTable
 from dilap.source import Source
 from dilap.types import Architecture, Artifact, Measurement, Plan, Workload
@@ -29,22 +28,32 @@ class Bench:
     backend: Backend
     workload: Workload
     console: Console
+    force: bool = False
 
     @classmethod
-    def of(cls, target: str, backend_name: str, workload: Workload, console: Console) -> "Bench":
+    def of(
+        cls, device: Device, backend_name: str, workload: Workload, console: Console, *, force: bool = False
+    ) -> "Bench":
         """Raises InvalidInput for unknown names, Unavailable for what is not here."""
-        device, backend = devices.get(target), backends.get(backend_name)
-        if reason := device.unavailable() or backend.unavailable():
+        backend = backends.get(backend_name)
+        if reason := device.unavailable():
+            raise Unavailable(reason)
+        # elsewhere the runtime is looked for on the device
+        if device.location is None and (reason := backend.unavailable()):
             raise Unavailable(reason)
         if workload.precision not in backend.precisions():
             raise InvalidInput(
                 f"unknown precision {workload.precision!r}; {backend.name} runs {', '.join(backend.precisions())}"
             )
-        return cls(device=device, backend=backend, workload=workload, console=console)
+        return cls(device=device, backend=backend, workload=workload, console=console, force=force)
 
     @property
     def profiler(self) -> Profiler:
-        return Profiler(self.device, backend=self.backend.name)
+        return Profiler(self.device, backend=self.backend.name, force=self.force)
+
+    def _protocol(self, protocol: Protocol) -> Protocol:
+        """With the pauses that this device needs to cool."""
+        return replace(protocol, back_off_seconds=self.device.back_off_seconds)
 
     def export(self, source: Source, plan: Plan, folder: Path) -> Artifact:
         """The source's model as it stands, verified."""
@@ -64,7 +73,7 @@ class Bench:
         """Measure models interleaved; for a final claim with fresh starts and a narrower interval."""
         cases = [Case(path=path, workload=self.workload) for path in paths]
         with self.console.bar("measure", total=None, unit="") as bar:
-            return self.profiler.measure(cases, FINAL if final else TABLE, progress=bar.set_postfix_str)
+            return self.profiler.measure(cases, self._protocol(FINAL if final else TABLE), progress=bar.set_postfix_str)
 
     def measure_widths(self, dense: Path, architecture: Architecture, path: Path) -> list[Measurement]:
         """The dense model and a random one of `architecture`, interleaved; kept in `path` for a run that goes on."""
@@ -107,6 +116,8 @@ class Bench:
                 path=path,
                 attention_levels=attention_levels,
                 ffn_levels=ffn_levels,
+                protocol=self._protocol(TABLE),
+                force=self.force,
                 progress=show,
             )
         self.console.say(describe_errors(table))

@@ -16,15 +16,16 @@ from dilap.codec import encode, write_json
 from dilap.errors import DilapError, Unsupported
 from dilap.methods import METHODS
 from dilap.methods.task import Method
+from dilap.profilers.devices import Device
 from dilap.profilers.search_space import Layout, default_layout, describe, require_layout
 from dilap.source import load
 from dilap.types import full_plan
 
 
-def prune(options: JobOptions, *, out: Path, console: Console) -> PruneResult | None:
+def prune(options: JobOptions, *, device: Device, out: Path, console: Console) -> PruneResult | None:
     """Run the whole job into `out`; None where the dense model already keeps the budget (nothing is written)."""
     workspace = Workspace(out, console)
-    bench = Bench.of(options.target, options.backend, options.workload, console)
+    bench = Bench.of(device, options.backend, options.workload, console, force=options.force)
     with workspace.stage("load the model"):
         source = load(options.model)
     architecture = architecture_of(source.model)

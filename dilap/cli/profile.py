@@ -23,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     arguments.add_model(made)
     made.add_argument("--out", metavar="FILE", help="the table; by default where dilap-prune looks for it, in tables/")
     made.add_argument("--json", action="store_true", help="print the fitted costs as JSON")
+    arguments.add_devices(made)
     arguments.add_workload(made)
     return made
 
@@ -35,15 +36,16 @@ def _command() -> int:
         return 0
     if given.device is None:
         raise InvalidInput("name a device with --device, or ask --doctor what is usable")
-    backend = arguments.backend_of(given, device=given.device)
-    workload = arguments.workload_of(given, device=given.device, backend=backend)
+    device = arguments.registry_of(given).get(given.device)
+    backend = arguments.backend_of(given, device=device)
+    workload = arguments.workload_of(given, device=device, backend=backend)
     from dilap.anatomy import architecture_of  # torch and transformers: seconds that bad input should not cost
     from dilap.cli.bench import Bench
     from dilap.profilers.search_space import describe
     from dilap.source import load
 
     screen = console.Console()
-    bench = Bench.of(given.device, backend, workload, screen)
+    bench = Bench.of(device, backend, workload, screen, force=given.force)
     architecture = architecture_of(load(given.model).model)
     if reason := bench.backend.capabilities(architecture.family, precision=workload.precision).unsupported:
         raise InvalidInput(reason)

@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     arguments.add_model(made)
     made.add_argument("--out", metavar="DIR", help="the run's folder (runs/MODEL-TARGET-BUDGET)")
     made.add_argument("--json", action="store_true", help="print the result as JSON")
+    arguments.add_devices(made)
     arguments.add_workload(made)
     _add_search(made)
     _add_text_and_recovery(made)
@@ -75,8 +76,9 @@ def _add_text_and_recovery(made: argparse.ArgumentParser) -> None:
 def _command() -> int:
     given = _parser().parse_args()
     budget = Budget.parse(given.budget, statistic=given.stat)
-    backend = arguments.backend_of(given, device=given.target)
-    workload = arguments.workload_of(given, device=given.target, backend=backend)
+    device = arguments.registry_of(given).get(given.target)
+    backend = arguments.backend_of(given, device=device)
+    workload = arguments.workload_of(given, device=device, backend=backend)
     from dilap.cli.job import prune  # torch and transformers: seconds that bad input should not cost
     from dilap.cli.stages import JobOptions
     from dilap.library import LibraryOptions
@@ -95,6 +97,7 @@ def _command() -> int:
         target=given.target,
         backend=backend,
         workload=workload,
+        force=given.force,
         layout=given.layout,
         method=given.method,
         table=given.table,
@@ -105,7 +108,7 @@ def _command() -> int:
         recovery=RecoveryOptions(mode=given.recover, steps=given.recover_steps, seed=given.seed),
     )
     out = arguments.new_path(given.out) if given.out else _default_out(given.model, given.target, budget)
-    done = prune(options, out=out, console=console.Console())
+    done = prune(options, device=device, out=out, console=console.Console())
     if done is None:
         if given.json:
             json.dump({"status": "already met"}, sys.stdout)

@@ -45,6 +45,7 @@ class JobOptions:
     target: str = "host_cpu"
     backend: str = "llamacpp"
     workload: Workload = field(default_factory=Workload)
+    force: bool = False
     layout: Layout | None = None
     method: str = "dilap"
     table: str | None = None
