@@ -2,13 +2,17 @@
 
 import difflib
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from dilap import backends
 from dilap.backends import host
 from dilap.errors import InvalidInput, Unavailable
 from dilap.profilers.adb import AdbTransport
+from dilap.profilers.android import Phone
 from dilap.profilers.client import AgentClient, Connection, Instrument, LocalConnection, RemoteConnection
+from dilap.profilers.runners import RUNNERS, find_runner
 from dilap.profilers.shells import posix, powershell
 from dilap.profilers.ssh import SshAddress, SshTransport
 from dilap.profilers.store import Programs, Store, posix_programs, python_programs
@@ -45,8 +49,8 @@ class Location:
 class Device:
     """A target. `backends` are its runtimes, each with the precision that ships there by default; the default first.
 
-    `affinity` is the mask of the cores to run on, in hexadecimal without 0x. Bandwidth and compute are published
-    peaks, for estimates alone.
+    `affinity` is the mask of the cores to run on, in hexadecimal without 0x; the cache's size stands here for a device
+    that does not say it. Bandwidth and compute are published peaks, for estimates alone.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Device:
     backends: Mapping[str, str]
     num_threads: int | None = None
     affinity: str | None = None
+    last_level_cache_bytes: int = 0
     bytes_per_second: float | None = None
     flops_per_second: float | None = None
     limits: Limits = field(default_factory=Limits)
@@ -82,7 +87,34 @@ class Device:
         """The device, ready to time models in a runtime. Raises Unavailable."""
         if reason := self.unavailable():
             raise Unavailable(reason)
+        if self.location is not None and self.location.adb is not None:
+            return self._open_phone(backend, self.location)
         return AgentClient(self.connect(), backend=backend, device=self.name)
+
+    def _open_phone(self, backend: str, location: Location) -> Phone:
+        """Raises InvalidInput where the runner is missing, or has another runtime inside than `backend`."""
+        if location.runner is None:
+            raise InvalidInput(
+                f"{self.label} has no Python: give a timing program that was built for it with --runner "
+                f"({', '.join(RUNNERS)})"
+            )
+        program = Path(location.runner).expanduser()
+        runner = find_runner(program)
+        if runner.backend != backend:
+            raise InvalidInput(f"{program} times {runner.backend}, not {backend}: choose --backend {runner.backend}")
+        with ExitStack() as stack:
+            transport = stack.enter_context(closing(self.transport_to()))
+            phone = Phone(
+                transport,
+                Store(transport, folder=location.folder, programs=posix_programs()),
+                runner=runner,
+                program=program,
+                device=self.name,
+                affinity=self.affinity,
+                cache_bytes=self.last_level_cache_bytes,
+            )
+            stack.pop_all()  # the phone closes it from now on
+            return phone
 
     def connect(self) -> Connection:
         """A way to the device's Python. Raises Unavailable."""
@@ -180,6 +212,7 @@ DEVICES: Mapping[str, Device] = {
             backends={"executorch": "8da4w", "llamacpp": "q4_0"},
             num_threads=5,
             affinity="f8",
+            last_level_cache_bytes=8 << 20,
             bytes_per_second=67e9,
             flops_per_second=240e9,
             limits=Limits(hottest_celsius=37),

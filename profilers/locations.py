@@ -1,6 +1,7 @@
 """devices.toml: where the user's devices are."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ _KEYS: Mapping[str, type] = {
     "python": str,
     "system": str,
     "runner": str,
+    "affinity": str,
 }
 
 
@@ -55,7 +57,10 @@ def _device(kind: str, entry: object, *, number: int, source: str) -> Device:
     preset = DEVICES[kind]
     if preset.transport not in entry:
         raise InvalidInput(f'{source}: it is reached over {preset.transport}; write {preset.transport} = "..."')
-    return replace(preset, location=_location(preset, entry, source), number=number)
+    affinity = entry.get("affinity", preset.affinity)
+    if affinity is not None and not re.fullmatch("[0-9a-fA-F]+", affinity):
+        raise InvalidInput(f"{source}: affinity is a mask of cores in hexadecimal, like f8, got {affinity!r}")
+    return replace(preset, location=_location(preset, entry, source), number=number, affinity=affinity)
 
 
 def _require_known(key: str, value: object, source: str) -> None:

@@ -7,6 +7,7 @@ that it is given, in a chroot, and like adbd it sends only SIGHUP to a shell who
 
 import argparse
 import contextlib
+import itertools
 import os
 import selectors
 import signal
@@ -29,6 +30,7 @@ class Connection:
         self.peer, self.root = peer, root
         self.max_data = 4096
         self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
         self._streams: dict[int, Stream] = {}
 
     def send(self, command: bytes, first: int, second: int, data: bytes = b"") -> None:
@@ -56,7 +58,7 @@ class Connection:
             properties = "".join(f"{key}={value};" for key, value in PROPERTIES.items())
             self.send(b"CNXN", VERSION, MAX_DATA, f"device::{properties}features=shell_v2,cmd".encode())
         elif command == b"OPEN":
-            number = max(self._streams, default=0) + 1
+            number = next(self._numbers)  # never again: the client still answers for streams that have ended
             self._streams[number] = Stream(self, number, first, data.rstrip(b"\0").decode())
             threading.Thread(target=self._streams[number].run, daemon=True).start()
         elif stream is None:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from dilap import __version__
@@ -9,6 +10,7 @@ from dilap.builtin import DEFAULT_MODEL
 from dilap.errors import InvalidInput
 from dilap.profilers.devices import Device, Registry
 from dilap.profilers.locations import read_registry
+from dilap.profilers.runners import RUNNERS
 from dilap.types import Workload
 
 
@@ -57,6 +59,9 @@ def add_devices(to: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"where your devices are; $DILAP_DEVICES or {_default_devices()} by default",
     )
+    group.add_argument(
+        "--runner", metavar="PATH", help=f"the timing program of a device without Python: {', '.join(RUNNERS)}"
+    )
     group.add_argument("--force", action="store_true", help="measure a device in an unfit state, and say so")
 
 
@@ -65,6 +70,16 @@ def registry_of(arguments: argparse.Namespace) -> Registry:
     given = arguments.devices or os.environ.get("DILAP_DEVICES")
     path = new_path(given) if given else _default_devices()
     return read_registry(path) if given or path.exists() else Registry()
+
+
+def device_of(arguments: argparse.Namespace, name: str) -> Device:
+    """The device of that name, with the runner that was given. Raises InvalidInput."""
+    device = registry_of(arguments).get(name)
+    if arguments.runner is not None:
+        if device.location is None or device.location.adb is None:
+            raise InvalidInput(f"--runner is for devices that are reached over adb, {name} is none")
+        return replace(device, location=replace(device.location, runner=arguments.runner))
+    return device
 
 
 def _default_devices() -> Path:

@@ -36,7 +36,7 @@ def _command() -> int:
         return 0
     if given.device is None:
         raise InvalidInput("name a device with --device, or ask --doctor what is usable")
-    device = arguments.registry_of(given).get(given.device)
+    device = arguments.device_of(given, given.device)
     backend = arguments.backend_of(given, device=device)
     workload = arguments.workload_of(given, device=device, backend=backend)
     from dilap.anatomy import architecture_of  # torch and transformers: seconds that bad input should not cost

@@ -76,7 +76,7 @@ def _add_text_and_recovery(made: argparse.ArgumentParser) -> None:
 def _command() -> int:
     given = _parser().parse_args()
     budget = Budget.parse(given.budget, statistic=given.stat)
-    device = arguments.registry_of(given).get(given.target)
+    device = arguments.device_of(given, given.target)
     backend = arguments.backend_of(given, device=device)
     workload = arguments.workload_of(given, device=device, backend=backend)
     from dilap.cli.job import prune  # torch and transformers: seconds that bad input should not cost
