@@ -13,7 +13,6 @@ from dilap import backends, export
 from dilap.backends import Capabilities
 from dilap.codec import read_json
 from dilap.errors import Mismatch, Unsupported
-from dilap.profilers.devices import Device
 from dilap.profilers.fit import attention_work
 from dilap.profilers.profiler import Case, Profiler, round_medians
 from dilap.profilers.protocol import TABLE, Protocol
@@ -55,8 +54,7 @@ def default_levels(architecture: Architecture, capabilities: Capabilities) -> tu
 def build_table(
     architecture: Architecture,
     *,
-    backend: str,
-    device: Device,
+    profiler: Profiler,
     workload: Workload,
     path: Path,
     attention_levels: Sequence[AttentionLevel],
@@ -66,7 +64,6 @@ def build_table(
     num_holdout: int = 6,
     seed: int = 0,
     protocol: Protocol = TABLE,
-    force: bool = False,
     progress: Progress | None = None,
 ) -> LatencyTable:
     """Measure a table into `path`, or what is missing of it: the same arguments give the same probes.
@@ -75,7 +72,7 @@ def build_table(
     all levels, so that the hold-out error covers the interpolation. Raises Mismatch where `path` was measured for
     something else.
     """
-    profiler = Profiler(device, backend=backend, force=force)
+    backend = profiler.backend
     header = TableHeader(
         fingerprint=profiler.fingerprint(),
         workload=workload,

@@ -47,11 +47,16 @@ class Profiler:
     """
 
     def __init__(self, device: Device, *, backend: str, force: bool = False) -> None:
-        self._device, self._backend, self._force = device, backend, force
+        self._device, self._force = device, force
+        self.backend = backend
+        self._fingerprint: Fingerprint | None = None
 
     def fingerprint(self) -> Fingerprint:
-        with closing(self._device.open(self._backend)) as instrument:
-            return instrument.fingerprint
+        """Of the device and the runtime there, asked once."""
+        if self._fingerprint is None:
+            with closing(self._device.open(self.backend)) as instrument:
+                self._fingerprint = instrument.fingerprint
+        return self._fingerprint
 
     def measure(
         self, cases: Sequence[Case], protocol: Protocol, *, progress: Progress | None = None
@@ -92,7 +97,7 @@ class Profiler:
         first_round: int,
         on_round: OnRound,
     ) -> "_Start":
-        with closing(self._device.open(self._backend)) as instrument:
+        with closing(self._device.open(self.backend)) as instrument:
             before = instrument.state()
             forced = require_fit(before, self._device, threads=cases[0].workload.threads, force=self._force)
             loaded = [

@@ -29,8 +29,7 @@ else
   setsid timeout -k 2 "$limit" "$@" </dev/null 3<&- & group=$!
   exec 4>/dev/null
 fi
-( cat <&3 >&4; exec 4>&-
-  [ "$input" != pass ] || sleep 3
+( if [ "$input" = pass ]; then cat <&3 >&4; exec 4>&-; sleep 3; else while read -r _ <&3; do :; done; fi
   kill -TERM -$group || kill -TERM $group
   sleep 2
   kill -KILL -$group || kill -KILL $group

@@ -1,6 +1,7 @@
 """Measurements, speed-ups and table building; the last tests use the real agent and the real llama.cpp."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,7 @@ class FakeExporter:
 class FakeProfiler:
     """A file's number is its latency in microseconds; `killed_after` blocks the power goes off."""
 
+    backend = "llamacpp"
     killed_after = 99
     blocks: list[int]
 
@@ -117,9 +119,13 @@ class FakeProfiler:
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeProfiler:
     profiler = FakeProfiler()
     profiler.blocks = []
-    monkeypatch.setattr(probes, "Profiler", lambda device, backend, force: profiler)
+    monkeypatch.setattr(sys.modules[__name__], "make_profiler", lambda: profiler)
     monkeypatch.setattr(export, "get", lambda name: FakeExporter())
     return profiler
+
+
+def make_profiler() -> Profiler:
+    return Profiler(devices.get("host_cpu"), backend="llamacpp")
 
 
 def build(path: Path, *, workload: Workload = WORKLOAD, protocol: Protocol = QUICK) -> LatencyTable:
@@ -128,8 +134,7 @@ def build(path: Path, *, workload: Workload = WORKLOAD, protocol: Protocol = QUI
     )
     return probes.build_table(
         ARCHITECTURE,
-        backend="llamacpp",
-        device=devices.get("host_cpu"),
+        profiler=make_profiler(),
         workload=workload,
         path=path,
         attention_levels=attention,

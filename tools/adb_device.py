@@ -148,6 +148,7 @@ class Stream:
             env={"PATH": "/usr/bin:/bin", "HOME": "/", "TMPDIR": "/data/local/tmp"},
             start_new_session=True,
         )
+        assert self._program.stdin is not None
         threading.Thread(target=self._pass_stdin, daemon=True).start()
         outputs = selectors.DefaultSelector()
         for kind, pipe in ((STDOUT, self._program.stdout), (STDERR, self._program.stderr)):
@@ -161,6 +162,8 @@ class Stream:
                 else:
                     outputs.unregister(key.fileobj)
         status = self._program.wait()
+        with contextlib.suppress(OSError):
+            self._program.stdin.close()  # whoever else reads it, as adbd does
         self._write(struct.pack("<BIB", EXIT, 1, status if status >= 0 else 128 - status))
 
     def _pass_stdin(self) -> None:

@@ -4,6 +4,7 @@ import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from dilap import backends, export
@@ -47,7 +48,7 @@ class Bench:
             )
         return cls(device=device, backend=backend, workload=workload, console=console, force=force)
 
-    @property
+    @cached_property
     def profiler(self) -> Profiler:
         return Profiler(self.device, backend=self.backend.name, force=self.force)
 
@@ -110,14 +111,12 @@ class Bench:
 
             table = build_table(
                 architecture,
-                backend=self.backend.name,
-                device=self.device,
+                profiler=self.profiler,
                 workload=self.workload,
                 path=path,
                 attention_levels=attention_levels,
                 ffn_levels=ffn_levels,
                 protocol=self._protocol(TABLE),
-                force=self.force,
                 progress=show,
             )
         self.console.say(describe_errors(table))
