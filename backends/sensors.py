@@ -16,7 +16,7 @@ from typing import Any
 
 from dilap.types import DeviceState
 
-_CPUS = Path("/sys/devices/system/cpu")
+_SYS = Path("/sys")
 _NO_BATTERY = 255  # of SYSTEM_POWER_STATUS: unknown
 
 
@@ -26,7 +26,7 @@ def state() -> DeviceState:
     ac_power, battery = _windows_power() if windows else _linux_power()
     return DeviceState(
         power_mode=power_mode(),
-        governor=text(_CPUS / "cpu0/cpufreq/scaling_governor") or "unknown",
+        governor=text(_cpus() / "cpu0/cpufreq/scaling_governor") or "unknown",
         num_cores=os.cpu_count(),
         affinity=_affinity(),
         clocks_khz=dict(_clocks()),
@@ -44,7 +44,7 @@ def power_mode() -> str:
         return found[1]
     if found := re.search(r"\(([^()]*)\)\s*$", _said("powercfg", "/getactivescheme")):
         return found[1]
-    return text(_CPUS / "cpu0/cpufreq/scaling_governor") or "unknown"
+    return text(_cpus() / "cpu0/cpufreq/scaling_governor") or "unknown"
 
 
 def text(path: Path) -> str:
@@ -53,6 +53,10 @@ def text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
+
+
+def _cpus() -> Path:
+    return _SYS / "devices/system/cpu"
 
 
 @functools.cache
@@ -77,30 +81,30 @@ def _affinity() -> str:
 
 
 def _clocks() -> Iterator[tuple[str, int]]:
-    for policy in sorted((_CPUS / "cpufreq").glob("policy*")):
+    for policy in sorted((_cpus() / "cpufreq").glob("policy*")):
         if (clock := text(policy / "scaling_cur_freq")).isdigit():
             yield policy.name, int(clock)
-    for node in sorted(Path("/sys/class/devfreq").glob("*gpu*")) + sorted(Path("/sys/class/devfreq").glob("*ga10b*")):
+    for node in sorted((_SYS / "class/devfreq").glob("*gpu*")) + sorted((_SYS / "class/devfreq").glob("*ga10b*")):
         if (clock := text(node / "cur_freq")).isdigit():
             yield node.name, int(clock) // 1000  # this one is in Hz
 
 
 def _temperatures() -> Iterator[tuple[str, float]]:
-    for zone in sorted(Path("/sys/class/thermal").glob("thermal_zone*")):
-        millidegrees = text(zone / "temp").removeprefix("-")
+    for zone in sorted((_SYS / "class/thermal").glob("thermal_zone*")):
+        millidegrees = text(zone / "temp")
         if millidegrees.isdigit() and int(millidegrees) > 0:  # 0 and below are sensors that are off
             yield text(zone / "type") or zone.name, int(millidegrees) / 1000
 
 
 def _throttle_events() -> int | None:
-    over_current = list(Path("/sys/class/hwmon").glob("hwmon*/oc*_event_cnt"))
-    thermal = list(_CPUS.glob("cpu*/thermal_throttle/core_throttle_count"))
+    over_current = list((_SYS / "class/hwmon").glob("hwmon*/oc*_event_cnt"))
+    thermal = list(_cpus().glob("cpu*/thermal_throttle/core_throttle_count"))
     counts = [int(count) for path in over_current + thermal if (count := text(path)).isdigit()]
     return sum(counts) if counts else None
 
 
 def _linux_power() -> tuple[bool | None, float | None]:
-    supplies = sorted(Path("/sys/class/power_supply").glob("*"))
+    supplies = sorted((_SYS / "class/power_supply").glob("*"))
     online = [text(one / "online") for one in supplies if text(one / "type") in ("Mains", "USB")]
     charges = [text(one / "capacity") for one in supplies if text(one / "type") == "Battery"]
     charge = next((float(one) for one in charges if one.isdigit()), None)

@@ -12,7 +12,7 @@ from dilap.errors import InvalidInput
 
 Phase = Literal["decode", "prefill"]
 Statistic = Literal["p50", "p90"]
-Status = Literal["ok", "noisy", "contended"]
+Status = Literal["ok", "noisy", "contended", "estimated"]
 GroupKind = Literal["kv_groups", "query_slots", "channels"]
 # Bits a weight takes, its share of the scales included: 32 weights have one, in f16 (GGUF, ExecuTorch) or f32 (ONNX).
 PRECISION_BITS: Mapping[str, float] = {
@@ -334,7 +334,8 @@ class Measurement:
     """Raw samples of one artifact under one workload; statistics are derived on reading.
 
     `rounds` gives the interleaving round of every sample, so that two measurements can be paired. `status`
-    is `ok`, `noisy` (too many outliers or a wide interval) or `contended` (other load on the cores). `dropped_ns`
+    is `ok`, `noisy` (too many outliers or a wide interval), `contended` (other load on the cores) or `estimated` (no
+    measurement at all, but a number in its place that a model of the device gave). `dropped_ns`
     keeps the samples of rounds that were left out because of drift or other load. `states` are the device's before
     and after every fresh start; `forced` says what made it unfit and was overridden.
     """

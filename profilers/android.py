@@ -57,7 +57,7 @@ def parse_state(output: str, *, affinity: str) -> DeviceState:
     status, cores = found(r"^Thermal Status: (\d+)"), found(r"^cores (\d+)")
     powered = re.findall(r"^\s*(?:AC|USB|Wireless) powered: (true|false)", output, re.MULTILINE)
     return DeviceState(
-        power_mode="low power" if found(r"^low_power (1)") else "normal",
+        power_mode={"0": "normal", "1": "low power"}.get(found(r"^low_power (\d)") or "", "unknown"),
         governor=found(r"^governor (\S+)") or "unknown",
         num_cores=int(cores) if cores else None,
         affinity=affinity,

@@ -23,6 +23,7 @@ from dilap.types import DeviceState, Fingerprint, Workload
 _TIMEOUT_SECONDS = 300.0  # a slow device loading a large model over a cold disk
 _SESSION_SECONDS = 24 * 3600.0  # of one agent, where the link is lost without a word
 _MAX_NOISE_LINES = 200  # that a login shell may print before the agent speaks
+_THROTTLING = 2  # Android's thermal status: moderate, where clocks are lowered
 # /proc/stat counts in ticks of 10 ms per core: less than this is indistinguishable from nothing
 _TICK_SLACK_SECONDS = 0.02
 
@@ -202,6 +203,7 @@ class InstrumentBench:
     def __init__(self, instrument: Instrument, handles: Sequence[int]) -> None:
         self._instrument, self._handles = instrument, handles
         self._seconds = self._other_seconds = 0.0
+        self._throttle_events = instrument.state().throttle_events or 0
 
     def sample(self, case: int, count: int) -> Sequence[int]:
         sampled = self._instrument.sample(self._handles[case], count)
@@ -213,6 +215,12 @@ class InstrumentBench:
         load = max(0.0, self._other_seconds - _TICK_SLACK_SECONDS) / self._seconds if self._seconds else 0.0
         self._seconds = self._other_seconds = 0.0
         return load
+
+    def throttles(self) -> bool:
+        state = self._instrument.state()
+        events, before = state.throttle_events or 0, self._throttle_events
+        self._throttle_events = events
+        return events > before or (state.thermal_status or 0) >= _THROTTLING
 
     def now(self) -> float:
         return time.monotonic()

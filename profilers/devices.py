@@ -1,6 +1,8 @@
 """The devices that DiLAP knows by name: what they are, and where the user's are."""
 
 import difflib
+import shutil
+import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -8,14 +10,14 @@ from pathlib import Path
 
 from dilap import backends
 from dilap.backends import host
-from dilap.errors import InvalidInput, Unavailable
+from dilap.errors import InvalidInput, LinkLost, Unavailable
 from dilap.profilers.adb import AdbTransport
 from dilap.profilers.android import Phone
 from dilap.profilers.client import AgentClient, Connection, Instrument, LocalConnection, RemoteConnection
 from dilap.profilers.runners import RUNNERS, find_runner
 from dilap.profilers.shells import posix, powershell
 from dilap.profilers.ssh import SshAddress, SshTransport
-from dilap.profilers.store import Programs, Store, posix_programs, python_programs
+from dilap.profilers.store import Store, posix_programs, python_programs
 from dilap.profilers.transports import Transport
 
 
@@ -80,16 +82,41 @@ class Device:
         where = 'adb = "SERIAL"' if self.transport == "adb" else 'ssh = "user@host"'
         return (
             f"it is not known where your {self.name} ({self.description}) is: write [{self.name}] and "
-            f"{where} into devices.toml, then look with dilap-profile --check {self.name}"
+            f"{where} into devices.toml, then look with dilap-profile --check {self.name}; without the device, "
+            "--estimate"
         )
+
+    def where(self) -> str:
+        """Behind a description: its address, where it has one."""
+        if self.location is None:
+            return ""
+        return f" at {self.location.adb or (self.location.ssh and self.location.ssh.destination)}"
+
+    def greet(self) -> str:
+        """What the device says it is, once it is reached. Raises Unavailable, saying what mends the way to it."""
+        if self.location is None:
+            return f"this machine, {host.processor()}"
+        with closing(self.transport_to()) as transport:
+            argv = ["cmd", "/c", "ver"] if self.location.windows else ["uname", "-srm"]
+            return transport.run(argv, seconds=30).checked(f"{argv[0]} on {self.label}").strip()
+
+    def free_bytes(self) -> int:
+        """Room for models in the folder where they are kept there."""
+        if self.location is None:
+            return shutil.disk_usage(tempfile.gettempdir()).free
+        with closing(self.transport_to()) as transport:
+            return self._store(transport).free_bytes()
 
     def open(self, backend: str) -> Instrument:
         """The device, ready to time models in a runtime. Raises Unavailable."""
         if reason := self.unavailable():
             raise Unavailable(reason)
-        if self.location is not None and self.location.adb is not None:
-            return self._open_phone(backend, self.location)
-        return AgentClient(self.connect(), backend=backend, device=self.name)
+        try:
+            if self.location is not None and self.location.adb is not None:
+                return self._open_phone(backend, self.location)
+            return AgentClient(self.connect(), backend=backend, device=self.name)
+        except LinkLost as error:
+            raise LinkLost(f"{error}; look at it with: dilap-profile --check {self.label}") from error
 
     def _open_phone(self, backend: str, location: Location) -> Phone:
         """Raises InvalidInput where the runner is missing, or has another runtime inside than `backend`."""
@@ -106,7 +133,7 @@ class Device:
             transport = stack.enter_context(closing(self.transport_to()))
             phone = Phone(
                 transport,
-                Store(transport, folder=location.folder, programs=posix_programs()),
+                self._store(transport),
                 runner=runner,
                 program=program,
                 device=self.name,
@@ -123,8 +150,7 @@ class Device:
         if self.location is None:
             return LocalConnection()
         transport = self.transport_to()
-        files = Store(transport, folder=self.location.folder, programs=self._programs())
-        return RemoteConnection(transport, files=files, python=self.location.python)
+        return RemoteConnection(transport, files=self._store(transport), python=self.location.python)
 
     def transport_to(self) -> Transport:
         """The bare way to a device that is not this machine. Raises Unavailable."""
@@ -134,9 +160,10 @@ class Device:
         assert self.location.ssh is not None
         return SshTransport(self.location.ssh, shell=powershell if self.location.windows else posix)
 
-    def _programs(self) -> Programs:
+    def _store(self, transport: Transport) -> Store:
         assert self.location is not None
-        return python_programs(self.location.python) if self.location.windows else posix_programs()
+        programs = python_programs(self.location.python) if self.location.windows else posix_programs()
+        return Store(transport, folder=self.location.folder, programs=programs)
 
     def default_precision(self, backend: str) -> str:
         """What ships here in that runtime; the runtime's own default where the device is not known to have it."""
@@ -239,6 +266,7 @@ class Registry:
     def get(self, name: str) -> Device:
         """The device of that name, `NAME:2` being the second of its kind. Raises InvalidInput with the known ones."""
         known = {device.label: device for device in self.all()}
+        name = name.removesuffix(":1")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else "."

@@ -17,8 +17,8 @@ class Protocol:
     """Warm-up; interleaved rounds of a few samples of every open case; a rule to stop.
 
     `target_half_width` is that of the median's 95 % interval, relative. A round is dropped and repeated when the
-    sentinel case left its running median by more than `drift_tolerance` (after a sleep that doubles), or when
-    other processes used more than `contention_share` of a core meanwhile.
+    sentinel case left its running median by more than `drift_tolerance` or the device throttled (after a sleep that
+    doubles), or when other processes used more than `contention_share` of a core meanwhile.
     """
 
     target_half_width: float = 0.01
@@ -52,6 +52,9 @@ class Bench(typing.Protocol):
 
     def other_load(self) -> float:
         """Cores that other processes used while we sampled since the last call."""
+
+    def throttles(self) -> bool:
+        """Whether the device says that it slowed itself down since the last call."""
 
     def now(self) -> float:
         """Seconds on a clock that only moves forward."""
@@ -172,7 +175,7 @@ class _Run:
             self._contended = True  # it does not clear: measure on, and say so; resting would not help
             return 0.0
         self._repeats = 0
-        if self._drifts(sentinel_median):
+        if self._bench.throttles() or self._drifts(sentinel_median):
             self._back_offs += 1
             self.gave_up = self._back_offs > protocol.max_back_offs
             return float(protocol.back_off_seconds * 2 ** (self._back_offs - 1))
@@ -193,7 +196,7 @@ class _Run:
         kept, dropped = self._kept[case], self._dropped[case]
         contended = self._contended
         if not kept:  # time ran out while no round was good: flagged numbers are better than none
-            kept, dropped, contended = dropped, [], True
+            kept, dropped, contended = dropped, [], not self.gave_up
         samples = [sample for _, sample in kept]
         status, note = self._verdict(case, samples, contended=contended)
         return Trace(
@@ -210,7 +213,10 @@ class _Run:
         protocol, count = self._protocol, len(samples)
         share, width = outlier_share(samples), median_interval(samples).half_width
         complaints = (
-            (self.gave_up, "the sentinel drifted and did not come back; let the device cool and repeat"),
+            (
+                self.gave_up,
+                "the sentinel drifted, or the device throttled, without coming back; let it cool and repeat",
+            ),
             (count < protocol.min_samples, f"time ran out after {count} of at least {protocol.min_samples} samples"),
             (share > 0.05, f"{share:.0%} of the samples are outliers; look for periodic work on the device"),
             (

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dilap.codec import read_json
-from dilap.errors import InvalidInput, LinkLost, Unsupported
+from dilap.errors import DilapError, InvalidInput, LinkLost, Unsupported
 from dilap.profilers.transports import Process, Transport
 from dilap.types import Workload
 
@@ -37,8 +37,13 @@ class Job:
 class RunnerSession(Protocol):
     """One model in one program."""
 
-    load_seconds: float
-    peak_memory_bytes: int
+    @property
+    def load_seconds(self) -> float:
+        """What loading took, as far as the program says."""
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Of the program; 0 where it is not running between samples."""
 
     def sample(self, count: int) -> list[int]:
         """Time the workload `count` times; nanoseconds."""
@@ -121,10 +126,13 @@ class ExecutorRunnerSession:
         self._process: Process = transport.start(
             ["sh", "-c", 'echo "pid $$"; exec "$@" 2>&1', "dilap-runner", *argv], seconds=_SESSION_SECONDS
         )
-        self._pid = self._process.read_line(timeout=_SECONDS).strip().removeprefix("pid ")
-        began = self._until("Running in server mode")
-        self.load_seconds = began / 1e6
-        self.sample(1)
+        try:
+            self._pid = self._process.read_line(timeout=_SECONDS).strip().removeprefix("pid ")
+            self.load_seconds = self._until("Running in server mode") / 1e6  # its clock starts with it
+            self.sample(1)
+        except DilapError:
+            self._process.close()
+            raise
 
     @property
     def peak_memory_bytes(self) -> int:

@@ -130,6 +130,7 @@ class Store:
         self._transport, self._programs = transport, programs
         self._store, self._parts = f"{folder}/store", f"{folder}/parts"
         self._in_use: set[str] = set()
+        self._is_tidy = False
 
     def place(self, path: Path, *, sha256: str, companions: Mapping[str, str]) -> str:
         """As `Files` says. Raises Unavailable where the device has no room, LinkLost where it went away."""
@@ -144,6 +145,10 @@ class Store:
         for name, state in missing.items():
             self._send(path.with_name(name), contents[name], places[name], resume=state == "part")
         return places[path.name]
+
+    def free_bytes(self) -> int:
+        """Room where the store is."""
+        return self._survey([])[1]
 
     def _survey(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[str], int]:
         """What is at every place (a SHA-256, `part` or `none`), and the bytes that are free."""
@@ -161,14 +166,21 @@ class Store:
     def _make_room(self, num_bytes: int, free: int) -> None:
         """Raises Unavailable where dropping all that is not in use leaves too little."""
         wanted = num_bytes + _SPARE_BYTES
-        self._run(self._programs.evict, self._store, str((_LIMIT_BYTES if wanted <= free else 0) >> 10), *self._in_use)
         if wanted > free:
+            self._evict(limit=0)
             _, free = self._survey([])
+        elif not self._is_tidy:  # once a session is enough
+            self._evict(limit=_LIMIT_BYTES)
+            self._is_tidy = True
         if wanted > free:
             raise Unavailable(
                 f"the device has {free / 1e6:.0f} MB free in {os.path.dirname(self._store)}, {wanted / 1e6:.0f} MB are "
                 "needed: free some, or give another folder in devices.toml"
             )
+
+    def _evict(self, *, limit: int) -> None:
+        """Remove the files that were used longest ago until those left, beside the ones in use, take `limit` bytes."""
+        self._run(self._programs.evict, self._store, str(limit >> 10), *self._in_use)
 
     def _send(self, path: Path, sha256: str, place: str, *, resume: bool) -> None:
         part = self._part(sha256)

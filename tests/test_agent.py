@@ -18,7 +18,7 @@ from dilap.errors import InvalidInput, LinkLost, Mismatch, Unavailable
 from dilap.profilers import devices
 from dilap.profilers.client import AgentClient, InstrumentBench, LocalConnection, Sampled
 from dilap.profilers.transports import PipedProcess
-from dilap.types import Fingerprint, Workload
+from dilap.types import DeviceState, Fingerprint, Workload
 
 WORKLOAD = Workload(precision="f32", context=16)
 
@@ -147,14 +147,17 @@ def test_the_busy_clock_counts_what_others_used(monkeypatch: pytest.MonkeyPatch)
     assert host.BusyClock().lap()[1] == pytest.approx(1.5)
 
 
-class ScriptedClient:
+class ScriptedInstrument:
     """Every sample request takes 0.1 s, in which others use what the script says."""
 
-    def __init__(self, others: Sequence[float | None]) -> None:
-        self.others = iter(others)
+    def __init__(self, others: Sequence[float | None] = (), states: Sequence[DeviceState] = ()) -> None:
+        self.others, self.states = iter(others), list(states)
 
     def sample(self, handle: int, count: int) -> Sampled:
         return Sampled(samples_ns=[1] * count, seconds=0.1, other_seconds=next(self.others))
+
+    def state(self) -> DeviceState:
+        return self.states.pop(0) if self.states else DeviceState()
 
 
 @pytest.mark.parametrize(
@@ -166,17 +169,32 @@ class ScriptedClient:
     ],
 )
 def test_other_load_is_summed_over_the_round_and_forgives_a_tick(others: list[float | None], load: float) -> None:
-    bench = InstrumentBench(ScriptedClient(others), [1])  # type: ignore[arg-type]
+    bench = InstrumentBench(ScriptedInstrument(others), [1])  # type: ignore[arg-type]
     bench.sample(0, 3)
     bench.sample(0, 3)
     assert bench.other_load() == pytest.approx(load)
 
 
 def test_other_load_starts_anew_with_every_reading() -> None:
-    bench = InstrumentBench(ScriptedClient([0.1]), [1])  # type: ignore[arg-type]
+    bench = InstrumentBench(ScriptedInstrument([0.1]), [1])  # type: ignore[arg-type]
     bench.sample(0, 3)
     bench.other_load()
     assert bench.other_load() == 0
+
+
+@pytest.mark.parametrize(
+    ("states", "throttled"),
+    [
+        ([DeviceState(throttle_events=7), DeviceState(throttle_events=7)], False),
+        ([DeviceState(throttle_events=7), DeviceState(throttle_events=8)], True),
+        ([DeviceState(), DeviceState(thermal_status=1)], False),
+        ([DeviceState(), DeviceState(thermal_status=2)], True),
+        ([DeviceState(), DeviceState()], False),
+    ],
+)
+def test_throttling_is_what_the_device_says_since_the_last_look(states: list[DeviceState], throttled: bool) -> None:
+    bench = InstrumentBench(ScriptedInstrument(states=states), [1])  # type: ignore[arg-type]
+    assert bench.throttles() is throttled
 
 
 def test_a_program_that_ends_is_reported_with_its_last_words() -> None:

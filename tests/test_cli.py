@@ -124,7 +124,9 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    def made(device: Device, backend: str, workload: Workload, console: Console, *, force: bool) -> FakeBench:
+    def made(
+        device: Device, backend: str, workload: Workload, console: Console, *, helpers: object, force: bool
+    ) -> FakeBench:
         return FakeBench(device=device, backend=LlamaCpp(), workload=workload, console=console)
 
     monkeypatch.setattr("dilap.cli.job.Bench.of", made)

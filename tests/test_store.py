@@ -123,14 +123,14 @@ def test_the_oldest_files_go_when_the_store_is_full(
     assert not old.exists()
 
 
-def test_files_in_use_stay_when_the_store_is_full(
+def test_files_in_use_stay_when_the_device_is_full(
     store: Store, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stores, "_LIMIT_BYTES", 0)
     first = place(store, model)
-    other = tmp_path / "other"
-    other.write_bytes(bytes(9000))
-    place(store, other)
+    monkeypatch.setattr(stores, "_SPARE_BYTES", 1 << 60)
+    (tmp_path / "other").write_bytes(bytes(9000))
+    with pytest.raises(Unavailable):
+        place(store, tmp_path / "other")
     assert first.exists()
 
 

@@ -63,6 +63,11 @@ def add_devices(to: argparse.ArgumentParser) -> None:
         "--runner", metavar="PATH", help=f"the timing program of a device without Python: {', '.join(RUNNERS)}"
     )
     group.add_argument("--force", action="store_true", help="measure a device in an unfit state, and say so")
+    group.add_argument(
+        "--estimate",
+        action="store_true",
+        help="ask no device: a roofline of its published numbers stands for it, and everything is marked estimated",
+    )
 
 
 def registry_of(arguments: argparse.Namespace) -> Registry:
@@ -72,14 +77,17 @@ def registry_of(arguments: argparse.Namespace) -> Registry:
     return read_registry(path) if given or path.exists() else Registry()
 
 
-def device_of(arguments: argparse.Namespace, name: str) -> Device:
-    """The device of that name, with the runner that was given. Raises InvalidInput."""
-    device = registry_of(arguments).get(name)
-    if arguments.runner is not None:
-        if device.location is None or device.location.adb is None:
-            raise InvalidInput(f"--runner is for devices that are reached over adb, {name} is none")
-        return replace(device, location=replace(device.location, runner=arguments.runner))
-    return device
+def devices_of(arguments: argparse.Namespace, name: str) -> tuple[Device, ...]:
+    """The devices of that name, with the runner that was given; the first is the target. Raises InvalidInput."""
+    return tuple(_with_runner(device, arguments.runner) for device in registry_of(arguments).group(name))
+
+
+def _with_runner(device: Device, runner: str | None) -> Device:
+    if runner is None:
+        return device
+    if device.location is None or device.location.adb is None:
+        raise InvalidInput(f"--runner is for devices that are reached over adb, {device.label} is none")
+    return replace(device, location=replace(device.location, runner=runner))
 
 
 def _default_devices() -> Path:

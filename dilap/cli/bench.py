@@ -23,17 +23,25 @@ from dilap.types import Architecture, Artifact, Measurement, Plan, Workload
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Exports to one runtime and measures on one device."""
+    """Exports to one runtime and measures on one device; `helpers` of its kind measure part of the table."""
 
     device: Device
     backend: Backend
     workload: Workload
     console: Console
+    helpers: tuple[Device, ...] = ()
     force: bool = False
 
     @classmethod
     def of(
-        cls, device: Device, backend_name: str, workload: Workload, console: Console, *, force: bool = False
+        cls,
+        device: Device,
+        backend_name: str,
+        workload: Workload,
+        console: Console,
+        *,
+        helpers: Sequence[Device] = (),
+        force: bool = False,
     ) -> "Bench":
         """Raises InvalidInput for unknown names, Unavailable for what is not here."""
         backend = backends.get(backend_name)
@@ -46,7 +54,9 @@ class Bench:
             raise InvalidInput(
                 f"unknown precision {workload.precision!r}; {backend.name} runs {', '.join(backend.precisions())}"
             )
-        return cls(device=device, backend=backend, workload=workload, console=console, force=force)
+        return cls(
+            device=device, backend=backend, workload=workload, console=console, helpers=tuple(helpers), force=force
+        )
 
     @cached_property
     def profiler(self) -> Profiler:
@@ -112,6 +122,7 @@ class Bench:
             table = build_table(
                 architecture,
                 profiler=self.profiler,
+                helpers=[Profiler(one, backend=self.backend.name, force=self.force) for one in self.helpers],
                 workload=self.workload,
                 path=path,
                 attention_levels=attention_levels,

@@ -132,6 +132,7 @@ def _result(
     limit = options.budget.limit_seconds(dense_seconds=dense.seconds)
     ratio = speedup(dense.measurement, pruned.measurement)
     used = budget_share(options.budget, dense.measurement, pruned.measurement)
+    is_estimate = "estimated" in (dense.measurement.status, pruned.measurement.status)
     predicted_ratio = goal.space.seconds(found.result.config) / goal.space.seconds(goal.space.dense)
     notes = tuple(
         f"the {name} model's measurement is {side.measurement.status}: {side.measurement.note}"
@@ -139,7 +140,7 @@ def _result(
         if side.measurement.status != "ok"
     )
     return PruneResult(
-        status="kept" if used <= 1.0 else "missed",
+        status="estimated" if is_estimate else "kept" if used <= 1.0 else "missed",
         budget_used=used,
         target=options.target,
         backend=options.backend,
@@ -156,7 +157,7 @@ def _result(
         dense=dense,
         pruned=pruned,
         speedup=ratio,
-        speedup_shown=is_shown(ratio),
+        speedup_shown=is_shown(ratio) and not is_estimate,
         plan_digest=pruned.artifact.plan_digest,
         validation_kl=found.result.kl,
         kl_without_recovery=kl_refitted,

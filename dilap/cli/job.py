@@ -1,5 +1,6 @@
 """The main job: model and budget in, a measured smaller model out."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from dilap.backends import Backend
 from dilap.cli.bench import Bench
 from dilap.cli.claim import claim
 from dilap.cli.console import Console
+from dilap.cli.estimated_bench import EstimatedBench
 from dilap.cli.result import PruneResult
 from dilap.cli.stages import JobOptions, Stages
 from dilap.cli.workspace import Workspace
@@ -22,10 +24,13 @@ from dilap.source import load
 from dilap.types import full_plan
 
 
-def prune(options: JobOptions, *, device: Device, out: Path, console: Console) -> PruneResult | None:
+def prune(
+    options: JobOptions, *, device: Device, helpers: Sequence[Device] = (), out: Path, console: Console
+) -> PruneResult | None:
     """Run the whole job into `out`; None where the dense model already keeps the budget (nothing is written)."""
     workspace = Workspace(out, console)
-    bench = Bench.of(device, options.backend, options.workload, console, force=options.force)
+    kind = EstimatedBench if options.estimate else Bench
+    bench = kind.of(device, options.backend, options.workload, console, helpers=helpers, force=options.force)
     with workspace.stage("load the model"):
         source = load(options.model)
     architecture = architecture_of(source.model)

@@ -8,6 +8,7 @@ from pathlib import Path
 from dilap.cli import arguments, console, result
 from dilap.errors import InvalidInput
 from dilap.methods import METHODS
+from dilap.profilers.devices import DEVICES
 from dilap.profilers.search_space import LAYOUTS
 from dilap.types import Budget
 
@@ -15,6 +16,8 @@ _EXAMPLES = """\
   dilap-prune --target host_cpu --budget 70%
   dilap-prune --target host_cpu --budget 40ms --model ./my-llama --precision q4_0 --out runs/forty
   dilap-prune --target host_cpu --budget 1.4x --table tables/here.jsonl --calib corpus.jsonl --recover lora
+  dilap-prune --target jetson_cpu --budget 40ms                 # where it is stands in devices.toml
+  dilap-prune --target s23 --budget 60% --estimate              # no device: published numbers stand for it
 A killed run goes on where it stopped when the same command is given again."""
 
 
@@ -22,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     made = arguments.parser(
         "Prune a model to a latency budget that is measured on the device, and prove it.", _EXAMPLES
     )
-    made.add_argument("--target", required=True, help="the device: host_cpu, jetson_gpu, jetson_cpu, snapdragon_x, s23")
+    made.add_argument("--target", required=True, help=f"the device: {', '.join(DEVICES)}; NAME:2 for the second")
     made.add_argument("--budget", required=True, help="40ms, 70%% (of the dense latency) or 1.4x (faster than dense)")
     made.add_argument("--stat", choices=["p50", "p90"], default="p50", help="the latency the budget is about (p50)")
     arguments.add_model(made)
@@ -76,7 +79,7 @@ def _add_text_and_recovery(made: argparse.ArgumentParser) -> None:
 def _command() -> int:
     given = _parser().parse_args()
     budget = Budget.parse(given.budget, statistic=given.stat)
-    device = arguments.device_of(given, given.target)
+    device, *helpers = arguments.devices_of(given, given.target)
     backend = arguments.backend_of(given, device=device)
     workload = arguments.workload_of(given, device=device, backend=backend)
     from dilap.cli.job import prune  # torch and transformers: seconds that bad input should not cost
@@ -98,6 +101,7 @@ def _command() -> int:
         backend=backend,
         workload=workload,
         force=given.force,
+        estimate=given.estimate,
         layout=given.layout,
         method=given.method,
         table=given.table,
@@ -108,7 +112,7 @@ def _command() -> int:
         recovery=RecoveryOptions(mode=given.recover, steps=given.recover_steps, seed=given.seed),
     )
     out = arguments.new_path(given.out) if given.out else _default_out(given.model, given.target, budget)
-    done = prune(options, device=device, out=out, console=console.Console())
+    done = prune(options, device=device, helpers=helpers, out=out, console=console.Console())
     if done is None:
         if given.json:
             json.dump({"status": "already met"}, sys.stdout)
@@ -117,7 +121,7 @@ def _command() -> int:
         json.dump(result.summary(done) | {"out": str(out)}, sys.stdout, indent=1)
     else:
         print(f"{result.table(done)}\n\neverything is in {out}")
-    return 0 if done.status == "kept" else 1
+    return 1 if done.status == "missed" else 0
 
 
 def _default_out(model: str, target: str, budget: Budget) -> Path:

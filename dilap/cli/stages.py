@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from dilap.builtin import DEFAULT_MODEL
 from dilap.cli.bench import Bench
 from dilap.cli.console import Console
+from dilap.cli.estimated_bench import EstimatedBench
 from dilap.cli.workspace import Workspace
 from dilap.codec import digest, written_aside
 from dilap.errors import Infeasible, Mismatch
@@ -46,6 +47,7 @@ class JobOptions:
     backend: str = "llamacpp"
     workload: Workload = field(default_factory=Workload)
     force: bool = False
+    estimate: bool = False
     layout: Layout | None = None
     method: str = "dilap"
     table: str | None = None
@@ -138,6 +140,8 @@ class Stages:
         )
 
     def _latency_model(self, dense: Artifact) -> LatencyModel:
+        if isinstance(self.bench, EstimatedBench):
+            return self.bench.latency_model(dense.architecture)
         if self.options.table is not None:
             table = self.bench.read_table(Path(self.options.table), dense.architecture)
         else:
