@@ -1,14 +1,17 @@
 """The lab of tools/device_lab: aarch64 stand-ins that real ssh and adb clients reach."""
 
+import io
 import os
 import shutil
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from dilap.profilers import archive
 from dilap.profilers.adb import AdbTransport
 from dilap.profilers.devices import Registry
 from dilap.profilers.locations import read_registry
@@ -66,6 +69,21 @@ def write_devices(path: Path, *, ssh_port: int = SSH_PORT, adb_port: int = ADB_P
         f'runner = "{STANDINS / "llama-bench.standin"}"\n'
     )
     return read_registry(path)
+
+
+def agent_archive(*, name: str, replaced: Mapping[str, str], added: Mapping[str, str] | None = None) -> bytes:
+    """The agent that travels, with texts of the file `name` replaced and with other files added."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive.agent_archive())) as real, zipfile.ZipFile(buffer, "w") as ours:
+        for one in real.namelist():
+            text = real.read(one).decode()
+            for old, new in replaced.items() if one == name else ():
+                assert text.count(old) == 1, f"{name} has no {old!r} any more"
+                text = text.replace(old, new)
+            ours.writestr(zipfile.ZipInfo(one), text)
+        for one, text in (added or {}).items():
+            ours.writestr(zipfile.ZipInfo(one), text)
+    return buffer.getvalue()
 
 
 def processes() -> list[str]:

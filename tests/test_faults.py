@@ -5,7 +5,6 @@ Every fault is one attempt that may fail with an error of ours, and the same att
 """
 
 import contextlib
-import io
 import os
 import random
 import shutil
@@ -13,7 +12,6 @@ import signal
 import subprocess
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -27,6 +25,7 @@ from device_lab import (
     SSH_PORT,
     STANDINS,
     adb_transport,
+    agent_archive,
     needs_lab,
     orphans,
     private_adb,
@@ -38,7 +37,7 @@ from flaky_link import FlakyLink
 
 from dilap.codec import encode, file_sha256, write_json
 from dilap.errors import DilapError
-from dilap.profilers import archive, client
+from dilap.profilers import client
 from dilap.profilers.devices import Device
 from dilap.profilers.profiler import Case, Profiler
 from dilap.profilers.protocol import Protocol
@@ -112,22 +111,14 @@ def _lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for left in (LAB / "jetson" / folder.lstrip("/")).parent.glob("faults*"):
             shutil.rmtree(left, ignore_errors=True)
     with private_adb(tmp_path_factory.mktemp("home")), pytest.MonkeyPatch.context() as patch:
-        content = archive_with_standin()
+        backend = (STANDINS / "standin_backend.py").read_text()
+        content = agent_archive(
+            name="dilap/backends/__init__.py",
+            replaced={"BACKENDS = {": 'BACKENDS = {\n    "standin": "dilap.backends.standin:StandIn",'},
+            added={"dilap/backends/standin.py": backend},
+        )
         patch.setattr(client, "agent_archive", lambda: content)
         yield
-
-
-def archive_with_standin() -> bytes:
-    """The agent, with one backend more."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(archive.agent_archive())) as real, zipfile.ZipFile(buffer, "w") as ours:
-        for name in real.namelist():
-            text = real.read(name).decode()
-            if name == "dilap/backends/__init__.py":
-                text = text.replace("BACKENDS = {", 'BACKENDS = {\n    "standin": "dilap.backends.standin:StandIn",', 1)
-            ours.writestr(zipfile.ZipInfo(name), text)
-        ours.writestr(zipfile.ZipInfo("dilap/backends/standin.py"), (STANDINS / "standin_backend.py").read_text())
-    return buffer.getvalue()
 
 
 def test_there_are_200() -> None:
