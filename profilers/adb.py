@@ -60,8 +60,9 @@ class AdbTransport:
             raise LinkLost(f"copying to or from {self._serial} failed: {complaint}")
 
     def _explain(self, complaint: str) -> str:
-        """The client's last line, and what mends it."""
-        last = complaint.splitlines()[-1].strip() if complaint else "the connection ended without a word"
+        """The client's last line, or the last that calls itself an error, and what mends it."""
+        lines = complaint.splitlines() or ["the connection ended without a word"]
+        last = next((line for line in reversed(lines) if "error" in line), lines[-1]).strip()
         for sign, advice in (
             ("unauthorized", "unlock the phone and allow this computer"),
             ("offline", "plug it in again, or run: adb reconnect"),
