@@ -2,21 +2,27 @@
 
 It speaks JSON lines over stdin and stdout: one request, one response with the same `seq`. It keeps all models
 of an interleaved measurement open in one process, because the threads of idle runtimes spin for a while after
-each run and would disturb one another across processes. End of input ends it.
+each run and would disturb one another across processes. End of input ends it, whatever it is doing.
 """
 
 import json
 import os
+import queue
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from dilap import __version__, backends, codec
-from dilap.backends import host
+from dilap.backends import host, sensors, windows
 from dilap.errors import DilapError, InvalidInput, Mismatch, Unavailable
 from dilap.types import Workload
+
+_GRACE_SECONDS = 3.0  # for a run that is under way when the requests end
+_IDLE_SECONDS = 900.0  # longer than any pause of the protocol: the link was lost without a word
 
 
 class Agent:
@@ -42,8 +48,12 @@ class Agent:
             message = str(error) if isinstance(error, DilapError) else f"{kind}: {error}"
             return {"seq": seq, "error": {"type": kind, "message": message}}
 
-    def op_hello(self, *, backend: str, device: str) -> dict[str, Any]:
-        """Choose the runtime; answers who and what is here."""
+    def op_hello(self, *, backend: str, device: str, affinity: str | None = None) -> dict[str, Any]:
+        """Choose the cores, by a hexadecimal mask, and the runtime; answers who and what is here."""
+        if affinity is not None:
+            host.pin(affinity)  # before the runtime has threads
+        if sys.platform == "win32":
+            windows.ask_full_speed()
         chosen = backends.get(backend)
         if reason := chosen.unavailable():
             raise Unavailable(reason)
@@ -95,6 +105,10 @@ class Agent:
             "file_bytes": use.file_bytes,
         }
 
+    def op_state(self) -> dict[str, Any]:
+        """The machine's clocks, temperatures and power, between timed runs and never during them."""
+        return {"state": codec.encode(sensors.state())}
+
     def op_unload(self, *, handle: int) -> dict[str, Any]:
         self._session(handle).close()
         del self._sessions[handle]
@@ -118,7 +132,7 @@ def _require_content(path: Path, sha256: str) -> None:
         raise Mismatch(f"{path}: its content is not the one that was sent (sha256 differs from {sha256[:12]})")
 
 
-def serve(requests: IO[str], responses: IO[str]) -> None:
+def serve(requests: Iterable[str], responses: IO[str]) -> None:
     """Answer until `bye` or the end of the requests."""
     agent = Agent()
     for line in requests:
@@ -135,11 +149,40 @@ def serve(requests: IO[str], responses: IO[str]) -> None:
     agent.op_bye()
 
 
+def received(requests: IO[str]) -> Iterator[str]:
+    """The lines of `requests`, read beside the work: where they end, or stop coming, nobody waits for it any more."""
+    lines: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        for line in requests:
+            lines.put(line)
+        lines.put("")
+        time.sleep(_GRACE_SECONDS)
+        _end_group()
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        while line := lines.get(timeout=_IDLE_SECONDS):
+            yield line
+    except queue.Empty:
+        return
+
+
+def _end_group() -> None:
+    """End what still runs: a model that is being loaded or timed, and, in a group of our own, what that started.
+
+    Elsewhere the group is the lease's, which ends with us.
+    """
+    if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
 def main() -> None:
     # native libraries print to descriptor 1: the protocol moves to a copy, and the name 1 becomes stderr
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as responses:
         os.dup2(2, 1)
-        serve(sys.stdin, responses)
+        serve(received(sys.stdin), responses)
 
 
 if __name__ == "__main__":

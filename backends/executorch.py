@@ -5,15 +5,12 @@ ExecuTorch and lacks the attention and cache operators that our programs call), 
 by the runtime, when it is first asked for, and never by this module.
 """
 
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
-import logging
 import platform
 import random
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dilap.backends import Capabilities
-from dilap.errors import InvalidInput, Unavailable, Unsupported
+from dilap.errors import InvalidInput, Unsupported
+from dilap.executorch_bindings import bindings
 from dilap.types import Workload
 
 _PACKAGES = ("executorch", "torch")
@@ -50,7 +48,7 @@ class ExecuTorch:
 
     def build(self) -> str:
         """The delegates that the runtime was built with; XNNPACK chooses its kernels by the processor at run time."""
-        return ", ".join([platform.machine(), *sorted(_library()._get_registered_backend_names())])
+        return ", ".join([platform.machine(), *sorted(bindings()._get_registered_backend_names())])
 
     def precisions(self) -> tuple[str, ...]:
         return ("8da4w", "f32")
@@ -111,30 +109,9 @@ class ExecuTorchSession:
         return array
 
 
-@functools.cache
-def _library() -> Any:
-    """The bindings, with the libraries that register attention, cache and quantised kernels in them.
-
-    Raises Unavailable.
-    """
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # torchao lists the GPU libraries that it did not find
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "this API is experimental", and deprecations between these packages
-            library = importlib.import_module("executorch.extension.pybindings.portable_lib")
-            importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")
-            importlib.import_module("executorch.kernels.quantized")
-    except (ImportError, OSError, RuntimeError) as error:
-        raise Unavailable(f"ExecuTorch is installed, but cannot be loaded here: {error}") from error
-    finally:
-        logging.disable(before)
-    return library
-
-
 def _use_threads(count: int) -> None:
     """Size the thread pool. Raises Unsupported where an open program runs in another number of threads."""
-    library = _library()
+    library = bindings()
     if library._threadpool_get_thread_count() == count:
         return
     if _open_sessions:
@@ -148,7 +125,7 @@ def _load(path: Path) -> tuple[Any, Any]:
     if not path.is_file():
         raise InvalidInput(f"{path}: no such file")
     try:
-        program = _library()._load_program(str(path))
+        program = bindings()._load_program(str(path))
         return program, program.load_method("forward")
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]

@@ -4,14 +4,18 @@ Everything is read from Linux's /proc and /sys; where they are absent (Windows, 
 and `BusyClock` returns None, so that a caller can say what it could not see.
 """
 
+import hashlib
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dilap.backends import sensors, windows
+from dilap.errors import InvalidInput
 from dilap.types import Fingerprint
 
 if TYPE_CHECKING:
@@ -29,12 +33,36 @@ def fingerprint(backend: "Backend", *, device: str) -> Fingerprint:
         num_cores=num_physical_cores(),
         memory_bytes=memory_bytes(),
         last_level_cache_bytes=last_level_cache_bytes(),
-        power_mode=_text(_CPUS / "cpu0/cpufreq/scaling_governor") or "unknown",
+        power_mode=sensors.power_mode(),
+        serial_sha256=serial_sha256(),
         runtime=backend.name,
         runtime_version=backend.version(),
         runtime_build=backend.build(),
         soft={"kernel": f"{platform.system()} {platform.release()}", "python": platform.python_version()},
     )
+
+
+def serial_sha256() -> str:
+    """What tells this machine from another of its kind, hashed; nothing where it does not say."""
+    for path in ("/proc/device-tree/serial-number", "/etc/machine-id"):
+        if serial := _text(Path(path)).strip("\0"):
+            return hashlib.sha256(serial.encode()).hexdigest()[:16]
+    return ""
+
+
+def pin(mask: str) -> None:
+    """Run on the cores of a hexadecimal mask alone. Raises InvalidInput where the machine does not have them."""
+    cores = int(mask, 16)
+    if sys.platform == "win32":
+        allowed = windows.pin(cores)
+    else:
+        try:
+            os.sched_setaffinity(0, [core for core in range(cores.bit_length()) if cores >> core & 1])
+            allowed = True
+        except OSError:
+            allowed = False
+    if not allowed:
+        raise InvalidInput(f"the cores {mask} (hexadecimal) cannot be chosen here; this machine has {os.cpu_count()}")
 
 
 def usable_cpus() -> tuple[int, ...]:

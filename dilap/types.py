@@ -12,7 +12,7 @@ from dilap.errors import InvalidInput
 
 Phase = Literal["decode", "prefill"]
 Statistic = Literal["p50", "p90"]
-Status = Literal["ok", "noisy", "contended"]
+Status = Literal["ok", "noisy", "contended", "estimated"]
 GroupKind = Literal["kv_groups", "query_slots", "channels"]
 # Bits a weight takes, its share of the scales included: 32 weights have one, in f16 (GGUF, ExecuTorch) or f32 (ONNX).
 PRECISION_BITS: Mapping[str, float] = {
@@ -292,12 +292,45 @@ class Fingerprint:
     runtime: str
     runtime_version: str
     runtime_build: str
+    serial_sha256: str = ""
     soft: dict[str, str] = field(default_factory=dict)
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """The hard fields that differ, as `field: mine / theirs`."""
         mine, theirs = asdict(self), asdict(other)
         return [f"{key}: {mine[key]} / {theirs[key]}" for key in mine if key != "soft" and mine[key] != theirs[key]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceState:
+    """What a device said of itself at one moment; None or nothing where it does not say.
+
+    `clocks_khz` and `temperatures_celsius` are by the kernel's names, `pinned_khz` are the clocks that are held at one
+    value; `throttle_events` only count up (over-current on a Jetson, thermal throttling on x86); `thermal_status` is
+    Android's, 0 (none) to 6 (shutdown); `emulated` is a Python of another processor's kind.
+    """
+
+    power_mode: str = "unknown"
+    governor: str = "unknown"
+    num_cores: int | None = None
+    affinity: str = "unknown"
+    clocks_khz: dict[str, int] = field(default_factory=dict)
+    pinned_khz: dict[str, int] = field(default_factory=dict)
+    temperatures_celsius: dict[str, float] = field(default_factory=dict)
+    throttle_events: int | None = None
+    thermal_status: int | None = None
+    ac_power: bool | None = None
+    battery_percent: float | None = None
+    load: float | None = None
+    emulated: bool | None = None
+
+    @property
+    def hottest_celsius(self) -> float | None:
+        return max(self.temperatures_celsius.values(), default=None)
+
+    def slow_clocks(self, pinned_khz: Mapping[str, int]) -> list[str]:
+        """The clocks below 97 % of what they are pinned to: the device throttles them."""
+        return [name for name, khz in pinned_khz.items() if self.clocks_khz.get(name, khz) < 0.97 * khz]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,8 +352,10 @@ class Measurement:
     """Raw samples of one artifact under one workload; statistics are derived on reading.
 
     `rounds` gives the interleaving round of every sample, so that two measurements can be paired. `status`
-    is `ok`, `noisy` (too many outliers or a wide interval) or `contended` (other load on the cores). `dropped_ns`
-    keeps the samples of rounds that were left out because of drift or other load.
+    is `ok`, `noisy` (too many outliers or a wide interval), `contended` (other load on the cores) or `estimated` (no
+    measurement at all, but a number in its place that a model of the device gave). `dropped_ns`
+    keeps the samples of rounds that were left out because of drift or other load. `states` are the device's before
+    and after every fresh start; `forced` says what made it unfit and was overridden.
     """
 
     artifact_sha256: str
@@ -334,6 +369,8 @@ class Measurement:
     status: Status
     note: str = ""
     dropped_ns: tuple[int, ...] = ()
+    states: tuple[DeviceState, ...] = ()
+    forced: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.samples_ns or min(self.samples_ns) <= 0:

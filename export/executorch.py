@@ -12,6 +12,7 @@ import torch
 from dilap.anatomy import architecture_of
 from dilap.codec import encode, file_sha256, write_json, written_aside
 from dilap.errors import InvalidInput, Unsupported, VerificationFailed
+from dilap.executorch_bindings import bindings
 from dilap.export import executorch_runtime
 from dilap.export.executorch_header import GROUP_SIZE, Header, header_of, probe_header
 from dilap.export.random_weights import RandomWeights
@@ -81,7 +82,7 @@ class ExecuTorchExporter:
 
 
 def _write(path: Path, header: Header, values: "Values") -> None:
-    executorch_runtime.library()  # the one-line reason where it is not installed
+    bindings()  # the one-line reason where it is not installed
     from dilap.export.executorch_program import build  # noqa: PLC0415 - needs ExecuTorch
 
     with warnings.catch_warnings():

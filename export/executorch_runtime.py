@@ -1,9 +1,6 @@
 """ExecuTorch's runtime as far as an exporter needs it: logits of a file, and its tokenizer."""
 
-import functools
 import importlib
-import logging
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,24 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from dilap.errors import InvalidInput, Unavailable
-
-
-@functools.cache
-def library() -> Any:
-    """The low-level runtime module, with the kernels that our programs call. Raises Unavailable."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # torchao lists the GPU libraries that it did not find
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "this API is experimental", and deprecations between these packages
-            runtime = importlib.import_module("executorch.extension.pybindings.portable_lib")
-            importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")
-            importlib.import_module("executorch.kernels.quantized")
-    except ImportError as error:
-        raise Unavailable(f"ExecuTorch is needed ({error}); pip install 'dilap[executorch]'") from error
-    finally:
-        logging.disable(before)
-    return runtime
+from dilap.executorch_bindings import bindings
 
 
 class Pte:
@@ -40,7 +20,7 @@ class Pte:
     def __init__(self, path: Path) -> None:
         """Raises InvalidInput, in one line, where the file is damaged."""
         try:
-            self._program: Any = library()._load_program(str(path))
+            self._program: Any = bindings()._load_program(str(path))
             self._method: Any = self._program.load_method("forward")
         except RuntimeError as error:
             raise InvalidInput(f"{path}: ExecuTorch cannot load it: {str(error).partition(chr(10))[0]}") from error

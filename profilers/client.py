@@ -2,68 +2,172 @@
 
 import itertools
 import json
+import os
+import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
+import dilap
 from dilap import backends, codec, errors
-from dilap.errors import DilapError
-from dilap.profilers.transports import Transport
-from dilap.types import Fingerprint, Workload
+from dilap.errors import DilapError, LinkLost
+from dilap.profilers.archive import agent_archive
+from dilap.profilers.store import Files
+from dilap.profilers.transports import LocalTransport, Process, Transport
+from dilap.types import DeviceState, Fingerprint, Workload
 
 _TIMEOUT_SECONDS = 300.0  # of all but a load, which has its runtime's own: TensorRT may build an engine for an hour
+_SESSION_SECONDS = 24 * 3600.0  # of one agent, where the link is lost without a word
+_MAX_NOISE_LINES = 200  # that a login shell may print before the agent speaks
+_THROTTLING = 2  # Android's thermal status: moderate, where clocks are lowered
 # /proc/stat counts in ticks of 10 ms per core: less than this is indistinguishable from nothing
 _TICK_SLACK_SECONDS = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model that the agent holds open."""
+    """A model that a device holds open."""
 
     handle: int
     load_seconds: float
     peak_memory_bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """Timed runs, and the CPU seconds that other processes took in the `seconds` they lasted."""
+
+    samples_ns: Sequence[int]
+    seconds: float
+    other_seconds: float | None
+
+
+class Instrument(Protocol):
+    """A device that is ready to time models in one runtime."""
+
+    fingerprint: Fingerprint
+
+    def load(
+        self, path: Path, *, sha256: str, workload: Workload, companions: Mapping[str, str] | None = None
+    ) -> Loaded:
+        """Bring a model to the device and open it; `companions` lie beside it (name -> SHA-256)."""
+
+    def sample(self, handle: int, count: int) -> Sampled:
+        """Time a model `count` times."""
+
+    def state(self) -> DeviceState:
+        """Clocks, temperatures and power now."""
+
+    def close(self) -> None:
+        """Leave the device."""
+
+
+class Connection(Protocol):
+    """A way to a machine with a Python: its files, and DiLAP's agent there."""
+
+    files: Files
+
+    def start_agent(self) -> Process:
+        """Start the agent."""
+
+    def close(self) -> None:
+        """Leave the machine."""
+
+
+class InPlace:
+    """Files of this machine are where they are."""
+
+    def place(self, path: Path, *, sha256: str, companions: Mapping[str, str]) -> str:  # noqa: ARG002
+        return str(path.resolve())
+
+
+class LocalConnection:
+    """The machine DiLAP runs on."""
+
+    files: Files = InPlace()
+
+    def start_agent(self) -> Process:
+        # the child must import this very DiLAP, also from a checkout that is not installed
+        source = str(Path(dilap.__file__).resolve().parent.parent)
+        paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
+        transport = LocalTransport(environment={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+        return transport.start([sys.executable, "-m", "dilap.backends.agent"], seconds=_SESSION_SECONDS)
+
+    def close(self) -> None:
+        pass
+
+
+class RemoteConnection:
+    """A machine that a transport leads to; the agent travels there as one file."""
+
+    def __init__(self, transport: Transport, *, files: Files, python: str) -> None:
+        self._transport, self._python = transport, python
+        self.files = files
+
+    def start_agent(self) -> Process:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "dilap-agent.pyz"
+            path.write_bytes(agent_archive())
+            place = self.files.place(path, sha256=codec.file_sha256(path), companions={})
+        return self._transport.start([self._python, place], seconds=_SESSION_SECONDS)
+
+    def close(self) -> None:
+        self._transport.close()
+
+
 class AgentClient:
     """A running agent. Its failures are raised here as the error they were there."""
 
-    def __init__(self, transport: Transport, *, backend: str, device: str) -> None:
-        self._transport = transport
+    def __init__(self, connection: Connection, *, backend: str, device: str, affinity: str | None = None) -> None:
+        self._connection = connection
         self._seq = itertools.count(1)
         self._load_seconds = backends.get(backend).load_seconds
-        self._process = transport.start([*transport.python, "-m", "dilap.backends.agent"])
+        self._heard = False
         try:
-            hello = self.call("hello", backend=backend, device=device)
+            self._process = connection.start_agent()
         except DilapError:
-            self._process.close()
+            connection.close()
+            raise
+        try:
+            hello = self.call("hello", backend=backend, device=device, affinity=affinity)
+        except DilapError:
+            self.close()
             raise
         self.fingerprint: Fingerprint = codec.decode(Fingerprint, hello["fingerprint"], source="the agent's hello")
 
     def load(
-        self, path: str, *, sha256: str, workload: Workload, companions: Mapping[str, str] | None = None
+        self, path: Path, *, sha256: str, workload: Workload, companions: Mapping[str, str] | None = None
     ) -> Loaded:
-        """Open a model; `companions` are the files that lie beside it there, with their SHA-256."""
-        fields = {"path": path, "sha256": sha256, "companions": companions or {}}
+        beside = dict(companions or {})
+        place = self._connection.files.place(path, sha256=sha256, companions=beside)
+        fields = {"path": place, "sha256": sha256, "companions": beside}
         return Loaded(**self.call("load", timeout=self._load_seconds, workload=codec.encode(workload), **fields))
 
     def unload(self, handle: int) -> None:
         self.call("unload", handle=handle)
 
+    def sample(self, handle: int, count: int) -> Sampled:
+        return Sampled(**self.call("sample", handle=handle, n=count))
+
+    def state(self) -> DeviceState:
+        return codec.decode(DeviceState, self.call("state")["state"], source="the agent's state")
+
     def call(self, operation: str, *, timeout: float = _TIMEOUT_SECONDS, **fields: Any) -> dict[str, Any]:
-        """One request and its response. Raises what the agent raised, and Unavailable where it is gone."""
+        """One request and its response. Raises what the agent raised, and LinkLost where it is gone."""
         seq = next(self._seq)
-        line = json.dumps({"seq": seq, "op": operation, **fields})
-        response: dict[str, Any] = json.loads(self._process.request(line, timeout=timeout))
+        self._process.write(json.dumps({"seq": seq, "op": operation, **fields}) + "\n")
+        response = self._response(seq, timeout=timeout)
         if "error" in response:
             raise _as_error(response["error"])
-        assert response.pop("seq") == seq
         return response
 
     def close(self) -> None:
         self._process.close()
+        self._connection.close()
 
     def __enter__(self) -> "AgentClient":
         return self
@@ -73,30 +177,53 @@ class AgentClient:
     ) -> None:
         self.close()
 
+    def _response(self, seq: int, *, timeout: float) -> dict[str, Any]:
+        """The answer to request `seq`. A login shell may print before the first; anything odd later is an error."""
+        for _ in range(_MAX_NOISE_LINES):
+            line = self._process.read_line(timeout=timeout)
+            try:
+                response = json.loads(line)
+            except ValueError:
+                response = None
+            if isinstance(response, dict) and response.get("seq") == seq:
+                self._heard = True
+                return {key: value for key, value in response.items() if key != "seq"}
+            if self._heard:
+                break
+        raise LinkLost(f"the device sent {line[:80]!r}, which is not an answer of the agent; try again")
+
 
 def _as_error(error: Mapping[str, str]) -> DilapError:
     kind = getattr(errors, error["type"], DilapError)
     return kind(error["message"]) if issubclass(kind, DilapError) else DilapError(error["message"])
 
 
-class AgentBench:
-    """The models an agent holds, as the measuring loop wants them."""
+class InstrumentBench:
+    """The models that an instrument holds, as the measuring loop wants them."""
 
-    def __init__(self, client: AgentClient, handles: Sequence[int]) -> None:
-        self._client, self._handles = client, handles
+    def __init__(self, instrument: Instrument, handles: Sequence[int]) -> None:
+        self._instrument, self._handles = instrument, handles
         self._seconds = self._other_seconds = 0.0
+        state = instrument.state()
+        self._throttle_events, self._pinned_khz = state.throttle_events or 0, state.pinned_khz
 
     def sample(self, case: int, count: int) -> Sequence[int]:
-        answer = self._client.call("sample", handle=self._handles[case], n=count)
-        self._seconds += answer["seconds"]
-        self._other_seconds += answer["other_seconds"] or 0.0
-        samples: list[int] = answer["samples_ns"]
-        return samples
+        sampled = self._instrument.sample(self._handles[case], count)
+        self._seconds += sampled.seconds
+        self._other_seconds += sampled.other_seconds or 0.0
+        return sampled.samples_ns
 
     def other_load(self) -> float:
         load = max(0.0, self._other_seconds - _TICK_SLACK_SECONDS) / self._seconds if self._seconds else 0.0
         self._seconds = self._other_seconds = 0.0
         return load
+
+    def throttles(self) -> bool:
+        state = self._instrument.state()
+        events, before = state.throttle_events or 0, self._throttle_events
+        self._throttle_events = events
+        is_slowed = (state.thermal_status or 0) >= _THROTTLING or bool(state.slow_clocks(self._pinned_khz))
+        return events > before or is_slowed
 
     def now(self) -> float:
         return time.monotonic()

@@ -1,36 +1,25 @@
 """Build a latency table: probe models with random weights, through the real exporter and runtime."""
 
 import random
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TypeVar
 
-from dilap import backends, export
+from dilap import backends
 from dilap.backends import Capabilities
-from dilap.codec import read_json
-from dilap.errors import Unsupported
-from dilap.profilers.devices import Device
+from dilap.errors import Mismatch, Unsupported
+from dilap.profilers.filling import Probe, Progress, Share, fill
 from dilap.profilers.fit import attention_work
-from dilap.profilers.profiler import Case, Profiler, round_medians
+from dilap.profilers.profiler import Profiler
 from dilap.profilers.protocol import TABLE, Protocol
-from dilap.profilers.table import LatencyTable, Role, TableEntry, TableHeader, runs_of
-from dilap.types import PRECISION_BITS, Architecture, LayerWidths, Measurement, Workload
+from dilap.profilers.table import LatencyTable, TableHeader, partner_path
+from dilap.types import PRECISION_BITS, Architecture, LayerWidths, Workload
 
 T = TypeVar("T")
 AttentionLevel = tuple[int, int]  # heads, KV heads; (0, 0) is none
-Progress = Callable[[int, int, str], None]  # probes done, probes in all, what is going on
-_BLOCK = 4  # probes measured together, beside the dense one: about 1.3 GB of mapped files for 135M parameters in f16
 _MAX_ATTENTION_LEVELS = 12
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probe:
-    role: Role
-    widths: tuple[LayerWidths, ...]
 
 
 def default_levels(architecture: Architecture, capabilities: Capabilities) -> tuple[list[AttentionLevel], list[int]]:
@@ -53,8 +42,8 @@ def default_levels(architecture: Architecture, capabilities: Capabilities) -> tu
 def build_table(
     architecture: Architecture,
     *,
-    backend: str,
-    device: Device,
+    profiler: Profiler,
+    helpers: Sequence[Profiler] = (),
     workload: Workload,
     path: Path,
     attention_levels: Sequence[AttentionLevel],
@@ -70,19 +59,12 @@ def build_table(
 
     `num_measured` levels of each kind, the extremes included, get a probe of their own; the random plans draw from
     all levels, so that the hold-out error covers the interpolation. Raises Mismatch where `path` was measured for
-    something else.
+    something else. `helpers` are other devices of the kind, which share the work.
     """
-    profiler = Profiler(device, backend=backend)
-    header = TableHeader(
-        fingerprint=profiler.fingerprint(),
-        workload=workload,
-        architecture=architecture,
-        backend=backend,
-        protocol=protocol,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )
-    table = _resumed(path, header) if path.exists() else LatencyTable(header)
-    shallow = probe_architecture(architecture, workload, cache_bytes=header.fingerprint.last_level_cache_bytes)
+    backend = profiler.backend
+    shares = _shares([profiler, *helpers], path, workload=workload, architecture=architecture, protocol=protocol)
+    cache_bytes = shares[0].table.header.fingerprint.last_level_cache_bytes
+    shallow = probe_architecture(architecture, workload, cache_bytes=cache_bytes)
     work = attention_work(architecture, workload)
     levels = sorted(attention_levels, key=lambda level: work(_layer(level, 0))), sorted(ffn_levels)
     capabilities = backends.get(backend).capabilities(architecture.family, precision=workload.precision)
@@ -95,9 +77,30 @@ def build_table(
         num_holdout=num_holdout,
         seed=seed,
     )
-    with _probe_folder(path) as folder:
-        bench = _ProbeBench(profiler, backend, shallow, workload, protocol, folder)
-        return _fill(table, probes, bench, path, progress)
+    return fill(shares, probes, architecture=shallow, progress=progress)
+
+
+def _shares(
+    profilers: Sequence[Profiler], path: Path, *, workload: Workload, architecture: Architecture, protocol: Protocol
+) -> list[Share]:
+    """Every device's table, as far as it was measured. Raises Mismatch for devices that are not of one kind."""
+    shares: list[Share] = []
+    for number, profiler in enumerate(profilers, start=1):
+        header = TableHeader(
+            fingerprint=profiler.fingerprint(),
+            workload=workload,
+            architecture=architecture,
+            backend=profiler.backend,
+            protocol=protocol,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        own = path if number == 1 else partner_path(path, number)
+        table = _resumed(own, header) if own.exists() else LatencyTable(header)
+        shares.append(Share(profiler=profiler, table=replace(table, partners=()), path=own))
+        first = shares[0].table.header.fingerprint
+        if differences := first.differences(replace(header.fingerprint, serial_sha256=first.serial_sha256)):
+            raise Mismatch(f"device {number} is not of the first one's kind: {'; '.join(differences)}")
+    return shares
 
 
 def _resumed(path: Path, header: TableHeader) -> LatencyTable:
@@ -195,88 +198,6 @@ def _uniform_plan(
     attention = draw.choice([level for level in levels[0] if level != (0, 0)])
     channels = draw.choice([width for width in levels[1] if width])
     return (_layer(attention, channels),) * draw.randint((len(layers) + 1) // 2, len(layers))
-
-
-@dataclass(frozen=True)
-class _ProbeBench:
-    """Writes a block of probes, measures it beside the dense one, and removes it."""
-
-    profiler: Profiler
-    backend: str
-    architecture: Architecture
-    workload: Workload
-    protocol: Protocol
-    folder: Path
-
-    def measure(self, block: Sequence[Probe], progress: Callable[[str], None]) -> list[Measurement]:
-        """One Measurement for the dense probe, then one a probe."""
-        dense = self._write(self.architecture.layers, "dense", progress)
-        try:
-            paths = [self._write(probe.widths, str(index), progress) for index, probe in enumerate(block)]
-            cases = [Case(path=path, workload=self.workload) for path in (dense, *paths)]
-            return self.profiler.measure(cases, self.protocol, progress=progress)
-        finally:
-            for index in range(len(block)):
-                shutil.rmtree(self.folder / str(index), ignore_errors=True)
-
-    def _write(self, widths: tuple[LayerWidths, ...], name: str, progress: Callable[[str], None]) -> Path:
-        out = self.folder / name
-        if not out.exists():  # only the dense one stays
-            progress(f"writing probe {name}")
-            export.get(self.backend).export_probe(
-                replace(self.architecture, layers=widths), precision=self.workload.precision, seed=0, out=out
-            )
-        return out / str(read_json(out / "artifact.json")["path"])
-
-
-def _fill(
-    table: LatencyTable, probes: Sequence[Probe], bench: _ProbeBench, path: Path, progress: Progress | None
-) -> LatencyTable:
-    """Measure the missing probes block by block, writing the table after each."""
-    missing = [probe for probe in probes if (probe.role, probe.widths) not in table]
-    while missing:
-        done = len(probes) - len(missing)
-        wants_dense = missing[0].role == "dense"
-        block = missing[1 : 1 + _BLOCK] if wants_dense else missing[:_BLOCK]
-
-        def tell(text: str, done: int = done) -> None:
-            if progress is not None:
-                progress(done, len(probes), text)
-
-        dense, *measurements = bench.measure(block, tell)
-        measured = list(zip(block, measurements, strict=True))
-        if wants_dense:
-            measured.insert(0, (missing[0], dense))
-        sentinels = round_medians(dense)
-        table = table.with_entries(_entry(probe, one, sentinels) for probe, one in measured)
-        table.write(path)
-        missing = missing[len(measured) :]
-    if progress is not None:
-        progress(len(probes), len(probes), "table complete")
-    return table
-
-
-def _entry(probe: Probe, measurement: Measurement, sentinels: Mapping[int, float]) -> TableEntry:
-    return TableEntry(
-        role=probe.role,
-        runs=runs_of(probe.widths),
-        samples_ns=measurement.samples_ns,
-        sentinel_ns=tuple(round(sentinels[number]) for number in measurement.rounds),
-        status=measurement.status,
-        note=measurement.note,
-    )
-
-
-@contextmanager
-def _probe_folder(path: Path) -> Iterator[Path]:
-    """A folder beside the table, on its disk; what a killed run left there is removed."""
-    folder = path.with_name(f".{path.name}.probes")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _layer(attention: AttentionLevel, channels: int) -> LayerWidths:

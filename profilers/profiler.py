@@ -4,6 +4,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,10 +13,21 @@ import numpy as np
 
 from dilap.codec import decode, file_sha256, read_json
 from dilap.errors import Mismatch
-from dilap.profilers.client import AgentBench, AgentClient, Loaded
+from dilap.profilers.client import InstrumentBench, Loaded
 from dilap.profilers.devices import Device
+from dilap.profilers.preflight import WAIT_SECONDS, require_fit, settled_state
 from dilap.profilers.protocol import OnRound, Protocol, Trace, collect, outlier_share
-from dilap.types import Artifact, Budget, Fingerprint, Interval, Measurement, Status, Workload, median_interval
+from dilap.types import (
+    Artifact,
+    Budget,
+    DeviceState,
+    Fingerprint,
+    Interval,
+    Measurement,
+    Status,
+    Workload,
+    median_interval,
+)
 
 Progress = Callable[[str], None]
 
@@ -29,14 +41,22 @@ class Case:
 
 
 class Profiler:
-    """Measures with one runtime on one device; every `measure` starts the agent afresh."""
+    """Measures with one runtime on one device; every `measure` starts the agent afresh.
 
-    def __init__(self, device: Device, *, backend: str) -> None:
-        self._device, self._backend = device, backend
+    It refuses a device in an unfit state, unless told to `force` it; then the measurements say so.
+    """
+
+    def __init__(self, device: Device, *, backend: str, force: bool = False) -> None:
+        self._device, self._force = device, force
+        self.backend = backend
+        self._fingerprint: Fingerprint | None = None
 
     def fingerprint(self) -> Fingerprint:
-        with AgentClient(self._device.connect(), backend=self._backend, device=self._device.name) as agent:
-            return agent.fingerprint
+        """Of the device and the runtime there, asked once."""
+        if self._fingerprint is None:
+            with closing(self._device.open(self.backend)) as instrument:
+                self._fingerprint = instrument.fingerprint
+        return self._fingerprint
 
     def measure(
         self, cases: Sequence[Case], protocol: Protocol, *, progress: Progress | None = None
@@ -53,15 +73,19 @@ class Profiler:
                 if progress is not None:
                     progress(f"{prefix}round {round_number}: {num_settled} of {len(cases)} settled")
 
-            starts.append(self._measure_once(cases, contents, protocol, first_round=first_round, on_round=on_round))
+            starts.append(
+                self._measure_once(
+                    cases, contents, protocol, first_round=first_round, on_round=on_round, progress=progress
+                )
+            )
             if differences := starts[0].fingerprint.differences(starts[-1].fingerprint):
                 raise Mismatch(f"the device changed between two starts: {'; '.join(differences)}")
         return [
             _measurement(
-                [(start.loaded[index], start.traces[index]) for start in starts],
+                starts,
+                index,
                 artifact_sha256=contents[index].sha256,
                 workload=case.workload,
-                fingerprint=starts[0].fingerprint,
                 started=started,
                 protocol=protocol,
             )
@@ -76,17 +100,32 @@ class Profiler:
         *,
         first_round: int,
         on_round: OnRound,
+        progress: Progress | None,
     ) -> "_Start":
-        transport = self._device.connect()
-        with AgentClient(transport, backend=self._backend, device=self._device.name) as agent:
-            loaded = []
-            for case, content in zip(cases, contents, strict=True):
-                files = asdict(content)
-                loaded.append(agent.load(transport.push(case.path, **files), workload=case.workload, **files))
-            bench = AgentBench(agent, [one.handle for one in loaded])
+        with closing(self._device.open(self.backend)) as instrument:
+            threads = cases[0].workload.threads
+            before = settled_state(
+                instrument.state,
+                self._device,
+                threads=threads,
+                seconds=0 if self._force else WAIT_SECONDS,
+                tell=progress,
+            )
+            forced = require_fit(before, self._device, threads=threads, force=self._force)
+            loaded = [
+                instrument.load(case.path, workload=case.workload, **asdict(content))
+                for case, content in zip(cases, contents, strict=True)
+            ]
+            bench = InstrumentBench(instrument, [one.handle for one in loaded])
             share = _share_of_one_start(protocol)
             traces = collect(bench, len(cases), share, first_round=first_round, on_round=on_round)
-            return _Start(loaded=loaded, traces=traces, fingerprint=agent.fingerprint)
+            return _Start(
+                loaded=loaded,
+                traces=traces,
+                fingerprint=instrument.fingerprint,
+                states=(before, instrument.state()),
+                forced=forced,
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +153,8 @@ class _Start:
     loaded: list[Loaded]
     traces: list[Trace]
     fingerprint: Fingerprint
+    states: tuple[DeviceState, ...]
+    forced: tuple[str, ...]
 
 
 def _share_of_one_start(protocol: Protocol) -> Protocol:
@@ -128,29 +169,32 @@ def _share_of_one_start(protocol: Protocol) -> Protocol:
 
 
 def _measurement(
-    parts: Sequence[tuple[Loaded, Trace]],
+    starts: Sequence[_Start],
+    case: int,
     *,
     artifact_sha256: str,
     workload: Workload,
-    fingerprint: Fingerprint,
     started: str,
     protocol: Protocol,
 ) -> Measurement:
-    traces = [trace for _, trace in parts]
+    loaded = [start.loaded[case] for start in starts]
+    traces = [start.traces[case] for start in starts]
     samples = tuple(sample for trace in traces for sample in trace.samples_ns)
     status, note = _pooled_status(traces, samples, protocol)
     return Measurement(
         artifact_sha256=artifact_sha256,
         workload=workload,
-        fingerprint=fingerprint,
+        fingerprint=starts[0].fingerprint,
         samples_ns=samples,
         rounds=tuple(number for trace in traces for number in trace.rounds),
-        peak_memory_bytes=max(loaded.peak_memory_bytes for loaded, _ in parts),
-        load_seconds=statistics.median(loaded.load_seconds for loaded, _ in parts),
+        peak_memory_bytes=max(one.peak_memory_bytes for one in loaded),
+        load_seconds=statistics.median(one.load_seconds for one in loaded),
         started=started,
         status=status,
         note=note,
         dropped_ns=tuple(sample for trace in traces for sample in trace.dropped_ns),
+        states=tuple(state for start in starts for state in start.states),
+        forced=tuple(dict.fromkeys(reason for start in starts for reason in start.forced)),
     )
 
 

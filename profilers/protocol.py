@@ -17,9 +17,9 @@ class Protocol:
     """Warm-up; interleaved rounds of a few samples of every open case; a rule to stop.
 
     `target_half_width` is that of the median's 95 % interval, relative. A round is dropped and repeated when the
-    sentinel case left its running median by more than `drift_tolerance` (after a rest that doubles, and a short
-    warm-up), or when other processes used more than `contention_share` of a core meanwhile. A machine that drifts still
-    after `max_back_offs` rests in a row has changed its speed, and measuring starts over.
+    sentinel case left its running median by more than `drift_tolerance` or the device throttled (after a rest that
+    doubles, and a short warm-up), or when other processes used more than `contention_share` of a core meanwhile. A
+    machine that drifts still after `max_back_offs` rests in a row has changed its speed, and measuring starts over.
     """
 
     target_half_width: float = 0.01
@@ -40,6 +40,11 @@ class Protocol:
     fresh_starts: int = 1
     seed: int = 0
 
+    @property
+    def rest_seconds(self) -> float:
+        """One series of rests, from the first to the last: so much may be rested beside `max_seconds`."""
+        return float(self.back_off_seconds * (2**self.max_back_offs - 1))
+
 
 TABLE = Protocol()
 FINAL = Protocol(target_half_width=0.005, fresh_starts=3)
@@ -53,6 +58,9 @@ class Bench(typing.Protocol):
 
     def other_load(self) -> float:
         """Cores that other processes used while we sampled since the last call."""
+
+    def throttles(self) -> bool:
+        """Whether the device says that it slowed itself down since the last call."""
 
     def now(self) -> float:
         """Seconds on a clock that only moves forward."""
@@ -94,7 +102,7 @@ def collect(
         run.round_(cases)
         if on_round is not None:
             on_round(run.round_number, num_cases - len(run.unsettled()))
-        if bench.now() >= deadline:
+        if bench.now() - min(run.rested_seconds, protocol.rest_seconds) >= deadline:
             break
     return [run.trace(case) for case in range(num_cases)]
 
@@ -113,6 +121,7 @@ class _Run:
         self._repeats = 0  # contended rounds in a row
         self._contended = False
         self._became_slower = False
+        self.rested_seconds = 0.0
         self.round_number = first_round
 
     def warm_up_(self, case: int) -> None:
@@ -167,6 +176,7 @@ class _Run:
         """Sleep, and warm up again: the first samples after a second of rest took 15 % longer, which looked like drift
         and led to the next rest."""
         self._bench.sleep(seconds)
+        self.rested_seconds += seconds
         for case in cases:
             self._bench.sample(case, self._protocol.warm_up_samples)
         self._bench.other_load()  # what happened meanwhile is no reason to drop a round
@@ -181,18 +191,19 @@ class _Run:
             self._contended = True  # it does not clear: measure on, and say so; resting would not help
             return 0.0
         self._repeats = 0
-        if self._drifts(sentinel_median):
+        throttles = self._bench.throttles()
+        if throttles or self._drifts(sentinel_median):
             self._strays.append(sentinel_median)
             if len(self._strays) > protocol.max_back_offs:
-                self._start_over_()
+                self._start_over_(throttles=throttles)
                 return 0.0
             return float(protocol.back_off_seconds * 2 ** (len(self._strays) - 1))
         self._strays.clear()
         self._sentinel_medians.append(sentinel_median)
         return 0.0
 
-    def _start_over_(self) -> None:
-        self._became_slower = statistics.median(self._strays) > statistics.median(self._sentinel_medians)
+    def _start_over_(self, *, throttles: bool) -> None:
+        self._became_slower = throttles or statistics.median(self._strays) > statistics.median(self._sentinel_medians)
         for kept, dropped in zip(self._kept, self._dropped, strict=True):
             dropped.extend(kept)
             kept.clear()
@@ -211,7 +222,7 @@ class _Run:
         kept, dropped = self._kept[case], self._dropped[case]
         contended = self._contended
         if not kept:  # time ran out while no round was good: flagged numbers are better than none
-            kept, dropped, contended = dropped, [], True
+            kept, dropped, contended = dropped, [], not self._strays
         samples = [sample for _, sample in kept]
         status, note = self._verdict(case, samples, contended=contended)
         return Trace(
@@ -228,7 +239,7 @@ class _Run:
         protocol, count = self._protocol, len(samples)
         share, width = outlier_share(samples), median_interval(samples).half_width
         complaints = (
-            (self._became_slower, "the device became slower meanwhile and stayed so; let it cool and repeat"),
+            (self._became_slower, "the device throttled or became slower, and stayed so; let it cool and repeat"),
             (count < protocol.min_samples, f"time ran out after {count} of at least {protocol.min_samples} samples"),
             (share > 0.05, f"{share:.0%} of the samples are outliers; look for periodic work on the device"),
             (

@@ -1,8 +1,9 @@
 """Latency tables: raw samples of probe models as JSON Lines; every cost is derived on reading."""
 
+import itertools
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -74,14 +75,20 @@ def runs_of(widths: Sequence[LayerWidths]) -> tuple[Run, ...]:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """A header and its entries, in the order they were measured."""
+    """A header and its entries, in the order they were measured.
+
+    `partners` are tables of other devices of the kind, with the probes that those measured. Entries of two devices are
+    never in one table; a model is fitted to all, each device's relative to its own dense probe.
+    """
 
     header: TableHeader
     entries: tuple[TableEntry, ...] = ()
+    partners: tuple["LatencyTable", ...] = ()
 
     def __contains__(self, probe: tuple[Role, Sequence[LayerWidths]]) -> bool:
         role, widths = probe
-        return (role, runs_of(widths)) in {(entry.role, entry.runs) for entry in self.entries}
+        entries = (*self.entries, *(entry for partner in self.partners for entry in partner.entries))
+        return (role, runs_of(widths)) in {(entry.role, entry.runs) for entry in entries}
 
     def with_entries(self, entries: Iterable[TableEntry]) -> "LatencyTable":
         return replace(self, entries=(*self.entries, *entries))
@@ -114,10 +121,17 @@ class LatencyTable:
         which no hold-out plan tests.
         """
         observations = observations_of(self.entries, statistic)
+        for partner in self.partners:
+            scale = _sentinel_seconds(self.entries) / _sentinel_seconds(partner.entries) if partner.entries else 1.0
+            observations += [
+                replace(one, seconds=one.seconds * scale) for one in observations_of(partner.entries, statistic)
+            ]
         return fit(observations, architecture=self.header.architecture, workload=self.header.workload)
 
     def write(self, path: Path) -> None:
-        """Replace the file as a whole, so that a kill never leaves half a line."""
+        """Replace the file as a whole, so that a kill never leaves half a line; partners go into files beside it."""
+        for number, partner in enumerate(self.partners, start=2):
+            partner.write(partner_path(path, number))
         lines = [{**encode(self.header), "type": "LatencyTable"}, *map(encode, self.entries)]
         with written_aside(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -142,7 +156,19 @@ class LatencyTable:
             decode(TableEntry, document, source=f"{path}: line {number}")
             for number, document in enumerate(documents[1:], start=2)
         ]
-        return cls(header, tuple(entries))
+        return cls(header, tuple(entries), tuple(cls.read(one) for one in _partner_paths(path)))
+
+
+def partner_path(path: Path, number: int) -> Path:
+    """Where the table of the `number`-th device of a kind lies, beside the first one's."""
+    return path.with_name(f"{path.stem}.{number}{path.suffix}")
+
+
+def _partner_paths(path: Path) -> Iterator[Path]:
+    for number in itertools.count(2):
+        if not partner_path(path, number).exists():
+            return
+        yield partner_path(path, number)
 
 
 def _parse(line: str, *, source: str) -> dict[str, object]:
@@ -168,12 +194,17 @@ def observations_of(entries: Sequence[TableEntry], statistic: Statistic) -> list
     """
     if not entries:
         return []
-    reference = statistics.median(statistics.median(entry.sentinel_ns) for entry in entries) / 1e9
+    reference = _sentinel_seconds(entries)
     if statistic == "p90":
         reference *= statistics.median(
             quantile(entry.samples_ns, 0.9) / statistics.median(entry.samples_ns) for entry in entries
         )
     return [_observation(entry, reference) for entry in entries]
+
+
+def _sentinel_seconds(entries: Sequence[TableEntry]) -> float:
+    """Of the dense probe, over all that was measured beside it."""
+    return statistics.median(statistics.median(entry.sentinel_ns) for entry in entries) / 1e9
 
 
 def _observation(entry: TableEntry, reference_seconds: float) -> Observation:

@@ -1,43 +1,66 @@
-"""Ways to reach a device. Every one starts a process there by argv, with its pipes here."""
+"""Ways to reach a device. Every one starts a program there by argv, with its pipes here, and copies files."""
 
 import contextlib
 import os
 import queue
+import secrets
+import shutil
 import subprocess
-import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import dilap
-from dilap.errors import Unavailable
+from dilap.errors import LinkLost, Unavailable
+
+_GRACE_SECONDS = 10.0  # for the device to notice that a pulse ended, kill what it leased and say so
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completed:
+    """A program that ran on a device to its end."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    def checked(self, doing: str) -> str:
+        """Standard output of a program that succeeded; `doing` says what failed otherwise. Raises Unavailable."""
+        if self.status != 0:
+            last = (self.stderr.strip() or self.stdout.strip() or "no message").splitlines()[-1]
+            raise Unavailable(f"{doing} failed with status {self.status}: {last}")
+        return self.stdout
 
 
 class Process(Protocol):
     """A running program that answers lines with lines."""
 
-    def request(self, line: str, *, timeout: float) -> str:
-        """Send one line and wait for one. Raises Unavailable where the program ended or stays silent."""
+    def write(self, text: str) -> None:
+        """Send text as it is. Raises LinkLost where nobody reads it any more."""
+
+    def read_line(self, *, timeout: float) -> str:
+        """The next line. Raises LinkLost where the program ended or stays silent for `timeout` seconds."""
 
     def close(self) -> None:
         """Close its input, which asks it to end, and see that it does."""
 
 
 class Transport(Protocol):
-    """A way to a device. `python` is the argv prefix that runs DiLAP's agent there."""
+    """A way to a device; paths there are relative to where its programs start."""
 
-    python: tuple[str, ...]
+    def run(self, argv: Sequence[str], *, seconds: float) -> Completed:
+        """Run a program to its end. Raises LinkLost where that end is not heard of within `seconds`."""
 
-    def start(self, argv: Sequence[str]) -> Process:
-        """Start a program on the device."""
+    def start(self, argv: Sequence[str], *, seconds: float) -> Process:
+        """Start a program; it ends with its Process, with the link, or after `seconds`."""
 
-    def push(self, path: Path, *, sha256: str, companions: Mapping[str, str]) -> str:
-        """Bring a file and those beside it (name -> SHA-256) to the device; its path there.
+    def push(self, path: Path, remote: str, *, resume: bool = False) -> None:
+        """Copy a file there; with `resume`, as the rest of what is there. Its content is the caller's to check."""
 
-        What the device has already, with that content, stays.
-        """
+    def pull(self, remote: str, path: Path) -> None:
+        """Copy a file here."""
 
     def close(self) -> None:
         """Leave the device."""
@@ -46,8 +69,8 @@ class Transport(Protocol):
 class PipedProcess:
     """A child of this process; ssh and adb are children too."""
 
-    def __init__(self, argv: Sequence[str], *, environment: Mapping[str, str] | None = None) -> None:
-        self._argv = argv
+    def __init__(self, argv: Sequence[str], *, name: str, environment: Mapping[str, str] | None = None) -> None:
+        self._name = name
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the child)
         try:
             self._child = subprocess.Popen(
@@ -56,29 +79,34 @@ class PipedProcess:
                 stdout=subprocess.PIPE,
                 stderr=self._complaints,
                 encoding="utf-8",
+                errors="replace",
                 env=environment,
+                # a Ctrl-C in the terminal is for us alone: we end the child by closing its input
+                start_new_session=True,
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._complaints.close()
-            raise Unavailable(f"{argv[0]} cannot be started: {error.strerror}") from error
+            raise Unavailable(f"{argv[0]} cannot be started: {_words(error)}") from error
         self._lines: queue.Queue[str] = queue.Queue()
         # a thread, because a pipe cannot be waited for with a timeout on Windows
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def request(self, line: str, *, timeout: float) -> str:
+    def write(self, text: str) -> None:
         assert self._child.stdin is not None
         try:
-            self._child.stdin.write(line + "\n")
+            self._child.stdin.write(text)
             self._child.stdin.flush()
         except OSError:
-            raise Unavailable(self._obituary()) from None
+            raise LinkLost(self._obituary()) from None
+
+    def read_line(self, *, timeout: float) -> str:
         try:
             answer = self._lines.get(timeout=timeout)
         except queue.Empty:
-            raise Unavailable(f"{self._argv[0]} gave no answer for {timeout:g} s") from None
+            raise LinkLost(f"{self._name} gave no answer for {timeout:g} s") from None
         if not answer:
-            raise Unavailable(self._obituary())
+            raise LinkLost(self._obituary())
         return answer
 
     def close(self) -> None:
@@ -87,7 +115,7 @@ class PipedProcess:
         with contextlib.suppress(OSError):  # unsent data for a program that has ended
             self._child.stdin.close()
         try:
-            self._child.wait(timeout=5)
+            self._child.wait(timeout=_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
@@ -106,22 +134,78 @@ class PipedProcess:
         self._complaints.seek(0)
         words = self._complaints.read()[-4096:].decode("utf-8", "replace").strip().splitlines()
         last = f": {words[-1]}" if words else ""
-        return f"the agent on the device ended with status {status}{last}"
+        return f"{self._name} ended with status {status}{last}"
 
 
 class LocalTransport:
     """The machine DiLAP runs on."""
 
-    python: tuple[str, ...] = (sys.executable,)
+    def __init__(self, *, environment: Mapping[str, str] | None = None) -> None:
+        self._environment = environment
 
-    def start(self, argv: Sequence[str]) -> Process:
-        # the child must import this very DiLAP, also from a checkout that is not installed
-        source = str(Path(dilap.__file__).resolve().parent.parent)
-        paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
-        return PipedProcess(argv, environment={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+    def run(self, argv: Sequence[str], *, seconds: float) -> Completed:
+        return run_client(argv, seconds=seconds, device="this machine")
 
-    def push(self, path: Path, *, sha256: str, companions: Mapping[str, str]) -> str:  # noqa: ARG002
-        return str(path.resolve())
+    def start(self, argv: Sequence[str], *, seconds: float) -> Process:  # noqa: ARG002  (a child ends with its pipe)
+        return PipedProcess(argv, name="the program", environment=self._environment)
+
+    def push(self, path: Path, remote: str, *, resume: bool = False) -> None:  # noqa: ARG002
+        shutil.copyfile(path, remote)
+
+    def pull(self, remote: str, path: Path) -> None:
+        shutil.copyfile(remote, path)
 
     def close(self) -> None:
         pass
+
+
+def run_marked(
+    client: Callable[[str], Sequence[str]], *, seconds: float, device: str, explain: Callable[[str], str]
+) -> Completed:
+    """Run a leased command line through `client`, which makes the local argv from a mark.
+
+    Only what stands between the two marks is the program's: a login shell may print before them, and where the
+    second is missing the link broke, whatever status the client ended with. `explain` turns the client's complaint
+    into advice.
+    """
+    mark = f"dilap-{secrets.token_hex(8)}"
+    completed = run_client(client(mark), seconds=seconds + _GRACE_SECONDS, device=device)
+    _, begun, rest = completed.stdout.partition(f"{mark} begin\n")
+    output, ended, status = rest.rpartition(f"\n{mark} end ")
+    if not begun or not ended:
+        raise LinkLost(f"the link to {device} broke: {explain(completed.stderr.strip() or completed.stdout.strip())}")
+    return Completed(status=int(status), stdout=output, stderr=completed.stderr)
+
+
+def run_client(argv: Sequence[str], *, seconds: float, device: str) -> Completed:
+    """Run a program here with a stdin that stays open until it ends: closing it is how a lease is ended."""
+    pulse, ours = os.pipe()
+    try:
+        try:
+            child = subprocess.Popen(argv, stdin=pulse, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        except (OSError, ValueError) as error:
+            raise Unavailable(f"{argv[0]} cannot be started: {_words(error)}") from error
+        finally:
+            os.close(pulse)
+        try:
+            stdout, stderr = child.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise LinkLost(f"{device} gave no answer for {seconds:g} s") from None
+        finally:
+            _end(child)
+    finally:
+        os.close(ours)
+    # carriage returns: Windows ends its lines with them
+    texts = [data.decode("utf-8", "replace").replace("\r\n", "\n") for data in (stdout, stderr)]
+    return Completed(status=child.returncode, stdout=texts[0], stderr=texts[1])
+
+
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    """See that a client has ended; its death ends the pulse on the device."""
+    if child.poll() is None:
+        child.kill()
+        child.communicate()
+
+
+def _words(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

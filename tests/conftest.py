@@ -1,5 +1,6 @@
 """What every test shares."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from models import tiny_model, tiny_tokenizer
 
 from dilap import backends
 from dilap.cli.console import Console
-from dilap.profilers import devices
+from dilap.profilers.devices import Device
 from dilap.source import save_checkpoint
 from dilap.types import Workload
 
@@ -38,8 +39,9 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    def made(target: str, backend: str, workload: Workload, console: Console) -> FakeBench:
-        chosen = backends.get(backend)
-        return FakeBench(device=devices.get(target), backend=chosen, workload=workload, console=console)
+    def made(
+        devices: Sequence[Device], backend: str, workload: Workload, console: Console, *, force: bool
+    ) -> FakeBench:
+        return FakeBench(device=devices[0], backend=backends.get(backend), workload=workload, console=console)
 
     monkeypatch.setattr("dilap.cli.job.Bench.of", made)

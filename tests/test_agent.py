@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,11 +15,11 @@ from numpy.typing import NDArray
 
 from dilap import backends, codec, export
 from dilap.backends import Capabilities, agent, host
-from dilap.errors import InvalidInput, Mismatch, Unavailable
+from dilap.errors import InvalidInput, LinkLost, Mismatch, Unavailable
 from dilap.profilers import devices
-from dilap.profilers.client import AgentBench, AgentClient
-from dilap.profilers.transports import LocalTransport, PipedProcess, Process
-from dilap.types import Fingerprint, Workload
+from dilap.profilers.client import AgentClient, InstrumentBench, LocalConnection, Sampled
+from dilap.profilers.transports import PipedProcess, Process
+from dilap.types import DeviceState, Fingerprint, Workload
 
 WORKLOAD = Workload(precision="f32", context=16)
 
@@ -148,14 +149,17 @@ def test_the_busy_clock_counts_what_others_used(monkeypatch: pytest.MonkeyPatch)
     assert host.BusyClock().lap()[1] == pytest.approx(1.5)
 
 
-class ScriptedClient:
+class ScriptedInstrument:
     """Every sample request takes 0.1 s, in which others use what the script says."""
 
-    def __init__(self, others: Sequence[float | None]) -> None:
-        self.others = iter(others)
+    def __init__(self, others: Sequence[float | None] = (), states: Sequence[DeviceState] = ()) -> None:
+        self.others, self.states = iter(others), list(states)
 
-    def call(self, operation: str, **fields: Any) -> dict[str, Any]:
-        return {"samples_ns": [1] * fields["n"], "seconds": 0.1, "other_seconds": next(self.others)}
+    def sample(self, handle: int, count: int) -> Sampled:
+        return Sampled(samples_ns=[1] * count, seconds=0.1, other_seconds=next(self.others))
+
+    def state(self) -> DeviceState:
+        return self.states.pop(0) if self.states else DeviceState()
 
 
 @pytest.mark.parametrize(
@@ -167,73 +171,106 @@ class ScriptedClient:
     ],
 )
 def test_other_load_is_summed_over_the_round_and_forgives_a_tick(others: list[float | None], load: float) -> None:
-    bench = AgentBench(ScriptedClient(others), [1])  # type: ignore[arg-type]
+    bench = InstrumentBench(ScriptedInstrument(others), [1])  # type: ignore[arg-type]
     bench.sample(0, 3)
     bench.sample(0, 3)
     assert bench.other_load() == pytest.approx(load)
 
 
 def test_other_load_starts_anew_with_every_reading() -> None:
-    bench = AgentBench(ScriptedClient([0.1]), [1])  # type: ignore[arg-type]
+    bench = InstrumentBench(ScriptedInstrument([0.1]), [1])  # type: ignore[arg-type]
     bench.sample(0, 3)
     bench.other_load()
     assert bench.other_load() == 0
 
 
+@pytest.mark.parametrize(
+    ("states", "throttled"),
+    [
+        ([DeviceState(throttle_events=7), DeviceState(throttle_events=7)], False),
+        ([DeviceState(throttle_events=7), DeviceState(throttle_events=8)], True),
+        ([DeviceState(), DeviceState(thermal_status=1)], False),
+        ([DeviceState(), DeviceState(thermal_status=2)], True),
+        ([DeviceState(), DeviceState()], False),
+    ],
+)
+def test_throttling_is_what_the_device_says_since_the_last_look(states: list[DeviceState], throttled: bool) -> None:
+    bench = InstrumentBench(ScriptedInstrument(states=states), [1])  # type: ignore[arg-type]
+    assert bench.throttles() is throttled
+
+
 def test_a_program_that_ends_is_reported_with_its_last_words() -> None:
-    child = PipedProcess([sys.executable, "-c", "import sys; sys.exit('no such board')"])
-    with pytest.raises(Unavailable, match="no such board"):
-        child.request("{}", timeout=30)
+    child = PipedProcess([sys.executable, "-c", "import sys; sys.exit('no such board')"], name="it")
+    with pytest.raises(LinkLost, match="no such board"):
+        child.read_line(timeout=30)
     child.close()
 
 
 def test_a_silent_program_times_out() -> None:
-    child = PipedProcess([sys.executable, "-c", "import sys; sys.stdin.read()"])
-    with pytest.raises(Unavailable, match=r"no answer for 0\.1 s"):
-        child.request("{}", timeout=0.1)
+    child = PipedProcess([sys.executable, "-c", "import sys; sys.stdin.read()"], name="it")
+    with pytest.raises(LinkLost, match=r"no answer for 0\.1 s"):
+        child.read_line(timeout=0.1)
     child.close()
 
 
-class PatientTransport(LocalTransport):
-    """Starts a process that answers everything and keeps how long each answer was waited for."""
+class PatientConnection(LocalConnection):
+    """An agent that answers everything and keeps how long each answer was waited for."""
 
     def __init__(self) -> None:
-        self.timeouts: dict[str, float] = {}
+        self.timeouts: list[float] = []
+        self._seq = 0
 
-    def start(self, argv: Sequence[str]) -> Process:
+    def start_agent(self) -> Process:
         return self
 
-    def request(self, line: str, *, timeout: float) -> str:
-        request = json.loads(line)
-        self.timeouts[request["op"]] = timeout
-        answer = {"fingerprint": codec.encode(FINGERPRINT)} if request["op"] == "hello" else LOADED
-        return json.dumps({"seq": request["seq"], **answer})
+    def write(self, text: str) -> None:
+        self._seq = json.loads(text)["seq"]
+
+    def read_line(self, *, timeout: float) -> str:
+        self.timeouts.append(timeout)
+        answers: list[dict[str, Any]] = [{"fingerprint": codec.encode(FINGERPRINT)}, LOADED]
+        return json.dumps({"seq": self._seq, **answers[self._seq - 1]})
 
 
-LOADED = {"handle": 1, "load_seconds": 1.0, "peak_memory_bytes": 1}
+LOADED: dict[str, Any] = {"handle": 1, "load_seconds": 1.0, "peak_memory_bytes": 1}
 
 
 @pytest.mark.parametrize("backend", ["llamacpp", "tensorrt"])
 def test_a_load_is_waited_for_as_long_as_its_runtime_may_take(backend: str) -> None:
-    transport = PatientTransport()
-    with AgentClient(transport, backend=backend, device="host_cpu") as client:
-        client.load("model", sha256="", workload=Workload())
-    assert transport.timeouts["load"] == backends.get(backend).load_seconds
+    connection = PatientConnection()
+    with AgentClient(connection, backend=backend, device="host_cpu") as client:
+        client.load(Path("model"), sha256="", workload=Workload())
+    assert connection.timeouts[1] == backends.get(backend).load_seconds
 
 
 def test_tensorrt_may_build_for_an_hour() -> None:
     assert backends.get("tensorrt").load_seconds > 3600
 
 
+def test_an_agent_runs_on_the_cores_of_its_mask() -> None:
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("this system does not say which cores a process runs on")
+    if reason := backends.get("llamacpp").unavailable():
+        pytest.skip(reason)
+    last = host.usable_cpus()[-1]
+    with AgentClient(LocalConnection(), backend="llamacpp", device="host_cpu", affinity=f"{1 << last:x}") as client:
+        assert client.state().affinity == str(last)
+
+
+def test_cores_that_are_not_there_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="cannot be chosen here"):
+        host.pin(f"{1 << 1000:x}")
+
+
 def test_an_absent_program_is_unavailable() -> None:
     with pytest.raises(Unavailable, match="no-such-program"):
-        PipedProcess(["no-such-program"])
+        PipedProcess(["no-such-program"], name="it")
 
 
-def test_the_presets_other_than_host_cpu_say_that_they_cannot_be_reached_yet() -> None:
+def test_the_presets_other_than_host_cpu_ask_where_they_are() -> None:
     reasons = {name: device.unavailable() for name, device in devices.DEVICES.items()}
     assert [name for name, reason in reasons.items() if reason is None] == ["host_cpu"]
-    assert all("host_cpu only" in reason for reason in reasons.values() if reason)
+    assert all("devices.toml" in reason for reason in reasons.values() if reason)
 
 
 @pytest.mark.parametrize("device", devices.DEVICES.values(), ids=lambda device: device.name)
@@ -255,7 +292,7 @@ def test_connecting_to_a_device_out_of_reach_is_refused() -> None:
 def running() -> Iterator[AgentClient]:
     if reason := backends.get("llamacpp").unavailable():
         pytest.skip(reason)
-    with AgentClient(LocalTransport(), backend="llamacpp", device="host_cpu") as client:
+    with AgentClient(LocalConnection(), backend="llamacpp", device="host_cpu") as client:
         yield client
 
 
@@ -273,8 +310,8 @@ def test_the_real_agent_introduces_itself(running: AgentClient) -> None:
 
 
 def test_the_real_agent_times_a_real_model(running: AgentClient, tiny: Path) -> None:
-    one = running.load(str(tiny), sha256=codec.file_sha256(tiny), workload=WORKLOAD)
-    samples = AgentBench(running, [one.handle]).sample(0, 5)
+    one = running.load(tiny, sha256=codec.file_sha256(tiny), workload=WORKLOAD)
+    samples = InstrumentBench(running, [one.handle]).sample(0, 5)
     running.unload(one.handle)
     assert len(samples) == 5
     assert min(samples) > 0
@@ -282,17 +319,17 @@ def test_the_real_agent_times_a_real_model(running: AgentClient, tiny: Path) -> 
 
 def test_an_error_on_the_device_is_raised_here_as_the_same_type(running: AgentClient, tiny: Path) -> None:
     with pytest.raises(Mismatch, match="sha256 differs"):
-        running.load(str(tiny), sha256="0" * 64, workload=WORKLOAD)
+        running.load(tiny, sha256="0" * 64, workload=WORKLOAD)
 
 
 def test_a_damaged_model_is_invalid_input_and_the_agent_lives_on(running: AgentClient, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(b"GGUF and nothing more")
     with pytest.raises(InvalidInput, match=r"damaged\.gguf"):
-        running.load(str(damaged), sha256=codec.file_sha256(damaged), workload=WORKLOAD)
+        running.load(damaged, sha256=codec.file_sha256(damaged), workload=WORKLOAD)
     assert running.call("memory")["peak_bytes"] > 0
 
 
 def test_an_unknown_backend_is_refused_by_the_real_agent() -> None:
     with pytest.raises(InvalidInput, match="unknown backend"):
-        AgentClient(LocalTransport(), backend="nothing", device="host_cpu")
+        AgentClient(LocalConnection(), backend="nothing", device="host_cpu")

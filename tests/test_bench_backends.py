@@ -26,6 +26,9 @@ class Counting:
     def other_load(self) -> float:
         return 0.1 * self.number
 
+    def throttles(self) -> bool:
+        return self.number == 2
+
     def now(self) -> float:
         return 0.0
 
@@ -53,6 +56,7 @@ def test_every_case_is_sampled_on_its_own_bench(monkeypatch: pytest.MonkeyPatch)
     benches = tool.Benches([Counting(1), Counting(2)], [(0, 0), (1, 0), (1, 1)])
     assert [benches.sample(case, 1) for case in range(3)] == [[10], [20], [21]]
     assert benches.other_load() == pytest.approx(0.2)
+    assert benches.throttles()
 
 
 def test_the_pruned_shape_has_at_most_70_percent_of_the_weights() -> None:

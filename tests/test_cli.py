@@ -256,7 +256,10 @@ def test_the_doctor_names_every_runtime_and_device(capsys: pytest.CaptureFixture
 
 
 def test_the_doctor_imports_no_torch() -> None:
-    program = "import sys; from dilap.cli import doctor, profile; doctor.examine(); sys.exit('torch' in sys.modules)"
+    program = (
+        "import sys; from dilap.cli import doctor, profile; from dilap.profilers.devices import Registry; "
+        "list(doctor.examine(Registry())); sys.exit('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -280,7 +283,7 @@ def test_a_plan_that_a_runtime_cannot_hold_is_refused_by_group_and_rule(
 BAD = {
     "budget": (["--budget", "fast"], "budget 'fast' is not understood"),
     "device": (["--target", "jetson"], "unknown device 'jetson'"),
-    "device out of reach": (["--target", "s23"], "needs the adb transport"),
+    "device out of reach": (["--target", "s23"], "it is not known where your s23"),
     "backend": (["--backend", "llama"], "unknown backend 'llama'"),
     "method": (["--method", "magic"], "unknown method 'magic'"),
     "precision": (["--precision", "q3"], "unknown precision 'q3'"),
@@ -316,7 +319,7 @@ MISMATCHES: dict[str, Callable[[TableHeader], TableHeader]] = {
 def test_a_table_of_something_else_is_refused(
     what: str, checkpoint: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench = Bench.of("host_cpu", "llamacpp", Workload(threads=1), Console())
+    bench = Bench.of([devices.get("host_cpu")], "llamacpp", Workload(threads=1), Console())
     architecture = read_architecture(checkpoint)
     table = fabricated_table(architecture, bench.workload)
     header = replace(table.header, fingerprint=bench.profiler.fingerprint())

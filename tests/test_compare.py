@@ -119,3 +119,9 @@ def test_json_on_standard_output_is_json_alone(
     arguments = ("--budget", "80%", "--methods", "magnitude", "--recover", "none", "--json")
     compare_tiny(checkpoint, corpus, tmp_path / "out", *arguments)
     assert json.loads(capsys.readouterr().out)["rows"][0]["method"] == "magnitude"
+
+
+@pytest.mark.parametrize(("status", "remark"), [("kept", ""), ("missed", " MISSED"), ("estimated", " ESTIMATED")])
+def test_a_budget_that_was_not_shown_to_be_kept_says_so(status: str, remark: str) -> None:
+    line = markdown([Row(method="a", budget="70%", budget_used=0.9, status=status)]).splitlines()[4]
+    assert line.split("|")[4].strip() == f"90.0%{remark}"

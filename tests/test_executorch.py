@@ -20,8 +20,7 @@ from dilap.codec import decode, file_sha256, read_json
 from dilap.errors import InvalidInput, Unsupported, VerificationFailed
 from dilap.export.executorch import ModelValues, matrix_types
 from dilap.export.executorch_header import header_of, probe_header
-from dilap.profilers.client import AgentBench, AgentClient
-from dilap.profilers.transports import LocalTransport
+from dilap.profilers.client import AgentClient, InstrumentBench, LocalConnection
 from dilap.shrink import shrink_
 from dilap.sqnr import sqnr_db
 from dilap.types import Artifact, Workload
@@ -313,14 +312,14 @@ def test_a_probe_has_the_size_of_a_real_export(
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[AgentClient]:
-    with AgentClient(LocalTransport(), backend="executorch", device="host_cpu") as client:
+    with AgentClient(LocalConnection(), backend="executorch", device="host_cpu") as client:
         yield client
 
 
 def test_the_agent_times_a_program(running: AgentClient, dense: Path) -> None:
     path = dense / "model.pte"
-    one = running.load(str(path), sha256=codec.file_sha256(path), workload=DECODE)
-    samples = AgentBench(running, [one.handle]).sample(0, 5)
+    one = running.load(path, sha256=codec.file_sha256(path), workload=DECODE)
+    samples = InstrumentBench(running, [one.handle]).sample(0, 5)
     running.unload(one.handle)
     assert min(samples) > 0
 
@@ -329,7 +328,7 @@ def test_the_agent_outlives_a_damaged_program(running: AgentClient, dense: Path,
     damaged = tmp_path / "damaged.pte"
     damaged.write_bytes((dense / "model.pte").read_bytes()[:-5000])
     with pytest.raises(InvalidInput, match=r"damaged\.pte"):
-        running.load(str(damaged), sha256=codec.file_sha256(damaged), workload=DECODE)
+        running.load(damaged, sha256=codec.file_sha256(damaged), workload=DECODE)
     assert running.call("memory")["peak_bytes"] > 0
 
 

@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 import tomllib
 
+from dilap.profilers.archive import travelling
+
 ROOT = Path(__file__).parent.parent
 LAYERS = {"dilap.cli": 5, "dilap.profilers": 4, "dilap.backends": 3, "dilap.export": 2}
 FOLDERS = ("", "backends", "cli", "export", "methods", "profilers")
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / "dilap" / folder).glob("*.py"))
-TRAVELLING = [
-    ROOT / "dilap" / f"{name}.py"
-    for name in ("__init__", "types", "codec", "errors", "registry", "sqnr", "tensorrt_build", "tensorrt_recipe")
-]
-TRAVELLING += sorted((ROOT / "dilap" / "backends").glob("*.py"))
+TRAVELLING = travelling()
 
 
 def module_name(path: Path) -> str:

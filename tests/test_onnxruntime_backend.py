@@ -190,7 +190,7 @@ def test_the_agent_notices_damaged_data(running: AgentClient, copy: Path) -> Non
     data.write_bytes(content)
     with pytest.raises(Mismatch, match=r"model\.onnx\.data: .*sha256 differs"):
         running.load(
-            str(copy),
+            copy,
             sha256=digests["model.onnx"],
             companions={"model.onnx.data": digests["model.onnx.data"]},
             workload=DECODE,
@@ -200,9 +200,7 @@ def test_the_agent_notices_damaged_data(running: AgentClient, copy: Path) -> Non
 def test_the_agent_notices_absent_data(running: AgentClient, copy: Path) -> None:
     copy.with_name("model.onnx.data").unlink()
     with pytest.raises(InvalidInput, match=r"model\.onnx\.data: no such file"):
-        running.load(
-            str(copy), sha256=codec.file_sha256(copy), companions={"model.onnx.data": "0" * 64}, workload=DECODE
-        )
+        running.load(copy, sha256=codec.file_sha256(copy), companions={"model.onnx.data": "0" * 64}, workload=DECODE)
 
 
 def test_the_profiler_measures_a_folder_through_the_agent(model: Path) -> None:

@@ -1,15 +1,18 @@
 """Measurements, speed-ups and table building; the last tests use the real agent and the real llama.cpp."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 from fabricated import FINGERPRINT, TINY_LAYER, tiny_llama
 
 from dilap import backends, codec, export
-from dilap.errors import Mismatch
+from dilap.errors import LinkLost, Mismatch
 from dilap.profilers import devices, probes
 from dilap.profilers.profiler import Case, Profiler, budget_share, is_shown, speedup
 from dilap.profilers.protocol import Protocol
@@ -98,8 +101,10 @@ class FakeExporter:
 class FakeProfiler:
     """A file's number is its latency in microseconds; `killed_after` blocks the power goes off."""
 
+    backend = "llamacpp"
     killed_after = 99
     blocks: list[int]
+    waits_for: Event | None = None
 
     def fingerprint(self) -> Fingerprint:
         return FINGERPRINT
@@ -109,6 +114,8 @@ class FakeProfiler:
     ) -> list[Measurement]:
         if len(self.blocks) == self.killed_after:
             raise KeyboardInterrupt
+        if self.waits_for is not None:
+            assert self.waits_for.wait(timeout=30)
         self.blocks.append(len(cases))
         return [measurement([1000 * (100 + int(case.path.read_text()))] * 15) for case in cases]
 
@@ -117,19 +124,28 @@ class FakeProfiler:
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeProfiler:
     profiler = FakeProfiler()
     profiler.blocks = []
-    monkeypatch.setattr(probes, "Profiler", lambda device, backend: profiler)
+    monkeypatch.setattr(sys.modules[__name__], "make_profiler", lambda _: profiler)
     monkeypatch.setattr(export, "get", lambda name: FakeExporter())
     return profiler
 
 
+def make_profiler(backend: str = "llamacpp") -> Profiler:
+    return Profiler(devices.get("host_cpu"), backend=backend)
+
+
 def build(
-    path: Path, *, backend: str = "llamacpp", workload: Workload = WORKLOAD, protocol: Protocol = QUICK
+    path: Path,
+    *,
+    backend: str = "llamacpp",
+    workload: Workload = WORKLOAD,
+    protocol: Protocol = QUICK,
+    helpers: Sequence[Any] = (),
 ) -> LatencyTable:
     attention, ffn = probes.default_levels(ARCHITECTURE, backends.get(backend).capabilities("llama", precision="f32"))
     return probes.build_table(
         ARCHITECTURE,
-        backend=backend,
-        device=devices.get("host_cpu"),
+        profiler=make_profiler(backend),
+        helpers=helpers,
         workload=workload,
         path=path,
         attention_levels=attention,
@@ -180,6 +196,70 @@ def test_a_table_is_not_continued_for_another_workload(fake: FakeProfiler, tmp_p
     build(tmp_path / "t.jsonl")
     with pytest.raises(Mismatch, match="threads: 1 / 2"):
         build(tmp_path / "t.jsonl", workload=replace(WORKLOAD, threads=2))
+
+
+class SecondProfiler(FakeProfiler):
+    """Another device of the kind, twice as slow."""
+
+    def __init__(self, first: FakeProfiler) -> None:
+        self.blocks = []
+        self.has_measured = first.waits_for = Event()
+
+    def fingerprint(self) -> Fingerprint:
+        return replace(FINGERPRINT, serial_sha256="second")
+
+    def measure(
+        self, cases: Sequence[Case], protocol: Protocol, *, progress: Callable[[str], None] | None = None
+    ) -> list[Measurement]:
+        self.has_measured.set()
+        if len(self.blocks) == self.killed_after:
+            raise LinkLost("pulled out")
+        return [
+            replace(one, fingerprint=self.fingerprint(), samples_ns=tuple(2 * ns for ns in one.samples_ns))
+            for one in super().measure(cases, protocol, progress=progress)
+        ]
+
+
+def test_two_devices_share_the_probes(fake: FakeProfiler, tmp_path: Path) -> None:
+    alone = build(tmp_path / "alone.jsonl")
+    table = build(tmp_path / "t.jsonl", helpers=[SecondProfiler(fake)])
+    (partner,) = table.partners
+    assert partner.entries
+    assert len(table.entries) + len(partner.entries) == len(alone.entries)
+
+
+def test_no_entry_of_one_device_is_in_the_table_of_another(fake: FakeProfiler, tmp_path: Path) -> None:
+    table = build(tmp_path / "t.jsonl", helpers=[SecondProfiler(fake)])
+    (partner,) = table.partners
+    assert partner.header.fingerprint.serial_sha256 == "second"
+    assert {min(entry.sentinel_ns) / min(table.entries[0].sentinel_ns) for entry in partner.entries} == {2.0}
+    assert {entry.role for entry in partner.entries} <= {"attention", "ffn", "random"}
+
+
+def test_a_table_of_two_devices_predicts_as_one_of_the_first(fake: FakeProfiler, tmp_path: Path) -> None:
+    alone = build(tmp_path / "alone.jsonl").model()
+    shared = build(tmp_path / "t.jsonl", helpers=[SecondProfiler(fake)]).model()
+    widths = (replace(TINY_LAYER, num_channels=32),) * 4
+    assert shared.predict(widths) == pytest.approx(alone.predict(widths), rel=1e-6)
+
+
+def test_a_shared_table_is_read_back_whole(fake: FakeProfiler, tmp_path: Path) -> None:
+    assert build(tmp_path / "t.jsonl", helpers=[SecondProfiler(fake)]) == LatencyTable.read(tmp_path / "t.jsonl")
+
+
+def test_a_lost_helper_leaves_its_probes_to_the_first_device(fake: FakeProfiler, tmp_path: Path) -> None:
+    alone = build(tmp_path / "alone.jsonl")
+    helper = SecondProfiler(fake)
+    helper.killed_after = 0
+    table = build(tmp_path / "t.jsonl", helpers=[helper])
+    assert {entry.runs for entry in table.entries} == {entry.runs for entry in alone.entries}
+
+
+def test_a_device_of_another_kind_does_not_help(fake: FakeProfiler, tmp_path: Path) -> None:
+    helper = SecondProfiler(fake)
+    helper.fingerprint = lambda: replace(FINGERPRINT, processor="Another")  # type: ignore[method-assign]
+    with pytest.raises(Mismatch, match="device 2 is not of the first one's kind: processor"):
+        build(tmp_path / "t.jsonl", helpers=[helper])
 
 
 needs_llamacpp = pytest.mark.skipif(

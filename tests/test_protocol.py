@@ -5,8 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
+from fabricated import FINGERPRINT
 
-from dilap.profilers.protocol import Protocol, collect
+from dilap.profilers.profiler import is_shown, speedup
+from dilap.profilers.protocol import Protocol, Trace, collect
+from dilap.types import Measurement, Workload
 
 MS = 1_000_000
 QUICK = Protocol(warm_up_seconds=0.0)
@@ -24,9 +27,11 @@ class ScriptedBench:
         *,
         slowness: Callable[[float], float] = lambda now: 1.0,
         load: Callable[[float], float] = lambda now: 0.0,
+        hot: Callable[[float], bool] = lambda now: False,
         spike_every: int = 0,
     ) -> None:
         self.costs_ms, self.slowness, self.load, self.spike_every = costs_ms, slowness, load, spike_every
+        self.hot = hot
         self.clock = 0.0
         self.num_samples = 0
         self.calls: list[int] = []
@@ -47,6 +52,9 @@ class ScriptedBench:
 
     def other_load(self) -> float:
         return self.load(self.clock)
+
+    def throttles(self) -> bool:
+        return self.hot(self.clock)
 
     def now(self) -> float:
         return self.clock
@@ -78,6 +86,69 @@ def test_measuring_one_after_the_other_gets_the_same_ratio_wrong() -> None:
     bench.costs_ms = [20.0]
     (pruned,) = collect(bench, 1, long)
     assert abs(estimated_ratio(dense.samples_ns, pruned.samples_ns) / 1.5 - 1) > 0.02
+
+
+MACHINES: dict[str, Callable[[float], float]] = {
+    "drift ramp": ramp,
+    "clock that drops and stays low": lambda now: 1.0 if now < 2.0 else 1.3,
+    "clock between two states": lambda now: 1.0 if now % 4.2 < 2.1 else 1.25,
+    "spell of spikes": lambda now: 4.0 if 0.3 < now < 6.0 else 1.0,
+}
+PATIENT = replace(QUICK, min_samples=60, drift_tolerance=100.0, max_samples=60)  # it takes what comes
+
+
+def measured(trace: Trace) -> Measurement:
+    return Measurement(
+        artifact_sha256="0" * 64,
+        workload=Workload(),
+        fingerprint=FINGERPRINT,
+        samples_ns=trace.samples_ns,
+        rounds=trace.rounds,
+        peak_memory_bytes=1,
+        load_seconds=0.1,
+        started="",
+        status=trace.status,
+    )
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_an_interleaved_speedup_is_right_within_a_percent(name: str) -> None:
+    dense, pruned = collect(ScriptedBench([30.0, 20.0], slowness=MACHINES[name]), 2, PATIENT)
+    assert speedup(measured(dense), measured(pruned)).value == pytest.approx(1.5, rel=0.01)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_a_sequential_speedup_is_off_by_more(name: str) -> None:
+    bench = ScriptedBench([30.0], slowness=MACHINES[name])
+    (dense,) = collect(bench, 1, PATIENT)
+    bench.costs_ms = [20.0]
+    (pruned,) = collect(bench, 1, PATIENT)
+    assert abs(estimated_ratio(dense.samples_ns, pruned.samples_ns) / 1.5 - 1) > 0.02
+
+
+def test_a_claim_inside_the_noise_is_not_shown() -> None:
+    states = iter(WILD * 1000)
+    dense, pruned = collect(ScriptedBench([10.02, 10.0], slowness=lambda _: next(states)), 2, PATIENT)
+    assert not is_shown(speedup(measured(dense), measured(pruned)))
+
+
+def test_a_claim_outside_the_noise_is_shown() -> None:
+    states = iter(WILD * 1000)
+    dense, pruned = collect(ScriptedBench([20.0, 10.0], slowness=lambda _: next(states)), 2, PATIENT)
+    assert is_shown(speedup(measured(dense), measured(pruned)))
+
+
+def test_a_round_in_which_the_device_throttled_is_repeated_after_a_rest() -> None:
+    bench = ScriptedBench([10.0], hot=lambda now: 0.15 < now < 0.8)
+    (trace,) = collect(bench, 1, QUICK)
+    assert bench.sleeps == [1.0]
+    assert (len(trace.dropped_ns), trace.status) == (3, "ok")
+
+
+def test_a_device_that_keeps_throttling_is_never_ok() -> None:
+    bench = ScriptedBench([10.0], hot=lambda now: True)
+    (trace,) = collect(bench, 1, QUICK)
+    assert (trace.status, "throttled" in trace.note) == ("noisy", True)
 
 
 def test_spikes_do_not_move_the_median() -> None:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from dilap.backends import host
 from dilap.builtin import DEFAULT_MODEL
 from dilap.cli.console import Console, run
 from dilap.codec import decode, file_sha256, read_json
-from dilap.profilers.client import AgentBench, AgentClient
+from dilap.profilers.client import InstrumentBench
 from dilap.profilers.devices import get
 from dilap.profilers.protocol import TABLE, Bench, Trace, collect
 from dilap.source import load
@@ -99,6 +99,9 @@ class MemoryBench:
         """Left to the runtimes that are sampled in the same rounds: the clock of CPU time is too coarse for this."""
         return 0.0
 
+    def throttles(self) -> bool:
+        return False
+
     def now(self) -> float:
         return time.monotonic()
 
@@ -122,6 +125,10 @@ class Benches:
 
     def other_load(self) -> float:
         return max(bench.other_load() for bench in self._benches)
+
+    def throttles(self) -> bool:
+        told = [bench.throttles() for bench in self._benches]  # all of them: each counts since it was asked last
+        return any(told)
 
     def now(self) -> float:
         return time.monotonic()
@@ -205,18 +212,18 @@ def _measure_once(models: Sequence[Model], workload: Workload, *, first_round: i
         benches: list[Bench] = []
         cases = []
         for backend in dict.fromkeys(model.backend for model in models):
-            agent = stack.enter_context(AgentClient(device.connect(), backend=backend, device=device.name))
+            agent = stack.enter_context(closing(device.open(backend)))
             handles: list[int] = []
             for model in (one for one in models if one.backend == backend):
                 loaded = agent.load(
-                    str(model.path),
+                    model.path,
                     sha256=file_sha256(model.path),
                     companions=model.artifact.companions,
                     workload=replace(workload, precision=model.precision),
                 )
                 cases.append((len(benches), len(handles)))
                 handles.append(loaded.handle)
-            benches.append(AgentBench(agent, handles))
+            benches.append(InstrumentBench(agent, handles))
         benches.append(MemoryBench(workload.threads))
         cases.append((len(benches) - 1, 0))
         with console.bar(workload.phase, total=len(cases), unit="case") as bar:

@@ -84,7 +84,7 @@ def _main() -> int:
     given = _arguments()
     console = Console()
     workload = Workload(phase=given.phase, precision=given.precision, threads=get("host_cpu").default_threads())
-    bench = Bench.of("host_cpu", "llamacpp", workload, console)
+    bench = Bench.of([get("host_cpu")], "llamacpp", workload, console)
     architecture = architecture_of(load(given.model).model)
     table: LatencyTable = bench.build_table(architecture, given.table or bench.table_path(given.model, architecture))
     model = table.model()

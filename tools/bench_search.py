@@ -88,7 +88,7 @@ def _arguments() -> argparse.Namespace:
 
 def _space(given: argparse.Namespace, source: Source, console: Console) -> Space:
     workload = Workload(threads=get("host_cpu").default_threads())
-    bench = Bench.of("host_cpu", "llamacpp", workload, console)
+    bench = Bench.of([get("host_cpu")], "llamacpp", workload, console)
     architecture = architecture_of(source.model)
     capabilities = bench.backend.capabilities(architecture.family, precision=workload.precision)
     attention_levels, ffn_levels = default_levels(architecture, capabilities)

@@ -1,12 +1,16 @@
 """Arguments that several commands share."""
 
 import argparse
+import os
+from dataclasses import replace
 from pathlib import Path
 
 from dilap import __version__
 from dilap.builtin import DEFAULT_MODEL
 from dilap.errors import InvalidInput
-from dilap.profilers import devices
+from dilap.profilers.devices import Device, Registry
+from dilap.profilers.locations import read_registry
+from dilap.profilers.runners import RUNNERS
 from dilap.types import Workload
 
 
@@ -48,25 +52,68 @@ def add_workload(to: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, metavar="N", help="all physical cores by default")
 
 
-def workload_of(arguments: argparse.Namespace, *, device: str, backend: str) -> Workload:
-    """Raises InvalidInput for impossible numbers, Unavailable where the device is out of reach."""
-    known = devices.get(device)
-    threads = arguments.threads if arguments.threads is not None else known.default_threads()
+def add_devices(to: argparse.ArgumentParser) -> None:
+    group = to.add_argument_group("the device")
+    group.add_argument(
+        "--devices",
+        metavar="FILE",
+        help=f"where your devices are; $DILAP_DEVICES or {_default_devices()} by default",
+    )
+    group.add_argument(
+        "--runner", metavar="PATH", help=f"the timing program of a device without Python: {', '.join(RUNNERS)}"
+    )
+    group.add_argument("--force", action="store_true", help="measure a device in an unfit state, and say so")
+    group.add_argument(
+        "--estimate",
+        action="store_true",
+        help="ask no device: a roofline of its published numbers stands for it, and everything is marked estimated",
+    )
+
+
+def registry_of(arguments: argparse.Namespace) -> Registry:
+    """The user's devices; the presets alone where there is no file. Raises InvalidInput."""
+    given = arguments.devices or os.environ.get("DILAP_DEVICES")
+    path = new_path(given) if given else _default_devices()
+    return read_registry(path) if given or path.exists() else Registry()
+
+
+def devices_of(arguments: argparse.Namespace, name: str) -> tuple[Device, ...]:
+    """The devices of that name, with the runner that was given; the first is the target. Raises InvalidInput."""
+    return tuple(_with_runner(device, arguments.runner) for device in registry_of(arguments).group(name))
+
+
+def _with_runner(device: Device, runner: str | None) -> Device:
+    if runner is None:
+        return device
+    if device.location is None or device.location.adb is None:
+        raise InvalidInput(f"--runner is for devices that are reached over adb, {device.label} is none")
+    return replace(device, location=replace(device.location, runner=runner))
+
+
+def _default_devices() -> Path:
+    """In the folder where the system keeps a user's configuration."""
+    home = os.environ.get("APPDATA" if os.name == "nt" else "XDG_CONFIG_HOME")
+    return (Path(home) if home else Path.home() / ".config") / "dilap" / "devices.toml"
+
+
+def workload_of(arguments: argparse.Namespace, *, device: Device, backend: str) -> Workload:
+    """Raises InvalidInput for impossible numbers."""
+    threads = arguments.threads if arguments.threads is not None else device.default_threads()
     try:
         return Workload(
             phase=arguments.phase,
             prompt_tokens=arguments.prompt_tokens,
             context=arguments.context,
-            precision=arguments.precision or known.default_precision(backend),
+            precision=arguments.precision or device.default_precision(backend),
             threads=threads,
         )
     except ValueError as error:
         raise InvalidInput(str(error)) from error
 
 
-def backend_of(arguments: argparse.Namespace, *, device: str) -> str:
+def backend_of(arguments: argparse.Namespace, *, device: Device) -> str:
     """The chosen runtime, or the device's first."""
-    return str(arguments.backend or next(iter(devices.get(device).backends)))
+    return str(arguments.backend or next(iter(device.backends)))
 
 
 def new_path(text: str) -> Path:

@@ -4,6 +4,7 @@ import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from dilap import backends, export
@@ -11,11 +12,10 @@ from dilap.backends import Backend
 from dilap.cli.console import Console
 from dilap.codec import decode, digest, read_json, write_json
 from dilap.errors import InvalidInput, Unavailable
-from dilap.profilers import devices
 from dilap.profilers.devices import Device
 from dilap.profilers.probes import build_table, default_levels
 from dilap.profilers.profiler import Case, Profiler
-from dilap.profilers.protocol import FINAL, TABLE
+from dilap.profilers.protocol import FINAL, TABLE, Protocol
 from dilap.profilers.table import LatencyTable
 from dilap.source import Source
 from dilap.types import Architecture, Artifact, Measurement, Plan, Workload
@@ -25,28 +25,49 @@ _REPEATS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Exports to one runtime and measures on one device."""
+    """Exports to one runtime and measures on one device; `helpers` of its kind measure part of the table."""
 
     device: Device
     backend: Backend
     workload: Workload
     console: Console
+    helpers: tuple[Device, ...] = ()
+    force: bool = False
 
     @classmethod
-    def of(cls, target: str, backend_name: str, workload: Workload, console: Console) -> "Bench":
-        """Raises InvalidInput for unknown names, Unavailable for what is not here."""
-        device, backend = devices.get(target), backends.get(backend_name)
-        if reason := device.unavailable() or backend.unavailable():
+    def of(
+        cls,
+        devices: Sequence[Device],
+        backend_name: str,
+        workload: Workload,
+        console: Console,
+        *,
+        force: bool = False,
+    ) -> "Bench":
+        """The first device is the one. Raises InvalidInput for unknown names, Unavailable for what is not here."""
+        device, *helpers = devices
+        backend = backends.get(backend_name)
+        if reason := device.unavailable():
+            raise Unavailable(reason)
+        # elsewhere the runtime is looked for on the device
+        if device.location is None and (reason := backend.unavailable()):
             raise Unavailable(reason)
         if workload.precision not in backend.precisions():
             raise InvalidInput(
                 f"unknown precision {workload.precision!r}; {backend.name} runs {', '.join(backend.precisions())}"
             )
-        return cls(device=device, backend=backend, workload=workload, console=console)
+        return cls(
+            device=device, backend=backend, workload=workload, console=console, helpers=tuple(helpers), force=force
+        )
 
-    @property
+    @cached_property
     def profiler(self) -> Profiler:
-        return Profiler(self.device, backend=self.backend.name)
+        return Profiler(self.device, backend=self.backend.name, force=self.force)
+
+    def _protocol(self, protocol: Protocol) -> Protocol:
+        """With the pauses that this device needs to cool."""
+        device = self.device
+        return replace(protocol, back_off_seconds=device.back_off_seconds, max_back_offs=device.max_back_offs)
 
     def export(self, source: Source, plan: Plan, folder: Path) -> Artifact:
         """The source's model as it stands, verified."""
@@ -69,7 +90,7 @@ class Bench:
         measurement beside which other processes used the cores is taken again, twice at most.
         """
         cases = [Case(path=path, workload=self.workload) for path in paths]
-        protocol = FINAL if final else TABLE
+        protocol = self._protocol(FINAL if final else TABLE)
         with self.console.bar("measure", total=None, unit="") as bar:
             found = self.profiler.measure(cases, protocol, progress=bar.set_postfix_str)
             for _ in range(_REPEATS):
@@ -116,12 +137,13 @@ class Bench:
 
             table = build_table(
                 architecture,
-                backend=self.backend.name,
-                device=self.device,
+                profiler=self.profiler,
+                helpers=[Profiler(one, backend=self.backend.name, force=self.force) for one in self.helpers],
                 workload=self.workload,
                 path=path,
                 attention_levels=attention_levels,
                 ffn_levels=ffn_levels,
+                protocol=self._protocol(TABLE),
                 progress=show,
             )
         self.console.say(describe_errors(table))

@@ -121,6 +121,7 @@ def _result(
 ) -> PruneResult:
     options = stages.options
     budget, ratio = options.budget, speedup(dense.measurement, side.measurement)
+    is_estimate = "estimated" in (dense.measurement.status, side.measurement.status)
     cost, dense_cost = goal.target.cost(pruned.plan), goal.target.predict(pruned.plan.architecture.layers)
     if budget.ratio is None:
         used = budget_share(budget, dense.measurement, side.measurement)
@@ -134,7 +135,7 @@ def _result(
         if one.measurement.status != "ok"
     )
     return PruneResult(
-        status="kept" if used <= 1.0 else "missed",
+        status="estimated" if is_estimate else "kept" if used <= 1.0 else "missed",
         budget_used=used,
         target=options.target,
         backend=options.backend,
@@ -151,7 +152,7 @@ def _result(
         dense=dense,
         pruned=side,
         speedup=ratio,
-        speedup_shown=is_shown(ratio),
+        speedup_shown=is_shown(ratio) and not is_estimate,
         plan_digest=side.artifact.plan_digest,
         validation_kl=validation_kl,
         kl_without_recovery=shrunk.kl,

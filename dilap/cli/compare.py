@@ -16,6 +16,7 @@ from dilap.cli.job_arguments import add_search, add_text_and_recovery, job_optio
 from dilap.codec import decode, digest, encode, read_json, write_json
 from dilap.errors import InvalidInput
 from dilap.methods import METHODS
+from dilap.profilers.devices import Device
 from dilap.types import Budget
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     made = arguments.parser(
         "Prune with several methods to the same measured latency and compare what is left.", _EXAMPLES
     )
-    made.add_argument("--target", required=True, help="the device; see dilap-profile --doctor")
+    made.add_argument("--target", required=True, help="the device; see dilap-profile --list-devices")
     made.add_argument("--budget", required=True, nargs="+", metavar="B", help="40ms, 70%% (of dense) or 1.4x, several")
     made.add_argument("--stat", choices=["p50", "p90"], default="p50", help="the latency the budgets are about (p50)")
     made.add_argument(
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--out", metavar="DIR", help="the comparison's folder (runs/compare-MODEL-TARGET)")
     made.add_argument("--keep-models", action="store_true", help="keep every checkpoint and artifact")
     made.add_argument("--json", action="store_true", help="print compare.json")
+    arguments.add_devices(made)
     arguments.add_workload(made)
     add_search(made)
     add_text_and_recovery(made, mode="full", steps=16)
@@ -57,7 +59,8 @@ def _command() -> int:
     given = _parser().parse_args()
     budgets = [Budget.parse(text, statistic=given.stat) for text in given.budget]
     names = _names(given.methods)
-    base = job_options(given, budget=budgets[0])
+    devices = arguments.devices_of(given, given.target)
+    base = job_options(given, device=devices[0], budget=budgets[0])
     name = Path(given.model).name.removesuffix(".gguf")
     out = arguments.new_path(given.out or f"runs/compare-{name}-{given.target}")
     screen = Console()
@@ -65,7 +68,7 @@ def _command() -> int:
     jobs = [replace(base, budget=budget, method=method) for budget in budgets for method in names]
     rows: list[Row] = []
     with screen.bar("compare", total=len(jobs), unit="run") as bar:
-        for row in _rows(jobs, out, screen, keep_models=given.keep_models):
+        for row in _rows(jobs, devices, out, screen, keep_models=given.keep_models):
             rows.append(row)
             comparison.write(out, rows)
             bar.update(1)
@@ -96,13 +99,15 @@ def _open(out: Path, base: "JobOptions") -> None:
         raise InvalidInput(f"{out} holds a comparison with other options; remove it or choose another --out")
 
 
-def _rows(jobs: Sequence["JobOptions"], out: Path, screen: Console, *, keep_models: bool) -> Iterator[Row]:
+def _rows(
+    jobs: Sequence["JobOptions"], devices: Sequence[Device], out: Path, screen: Console, *, keep_models: bool
+) -> Iterator[Row]:
     for number, options in enumerate(jobs, start=1):
         budget = str(options.budget).replace("%", "pct")
         folder = out / "runs" / budget / options.method.replace(":", ".")
         if not (folder / "row.json").exists():
             screen.say(f"\n=== {number} of {len(jobs)}: {options.method} at {options.budget} ===")
-            row = _run(options, folder, out, screen)
+            row = _run(options, devices, folder, out, screen)
             if row.error is not None:
                 screen.say(f"{options.method} failed: {row.error}")
                 yield row
@@ -113,13 +118,13 @@ def _rows(jobs: Sequence["JobOptions"], out: Path, screen: Console, *, keep_mode
         yield decode(Row, read_json(folder / "row.json"), source=str(folder / "row.json"))
 
 
-def _run(options: "JobOptions", folder: Path, out: Path, screen: Console) -> Row:
+def _run(options: "JobOptions", devices: Sequence[Device], folder: Path, out: Path, screen: Console) -> Row:
     from dilap.cli.job import prune  # torch and transformers: seconds that bad input should not cost
 
     try:
         if folder.exists():  # killed between the result and its row
             shutil.rmtree(folder)
-        result = prune(options, out=folder, console=screen, shared=out / "shared")
+        result = prune(options, devices=devices, out=folder, console=screen, shared=out / "shared")
     except Exception as error:  # one method's failure, a user's own included, must not lose the others
         text = (str(error) or type(error).__name__).splitlines()[0]
         return Row(method=options.method, budget=str(options.budget), error=text)

@@ -109,12 +109,12 @@ def _rank(row: Row) -> tuple[float, float]:
 
 def _line(row: Row) -> str:
     low, high = row.seconds_ci or (0.0, 0.0)
-    missed = " MISSED" if row.status == "missed" else ""
+    remark = {"missed": " MISSED", "estimated": " ESTIMATED"}.get(row.status or "", "")
     cells = [
         row.method,
         f"{(row.seconds or 0) * 1e3:.2f}",
         f"{low * 1e3:.2f}-{high * 1e3:.2f}",
-        f"{row.budget_used or 0:.1%}{missed}",
+        f"{row.budget_used or 0:.1%}{remark}",
         _number(row.kl, 3),
         _number(row.perplexity, 2),
         _number(row.kl_recovered, 3),

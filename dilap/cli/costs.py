@@ -1,8 +1,26 @@
 """What a latency table says, for people and for programs."""
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
+from dilap.profilers.estimate import METHOD as ESTIMATED
 from dilap.profilers.fit import LatencyModel
+
+
+def show(model: LatencyModel, *, as_json: bool, table: Path | None) -> None:
+    """Print the costs, and where the table is that they come from; an estimate has none."""
+    is_estimate = model.method == ESTIMATED
+    if as_json:
+        found = document(model) | {"table": None if table is None else str(table), "estimated": is_estimate}
+        json.dump(found, sys.stdout, indent=1)
+        return
+    if is_estimate:
+        print("ESTIMATED, measured on no device")
+    print(text(model))
+    if table is not None:
+        print(f"\nthe table is in {table}")
 
 
 def document(model: LatencyModel) -> dict[str, Any]:
@@ -31,8 +49,9 @@ def text(model: LatencyModel) -> str:
         "channels  ms a layer",
         *(f"{int(w):8}  {s * 1e3:10.4f}" for w, s in zip(model.ffn.work, model.ffn.seconds, strict=True)),
         "",
-        "held-out plan  predicted ms  measured ms   error",
     ]
+    if model.holdout:
+        lines.append("held-out plan  predicted ms  measured ms   error")
     for number, one in enumerate(model.holdout, start=1):
         predicted = model.predict(one.widths)
         lines.append(

@@ -1,14 +1,21 @@
-"""What can be used on this machine, and why not the rest."""
+"""What can be used from this machine, and why not the rest."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from dilap import backends
-from dilap.profilers.devices import DEVICES
+from dilap.errors import DilapError
+from dilap.profilers.devices import Device, Registry
+from dilap.profilers.preflight import find_problems
+from dilap.types import DeviceState
+
+_ROOM_BYTES = 1e9  # a model and a block of probes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """A runtime or a device; `reason` says why it cannot be used and what to do."""
+    """A runtime, a device or a step of looking at one; `reason` says what was found, or what is wrong and mends it."""
 
     kind: str
     name: str
@@ -16,25 +23,100 @@ class Check:
     reason: str
 
 
-def examine() -> list[Check]:
-    """Every runtime and every device that DiLAP knows."""
-    checks = []
+def examine(registry: Registry) -> Iterator[Check]:
+    """Every runtime here and every device that DiLAP knows."""
     for name in backends.BACKENDS:
         backend = backends.get(name)
         reason = backend.unavailable()
-        checks.append(Check(kind="runtime", name=name, usable=reason is None, reason=reason or backend.version()))
-    for device in DEVICES.values():
+        yield Check(kind="runtime", name=name, usable=reason is None, reason=reason or backend.version())
+    yield from list_devices(registry)
+
+
+def list_devices(registry: Registry) -> Iterator[Check]:
+    """Every device, and where it is; nothing is asked of it."""
+    for device in registry.all():
         reason = device.unavailable()
-        checks.append(
-            Check(kind="device", name=device.name, usable=reason is None, reason=reason or device.description)
-        )
-    return checks
+        found = f"{device.description}{device.where()}; runtimes: {', '.join(device.backends)}"
+        yield Check(kind="device", name=device.label, usable=reason is None, reason=reason or found)
 
 
-def report(checks: list[Check]) -> str:
-    """One line a check."""
-    width = max(len(check.name) for check in checks)
-    return "\n".join(
-        f"{'ok  ' if check.usable else 'no  '}{check.kind:8}{check.name.ljust(width)}  {check.reason}"
-        for check in checks
-    )
+def check_devices(devices: Sequence[Device]) -> Iterator[Check]:
+    """Look at every one of a kind."""
+    for device in devices:
+        yield Check(kind="device", name=device.label, usable=True, reason=f"{device.description}{device.where()}")
+        yield from check_device(device)
+
+
+def check_device(device: Device) -> Iterator[Check]:
+    """Look at a device step by step, as far as it can be reached."""
+
+    def step(name: str, *, usable: bool, reason: str) -> Check:
+        return Check(kind="check", name=name, usable=usable, reason=reason)
+
+    if reason := device.unavailable():
+        yield step("address", usable=False, reason=reason)
+        return
+    try:
+        yield step("connection", usable=True, reason=device.greet())
+        free = device.free_bytes()
+        advice = "" if free > _ROOM_BYTES else "; free some, or give another folder in devices.toml"
+        yield step("free space", usable=not advice, reason=f"{free / 1e9:.1f} GB for models{advice}")
+    except DilapError as error:
+        yield step("connection", usable=False, reason=str(error))
+        return
+    state: DeviceState | None = None
+    for backend in device.backends:
+        check, seen = _check_runtime(device, backend)
+        yield check
+        state = seen or state
+    if state is None:
+        yield step("runtime", usable=False, reason="none can be used there: mend one of those above")
+        return
+    yield from _check_state(state, device)
+
+
+def _check_runtime(device: Device, backend: str) -> tuple[Check, DeviceState | None]:
+    """Whether models can be timed in a runtime there, and the device's state where one can."""
+    try:
+        with closing(device.open(backend)) as instrument:
+            found = f"{instrument.fingerprint.runtime_version}; {instrument.fingerprint.runtime_build}"
+            return Check(kind="runtime", name=backend, usable=True, reason=found), instrument.state()
+    except DilapError as error:
+        return Check(kind="runtime", name=backend, usable=False, reason=str(error)), None
+
+
+def _check_state(state: DeviceState, device: Device) -> Iterator[Check]:
+    """What the device says of itself; where preflight would refuse it, why, and what mends it."""
+    problems = {one.about: one for one in find_problems(state, device, threads=device.default_threads())}
+    for about, found in _findings(state, device):
+        problem = problems.get(about)
+        reason = found if problem is None else f"{problem.reason}: {problem.mend}"
+        yield Check(kind="check", name=about, usable=problem is None, reason=reason)
+
+
+def _findings(state: DeviceState, device: Device) -> Iterator[tuple[str, str]]:
+    """Everything that a measurement depends on, with advice where it could be better."""
+    advice = device.advice
+    is_fastest = state.power_mode in device.fastest_modes
+    yield "power mode", state.power_mode + _hint("" if is_fastest else advice.get("power mode", ""))
+    clocks = ", ".join(f"{name} {clock / 1e6:.2f} GHz" for name, clock in state.clocks_khz.items())
+    is_pinned = state.governor == "performance" or (clocks and set(state.clocks_khz) == set(state.pinned_khz))
+    yield "clocks", f"{state.governor}; {clocks or 'not told'}" + _hint("" if is_pinned else advice.get("clocks", ""))
+    warmth = ", ".join(f"{name} {value:.0f} °C" for name, value in state.temperatures_celsius.items()) or "not told"
+    yield "heat", warmth + _counted("throttled", state.throttle_events)
+    plugged = {True: "plugged in", False: "on battery", None: "not told"}[state.ac_power]
+    yield "battery", plugged if state.battery_percent is None else f"{plugged}, {state.battery_percent:.0f} %"
+    yield "load", "not told" if state.load is None else f"{state.load:.1f} cores"
+    yield "cores", f"{state.num_cores} online, running on {state.affinity}"
+
+
+def _hint(advice: str) -> str:
+    return f" (better: {advice})" if advice else ""
+
+
+def _counted(what: str, times: int | None) -> str:
+    return "" if times is None else f"; {what} {times} times since it started"
+
+
+def line(check: Check) -> str:
+    return f"{'ok  ' if check.usable else 'no  '}{check.kind:8}{check.name:14} {check.reason}"

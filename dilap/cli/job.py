@@ -1,6 +1,7 @@
 """The main job: model and budget in, a measured smaller model out."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,23 +11,29 @@ from dilap.backends import Backend
 from dilap.cli.bench import Bench
 from dilap.cli.claim import claim
 from dilap.cli.console import Console
+from dilap.cli.estimated_bench import EstimatedBench
 from dilap.cli.result import PruneResult
 from dilap.cli.stages import JobOptions, Stages
 from dilap.cli.workspace import Workspace
 from dilap.codec import encode, write_json
 from dilap.errors import DilapError
 from dilap.methods.method import Method
+from dilap.profilers.devices import Device
 from dilap.profilers.search_space import Layout, default_layout, describe, require_layout
 from dilap.source import load
 
 
-def prune(options: JobOptions, *, out: Path, console: Console, shared: Path | None = None) -> PruneResult | None:
+def prune(
+    options: JobOptions, *, devices: Sequence[Device], out: Path, console: Console, shared: Path | None = None
+) -> PruneResult | None:
     """Run the whole job into `out`; None where the dense model already keeps the budget (nothing is written).
 
-    `shared` is a folder for what several jobs have in common.
+    The first of `devices` is the target; the others are of its kind and share the work of the latency table. `shared`
+    is a folder for what several jobs have in common.
     """
     workspace = Workspace(out, console, shared=shared)
-    bench = Bench.of(options.target, options.backend, options.workload, console)
+    kind = EstimatedBench if options.estimate else Bench
+    bench = kind.of(devices, options.backend, options.workload, console, force=options.force)
     with workspace.stage("load the model"):
         source = load(options.model)
     architecture = architecture_of(source.model)

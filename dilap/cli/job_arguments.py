@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from dilap.cli import arguments
 from dilap.errors import InvalidInput
+from dilap.profilers.devices import Device
 from dilap.profilers.search_space import LAYOUTS
 from dilap.types import Budget
 
@@ -51,11 +52,16 @@ def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", 
 
 
 def job_options(
-    given: argparse.Namespace, *, budget: Budget, method: str = "dilap", settings: dict[str, str] | None = None
+    given: argparse.Namespace,
+    *,
+    device: Device,
+    budget: Budget,
+    method: str = "dilap",
+    settings: dict[str, str] | None = None,
 ) -> "JobOptions":
-    """Raises InvalidInput for impossible values, Unavailable where the device is out of reach."""
-    backend = arguments.backend_of(given, device=given.target)
-    workload = arguments.workload_of(given, device=given.target, backend=backend)
+    """Raises InvalidInput for impossible values."""
+    backend = arguments.backend_of(given, device=device)
+    workload = arguments.workload_of(given, device=device, backend=backend)
     from dilap.cli.stages import JobOptions  # torch and transformers: seconds that bad input should not cost
     from dilap.library import LibraryOptions
     from dilap.methods.method import LevelOptions
@@ -74,6 +80,8 @@ def job_options(
         target=given.target,
         backend=backend,
         workload=workload,
+        force=given.force,
+        estimate=given.estimate,
         layout=given.layout,
         method=method,
         settings=settings or {},

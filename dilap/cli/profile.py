@@ -3,27 +3,41 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterable
+from dataclasses import asdict
 
 from dilap import backends
 from dilap.cli import arguments, console, costs, doctor
 from dilap.errors import InvalidInput
+from dilap.profilers.devices import DEVICES
 
 _EXAMPLES = """\
   dilap-profile --doctor
   dilap-profile --device host_cpu --model smollm2-135m --phase decode --context 256
+  dilap-profile --list-devices
+  dilap-profile --check jetson_cpu
+  dilap-profile --device s23 --backend llamacpp --runner build-android/bin/llama-bench
+  dilap-profile --device snapdragon_x --estimate
   dilap-profile --device host_cpu --model ./my-llama --phase prefill --precision q4_0 --out tables/prefill.jsonl
 A killed measurement goes on where it stopped when the same command is given again."""
 
 
 def _parser() -> argparse.ArgumentParser:
     made = arguments.parser("Measure a latency table: what every width of every sublayer costs on a device.", _EXAMPLES)
-    made.add_argument("--device", help="host_cpu, jetson_gpu, jetson_cpu, snapdragon_x or s23")
+    made.add_argument("--device", help=f"{', '.join(DEVICES)}; NAME:2 is the second of a kind in devices.toml")
+    made.add_argument("--list-devices", action="store_true", help="the devices that are known, and where yours are")
+    made.add_argument(
+        "--check",
+        metavar="DEVICE",
+        help="look at a device step by step, and say what mends what is wrong; exit code 1 where something is",
+    )
     made.add_argument(
         "--doctor", action="store_true", help="say which runtimes and devices are usable, and mend what is not"
     )
     arguments.add_model(made)
     made.add_argument("--out", metavar="FILE", help="the table; by default where dilap-prune looks for it, in tables/")
     made.add_argument("--json", action="store_true", help="print the fitted costs as JSON")
+    arguments.add_devices(made)
     arguments.add_workload(made)
     return made
 
@@ -31,32 +45,48 @@ def _parser() -> argparse.ArgumentParser:
 def _command() -> int:
     given = _parser().parse_args()
     if given.doctor:
-        checks = doctor.examine()
-        print(json.dumps([check.__dict__ for check in checks], indent=1) if given.json else doctor.report(checks))
-        return 0
+        return _show(doctor.examine(arguments.registry_of(given)), as_json=given.json)
+    if given.list_devices:
+        return _show(doctor.list_devices(arguments.registry_of(given)), as_json=given.json)
+    if given.check is not None:
+        return _show(doctor.check_devices(arguments.devices_of(given, given.check)), as_json=given.json)
     if given.device is None:
         raise InvalidInput("name a device with --device, or ask --doctor what is usable")
-    backend = arguments.backend_of(given, device=given.device)
-    workload = arguments.workload_of(given, device=given.device, backend=backend)
+    devices = arguments.devices_of(given, given.device)
+    backend = arguments.backend_of(given, device=devices[0])
+    workload = arguments.workload_of(given, device=devices[0], backend=backend)
     from dilap.anatomy import architecture_of  # torch and transformers: seconds that bad input should not cost
     from dilap.cli.bench import Bench
+    from dilap.cli.estimated_bench import EstimatedBench
     from dilap.profilers.search_space import describe
     from dilap.source import load
 
     screen = console.Console()
-    bench = Bench.of(given.device, backend, workload, screen)
+    kind = EstimatedBench if given.estimate else Bench
+    bench = kind.of(devices, backend, workload, screen, force=given.force)
     architecture = architecture_of(load(given.model).model)
     backends.require_loadable(bench.backend, architecture, precision=workload.precision)
     screen.say(f"{given.model}: {describe(architecture)}\n{workload.describe()} on {given.device}, {backend}")
+    if isinstance(bench, EstimatedBench):
+        if given.out:
+            raise InvalidInput("--estimate measures nothing, so it writes no table: leave --out away")
+        costs.show(bench.latency_model(architecture), as_json=given.json, table=None)
+        return 0
     path = arguments.new_path(given.out) if given.out else bench.table_path(given.model, architecture)
-    table = bench.build_table(architecture, path)
-    model = table.model()
-    if given.json:
-        json.dump(costs.document(model) | {"table": str(path)}, sys.stdout, indent=1)
-    else:
-        print(costs.text(model))
-        print(f"\nthe table is in {path}")
+    costs.show(bench.build_table(architecture, path).model(), as_json=given.json, table=path)
     return 0
+
+
+def _show(checks: Iterable[doctor.Check], *, as_json: bool) -> int:
+    """Print checks as they are made; 1 where a step of looking at a device failed."""
+    found = []
+    for check in checks:
+        found.append(check)
+        if not as_json:
+            print(doctor.line(check))
+    if as_json:
+        json.dump([asdict(check) for check in found], sys.stdout, indent=1)
+    return int(any(check.kind == "check" and not check.usable for check in found))
 
 
 def main() -> None:

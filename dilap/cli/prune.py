@@ -11,6 +11,7 @@ from dilap.cli.job_arguments import add_search, add_text_and_recovery, job_optio
 from dilap.codec import encode
 from dilap.errors import InvalidInput
 from dilap.methods import METHODS
+from dilap.profilers.devices import DEVICES
 from dilap.types import Budget
 
 _EXAMPLES = """\
@@ -20,6 +21,8 @@ _EXAMPLES = """\
   dilap-prune --target host_cpu --ratio 0.2 --method my_module:MyMethod
   dilap-prune --pattern 2:4 --method sparsegpt --rebuild barber
   dilap-prune --target host_cpu --budget 1.4x --table tables/here.jsonl --calib corpus.jsonl --recover lora
+  dilap-prune --target jetson_cpu --budget 40ms                 # where it is stands in devices.toml
+  dilap-prune --target s23 --budget 60% --estimate              # no device: published numbers stand for it
 A killed run goes on where it stopped when the same command is given again."""
 
 
@@ -28,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         "Prune a model to a latency budget that is measured on the device, and prove it.", _EXAMPLES
     )
     made.add_argument(
-        "--target", help="the device: host_cpu, jetson_gpu, jetson_cpu, snapdragon_x, s23 (needed unless --pattern)"
+        "--target", help=f"the device: {', '.join(DEVICES)}; NAME:2 for the second (needed unless --pattern)"
     )
     asked = made.add_mutually_exclusive_group(required=True)
     asked.add_argument("--budget", help="40ms, 70%% (of the dense latency) or 1.4x (faster than dense)")
@@ -38,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     arguments.add_model(made)
     made.add_argument("--out", metavar="DIR", help="the run's folder (runs/MODEL-TARGET-BUDGET)")
     made.add_argument("--json", action="store_true", help="print the result as JSON")
+    arguments.add_devices(made)
     arguments.add_workload(made)
     _add_method(made)
     _add_sparse(made)
@@ -103,14 +107,15 @@ def _command() -> int:
     if given.pattern is not None:
         return _sparse(given)
     if given.target is None:
-        raise InvalidInput("name the device with --target; dilap-profile --doctor lists them")
+        raise InvalidInput("name the device with --target; dilap-profile --list-devices lists them")
     given.method = given.method or "dilap"
     budget = _budget(given)
-    options = job_options(given, budget=budget, method=given.method, settings=_settings(given.set))
+    devices = arguments.devices_of(given, given.target)
+    options = job_options(given, device=devices[0], budget=budget, method=given.method, settings=_settings(given.set))
     from dilap.cli.job import prune  # torch and transformers: seconds that bad input should not cost
 
     out = arguments.new_path(given.out) if given.out else _default_out(given, budget)
-    done = prune(options, out=out, console=console.Console())
+    done = prune(options, devices=devices, out=out, console=console.Console())
     if done is None:
         if given.json:
             json.dump({"status": "already met"}, sys.stdout)
@@ -119,7 +124,7 @@ def _command() -> int:
         json.dump(result.summary(done) | {"out": str(out)}, sys.stdout, indent=1)
     else:
         print(f"{result.table(done)}\n\neverything is in {out}")
-    return 0 if done.status == "kept" else 1
+    return 1 if done.status == "missed" else 0
 
 
 def _budget(given: argparse.Namespace) -> Budget:

@@ -37,7 +37,7 @@ class Side:
 class PruneResult:
     """Everything that a run claims, with what it rests on."""
 
-    status: Literal["kept", "missed"]
+    status: Literal["kept", "missed", "estimated"]
     budget_used: float
     target: str
     backend: str
@@ -94,9 +94,15 @@ def versions() -> dict[str, str]:
 def table(result: PruneResult) -> str:
     """The proof in a dozen lines."""
     dense, pruned = result.dense, result.pruned
+    is_estimate = result.status == "estimated"
     rows: list[tuple[str, str, str, str]] = [
         ("", "dense", "pruned", "pruned / dense"),
-        (f"latency {result.budget.statistic}", _ms(dense), _ms(pruned), f"{1 / result.speedup.value:.1%} paired"),
+        (
+            f"{'ESTIMATED ' * is_estimate}latency {result.budget.statistic}",
+            _ms(dense),
+            _ms(pruned),
+            f"{1 / result.speedup.value:.1%} paired",
+        ),
         ("95 % interval", _ms_interval(dense), _ms_interval(pruned), ""),
         ("KL to dense", "0", f"{pruned.quality.kl:.3f}", ""),
         ("perplexity", f"{dense.quality.perplexity:.2f}", f"{pruned.quality.perplexity:.2f}", ""),
@@ -116,6 +122,8 @@ def table(result: PruneResult) -> str:
         ),
     ]
     shown = "" if result.speedup_shown else "  (not shown: the interval includes 1)"
+    if is_estimate:
+        shown = "  (ESTIMATED)"
     return "\n".join(
         [
             f"{result.model} on {result.target}, {result.backend}, {result.workload.describe()}",
@@ -132,7 +140,7 @@ def table(result: PruneResult) -> str:
 
 
 def _verdict(result: PruneResult) -> str:
-    verdict = "kept" if result.status == "kept" else "MISSED"
+    verdict = {"kept": "kept", "missed": "MISSED", "estimated": "ESTIMATED, measured on no device"}[result.status]
     if result.limit_seconds is None or result.predicted_seconds is None:
         return f"pruning {result.budget}: {verdict}, {result.budget_used:.1%} of the weights it leaves are used"
     return (
@@ -163,7 +171,7 @@ def _mega(count: int) -> str:
 
 
 def _ratio(pruned: float, dense: float) -> str:
-    return f"{pruned / dense:.1%}"
+    return f"{pruned / dense:.1%}" if dense else "not known"  # memory, where a runner does not tell
 
 
 def summary(result: PruneResult) -> dict[str, Any]:

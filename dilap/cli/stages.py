@@ -12,6 +12,7 @@ from dilap.backends import host
 from dilap.builtin import DEFAULT_MODEL
 from dilap.cli.bench import Bench
 from dilap.cli.console import Console
+from dilap.cli.estimated_bench import EstimatedBench
 from dilap.cli.workspace import Workspace
 from dilap.codec import digest, written_aside
 from dilap.errors import Infeasible, Mismatch
@@ -43,6 +44,8 @@ class JobOptions:
     target: str = "host_cpu"
     backend: str = "llamacpp"
     workload: Workload = field(default_factory=Workload)
+    force: bool = False
+    estimate: bool = False
     layout: Layout | None = None
     method: str = "dilap"
     settings: dict[str, str] = field(default_factory=dict)
@@ -147,6 +150,8 @@ class Stages:
         )
 
     def _latency_model(self, dense: Artifact) -> LatencyModel:
+        if isinstance(self.bench, EstimatedBench):
+            return self.bench.latency_model(dense.architecture)
         if self.options.table is not None:
             table = self.bench.read_table(Path(self.options.table), dense.architecture)
         else:

@@ -1,0 +1,50 @@
+"""A stand-in runtime for tests: a run takes as many nanoseconds as the model file has bytes, on nobody's clock."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dilap.backends import Capabilities
+from dilap.types import Workload
+
+
+class StandIn:
+    """Travels to a device in the place of a real runtime."""
+
+    name = "standin"
+    format = "standin"
+    load_seconds = 60.0
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def version(self) -> str:
+        return "stand-in"
+
+    def build(self) -> str:
+        return "none"
+
+    def precisions(self) -> tuple[str, ...]:
+        return ("f32",)
+
+    def capabilities(self, family: str, *, precision: str) -> Capabilities:
+        return Capabilities()
+
+    def load(self, path: Path, workload: Workload) -> "StandInSession":
+        return StandInSession(path.stat().st_size)
+
+
+class StandInSession:
+    """One model."""
+
+    def __init__(self, nanoseconds: int) -> None:
+        self._nanoseconds = nanoseconds
+
+    def sample(self) -> int:
+        return self._nanoseconds
+
+    def logits(self, token_ids: Sequence[int], *, incremental: bool) -> Any:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -1,0 +1,419 @@
+"""200 faults at random points, over ssh and adb: whatever breaks, no wrong result, nothing left running, and a rerun
+completes.
+
+Every fault is one attempt that may fail with an error of ours, and the same attempt again, which must not.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from device_lab import (
+    ADB_PORT,
+    LAB,
+    SSH_PORT,
+    STANDINS,
+    adb_transport,
+    agent_archive,
+    needs_lab,
+    orphans,
+    private_lab,
+    ssh_transport,
+    write_devices,
+)
+from fabricated import TINY_LAYER, tiny_llama
+from flaky_link import FlakyLink
+
+from dilap import backends
+from dilap.codec import encode, file_sha256, write_json
+from dilap.errors import DilapError
+from dilap.profilers import client
+from dilap.profilers.devices import Device
+from dilap.profilers.profiler import Case, Profiler
+from dilap.profilers.protocol import Protocol
+from dilap.profilers.store import Store, posix_programs
+from dilap.profilers.table import LatencyTable, TableEntry, TableHeader, runs_of
+from dilap.profilers.transports import Transport
+from dilap.types import Artifact, Workload
+
+pytestmark = needs_lab
+ARCHITECTURE = tiny_llama(TINY_LAYER)
+WORKLOAD = Workload(precision="f32", context=16)
+ONCE = Protocol(warm_up_samples=1, warm_up_cap_seconds=0.0, max_seconds=0.0, min_samples=3)
+# bytes of both directions until a link is ready, and of one small command
+HANDSHAKE = {"ssh": 6000, "adb": 300}
+COMMAND = {"ssh": 2500, "adb": 1800}
+FOLDERS = {"ssh": "/root/faults", "adb": "/data/local/tmp/faults"}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault: over which way, of which kind, and the seed of its place and time."""
+
+    way: str
+    kind: str
+    seed: int
+
+    @property
+    def draw(self) -> random.Random:
+        return random.Random(self.seed)
+
+    def content(self, folder: Path) -> Path:
+        """A file of its own."""
+        path = folder / f"{self.way}-{self.seed}"
+        path.write_bytes(random.Random(self.seed).randbytes(20_000 + 400 * self.seed))
+        return path
+
+    def link(self) -> FlakyLink:
+        return FlakyLink(SSH_PORT if self.way == "ssh" else ADB_PORT)
+
+    def connect(self, port: int) -> Transport:
+        return ssh_transport(port) if self.way == "ssh" else adb_transport(port)
+
+    def on_device(self, path: str) -> Path:
+        """Where the lab keeps a file of the device."""
+        return LAB / "jetson" / path.lstrip("/")
+
+
+NUMBERS = {
+    "cut push": 34,
+    "cut run": 20,
+    "cut pull": 12,
+    "corrupted part": 8,
+    "corrupted file": 6,
+    "full disk": 4,
+    "slow": 2,
+    "garbage": 4,
+    "killed": 6,
+    "clock": 4,
+}
+FAULTS = [
+    Fault(way, kind, seed)
+    for way in ("ssh", "adb")
+    for seed, kind in enumerate(kind for kind, count in NUMBERS.items() for _ in range(count))
+]
+BATCHES = 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    for folder in FOLDERS.values():
+        for left in (LAB / "jetson" / folder.lstrip("/")).parent.glob("faults*"):
+            shutil.rmtree(left, ignore_errors=True)
+    with private_lab(tmp_path_factory.mktemp("home")), pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(STANDINS)
+        patch.setitem(backends.BACKENDS, "standin", "standin_backend:StandIn")
+        backend = (STANDINS / "standin_backend.py").read_text()
+        content = agent_archive(
+            name="dilap/backends/__init__.py",
+            replaced={"BACKENDS = {": 'BACKENDS = {\n    "standin": "dilap.backends.standin:StandIn",'},
+            added={"dilap/backends/standin.py": backend},
+        )
+        patch.setattr(client, "agent_archive", lambda: content)
+        yield
+
+
+def test_there_are_200() -> None:
+    assert len(FAULTS) == 200
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_a_fault_leaves_nothing_wrong(batch: int, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        results = pool.map(lambda fault: inject(fault, tmp_path), FAULTS[batch::BATCHES])
+        outcomes = list(results)  # raises what an attempt raised
+    assert orphans(seconds=15) == []
+    assert any("failed" in outcome for outcome in outcomes), "no fault of this batch was felt"
+
+
+def inject(fault: Fault, folder: Path) -> str:
+    """One faulty attempt, and the clean one after it; what came of the first."""
+    attempts: dict[str, Callable[[Fault, Path], str]] = {
+        "cut push": cut_push,
+        "cut run": cut_run,
+        "cut pull": cut_pull,
+        "corrupted part": corrupted_part,
+        "corrupted file": corrupted_file,
+        "full disk": full_disk,
+        "slow": slow,
+        "garbage": garbage,
+        "killed": killed,
+        "clock": clock,
+    }
+    try:
+        return f"{fault}: {attempts[fault.kind](fault, folder)}"
+    except Exception as error:
+        raise AssertionError(f"{fault}: {error!r}") from error
+
+
+def felt(attempt: Callable[[], object]) -> str:
+    """What an attempt came to. Only errors of ours are allowed; a result is checked by the attempt itself."""
+    failure = ""
+    try:
+        attempt()
+    except DilapError as error:
+        failure = str(error)
+    assert "\n" not in failure
+    return f"failed: {failure}" if failure else "went well"
+
+
+def push(fault: Fault, port: int, path: Path) -> str:
+    """Bring a file to the device, and look at it there without any of our code."""
+    with closing(fault.connect(port)) as transport:
+        files = Store(transport, folder=FOLDERS[fault.way], programs=posix_programs())
+        place = files.place(path, sha256=file_sha256(path), companions={})
+        assert fault.on_device(place).read_bytes() == path.read_bytes()
+        return place
+
+
+def cut_push(fault: Fault, folder: Path) -> str:
+    path = fault.content(folder)
+    whole = HANDSHAKE[fault.way] + 4 * COMMAND[fault.way] + path.stat().st_size
+    with fault.link() as link:
+        link.cut_after = fault.draw.randrange(whole)
+        outcome = felt(lambda: push(fault, link.port, path))
+        for kept in fault.on_device(f"{FOLDERS[fault.way]}/store").glob(f"*/{path.name}"):
+            assert kept.read_bytes() == path.read_bytes()
+        link.mend()
+        push(fault, link.port, path)
+    return outcome
+
+
+def cut_run(fault: Fault, folder: Path) -> str:
+    word = f"{fault.way}{fault.seed}"
+
+    def run(port: int) -> None:
+        with closing(fault.connect(port)) as transport:
+            done = transport.run(["sh", "-c", 'sleep 0.3; echo "$1"; exit 3', "x", word], seconds=60)
+            assert (done.status, done.stdout) == (3, f"{word}\n")
+
+    with fault.link() as link:
+        link.cut_after = fault.draw.randrange(HANDSHAKE[fault.way] + COMMAND[fault.way])
+        outcome = felt(lambda: run(link.port))
+        link.mend()
+        run(link.port)
+    return outcome
+
+
+def cut_pull(fault: Fault, folder: Path) -> str:
+    path, back = fault.content(folder), folder / f"{fault.way}-{fault.seed}.back"
+    remote = f"{FOLDERS[fault.way]}-{fault.seed}"
+    shutil.copyfile(path, fault.on_device(remote))
+
+    def pull(port: int) -> None:
+        with closing(fault.connect(port)) as transport:
+            transport.pull(remote, back)
+        assert back.read_bytes() == path.read_bytes()
+
+    with fault.link() as link:
+        link.cut_after = fault.draw.randrange(HANDSHAKE[fault.way] + path.stat().st_size)
+        outcome = felt(lambda: pull(link.port))
+        link.mend()
+        pull(link.port)
+    return outcome
+
+
+def corrupted_part(fault: Fault, folder: Path) -> str:
+    path, draw = fault.content(folder), fault.draw
+    part = fault.on_device(f"{FOLDERS[fault.way]}/parts/{file_sha256(path)}")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_bytes(draw.randbytes(draw.randrange(2 * path.stat().st_size)))
+    with fault.link() as link:
+        outcome = felt(lambda: push(fault, link.port, path))
+        push(fault, link.port, path)
+    return outcome
+
+
+def corrupted_file(fault: Fault, folder: Path) -> str:
+    path = fault.content(folder)
+    with fault.link() as link:
+        place = fault.on_device(push(fault, link.port, path))
+        content = bytearray(place.read_bytes())
+        content[fault.draw.randrange(len(content))] ^= 255
+        place.write_bytes(content)
+        outcome = felt(lambda: push(fault, link.port, path))
+        push(fault, link.port, path)
+    return outcome
+
+
+def full_disk(fault: Fault, folder: Path) -> str:
+    """A disk that has less room than it says, then one that says so, then enough."""
+    path = fault.content(folder)
+    mount = fault.on_device(f"{FOLDERS[fault.way]}-full-{fault.seed}")
+    mount.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(mount)], check=True)
+    remote = "/" + str(mount.relative_to(LAB / "jetson"))
+
+    def fill(port: int) -> None:
+        with closing(fault.connect(port)) as transport:
+            files = Store(transport, folder=remote, programs=posix_programs())
+            files._make_room = lambda num_bytes, free: None  # type: ignore[method-assign]
+            files.place(path, sha256=file_sha256(path), companions={})
+
+    try:
+        with fault.link() as link:
+            outcome = felt(lambda: fill(link.port))
+            assert "failed" in outcome
+            assert not list(mount.glob(f"store/*/{path.name}"))
+            subprocess.run(["mount", "-o", "remount,size=4m", str(mount)], check=True)
+            felt(lambda: fill(link.port))
+            fill(link.port)
+            assert next(mount.glob(f"store/*/{path.name}")).read_bytes() == path.read_bytes()
+    finally:
+        subprocess.run(["umount", "-l", str(mount)], check=True)
+    return outcome
+
+
+def slow(fault: Fault, folder: Path) -> str:
+    with fault.link() as link:
+        link.bytes_per_second = 30_000
+        push(fault, link.port, fault.content(folder))
+    return "went well"
+
+
+def device(fault: Fault, port: int, folder: Path, *, runner: Path | None = None) -> Device:
+    """The lab's device behind a link of this fault."""
+    toml = folder / f"{fault.way}-{fault.seed}.toml"
+    registry = write_devices(toml, ssh_port=port, adb_port=port, folder=f"faults-{fault.seed}")
+    found = registry.group("jetson_cpu")[0] if fault.way == "ssh" else registry.get("s23")
+    if runner is not None and found.location is not None:
+        found = replace(found, location=replace(found.location, runner=str(runner)))
+    return found
+
+
+def measure(fault: Fault, port: int, folder: Path, *, runner: Path = STANDINS / "executor_runner.standin") -> None:
+    """Measure a file, whose size is its latency, into a table that is read back."""
+    path = model(fault, folder)
+    backend = "standin" if fault.way == "ssh" else "executorch"
+    profiler = Profiler(device(fault, port, folder, runner=runner), backend=backend, force=True)
+    (found,) = profiler.measure([Case(path=path, workload=WORKLOAD)], ONCE)
+    expected = path.stat().st_size * (1 if fault.way == "ssh" else 1000)
+    assert set(found.samples_ns) == {expected}
+    header = TableHeader(
+        fingerprint=found.fingerprint,
+        workload=WORKLOAD,
+        architecture=ARCHITECTURE,
+        backend=backend,
+        protocol=ONCE,
+        created=found.started,
+    )
+    entry = TableEntry(
+        role="dense",
+        runs=runs_of(ARCHITECTURE.layers),
+        samples_ns=found.samples_ns,
+        sentinel_ns=found.samples_ns,
+        status="ok",
+    )
+    LatencyTable(header, (entry,)).write(path.with_name("table.jsonl"))
+
+
+def model(fault: Fault, folder: Path) -> Path:
+    """A "model" that the stand-ins load, with its sidecar."""
+    path = folder / f"model-{fault.way}-{fault.seed}" / "model.pte"
+    if not path.exists():
+        path.parent.mkdir()
+        path.write_bytes(bytes(5000 + fault.seed))
+        artifact = Artifact(
+            path=path.name,
+            format="pte",
+            backend="executorch",
+            precision="f32",
+            plan_digest="",
+            architecture=ARCHITECTURE,
+            sha256=file_sha256(path),
+            num_bytes=path.stat().st_size,
+            sqnr_db=None,
+            details={"max_context": 64},
+        )
+        write_json(path.with_name("artifact.json"), encode(artifact))
+    return path
+
+
+def require_table_is_whole_or_absent(fault: Fault, folder: Path) -> None:
+    table = model(fault, folder).with_name("table.jsonl")
+    assert not table.exists() or len(LatencyTable.read(table).entries) == 1
+
+
+def garbage(fault: Fault, folder: Path) -> str:
+    """What is printed around and between the answers: by a login shell, or by a runner that goes wild."""
+    noise = fault.draw.randbytes(200).replace(b"\0", b"?").replace(b"\n", b"?")
+    if fault.way == "ssh":
+        with ExitStack() as stack, fault.link() as link:
+            talkative = LAB / "jetson" / "root" / ".bashrc"
+            stack.callback(talkative.unlink, missing_ok=True)
+            talkative.write_bytes(b"printf '%s\\n' '" + noise.replace(b"'", b"?") + b"'\n")
+            outcome = felt(lambda: measure(fault, link.port, folder))
+    else:
+        runner = folder / f"executor_runner.{fault.seed}"
+        script = (STANDINS / "executor_runner.standin").read_bytes()
+        runner.write_bytes(
+            script.replace(b"while read -r line; do", b"while read -r line; do\n" + b'echo "$$ \xff{"', 1)
+        )
+        with fault.link() as link:
+            outcome = felt(lambda: measure(fault, link.port, folder, runner=runner))
+    require_table_is_whole_or_absent(fault, folder)
+    with fault.link() as link:
+        measure(fault, link.port, folder)
+    return outcome
+
+
+def killed(fault: Fault, folder: Path) -> str:
+    """The program that measures is killed at some moment."""
+    word = f"faults-{fault.seed}/store" if fault.way == "ssh" else f"executor_runner.{fault.seed}"
+    runner = folder / f"executor_runner.{fault.seed}"
+    shutil.copyfile(STANDINS / "executor_runner.standin", runner)
+    with fault.link() as link:
+        over = threading.Event()
+        killer = threading.Thread(target=kill_soon, args=(word, fault.draw.random(), over))
+        killer.start()
+        outcome = felt(lambda: measure(fault, link.port, folder, runner=runner))
+        over.set()
+        killer.join()
+        require_table_is_whole_or_absent(fault, folder)
+        measure(fault, link.port, folder, runner=runner)
+    return outcome
+
+
+def kill_soon(word: str, seconds: float, over: threading.Event) -> None:
+    """Wait for a process of the devices with that word in its command line, and kill it a moment later."""
+    while not over.is_set():
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, ProcessLookupError):
+                inside = os.readlink(process / "root") == str(LAB / "jetson")
+                if inside and word.encode() in (process / "cmdline").read_bytes():
+                    time.sleep(seconds)
+                    os.kill(int(process.name), signal.SIGKILL)
+                    return
+        time.sleep(0.05)
+
+
+def clock(fault: Fault, folder: Path) -> str:
+    """A clock that jumps: the runner's own, or this machine's wall clock."""
+    with fault.link() as link:
+        if fault.way == "ssh":
+            with pytest.MonkeyPatch.context() as patch:
+                jump = fault.draw.choice([-3600.0, 86400.0])
+                real = time.time
+                patch.setattr(time, "time", lambda: real() + jump)
+                outcome = felt(lambda: measure(fault, link.port, folder))
+        else:
+            runner = folder / f"executor_runner.{fault.seed}"
+            script = (STANDINS / "executor_runner.standin").read_text()
+            jump = fault.draw.randrange(100_000, 1_000_000)
+            runner.write_text(script.replace("clock=$((clock + size));", f"clock=$((clock + size - {jump}));", 1))
+            outcome = felt(lambda: measure(fault, link.port, folder, runner=runner))
+            assert "failed" in outcome
+        require_table_is_whole_or_absent(fault, folder)
+        measure(fault, link.port, folder)
+    return outcome

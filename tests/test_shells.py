@@ -1,0 +1,126 @@
+"""Command lines for devices' shells, run by the real sh of this machine."""
+
+import base64
+import subprocess
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from dilap.errors import InvalidInput, LinkLost
+from dilap.profilers.shells import posix, powershell
+from dilap.profilers.transports import Completed, PipedProcess, run_marked
+
+HOSTILE = ["a b", "'", '"', "$(touch owned)", "`id`", "line\nbreak", "; rm -rf x", "-n", "", "*", "ünïcödé ☃", "\\"]
+
+
+def run(argv: Sequence[str], *, seconds: float = 20) -> Completed:
+    return run_marked(
+        lambda mark: ["sh", "-c", posix(argv, seconds=seconds, mark=mark)],
+        seconds=seconds,
+        device="sh",
+        explain=lambda words: words,
+    )
+
+
+@pytest.mark.parametrize("word", HOSTILE)
+def test_any_word_arrives_as_it_is(word: str) -> None:
+    assert run(["printf", "%s|", word, "end"]).stdout == f"{word}|end|"
+
+
+def test_status_and_standard_error_come_back() -> None:
+    assert run(["sh", "-c", "echo out; echo err >&2; exit 7"]) == Completed(status=7, stdout="out\n", stderr="err\n")
+
+
+def test_what_a_login_shell_prints_is_not_the_programs() -> None:
+    done = run_marked(
+        lambda mark: ["sh", "-c", "echo Welcome; " + posix(["echo", "hi"], seconds=20, mark=mark)],
+        seconds=20,
+        device="sh",
+        explain=lambda words: words,
+    )
+    assert done.stdout == "hi\n"
+
+
+def test_output_that_stops_half_way_is_a_lost_link() -> None:
+    with pytest.raises(LinkLost, match="the link to sh broke"):
+        run_marked(
+            lambda mark: ["sh", "-c", f"echo '{mark} begin'; echo half"],
+            seconds=20,
+            device="sh",
+            explain=lambda words: words,
+        )
+
+
+def test_a_program_has_a_time_limit_on_the_device() -> None:
+    assert run(["sleep", "30"], seconds=1).status == 124
+
+
+def test_a_program_ends_with_the_pulse_and_takes_its_children_along(tmp_path: object) -> None:
+    marker = f"{time.monotonic_ns()}"
+    child = subprocess.Popen(
+        ["sh", "-c", posix(["sh", "-c", f"sleep 300.{marker} & sleep 300.{marker}"], seconds=300)],
+        stdin=subprocess.PIPE,
+    )
+    assert child.stdin is not None
+    wait_for(f"sleep 300.{marker}", there=True)
+    child.stdin.close()
+    wait_for(f"sleep 300.{marker}", there=False)
+    child.wait(timeout=10)
+
+
+def test_a_program_that_ignores_terminate_is_killed() -> None:
+    marker = f"{time.monotonic_ns()}"
+    child = subprocess.Popen(
+        ["sh", "-c", posix(["sh", "-c", f"trap '' TERM; sleep 300.{marker}"], seconds=300)], stdin=subprocess.PIPE
+    )
+    assert child.stdin is not None
+    wait_for(f"sleep 300.{marker}", there=True)
+    child.stdin.close()
+    wait_for(f"sleep 300.{marker}", there=False)
+    child.wait(timeout=10)
+
+
+def test_input_is_handed_on_to_a_program_that_reads_it() -> None:
+    child = PipedProcess(["sh", "-c", posix(["cat"], seconds=20, passes_input=True)], name="cat")
+    child.write("hello\n")
+    assert child.read_line(timeout=10) == "hello\n"
+    child.close()
+
+
+def test_a_nul_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="NUL"):
+        posix(["a\0b"], seconds=1)
+
+
+def decoded(command: str) -> str:
+    return base64.b64decode(command.rsplit(maxsplit=1)[-1]).decode("utf-16-le")
+
+
+def test_powershell_gets_every_word_as_a_literal() -> None:
+    assert decoded(powershell(["py thon", "it's", "$(x)"], seconds=1)) == "& 'py thon' 'it''s' '$(x)'"
+
+
+def test_powershell_prints_the_marks() -> None:
+    script = decoded(powershell(["whoami"], seconds=1, mark="M"))
+    assert script == "'M begin'; & 'whoami'; ''; \"M end $LASTEXITCODE\""
+
+
+def test_a_powershell_command_fits_into_cmds_line() -> None:
+    store = powershell(["python", "-c", "x" * 1500], seconds=1, mark="M" * 22)
+    assert len(store) < 8191
+
+
+def test_a_double_quote_on_windows_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="double quote"):
+        powershell(['say "hi"'], seconds=1)
+
+
+def wait_for(command: str, *, there: bool) -> None:
+    """Until a process with that command line is there, or is gone."""
+    for _ in range(100):
+        found = subprocess.run(["pgrep", "-fx", command], capture_output=True, check=False).stdout
+        if bool(found) is there:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{command!r} is {'not' if there else 'still'} there")
