@@ -84,7 +84,10 @@ class Capabilities:
 
 
 class Session(Protocol):
-    """One loaded artifact, ready to be timed under one workload."""
+    """One loaded artifact, ready to be timed under one workload.
+
+    Where `sample` gives a GPU's time, the session keeps the host's, launch and wait included, in a list `host_ns`.
+    """
 
     def sample(self) -> int:
         """Run the workload once; nanoseconds."""

@@ -86,7 +86,8 @@ class Agent:
         }
 
     def op_sample(self, *, handle: int, n: int) -> dict[str, Any]:
-        """Time a model `n` times; also the CPU seconds that other processes took meanwhile."""
+        """Time a model `n` times; also the CPU seconds that other processes took meanwhile, and the host's times where
+        the samples are a GPU's."""
         session = self._session(handle)
         if handle != self._last_sampled:
             session.sample()  # untimed: the first run after another model's takes up to twice as long
@@ -94,7 +95,8 @@ class Agent:
         clock = host.BusyClock()
         samples = [session.sample() for _ in range(n)]
         seconds, other_seconds = clock.lap()
-        return {"samples_ns": samples, "seconds": seconds, "other_seconds": other_seconds}
+        host_ns = getattr(session, "host_ns", [])[-n:]
+        return {"samples_ns": samples, "host_ns": host_ns, "seconds": seconds, "other_seconds": other_seconds}
 
     def op_memory(self) -> dict[str, Any]:
         """The whole process's memory."""

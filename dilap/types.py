@@ -353,9 +353,10 @@ class Measurement:
 
     `rounds` gives the interleaving round of every sample, so that two measurements can be paired. `status`
     is `ok`, `noisy` (too many outliers or a wide interval), `contended` (other load on the cores) or `estimated` (no
-    measurement at all, but a number in its place that a model of the device gave). `dropped_ns`
-    keeps the samples of rounds that were left out because of drift or other load. `states` are the device's before
-    and after every fresh start; `forced` says what made it unfit and was overridden.
+    measurement at all, but a number in its place that a model of the device gave). `dropped_ns` keeps the samples of
+    rounds that were left out because of drift or other load. `host_seconds` is the median time of a run as the host
+    saw it, launch and wait included, where the samples are a GPU's own times. `states` are the device's before and
+    after every fresh start; `forced` says what made it unfit and was overridden.
     """
 
     artifact_sha256: str
@@ -369,6 +370,7 @@ class Measurement:
     status: Status
     note: str = ""
     dropped_ns: tuple[int, ...] = ()
+    host_seconds: float | None = None
     states: tuple[DeviceState, ...] = ()
     forced: tuple[str, ...] = ()
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -39,11 +40,15 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """Timed runs, and the CPU seconds that other processes took in the `seconds` they lasted."""
+    """Timed runs, and the CPU seconds that other processes took in the `seconds` they lasted.
+
+    `host_ns` are the host's times of the same runs, where `samples_ns` are a GPU's.
+    """
 
     samples_ns: Sequence[int]
     seconds: float
     other_seconds: float | None
+    host_ns: Sequence[int] = ()
 
 
 class Instrument(Protocol):
@@ -204,6 +209,7 @@ class InstrumentBench:
     def __init__(self, instrument: Instrument, handles: Sequence[int]) -> None:
         self._instrument, self._handles = instrument, handles
         self._seconds = self._other_seconds = 0.0
+        self._host_ns: list[list[int]] = [[] for _ in handles]
         state = instrument.state()
         self._throttle_events, self._pinned_khz = state.throttle_events or 0, state.pinned_khz
 
@@ -211,7 +217,12 @@ class InstrumentBench:
         sampled = self._instrument.sample(self._handles[case], count)
         self._seconds += sampled.seconds
         self._other_seconds += sampled.other_seconds or 0.0
+        self._host_ns[case].extend(sampled.host_ns)
         return sampled.samples_ns
+
+    def host_seconds(self, case: int) -> float | None:
+        """The median of the host's times, warm-up included; None where the samples are the host's times."""
+        return statistics.median(self._host_ns[case]) / 1e9 if self._host_ns[case] else None
 
     def other_load(self) -> float:
         load = max(0.0, self._other_seconds - _TICK_SLACK_SECONDS) / self._seconds if self._seconds else 0.0

@@ -122,6 +122,7 @@ class Profiler:
             return _Start(
                 loaded=loaded,
                 traces=traces,
+                host_seconds=[bench.host_seconds(case) for case in range(len(cases))],
                 fingerprint=instrument.fingerprint,
                 states=(before, instrument.state()),
                 forced=forced,
@@ -152,6 +153,7 @@ class _Start:
 
     loaded: list[Loaded]
     traces: list[Trace]
+    host_seconds: list[float | None]
     fingerprint: Fingerprint
     states: tuple[DeviceState, ...]
     forced: tuple[str, ...]
@@ -180,6 +182,7 @@ def _measurement(
     loaded = [start.loaded[case] for start in starts]
     traces = [start.traces[case] for start in starts]
     samples = tuple(sample for trace in traces for sample in trace.samples_ns)
+    host_seconds = [start.host_seconds[case] for start in starts]
     status, note = _pooled_status(traces, samples, protocol)
     return Measurement(
         artifact_sha256=artifact_sha256,
@@ -193,6 +196,7 @@ def _measurement(
         status=status,
         note=note,
         dropped_ns=tuple(sample for trace in traces for sample in trace.dropped_ns),
+        host_seconds=statistics.median(known) if (known := [one for one in host_seconds if one is not None]) else None,
         states=tuple(state for start in starts for state in start.states),
         forced=tuple(dict.fromkeys(reason for start in starts for reason in start.forced)),
     )

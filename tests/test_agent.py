@@ -95,6 +95,12 @@ def test_samples_come_from_the_loaded_model(served: agent.Agent, model: Path) ->
     assert served.answer({"seq": 2, "op": "sample", "handle": handle, "n": 3})["samples_ns"] == [7000, 7000, 7000]
 
 
+def test_a_gpus_samples_come_with_the_hosts_times(served: agent.Agent, model: Path) -> None:
+    handle = loaded(served, model)["handle"]
+    served._sessions[handle].host_ns = [1, 2, 3, 4]  # type: ignore[attr-defined]
+    assert served.answer({"seq": 2, "op": "sample", "handle": handle, "n": 3})["host_ns"] == [2, 3, 4]
+
+
 def test_other_content_than_was_sent_is_a_mismatch(served: agent.Agent, model: Path) -> None:
     request = {"seq": 1, "op": "load", "path": str(model), "sha256": "0" * 64, "workload": codec.encode(WORKLOAD)}
     assert served.answer(request)["error"]["type"] == "Mismatch"
@@ -152,11 +158,18 @@ def test_the_busy_clock_counts_what_others_used(monkeypatch: pytest.MonkeyPatch)
 class ScriptedInstrument:
     """Every sample request takes 0.1 s, in which others use what the script says."""
 
-    def __init__(self, others: Sequence[float | None] = (), states: Sequence[DeviceState] = ()) -> None:
-        self.others, self.states = iter(others), list(states)
+    def __init__(
+        self,
+        others: Sequence[float | None] = (),
+        states: Sequence[DeviceState] = (),
+        host_ns: Sequence[Sequence[int]] = (),
+    ) -> None:
+        self.others, self.states, self.host_ns = iter(others), list(states), iter(host_ns)
 
     def sample(self, handle: int, count: int) -> Sampled:
-        return Sampled(samples_ns=[1] * count, seconds=0.1, other_seconds=next(self.others))
+        return Sampled(
+            samples_ns=[1] * count, seconds=0.1, other_seconds=next(self.others, None), host_ns=next(self.host_ns, ())
+        )
 
     def state(self) -> DeviceState:
         return self.states.pop(0) if self.states else DeviceState()
@@ -175,6 +188,20 @@ def test_other_load_is_summed_over_the_round_and_forgives_a_tick(others: list[fl
     bench.sample(0, 3)
     bench.sample(0, 3)
     assert bench.other_load() == pytest.approx(load)
+
+
+def test_the_hosts_time_is_the_median_of_a_models_own_runs() -> None:
+    instrument = ScriptedInstrument(host_ns=[[3_000, 4_000], [9_000], [5_000]])
+    bench = InstrumentBench(instrument, [1, 2])  # type: ignore[arg-type]
+    for case, count in ((0, 2), (1, 1), (0, 1)):
+        bench.sample(case, count)
+    assert [bench.host_seconds(case) for case in (0, 1)] == [4e-6, 9e-6]
+
+
+def test_a_processor_has_no_times_of_a_host_beside_its_own() -> None:
+    bench = InstrumentBench(ScriptedInstrument(), [1])  # type: ignore[arg-type]
+    bench.sample(0, 3)
+    assert bench.host_seconds(0) is None
 
 
 def test_other_load_starts_anew_with_every_reading() -> None:
