@@ -18,16 +18,14 @@ class FlakyLink:
         self._sockets: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
 
     def cut(self) -> None:
         """Break every connection, as a pulled cable does once it is noticed."""
         with self._lock:
             for one in self._sockets:
-                with contextlib.suppress(OSError):
-                    one.shutdown(socket.SHUT_RDWR)
-                one.close()
-            self._sockets.clear()
+                _shut(one)
 
     def mend(self) -> None:
         """From now on the link holds."""
@@ -39,22 +37,29 @@ class FlakyLink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._listener.close()
+        _shut(self._listener)  # wakes `accept`, which closing alone does not
+        self._threads[0].join()
         self.cut()
+        for thread in self._threads:
+            thread.join()
+        for one in (self._listener, *self._sockets):
+            one.close()
 
     def _accept(self) -> None:
         while True:
             try:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(("127.0.0.1", self._target))
             except OSError:
                 return
+            far = socket.create_connection(("127.0.0.1", self._target))
             for one in (near, far):
                 one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            pairs = ((near, far), (far, near))
             with self._lock:
                 self._sockets += [near, far]
-            for source, target in ((near, far), (far, near)):
-                threading.Thread(target=self._forward, args=(source, target), daemon=True).start()
+                self._threads += [threading.Thread(target=self._forward, args=pair) for pair in pairs]
+                for thread in self._threads[-2:]:
+                    thread.start()
 
     def _forward(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -68,5 +73,9 @@ class FlakyLink:
                     return
                 target.sendall(data)
         for one in (source, target):
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+            _shut(one)
+
+
+def _shut(one: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        one.shutdown(socket.SHUT_RDWR)
