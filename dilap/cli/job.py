@@ -1,6 +1,5 @@
 """The main job: model and budget in, a measured smaller model out."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,18 +16,21 @@ from dilap.codec import encode, write_json
 from dilap.errors import DilapError
 from dilap.methods.method import Method
 from dilap.profilers.search_space import Layout, default_layout, describe, require_layout
-from dilap.source import load
+from dilap.source import Source, load
 
 
-def prune(options: JobOptions, *, out: Path, console: Console, shared: Path | None = None) -> PruneResult | None:
+def prune(
+    options: JobOptions, *, out: Path, console: Console, shared: Path | None = None, source: Source | None = None
+) -> PruneResult | None:
     """Run the whole job into `out`; None where the dense model already keeps the budget (nothing is written).
 
-    `shared` is a folder for what several jobs have in common.
+    `shared` is a folder for what several jobs have in common; `source` the model of the options, if it is loaded
+    already: the job changes it.
     """
     workspace = Workspace(out, console, shared=shared)
     bench = Bench.of(options.target, options.backend, options.workload, console)
     with workspace.stage("load the model"):
-        source = load(options.model)
+        source = source or load(options.model)
     architecture = architecture_of(source.model)
     backends.require_loadable(bench.backend, architecture, precision=options.workload.precision)
     layout = _layout(options, bench.backend, architecture.family)
@@ -60,8 +62,6 @@ def _run(stages: Stages, method: Method, layout: Layout) -> PruneResult | None:
 
 def _method(options: JobOptions, layout: Layout) -> Method:
     """The method asked for; DiLAP's has a search of its own for equal widths. Raises InvalidInput."""
-    if ":" in options.method and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a user's own method lies where the command is given
     name = "equal_widths" if layout == "uniform" and options.method == "dilap" else options.method
     method: Method = methods.get(name, options.settings)
     return method
