@@ -15,5 +15,10 @@ def compute_precision() -> torch.autocast:
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_fast_bf16())
 
 
+def product_type(own: torch.dtype) -> torch.dtype:
+    """The type to convert matrices to that many products read, whose own type is `own`."""
+    return torch.bfloat16 if has_fast_bf16() else own
+
+
 def has_fast_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dilap.anatomy import decoder_layers
-from dilap.teacher import Teacher, final_hidden
+from dilap.teacher import Teacher, final_hidden, head_of
 
 Mode = Literal["none", "lora", "full"]
 _TOKENS_AT_ONCE = 512  # forward and backward; all tokens of a step would hold gigabytes of activations
@@ -64,7 +64,7 @@ def distil(
 
 def _accumulate_gradients_(model: PreTrainedModel, teacher: Teacher, rows: torch.Tensor) -> float:
     """Mean KL of the sequences `rows`."""
-    head, length, total = model.get_output_embeddings().weight, teacher.tokens.shape[1], 0.0
+    head, length, total = head_of(model), teacher.tokens.shape[1], 0.0
     for few in rows.split(max(1, _TOKENS_AT_ONCE // length)):
         hidden = final_hidden(model, teacher.tokens[few])
         at_head = teacher.at_head(hidden.detach(), head, rows=few)

@@ -2,7 +2,9 @@
 
 import difflib
 import importlib
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dilap.errors import InvalidInput
@@ -21,6 +23,8 @@ def get(table: Mapping[str, str], name: str, *, kind: str) -> Any:
 def own(name: str, *, kind: str) -> Any:
     """The object that a user names as "module:attribute". Raises InvalidInput."""
     module, _, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # a user's own lies where the command is given
     try:
         return getattr(importlib.import_module(module), attribute)
     except ImportError as error:

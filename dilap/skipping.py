@@ -8,14 +8,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dilap.anatomy import decoder_layers, family_of
-from dilap.modeling_dilap import NoAttention, NoFeedForward
+from dilap.modeling_dilap import Family, NoAttention, NoFeedForward
 from dilap.teacher import negative_log_likelihood
 from dilap.walk import LayerCall, State, layer_calls, run_layer
 
 _BATCH_TOKENS = 2048
 
 
-class _Known(nn.Module):
+class Known(nn.Module):
     """Stands for the first layers, whose output for every batch is known."""
 
     def __init__(self, states: Sequence[State]) -> None:
@@ -60,7 +60,7 @@ class Stack:
     def resumed(self, layer: int, *, skipping: bool = False) -> Iterator[None]:
         """The model from `layer` on, for one pass over the tokens in batches of 2,048; `skipping` leaves it out."""
         rest = self.alive[self.alive.index(layer) + skipping :]
-        known = _Known(self._states[layer])
+        known = Known(self._states[layer])
         with layers_replaced(self.model, [known, *(self.layers[index] for index in rest)]):
             yield
 
@@ -81,16 +81,19 @@ def layers_replaced(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Iter
         model.set_submodule(path, own)
 
 
+def absent(family: Family, kind: str) -> dict[str, nn.Module]:
+    """What stands in a layer, by path, where a sublayer of that kind adds nothing to the stream."""
+    if kind == "attention":
+        return {family.attention: NoAttention()}
+    if family.ffn is None:
+        return {path: nn.Identity() for path in family.ffn_in} | {family.ffn_out: NoFeedForward()}
+    return {family.ffn: NoFeedForward()}
+
+
 @contextmanager
 def sublayer_skipped(layer: nn.Module, model: PreTrainedModel, kind: str) -> Iterator[None]:
     """A layer whose attention or feed-forward network adds nothing to the stream."""
-    family = family_of(model.config)
-    if kind == "attention":
-        replacements: dict[str, nn.Module] = {family.attention: NoAttention()}
-    elif family.ffn is None:
-        replacements = {path: nn.Identity() for path in family.ffn_in} | {family.ffn_out: NoFeedForward()}
-    else:
-        replacements = {family.ffn: NoFeedForward()}
+    replacements = absent(family_of(model.config), kind)
     own = {path: layer.get_submodule(path) for path in replacements}
     try:
         for path, module in replacements.items():

@@ -1,24 +1,31 @@
 """A dense model whose sublayers can be set to any level, and the curvature of its loss over all levels at once."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from dilap.allocation import Config
-from dilap.anatomy import sublayers
-from dilap.compute import batches, compute_precision, has_fast_bf16
+from dilap.anatomy import decoder_layers, sublayers
+from dilap.compute import batches, compute_precision, product_type
 from dilap.library import LevelFit
-from dilap.teacher import Teacher
+from dilap.stitch import Level, Skipped, Stitcher, cut_layer
+from dilap.teacher import Teacher, head_of
+
+_NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 class Supernet:
     """Stitches a model together from library levels; `config` holds the level of every choice.
 
     A level is set by writing its projection into the dense matrix with zeros at the removed inputs, which computes
-    what the shrunk model computes. `close` restores the dense model.
+    what the shrunk model computes, and lets gradients reach all levels. `close` restores the dense model. Scoring a
+    config sets nothing: that runs layers which are cut.
     """
 
     def __init__(self, model: PreTrainedModel, library: Sequence[Sequence[LevelFit]]) -> None:
@@ -30,6 +37,7 @@ class Supernet:
             assert torch.equal(out.weight.float(), levels[0].weight.float()), "another supernet was left open"
         self.config: Config = (0,) * len(library)
         self.biases = [None if out.bias is None else out.bias.detach().clone() for out in self.outs]
+        self._stitcher = Stitcher(model, self._layer)
         model.requires_grad_(False)
 
     def set(self, config: Sequence[int]) -> None:
@@ -58,16 +66,38 @@ class Supernet:
     def kls(
         self, teacher: Teacher, config: Sequence[int], *, weights: Mapping[str, torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """The same for every sequence."""
-        self.set(config)
-        replaced = [i for i, sublayer in enumerate(self.sublayers) if weights and sublayer.name in weights]
-        fits = {i: self.library[i][config[i]] for i in replaced}
-        for i, fit in fits.items():
-            self.write(i, fit.columns, (weights or {})[self.sublayers[i].name])
-        values = teacher.kls(self.model)
-        for i, fit in fits.items():
-            self.write(i, fit.columns, fit.weight)
-        return values
+        """The same for every sequence. Leaves the net dense."""
+        with self.cut(config, text=teacher, weights=weights):
+            return teacher.kls(self.model)
+
+    @contextmanager
+    def cut(
+        self, config: Sequence[int], *, text: object, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> Iterator[None]:
+        """The model with its layers cut to `config`, for one pass over `text`, always in the same batches."""
+        self.close()
+        levels: list[Level] = [() for _ in decoder_layers(self.model)]
+        for sublayer, level in zip(self.sublayers, config, strict=True):
+            levels[sublayer.layer] += (level,)
+        build = self._layer if weights is None else partial(self._layer, weights=weights)
+        stitcher = self._stitcher if weights is None else Stitcher(self.model, build)
+        with stitcher.stitched(levels, text=text):
+            yield
+
+    def _layer(self, index: int, level: Level, weights: Mapping[str, torch.Tensor] = _NONE) -> nn.Module:
+        """A layer with its sublayers at their levels, or with other projections of the same widths."""
+        fits: dict[str, LevelFit] = {}
+        own = [i for i, sublayer in enumerate(self.sublayers) if sublayer.layer == index]
+        for i, chosen in zip(own, level, strict=True):
+            fit, name = self.library[i][chosen], self.sublayers[i].name
+            if chosen or name in weights:
+                fits[self.sublayers[i].kind] = replace(fit, weight=weights.get(name, fit.weight))
+        is_gone = len(fits) == len(own) and not any(len(fit.columns) for fit in fits.values())
+        return Skipped() if is_gone else cut_layer(self.model, index, fits)
+
+    def forget(self) -> None:
+        """Free what scoring keeps of the configs of late."""
+        self._stitcher.forget()
 
     def close(self) -> None:
         self.set((0,) * len(self.library))
@@ -104,11 +134,12 @@ def linearise(
     log-likelihoods of labels that are sampled from the current model itself: without bias the Fisher matrix, which is
     the curvature of the KL at the dense model. Rows of single positions would miss how positions add up.
     """
+    net.forget()
     generator = torch.Generator().manual_seed(seed)
     size = sum(len(levels) for levels in net.library)
     slopes = torch.zeros(len(teacher.tokens), size)
     Q, value, start = torch.zeros(size, size), 0.0, 0
-    head = net.model.get_output_embeddings().weight
+    head = head_of(net.model)
     with _Tap(net) as tap:
         for batch in batches(teacher.tokens, batch_tokens=batch_tokens):
             rows = slice(start, start + len(batch))
@@ -138,7 +169,7 @@ class _Tap:
 
     def __init__(self, net: Supernet) -> None:
         self.net = net
-        self.dtype = torch.bfloat16 if has_fast_bf16() else torch.float32
+        self.dtype = product_type(torch.float32)
         self.changes = [self._weight_changes(index) for index in range(len(net.library))]
         self.offsets = [0]
         for levels in net.library:

@@ -1,12 +1,15 @@
 """The dense model as reference: KL divergence to it, cheaply, and perplexity."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from dilap.compute import batches, compute_precision
+from dilap.compute import batches, compute_precision, product_type
+from dilap.tensor_file import Tensors, computed_once
 
 ROWS = 128  # positions whose logits are held at once: 128 x 49152 in f32 is 25 MB, which malloc reuses
 
@@ -25,29 +28,54 @@ class AtHead:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scores:
+    """A model on the teacher's text: mean KL(dense || model) per position, in nats, and mean negative log-likelihood of
+    all tokens but the first, both of every sequence (sequences)."""
+
+    kls: torch.Tensor
+    losses: torch.Tensor
+
+    @property
+    def kl(self) -> float:
+        return float(self.kls.double().mean())
+
+    @property
+    def perplexity(self) -> float:
+        return float(self.losses.double().mean().exp())
+
+
+@dataclass(frozen=True, kw_only=True)
 class Teacher:
     """What the dense model says about `tokens` (sequences x length), without its logits.
 
     KL_t = logsumexp(E h_t) - <E' p_t, h_t> - constant_t, with p_t the dense model's probabilities, h_t the final
     hidden state of the model under test and E the head, which pruning leaves alone. So a hidden-sized vector a
-    position (`mean_embedding`, E' p_t) is all that has to be kept, not a vocabulary-sized one.
+    position (`mean_embedding`, E' p_t) is all that has to be kept, not a vocabulary-sized one. `losses` are the dense
+    model's own, as in `Scores` (sequences).
     """
 
     tokens: torch.Tensor
     mean_embedding: torch.Tensor
     constant: torch.Tensor
+    losses: torch.Tensor
+
+    @property
+    def perplexity(self) -> float:
+        """The dense model's."""
+        return float(self.losses.double().mean().exp())
 
     @classmethod
     @torch.no_grad()
     def of(cls, model: PreTrainedModel, tokens: torch.Tensor, *, batch_tokens: int = 2048) -> "Teacher":
-        head = model.get_output_embeddings().weight
-        vectors, constants = [], []
+        head = head_of(model)
+        vectors, constants, losses = [], [], []
         for batch in batches(tokens, batch_tokens=batch_tokens):
-            for rows in final_hidden(model, batch).split(ROWS):
+            hidden = final_hidden(model, batch)
+            for rows, labels in zip(hidden.split(ROWS), _next_tokens(batch).split(ROWS), strict=True):
                 logits = logits_of(rows, head).float()
                 normaliser = logits.logsumexp(-1)
-                with compute_precision():
-                    vector = ((logits - normaliser[:, None]).exp().to(head.dtype) @ head).float()
+                losses.append(normaliser - logits.gather(1, labels[:, None]).squeeze(1))
+                vector = (logits.sub_(normaliser[:, None]).exp_().to(head.dtype) @ head).float()
                 vectors.append(vector)
                 constants.append(normaliser - (vector * rows.float()).sum(-1))
         shape = tokens.shape
@@ -55,7 +83,18 @@ class Teacher:
             tokens=tokens,
             mean_embedding=torch.cat(vectors).reshape(*shape, -1),
             constant=torch.cat(constants).reshape(shape),
+            losses=torch.cat(losses).reshape(shape)[:, :-1].mean(1),
         )
+
+    @classmethod
+    def once(cls, path: Path | None, model: PreTrainedModel, tokens: torch.Tensor) -> "Teacher":
+        """The one kept in `path`, made where it is missing."""
+
+        def make() -> Tensors:
+            made = cls.of(model, tokens)
+            return {name: getattr(made, name) for name in ("tokens", "mean_embedding", "constant", "losses")}
+
+        return cls(**computed_once(path, make))
 
     @torch.no_grad()
     def at_head(
@@ -77,8 +116,7 @@ class Teacher:
             logits = logits_of(part, head).float()
             normalisers.append(logits.logsumexp(-1))
             probabilities = logits.sub_(normalisers[-1][:, None]).exp_()
-            with compute_precision():
-                means.append((probabilities.to(head.dtype) @ head).float())
+            means.append((probabilities.to(head.dtype) @ head).float())
             if samples:
                 labels.append(draw(probabilities, num_samples=samples, generator=generator))
         mean = torch.cat(means)
@@ -88,17 +126,26 @@ class Teacher:
         return AtHead(kls=self._kls(torch.cat(normalisers), hidden, rows), slope=slope, scores=scores)
 
     @torch.no_grad()
-    def kls(self, model: PreTrainedModel, *, batch_tokens: int = 2048) -> torch.Tensor:
-        """Mean KL(dense || model) per position of every sequence, in nats."""
-        head = model.get_output_embeddings().weight
-        found, start = [], 0
+    def scores(self, model: PreTrainedModel, *, batch_tokens: int = 2048) -> Scores:
+        """What a model of the dense one's head says about the same text."""
+        head, kls, losses, start = head_of(model), [], [], 0
         for batch in batches(self.tokens, batch_tokens=batch_tokens):
             rows = slice(start, start + len(batch))
             start += len(batch)
-            hidden = final_hidden(model, batch)
-            normaliser = torch.cat([logits_of(part, head).float().logsumexp(-1) for part in hidden.split(ROWS)])
-            found.append(self._kls(normaliser, hidden, rows).reshape(batch.shape).mean(1))
-        return torch.cat(found)
+            hidden, labels = final_hidden(model, batch), _next_tokens(batch)
+            normalisers, chosen = [], []
+            for part, wanted in zip(hidden.split(ROWS), labels.split(ROWS), strict=True):
+                logits = logits_of(part, head).float()
+                normalisers.append(logits.logsumexp(-1))
+                chosen.append(logits.gather(1, wanted[:, None]).squeeze(1))
+            normaliser = torch.cat(normalisers)
+            kls.append(self._kls(normaliser, hidden, rows).reshape(batch.shape).mean(1))
+            losses.append((normaliser - torch.cat(chosen)).reshape(batch.shape)[:, :-1].mean(1))
+        return Scores(kls=torch.cat(kls), losses=torch.cat(losses))
+
+    def kls(self, model: PreTrainedModel) -> torch.Tensor:
+        """Mean KL(dense || model) per position of every sequence, in nats."""
+        return self.scores(model).kls
 
     def _kls(self, normaliser: torch.Tensor, hidden: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
         wanted = self.mean_embedding[rows].reshape(hidden.shape)
@@ -116,9 +163,47 @@ def final_hidden(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     return hidden.reshape(-1, hidden.shape[-1])
 
 
+def _next_tokens(batch: torch.Tensor) -> torch.Tensor:
+    """The label of every position, flat; that of the last one of a sequence is of no use."""
+    return batch.roll(-1, 1).reshape(-1)
+
+
+def head_of(model: PreTrainedModel) -> torch.Tensor:
+    """The output embeddings, in the type of the fastest products: converted once a pass, not once a few positions."""
+    head: torch.Tensor = model.get_output_embeddings().weight.detach()
+    return head.to(product_type(head.dtype))
+
+
 def logits_of(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    with compute_precision():
-        return functional.linear(hidden.to(head.dtype), head)
+    return functional.linear(hidden.to(head.dtype), head)
+
+
+class NextTokenLoss(torch.autograd.Function):
+    """Mean cross entropy of labels (positions), given final hidden states (positions x hidden) and the head, which gets
+    no gradient: no more than a few positions' logits are ever held."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        total, slopes = torch.zeros(()), []
+        for part, wanted in zip(hidden.split(ROWS), labels.split(ROWS), strict=True):
+            logits = logits_of(part, head).float()
+            total += functional.cross_entropy(logits, wanted, reduction="sum")
+            slopes.append((logits.softmax(-1).to(head.dtype) @ head).float() - head[wanted].float())
+        ctx.save_for_backward(torch.cat(slopes).div_(len(labels)).to(hidden.dtype))
+        return total / len(labels)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return gradient * slope, None, None
+
+
+def next_token_loss(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of the next token over a batch (sequences x length), with its graph below the head."""
+    hidden = final_hidden(model, batch).reshape(*batch.shape, -1)[:, :-1]
+    arguments = hidden.flatten(0, 1), head_of(model), batch[:, 1:].flatten()
+    loss: torch.Tensor = NextTokenLoss.apply(*arguments)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def draw(probabilities: torch.Tensor, *, num_samples: int = 1, generator: torch.Generator | None) -> torch.Tensor:
@@ -136,7 +221,7 @@ def perplexity(model: PreTrainedModel, tokens: torch.Tensor) -> float:
 @torch.no_grad()
 def negative_log_likelihood(model: PreTrainedModel, tokens: torch.Tensor) -> float:
     """Mean over every token but the first of each sequence, in nats."""
-    head = model.get_output_embeddings().weight
+    head = head_of(model)
     total, count = 0.0, 0
     for batch in batches(tokens, batch_tokens=2048):
         hidden = final_hidden(model, batch).reshape(*batch.shape, -1)[:, :-1].reshape(-1, head.shape[1])

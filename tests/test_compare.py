@@ -10,6 +10,7 @@ from fake_job import FAST, call, last_line
 from dilap.cli import compare
 from dilap.cli.comparison import Row, markdown
 from dilap.codec import read_json
+from dilap.methods import METHODS
 from dilap.methods.method import Pruned, PruneTask
 
 pytestmark = pytest.mark.usefixtures("fake_device")
@@ -75,6 +76,61 @@ def test_killed_comparison_goes_on_where_it_stopped(
     assert [row["method"] for row in rows(tmp_path / "out")] == ["magnitude", "shortgpt"]
 
 
+def test_budgets_share_what_does_not_depend_on_them(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    names = ["dilap", "ziplm", "puzzle", "sleb", "sprint", "shortgpt", "flap", "llm_pruner"]
+    fewer = ("--recover", "none", "--set", "ziplm.starts=2", "--set", "failures=1")
+    both, second = tmp_path / "both", tmp_path / "second"
+    assert compare_tiny(checkpoint, corpus, both, "--budget", "90%", "78%", "--methods", *names, *fewer) == 0
+    assert compare_tiny(checkpoint, corpus, second, "--budget", "78%", "--methods", *names, *fewer) == 0
+    for name in names:
+        plans = [read_json(out / "runs" / "78pct" / name / "plan.json") for out in (both, second)]
+        assert plans[0] == plans[1], name
+
+
+def test_what_methods_share_is_dropped_when_all_are_done(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    out, arguments = tmp_path / "out", ("--budget", "80%", "--recover", "none", "--methods", "uniform")
+    compare_tiny(checkpoint, corpus, out, *arguments, "test_compare:fail")
+    assert list((out / "shared" / "methods").glob("library-*.safetensors"))
+    compare_tiny(checkpoint, corpus, out, *arguments)
+    assert not (out / "shared" / "methods").exists()
+
+
+def test_settings_go_to_the_methods_that_have_them(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    settings = ("--set", "flap.metric=IFV", "--set", "steps=1")
+    arguments = ("--budget", "80%", "--recover", "none", "--methods", "flap", "llm_streamline", *settings)
+    assert compare_tiny(checkpoint, corpus, tmp_path / "out", *arguments) == 0
+    found = {
+        name: read_json(tmp_path / "out" / "runs" / "80pct" / name / "result.json")["options"]["settings"]
+        for name in ("flap", "llm_streamline")
+    }
+    assert found == {"flap": {"metric": "IFV"}, "llm_streamline": {"steps": "1"}}
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("flap.metrik=IFV", "method flap has no setting 'metrik'"),
+        ("flap.metric=none", "metric is IFV or WIFV or WIFN"),
+        ("nothing=1", "--set takes METHOD.NAME=VALUE"),
+        ("sleb.num_tokens=1", "--set takes METHOD.NAME=VALUE"),
+    ],
+)
+def test_wrong_settings_are_found_before_any_work(
+    pair: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--target", "host_cpu", "--budget", "80%", "--methods", "flap", "--out", tmp_path / "out")
+    assert call(compare.main, *arguments, "--set", pair) == 2
+    assert message in last_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_are_listed_with_their_sources(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(compare.main, "--list-methods") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(METHODS)
+    assert all("arXiv" in line or "this project" in line for line in lines)
+
+
 def test_models_are_dropped_unless_kept(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
     arguments = ("--budget", "80%", "--methods", "magnitude", "--recover", "none")
     compare_tiny(checkpoint, corpus, tmp_path / "dropped", *arguments)
@@ -111,6 +167,13 @@ def test_best_method_comes_first() -> None:
     made = [Row(method=name, budget="70%", kl=kl, status="kept") for name, kl in (("a", 2.0), ("b", 1.0))]
     lines = [line.split("|")[1].strip() for line in markdown(made).splitlines() if line.startswith("|")]
     assert lines == ["method", "---", "b", "a"]
+
+
+def test_less_text_than_published_is_named() -> None:
+    made = [Row(method=name, budget="70%", calibration_tokens=16_384) for name in ("flap", "wanda_sp", "loraprune")]
+    *_, note = markdown(made).splitlines()
+    assert "the same 16,384 tokens; published with more: flap (131,072); trained on them" in note
+    assert "wanda_sp" not in note
 
 
 def test_json_on_standard_output_is_json_alone(

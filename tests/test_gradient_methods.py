@@ -12,11 +12,12 @@ from torch.testing import assert_close
 from dilap.anatomy import decoder_layers, family_of
 from dilap.methods.adapters import Adapters, matrices_of
 from dilap.methods.compresso import Compresso, _Gates, lagrangian, open_probability, sampled
-from dilap.methods.llm_pruner import LlmPruner, element_scores, gradients_of, loss_of, paired, reduced
+from dilap.methods.llm_pruner import LlmPruner, element_scores, gradients_of, paired, reduced
 from dilap.methods.loraprune import LoraPrune, estimated_gradient, faded, removals
 from dilap.methods.method import PruneTask
 from dilap.space import Space
 from dilap.target import Target
+from dilap.teacher import next_token_loss
 from dilap.text import Calibration
 from dilap.types import Architecture, LayerWidths
 
@@ -127,10 +128,10 @@ def test_gradients_are_those_of_the_mean_loss(per_sequence: bool) -> None:
     task = tiny_task(tiny_model("llama"))
     found = gradients_of(task, per_sequence=per_sequence)
     weight = decoder_layers(task.model)[1].get_parameter("mlp.up_proj.weight").requires_grad_(True)
-    (expected,) = torch.autograd.grad(loss_of(task.model, task.text.train), [weight])
+    (expected,) = torch.autograd.grad(next_token_loss(task.model, task.text.train), [weight])
     assert_close(found.means["1.mlp.up_proj"], expected, rtol=1e-3, atol=1e-6)
     if per_sequence:
-        parts = [torch.autograd.grad(loss_of(task.model, row[None]), [weight])[0] for row in task.text.train]
+        parts = [torch.autograd.grad(next_token_loss(task.model, row[None]), [weight])[0] for row in task.text.train]
         assert_close(found.squares["1.mlp.up_proj"], torch.stack(parts).square().mean(0), rtol=1e-3, atol=1e-8)
 
 

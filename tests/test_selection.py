@@ -93,8 +93,8 @@ def test_puzzle_scores_are_those_of_single_replacements(objective: Any) -> None:
     seen: list[tuple[list[list[float]], Any]] = []
 
     class Watched(Puzzle):
-        def scores(self, task: Any, asked: Any) -> list[list[float]]:
-            found = super().scores(task, asked)
+        def scores(self, task: Any, asked: Any, *, name: str) -> list[list[float]]:
+            found = super().scores(task, asked, name=name)
             seen.append((found, asked))
             expected = asked.evaluator.kl((*(0,) * 3, 2, *(0,) * 6))
             if objective == "kl":

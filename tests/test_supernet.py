@@ -1,5 +1,7 @@
 """The supernet computes what shrunk models compute, and its curvature is that of the real KL."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from models import FAMILIES, logits, plan_at, projections, random_tokens, tiny_model, tiny_net
@@ -9,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dilap.shrink import shrink_
 from dilap.supernet import Supernet, linearise
-from dilap.teacher import Teacher, final_hidden, perplexity
+from dilap.teacher import Teacher, final_hidden, next_token_loss, perplexity
 
 TOKENS = random_tokens(4, 12)
 OTHERS = random_tokens(3, 12, seed=1)
@@ -52,6 +54,7 @@ def test_teacher_kl_is_that_of_the_full_logits(family: str) -> None:
     teacher = Teacher.of(model, OTHERS)
     _, net = tiny_net(model, TOKENS)
     found = net.kl(teacher, MIXED)
+    net.set(MIXED)
     assert found == pytest.approx(kl_from_logits(dense, logits(model, OTHERS)), rel=1e-4)
     assert found > 0.01
 
@@ -87,6 +90,37 @@ def test_perplexity_is_that_of_the_loss_of_transformers() -> None:
     model = tiny_model("llama")
     loss = model(input_ids=TOKENS, labels=TOKENS).loss
     assert perplexity(model, TOKENS) == pytest.approx(float(loss.exp()), rel=1e-4)
+
+
+def test_next_token_loss_and_its_gradient_are_those_of_transformers() -> None:
+    found, expected = tiny_model("llama"), tiny_model("llama")
+    loss = next_token_loss(found, TOKENS)
+    loss.backward()
+    other = expected(input_ids=TOKENS, labels=TOKENS).loss
+    other.backward()
+    assert_close(loss, other, rtol=1e-4, atol=0)
+    for name in ("layers.0.self_attn.q_proj", "layers.2.mlp.down_proj"):
+        mine, theirs = (model.model.get_submodule(name).weight.grad for model in (found, expected))
+        assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+
+
+@torch.no_grad()
+def test_scores_are_kl_and_perplexity_in_one_pass() -> None:
+    model = tiny_model("llama")
+    teacher = Teacher.of(model, TOKENS)
+    assert teacher.perplexity == pytest.approx(perplexity(model, TOKENS), rel=1e-5)
+    tiny_net(model, OTHERS)[1].set(MIXED)
+    scores = teacher.scores(model)
+    assert scores.kl == teacher.kl(model)
+    assert scores.perplexity == pytest.approx(perplexity(model, TOKENS), rel=1e-5)
+
+
+def test_teacher_is_asked_once(tmp_path: Path) -> None:
+    path, model = tmp_path / "teacher.safetensors", tiny_model("llama")
+    first = Teacher.once(path, model, TOKENS)
+    again = Teacher.once(path, None, TOKENS)
+    assert torch.equal(first.mean_embedding, again.mean_embedding)
+    assert again.kl(model) == first.kl(model)
 
 
 def toy(*, length: int) -> tuple[Supernet, Teacher, PreTrainedModel]:

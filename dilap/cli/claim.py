@@ -12,7 +12,7 @@ from dilap.profilers.profiler import budget_share, is_shown, speedup
 from dilap.recover import distil
 from dilap.shrink import shrink_
 from dilap.source import save_checkpoint
-from dilap.teacher import Teacher, perplexity
+from dilap.teacher import Teacher
 from dilap.text import Calibration, EvaluationText, evaluation_text
 from dilap.types import Artifact, Measurement
 
@@ -36,7 +36,7 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration) -> Prun
     write_json(workspace.folder / "plan.json", encode(plan))
     with workspace.stage("score the dense model"):
         exam = _exam(stages, text)
-        lessons = Teacher.of(source.model, text.train) if stages.options.recovery.mode != "none" else None
+        lessons = stages.teacher("training", text.train) if stages.options.recovery.mode != "none" else None
     shrink_(source.model, plan, parameters=pruned.parameters)
     source.model.config.dilap_plan = plan.digest
     with workspace.stage("score the pruned model"):
@@ -67,11 +67,12 @@ def _exam(stages: Stages, calibration: Calibration) -> _Exam:
         num_sequences=options.evaluation_sequences,
         length=options.calibration.sequence_length,
     )
+    reference = stages.teacher("unseen", text.tokens)
     return _Exam(
         text=text,
-        reference=Teacher.of(source.model, text.tokens),
-        validation=Teacher.of(source.model, calibration.validation),
-        dense=_scored(text, kl=0.0, perplexity=perplexity(source.model, text.tokens)),
+        reference=reference,
+        validation=stages.teacher("validation", calibration.validation),
+        dense=_scored(text, kl=0.0, perplexity=reference.perplexity),
     )
 
 
@@ -89,7 +90,8 @@ def _recover_(stages: Stages, lessons: Teacher) -> None:
 
 
 def _quality(exam: _Exam, model: PreTrainedModel) -> Quality:
-    return _scored(exam.text, kl=exam.reference.kl(model), perplexity=perplexity(model, exam.text.tokens))
+    scores = exam.reference.scores(model)
+    return _scored(exam.text, kl=scores.kl, perplexity=scores.perplexity)
 
 
 def _scored(text: EvaluationText, *, kl: float, perplexity: float) -> Quality:

@@ -1,14 +1,17 @@
 """dilap-compare: every method at the same measured latency, before and after the same recovery."""
 
 import argparse
+import copy
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dilap import methods
 from dilap.cli import arguments, comparison, console
 from dilap.cli.comparison import Row
 from dilap.cli.console import Console
@@ -21,12 +24,15 @@ from dilap.types import Budget
 
 if TYPE_CHECKING:
     from dilap.cli.stages import JobOptions
+    from dilap.source import Source
 
 _LARGE = ("checkpoint", "artifact")  # of a run's folder, dropped when its numbers are known
 _NOT_COMPARED = ("equal_widths",)  # DiLAP itself where a runtime needs equal widths
 _EXAMPLES = """\
   dilap-compare --target host_cpu --budget 85% 70% 55% --methods all
   dilap-compare --target host_cpu --budget 70% --methods dilap flap sleb my_module:MyMethod --recover lora
+  dilap-compare --target host_cpu --budget 70% --methods flap loraprune --set flap.metric=WIFN --set loraprune.steps=50
+  dilap-compare --list-methods
 A killed comparison goes on where it stopped when the same command is given again; failed methods are tried again."""
 
 
@@ -46,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     arguments.add_model(made)
     made.add_argument("--out", metavar="DIR", help="the comparison's folder (runs/compare-MODEL-TARGET)")
+    made.add_argument(
+        "--set", action="append", default=[], metavar="METHOD.NAME=VALUE", help="a setting of a method; repeat for more"
+    )
+    made.add_argument("--list-methods", action=_ListMethods, nargs=0, help="what they do, and their sources")
     made.add_argument("--keep-models", action="store_true", help="keep every checkpoint and artifact")
     made.add_argument("--json", action="store_true", help="print compare.json")
     arguments.add_devices(made)
@@ -55,23 +65,30 @@ def _parser() -> argparse.ArgumentParser:
     return made
 
 
+class _ListMethods(argparse.Action):
+    """Prints the methods and leaves, like --version."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        width = max(map(len, METHODS))
+        print("\n".join(f"{name:{width}}  {methods.SOURCES[name]}" for name in METHODS))
+        parser.exit()
+
+
 def _command() -> int:
     given = _parser().parse_args()
     budgets = [Budget.parse(text, statistic=given.stat) for text in given.budget]
     names = _names(given.methods)
+    settings = _settings(given.set, names)
     devices = arguments.devices_of(given, given.target)
     base = job_options(given, device=devices[0], budget=budgets[0])
     name = Path(given.model).name.removesuffix(".gguf")
     out = arguments.new_path(given.out or f"runs/compare-{name}-{given.target}")
-    screen = Console()
-    _open(out, base)
-    jobs = [replace(base, budget=budget, method=method) for budget in budgets for method in names]
-    rows: list[Row] = []
-    with screen.bar("compare", total=len(jobs), unit="run") as bar:
-        for row in _rows(jobs, devices, out, screen, keep_models=given.keep_models):
-            rows.append(row)
-            comparison.write(out, rows)
-            bar.update(1)
+    jobs = [
+        replace(base, budget=budget, method=method, settings=settings[method]) for budget in budgets for method in names
+    ]
+    _open(out, base, settings)
+    runs = _Runs(model=given.model, devices=devices, out=out, screen=Console(), keep_models=given.keep_models)
+    rows = runs.rows(jobs)
     if given.json:
         json.dump(comparison.document(rows), sys.stdout, indent=1)
     else:
@@ -89,9 +106,35 @@ def _names(asked: Sequence[str]) -> list[str]:
     return list(asked)
 
 
-def _open(out: Path, base: "JobOptions") -> None:
-    """Start, or go on with a comparison of the same options. Raises InvalidInput for another's folder."""
+def _settings(pairs: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Of every method: `name=value` for all that have a setting of that name, `METHOD.name=value` for one.
+
+    Raises InvalidInput for what no method has, before hours are spent.
+    """
+    found: dict[str, dict[str, str]] = {name: {} for name in names}
+    known = {name: methods.settings_of(name) for name in names}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        method, _, setting = key.rpartition(".")
+        chosen = [method] if method else [name for name in names if setting in known[name]]
+        if not equals or not chosen or not set(chosen) <= set(names):
+            raise InvalidInput(
+                f"--set takes METHOD.NAME=VALUE, or NAME=VALUE of a setting that some have, got {pair!r}"
+            )
+        for name in chosen:
+            found[name][setting] = value
+    for name in names:
+        methods.get(name, found[name])
+    return found
+
+
+def _open(out: Path, base: "JobOptions", settings: Mapping[str, Mapping[str, str]]) -> None:
+    """Start, or go on with a comparison of the same options, other budgets and methods perhaps.
+
+    Raises InvalidInput for another's folder.
+    """
     options = {key: value for key, value in asdict(base).items() if key not in ("budget", "method", "settings")}
+    options["settings"] = {name: chosen for name, chosen in settings.items() if chosen}
     path = out / "shared" / "identity.json"
     if not path.exists():
         write_json(path, options)
@@ -99,38 +142,78 @@ def _open(out: Path, base: "JobOptions") -> None:
         raise InvalidInput(f"{out} holds a comparison with other options; remove it or choose another --out")
 
 
-def _rows(
-    jobs: Sequence["JobOptions"], devices: Sequence[Device], out: Path, screen: Console, *, keep_models: bool
-) -> Iterator[Row]:
-    for number, options in enumerate(jobs, start=1):
+@dataclass(frozen=True, kw_only=True)
+class _Runs:
+    """The runs of a comparison, in folders below `out`; what they have in common is in `out`/shared."""
+
+    model: str
+    devices: Sequence[Device]
+    out: Path
+    screen: Console
+    keep_models: bool
+
+    @cached_property
+    def _dense(self) -> "Source":
+        from dilap.source import load
+
+        return load(self.model)
+
+    def rows(self, jobs: Sequence["JobOptions"]) -> list[Row]:
+        """All rows, those of earlier sittings included; the tables are written anew after each."""
+        rows: list[Row] = []
+        known = sum(self._row_file(options).exists() for options in jobs)
+        if known:
+            self.screen.say(f"going on: {known} of {len(jobs)} runs are done")
+        with self.screen.bar("compare", total=len(jobs), unit="run") as bar:
+            bar.initial = known  # for the time that is left: known rows take none
+            for number, options in enumerate(jobs, start=1):
+                if not self._row_file(options).exists():
+                    self.screen.say(f"\n=== {number} of {len(jobs)}: {options.method} at {options.budget} ===")
+                rows.append(self._row(options))
+                comparison.write(self.out, rows)
+                bar.update(1)
+        if all(row.error is None for row in rows) and not self.keep_models:
+            shutil.rmtree(self.out / "shared" / "methods", ignore_errors=True)  # gigabytes that no run will ask for
+        return rows
+
+    def _row_file(self, options: "JobOptions") -> Path:
         budget = str(options.budget).replace("%", "pct")
-        folder = out / "runs" / budget / options.method.replace(":", ".")
-        if not (folder / "row.json").exists():
-            screen.say(f"\n=== {number} of {len(jobs)}: {options.method} at {options.budget} ===")
-            row = _run(options, devices, folder, out, screen)
-            if row.error is not None:
-                screen.say(f"{options.method} failed: {row.error}")
-                yield row
-                continue
-            write_json(folder / "row.json", encode(row))
-            for name in () if keep_models else _LARGE:
-                shutil.rmtree(folder / name, ignore_errors=True)
-        yield decode(Row, read_json(folder / "row.json"), source=str(folder / "row.json"))
+        return self.out / "runs" / budget / options.method.replace(":", ".") / "row.json"
 
+    def _row(self, options: "JobOptions") -> Row:
+        path = self._row_file(options)
+        if path.exists():
+            return decode(Row, read_json(path), source=str(path))
+        row = self._run(options, path.parent)
+        if row.error is not None:
+            self.screen.say(f"{options.method} failed: {row.error}")
+            return row
+        write_json(path, encode(row))
+        for name in () if self.keep_models else _LARGE:
+            shutil.rmtree(path.with_name(name), ignore_errors=True)
+        return row
 
-def _run(options: "JobOptions", devices: Sequence[Device], folder: Path, out: Path, screen: Console) -> Row:
-    from dilap.cli.job import prune  # torch and transformers: seconds that bad input should not cost
+    def _run(self, options: "JobOptions", folder: Path) -> Row:
+        from dilap.cli.job import prune  # torch and transformers: seconds that bad input should not cost
 
-    try:
-        if folder.exists():  # killed between the result and its row
-            shutil.rmtree(folder)
-        result = prune(options, devices=devices, out=folder, console=screen, shared=out / "shared")
-    except Exception as error:  # one method's failure, a user's own included, must not lose the others
-        text = (str(error) or type(error).__name__).splitlines()[0]
-        return Row(method=options.method, budget=str(options.budget), error=text)
-    if result is None:
-        return Row(method=options.method, budget=str(options.budget), error="the dense model keeps this budget")
-    return comparison.row_of(result)
+        source = replace(self._dense, model=copy.deepcopy(self._dense.model))  # the run will shrink it
+        try:
+            if folder.exists():  # killed between the result and its row
+                shutil.rmtree(folder)
+            result = prune(
+                options,
+                devices=self.devices,
+                out=folder,
+                console=self.screen,
+                shared=self.out / "shared",
+                source=source,
+            )
+        except Exception as error:  # one method's failure, a user's own included, must not lose the others
+            text = (str(error) or type(error).__name__).splitlines()[0]
+            return Row(method=options.method, budget=str(options.budget), error=text)
+        if result is None:
+            return Row(method=options.method, budget=str(options.budget), error="the dense model keeps this budget")
+        return comparison.row_of(result)
 
 
 def main() -> None:

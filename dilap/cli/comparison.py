@@ -9,6 +9,7 @@ from typing import Any
 
 from dilap.cli.result import PruneResult
 from dilap.codec import write_json, written_aside
+from dilap.methods import PUBLISHED_TOKENS, TRAINED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +37,11 @@ class Row:
     peak_memory_bytes: int | None = None
     pruning_seconds: float | None = None
     pruning_peak_memory_bytes: int | None = None
+    calibration_tokens: int | None = None
 
 
 def row_of(result: PruneResult) -> Row:
-    pruned, recovered = result.pruned, result.recovery != "none"
+    pruned, recovered, text = result.pruned, result.recovery != "none", result.options["calibration"]
     return Row(
         method=result.method,
         budget=str(result.budget),
@@ -58,6 +60,7 @@ def row_of(result: PruneResult) -> Row:
         peak_memory_bytes=pruned.measurement.peak_memory_bytes,
         pruning_seconds=result.pruning_seconds,
         pruning_peak_memory_bytes=result.pruning_peak_memory_bytes,
+        calibration_tokens=text["train_sequences"] * text["sequence_length"],
     )
 
 
@@ -86,7 +89,23 @@ def _csv(rows: Sequence[Row]) -> str:
 def markdown(rows: Sequence[Row]) -> str:
     """One table a budget, the best KL after recovery first; methods that failed at the end, with the reason."""
     budgets = list(dict.fromkeys(row.budget for row in rows))
-    return "\n".join(_table(budget, [row for row in rows if row.budget == budget]) for budget in budgets)
+    tables = [_table(budget, [row for row in rows if row.budget == budget]) for budget in budgets]
+    return "\n".join([*tables, *_notes(rows)])
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """What a reader has to know to compare the rows."""
+    shared = "What does not depend on the budget is computed once: its seconds are in the row that asked first."
+    sizes = {row.calibration_tokens for row in rows if row.calibration_tokens}
+    if len(sizes) != 1:
+        return [shared]
+    (tokens,), names = sizes, dict.fromkeys(row.method for row in rows)
+    fewer = [f"{name} ({PUBLISHED_TOKENS[name]:,})" for name in names if PUBLISHED_TOKENS.get(name, 0) > tokens]
+    trained = [name for name in names if name in TRAINED]
+    text = f"Calibrated on the same {tokens:,} tokens"
+    text += f"; published with more: {', '.join(fewer)}" if fewer else ""
+    text += f"; trained on them instead of a corpus: {', '.join(trained)}" if trained else ""
+    return [f"{shared} {text}."]
 
 
 def _table(budget: str, rows: Sequence[Row]) -> str:

@@ -1,6 +1,5 @@
 """The main job: model and budget in, a measured smaller model out."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,22 +19,29 @@ from dilap.errors import DilapError
 from dilap.methods.method import Method
 from dilap.profilers.devices import Device
 from dilap.profilers.search_space import Layout, default_layout, describe, require_layout
-from dilap.source import load
+from dilap.source import Source, load
 
 
 def prune(
-    options: JobOptions, *, devices: Sequence[Device], out: Path, console: Console, shared: Path | None = None
+    options: JobOptions,
+    *,
+    devices: Sequence[Device],
+    out: Path,
+    console: Console,
+    shared: Path | None = None,
+    source: Source | None = None,
 ) -> PruneResult | None:
     """Run the whole job into `out`; None where the dense model already keeps the budget (nothing is written).
 
     The first of `devices` is the target; the others are of its kind and share the work of the latency table. `shared`
-    is a folder for what several jobs have in common.
+    is a folder for what several jobs have in common; `source` the model of the options, if it is loaded already: the
+    job changes it.
     """
     workspace = Workspace(out, console, shared=shared)
     kind = EstimatedBench if options.estimate else Bench
     bench = kind.of(devices, options.backend, options.workload, console, force=options.force)
     with workspace.stage("load the model"):
-        source = load(options.model)
+        source = source or load(options.model)
     architecture = architecture_of(source.model)
     backends.require_loadable(bench.backend, architecture, precision=options.workload.precision)
     layout = _layout(options, bench.backend, architecture.family)
@@ -67,8 +73,6 @@ def _run(stages: Stages, method: Method, layout: Layout) -> PruneResult | None:
 
 def _method(options: JobOptions, layout: Layout) -> Method:
     """The method asked for; DiLAP's has a search of its own for equal widths. Raises InvalidInput."""
-    if ":" in options.method and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a user's own method lies where the command is given
     name = "equal_widths" if layout == "uniform" and options.method == "dilap" else options.method
     method: Method = methods.get(name, options.settings)
     return method

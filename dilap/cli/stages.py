@@ -5,7 +5,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+import torch
 
 from dilap.anatomy import architecture_of
 from dilap.backends import host
@@ -14,7 +14,7 @@ from dilap.cli.bench import Bench
 from dilap.cli.console import Console
 from dilap.cli.estimated_bench import EstimatedBench
 from dilap.cli.workspace import Workspace
-from dilap.codec import digest, written_aside
+from dilap.codec import decode, digest, encode, read_json, write_json
 from dilap.errors import Infeasible, Mismatch
 from dilap.methods.method import LevelOptions, Method, Pruned, PruneTask
 from dilap.profilers.fit import LatencyModel
@@ -27,8 +27,10 @@ from dilap.recover import RecoveryOptions
 from dilap.source import Source
 from dilap.space import Space, WidthRules
 from dilap.target import Target, uses_well
+from dilap.teacher import Teacher
+from dilap.tensor_file import load_tensors, save_tensors
 from dilap.text import Calibration, CalibrationOptions, calibration
-from dilap.types import Architecture, Artifact, Budget, Plan, Workload, full_plan
+from dilap.types import Architecture, Artifact, Budget, Measurement, Plan, Workload, full_plan
 
 _AIM = 0.985  # of the limit: a table is right to 1-2 %, and a budget missed by 0.1 % is missed
 _MAX_TABLE_ERROR = 0.10
@@ -117,7 +119,7 @@ class Stages:
     ) -> Goal | None:
         budget = self.options.budget
         with self.workspace.stage("measure the dense model"):
-            dense_seconds = self.bench.measure([self.workspace.dense / dense.path])[0].seconds(budget.statistic)
+            dense_seconds = self._dense_measurement(dense).seconds(budget.statistic)
         scale = dense_seconds / space.seconds(space.dense)  # the table's day against this one
         floor, fastest = scale * space.fixed_seconds, scale * space.seconds(space.fastest)
         limit = budget.limit_seconds(dense_seconds=dense_seconds)
@@ -149,6 +151,12 @@ class Stages:
             fastest_seconds=fastest,
         )
 
+    def _dense_measurement(self, dense: Artifact) -> Measurement:
+        path = self.workspace.common / "dense-latency.json"
+        if not path.exists():
+            write_json(path, encode(self.bench.measure([self.workspace.dense / dense.path])[0]))
+        return decode(Measurement, read_json(path), source=str(path))
+
     def _latency_model(self, dense: Artifact) -> LatencyModel:
         if isinstance(self.bench, EstimatedBench):
             return self.bench.latency_model(dense.architecture)
@@ -169,7 +177,7 @@ class Stages:
         return model
 
     def calibration(self) -> Calibration:
-        options, path = self.options.calibration, self.workspace.calibration
+        options, path = self.options.calibration, self.workspace.common / "calibration.safetensors"
         count = options.train_sequences + options.validation_sequences + self._recovery_sequences
         if not path.exists():
             total = count * options.sequence_length
@@ -178,10 +186,13 @@ class Stages:
                 self.console.bar("calibration", total=total, unit="tok") as bar,
             ):
                 text = calibration(self.source.model, self.source.tokenizer, self._text_options, progress=bar.update)
-                with written_aside(path) as temporary:
-                    save_file({"train": text.train.contiguous(), "validation": text.validation.contiguous()}, temporary)
-        tensors = load_file(path)
+                save_tensors(path, {"train": text.train, "validation": text.validation})
+        tensors = load_tensors(path)
         return Calibration(name=options.source, train=tensors["train"], validation=tensors["validation"])
+
+    def teacher(self, name: str, tokens: torch.Tensor) -> Teacher:
+        """What the dense model says about a text, asked once."""
+        return Teacher.once(self.workspace.methods / f"teacher-{name}.safetensors", self.source.model, tokens)
 
     @property
     def _recovery_sequences(self) -> int:
@@ -227,7 +238,7 @@ class Stages:
             rules=goal.rules,
             levels=self.options.levels,
             tokenizer=self.source.tokenizer,
-            cache=self.workspace.cache,
+            cache=self.workspace.methods,
             seed=self.options.seed,
             bar=self.console.bar,
             report=self.console.say,
@@ -240,7 +251,7 @@ class Stages:
         """
         stem, used = f"widths-{digest(asdict(architecture))[:16]}", 0.0
         for name, final in ((stem, False), (f"{stem}-again", True)):
-            path = self.workspace.cache / f"{name}.json"
+            path = self.workspace.common / f"{name}.json"
             with self.workspace.stage(_MEASURE):
                 both = self.bench.measure_widths(self.workspace.dense / dense.path, architecture, path, final=final)
             used = budget_share(self.options.budget, *both)

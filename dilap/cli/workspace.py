@@ -15,7 +15,8 @@ from dilap.errors import InvalidInput
 class Workspace:
     """A killed run leaves its folder behind; the same run started again goes on in it.
 
-    Runs of one comparison have a `shared` folder for what is the same in all of them: calibration text, dense artifact.
+    Runs of one comparison have a `shared` folder for what is the same in all of them: calibration text, the dense model
+    and what it says, whatever of the methods does not depend on the budget.
     """
 
     def __init__(self, out: Path, console: Console, *, shared: Path | None = None) -> None:
@@ -24,7 +25,8 @@ class Workspace:
         self.out, self.console = out, console
         self.folder = out.with_name(f".{out.name}.unfinished")
         self.cache = self.folder / "cache"  # what only a later stage of the same run reads
-        self.calibration = (shared or self.cache) / "calibration.safetensors"
+        self.common = shared or self.cache
+        self.methods = self.common / "methods"
         self.dense = (shared or self.folder) / "dense"
         self.stage_seconds: dict[str, float] = {}
         self.is_continued = False

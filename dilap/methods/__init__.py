@@ -33,6 +33,30 @@ SEARCHES = {
     "uniform": "dilap.methods.uniform:search",
     "layer_error": "dilap.methods.layer_error:search",
 }
+# What each does, where it comes from, and the licence of its authors' code where that is known. No line of theirs is
+# here: all methods are written from their descriptions.
+SOURCES = {
+    "dilap": "levels of measured latency by a relinearised quadratic model of KL; this project",
+    "equal_widths": "DiLAP for runtimes that need equal widths; this project",
+    "uniform": "equal shares of measured levels; this project",
+    "layer_error": "exact selection on the error of every layer; this project",
+    "magnitude": "norms of weights; FLAP's baseline mag-sp (arXiv 2312.11983, Apache-2.0)",
+    "wanda_sp": "weights times activations; FLAP's structured Wanda (arXiv 2306.11695, MIT)",
+    "flap": "fluctuation of activations, biases make up for the mean (arXiv 2312.11983, Apache-2.0)",
+    "llm_pruner": "weights times gradients, summed over coupled matrices (arXiv 2305.11627, Apache-2.0)",
+    "loraprune": "gradients of adapters, pruned while they train (arXiv 2305.18403, non-commercial)",
+    "compresso": "hard-concrete gates trained with adapters (arXiv 2310.05015)",
+    "ziplm": "optimal brain surgery, levels by SPDY's search (arXiv 2302.04089 and 2201.09096, no code)",
+    "puzzle": "scores of single replaced blocks, exact selection (arXiv 2411.19146, Apache-2.0)",
+    "shortgpt": "layers by block influence (arXiv 2403.03853; angular: 2403.17887)",
+    "sleb": "layers tried one by one (arXiv 2402.09025, MIT)",
+    "sprint": "sublayers by damage a second, the next network tuned (arXiv 2506.03510, research only)",
+    "llm_streamline": "a window of layers replaced by a trained one (arXiv 2403.19135)",
+}
+# Tokens that the authors calibrate on, where they say so and need no training: 1,024 sequences of 128, Puzzle's 16 of
+# 8,192, SPRINT's 128 of 2,048. What the others read is in their docstrings.
+PUBLISHED_TOKENS = {"wanda_sp": 16_384, "flap": 131_072, "llm_pruner": 640, "puzzle": 131_072, "sprint": 262_144}
+TRAINED = ("loraprune", "compresso", "llm_streamline")  # by their authors on corpora of their own
 _NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -43,12 +67,22 @@ def get(name: str, settings: Mapping[str, str] = _NO_SETTINGS, *, table: Mapping
 
     Raises InvalidInput for an unknown name, setting or value.
     """
-    found = registry.own(name, kind="method") if ":" in name else registry.get(table or METHODS, name, kind="method")
+    found = _find(name, table or METHODS)
     if isinstance(found, type):
         return found(**_values(found, name, settings))
     if settings:
         raise InvalidInput(f"method {name} has no settings, got {', '.join(settings)}")
     return found
+
+
+def settings_of(name: str) -> list[str]:
+    """The names of a method's settings. Raises InvalidInput for an unknown method."""
+    found = _find(name, METHODS)
+    return [field.name for field in fields(found)] if is_dataclass(found) else []
+
+
+def _find(name: str, table: Mapping[str, str]) -> Any:
+    return registry.own(name, kind="method") if ":" in name else registry.get(table, name, kind="method")
 
 
 def _values(kind: type, name: str, settings: Mapping[str, str]) -> dict[str, Any]:

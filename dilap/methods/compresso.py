@@ -10,9 +10,9 @@ from torch import nn
 
 from dilap.anatomy import family_of, sublayers
 from dilap.methods.adapters import Adapters, shuffled
-from dilap.methods.llm_pruner import loss_of
 from dilap.methods.method import Pruned, PruneTask
 from dilap.methods.units import unit_group
+from dilap.teacher import next_token_loss
 from dilap.types import Plan
 
 _LOW, _HIGH, _TEMPERATURE = -0.1, 1.1, 2 / 3
@@ -124,7 +124,8 @@ class _Gates:
                     target = final * min(1.0, step / max(1.0, options.steps / 2))
                     for optimizer in optimizers:
                         optimizer.zero_grad()
-                    (loss_of(self.task.model, batch) + lagrangian(self.sparsity(), target, multipliers)).backward()
+                    loss = next_token_loss(self.task.model, batch)
+                    (loss + lagrangian(self.sparsity(), target, multipliers)).backward()
                     for optimizer in optimizers:
                         optimizer.step()
                     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ from dilap.anatomy import Sublayer, sublayers
 from dilap.errors import Unsupported
 from dilap.methods.method import Pruned, PruneTask
 from dilap.methods.units import by_unit, out_statistics, removed_columns, unit_group
+from dilap.tensor_file import Tensors
 from dilap.types import Architecture, Plan
 from dilap.walk import InputStatistics, walk
 
@@ -91,28 +92,35 @@ class Flap:
         return Pruned(plan=plan, parameters=findings.biases(plan) if self.compensate else {})
 
     def _findings(self, task: PruneTask) -> "_Findings":
-        """Metrics and means of all units, from one dense pass."""
-        found = _Findings()
-        total = task.num_layers * task.text.train.numel()
-        with task.bar("FLAP", total=total, unit="tok") as bar:
+        """Metrics and means of all units."""
+        outs, found = list(sublayers(task.model)), task.once("flap", lambda: self._collected(task))
+        return _Findings(
+            sublayers=outs,
+            metrics=[found[f"{one.name}.metric"] for one in outs],
+            means=[found[f"{one.name}.mean"] for one in outs],
+        )
+
+    def _collected(self, task: PruneTask) -> Tensors:
+        """From one dense pass."""
+        found: dict[str, torch.Tensor] = {}
+        with task.bar("FLAP", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
             outs = list(sublayers(task.model))
             for step in walk(task.model, task.text.train, progress=bar.update):
                 for one in (one for one in outs if one.layer == step.index):
                     statistics = out_statistics(step, one)
                     squared = one.kind == "attention"
-                    found.sublayers.append(one)
-                    found.means.append(statistics.mean.float())
-                    found.metrics.append(metric_of(self.metric, one.out.weight, statistics, squared=squared))
+                    found[f"{one.name}.mean"] = statistics.mean.float()
+                    found[f"{one.name}.metric"] = metric_of(self.metric, one.out.weight, statistics, squared=squared)
         return found
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class _Findings:
     """What the dense pass told of every sublayer: metric and mean of every input of its output projection."""
 
-    sublayers: list[Sublayer] = field(default_factory=list)
-    metrics: list[torch.Tensor] = field(default_factory=list)
-    means: list[torch.Tensor] = field(default_factory=list)
+    sublayers: list[Sublayer]
+    metrics: list[torch.Tensor]
+    means: list[torch.Tensor]
 
     def plan(self, flap: Flap, task: PruneTask, ratio: float) -> Plan:
         """The plan of one of the structures whose knob is the share of the weights, `ratio`."""

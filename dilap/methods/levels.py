@@ -1,9 +1,10 @@
 """Methods that choose one measured level per sublayer: a library, a search over it, a closed-form refit at the end."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from dilap.allocation import Config
+from dilap.codec import digest
 from dilap.evaluator import Evaluator
 from dilap.library import LevelFit, LibraryOptions, build_library
 from dilap.library_file import load_library, save_library
@@ -20,10 +21,9 @@ Library = list[list[LevelFit]]
 
 def prune_by_levels(task: PruneTask, search: Search) -> Pruned:
     """The config that `search` finds, corrected by its measured latency, every projection refitted in order."""
-    library = level_library(task, build_for(task.levels.library), name="library")
-    net = Supernet(task.model, library)
-    teacher = Teacher.of(task.model, task.text.validation)
-    found = search_levels(task, search, net, teacher)
+    library, name = compensated_library(task, task.levels.library)
+    net, teacher = Supernet(task.model, library), validation_teacher(task)
+    found = search_levels(task, search, net, teacher, journal=f"journal-{name}")
     with task.bar("refit", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
         refit = best_refit(
             net, found.config, task.text.train, teacher=teacher, options=task.levels.refit, progress=bar.update
@@ -33,19 +33,17 @@ def prune_by_levels(task: PruneTask, search: Search) -> Pruned:
     return Pruned(plan=plan_at(task, library, found.config), parameters=parameters)
 
 
-def prune_by_library(task: PruneTask, search: Search, library: Library, *, journal: str) -> Pruned:
-    """The config that `search` finds, with the library's own projections. `journal` names this library's answers."""
+def prune_by_library(task: PruneTask, search: Search, library: Library, *, name: str) -> Pruned:
+    """The config that `search` finds, with the library's own projections; `name` is the library's."""
     net = Supernet(task.model, library)
-    found = search_levels(task, search, net, Teacher.of(task.model, task.text.validation), journal=journal)
+    found = search_levels(task, search, net, validation_teacher(task), journal=f"journal-{name}")
     fits = {one.path: levels[level] for one, levels, level in zip(net.sublayers, library, found.config, strict=True)}
     parameters = {f"{path}.weight": fit.weight for path, fit in fits.items() if len(fit.columns)}
     return Pruned(plan=plan_at(task, library, found.config), parameters=parameters)
 
 
-def search_levels(
-    task: PruneTask, search: Search, net: Supernet, teacher: Teacher, *, journal: str = "journal"
-) -> SearchResult:
-    """What `search` finds within the target's limit; `net` is left dense.
+def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teacher, *, journal: str) -> SearchResult:
+    """What `search` finds within the target's limit; `net` is left dense. `journal` names the library's answers.
 
     A corrected limit starts from the result before it and is not polished again: of 10 more moves at most one was kept.
     """
@@ -76,25 +74,32 @@ def search_levels(
     return found
 
 
-def level_library(task: PruneTask, build: Callable[[PruneTask], Library], *, name: str) -> Library:
-    """Every level made concrete by `build`; kept in the task's cache under `name`."""
+def level_library(task: PruneTask, build: Callable[[PruneTask], Library], *, name: str) -> tuple[Library, str]:
+    """Every level made concrete by `build`, and the name under which the task's cache has it: `name` and the levels."""
+    name = f"{name}-{digest([[asdict(level) for level in choice.levels] for choice in task.space.choices])[:8]}"
     path = None if task.cache is None else task.cache / f"{name}.safetensors"
     if path is not None and path.exists():
-        return load_library(path)
+        return load_library(path), name
     library = build(task)
     if path is not None:
         save_library(path, library)
-    return library
+    return library, name
 
 
-def build_for(options: LibraryOptions) -> Callable[[PruneTask], Library]:
-    """Builds the compensated library on the training split."""
+def compensated_library(task: PruneTask, options: LibraryOptions) -> tuple[Library, str]:
+    """The library of these options, built on the training split, and its name: methods of equal options share it."""
 
     def build(task: PruneTask) -> Library:
         with task.bar("library", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
             return build_library(task.model, task.space, task.text.train, options=options, progress=bar.update)
 
-    return build
+    return level_library(task, build, name=f"library-{digest(asdict(options))[:8]}")
+
+
+def validation_teacher(task: PruneTask) -> Teacher:
+    """What the dense model says about the validation split."""
+    path = None if task.cache is None else task.cache / "teacher-validation.safetensors"
+    return Teacher.once(path, task.model, task.text.validation)
 
 
 def plan_at(task: PruneTask, library: Library, config: Config) -> Plan:

@@ -6,13 +6,11 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn import functional
-from transformers import PreTrainedModel
 
 from dilap.anatomy import decoder_layers, family_of
-from dilap.compute import compute_precision
 from dilap.methods.method import Pruned, PruneTask
 from dilap.modeling_dilap import linear_at
+from dilap.teacher import next_token_loss
 from dilap.types import group_name
 
 Variant = Literal["first", "second", "mixed", "vectorize", "l1", "l2"]
@@ -79,6 +77,10 @@ class LlmPruner:
     folded: bool = False
 
     def __call__(self, task: PruneTask) -> Pruned:
+        return Pruned(plan=task.keep_equal_shares(task.once("llm_pruner", lambda: self._all_scores(task))))
+
+    def _all_scores(self, task: PruneTask) -> dict[str, torch.Tensor]:
+        """Of the units of all layers that are touched, by group."""
         found = _Gradients()
         if self.variant not in ("l1", "l2"):
             found = gradients_of(task, per_sequence=self.variant in ("second", "mixed"))
@@ -86,7 +88,7 @@ class LlmPruner:
         scores: dict[str, torch.Tensor] = {}
         for index in range(first, task.num_layers - last):
             scores |= self._scores(task, index, found)
-        return Pruned(plan=task.keep_equal_shares(scores))
+        return scores
 
     def _scores(self, task: PruneTask, index: int, found: "_Gradients") -> dict[str, torch.Tensor]:
         family, head_dim = family_of(task.model.config), task.architecture.head_dim
@@ -137,7 +139,7 @@ def gradients_of(task: PruneTask, *, per_sequence: bool) -> _Gradients:
     try:
         with task.bar("gradients", total=tokens.numel(), unit="tok") as bar:
             for batch in tokens.split(1 if per_sequence else max(1, 1024 // tokens.shape[1])):
-                (loss_of(task.model, batch) * (len(batch) / len(tokens))).backward()
+                (next_token_loss(task.model, batch) * (len(batch) / len(tokens))).backward()
                 _collect(found, weights, share=len(batch) / len(tokens), per_sequence=per_sequence)
                 bar.update(batch.numel())
     finally:
@@ -154,10 +156,3 @@ def _collect(found: _Gradients, weights: dict[str, torch.Tensor], *, share: floa
         if per_sequence:
             found.squares[name] = found.squares.get(name, 0.0) + (weight.grad / share).square() * share
         weight.grad = None
-
-
-def loss_of(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of the next token over a batch (sequences x length), with its graph."""
-    with compute_precision():
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-    return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), batch[:, 1:].reshape(-1))

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from dilap.anatomy import decoder_layers, family_of
 from dilap.compute import batches, compute_precision
-from dilap.methods.llm_pruner import loss_of
 from dilap.methods.method import Pruned, PruneTask
 from dilap.methods.shortgpt import mean_cosine
 from dilap.skipping import layers_replaced
+from dilap.teacher import next_token_loss
+from dilap.tensor_file import Tensors
 from dilap.types import Plan
 from dilap.walk import LayerCall, State, first_of, layer_calls, walk
 
@@ -38,8 +39,7 @@ class Streamline:
     weight_decay: float = 1e-3
 
     def __call__(self, task: PruneTask) -> Pruned:
-        windows = _Windows(task, num_sequences=self.num_scored_sequences)
-        plan = task.target.first(windows.plans())
+        plan = task.target.first(self._plans(task))
         removed = [index for index, widths in enumerate(plan.all_widths()) if widths.is_empty]
         if not removed:
             return Pruned(plan=plan)
@@ -48,6 +48,13 @@ class Streamline:
         prefix = f"{family_of(task.model.config).layers}.{first}."
         parameters = {prefix + name: value.detach() for name, value in trained.named_parameters()}
         return Pruned(plan=plan, parameters=parameters, facts={"replaced_layers": [first, *removed]})
+
+    def _plans(self, task: PruneTask) -> Iterator[Plan]:
+        """A window of n + 1 layers is replaced by its first one, so n are removed."""
+        yield task.without_layers([])
+        starts = task.once("streamline-windows", lambda: best_windows(task, num_sequences=self.num_scored_sequences))
+        for removed, start in enumerate(starts["starts"].tolist(), start=1):
+            yield task.without_layers(range(start + 1, start + 1 + removed))
 
     def _train(self, task: PruneTask, *, first: int, last: int) -> nn.Module:
         """A layer that does the work of the layers from `first` to `last`."""
@@ -82,30 +89,15 @@ class Streamline:
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.steps))))
 
 
-@dataclass
-class _Windows:
-    """The best window of every length."""
-
-    task: PruneTask
-    num_sequences: int
-    states: list[torch.Tensor] = field(default_factory=list)
-
-    def plans(self) -> Iterator[Plan]:
-        """A window of n + 1 layers is replaced by its first one, so n are removed."""
-        yield self.task.without_layers([])
-        self.states = self._states()
-        for removed in range(1, self.task.num_layers):
-            start = best_window(self.states, length=removed + 1)
-            yield self.task.without_layers(range(start + 1, start + 1 + removed))
-
-    def _states(self) -> list[torch.Tensor]:
-        """What enters every layer, and what leaves the last one (before the final norm)."""
-        found: list[torch.Tensor] = []
-        for step in walk(self.task.model, self.task.text.train[: self.num_sequences], roles=()):
-            if not found:
-                found.append(torch.cat(list(step.inputs)))
-            found.append(torch.cat(list(step.outputs)))
-        return found
+def best_windows(task: PruneTask, *, num_sequences: int) -> Tensors:
+    """The first layer of the best window of every length from two layers on (lengths)."""
+    states: list[torch.Tensor] = []  # what enters every layer, and what leaves the last one (before the final norm)
+    for step in walk(task.model, task.text.train[:num_sequences], roles=()):
+        if not states:
+            states.append(torch.cat(list(step.inputs)))
+        states.append(torch.cat(list(step.outputs)))
+    starts = [best_window(states, length=length) for length in range(2, task.num_layers + 1)]
+    return {"starts": torch.tensor(starts)}
 
 
 def best_window(states: Sequence[torch.Tensor], *, length: int) -> int:
@@ -176,7 +168,7 @@ class LanguageModelling:
 
     def loss(self, layer: nn.Module, index: int) -> torch.Tensor:
         with layers_replaced(self.model, [*self.before, layer, *self.after]):
-            return loss_of(self.model, self.tokens[index])
+            return next_token_loss(self.model, self.tokens[index])
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@ from torch import nn
 
 from dilap.anatomy import family_of
 from dilap.methods.adapters import Adapters, shuffled
-from dilap.methods.llm_pruner import loss_of
 from dilap.methods.method import Pruned, PruneTask
 from dilap.methods.units import num_units
+from dilap.teacher import next_token_loss
 from dilap.types import Group
 
 _DECAY = 0.9  # of the moving average of importance
@@ -84,7 +84,7 @@ class _Run:
         try:
             with self.task.bar("LoRAPrune", total=self.options.steps, unit="step") as bar:
                 for step, batch in zip(range(self.options.steps), batches, strict=False):
-                    loss_of(self.task.model, batch).backward()
+                    next_token_loss(self.task.model, batch).backward()
                     self._score()
                     adam.step()
                     adam.zero_grad()

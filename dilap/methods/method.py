@@ -28,6 +28,7 @@ from dilap.refit import RefitOptions
 from dilap.shrink import Parameters
 from dilap.space import Space, WidthRules
 from dilap.target import Target
+from dilap.tensor_file import Tensors, computed_once
 from dilap.text import Calibration
 from dilap.types import Architecture, Group, Plan, full_plan, group_name, groups_of
 
@@ -58,8 +59,9 @@ class PruneTask:
     """What a method is asked.
 
     `text` is calibration text in two splits; `space` the measured levels, for methods that choose among them; `rules`
-    what the runtime loads. `cache` is a folder for what a killed run should not compute again. `bar(title, total=,
-    unit=)` is a context manager with `update(n)`, `report` takes a line for the log.
+    what the runtime loads. `cache` is a folder for what is computed once, for a killed run that goes on as for the
+    other budgets of a comparison: what lies there must not depend on the target. `bar(title, total=, unit=)` is a
+    context manager with `update(n)`, `report` takes a line for the log.
     """
 
     model: PreTrainedModel
@@ -74,6 +76,10 @@ class PruneTask:
     seed: int = 0
     bar: Callable[..., Any] = _no_bar
     report: Callable[[str], None] = lambda _: None
+
+    def once(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
+        """Tensors that do not depend on the target, computed once: scores, statistics, an order of removals."""
+        return computed_once(None if self.cache is None else self.cache / f"{name}.safetensors", compute)
 
     @property
     def architecture(self) -> Architecture:

@@ -1,23 +1,23 @@
 """Puzzle: every replacement of one block is scored in the whole model, then the best combination is chosen exactly."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
-from dilap.allocation import solve
+from dilap.allocation import Config, solve
 from dilap.anatomy import sublayers
 from dilap.codec import read_json, write_json
 from dilap.compute import batches
+from dilap.evaluator import Evaluator
 from dilap.library import LevelFit, head_columns
 from dilap.methods.levels import Library, level_library, prune_by_library
 from dilap.methods.method import Pruned, PruneTask
 from dilap.methods.shortgpt import mean_cosine
 from dilap.methods.task import SearchResult, SearchTask
-from dilap.skipping import Stack
 from dilap.space import Choice, Level, Units
 from dilap.teacher import final_hidden
 from dilap.walk import OUTPUTS, walk
@@ -46,45 +46,48 @@ class Puzzle:
     steps: int = 8
 
     def __call__(self, task: PruneTask) -> Pruned:
-        library = level_library(task, self.build, name="library-puzzle")
+        library, name = level_library(task, self.build, name="puzzle")
         costs: list[NDArray[np.float64]] = []
 
         def search(asked: SearchTask) -> SearchResult:
             if not costs:
-                costs.extend(np.array(one) for one in self.scores(task, asked))
+                costs.extend(np.array(one) for one in self.scores(task, asked, name=name))
             seconds = [[level.seconds for level in choice.levels] for choice in asked.space.choices]
             config = solve(costs, seconds, limit=asked.limit - asked.space.fixed_seconds)
             return SearchResult(config=config, kl=asked.evaluator.kl(config))
 
-        return prune_by_library(task, search, library, journal="journal-puzzle")
+        return prune_by_library(task, search, library, name=name)
 
-    def scores(self, task: PruneTask, asked: SearchTask) -> list[list[float]]:
+    def scores(self, task: PruneTask, asked: SearchTask, *, name: str) -> list[list[float]]:
         """Loss of the dense model with one level changed, for every level of every choice; a killed run goes on."""
-        path = None if task.cache is None else task.cache / f"puzzle-{self.objective}.json"
+        path = None if task.cache is None else task.cache / f"{name}-{self.objective}.json"
         scores: list[list[float]] = read_json(path)["scores"] if path is not None and path.exists() else []
-        net, teacher, sizes = (
-            asked.evaluator.net,
-            asked.evaluator.teacher,
-            [len(one) for one in asked.evaluator.net.library],
-        )
-        net.set(asked.space.dense)
-        stack = Stack(net.model, teacher.tokens)
-        reference = _hidden(net.model, teacher.tokens) if self.objective == "cosine" else None
-        with task.bar("block scores", total=sum(sizes) - len(sizes), unit="block") as bar:
+        dense, sizes = asked.space.dense, [len(levels) for levels in asked.evaluator.net.library]
+        loss = self._loss(asked.evaluator, dense)
+        with task.bar("block scores", total=sum(sizes), unit="block") as bar:
+            bar.update(sum(sizes[: len(scores)]))
             for index in range(len(scores), len(sizes)):
-                scores.append([0.0])
-                for level in range(1, sizes[index]):
-                    net.set((*asked.space.dense[:index], level, *asked.space.dense[index + 1 :]))
-                    with stack.resumed(asked.space.choices[index].layer):
-                        if reference is None:
-                            scores[-1].append(teacher.kl(net.model))
-                        else:
-                            hidden = _hidden(net.model, teacher.tokens)
-                            scores[-1].append(1 - mean_cosine(hidden, reference))
-                    bar.update(1)
+                changed = ((*dense[:index], level, *dense[index + 1 :]) for level in range(1, sizes[index]))
+                scores.append([0.0, *map(loss, changed)])
+                bar.update(sizes[index])
                 if path is not None:
                     write_json(path, {"scores": scores})
         return scores
+
+    def _loss(self, evaluator: Evaluator, dense: Config) -> Callable[[Config], float]:
+        """The objective. The dense model goes first: every change of one block starts from what enters its layers."""
+        net, teacher = evaluator.net, evaluator.teacher
+
+        def hidden(config: Config) -> torch.Tensor:
+            with net.cut(config, text=teacher), torch.no_grad():
+                found = [final_hidden(net.model, batch).float() for batch in batches(teacher.tokens, batch_tokens=2048)]
+                return torch.cat(found)
+
+        if self.objective == "kl":
+            net.kl(teacher, dense)
+            return lambda config: net.kl(teacher, config)
+        reference = hidden(dense)
+        return lambda config: 1 - mean_cosine(hidden(config), reference)
 
     def build(self, task: PruneTask) -> Library:
         """The library of truncated blocks: units in rank order, projections as they were."""
@@ -152,9 +155,3 @@ def _truncated(task: PruneTask, choice: Choice, level: Level, weight: torch.Tens
         }
         kept = head_columns(units["kv_groups"], units["query_slots"], ratio=ratio, head_dim=head_dim)
     return LevelFit(units=units, columns=kept, weight=weight[:, kept].clone(), error=0.0)
-
-
-def _hidden(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Final hidden states (tokens x hidden)."""
-    with torch.no_grad():
-        return torch.cat([final_hidden(model, batch).float() for batch in batches(tokens, batch_tokens=2048)])

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from dilap.methods.method import Pruned, PruneTask
+from dilap.tensor_file import Tensors
 from dilap.types import Plan
 from dilap.walk import State, walk
 
@@ -31,7 +32,7 @@ class ShortGpt:
         return Pruned(plan=task.target.first(plans))
 
     def _by_influence(self, task: PruneTask) -> Iterator[Plan]:
-        influences = block_influences(task)
+        influences = task.once("block-influence", lambda: block_influences(task))["influences"].tolist()
         order = sorted(range(task.num_layers), key=lambda layer: (influences[layer], layer))
         for count in range(task.num_layers):
             yield task.without_layers(order[:count])
@@ -48,13 +49,14 @@ class ShortGpt:
             yield task.without_layers(range(start, start + length))
 
 
-def block_influences(task: PruneTask) -> list[float]:
-    """1 - mean cosine between what enters and what leaves every layer, before the final norm."""
+def block_influences(task: PruneTask) -> Tensors:
+    """1 - mean cosine between what enters and what leaves every layer (layers), before the final norm."""
     with task.bar("block influence", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
-        return [
+        influences = [
             1 - mean_cosine(torch.cat(list(step.inputs)), torch.cat(list(step.outputs)))
             for step in walk(task.model, task.text.train, roles=(), progress=bar.update)
         ]
+    return {"influences": torch.tensor(influences, dtype=torch.float64)}
 
 
 def last_positions(states: Sequence[State]) -> torch.Tensor:

@@ -2,9 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+
+import torch
 
 from dilap.methods.method import Pruned, PruneTask
 from dilap.skipping import Stack
+from dilap.tensor_file import Tensors
 from dilap.types import Plan
 
 
@@ -23,18 +27,38 @@ class Sleb:
 
     def plans(self, task: PruneTask) -> Iterator[Plan]:
         """Plans of ever fewer layers; each removes what the one before it does, and one more."""
-        length = task.text.train.shape[1]
-        stack = Stack(task.model, task.text.train[: max(1, self.num_tokens // length)])
-        removed: list[int] = []
+        trials, removed = _Trials(task, num_tokens=self.num_tokens), list[int]()
         yield task.without_layers(removed)
-        while candidates := stack.alive[self.early_barrier : len(stack.alive) - self.latter_barrier]:
-            with task.bar(f"SLEB, layer {len(removed) + 1}", total=len(candidates), unit="layer") as bar:
-                losses = {}
-                for layer in candidates:
-                    losses[layer] = stack.loss_without(layer)
-                    bar.update(1)
-            worst = min(candidates, key=lambda layer: (losses[layer], layer))
-            stack.remove(worst)
+        while candidates := self._candidates(task, removed):
+            found = task.once(f"sleb-{len(removed) + 1}", lambda: trials.losses(removed, candidates))["losses"].tolist()
+            loss, worst = min(zip(found, candidates, strict=True))
             removed.append(worst)
-            task.report(f"SLEB removes layer {worst}: loss {losses[worst]:.4f}")
+            task.report(f"SLEB removes layer {worst}: loss {loss:.4f}")
             yield task.without_layers(removed)
+
+    def _candidates(self, task: PruneTask, removed: list[int]) -> list[int]:
+        alive = [layer for layer in range(task.num_layers) if layer not in removed]
+        return alive[self.early_barrier : len(alive) - self.latter_barrier]
+
+
+class _Trials:
+    """Losses of the model without one layer more."""
+
+    def __init__(self, task: PruneTask, *, num_tokens: int) -> None:
+        self.task = task
+        self.tokens = task.text.train[: max(1, num_tokens // task.text.train.shape[1])]
+
+    @cached_property
+    def stack(self) -> Stack:
+        return Stack(self.task.model, self.tokens)
+
+    def losses(self, removed: list[int], candidates: list[int]) -> Tensors:
+        """Without the layers `removed` and one candidate (candidates)."""
+        for layer in set(removed).intersection(self.stack.alive):
+            self.stack.remove(layer)
+        losses = []
+        with self.task.bar(f"SLEB, layer {len(removed) + 1}", total=len(candidates), unit="layer") as bar:
+            for layer in candidates:
+                losses.append(self.stack.loss_without(layer))
+                bar.update(1)
+        return {"losses": torch.tensor(losses, dtype=torch.float64)}

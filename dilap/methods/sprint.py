@@ -14,6 +14,7 @@ from dilap.errors import Mismatch, Unsupported
 from dilap.methods.method import Pruned, PruneTask
 from dilap.methods.units import restored
 from dilap.skipping import sublayer_skipped
+from dilap.tensor_file import Tensors
 from dilap.types import Plan
 from dilap.walk import LayerCall, State, layer_calls, run_layer
 
@@ -161,14 +162,28 @@ class _Run:
         weights: dict[int, torch.Tensor] = {}
         yield self._made(removed, weights)
         while True:
-            with self.task.bar(f"SPRINT, sublayer {len(removed) + 1}", total=sum(self.alive), unit="sublayer") as bar:
-                chosen = self._choose(bar.update)
-            if chosen is None:
+            found = self.task.once(f"sprint-{len(removed) + 1}", self._iteration)
+            for candidate in (int(name) for name in found if name.isdecimal()):
+                importance, tuned = found[f"{candidate}.facts"].tolist()
+                self.tuned[candidate] = _Tuned(importance=importance, tuned=int(tuned), weight=found[str(candidate)])
+            if (chosen := int(found["chosen"])) < 0:
                 return
             removed.append(chosen)
             self._remove(chosen, weights)
             self.task.report(f"SPRINT removes {self.outs[chosen].name}")
             yield self._made(removed, weights)
+
+    def _iteration(self) -> Tensors:
+        """The sublayer chosen, -1 for none, and what was tuned for the choice: a killed run goes on from these."""
+        known = set(self.tuned)
+        with self.task.bar("SPRINT", total=sum(self.alive), unit="sublayer") as bar:
+            chosen = self._choose(bar.update)
+        found = {"chosen": torch.tensor(-1 if chosen is None else chosen)}
+        for candidate in set(self.tuned) - known:
+            one = self.tuned[candidate]
+            found[str(candidate)] = one.weight
+            found[f"{candidate}.facts"] = torch.tensor([one.importance, one.tuned], dtype=torch.float64)
+        return found
 
     def _made(self, removed: Sequence[int], weights: dict[int, torch.Tensor]) -> Plan:
         plan = self.task.without((self.outs[one].layer, self.outs[one].kind) for one in removed)
@@ -182,7 +197,7 @@ class _Run:
             weights[found.tuned] = found.weight
             with torch.no_grad():
                 self.outs[found.tuned].out.weight.copy_(found.weight)
-        self.saved = {mark: states for mark, states in self.saved.items() if mark <= chosen}
+        self.saved = {place: states for place, states in self.saved.items() if place <= chosen}
         ends = {s: self._next_ffn(s, before=chosen) for s in range(len(self.outs))}
         kept = {s for s, end in ends.items() if end is not None and end < chosen}
         self.untuned = {s: value for s, value in self.untuned.items() if s in kept}
@@ -203,41 +218,60 @@ class _Run:
         for candidate in best:
             if candidate not in self.tuned:
                 self.tuned[candidate] = self._tune(candidate)
+                self._forget()
         tuned = [s for s in removable if s in self.tuned]
         return min(tuned, key=lambda s: (self.tuned[s].importance, s), default=None)
 
     def _score_all(self, progress: Callable[[int], None]) -> None:
-        """Untuned importance of every sublayer that has none yet; those before the last change keep theirs."""
+        """Untuned importance of every sublayer that has none yet; those before the last change keep theirs.
+
+        In order, so that the streams on the way to one sublayer are those on the way to the next.
+        """
         missing = [s for s in range(len(self.outs)) if self.alive[s] and s not in self.untuned]
         missing = [s for s in missing if self._next_ffn(s) is not None]
         for sublayer in missing:
             end = self._next_ffn(sublayer)
             assert end is not None
+            self._forget(before=sublayer)
             entering = self._entering(sublayer)
-            total = sum(
-                distance(
-                    self._through(call, state, range(sublayer, end + 1), everything=True),
-                    self._through(call, state, range(sublayer + 1, end + 1)),
-                    kind=self.sprint.distance,
-                    norm=self.sprint.norm,
-                )
+            found = [
+                self._through(call, state, range(sublayer + 1, end + 1))
                 for call, state in zip(self.calls, entering, strict=True)
+            ]
+            total = sum(
+                distance(y, x, kind=self.sprint.distance, norm=self.sprint.norm)
+                for y, x in zip(self._wanted(sublayer, end), found, strict=True)
             )
             self.untuned[sublayer] = total / self.seconds[_KINDS[sublayer % 2]]
             progress(1)
+        self._forget()
+
+    def _wanted(self, sublayer: int, end: int) -> States:
+        """The streams after `end` when everything from `sublayer` on is there."""
+        if all(self.alive[sublayer : end + 1]):
+            return self._entering(end + 1)
+        span, entering = range(sublayer, end + 1), self._entering(sublayer)
+        return [
+            self._through(call, state, span, everything=True) for call, state in zip(self.calls, entering, strict=True)
+        ]
 
     def _entering(self, sublayer: int) -> States:
-        """The streams before a sublayer, from the nearest checkpoint on; checkpoints on the way are kept."""
-        start = max(mark for mark in self.saved if mark <= sublayer)
-        states = self.saved[start]
+        """The streams before a sublayer, from the nearest ones that are known on; those on the way are kept."""
+        start = max(place for place in self.saved if place <= sublayer)
         for one in range(start, sublayer):
-            if one in self.marks:
-                self.saved[one] = states
+            states = self.saved[one]
             if self.alive[one]:
                 states = [self._run(call, state, one) for call, state in zip(self.calls, states, strict=True)]
-        if sublayer in self.marks:
-            self.saved[sublayer] = states
-        return states
+            self.saved[one + 1] = states
+        return self.saved[sublayer]
+
+    def _forget(self, *, before: int | None = None) -> None:
+        """Keep the checkpoints, and what lies from `before` on."""
+        self.saved = {
+            place: states
+            for place, states in self.saved.items()
+            if place in self.marks or (before is not None and place >= before)
+        }
 
     def _through(self, call: LayerCall, state: State, span: range, *, everything: bool = False) -> State:
         """The stream after the sublayers of `span`; those removed earlier are skipped unless `everything` is on."""
@@ -257,15 +291,14 @@ class _Run:
         """The next feed-forward network's down projection, fitted so that its output is as before the removal."""
         end = self._next_ffn(candidate)
         assert end is not None
-        out, inputs, residuals, wanted = self.outs[end].out, [], [], []
+        out, inputs, residuals = self.outs[end].out, [], []
         hook = out.register_forward_pre_hook(lambda _, given: inputs.append(given[0].detach()))
         for call, state in zip(self.calls, self._entering(candidate), strict=True):
             hidden = self._through(call, state, range(candidate + 1, end))
             self._run(call, hidden, end)
             residuals.append(hidden)
         hook.remove()
-        for call, state in zip(self.calls, self._entering(candidate), strict=True):
-            wanted.append(self._through(call, state, range(candidate, end + 1), everything=True))
+        wanted = self._wanted(candidate, end)
         a = torch.cat([one.reshape(-1, one.shape[-1]) for one in inputs])
         bias = 0.0 if out.bias is None else out.bias.detach()
         gaps = [(y - x - bias).reshape(-1, y.shape[-1]) for y, x in zip(wanted, residuals, strict=True)]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dilap.allocation import Config, solve
-from dilap.methods.levels import build_for, level_library, prune_by_library
+from dilap.methods.levels import compensated_library, prune_by_library
 from dilap.methods.method import Pruned, PruneTask
 from dilap.methods.task import SearchResult, SearchTask
 
@@ -27,8 +27,8 @@ class ZipLm:
 
     def __call__(self, task: PruneTask) -> Pruned:
         options = replace(task.levels.library, order="obs", ridge=self.dampening)
-        library = level_library(task, build_for(options), name="library-ziplm")
-        return prune_by_library(task, self.search, library, journal="journal-ziplm")
+        library, name = compensated_library(task, options)
+        return prune_by_library(task, self.search, library, name=name)
 
     def search(self, task: SearchTask) -> SearchResult:
         """SPDY: the weighting of layer errors whose exact solution has the least real KL."""
