@@ -40,7 +40,7 @@ def prune_tiny(checkpoint: Path, corpus: Path, out: Path, *extra: str) -> int:
 
 @pytest.mark.usefixtures("fake_device")
 @pytest.mark.filterwarnings("ignore:::torch", "ignore:::torchao", "ignore:::executorch", "ignore:::copyreg")
-@pytest.mark.parametrize("backend", ["onnxruntime"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "executorch"])
 def test_a_run_through_another_runtime_keeps_its_budget_in_what_ships_there(
     backend: str, checkpoint: Path, corpus: Path, tmp_path: Path
 ) -> None:
