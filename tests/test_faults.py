@@ -1,7 +1,7 @@
 """200 faults at random points, over ssh and adb: whatever breaks, no wrong result, nothing left running, and a rerun
 completes.
 
-Every fault is one attempt that may fail with an error of ours, and the same attempt again, which must not.
+Every fault is one attempt that may fail with an error of ours; where it does, the same attempt again must not.
 """
 
 import contextlib
@@ -54,6 +54,7 @@ ONCE = Protocol(warm_up_samples=1, warm_up_cap_seconds=0.0, max_seconds=0.0, min
 # bytes of both directions until a link is ready, and of one small command
 HANDSHAKE = {"ssh": 6000, "adb": 300}
 COMMAND = {"ssh": 2500, "adb": 1800}
+RUNNER = STANDINS / "executor_runner.standin"
 FOLDERS = {"ssh": "/root/faults", "adb": "/data/local/tmp/faults"}
 
 
@@ -88,15 +89,15 @@ class Fault:
 
 NUMBERS = {
     "cut push": 34,
-    "cut run": 20,
-    "cut pull": 12,
+    "cut run": 24,
+    "cut pull": 14,
     "corrupted part": 8,
     "corrupted file": 6,
     "full disk": 4,
     "slow": 2,
-    "garbage": 4,
-    "killed": 6,
-    "clock": 4,
+    "garbage": 2,
+    "killed": 4,
+    "clock": 2,
 }
 FAULTS = [
     Fault(way, kind, seed)
@@ -138,7 +139,7 @@ def test_a_fault_leaves_nothing_wrong(batch: int, tmp_path: Path) -> None:
 
 
 def inject(fault: Fault, folder: Path) -> str:
-    """One faulty attempt, and the clean one after it; what came of the first."""
+    """One faulty attempt, and the clean one after it where it failed; what came of the first."""
     attempts: dict[str, Callable[[Fault, Path], str]] = {
         "cut push": cut_push,
         "cut run": cut_run,
@@ -157,15 +158,18 @@ def inject(fault: Fault, folder: Path) -> str:
         raise AssertionError(f"{fault}: {error!r}") from error
 
 
-def felt(attempt: Callable[[], object]) -> str:
-    """What an attempt came to. Only errors of ours are allowed; a result is checked by the attempt itself."""
-    failure = ""
+def tried(attempt: Callable[[], object], *, mend: Callable[[], object] = lambda: None) -> str:
+    """What an attempt, which checks its own result, came to. It may fail with an error of ours; not so when mended."""
     try:
         attempt()
     except DilapError as error:
         failure = str(error)
+    else:
+        return "went well"
     assert "\n" not in failure
-    return f"failed: {failure}" if failure else "went well"
+    mend()
+    attempt()
+    return f"failed: {failure}"
 
 
 def push(fault: Fault, port: int, path: Path) -> str:
@@ -180,14 +184,15 @@ def push(fault: Fault, port: int, path: Path) -> str:
 def cut_push(fault: Fault, folder: Path) -> str:
     path = fault.content(folder)
     whole = HANDSHAKE[fault.way] + 4 * COMMAND[fault.way] + path.stat().st_size
-    with fault.link() as link:
-        link.cut_after = fault.draw.randrange(whole)
-        outcome = felt(lambda: push(fault, link.port, path))
+
+    def mend() -> None:
         for kept in fault.on_device(f"{FOLDERS[fault.way]}/store").glob(f"*/{path.name}"):
             assert kept.read_bytes() == path.read_bytes()
         link.mend()
-        push(fault, link.port, path)
-    return outcome
+
+    with fault.link() as link:
+        link.cut_after = fault.draw.randrange(whole)
+        return tried(lambda: push(fault, link.port, path), mend=mend)
 
 
 def cut_run(fault: Fault, folder: Path) -> str:
@@ -200,10 +205,7 @@ def cut_run(fault: Fault, folder: Path) -> str:
 
     with fault.link() as link:
         link.cut_after = fault.draw.randrange(HANDSHAKE[fault.way] + COMMAND[fault.way])
-        outcome = felt(lambda: run(link.port))
-        link.mend()
-        run(link.port)
-    return outcome
+        return tried(lambda: run(link.port), mend=link.mend)
 
 
 def cut_pull(fault: Fault, folder: Path) -> str:
@@ -218,10 +220,7 @@ def cut_pull(fault: Fault, folder: Path) -> str:
 
     with fault.link() as link:
         link.cut_after = fault.draw.randrange(HANDSHAKE[fault.way] + path.stat().st_size)
-        outcome = felt(lambda: pull(link.port))
-        link.mend()
-        pull(link.port)
-    return outcome
+        return tried(lambda: pull(link.port), mend=link.mend)
 
 
 def corrupted_part(fault: Fault, folder: Path) -> str:
@@ -230,9 +229,7 @@ def corrupted_part(fault: Fault, folder: Path) -> str:
     part.parent.mkdir(parents=True, exist_ok=True)
     part.write_bytes(draw.randbytes(draw.randrange(2 * path.stat().st_size)))
     with fault.link() as link:
-        outcome = felt(lambda: push(fault, link.port, path))
-        push(fault, link.port, path)
-    return outcome
+        return tried(lambda: push(fault, link.port, path))
 
 
 def corrupted_file(fault: Fault, folder: Path) -> str:
@@ -242,13 +239,11 @@ def corrupted_file(fault: Fault, folder: Path) -> str:
         content = bytearray(place.read_bytes())
         content[fault.draw.randrange(len(content))] ^= 255
         place.write_bytes(content)
-        outcome = felt(lambda: push(fault, link.port, path))
-        push(fault, link.port, path)
-    return outcome
+        return tried(lambda: push(fault, link.port, path))
 
 
 def full_disk(fault: Fault, folder: Path) -> str:
-    """A disk that has less room than it says, then one that says so, then enough."""
+    """A disk that has less room than it says, then enough."""
     path = fault.content(folder)
     mount = fault.on_device(f"{FOLDERS[fault.way]}-full-{fault.seed}")
     mount.mkdir(parents=True)
@@ -261,14 +256,14 @@ def full_disk(fault: Fault, folder: Path) -> str:
             files._make_room = lambda num_bytes, free: None  # type: ignore[method-assign]
             files.place(path, sha256=file_sha256(path), companions={})
 
+    def mend() -> None:
+        assert not list(mount.glob(f"store/*/{path.name}"))
+        subprocess.run(["mount", "-o", "remount,size=4m", str(mount)], check=True)
+
     try:
         with fault.link() as link:
-            outcome = felt(lambda: fill(link.port))
+            outcome = tried(lambda: fill(link.port), mend=mend)
             assert "failed" in outcome
-            assert not list(mount.glob(f"store/*/{path.name}"))
-            subprocess.run(["mount", "-o", "remount,size=4m", str(mount)], check=True)
-            felt(lambda: fill(link.port))
-            fill(link.port)
             assert next(mount.glob(f"store/*/{path.name}")).read_bytes() == path.read_bytes()
     finally:
         subprocess.run(["umount", "-l", str(mount)], check=True)
@@ -292,7 +287,7 @@ def device(fault: Fault, port: int, folder: Path, *, runner: Path | None = None)
     return found
 
 
-def measure(fault: Fault, port: int, folder: Path, *, runner: Path = STANDINS / "executor_runner.standin") -> None:
+def measure(fault: Fault, port: int, folder: Path, *, runner: Path) -> None:
     """Measure a file, whose size is its latency, into a table that is read back."""
     path = model(fault, folder)
     backend = "standin" if fault.way == "ssh" else "executorch"
@@ -340,49 +335,48 @@ def model(fault: Fault, folder: Path) -> Path:
     return path
 
 
-def require_table_is_whole_or_absent(fault: Fault, folder: Path) -> None:
+def tried_measuring(fault: Fault, folder: Path, *, runner: Path = RUNNER) -> str:
+    """Measure with that runner; where it fails there is no damaged table, and the real one completes."""
     table = model(fault, folder).with_name("table.jsonl")
-    assert not table.exists() or len(LatencyTable.read(table).entries) == 1
+    runners = iter((runner, RUNNER))
+
+    def mend() -> None:
+        assert not table.exists() or len(LatencyTable.read(table).entries) == 1
+
+    with fault.link() as link:
+        outcome = tried(lambda: measure(fault, link.port, folder, runner=next(runners)), mend=mend)
+    assert len(LatencyTable.read(table).entries) == 1
+    return outcome
 
 
 def garbage(fault: Fault, folder: Path) -> str:
     """What is printed around and between the answers: by a login shell, or by a runner that goes wild."""
     noise = fault.draw.randbytes(200).replace(b"\0", b"?").replace(b"\n", b"?")
     if fault.way == "ssh":
-        with ExitStack() as stack, fault.link() as link:
+        with ExitStack() as stack:
             talkative = LAB / "jetson" / "root" / ".bashrc"
             stack.callback(talkative.unlink, missing_ok=True)
             talkative.write_bytes(b"printf '%s\\n' '" + noise.replace(b"'", b"?") + b"'\n")
-            outcome = felt(lambda: measure(fault, link.port, folder))
-    else:
-        runner = folder / f"executor_runner.{fault.seed}"
-        script = (STANDINS / "executor_runner.standin").read_bytes()
-        runner.write_bytes(
-            script.replace(b"while read -r line; do", b"while read -r line; do\n" + b'echo "$$ \xff{"', 1)
-        )
-        with fault.link() as link:
-            outcome = felt(lambda: measure(fault, link.port, folder, runner=runner))
-    require_table_is_whole_or_absent(fault, folder)
-    with fault.link() as link:
-        measure(fault, link.port, folder)
-    return outcome
+            return tried_measuring(fault, folder)
+    runner = folder / f"executor_runner.{fault.seed}"
+    script = RUNNER.read_bytes()
+    runner.write_bytes(script.replace(b"while read -r line; do", b"while read -r line; do\n" + b'echo "$$ \xff{"', 1))
+    return tried_measuring(fault, folder, runner=runner)
 
 
 def killed(fault: Fault, folder: Path) -> str:
     """The program that measures is killed at some moment."""
     word = f"faults-{fault.seed}/store" if fault.way == "ssh" else f"executor_runner.{fault.seed}"
     runner = folder / f"executor_runner.{fault.seed}"
-    shutil.copyfile(STANDINS / "executor_runner.standin", runner)
-    with fault.link() as link:
-        over = threading.Event()
-        killer = threading.Thread(target=kill_soon, args=(word, fault.draw.random(), over))
-        killer.start()
-        outcome = felt(lambda: measure(fault, link.port, folder, runner=runner))
+    shutil.copyfile(RUNNER, runner)
+    over = threading.Event()
+    killer = threading.Thread(target=kill_soon, args=(word, fault.draw.random(), over))
+    killer.start()
+    try:
+        return tried_measuring(fault, folder, runner=runner)
+    finally:
         over.set()
         killer.join()
-        require_table_is_whole_or_absent(fault, folder)
-        measure(fault, link.port, folder, runner=runner)
-    return outcome
 
 
 def kill_soon(word: str, seconds: float, over: threading.Event) -> None:
@@ -400,20 +394,16 @@ def kill_soon(word: str, seconds: float, over: threading.Event) -> None:
 
 def clock(fault: Fault, folder: Path) -> str:
     """A clock that jumps: the runner's own, or this machine's wall clock."""
-    with fault.link() as link:
-        if fault.way == "ssh":
-            with pytest.MonkeyPatch.context() as patch:
-                jump = fault.draw.choice([-3600.0, 86400.0])
-                real = time.time
-                patch.setattr(time, "time", lambda: real() + jump)
-                outcome = felt(lambda: measure(fault, link.port, folder))
-        else:
-            runner = folder / f"executor_runner.{fault.seed}"
-            script = (STANDINS / "executor_runner.standin").read_text()
-            jump = fault.draw.randrange(100_000, 1_000_000)
-            runner.write_text(script.replace("clock=$((clock + size));", f"clock=$((clock + size - {jump}));", 1))
-            outcome = felt(lambda: measure(fault, link.port, folder, runner=runner))
-            assert "failed" in outcome
-        require_table_is_whole_or_absent(fault, folder)
-        measure(fault, link.port, folder)
+    if fault.way == "ssh":
+        with pytest.MonkeyPatch.context() as patch:
+            jump = fault.draw.choice([-3600.0, 86400.0])
+            real = time.time
+            patch.setattr(time, "time", lambda: real() + jump)
+            return tried_measuring(fault, folder)
+    runner = folder / f"executor_runner.{fault.seed}"
+    jump = fault.draw.randrange(100_000, 1_000_000)
+    script = RUNNER.read_text().replace("clock=$((clock + size));", f"clock=$((clock + size - {jump}));", 1)
+    runner.write_text(script)
+    outcome = tried_measuring(fault, folder, runner=runner)
+    assert "clock went backwards" in outcome
     return outcome
