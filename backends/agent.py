@@ -26,6 +26,7 @@ class Agent:
         self._backend: backends.Backend | None = None
         self._sessions: dict[int, backends.Session] = {}
         self._num_loaded = 0
+        self._resident_before: dict[int, int] = {}
         self._last_sampled: int | None = None
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,6 +70,7 @@ class Agent:
         session.sample()
         self._num_loaded += 1
         self._sessions[self._num_loaded] = session
+        self._resident_before[self._num_loaded] = before
         return {
             "handle": self._num_loaded,
             "load_seconds": time.perf_counter() - start,
@@ -85,6 +87,14 @@ class Agent:
         samples = [session.sample() for _ in range(n)]
         seconds, other_seconds = clock.lap()
         return {"samples_ns": samples, "seconds": seconds, "other_seconds": other_seconds}
+
+    def op_watch_memory(self, *, handle: int, n: int) -> dict[str, Any]:
+        """Run a model `n` times, untimed; the memory that it adds to this process on average meanwhile."""
+        session = self._session(handle)
+        with host.MemoryWatch() as watch:
+            for _ in range(n):
+                session.sample()
+        return {"average_bytes": max(0, round(watch.average_bytes) - self._resident_before[handle])}
 
     def op_memory(self) -> dict[str, Any]:
         """The whole process's memory."""

@@ -68,6 +68,13 @@ class Profiler:
             for index, case in enumerate(cases)
         ]
 
+    def average_memory(self, case: Case, *, runs: int = 50) -> int:
+        """Bytes that a model adds to a fresh process while it runs, on average; its peak is in a Measurement."""
+        content, transport = asdict(_content(case.path)), self._device.connect()
+        with AgentClient(transport, backend=self._backend, device=self._device.name) as agent:
+            loaded = agent.load(transport.push(case.path, **content), workload=case.workload, **content)
+            return int(agent.call("watch_memory", handle=loaded.handle, n=runs)["average_bytes"])
+
     def _measure_once(
         self,
         cases: Sequence[Case],
