@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from dilap import registry
-from dilap.errors import Unsupported
+from dilap.errors import Unavailable, Unsupported
 from dilap.types import Architecture, GroupKind, LayerWidths, Workload, group_name
 
 if TYPE_CHECKING:
@@ -24,6 +24,12 @@ BACKENDS = {
     "onnxruntime": "dilap.backends.onnxruntime:OnnxRuntime",
     "tensorrt": "dilap.backends.tensorrt:TensorRT",
 }
+READERS = {
+    "executorch": "dilap.backends.executorch:ExecuTorchReader",
+    "llamacpp": "dilap.backends.llamacpp:LlamaCppReader",
+    "onnxruntime": "dilap.backends.onnxruntime:OnnxRuntimeReader",
+}
+MAX_READ_TOKENS = 512  # at once: their logits, for a vocabulary of 50k, are 100 MB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +105,26 @@ class Session(Protocol):
         """Free the model."""
 
 
+class Reader(Protocol):
+    """One loaded artifact that reads text to score it.
+
+    It holds one sequence in its KV cache, of `max_tokens` at most. What a text shares with the one before it need not
+    be read again: reading goes on at any position, and forgets what was behind it.
+    """
+
+    max_tokens: int
+    vocab_size: int
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for a sequence of that length; forgets what was read."""
+
+    def read(self, token_ids: Sequence[int], *, start: int, num_rows: int) -> "NDArray[np.float32]":
+        """Read at most MAX_READ_TOKENS from position `start` on; logits (num_rows x vocabulary) of the last ones."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
 class Backend(Protocol):
     """A runtime. `name` is its key in BACKENDS, `format` the artifact format that it loads.
 
@@ -132,6 +158,16 @@ def get(name: str) -> Backend:
     """The backend of that name. Raises InvalidInput with the known ones."""
     backend: Backend = registry.get(BACKENDS, name, kind="backend")()
     return backend
+
+
+def open_reader(name: str, path: Path, *, threads: int) -> Reader:
+    """An artifact, to be read from. Raises Unavailable, Unsupported, and InvalidInput where the file is damaged."""
+    if reason := get(name).unavailable():
+        raise Unavailable(reason)
+    if name not in READERS:
+        raise Unsupported(f"{name} artifacts run on their device alone: score the checkpoint instead")
+    reader: Reader = registry.get(READERS, name, kind="backend")(path, threads=threads)
+    return reader
 
 
 def require_loadable(backend: Backend, architecture: Architecture, *, precision: str) -> None:

@@ -32,6 +32,7 @@ class Agent:
         self._backend: backends.Backend | None = None
         self._sessions: dict[int, backends.Session] = {}
         self._num_loaded = 0
+        self._resident_before: dict[int, int] = {}
         self._last_sampled: int | None = None
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,6 +80,7 @@ class Agent:
         session.sample()
         self._num_loaded += 1
         self._sessions[self._num_loaded] = session
+        self._resident_before[self._num_loaded] = before
         return {
             "handle": self._num_loaded,
             "load_seconds": time.perf_counter() - start,
@@ -97,6 +99,14 @@ class Agent:
         seconds, other_seconds = clock.lap()
         host_ns = getattr(session, "host_ns", [])[-n:]
         return {"samples_ns": samples, "host_ns": host_ns, "seconds": seconds, "other_seconds": other_seconds}
+
+    def op_watch_memory(self, *, handle: int, n: int) -> dict[str, Any]:
+        """Run a model `n` times, untimed; the memory that it adds to this process on average meanwhile."""
+        session = self._session(handle)
+        with host.MemoryWatch() as watch:
+            for _ in range(n):
+                session.sample()
+        return {"average_bytes": max(0, round(watch.average_bytes) - self._resident_before[handle])}
 
     def op_memory(self) -> dict[str, Any]:
         """The whole process's memory."""

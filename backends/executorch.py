@@ -109,6 +109,33 @@ class ExecuTorchSession:
         return array
 
 
+class ExecuTorchReader:
+    """One program and the KV cache inside it; see `dilap.backends.Reader`. Every row is a run of its own, because a
+    program gives the last position's logits alone."""
+
+    def __init__(self, path: Path, *, threads: int) -> None:
+        _use_threads(threads)
+        self._program, self._method = _load(path)
+        self.max_tokens = _constant(self._program, "get_max_context_len")
+        self.vocab_size = _constant(self._program, "get_vocab_size")
+        _open_sessions.add(id(self))
+
+    def reserve(self, num_tokens: int) -> None:
+        assert num_tokens <= self.max_tokens  # the room is the program's own
+
+    def read(self, token_ids: Sequence[int], *, start: int, num_rows: int) -> NDArray[np.float32]:
+        first = len(token_ids) - num_rows + 1
+        runs = [
+            (token_ids[:first], start),
+            *(([token], start + at) for at, token in enumerate(token_ids[first:], first)),
+        ]
+        return np.concatenate([self._method(_inputs(part, position=at))[0].numpy() for part, at in runs])
+
+    def close(self) -> None:
+        _open_sessions.discard(id(self))
+        self._method = self._program = None
+
+
 def _use_threads(count: int) -> None:
     """Size the thread pool. Raises Unsupported where an open program runs in another number of threads."""
     library = bindings()

@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -126,6 +127,34 @@ def memory_use() -> MemoryUse:
         anonymous_bytes=fields.get("RssAnon", 0) * 1024,
         file_bytes=fields.get("RssFile", 0) * 1024,
     )
+
+
+class MemoryWatch:
+    """The resident memory of this process, looked at every few milliseconds by a thread while something runs."""
+
+    def __init__(self, *, interval_seconds: float = 0.005) -> None:
+        self._interval_seconds = interval_seconds
+        self._samples: list[int] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> "MemoryWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def average_bytes(self) -> float:
+        return sum(self._samples) / len(self._samples)
+
+    def _look(self) -> None:
+        while True:
+            self._samples.append(memory_use().resident_bytes)
+            if self._stop.wait(self._interval_seconds):
+                return
 
 
 def reset_peak_memory_() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dilap.backends import Capabilities
+from dilap.backends import MAX_READ_TOKENS, Capabilities
 from dilap.errors import InvalidInput, Unsupported
 from dilap.types import Workload
 
@@ -88,7 +88,7 @@ class LlamaCppSession:
         workload = self._workload
         self._vocab = _library().llama_model_get_vocab(self._model)
         num_tokens = workload.context if workload.phase == "decode" else workload.prompt_tokens
-        self._context = self._new_context(num_tokens + 1, max_outputs=1)
+        self._context = _new_context(self._model, num_tokens + 1, max_outputs=1, threads=workload.threads)
         self._memory = _library().llama_get_memory(self._context)
         prompt = _random_tokens(num_tokens, vocab_size=self._vocab_size)
         if workload.phase == "decode":
@@ -113,12 +113,13 @@ class LlamaCppSession:
     def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
         library = _library()
         rows: list[NDArray[np.float32]] = []
-        context = self._new_context(len(token_ids), max_outputs=len(token_ids))
+        count, threads = len(token_ids), self._workload.threads
+        context = _new_context(self._model, count, max_outputs=count, threads=threads)
         try:
             for chunk in [[token] for token in token_ids] if incremental else [list(token_ids)]:
                 batch = library.llama_batch_init(len(chunk), 0, 1)
                 try:
-                    _fill_(batch, chunk, first_position=len(rows))
+                    _fill_(batch, chunk, first_position=len(rows), num_rows=len(chunk))
                     self._decode(context, batch)
                 finally:
                     library.llama_batch_free(batch)
@@ -140,22 +141,50 @@ class LlamaCppSession:
     def _vocab_size(self) -> int:
         return int(_library().llama_vocab_n_tokens(self._vocab))
 
-    def _new_context(self, num_tokens: int, *, max_outputs: int) -> Any:
-        params = _library().llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = num_tokens
-        params.n_outputs_max = max_outputs  # sizes the logits buffer
-        params.n_threads = params.n_threads_batch = self._workload.threads
-        context = _library().llama_init_from_model(self._model, params)
-        if not context:
-            raise Unsupported(f"llama.cpp could not make a context of {num_tokens} tokens: {_reason()}")
-        return context
-
     def _decode(self, context: Any, batch: Any) -> None:
         self._check(_library().llama_decode(context, batch))
 
     def _check(self, status: int) -> None:
         if status != 0:
             raise Unsupported(f"llama.cpp failed ({status}) on {self._workload.describe()}: {_reason()}")
+
+
+class LlamaCppReader:
+    """One model and one context; see `dilap.backends.Reader`."""
+
+    def __init__(self, path: Path, *, threads: int) -> None:
+        self._model, self._threads = _load_model(path), threads
+        self._context: Any = None
+        self._batch = _library().llama_batch_init(MAX_READ_TOKENS, 0, 1)
+        self.max_tokens = int(_library().llama_model_n_ctx_train(self._model))
+        self.vocab_size = int(_library().llama_vocab_n_tokens(_library().llama_model_get_vocab(self._model)))
+
+    def reserve(self, num_tokens: int) -> None:
+        self._free_context_()
+        at_once = min(num_tokens, MAX_READ_TOKENS)
+        self._context = _new_context(
+            self._model, num_tokens, max_outputs=at_once, threads=self._threads, batch_tokens=at_once
+        )
+
+    def read(self, token_ids: Sequence[int], *, start: int, num_rows: int) -> NDArray[np.float32]:
+        library = _library()
+        library.llama_memory_seq_rm(library.llama_get_memory(self._context), 0, start, -1)
+        _fill_(self._batch, token_ids, first_position=start, num_rows=num_rows)
+        if (status := library.llama_decode(self._context, self._batch)) != 0:
+            raise Unsupported(f"llama.cpp failed ({status}) on {len(token_ids)} tokens at {start}: {_reason()}")
+        return np.ctypeslib.as_array(library.llama_get_logits(self._context), shape=(num_rows, self.vocab_size)).copy()
+
+    def close(self) -> None:
+        self._free_context_()
+        if self._model is not None:
+            _library().llama_batch_free(self._batch)
+            _library().llama_model_free(self._model)
+            self._model = None
+
+    def _free_context_(self) -> None:
+        if self._context is not None:
+            _library().llama_free(self._context)
+            self._context = None
 
 
 @functools.cache
@@ -190,6 +219,20 @@ def _load_model(path: Path) -> Any:
     return model
 
 
+def _new_context(
+    model: Any, num_tokens: int, *, max_outputs: int, threads: int, batch_tokens: int | None = None
+) -> Any:
+    """`max_outputs` sizes the logits buffer; all tokens are one batch unless `batch_tokens` says less."""
+    params = _library().llama_context_default_params()
+    params.n_ctx, params.n_batch = num_tokens, batch_tokens or num_tokens
+    params.n_ubatch, params.n_outputs_max = params.n_batch, max_outputs
+    params.n_threads = params.n_threads_batch = threads
+    context = _library().llama_init_from_model(model, params)
+    if not context:
+        raise Unsupported(f"llama.cpp could not make a context of {num_tokens} tokens: {_reason()}")
+    return context
+
+
 def _reason() -> str:
     """llama.cpp's own words: the first error is the cause, the rest say where it was noticed."""
     first = next(iter(_errors), "it gave no reason")
@@ -209,12 +252,12 @@ def _batch(tokens: Sequence[int]) -> Any:
     return batch
 
 
-def _fill_(batch: Any, tokens: Sequence[int], *, first_position: int) -> None:
-    """Tokens of sequence 0 with logits for every one."""
+def _fill_(batch: Any, tokens: Sequence[int], *, first_position: int, num_rows: int) -> None:
+    """Tokens of sequence 0 with logits for the last `num_rows`."""
     batch.n_tokens = len(tokens)
     for index, token in enumerate(tokens):
         batch.token[index] = token
         batch.pos[index] = first_position + index
         batch.n_seq_id[index] = 1
         batch.seq_id[index][0] = 0
-        batch.logits[index] = 1
+        batch.logits[index] = index >= len(tokens) - num_rows

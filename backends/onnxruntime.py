@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dilap.backends import Capabilities
+from dilap.codec import read_json
 from dilap.errors import InvalidInput, Unsupported
 from dilap.types import Workload
 
@@ -71,33 +72,70 @@ class OnnxRuntimeSession:
     def __init__(self, path: Path, workload: Workload) -> None:
         if workload.batch != 1:
             raise Unsupported(f"ONNX Runtime is timed with batch 1, got batch {workload.batch}")
-        self._session: Any = _open(path, workload.threads)
-        self._inputs = {value.name: value for value in self._session.get_inputs()}
-        self._vocab_size = self._read_vocab_size(path)
+        self._model = _Model(path, threads=workload.threads)
         num_tokens = workload.context if workload.phase == "decode" else workload.prompt_tokens
-        prompt = _random_tokens(num_tokens, vocab_size=self._vocab_size)
-        cache = self._new_cache(num_tokens + 1)
-        self._binding, _ = self._bind(cache, prompt, start=0, num_rows=1)
+        prompt = _random_tokens(num_tokens, vocab_size=self._model.vocab_size)
+        cache = self._model.new_cache(num_tokens + 1)
+        self._binding, _ = self._model.bind(cache, prompt, start=0, num_rows=1)
         if workload.phase == "decode":
-            self._session.run_with_iobinding(self._binding)
-            self._binding, _ = self._bind(cache, prompt[:1], start=num_tokens, num_rows=1)
+            self._model.run(self._binding)
+            self._binding, _ = self._model.bind(cache, prompt[:1], start=num_tokens, num_rows=1)
 
     def sample(self) -> int:
         start = time.perf_counter_ns()
-        self._session.run_with_iobinding(self._binding)
+        self._model.run(self._binding)
         return time.perf_counter_ns() - start
 
     def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
         rows: list[NDArray[np.float32]] = []
-        cache = self._new_cache(len(token_ids))
+        cache = self._model.new_cache(len(token_ids))
         for chunk in [[token] for token in token_ids] if incremental else [list(token_ids)]:
-            binding, logits = self._bind(cache, chunk, start=len(rows), num_rows=len(chunk))
-            self._session.run_with_iobinding(binding)
+            binding, logits = self._model.bind(cache, chunk, start=len(rows), num_rows=len(chunk))
+            self._model.run(binding)
             rows.extend(logits.numpy()[0].copy())
         return np.stack(rows)
 
     def close(self) -> None:
-        self._binding = self._session = None
+        self._binding = None
+        self._model.close()
+
+
+class OnnxRuntimeReader:
+    """One model and one KV cache; see `dilap.backends.Reader`."""
+
+    def __init__(self, path: Path, *, threads: int) -> None:
+        self._model = _Model(path, threads=threads)
+        self._cache: dict[str, Any] = {}
+        self.vocab_size = self._model.vocab_size
+        self.max_tokens = _context_length(path)
+
+    def reserve(self, num_tokens: int) -> None:
+        self._cache = self._model.new_cache(num_tokens)
+
+    def read(self, token_ids: Sequence[int], *, start: int, num_rows: int) -> NDArray[np.float32]:
+        binding, logits = self._model.bind(self._cache, token_ids, start=start, num_rows=num_rows)
+        self._model.run(binding)
+        rows: NDArray[np.float32] = logits.numpy()[0].copy()
+        return rows
+
+    def close(self) -> None:
+        self._cache = {}
+        self._model.close()
+
+
+class _Model:
+    """An inference session of a decoder, and how its inputs and outputs are bound."""
+
+    def __init__(self, path: Path, *, threads: int) -> None:
+        self._session: Any = _open(path, threads)
+        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        self.vocab_size = self._read_vocab_size(path)
+
+    def close(self) -> None:
+        self._session = None
+
+    def run(self, binding: Any) -> None:
+        self._session.run_with_iobinding(binding)
 
     def _read_vocab_size(self, path: Path) -> int:
         """Raises InvalidInput for what is no decoder of DiLAP's exporter."""
@@ -107,7 +145,7 @@ class OnnxRuntimeSession:
             raise InvalidInput(f"{path}: not a decoder that DiLAP exported: it has no {missing[0]}")
         return int(outputs["logits"].shape[2])
 
-    def _new_cache(self, capacity: int) -> dict[str, Any]:
+    def new_cache(self, capacity: int) -> dict[str, Any]:
         """Zeros for `capacity` tokens, by input name."""
         return {
             name: _tensor(np.zeros((1, value.shape[1], capacity, value.shape[3]), np.float32))
@@ -115,7 +153,7 @@ class OnnxRuntimeSession:
             if name.startswith(_PAST)
         }
 
-    def _bind(self, cache: dict[str, Any], token_ids: Sequence[int], *, start: int, num_rows: int) -> tuple[Any, Any]:
+    def bind(self, cache: dict[str, Any], token_ids: Sequence[int], *, start: int, num_rows: int) -> tuple[Any, Any]:
         """Tokens that follow `start` others, with the logits of the last `num_rows` (1 x rows x vocabulary)."""
         end = start + len(token_ids)
         feed = {
@@ -131,9 +169,18 @@ class OnnxRuntimeSession:
         for name, buffer in cache.items():
             binding.bind_ortvalue_input(name, buffer)
             binding.bind_ortvalue_output(name.replace(_PAST, _PRESENT), buffer)
-        logits = _tensor(np.zeros((1, num_rows, self._vocab_size), np.float32))
+        logits = _tensor(np.zeros((1, num_rows, self.vocab_size), np.float32))
         binding.bind_ortvalue_output("logits", logits)
         return binding, logits
+
+
+def _context_length(path: Path) -> int:
+    """What the model was trained for, as the exporter says beside it. Raises InvalidInput."""
+    config = path.with_name("genai_config.json")
+    length = read_json(config).get("model", {}).get("context_length")
+    if not isinstance(length, int):
+        raise InvalidInput(f"{config}: it has no model.context_length")
+    return length
 
 
 def _library() -> Any:

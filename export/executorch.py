@@ -15,6 +15,7 @@ from dilap.errors import InvalidInput, Unsupported, VerificationFailed
 from dilap.executorch_bindings import bindings
 from dilap.export import executorch_runtime
 from dilap.export.executorch_header import GROUP_SIZE, Header, header_of, probe_header
+from dilap.export.hf_tokenizer import read_tokenizer
 from dilap.export.random_weights import RandomWeights
 from dilap.export.text_samples import SAMPLES
 from dilap.export.verify import verify_logits
@@ -112,18 +113,9 @@ class ModelValues:
 
 def _read_tokenizer(source: Path, *, vocab_size: int) -> "PreTrainedTokenizerFast":
     """Of a Hugging Face folder or a GGUF file. Raises InvalidInput, Unsupported."""
-    from transformers import AutoTokenizer  # noqa: PLC0415
-
-    folder, arguments = (source.parent, {"gguf_file": source.name}) if source.is_file() else (source, {})
-    try:
-        words = AutoTokenizer.from_pretrained(folder, local_files_only=True, **arguments)
-    except (OSError, ValueError, KeyError) as error:
-        line = str(error).strip().partition("\n")[0]
-        raise InvalidInput(f"{source}: transformers cannot load a tokenizer from it: {line}") from error
+    words = read_tokenizer(source, vocab_size=vocab_size)
     if not hasattr(words, "backend_tokenizer"):
         raise Unsupported(f"{source}: {type(words).__name__} has no tokenizer.json form")
-    if len(words) > vocab_size:
-        raise InvalidInput(f"the tokenizer has {len(words)} tokens, the model {vocab_size} embedding rows")
     found: PreTrainedTokenizerFast = words
     return found
 

@@ -110,11 +110,17 @@ class Gguf:
     def has_vocabulary(self) -> bool:
         return bool(self._lib.llama_vocab_type(self._vocab) != NO_VOCABULARY)
 
-    def tokens(self, text: str) -> list[int]:
+    @property
+    def beginning(self) -> int | None:
+        """The token before a text without context: its beginning, or else its end; None where neither is named."""
+        tokens = (self._lib.llama_vocab_bos(self._vocab), self._lib.llama_vocab_eos(self._vocab))
+        return next((int(token) for token in tokens if token >= 0), None)
+
+    def tokens(self, text: str, *, add_special: bool = True) -> list[int]:
         """Token ids, with the special tokens that the file adds; special tokens in the text are recognised."""
         data = text.encode()
         buffer = (ctypes.c_int32 * (len(data) + 8))()  # at most one token a byte, and a few added ones
-        count = self._lib.llama_tokenize(self._vocab, data, len(data), buffer, len(buffer), True, True)
+        count = self._lib.llama_tokenize(self._vocab, data, len(data), buffer, len(buffer), add_special, True)
         assert count >= 0, "the buffer holds one token a byte"
         return list(buffer[:count])
 

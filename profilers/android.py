@@ -110,6 +110,9 @@ class Phone:
         samples = self._sessions[handle].sample(count)
         return Sampled(samples_ns=samples, seconds=sum(samples) / 1e9, other_seconds=None)
 
+    def average_memory(self, handle: int, runs: int) -> int | None:  # noqa: ARG002
+        return None
+
     def state(self) -> DeviceState:
         said = self._transport.run(["sh", "-c", _STATE], seconds=60)
         return parse_state(said.stdout, affinity=self._affinity or "unknown")

@@ -64,6 +64,9 @@ class Instrument(Protocol):
     def sample(self, handle: int, count: int) -> Sampled:
         """Time a model `count` times."""
 
+    def average_memory(self, handle: int, runs: int) -> int | None:
+        """Bytes that a model takes while it runs `runs` times, on average; None where that cannot be seen."""
+
     def state(self) -> DeviceState:
         """Clocks, temperatures and power now."""
 
@@ -157,6 +160,9 @@ class AgentClient:
 
     def sample(self, handle: int, count: int) -> Sampled:
         return Sampled(**self.call("sample", handle=handle, n=count))
+
+    def average_memory(self, handle: int, runs: int) -> int | None:
+        return int(self.call("watch_memory", handle=handle, n=runs)["average_bytes"])
 
     def state(self) -> DeviceState:
         return codec.decode(DeviceState, self.call("state")["state"], source="the agent's state")

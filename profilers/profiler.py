@@ -92,6 +92,15 @@ class Profiler:
             for index, case in enumerate(cases)
         ]
 
+    def average_memory(self, case: Case, *, runs: int = 50) -> int | None:
+        """Bytes that a model adds to a fresh process while it runs, on average; its peak is in a Measurement.
+
+        None where only the runtime's own programs run, as on a phone.
+        """
+        with closing(self._device.open(self.backend)) as instrument:
+            loaded = instrument.load(case.path, workload=case.workload, **asdict(_content(case.path)))
+            return instrument.average_memory(loaded.handle, runs)
+
     def _measure_once(
         self,
         cases: Sequence[Case],

@@ -1,5 +1,6 @@
 """A made-up device and a small architecture for tests that need no weights."""
 
+from dilap.evaluation.document import Evaluation, TaskFacts
 from dilap.types import Architecture, Fingerprint, LayerWidths
 
 FINGERPRINT = Fingerprint(
@@ -33,4 +34,23 @@ def tiny_llama(*layers: LayerWidths) -> Architecture:
         qk_norm=False,
         num_positions=0,
         layers=layers,
+    )
+
+
+def evaluation(model: str, accuracy: float) -> Evaluation:
+    """One task, one number."""
+    facts = TaskFacts(num_fewshot=0, num_rows=10, data="d", data_sha256="s", choices={})
+    return Evaluation(
+        model=model,
+        backend="torch",
+        precision="f32",
+        digest="d",
+        plan_digest="",
+        max_tokens=64,
+        limit=None,
+        num_fewshot=None,
+        threads=1,
+        versions={"dilap": "0"},
+        tasks={"piqa": {"acc": accuracy, "acc_stderr": 0.01}},
+        facts={"piqa": facts},
     )

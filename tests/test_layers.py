@@ -11,8 +11,15 @@ import tomllib
 from dilap.profilers.archive import travelling
 
 ROOT = Path(__file__).parent.parent
-LAYERS = {"dilap.cli": 5, "dilap.profilers": 4, "dilap.backends": 3, "dilap.export": 2}
-FOLDERS = ("", "backends", "cli", "export", "methods", "profilers")
+LAYERS = {
+    "dilap.cli": 5,
+    "dilap.evaluation": 4,
+    "dilap.profilers": 4,
+    "dilap.report": 5,
+    "dilap.backends": 3,
+    "dilap.export": 2,
+}
+FOLDERS = ("", "backends", "cli", "evaluation", "export", "methods", "profilers", "report")
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / "dilap" / folder).glob("*.py"))
 TRAVELLING = travelling()
 

@@ -87,9 +87,10 @@ def test_learned_positions_are_fed(tmp_path: Path) -> None:
 
 def test_the_cache_is_written_in_place(model: Path) -> None:
     session = backends.get("onnxruntime").load(model, DECODE)
-    cache = session._new_cache(4)  # type: ignore[attr-defined]
-    binding, _ = session._bind(cache, [7], start=2, num_rows=1)  # type: ignore[attr-defined]
-    session._session.run_with_iobinding(binding)  # type: ignore[attr-defined]
+    decoder = session._model  # type: ignore[attr-defined]
+    cache = decoder.new_cache(4)
+    binding, _ = decoder.bind(cache, [7], start=2, num_rows=1)
+    decoder.run(binding)
     keys = cache["past_key_values.0.key"].numpy()
     session.close()
     assert [bool(np.any(keys[0, 0, position])) for position in range(4)] == [False, False, True, False]

@@ -13,11 +13,13 @@ from dilap.profilers.locations import read_registry
 from dilap.profilers.runners import RUNNERS
 from dilap.types import Workload
 
+_EXIT_CODES = "exit codes: 0 done, 1 the result misses its budget, 2 bad input, 130 interrupted"
+
 
 def parser(description: str, examples: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=description,
-        epilog=f"examples:\n{examples}\n\nexit codes: 0 done, 1 the result misses its budget, 2 bad input",
+        epilog=f"examples:\n{examples}\n\n{_EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--version", action="version", version=f"dilap {__version__}")

@@ -1,6 +1,6 @@
 """The end of a prune job: from the plan to a measured artifact and what can be claimed of it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from transformers import PreTrainedModel
 
@@ -44,8 +44,9 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration) -> Prun
         shrunk = _quality(exam, source.model)
     stages.console.say(f"shrunk: KL {shrunk.kl:.3f} on {exam.text.name}, {validation_kl:.3f} on the validation split")
     recovered = shrunk
+    recovery_kls: tuple[float, ...] = ()
     if lessons is not None:
-        _recover_(stages, lessons)
+        recovery_kls = _recover_(stages, lessons)
         recovered = _quality(exam, source.model)
     with workspace.stage("save the checkpoint"):
         save_checkpoint(source.model, source.tokenizer, workspace.folder / "checkpoint")
@@ -56,7 +57,8 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration) -> Prun
         before, after = stages.bench.measure(paths, final=True)
     dense = _side(stages, artifacts[0], before, exam.dense)
     side = _side(stages, artifacts[1], after, recovered)
-    return _result(stages, goal, pruned, text, dense=dense, side=side, shrunk=shrunk, validation_kl=validation_kl)
+    result = _result(stages, goal, pruned, text, dense=dense, side=side, shrunk=shrunk, validation_kl=validation_kl)
+    return replace(result, recovery_kls=recovery_kls)
 
 
 def _exam(stages: Stages, calibration: Calibration) -> _Exam:
@@ -76,8 +78,8 @@ def _exam(stages: Stages, calibration: Calibration) -> _Exam:
     )
 
 
-def _recover_(stages: Stages, lessons: Teacher) -> None:
-    """Distil in place."""
+def _recover_(stages: Stages, lessons: Teacher) -> tuple[float, ...]:
+    """Distil in place; the KL of every step."""
     options = stages.options.recovery
     with stages.workspace.stage("recover"), stages.console.bar("recover", total=options.steps, unit="step") as bar:
 
@@ -87,6 +89,7 @@ def _recover_(stages: Stages, lessons: Teacher) -> None:
 
         losses = distil(stages.source.model, lessons, options, progress=show)
     stages.console.say(f"recovery ({options.mode}): KL on its own text {losses[0]:.3f} -> {losses[-1]:.3f}")
+    return tuple(losses)
 
 
 def _quality(exam: _Exam, model: PreTrainedModel) -> Quality:

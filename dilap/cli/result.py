@@ -1,7 +1,7 @@
 """The result of a prune job, as a document and as the table that ends it."""
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Literal
 
@@ -58,20 +58,22 @@ class PruneResult:
     plan_digest: str
     validation_kl: float
     kl_without_recovery: float
-    perplexity_without_recovery: float
     recovery: str
     calibration: str
     calibration_sha256: str
     calibration_sequences: int
     calibration_sequence_length: int
-    pruning_seconds: float
-    pruning_peak_memory_bytes: int
-    method_facts: dict[str, Any]
     options: dict[str, Any]
     stage_seconds: dict[str, float]
     versions: dict[str, str]
     seed: int
     notes: tuple[str, ...] = ()
+    # What the first runs of this version do not have; they are read all the same.
+    perplexity_without_recovery: float | None = None
+    recovery_kls: tuple[float, ...] = ()
+    pruning_seconds: float | None = None
+    pruning_peak_memory_bytes: int | None = None
+    method_facts: dict[str, Any] = field(default_factory=dict)
 
 
 def flops_of(architecture: Architecture, workload: Workload) -> int:

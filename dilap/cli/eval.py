@@ -1,0 +1,241 @@
+"""dilap-eval: lm-eval's tasks, text and costs, of a checkpoint or of the very artifact that ships."""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dilap.backends import host
+from dilap.cli import arguments, console
+from dilap.cli.console import Console
+from dilap.cli.result import versions
+from dilap.codec import decode, encode, read_json, write_json
+from dilap.errors import InvalidInput, Unavailable
+from dilap.evaluation.document import Costs, Evaluation, identity
+from dilap.profilers import devices
+from dilap.types import Workload
+
+if TYPE_CHECKING:
+    from dilap.evaluation.subject import Subject
+    from dilap.evaluation.tasks import LoadedTask
+
+TASKS = ("wikitext", "ptb", "arc_easy", "arc_challenge", "openbookqa", "piqa", "hellaswag", "winogrande", "mmlu")
+_SUMMARY = ("acc", "acc_norm", "word_perplexity", "window_perplexity")
+_EXAMPLES = """\
+  dilap-eval smollm2-135m --tasks wikitext,arc_easy
+  dilap-eval runs/quickstart --tasks all --data-dir data        # the artifact of a run, through its own runtime
+  dilap-eval runs/quickstart --backend torch --tasks piqa       # its checkpoint, in torch
+  dilap-eval runs/quickstart --reference smollm2-135m           # KL, perplexity and top-1 beside the dense model
+  dilap-eval runs/quickstart --costs                            # memory, prefill and decode latency, FLOPs, bytes
+  dilap-eval exported/model.gguf --tasks mmlu --num-fewshot 0 --limit 20 --json
+A killed evaluation with --out, or of a run, goes on after the last whole task when the same command is given again."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = arguments.parser("Score a checkpoint in torch, or an artifact through its own runtime.", _EXAMPLES)
+    made.add_argument("subject", metavar="MODEL_OR_ARTIFACT", help="a run, an artifact's folder, a .gguf or a model")
+    made.add_argument(
+        "--tasks", default="", metavar="A,B", help=f"all ({','.join(TASKS)}), or any of lm-eval's that score given text"
+    )
+    made.add_argument("--limit", type=int, metavar="N", help="only the first N rows of every task")
+    made.add_argument("--num-fewshot", type=int, metavar="K", help="examples before each question (mmlu 5, others 0)")
+    made.add_argument("--data-dir", metavar="DIR", help="read DIR/<task>/<split>.jsonl[.gz] instead of the hub")
+    made.add_argument("--max-length", type=int, metavar="N", help="tokens read at once (what the model holds)")
+    made.add_argument("--backend", help="torch for a run's checkpoint or a .gguf file (the artifact's runtime)")
+    made.add_argument("--precision", choices=["f32", "bf16", "f16"], help="in torch; the checkpoint's own otherwise")
+    made.add_argument("--reference", metavar="DENSE", help="also KL, perplexity and top-1 beside this model")
+    made.add_argument("--eval-text", default="python-docs", metavar="TEXT", help="where --reference is compared")
+    made.add_argument("--costs", action="store_true", help="also size, FLOPs, bytes, memory and latency of both phases")
+    made.add_argument("--device", default="host_cpu", metavar="NAME", help="where --costs are measured (host_cpu)")
+    made.add_argument("--threads", type=int, metavar="N", help="of a runtime; all physical cores by default")
+    made.add_argument("--out", metavar="FILE", help="keep the evaluation (RUN/evaluation.json for a run)")
+    made.add_argument("--json", action="store_true", help="print it as JSON")
+    return made
+
+
+def _command() -> int:
+    given = _parser().parse_args()
+    names = _tasks(given.tasks)
+    for name in ("limit", "max_length", "threads"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            raise InvalidInput(f"--{name.replace('_', '-')} is at least 1, got {getattr(given, name)}")
+    if given.num_fewshot is not None and given.num_fewshot < 0:
+        raise InvalidInput(f"--num-fewshot is at least 0, got {given.num_fewshot}")
+    if not (names or given.reference or given.costs):
+        raise InvalidInput("nothing to do: name --tasks or a --reference, or ask for --costs")
+    screen = Console()
+    tasks = _load_tasks(names, given)
+    out = _out(given)
+    subject = _open(given.subject, given)
+    done = _evaluate(subject, tasks, given, out, screen)
+    if given.reference:
+        done = _with_reference(done, subject, given, screen)
+        _keep(done, out)
+    if given.costs:
+        done = _with_costs(done, subject, given, screen)
+        _keep(done, out)
+    if given.json:
+        json.dump(encode(done), sys.stdout, indent=1)
+    else:
+        print(report(done) + (f"\n\nkept in {out}" if out else ""))
+    return 0
+
+
+def _tasks(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return list(TASKS) if names == ["all"] else list(dict.fromkeys(names))
+
+
+def _load_tasks(names: list[str], given: argparse.Namespace) -> "list[LoadedTask]":
+    """The data first: its mistakes are found before a model is read."""
+    if not names:
+        return []
+    try:
+        from dilap.evaluation.tasks import load  # seconds that bad input should not cost
+    except ImportError as error:
+        raise Unavailable(f"tasks need lm-eval ({error}); pip install 'dilap[eval]'") from error
+    return load(names, data_dir=Path(given.data_dir) if given.data_dir else None, num_fewshot=given.num_fewshot)
+
+
+def _open(name: str, given: argparse.Namespace) -> "Subject":
+    from dilap.evaluation.subject import open_subject
+
+    threads = given.threads or host.num_physical_cores()
+    return open_subject(name, backend=given.backend, precision=given.precision, threads=threads)
+
+
+def _out(given: argparse.Namespace) -> Path | None:
+    if given.out:
+        return arguments.new_path(given.out)
+    run = Path(given.subject)
+    if not (run / "result.json").is_file():
+        return None
+    return run / ("evaluation-torch.json" if given.backend == "torch" else "evaluation.json")
+
+
+def _evaluate(
+    subject: "Subject", tasks: "list[LoadedTask]", given: argparse.Namespace, out: Path | None, screen: Console
+) -> Evaluation:
+    """Every task that `out` lacks; each is kept when it is whole."""
+    done = _started(subject, given, out, screen)
+    for number, task in enumerate(tasks, start=1):
+        if task.name in done.tasks:
+            screen.say(f"{task.name}: done earlier")
+            continue
+        from dilap.evaluation.evaluate import evaluate_task
+
+        screen.say(f"{number} of {len(tasks)}: {task.name}")
+        result = evaluate_task(subject, task, max_tokens=done.max_tokens, limit=given.limit, bar=screen.bar)
+        done = replace(
+            done, tasks=done.tasks | {task.name: result.metrics}, facts=done.facts | {task.name: result.facts}
+        )
+        _keep(done, out)
+    return done
+
+
+def _started(subject: "Subject", given: argparse.Namespace, out: Path | None, screen: Console) -> Evaluation:
+    """What `out` holds of the same evaluation, or an empty one. Raises InvalidInput for another's file."""
+    longest = subject.reader.max_tokens
+    fresh = Evaluation(
+        model=subject.name,
+        backend=subject.backend,
+        precision=subject.precision,
+        digest=subject.digest,
+        plan_digest=subject.plan_digest,
+        max_tokens=min(given.max_length or longest, longest),
+        limit=given.limit,
+        num_fewshot=given.num_fewshot,
+        threads=given.threads or host.num_physical_cores(),
+        versions=versions(),
+    )
+    if given.max_length and given.max_length > longest:
+        screen.say(f"--max-length {given.max_length}: the model holds {longest} tokens, so it reads {longest} at once")
+    if out is None or not out.exists():
+        return fresh
+    found = decode(Evaluation, read_json(out), source=str(out))
+    if differences := [name for name, value in identity(fresh).items() if identity(found)[name] != value]:
+        raise InvalidInput(f"{out} is of another {differences[0]}; remove it or choose another --out")
+    return found
+
+
+def _with_reference(done: Evaluation, subject: "Subject", given: argparse.Namespace, screen: Console) -> Evaluation:
+    from dilap.evaluation.text_quality import compare
+
+    reference = _open(given.reference, argparse.Namespace(backend=None, precision=None, threads=given.threads))
+    with screen.bar(f"beside {reference.name}", total=None, unit="tok") as bar:
+        quality = compare(subject, reference, text=given.eval_text, progress=bar.update)
+    reference.reader.close()
+    return replace(done, text=quality)
+
+
+def _with_costs(done: Evaluation, subject: "Subject", given: argparse.Namespace, screen: Console) -> Evaluation:
+    from dilap.evaluation import costs
+
+    device = devices.get(given.device)
+    if reason := device.unavailable():
+        raise Unavailable(reason)
+    subject.reader.close()  # measured alone
+    counted = costs.count(subject, Workload(precision=subject.precision, threads=done.threads))
+    with screen.bar("measure", total=None, unit="") as bar:
+        return replace(done, costs=costs.measure(counted, subject, device, progress=bar.set_postfix_str))
+
+
+def _keep(done: Evaluation, out: Path | None) -> None:
+    if out is not None:
+        write_json(out, encode(done))
+
+
+def report(done: Evaluation) -> str:
+    """A line a task."""
+    lines = [f"{done.model} through {done.backend}, {done.precision}, {done.max_tokens} tokens at once"]
+    if done.tasks:
+        lines += ["", f"{'task':16}{'rows':>6}{'shots':>6}  " + "  ".join(f"{name:>17}" for name in _SUMMARY)]
+    for name, metrics in done.tasks.items():
+        facts = done.facts[name]
+        cells = "  ".join(f"{_number(metrics, metric):>17}" for metric in _SUMMARY)
+        lines.append(f"{name:16}{facts.num_rows:6}{facts.num_fewshot:6}  {cells}")
+        if "window_perplexity" in metrics:
+            lines.append(
+                f"  window_perplexity: {metrics['num_windows']:.0f} windows of {metrics['window_tokens']:.0f} tokens of"
+                f" the joined text; top-1 {metrics['top1']:.1%}"
+            )
+    if (text := done.text) is not None:
+        lines += [
+            "",
+            f"beside {text.reference} on {text.text} ({text.tokens} tokens): KL {text.kl:.4f}, same first token"
+            f" {text.agreement:.1%}",
+            f"perplexity {text.perplexity:.2f} ({text.reference_perplexity:.2f}), top-1 {text.top1:.1%}"
+            f" ({text.reference_top1:.1%})",
+        ]
+    if done.costs is not None:
+        lines += ["", *_cost_lines(done.costs)]
+    return "\n".join(lines)
+
+
+def _cost_lines(costs: Costs) -> list[str]:
+    size = "" if costs.file_bytes is None else f", file {costs.file_bytes / 1e6:.1f} MB"
+    lines = [f"{costs.parameters / 1e6:.1f} M parameters{size}"]
+    for phase in (costs.decode, costs.prefill):
+        line = f"{phase.workload.describe()}: {phase.flops / 1e9:.3f} GFLOP, {phase.bytes_moved / 1e6:.1f} MB moved"
+        if phase.measurement is not None and phase.average_memory_bytes is not None:
+            found = phase.measurement.interval()
+            line += (
+                f", {found.value * 1e3:.2f} ms [{found.low * 1e3:.2f}, {found.high * 1e3:.2f}], memory"
+                f" {phase.average_memory_bytes / 1e6:.0f} MB on average, at most"
+                f" {phase.measurement.peak_memory_bytes / 1e6:.0f} MB ({phase.measurement.status})"
+            )
+        lines.append(line)
+    return lines
+
+
+def _number(metrics: dict[str, float], name: str) -> str:
+    if name not in metrics:
+        return ""
+    error = metrics.get(f"{name}_stderr")
+    return f"{metrics[name]:.4g}" + (f" ± {error:.2g}" if error else "")
+
+
+def main() -> None:
+    console.run(_command)

@@ -1,0 +1,50 @@
+"""What a model costs: counted from its shape, and measured on a device where it has a runtime."""
+
+from dataclasses import replace
+
+from dilap.errors import InvalidInput
+from dilap.evaluation.document import CACHE_BITS, Costs, PhaseCosts
+from dilap.evaluation.subject import Subject
+from dilap.profilers.devices import Device
+from dilap.profilers.profiler import Case, Profiler, Progress
+from dilap.profilers.protocol import FINAL
+from dilap.types import PRECISION_BITS, Architecture, Workload
+
+
+def count(subject: Subject, workload: Workload) -> Costs:
+    """The closed forms. Raises InvalidInput for a GGUF file from elsewhere, whose shape is not known."""
+    if subject.architecture is None:
+        raise InvalidInput(f"{subject.name} has no artifact.json: costs are known of what dilap-export wrote")
+    return Costs(
+        parameters=subject.architecture.num_parameters,
+        file_bytes=subject.num_bytes,
+        decode=_counted(subject.architecture, subject.backend, replace(workload, phase="decode")),
+        prefill=_counted(subject.architecture, subject.backend, replace(workload, phase="prefill")),
+    )
+
+
+def _counted(architecture: Architecture, backend: str, workload: Workload) -> PhaseCosts:
+    precision = workload.precision
+    cache_bits = CACHE_BITS.get(backend) or round(PRECISION_BITS[precision])  # torch: as its weights
+    if workload.phase == "decode":
+        flops = architecture.decode_flops(context=workload.context)
+        moved = architecture.decode_bytes(context=workload.context, precision=precision, cache_bits=cache_bits)
+    else:
+        tokens = workload.prompt_tokens
+        flops = architecture.prefill_flops(prompt_tokens=tokens)
+        moved = architecture.prefill_bytes(prompt_tokens=tokens, precision=precision, cache_bits=cache_bits)
+    return PhaseCosts(workload=workload, flops=flops, bytes_moved=moved)
+
+
+def measure(costs: Costs, subject: Subject, device: Device, *, progress: Progress | None = None) -> Costs:
+    """Latency with fresh starts, and memory, of both phases; a checkpoint's costs stay as they are."""
+    if subject.path is None:
+        return costs
+    profiler = Profiler(device, backend=subject.backend)
+    cases = [Case(path=subject.path, workload=phase.workload) for phase in (costs.decode, costs.prefill)]
+    decode, prefill = profiler.measure(cases, FINAL, progress=progress)
+    return replace(
+        costs,
+        decode=replace(costs.decode, measurement=decode, average_memory_bytes=profiler.average_memory(cases[0])),
+        prefill=replace(costs.prefill, measurement=prefill, average_memory_bytes=profiler.average_memory(cases[1])),
+    )

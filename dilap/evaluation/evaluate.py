@@ -1,0 +1,84 @@
+"""An evaluation: tasks scored one by one, so that a killed one goes on with the next."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lm_eval
+
+from dilap.codec import digest
+from dilap.evaluation.document import TaskFacts
+from dilap.evaluation.lm import Bar, ReaderLM
+from dilap.evaluation.plain_text import TEXTS, WINDOW_TOKENS, window_perplexity
+from dilap.evaluation.subject import Subject
+from dilap.evaluation.tasks import LoadedTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """One task's scores, and for a group those of its parts."""
+
+    metrics: dict[str, float]
+    facts: TaskFacts
+
+
+def evaluate_task(subject: Subject, task: LoadedTask, *, max_tokens: int, limit: int | None, bar: Bar) -> TaskResult:
+    """lm-eval's metrics of one task; of a task that is one text also its perplexity in windows of 2,048 tokens."""
+    model = ReaderLM(subject.reader, subject.words, max_tokens=max_tokens, bar=bar)
+    found: Any = lm_eval.evaluate(lm=model, task_dict=task.task_dict, limit=limit, log_samples=True)
+    metrics = _metrics(found["results"][task.name])
+    if task.name in TEXTS:
+        metrics |= _text_metrics(subject, task, max_tokens=max_tokens, limit=limit, bar=bar)
+    return TaskResult(metrics=metrics, facts=_facts(task, found["samples"]))
+
+
+def _metrics(result: Mapping[str, Any]) -> dict[str, float]:
+    """`acc,none` and its like without the filter's name; what is no number (an alias, N/A) is left out."""
+    return {
+        name.removesuffix(",none"): float(value)
+        for name, value in result.items()
+        if name.endswith(",none") and isinstance(value, int | float)
+    }
+
+
+def _text_metrics(
+    subject: Subject, task: LoadedTask, *, max_tokens: int, limit: int | None, bar: Bar
+) -> dict[str, float]:
+    (documents,) = (one.eval_docs for one in task.tasks.values())
+    text = TEXTS[task.name]([row["page"] for row in documents][:limit])
+    with bar("windows", total=None, unit="tok") as shown:
+        found = window_perplexity(
+            subject.reader,
+            subject.words,
+            text,
+            name=task.name,
+            window_tokens=min(WINDOW_TOKENS, max_tokens),
+            progress=shown.update,
+        )
+    return {
+        "window_perplexity": found.perplexity,
+        "window_tokens": found.window_tokens,
+        "num_windows": found.num_windows,
+        "top1": found.top1,
+    }
+
+
+def _facts(task: LoadedTask, samples: Mapping[str, list[Mapping[str, Any]]]) -> TaskFacts:
+    rows = {name: sorted(samples[name], key=lambda row: int(row["doc_id"])) for name in task.tasks}
+    config = next(iter(task.tasks.values()))
+    return TaskFacts(
+        num_fewshot=int(config.get_config("num_fewshot")),
+        num_rows=sum(map(len, rows.values())),
+        data=str(getattr(config, "path", config.DATASET_PATH)),
+        data_sha256=digest([row["doc_hash"] for part in rows.values() for row in part]),
+        choices={
+            name: tuple(_choice(row["filtered_resps"]) for row in part)
+            for name, part in rows.items()
+            if task.tasks[name].OUTPUT_TYPE == "multiple_choice"
+        },
+    )
+
+
+def _choice(responses: list[tuple[float, bool]]) -> int:
+    """The most likely answer, the first of equals, as lm-eval's `acc` has it."""
+    return max(range(len(responses)), key=lambda index: responses[index][0])

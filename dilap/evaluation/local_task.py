@@ -1,0 +1,110 @@
+"""lm-eval's tasks on local files: `DIR/<task>/<split>.jsonl[.gz]`, one row of the task's data set a line."""
+
+import gzip
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import datasets
+from lm_eval.api.task import ConfigurableTask
+
+from dilap.errors import InvalidInput
+
+_SPLITS = ("test", "validation", "train")  # what is scored, where the task's own split is not there
+
+
+class LocalTask(ConfigurableTask):  # type: ignore[misc]
+    """A task whose `dataset_kwargs` name a `data_dir` and the task that was `asked` for, of which it may be a part.
+
+    It is scored on the split that lm-eval would take, or on the nearest one that has a file.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config={name: value for name, value in config.items() if name != "class"})
+
+    def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: object) -> None:
+        """Read the files. Raises InvalidInput, naming file and line."""
+        given = dataset_kwargs or {}
+        data_dir, config = Path(given["data_dir"]), self.config
+        own = data_dir / config.task
+        folder = own if own.is_dir() else data_dir / given["asked"]
+        wanted = (config.test_split or config.validation_split, *_SPLITS)
+        path = next((found for split in wanted if (found := _file_of(folder, split))), None)
+        if path is None:
+            raise InvalidInput(f"{config.task}: no {folder / 'test.jsonl'}, validation or train (.gz too)")
+        examples = self.fewshot_cfg.split or config.training_split
+        examples_path = (examples and _file_of(folder, examples)) or path
+        is_text = config.output_type == "loglikelihood_rolling"  # which has no examples
+        if config.num_fewshot and not is_text and not (examples and _file_of(folder, examples)):
+            raise InvalidInput(f"{config.task}: its {config.num_fewshot} examples need {folder / f'{examples}.jsonl'}")
+        self.path = path
+        self.dataset = {name: self._rows(file) for name, file in (("scored", path), ("examples", examples_path))}
+        config.test_split, config.validation_split, config.training_split = "scored", None, "examples"
+        if self.fewshot_cfg.split is not None:
+            self.fewshot_cfg.split = "examples"
+
+    def _rows(self, path: Path) -> datasets.Dataset:
+        """Of this task's subject, where rows name one."""
+        rows = _read(path)
+        subject = self.config.dataset_name
+        if all("subject" in row for row in rows):
+            rows = [row for row in rows if row["subject"] == subject]
+        if not rows:
+            raise InvalidInput(f"{path}: it holds no row" + (f" of the subject {subject!r}" if subject else ""))
+        try:
+            return datasets.Dataset.from_list(rows)
+        except Exception as error:  # Arrow has its own types
+            reason = str(error).partition("\n")[0]
+            raise InvalidInput(f"{path}: its rows are not alike: {reason}") from error
+
+    def require_schema(self) -> None:
+        """Raises InvalidInput, naming file and row, where lm-eval's templates cannot read a row."""
+        for number, row in enumerate(self.eval_docs, start=1):
+            if reason := self._complaint(row):
+                raise InvalidInput(f"{self.path}: row {number} is not of {self.config.task}: {reason}")
+
+    def _complaint(self, row: dict[str, Any]) -> str | None:
+        try:
+            self.doc_to_text(row)
+            target = self.doc_to_target(row)
+            choices = self.doc_to_choice(row) if self.config.doc_to_choice is not None else None
+        except Exception as error:  # whatever templates and the task's own functions raise
+            return (str(error) or type(error).__name__).partition("\n")[0]
+        if choices is not None and not (isinstance(target, int) and 0 <= target < len(choices)):
+            return f"its answer {target!r} is none of {len(choices)} choices"
+        return None
+
+
+def _file_of(folder: Path, split: str) -> Path | None:
+    """`<split>.jsonl`, or a part of it that says how large it is (`validation_1k.jsonl`), either with .gz."""
+    found = [path for pattern in (f"{split}.jsonl*", f"{split}_*.jsonl*") for path in sorted(folder.glob(pattern))]
+    return next((path for path in found if path.name.endswith((".jsonl", ".jsonl.gz"))), None)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file, one after another; raw line feeds inside strings are let pass (a row of MMLU has one)."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = raw.decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path}: not readable ({error})") from error
+    rows, decoder, at = [], json.JSONDecoder(strict=False), _next(text, 0)
+    while at < len(text):
+        line = text.count("\n", 0, at) + 1
+        try:
+            row, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise InvalidInput(f"{path}: line {line} is not JSON ({error.msg})") from error
+        if not isinstance(row, dict):
+            raise InvalidInput(f"{path}: line {line} is not a JSON object")
+        rows.append(row)
+        at = _next(text, at)
+    return rows
+
+
+def _next(text: str, at: int) -> int:
+    """Where the next object begins."""
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at

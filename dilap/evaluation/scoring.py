@@ -1,0 +1,85 @@
+"""What a reader says about tokens: the log-likelihood of a continuation, and of every token of a text."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dilap.backends import MAX_READ_TOKENS, Reader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Token ids: how likely is `continuation` after `context`? Neither is empty."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    def read(self, max_tokens: int) -> tuple[int, ...]:
+        """What a model has to read for it; the left end of what is too long is dropped."""
+        return (self.context + self.continuation)[-(max_tokens + 1) : -1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The continuation's log-likelihood in nats, and whether it is what greedy decoding would give."""
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+def score(
+    reader: Reader,
+    requests: Sequence[Request],
+    *,
+    max_tokens: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Score]:
+    """One score a request, in their order.
+
+    Requests are read sorted by their tokens, so that neighbours share the longest prefixes: the examples of a few-shot
+    task are read once a subject, a question once for all its answers. On a CPU that is as fast as batches (the weights
+    are streamed once for 4 answers, which take no padding) and 5 times faster with 5 examples.
+    """
+    texts = [request.read(max_tokens) for request in requests]
+    scores: list[Score | None] = [None] * len(requests)
+    reader.reserve(max(map(len, texts), default=1))
+    before: tuple[int, ...] = ()
+    rows = torch.empty(0, reader.vocab_size)
+    for index in sorted(range(len(texts)), key=lambda one: texts[one]):
+        text, continuation = texts[index], requests[index].continuation
+        if text != before or len(rows) < len(continuation):
+            start = min(_num_shared(before, text), len(text) - len(continuation))
+            rows = torch.cat(list(log_probabilities(reader, text, start=start, num_rows=len(continuation))))
+            before = text
+        scores[index] = _score(rows[-len(continuation) :], continuation)
+        progress(1)
+    return [one for one in scores if one is not None]
+
+
+def log_probabilities(reader: Reader, text: Sequence[int], *, start: int = 0, num_rows: int) -> Iterator[torch.Tensor]:
+    """Log-probabilities (rows x vocabulary) of what follows each of the last `num_rows` tokens of `text`, in parts.
+
+    Its first `start` tokens were read already.
+    """
+    first_row = len(text) - num_rows
+    for at in range(start, len(text), MAX_READ_TOKENS):
+        tokens = text[at : at + MAX_READ_TOKENS]
+        wanted = min(len(tokens), at + len(tokens) - first_row)
+        logits = reader.read(tokens, start=at, num_rows=max(1, wanted))
+        if wanted > 0:
+            yield torch.from_numpy(logits).log_softmax(-1)
+
+
+def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    for count, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return count
+    return min(len(first), len(second))
+
+
+def _score(rows: torch.Tensor, continuation: Sequence[int]) -> Score:
+    tokens = torch.tensor(continuation)
+    chosen = rows[torch.arange(len(tokens)), tokens].double()
+    return Score(log_likelihood=float(chosen.sum()), is_greedy=bool((rows.argmax(-1) == tokens).all()))

@@ -1,0 +1,127 @@
+"""What is scored: a checkpoint in torch, an artifact through its runtime, or the artifact of a run."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dilap import backends
+from dilap.anatomy import architecture_of
+from dilap.backends import Reader
+from dilap.codec import decode, file_sha256, read_json
+from dilap.errors import InvalidInput, Mismatch
+from dilap.evaluation.torch_reader import TorchReader
+from dilap.evaluation.words import GgufWords, HuggingFaceWords, Words
+from dilap.source import load
+from dilap.types import Architecture, Artifact
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model that is open. `backend` is `torch` or a runtime; `digest` that of its weights or of its file.
+
+    `path` is the artifact's file, None for a checkpoint; `architecture` None for a GGUF file from elsewhere.
+    """
+
+    name: str
+    backend: str
+    precision: str
+    digest: str
+    plan_digest: str
+    num_bytes: int | None
+    path: Path | None
+    architecture: Architecture | None
+    reader: Reader
+    words: Words
+
+
+def open_subject(name: str, *, backend: str | None = None, precision: str | None = None, threads: int = 1) -> Subject:
+    """A run's or an artifact's folder, a GGUF file (through llama.cpp), or what `dilap.source.load` takes (in torch).
+
+    `backend="torch"` takes a run's checkpoint instead of its artifact; `precision` (f32, bf16, f16) is for torch alone.
+    Raises InvalidInput, Unavailable, Unsupported, and Mismatch where a file is not the one that its sidecar describes.
+    """
+    path = Path(name)
+    if (path / "result.json").is_file():
+        return replace(_of_run(path, backend, precision, threads), name=name)
+    if backend != "torch" and (path / "artifact.json").is_file():
+        return _of_artifact(name, path, backend, threads)
+    if backend not in (None, "torch", "llamacpp") or (backend == "llamacpp" and path.suffix != ".gguf"):
+        raise InvalidInput(f"{name} is no artifact of {backend}: export it first with dilap-export --backend {backend}")
+    if path.suffix == ".gguf" and path.is_file() and backend != "torch":
+        has_sidecar = path.with_name("artifact.json").is_file()
+        return _of_artifact(name, path.parent, backend, threads) if has_sidecar else _of_gguf(name, path, threads)
+    return _of_model(name, precision)
+
+
+def _of_run(run: Path, backend: str | None, precision: str | None, threads: int) -> Subject:
+    if backend == "torch":
+        return _of_model(str(run / "checkpoint"), precision)
+    subject = _of_artifact(str(run), run / "artifact", backend, threads)
+    claimed = read_json(run / "result.json")["pruned"]["artifact"]["sha256"]
+    if subject.digest != claimed:
+        raise Mismatch(f"{run}: its artifact is of another model than its result.json (the sha256 differs)")
+    return subject
+
+
+def _of_artifact(name: str, folder: Path, backend: str | None, threads: int) -> Subject:
+    sidecar = folder / "artifact.json"
+    artifact = decode(Artifact, read_json(sidecar), source=str(sidecar))
+    if backend not in (None, artifact.backend):
+        raise InvalidInput(f"{name} is an artifact of {artifact.backend}, not of {backend}")
+    for file, digest in {artifact.path: artifact.sha256, **artifact.companions}.items():
+        if not (folder / file).is_file():
+            raise InvalidInput(f"{folder / file}: no such file, but {sidecar} names it")
+        if file_sha256(folder / file) != digest:
+            raise Mismatch(f"{folder / file} is of another model than {sidecar} describes (its sha256 differs)")
+    path = folder / artifact.path
+    words: Words = GgufWords(path) if artifact.format == "gguf" else HuggingFaceWords.read(folder)
+    return Subject(
+        name=name,
+        backend=artifact.backend,
+        precision=artifact.precision,
+        digest=artifact.sha256,
+        plan_digest=artifact.plan_digest,
+        num_bytes=artifact.num_bytes,
+        path=path,
+        architecture=artifact.architecture,
+        reader=backends.open_reader(artifact.backend, path, threads=threads),
+        words=words,
+    )
+
+
+def _of_gguf(name: str, path: Path, threads: int) -> Subject:
+    return Subject(
+        name=name,
+        backend="llamacpp",
+        precision="as in the file",
+        digest=file_sha256(path),
+        plan_digest="",
+        num_bytes=path.stat().st_size,
+        path=path,
+        architecture=None,
+        reader=backends.open_reader("llamacpp", path, threads=threads),
+        words=GgufWords(path),
+    )
+
+
+def _of_model(name: str, precision: str | None) -> Subject:
+    source = load(name)
+    if precision is not None:
+        source.model.to(DTYPES[precision])
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    files = [source.tokenizer_path] if source.tokenizer_path.is_file() else source.tokenizer_path.glob("*.safetensors")
+    return Subject(
+        name=name,
+        backend="torch",
+        precision=names.get(source.model.dtype, str(source.model.dtype)),
+        digest=source.digest,
+        plan_digest=getattr(source.model.config, "dilap_plan", ""),
+        num_bytes=sum(file.stat().st_size for file in files) or None,
+        path=None,
+        architecture=architecture_of(source.model),
+        reader=TorchReader(source.model),
+        words=HuggingFaceWords(source.tokenizer),
+    )

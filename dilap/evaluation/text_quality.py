@@ -1,0 +1,92 @@
+"""A model beside the dense one, token by token of a text that neither was fitted on."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from dilap.backends import Reader
+from dilap.errors import InvalidInput, Mismatch
+from dilap.evaluation.document import TextQuality
+from dilap.evaluation.scoring import log_probabilities
+from dilap.evaluation.subject import Subject
+from dilap.evaluation.words import Words
+from dilap.text import read_text
+
+
+def compare(
+    subject: Subject,
+    reference: Subject,
+    *,
+    text: str,
+    num_sequences: int = 32,
+    length: int = 256,
+    progress: Callable[[int], None] = lambda _: None,
+) -> TextQuality:
+    """Both on the first sequences of `text`. Raises Mismatch for models that split it differently."""
+    sequences = _sequences(subject.words, text, num_sequences=num_sequences, length=length)
+    theirs = _sequences(reference.words, text, num_sequences=num_sequences, length=length)
+    if sequences != theirs or subject.reader.vocab_size != reference.reader.vocab_size:
+        raise Mismatch(
+            f"{subject.name} is of another model than {reference.name}: they split {text} into different tokens "
+            f"({subject.reader.vocab_size} and {reference.reader.vocab_size} known)"
+        )
+    for one in (subject, reference):
+        one.reader.reserve(length)
+    sums = torch.zeros(6, dtype=torch.float64)
+    for sequence in sequences:
+        for mine, dense, labels in _rows(subject.reader, reference.reader, sequence):
+            sums += _sums(mine, dense, labels)
+        progress(length)
+    kl = float(sums[0]) / (len(sequences) * length)
+    nll, top1, agreement, reference_nll, reference_top1 = (sums[1:] / (len(sequences) * (length - 1))).tolist()
+    return TextQuality(
+        text=text,
+        text_sha256=hashlib.sha256(np.array(sequences, np.int32).tobytes()).hexdigest(),
+        tokens=len(sequences) * length,
+        reference=reference.name,
+        reference_digest=reference.digest,
+        kl=kl,
+        perplexity=math.exp(nll),
+        top1=top1,
+        agreement=agreement,
+        reference_perplexity=math.exp(reference_nll),
+        reference_top1=reference_top1,
+    )
+
+
+def _sequences(words: Words, text: str, *, num_sequences: int, length: int) -> list[list[int]]:
+    tokens = words.encode(read_text(text)[: num_sequences * length * 16], special=False)
+    count = min(num_sequences, len(tokens) // length)
+    if count == 0:
+        raise InvalidInput(f"{text}: {len(tokens)} tokens are fewer than one sequence of {length}")
+    return [tokens[at * length : (at + 1) * length] for at in range(count)]
+
+
+def _rows(
+    mine: Reader, dense: Reader, sequence: list[int]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Log-probabilities of both, and the tokens that follow: one fewer at the end of the sequence."""
+    labels = torch.tensor(sequence[1:])
+    parts = (log_probabilities(reader, sequence, num_rows=len(sequence)) for reader in (mine, dense))
+    for one, other in zip(*parts, strict=True):
+        yield one, other, labels[: len(one)]
+        labels = labels[len(one) :]
+
+
+def _sums(mine: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """KL, then negative log-likelihood, hits and agreement of one and the same of the other."""
+    at, first = torch.arange(len(labels)), (mine[: len(labels)].argmax(-1), dense[: len(labels)].argmax(-1))
+    return torch.tensor(
+        [
+            float((dense.exp() * (dense - mine)).sum(-1).double().sum()),
+            -float(mine[at, labels].double().sum()),
+            float((first[0] == labels).sum()),
+            float((first[0] == first[1]).sum()),
+            -float(dense[at, labels].double().sum()),
+            float((first[1] == labels).sum()),
+        ],
+        dtype=torch.float64,
+    )

@@ -1,0 +1,93 @@
+"""One self-contained HTML file: text and tables by Jinja, figures by Vega, its JavaScript written into the page."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from dilap import __version__
+from dilap.errors import Unavailable
+from dilap.report.figures import Figure
+from dilap.report.inputs import Run
+from dilap.report.tables import Table, command, facts_table, figure_table
+
+_PAGE = Path(__file__).parent / "page"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What a report says, in the order of reading."""
+
+    title: str
+    lead: str
+    summary: Table
+    notes: Sequence[str]
+    figures: Sequence[Figure]
+    devices: Sequence[Table]
+    runs: Sequence[Run]
+
+
+def render(page: Page) -> str:
+    """Raises Unavailable without the package that carries Vega."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_PAGE), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("page.html").render(
+        title=page.title,
+        lead=page.lead,
+        claims=[_claim(run) for run in page.runs],
+        summary=page.summary,
+        notes=page.notes,
+        figures=[
+            {"name": one.name, "title": one.title, "caption": one.caption, "table": figure_table(one)}
+            for one in page.figures
+        ],
+        devices=page.devices,
+        reproductions=[
+            {"run": run.name, "command": command(run.result), "facts": facts_table(run)} for run in page.runs
+        ],
+        version=__version__,
+        style=Markup((_PAGE / "style.css").read_text(encoding="utf-8")),  # noqa: S704 - our own file
+        specs=Markup(_specs(page.figures)),  # noqa: S704 - no tag can end in it
+        script=Markup(_script()),  # noqa: S704 - our own file, and Vega
+    )
+
+
+def _claim(run: Run) -> dict[str, str]:
+    """The one line that a run is about."""
+    result = run.result
+    speedup = result.speedup
+    return {
+        "run": run.name,
+        "status": result.status,
+        "headline": f"{speedup.value:.2f}x faster",
+        "detail": f"[{speedup.low:.2f}, {speedup.high:.2f}], KL {result.pruned.quality.kl:.2f}; budget "
+        f"{result.budget} {result.status}",
+    }
+
+
+def _specs(figures: Sequence[Figure]) -> str:
+    documents = [
+        {
+            "name": one.name,
+            "description": f"{one.title}. {one.caption}",
+            "spec": one.spec,
+            "rows": list(one.rows),
+            "columns": list(one.columns.items()),
+        }
+        for one in figures
+    ]
+    return json.dumps(documents).replace("<", "\\u003c")  # a name cannot end the script element
+
+
+def _script() -> str:
+    try:
+        import vl_convert  # noqa: PLC0415 - carries a JavaScript engine: only a report that is drawn needs it
+    except ImportError as error:
+        raise Unavailable("an HTML report needs Vega; pip install 'dilap[report]', or ask for --markdown") from error
+    bundle: Any = vl_convert.javascript_bundle((_PAGE / "page.js").read_text(encoding="utf-8"))
+    return str(bundle).replace("</script", "<\\/script")

@@ -1,0 +1,90 @@
+"""Runs, comparisons and evaluations as they lie on disk."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dilap.cli.comparison import Row
+from dilap.cli.result import PruneResult
+from dilap.codec import decode, read_json
+from dilap.errors import InvalidInput
+from dilap.evaluation.document import Evaluation
+from dilap.profilers.table import LatencyTable
+from dilap.types import LayerWidths, Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A prune job's folder. `name` is unique in a report; `widths` has every dense layer, the deleted ones too."""
+
+    name: str
+    result: PruneResult
+    widths: tuple[LayerWidths, ...]
+    table: LatencyTable | None
+    evaluation: Evaluation | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """All that a report shows. `evaluations` belong to no run: the dense model's, for one."""
+
+    runs: tuple[Run, ...]
+    evaluations: tuple[Evaluation, ...]
+    failures: tuple[str, ...]
+
+
+def read(paths: Sequence[Path]) -> Contents:
+    """Raises InvalidInput, naming the file, for anything that is no run, comparison or evaluation."""
+    found = Contents(runs=(), evaluations=(), failures=())
+    for path in paths:
+        more = _read(path)
+        found = Contents(
+            runs=found.runs + more.runs,
+            evaluations=found.evaluations + more.evaluations,
+            failures=found.failures + more.failures,
+        )
+    return replace(found, runs=_named_apart(found.runs))
+
+
+def _read(path: Path) -> Contents:
+    if (path / "result.json").is_file():
+        return Contents(runs=(_run(path),), evaluations=(), failures=())
+    if (path / "compare.json").is_file():
+        return _comparison(path)
+    if path.is_file():
+        evaluation = decode(Evaluation, read_json(path), source=str(path))
+        return Contents(runs=(), evaluations=(evaluation,), failures=())
+    raise InvalidInput(f"{path} is no run (result.json), comparison (compare.json) or evaluation file")
+
+
+def _run(folder: Path) -> Run:
+    result, plan = folder / "result.json", folder / "plan.json"
+    table, evaluation = folder / "table.jsonl", folder / "evaluation.json"
+    return Run(
+        name=folder.resolve().name,
+        result=decode(PruneResult, read_json(result), source=str(result)),
+        widths=decode(Plan, read_json(plan), source=str(plan)).all_widths(),
+        table=LatencyTable.read(table) if table.is_file() else None,
+        evaluation=decode(Evaluation, read_json(evaluation), source=str(evaluation)) if evaluation.is_file() else None,
+    )
+
+
+def _comparison(folder: Path) -> Contents:
+    rows = [
+        decode(Row, {"type": "Row", "version": 1, **row}, source=str(folder / "compare.json"))
+        for row in read_json(folder / "compare.json").get("rows", ())
+    ]
+    runs = tuple(_run(path.parent) for path in sorted(folder.glob("runs/*/*/result.json")))
+    failures = tuple(f"{row.method} at {row.budget} failed: {row.error}" for row in rows if row.error is not None)
+    return Contents(runs=runs, evaluations=(), failures=failures)
+
+
+def _named_apart(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """Runs of one comparison, or of two folders of one name, told apart by budget and then by number."""
+    names = [run.name for run in runs]
+    named = [replace(run, name=f"{run.name} {run.result.budget}") if names.count(run.name) > 1 else run for run in runs]
+    names = [run.name for run in named]
+    return tuple(
+        replace(run, name=f"{run.name} ({names[:at].count(run.name) + 1})") if names.count(run.name) > 1 else run
+        for at, run in enumerate(named)
+    )

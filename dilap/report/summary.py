@@ -1,0 +1,95 @@
+"""The numbers of every run in one row: what the tables of all formats show."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dilap.cli.result import PruneResult, Side
+from dilap.evaluation.document import CACHE_BITS, Evaluation
+from dilap.report.inputs import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummaryRow:
+    """One model. `of_dense` is the paired ratio of its latency to the dense model's; memory and files are in bytes."""
+
+    run: str
+    method: str
+    budget: str
+    status: str
+    seconds: float
+    seconds_low: float
+    seconds_high: float
+    of_dense: float
+    of_dense_low: float
+    of_dense_high: float
+    budget_used: float | None
+    kl: float
+    perplexity: float
+    mean_accuracy: float | None
+    parameters: int
+    decode_flops: int
+    decode_bytes: int
+    prefill_flops: int
+    prefill_bytes: int
+    file_bytes: int
+    peak_memory_bytes: int
+    measurement: str
+
+
+def rows(runs: Sequence[Run]) -> list[SummaryRow]:
+    """The dense models first, one for every run that was measured beside another, then the runs."""
+    dense: dict[tuple[str, str], SummaryRow] = {}
+    for run in runs:
+        key = (run.result.dense.artifact.sha256, run.result.dense.measurement.started)
+        dense.setdefault(key, _row(run, run.result.dense, is_dense=True))
+    first = list(dense.values())[:1]  # each run is compared with its own; one is shown
+    return first + [_row(run, run.result.pruned, is_dense=False) for run in runs]
+
+
+def mean_accuracy(evaluation: Evaluation | None) -> float | None:
+    """Over the tasks that have one; what is compared must have the same tasks."""
+    if evaluation is None:
+        return None
+    found = [metrics["acc"] for metrics in evaluation.tasks.values() if "acc" in metrics]
+    return sum(found) / len(found) if found else None
+
+
+def _row(run: Run, side: Side, *, is_dense: bool) -> SummaryRow:
+    result, workload, architecture = run.result, run.result.workload, side.artifact.architecture
+    precision, cache_bits = workload.precision, CACHE_BITS[result.backend]
+    share = (1.0, 1.0, 1.0) if is_dense else _share(result)
+    return SummaryRow(
+        run="dense" if is_dense else run.name,
+        method="none" if is_dense else result.method,
+        budget="" if is_dense else str(result.budget),
+        status="" if is_dense else result.status,
+        seconds=side.seconds,
+        seconds_low=side.interval.low,
+        seconds_high=side.interval.high,
+        of_dense=share[0],
+        of_dense_low=share[1],
+        of_dense_high=share[2],
+        budget_used=None if is_dense else result.budget_used,
+        kl=side.quality.kl,
+        perplexity=side.quality.perplexity,
+        mean_accuracy=None if is_dense else mean_accuracy(run.evaluation),
+        parameters=side.parameters,
+        decode_flops=architecture.decode_flops(context=workload.context),
+        decode_bytes=architecture.decode_bytes(context=workload.context, precision=precision, cache_bits=cache_bits),
+        prefill_flops=architecture.prefill_flops(prompt_tokens=workload.prompt_tokens),
+        prefill_bytes=architecture.prefill_bytes(
+            prompt_tokens=workload.prompt_tokens, precision=precision, cache_bits=cache_bits
+        ),
+        file_bytes=side.artifact.num_bytes,
+        peak_memory_bytes=side.measurement.peak_memory_bytes,
+        measurement=side.measurement.status,
+    )
+
+
+def _share(result: PruneResult) -> tuple[float, float, float]:
+    return 1 / result.speedup.value, 1 / result.speedup.high, 1 / result.speedup.low
+
+
+def documents(found: Sequence[SummaryRow]) -> list[dict[str, Any]]:
+    return [asdict(row) for row in found]

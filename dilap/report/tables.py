@@ -1,0 +1,170 @@
+"""The tables of a report: what its figures and its summary say, as text."""
+
+import csv
+import io
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from dilap.cli.result import PruneResult
+from dilap.report.figures import Cell, Figure
+from dilap.report.inputs import Contents, Run
+from dilap.report.summary import SummaryRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Text cells; the first of each row names it."""
+
+    caption: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def summary_table(rows: Sequence[SummaryRow]) -> Table:
+    """The columns that people read."""
+    headings = ["Model", "Method", "Budget", "Latency, 95 %", "Of dense", "KL", "Perplexity", "Accuracy", "Parameters"]
+    headings += ["FLOPs a token", "Bytes a token", "Prefill FLOPs", "File", "Peak memory"]
+    return Table(
+        caption="Latency is the median measured on the device; its share of the dense model's is paired by rounds.",
+        headings=headings,
+        rows=[_summary_cells(row) for row in rows],
+    )
+
+
+def _summary_cells(row: SummaryRow) -> list[str]:
+    missed = " (missed)" if row.status == "missed" else ""
+    return [
+        row.run,
+        row.method,
+        row.budget + missed,
+        f"{row.seconds * 1e3:.2f} ms [{row.seconds_low * 1e3:.2f}, {row.seconds_high * 1e3:.2f}]",
+        f"{row.of_dense:.1%}",
+        f"{row.kl:.3f}",
+        f"{row.perplexity:.2f}",
+        "" if row.mean_accuracy is None else f"{row.mean_accuracy:.1%}",
+        f"{row.parameters / 1e6:.1f} M",
+        f"{row.decode_flops / 1e6:.0f} M",
+        f"{row.decode_bytes / 1e6:.0f} MB",
+        f"{row.prefill_flops / 1e9:.1f} G",
+        f"{row.file_bytes / 1e6:.0f} MB",
+        f"{row.peak_memory_bytes / 1e6:.0f} MB",
+    ]
+
+
+def figure_table(figure: Figure) -> Table:
+    rows = [[_text(row[key]) for key in figure.columns] for row in figure.rows]
+    return Table(caption=figure.title, headings=list(figure.columns.values()), rows=rows)
+
+
+def _text(cell: Cell) -> str:
+    if cell is None:
+        return ""
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+def device_tables(runs: Sequence[Run]) -> list[Table]:
+    """The fingerprint of every device that was measured on, once."""
+    found: dict[str, Table] = {}
+    for run in runs:
+        fingerprint = asdict(run.result.pruned.measurement.fingerprint)
+        soft = fingerprint.pop("soft")
+        rows = [[name.replace("_", " "), _text(value)] for name, value in (fingerprint | soft).items()]
+        caption = f"{fingerprint['device']}, {fingerprint['runtime']}"
+        found.setdefault(str(rows), Table(caption=caption, headings=["Property", "Value"], rows=rows))
+    return list(found.values())
+
+
+def facts_table(run: Run) -> Table:
+    """What a run rests on."""
+    result = run.result
+    rows = [
+        ["model", f"{result.model} ({result.model_digest[:12]})"],
+        ["plan", result.plan_digest[:12]],
+        ["artifact sha256", result.pruned.artifact.sha256[:12]],
+        ["measured", f"{result.pruned.measurement.started}, {len(result.pruned.measurement.samples_ns)} samples"],
+        ["calibration", f"{result.calibration} ({result.calibration_sha256[:12]})"],
+        ["quality on", f"{result.pruned.quality.text} ({result.pruned.quality.text_sha256[:12]})"],
+        ["seed", str(result.seed)],
+        ["versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())],
+    ]
+    return Table(caption=f"What {run.name} rests on", headings=["Fact", "Value"], rows=rows)
+
+
+# Options of a job by the flag that sets them; a flag at its default is left out.
+_FLAGS: Mapping[str, tuple[tuple[str, ...], Cell]] = {
+    "--model": (("model",), "smollm2-135m"),
+    "--backend": (("backend",), None),
+    "--phase": (("workload", "phase"), "decode"),
+    "--context": (("workload", "context"), 256),
+    "--prompt-tokens": (("workload", "prompt_tokens"), 128),
+    "--precision": (("workload", "precision"), None),
+    "--threads": (("workload", "threads"), None),
+    "--stat": (("budget", "statistic"), "p50"),
+    "--layout": (("layout",), None),
+    "--method": (("method",), "dilap"),
+    "--table": (("table",), None),
+    "--calib": (("calibration", "source"), "self"),
+    "--calib-length": (("calibration", "sequence_length"), 256),
+    "--eval-text": (("evaluation_text",), "python-docs"),
+    "--recover": (("recovery", "mode"), "none"),
+    "--seed": (("seed",), 0),
+}
+
+
+def command(result: PruneResult) -> str:
+    """The dilap-prune that asks for the same job."""
+    words = ["dilap-prune", "--target", result.target]
+    budget = result.budget
+    asked = ["--ratio", f"{budget.ratio:g}"] if budget.ratio is not None else ["--budget", str(budget)]
+    words += asked
+    for flag, (path, default) in _FLAGS.items():
+        value = _at(result.options, path)
+        if value is not None and value != default:
+            words += [flag, str(value)]
+    if _at(result.options, ("recovery", "mode")) not in (None, "none"):
+        words += ["--recover-steps", str(_at(result.options, ("recovery", "steps")))]
+    for name, value in (result.options.get("settings") or {}).items():
+        words += ["--set", f"{name}={value}"]
+    return shlex.join(words)
+
+
+def _at(options: Mapping[str, Any], path: Sequence[str]) -> Any:
+    found: Any = options
+    for name in path:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def notes(contents: Contents) -> list[str]:
+    """What a reader must know before believing: noisy measurements, missed budgets, failed methods."""
+    found = [f"{run.name}: {note}" for run in contents.runs for note in run.result.notes]
+    found += [
+        f"{run.name}: the interval of its speed-up includes 1" for run in contents.runs if not run.result.speedup_shown
+    ]
+    return [*found, *contents.failures]
+
+
+def to_csv(rows: Sequence[SummaryRow]) -> str:
+    """Every number of the summary, in seconds and bytes."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, [field.name for field in fields(SummaryRow)], lineterminator="\n")
+    table.writeheader()
+    table.writerows(asdict(row) for row in rows)
+    return text.getvalue()
+
+
+def to_markdown(title: str, lead: str, tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """The same tables, one below another."""
+    parts = [f"# {title}", lead, *(_markdown(table) for table in tables), *(f"- {note}" for note in notes)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(table: Table) -> str:
+    lines = [f"**{table.caption}**", "", _line(table.headings), "|---|" + "--:|" * (len(table.headings) - 1)]
+    return "\n".join([*lines, *(_line(row) for row in table.rows)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

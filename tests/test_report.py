@@ -1,0 +1,161 @@
+"""dilap-report: every number of a run, in four formats."""
+
+import csv
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fabricated import evaluation
+from fake_job import call, last_line
+
+from dilap.cli import report
+from dilap.cli.result import PruneResult
+from dilap.codec import decode, encode, read_json, write_json
+from dilap.report import inputs, summary, tables
+from dilap.report.figures import figures
+
+
+def drawn(*paths: Path) -> dict[str, Any]:
+    contents = inputs.read(paths)
+    return {one.name: one for one in figures(contents, summary.rows(contents.runs))}
+
+
+def test_every_figure_has_data(evaluated: Path) -> None:
+    assert list(drawn(evaluated)) == [
+        "tradeoff-kl",
+        "tradeoff-perplexity",
+        "tradeoff-mean-accuracy",
+        "accuracy",
+        "kept-heads",
+        "kept-channels",
+        "cost-channels",
+        "cost-heads",
+        "prediction",
+        "recovery",
+    ]
+
+
+def test_rows_have_every_column(evaluated: Path) -> None:
+    for figure in drawn(evaluated).values():
+        assert all(set(figure.columns) <= set(row) for row in figure.rows)
+
+
+def test_specs_are_vega_lite(evaluated: Path) -> None:
+    vega = pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
+    for figure in drawn(evaluated).values():
+        spec = {**figure.spec, "width": 600, "data": {"values": list(figure.rows)}}
+        assert "<svg" in vega.vegalite_to_svg(spec)
+
+
+def test_the_front_holds_what_nothing_beats(run: Path) -> None:
+    contents = inputs.read([run])
+    (dense, pruned) = summary.rows(contents.runs)
+    worse = replace(pruned, run="worse", seconds=pruned.seconds * 1.1, kl=pruned.kl + 1)
+    (figure, *_) = figures(contents, [dense, pruned, worse])
+    front = figure.spec["layer"][0]["data"]["values"]
+    assert [row["run"] for row in front] == ["seventy", "dense"]
+
+
+def test_removed_layers_are_shown_as_empty(run: Path) -> None:
+    plan = read_json(run / "plan.json")
+    plan["kept"] |= {"layers.1.kv_groups": [], "layers.1.channels": []}
+    write_json(run / "plan.json", plan)
+    shares = [row["share"] for row in drawn(run)["kept-channels"].rows]
+    assert len(shares) == 3
+    assert shares[1] == 0
+
+
+def test_recovery_is_drawn_step_by_step(run: Path) -> None:
+    assert [row["step"] for row in drawn(run)["recovery"].rows] == [1, 2, 3]
+
+
+def test_csv_has_the_measured_numbers(run: Path, tmp_path: Path) -> None:
+    assert call(report.main, run, "--csv", tmp_path / "r.csv") == 0
+    dense, pruned = csv.DictReader((tmp_path / "r.csv").read_text().splitlines())
+    result = read_json(run / "result.json")
+    assert float(pruned["seconds"]) == result["pruned"]["seconds"]
+    assert float(dense["seconds"]) == result["dense"]["seconds"]
+    assert float(pruned["of_dense"]) == pytest.approx(1 / result["speedup"]["value"])
+
+
+def test_markdown_has_every_table(evaluated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert call(report.main, evaluated, "--markdown", "-") == 0
+    text = capsys.readouterr().out
+    for figure in drawn(evaluated).values():
+        assert f"**{figure.title}**" in text
+
+
+def test_json_on_standard_output_is_json_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert call(report.main, run, "--json") == 0
+    assert [row["run"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["dense", "seventy"]
+
+
+def test_the_command_asks_for_the_same_job(run: Path, checkpoint: Path, corpus: Path) -> None:
+    result = decode(PruneResult, read_json(run / "result.json"), source="result.json")
+    words = tables.command(result).split()
+    wanted = {"--budget": "70%", "--model": str(checkpoint), "--calib": str(corpus), "--recover-steps": "3"}
+    assert {flag: words[words.index(flag) + 1] for flag in wanted} == wanted
+
+
+def test_runs_of_a_comparison_are_told_apart(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "comparison"
+    for budget in ("70pct", "60pct"):
+        (folder / "runs" / budget).mkdir(parents=True)
+        (folder / "runs" / budget / "magnitude").symlink_to(run)
+    write_json(folder / "compare.json", {"rows": [{"method": "flap", "budget": "70%", "error": "it failed"}]})
+    contents = inputs.read([folder])
+    assert len({one.name for one in contents.runs}) == 2
+    assert contents.failures == ("flap at 70% failed: it failed",)
+
+
+def test_a_name_cannot_become_markup(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
+    evil = run.with_name("<script>alert(1)<")
+    run.rename(evil)
+    assert call(report.main, evil, "-o", tmp_path / "r.html") == 0
+    assert "<script>alert" not in (tmp_path / "r.html").read_text()
+
+
+def test_without_vega_there_is_one_line(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "vl_convert", None)
+    assert call(report.main, run) == 2
+    assert "pip install 'dilap[report]'" in last_line(capsys)
+
+
+def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(report.main, tmp_path) == 2
+    assert "is no run" in last_line(capsys)
+
+
+def test_equal_runs_do_not_differ(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert call(report.main, "--diff", run, run) == 0
+    assert capsys.readouterr().out == "no difference\n"
+
+
+def test_differences_are_named_with_their_size(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, accuracy in (("a.json", 0.5), ("b.json", 0.6)):
+        write_json(tmp_path / name, encode(evaluation("m", accuracy)))
+    capsys.readouterr()
+    assert call(report.main, "--diff", tmp_path / "a.json", tmp_path / "b.json", "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)["differences"]
+    assert (found["field"], found["change"]) == ("tasks.piqa.acc", pytest.approx(0.2))
+
+
+def test_a_run_and_an_evaluation_are_not_compared(evaluated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(report.main, "--diff", evaluated, evaluated / "evaluation.json") == 2
+    assert "nothing to compare" in last_line(capsys)
+
+
+def test_the_page_asks_no_network(evaluated: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
+    assert call(report.main, evaluated, "-o", tmp_path / "r.html") == 0
+    page = (tmp_path / "r.html").read_text().split("<script>")[0]
+    assert re.findall(r'(?:src|href)="(?!#|data:)', page) == []
