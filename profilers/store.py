@@ -21,7 +21,8 @@ _SPARE_BYTES = 64 << 20  # left free
 # $1 $2: folders; then pairs of a path and the part that becomes it. Prints df's line and one line a pair: a SHA-256,
 # `part` or `none`.
 _SURVEY = """\
-mkdir -p "$1" "$2" && df -Pk "$1" || exit 1
+[ -d "$1" ] && [ -d "$2" ] || mkdir -p "$1" "$2" || exit 1
+df -Pk "$1" || exit 1
 shift 2
 while [ $# -gt 0 ]; do
   if [ -f "$1" ]; then sha256sum <"$1"; elif [ -s "$2" ]; then echo part; else echo none; fi
@@ -34,12 +35,14 @@ sum=$(sha256sum <"$1") || exit 1
 if [ "${sum%% *}" = "$2" ]; then mkdir -p "$3" && mv -f "$1" "$4" && echo kept; else rm -f "$1"; echo wrong; fi
 """
 # $1: the store; $2: how many KiB may stay; then the keys that stay in any case. The least recently used go.
+# One `du` for all: a program a key took most of the time of a push.
 _EVICT = """\
 cd "$1" || exit 1
 limit=$2 total=0; shift 2
 [ $# -eq 0 ] || touch -c "$@"
-for key in $(ls -1t); do
-  size=$(du -sk "$key"); total=$((total + ${size%%[!0-9]*}))
+keys=$(ls -1t)
+[ -z "$keys" ] || du -sk $keys | while read -r size key; do
+  total=$((total + size))
   case " $* " in *" $key "*) continue;; esac
   [ $total -le $limit ] || rm -rf "$key"
 done
