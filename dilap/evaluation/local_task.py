@@ -21,7 +21,13 @@ class LocalTask(ConfigurableTask):  # type: ignore[misc]
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__(config={name: value for name, value in config.items() if name != "class"})
+        """Raises InvalidInput, naming the file, where the first row, which lm-eval tries, is not of this task."""
+        try:
+            super().__init__(config={name: value for name, value in config.items() if name != "class"})
+        except Exception as error:  # whatever templates and the task's own functions raise
+            if isinstance(error, InvalidInput) or not hasattr(self, "path"):
+                raise
+            raise InvalidInput(self._not_of_this_task(1, self.dataset["scored"][0], error)) from error
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: object) -> None:
         """Read the files. Raises InvalidInput, naming file and line."""
@@ -61,19 +67,24 @@ class LocalTask(ConfigurableTask):  # type: ignore[misc]
     def require_schema(self) -> None:
         """Raises InvalidInput, naming file and row, where lm-eval's templates cannot read a row."""
         for number, row in enumerate(self.eval_docs, start=1):
-            if reason := self._complaint(row):
-                raise InvalidInput(f"{self.path}: row {number} is not of {self.config.task}: {reason}")
+            if error := self._complaint(row):
+                raise InvalidInput(self._not_of_this_task(number, row, error)) from error
 
-    def _complaint(self, row: dict[str, Any]) -> str | None:
+    def _complaint(self, row: dict[str, Any]) -> Exception | None:
         try:
             self.doc_to_text(row)
             target = self.doc_to_target(row)
             choices = self.doc_to_choice(row) if self.config.doc_to_choice is not None else None
         except Exception as error:  # whatever templates and the task's own functions raise
-            return (str(error) or type(error).__name__).partition("\n")[0]
+            return error
         if choices is not None and not (isinstance(target, int) and 0 <= target < len(choices)):
-            return f"its answer {target!r} is none of {len(choices)} choices"
+            return ValueError(f"its answer {target!r} is none of {len(choices)} choices")
         return None
+
+    def _not_of_this_task(self, number: int, row: dict[str, Any], error: Exception) -> str:
+        reason = (str(error) or type(error).__name__).partition("\n")[0]
+        columns = ", ".join(row)
+        return f"{self.path}: row {number} is not of {self.config.task}: it has {columns}, and lm-eval says: {reason}"
 
 
 def _file_of(folder: Path, split: str) -> Path | None:
