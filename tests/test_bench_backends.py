@@ -73,7 +73,7 @@ def test_the_table_has_latency_ratio_and_share_of_the_memory_speed() -> None:
     for phase, dense, pruned in (("decode", 5.0, 4.0), ("prefill", 20.0, 15.0)):
         results += [result(phase, "onnxruntime", "dense", dense), result(phase, "onnxruntime", "equal widths", pruned)]
     lines = tool._table(results, WORKLOADS).splitlines()
-    assert "| 5.00 [5.00, 5.00] | 200.0 |  | 8.8 | 88% | 20.00 [20.00, 20.00] | 6400 |  |" in lines[2]
+    assert "| 5.00 [5.00, 5.00] | 200.0 |  | 8.8 | 88% [88%, 88%] | 20.00 [20.00, 20.00] | 6400 |  |" in lines[2]
     assert "80.0% [80.0%, 80.0%]" in lines[3]
     assert "75.0% [75.0%, 75.0%]" in lines[3]
     assert lines[5] == "memory read beside the decoding: 10.0 GB/s [10.0, 10.0]"

@@ -246,10 +246,10 @@ def _read_bytes(model: Model, workload: Workload) -> int | None:
     return weights + cached * _CACHE_BYTES[model.backend]
 
 
-def _ratio(dense: Result, other: Result) -> Interval:
-    """`other`'s latency over the dense model's, paired round by round."""
+def _ratio(first: Result, other: Result) -> Interval:
+    """`other`'s latency over `first`'s, paired round by round."""
     medians = []
-    for result in (dense, other):
+    for result in (first, other):
         by_round: dict[int, list[int]] = {}
         for number, sample in zip(result.rounds, result.samples_ns, strict=True):
             by_round.setdefault(number, []).append(sample)
@@ -271,11 +271,10 @@ def _table(results: Sequence[Result], workloads: Mapping[Phase, Workload]) -> st
     for one in (one for one in results if one.phase == "decode" and one.backend):
         prefill = by_key["prefill", one.backend, one.precision, one.model]
         dense = [by_key[phase, one.backend, one.precision, "dense"] for phase in _PHASES]
-        read = one.read_bytes / one.interval.value if one.read_bytes else None
         cells = [
             *(one.backend, one.precision, one.model, f"{one.num_bytes / 1e6:.1f}"),
             *(_milliseconds(one.interval), f"{1 / one.interval.value:.1f}", _share(dense[0], one)),
-            *((f"{read / 1e9:.1f}", f"{read / speed:.0%}") if read else ("", "")),
+            *_reading(memory, one),
             *(_milliseconds(prefill.interval), f"{prefill_work.prompt_tokens / prefill.interval.value:.0f}"),
             _share(dense[1], prefill),
         ]
@@ -284,6 +283,15 @@ def _table(results: Sequence[Result], workloads: Mapping[Phase, Workload]) -> st
     lines += ["", f"memory read beside the decoding: {speed / 1e9:.1f} GB/s [{low:.1f}, {high:.1f}]"]
     lines += [f"{one.phase} {one.backend} {one.precision} {one.model}: {note}" for one in results for note in one.notes]
     return "\n".join(lines)
+
+
+def _reading(memory: Result, one: Result) -> tuple[str, str]:
+    """GB/s and the share of the memory's speed, paired round by round like `_ratio`."""
+    if one.read_bytes is None:
+        return "", ""
+    ratio = _ratio(memory, one)
+    share, low, high = (one.read_bytes / _READ_BYTES / latency for latency in (ratio.value, ratio.high, ratio.low))
+    return f"{one.read_bytes / one.interval.value / 1e9:.1f}", f"{share:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def _milliseconds(interval: Interval) -> str:
