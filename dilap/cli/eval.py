@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,11 +70,12 @@ def _command() -> int:
     tasks = _load_tasks(names, given)
     out = _out(given)
     subject = _open(given.subject, given)
-    done = _evaluate(subject, tasks, given, out, screen)
-    if given.reference:
-        done = _with_reference(done, subject, given, screen)
-        _keep(done, out)
-    if given.costs:
+    with closing(subject.reader):
+        done = _evaluate(subject, tasks, given, out, screen)
+        if given.reference:
+            done = _with_reference(done, subject, given, screen)
+            _keep(done, out)
+    if given.costs:  # measured alone
         done = _with_costs(done, subject, given, screen)
         _keep(done, out)
     if given.json:
@@ -164,9 +166,8 @@ def _with_reference(done: Evaluation, subject: "Subject", given: argparse.Namesp
     from dilap.evaluation.text_quality import compare
 
     reference = _open(given.reference, argparse.Namespace(backend=None, precision=None, threads=given.threads))
-    with screen.bar(f"beside {reference.name}", total=None, unit="tok") as bar:
+    with closing(reference.reader), screen.bar(f"beside {reference.name}", total=None, unit="tok") as bar:
         quality = compare(subject, reference, text=given.eval_text, progress=bar.update)
-    reference.reader.close()
     return replace(done, text=quality)
 
 
@@ -176,7 +177,6 @@ def _with_costs(done: Evaluation, subject: "Subject", given: argparse.Namespace,
     device = devices.get(given.device)
     if reason := device.unavailable():
         raise Unavailable(reason)
-    subject.reader.close()  # measured alone
     counted = costs.count(subject, Workload(precision=subject.precision, threads=done.threads))
     with screen.bar("measure", total=None, unit="") as bar:
         return replace(done, costs=costs.measure(counted, subject, device, progress=bar.set_postfix_str))
