@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from dilap import registry
-from dilap.errors import Unavailable, Unsupported
+from dilap.errors import InvalidInput, Unavailable, Unsupported
 from dilap.types import Architecture, GroupKind, LayerWidths, Workload, group_name
 
 if TYPE_CHECKING:
@@ -168,6 +168,12 @@ def open_reader(name: str, path: Path, *, threads: int) -> Reader:
         raise Unsupported(f"{name} artifacts run on their device alone: score the checkpoint instead")
     reader: Reader = registry.get(READERS, name, kind="backend")(path, threads=threads)
     return reader
+
+
+def require_precision(backend: Backend, precision: str) -> None:
+    """Raises InvalidInput, with the known ones, for a precision that the backend does not run."""
+    if precision not in backend.precisions():
+        raise InvalidInput(f"unknown precision {precision!r}; {backend.name} runs {', '.join(backend.precisions())}")
 
 
 def require_loadable(backend: Backend, architecture: Architecture, *, precision: str) -> None:

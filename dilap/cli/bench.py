@@ -11,7 +11,7 @@ from dilap import backends, export
 from dilap.backends import Backend
 from dilap.cli.console import Console
 from dilap.codec import decode, digest, read_json, write_json
-from dilap.errors import InvalidInput, Unavailable
+from dilap.errors import Unavailable
 from dilap.profilers.devices import Device
 from dilap.profilers.probes import build_table, default_levels
 from dilap.profilers.profiler import Case, Profiler
@@ -52,10 +52,7 @@ class Bench:
         # elsewhere the runtime is looked for on the device
         if device.location is None and (reason := backend.unavailable()):
             raise Unavailable(reason)
-        if workload.precision not in backend.precisions():
-            raise InvalidInput(
-                f"unknown precision {workload.precision!r}; {backend.name} runs {', '.join(backend.precisions())}"
-            )
+        backends.require_precision(backend, workload.precision)
         return cls(
             device=device, backend=backend, workload=workload, console=console, helpers=tuple(helpers), force=force
         )

@@ -8,7 +8,6 @@ from dilap import backends
 from dilap.cli.bench import Bench
 from dilap.cli.console import Console
 from dilap.codec import file_sha256
-from dilap.errors import InvalidInput
 from dilap.profilers.devices import Device
 from dilap.profilers.estimate import describe, estimated_fingerprint, predict_ns, roofline
 from dilap.profilers.fit import LatencyModel
@@ -31,10 +30,7 @@ class EstimatedBench(Bench):
     ) -> "EstimatedBench":
         """Raises InvalidInput for unknown names. Neither the device nor the runtime need be here."""
         device, backend = devices[0], backends.get(backend_name)
-        if workload.precision not in backend.precisions():
-            raise InvalidInput(
-                f"unknown precision {workload.precision!r}; {backend.name} runs {', '.join(backend.precisions())}"
-            )
+        backends.require_precision(backend, workload.precision)
         console.say(f"ESTIMATED: {describe(device)} stands for {device.name}, nothing is measured")
         return cls(device=device, backend=backend, workload=workload, console=console, force=force)
 

@@ -35,8 +35,7 @@ def _command() -> int:
     given = _parser().parse_args()
     backend = backends.get(given.backend)
     precision = given.precision or backend.precisions()[0]
-    if precision not in backend.precisions():
-        raise InvalidInput(f"unknown precision {precision!r}; {backend.name} runs {', '.join(backend.precisions())}")
+    backends.require_precision(backend, precision)
     out = arguments.new_path(given.out or f"{given.checkpoint.rstrip('/')}-{backend.name}-{precision}")
     if out.exists():
         raise InvalidInput(f"{out} already exists; remove it or choose another --out")
