@@ -103,25 +103,7 @@ def _tradeoff(summary: Sequence[SummaryRow], key: str, title: str, is_gain: bool
                 "mark": {"type": "line", "interpolate": "step-after", "strokeDash": [5, 4], "aria": False},
                 "encoding": {"x": x, "y": y, "color": {"value": "gray"}},
             },
-            {
-                "mark": {"type": "rule", "strokeWidth": 2, "aria": False},
-                "encoding": {
-                    "x": _field("low", "Measured latency (ms)"),
-                    "x2": {"field": "high"},
-                    "y": y,
-                    "color": {**method, "legend": None},
-                },
-            },
-            {
-                "mark": {"type": "point", "filled": True, "size": 110, "opacity": 1},
-                "encoding": {
-                    "x": x,
-                    "y": y,
-                    "color": method,
-                    "shape": method,
-                    "tooltip": _tooltip(columns, rows),
-                },
-            },
+            *_points(x, {"y": y}, method, tooltip=_tooltip(columns, rows), size=110),
         ],
     }
     better = "up" if is_gain else "down"
@@ -138,6 +120,19 @@ def _tradeoff(summary: Sequence[SummaryRow], key: str, title: str, is_gain: bool
         rows=rows,
         spec=spec,
     )
+
+
+def _points(
+    x: Mapping[str, Any], place: Mapping[str, Any], series: Mapping[str, Any], *, tooltip: Any, size: int
+) -> list[dict[str, Any]]:
+    """Layers: a line from `low` to `high` of every row, and its point on top."""
+    low = _field("low", x["title"])
+    line = {"x": low, "x2": {"field": "high"}, **place, "color": {**series, "legend": None}}
+    point = {"x": x, **place, "color": series, "shape": series, "tooltip": tooltip}
+    return [
+        {"mark": {"type": "rule", "strokeWidth": 2, "aria": False}, "encoding": line},
+        {"mark": {"type": "point", "filled": True, "size": size, "opacity": 1}, "encoding": point},
+    ]
 
 
 def _front(rows: Sequence[Mapping[str, Any]], *, is_gain: bool) -> list[Mapping[str, Any]]:
@@ -172,32 +167,10 @@ def _accuracies(contents: Contents) -> list[Figure]:
     columns |= {"low": "- standard error", "high": "+ standard error"}
     task, model = _field("task", "Task", "nominal"), _field("model", "Model", "nominal")
     x = _field("acc", "Accuracy", scale={"zero": False})
-    offset = {"field": "model", "type": "nominal"}
+    place = {"y": task, "yOffset": {"field": "model", "type": "nominal"}}
     spec = {
         "height": 14 * max(2, len(evaluations)) * len({row["task"] for row in rows}),
-        "layer": [
-            {
-                "mark": {"type": "rule", "strokeWidth": 2, "aria": False},
-                "encoding": {
-                    "x": _field("low", "Accuracy"),
-                    "x2": {"field": "high"},
-                    "y": task,
-                    "yOffset": offset,
-                    "color": {**model, "legend": None},
-                },
-            },
-            {
-                "mark": {"type": "point", "filled": True, "size": 80, "opacity": 1},
-                "encoding": {
-                    "x": x,
-                    "y": task,
-                    "yOffset": offset,
-                    "color": model,
-                    "shape": model,
-                    "tooltip": _tooltip(columns, rows),
-                },
-            },
-        ],
+        "layer": _points(x, place, model, tooltip=_tooltip(columns, rows), size=80),
     }
     means = ", ".join(f"{name} {mean:.1%}" for name, one in evaluations if (mean := mean_accuracy(one)) is not None)
     caption = f"lm-eval's accuracy by task; lines are one standard error. Means: {means}."
