@@ -289,6 +289,13 @@ class Budget:
         fraction = value / 100 if match[2] == "%" else 1 / value
         return cls(fraction=fraction, statistic=statistic)
 
+    @classmethod
+    def of_ratio(cls, ratio: float) -> "Budget":
+        """A share of the decoder layers' weights to remove. Raises InvalidInput."""
+        if not 0 < ratio < 1:
+            raise InvalidInput(f"--ratio is a share of the weights between 0 and 1, got {ratio:g}")
+        return cls(ratio=ratio)
+
     def limit_seconds(self, *, dense_seconds: float) -> float:
         """The latency to keep, given the dense model's; none is asked by a ratio."""
         assert self.ratio is None

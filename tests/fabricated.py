@@ -1,7 +1,7 @@
 """A made-up device and a small architecture for tests that need no weights."""
 
-from dilap.evaluation.document import Evaluation, TaskFacts
-from dilap.types import Architecture, Fingerprint, LayerWidths
+from dilap.evaluation.document import Costs, Evaluation, PhaseCosts, TaskFacts, TextQuality
+from dilap.types import Architecture, Fingerprint, LayerWidths, Measurement, Workload
 
 FINGERPRINT = Fingerprint(
     device="host_cpu",
@@ -54,3 +54,44 @@ def evaluation(model: str, accuracy: float) -> Evaluation:
         tasks={"piqa": {"acc": accuracy, "acc_stderr": 0.01}},
         facts={"piqa": facts},
     )
+
+
+TEXT_QUALITY = TextQuality(
+    text="python-docs",
+    text_sha256="s",
+    tokens=512,
+    reference="dense",
+    reference_digest="d",
+    kl=0.25,
+    perplexity=30.0,
+    top1=0.4,
+    agreement=0.7,
+    reference_perplexity=20.0,
+    reference_top1=0.5,
+)
+
+
+def costs() -> Costs:
+    """Decoding was measured, 1.00 to 1.29 ms; a prompt was not."""
+    measurement = Measurement(
+        artifact_sha256="0" * 64,
+        workload=Workload(precision="f32"),
+        fingerprint=FINGERPRINT,
+        samples_ns=tuple(1_000_000 + 10_000 * step for step in range(30)),
+        rounds=tuple(step // 3 for step in range(30)),
+        peak_memory_bytes=90_000_000,
+        load_seconds=0.1,
+        started="2026-01-01T00:00:00+00:00",
+        status="ok",
+    )
+    decode = PhaseCosts(
+        workload=measurement.workload,
+        flops=2_000_000_000,
+        bytes_moved=40_000_000,
+        measurement=measurement,
+        average_memory_bytes=70_000_000,
+    )
+    prefill = PhaseCosts(
+        workload=Workload(phase="prefill", precision="f32"), flops=3_000_000_000, bytes_moved=50_000_000
+    )
+    return Costs(parameters=12_000_000, file_bytes=25_000_000, decode=decode, prefill=prefill)

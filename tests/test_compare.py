@@ -46,6 +46,21 @@ def test_rows_hold_what_is_compared(checkpoint: Path, corpus: Path, tmp_path: Pa
         assert low <= row["seconds"] <= high  # type: ignore[has-type]
 
 
+def test_ratios_stand_beside_budgets(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = ("--budget", "80%", "--ratio", "0.3", "0.5", "--methods", "magnitude", "--keep-models", "--recover", "none")
+    assert compare_tiny(checkpoint, corpus, out, *asked) == 0
+    found = rows(out)
+    assert [row["budget"] for row in found] == ["80%", "ratio 0.3", "ratio 0.5"]
+    assert found[2]["parameters"] < found[1]["parameters"]  # type: ignore[operator]
+    assert (out / "runs" / "ratio-0.3" / "magnitude" / "checkpoint").is_dir()
+
+
+def test_nothing_to_compare_at_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(compare.main, "--target", "host_cpu") == 2
+    assert "name a --budget or a --ratio" in last_line(capsys)
+
+
 def test_one_failed_method_does_not_lose_the_others(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     methods = ["test_compare:fail", "magnitude"]

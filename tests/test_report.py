@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fabricated import evaluation
+from fabricated import TEXT_QUALITY, costs, evaluation
 from fake_job import call, last_line
 
 from dilap.cli import report
@@ -87,6 +87,22 @@ def test_markdown_has_every_table(evaluated: Path, capsys: pytest.CaptureFixture
     text = capsys.readouterr().out
     for figure in drawn(evaluated).values():
         assert f"**{figure.title}**" in text
+
+
+def test_scores_quality_and_costs_of_evaluations_are_tables() -> None:
+    whole = replace(evaluation("seventy", 0.5), text=TEXT_QUALITY, costs=costs())
+    scores, beside, spent = tables.evaluation_tables([("seventy", whole)])
+    assert list(scores.rows[0])[:5] == ["seventy", "piqa", "10", "0", "0.5"]
+    assert list(beside.rows[0])[2:] == ["0.2500", "30.00 (20.00)", "40.0% (50.0%)", "70.0%"]
+    decode, prefill = (dict(zip(spent.headings, row, strict=True)) for row in spent.rows)
+    assert (decode["File"], decode["FLOPs"], decode["Bytes moved"]) == ("25 MB", "2.00 G", "40 MB")
+    assert (decode["Average memory"], decode["Peak memory"]) == ("70 MB", "90 MB")
+    assert decode["Latency, 95 %"] == "1.15 ms [1.09, 1.20]"
+    assert prefill["Measurement"] == "not measured"
+
+
+def test_an_evaluation_without_costs_has_no_table_of_them() -> None:
+    assert len(tables.evaluation_tables([("seventy", evaluation("seventy", 0.5))])) == 1
 
 
 def test_json_on_standard_output_is_json_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

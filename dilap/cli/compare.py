@@ -30,6 +30,7 @@ _LARGE = ("checkpoint", "artifact")  # of a run's folder, dropped when its numbe
 _NOT_COMPARED = ("equal_widths",)  # DiLAP itself where a runtime needs equal widths
 _EXAMPLES = """\
   dilap-compare --target host_cpu --budget 85% 70% 55% --methods all
+  dilap-compare --target host_cpu --ratio 0.3 0.5 0.8 --methods dilap magnitude --keep-models
   dilap-compare --target host_cpu --budget 70% --methods dilap flap sleb my_module:MyMethod --recover lora
   dilap-compare --target host_cpu --budget 70% --methods flap loraprune --set flap.metric=WIFN --set loraprune.steps=50
   dilap-compare --list-methods
@@ -41,7 +42,21 @@ def _parser() -> argparse.ArgumentParser:
         "Prune with several methods to the same measured latency and compare what is left.", _EXAMPLES
     )
     made.add_argument("--target", required=True, help="the device; see dilap-profile --list-devices")
-    made.add_argument("--budget", required=True, nargs="+", metavar="B", help="40ms, 70%% (of dense) or 1.4x, several")
+    made.add_argument(
+        "--budget",
+        nargs="+",
+        default=[],
+        metavar="B",
+        help="40ms, 70%% (of dense) or 1.4x, several (needed, or --ratio)",
+    )
+    made.add_argument(
+        "--ratio",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="R",
+        help="also, or instead: shares of the weights to remove",
+    )
     made.add_argument("--stat", choices=["p50", "p90"], default="p50", help="the latency the budgets are about (p50)")
     made.add_argument(
         "--methods",
@@ -77,6 +92,9 @@ class _ListMethods(argparse.Action):
 def _command() -> int:
     given = _parser().parse_args()
     budgets = [Budget.parse(text, statistic=given.stat) for text in given.budget]
+    budgets += map(Budget.of_ratio, given.ratio)
+    if not budgets:
+        raise InvalidInput("nothing to compare at: name a --budget or a --ratio; --help has examples")
     names = _names(given.methods)
     settings = _settings(given.set, names)
     devices = arguments.devices_of(given, given.target)
@@ -177,7 +195,7 @@ class _Runs:
         return rows
 
     def _row_file(self, options: "JobOptions") -> Path:
-        budget = str(options.budget).replace("%", "pct")
+        budget = str(options.budget).replace("%", "pct").replace(" ", "-")
         return self.out / "runs" / budget / options.method.replace(":", ".") / "row.json"
 
     def _row(self, options: "JobOptions") -> Row:

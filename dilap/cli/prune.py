@@ -128,11 +128,7 @@ def _command() -> int:
 
 
 def _budget(given: argparse.Namespace) -> Budget:
-    if given.ratio is None:
-        return Budget.parse(given.budget, statistic=given.stat)
-    if not 0 < given.ratio < 1:
-        raise InvalidInput(f"--ratio is a share of the weights between 0 and 1, got {given.ratio:g}")
-    return Budget(ratio=given.ratio)
+    return Budget.parse(given.budget, statistic=given.stat) if given.ratio is None else Budget.of_ratio(given.ratio)
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, str]:

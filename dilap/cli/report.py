@@ -47,6 +47,7 @@ def _command() -> int:
     rows = summary.rows(contents.runs)
     title, lead = given.title or _title(contents), _lead(contents)
     all_notes, drawn = tables.notes(contents), figures(contents, rows)
+    evaluations = tables.evaluation_tables(contents.all_evaluations)
     devices = tables.device_tables(contents.runs)
     if given.out or not (given.markdown or given.csv or given.json):
         from dilap.report.html import Page, render
@@ -57,12 +58,13 @@ def _command() -> int:
             summary=tables.summary_table(rows),
             notes=all_notes,
             figures=drawn,
+            evaluations=evaluations,
             devices=devices,
             runs=contents.runs,
         )
         _write(given.out or "report.html", render(page))
     if given.markdown:
-        parts = [tables.summary_table(rows), *map(tables.figure_table, drawn), *devices]
+        parts = [tables.summary_table(rows), *map(tables.figure_table, drawn), *evaluations, *devices]
         parts += [tables.facts_table(run) for run in contents.runs]
         _write(given.markdown, tables.to_markdown(title, lead, parts, all_notes))
     if given.csv:

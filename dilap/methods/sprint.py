@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from dilap.anatomy import Sublayer, decoder_layers, sublayers
+from dilap.codec import digest
 from dilap.errors import Mismatch, Unsupported
 from dilap.methods.method import Pruned, PruneTask
 from dilap.methods.units import restored
@@ -160,9 +161,10 @@ class _Run:
     def plans(self) -> Iterator[Plan]:
         removed: list[int] = []
         weights: dict[int, torch.Tensor] = {}
+        order = f"sprint-{digest(self.seconds)[:8]}"  # a ratio's costs are weights, a budget's are seconds
         yield self._made(removed, weights)
         while True:
-            found = self.task.once(f"sprint-{len(removed) + 1}", self._iteration)
+            found = self.task.once(f"{order}-{len(removed) + 1}", self._iteration)
             for candidate in (int(name) for name in found if name.isdecimal()):
                 importance, tuned = found[f"{candidate}.facts"].tolist()
                 self.tuned[candidate] = _Tuned(importance=importance, tuned=int(tuned), weight=found[str(candidate)])

@@ -147,8 +147,7 @@ def _front(rows: Sequence[Mapping[str, Any]], *, is_gain: bool) -> list[Mapping[
 
 def _accuracies(contents: Contents) -> list[Figure]:
     """Every task of every evaluation, with the standard error."""
-    evaluations = [(run.name, run.evaluation) for run in contents.runs if run.evaluation is not None]
-    evaluations += [(f"{one.model} ({one.backend}, {one.precision})", one) for one in contents.evaluations]
+    evaluations = contents.all_evaluations
     rows: list[dict[str, Any]] = [
         {
             "model": name,

@@ -27,6 +27,7 @@ class Page:
     summary: Table
     notes: Sequence[str]
     figures: Sequence[Figure]
+    evaluations: Sequence[Table]
     devices: Sequence[Table]
     runs: Sequence[Run]
 
@@ -46,6 +47,7 @@ def render(page: Page) -> str:
             {"name": one.name, "title": one.title, "caption": one.caption, "table": figure_table(one)}
             for one in page.figures
         ],
+        evaluations=page.evaluations,
         devices=page.devices,
         reproductions=[
             {"run": run.name, "command": command(run.result), "facts": facts_table(run)} for run in page.runs

@@ -32,6 +32,12 @@ class Contents:
     evaluations: tuple[Evaluation, ...]
     failures: tuple[str, ...]
 
+    @property
+    def all_evaluations(self) -> list[tuple[str, Evaluation]]:
+        """With the name under which each is shown: the runs' own, then those of other models."""
+        runs = [(run.name, run.evaluation) for run in self.runs if run.evaluation is not None]
+        return [*runs, *((f"{one.model} ({one.backend}, {one.precision})", one) for one in self.evaluations)]
+
 
 def read(paths: Sequence[Path]) -> Contents:
     """Raises InvalidInput, naming the file, for anything that is no run, comparison or evaluation."""

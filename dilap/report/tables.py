@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from dilap.cli.result import PruneResult
+from dilap.evaluation.document import Evaluation, PhaseCosts
 from dilap.report.figures import Cell, Figure
 from dilap.report.inputs import Contents, Run
 from dilap.report.summary import SummaryRow
+from dilap.types import Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +41,17 @@ def _summary_cells(row: SummaryRow) -> list[str]:
         row.run,
         row.method,
         row.budget + missed,
-        f"{row.seconds * 1e3:.2f} ms [{row.seconds_low * 1e3:.2f}, {row.seconds_high * 1e3:.2f}]",
+        _latency(Interval(value=row.seconds, low=row.seconds_low, high=row.seconds_high)),
         f"{row.of_dense:.1%}",
         f"{row.kl:.3f}",
         f"{row.perplexity:.2f}",
         "" if row.mean_accuracy is None else f"{row.mean_accuracy:.1%}",
         f"{row.parameters / 1e6:.1f} M",
         f"{row.decode_flops / 1e6:.0f} M",
-        f"{row.decode_bytes / 1e6:.0f} MB",
+        _megabytes(row.decode_bytes),
         f"{row.prefill_flops / 1e9:.1f} G",
-        f"{row.file_bytes / 1e6:.0f} MB",
-        f"{row.peak_memory_bytes / 1e6:.0f} MB",
+        _megabytes(row.file_bytes),
+        _megabytes(row.peak_memory_bytes),
     ]
 
 
@@ -62,6 +64,77 @@ def _text(cell: Cell) -> str:
     if cell is None:
         return ""
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+def evaluation_tables(evaluations: Sequence[tuple[str, Evaluation]]) -> list[Table]:
+    """What dilap-eval found: scores by task, quality beside the dense model, and costs; those that there are."""
+    found = [_scores(evaluations), _beside_dense(evaluations), _costs(evaluations)]
+    return [table for table in found if table.rows]
+
+
+def _scores(evaluations: Sequence[tuple[str, Evaluation]]) -> Table:
+    metrics = {
+        "acc": "Accuracy",
+        "acc_norm": "By length",
+        "word_perplexity": "Word perplexity",
+        "window_perplexity": "Window perplexity",
+        "top1": "Top-1",
+    }
+    rows = [
+        [name, task, str(one.facts[task].num_rows), str(one.facts[task].num_fewshot)]
+        + [_text(found.get(metric)) for metric in metrics]
+        for name, one in evaluations
+        for task, found in one.tasks.items()
+    ]
+    caption = (
+        "lm-eval's scores. Window perplexity is of the joined text in windows; top-1 is its share of tokens put first."
+    )
+    return Table(caption=caption, headings=["Model", "Task", "Rows", "Examples", *metrics.values()], rows=rows)
+
+
+def _beside_dense(evaluations: Sequence[tuple[str, Evaluation]]) -> Table:
+    rows = [
+        [
+            name,
+            f"{text.text} ({text.tokens} tokens)",
+            f"{text.kl:.4f}",
+            f"{text.perplexity:.2f} ({text.reference_perplexity:.2f})",
+            f"{text.top1:.1%} ({text.reference_top1:.1%})",
+            f"{text.agreement:.1%}",
+        ]
+        for name, one in evaluations
+        if (text := one.text) is not None
+    ]
+    headings = ["Model", "Text", "KL", "Perplexity", "Top-1", "Same first token"]
+    return Table(caption="Beside the dense model, whose own numbers are in brackets.", headings=headings, rows=rows)
+
+
+def _costs(evaluations: Sequence[tuple[str, Evaluation]]) -> Table:
+    rows = [
+        [name, f"{costs.parameters / 1e6:.1f} M", _megabytes(costs.file_bytes), *_phase_cells(phase)]
+        for name, one in evaluations
+        if (costs := one.costs) is not None
+        for phase in (costs.decode, costs.prefill)
+    ]
+    headings = ["Model", "Parameters", "File", "Work", "FLOPs", "Bytes moved", "Latency, 95 %", "Average memory"]
+    caption = "What running takes: operations and bytes in closed form; latency and memory measured on the device."
+    return Table(caption=caption, headings=[*headings, "Peak memory", "Measurement"], rows=rows)
+
+
+def _phase_cells(phase: PhaseCosts) -> list[str]:
+    counted = [phase.workload.describe(), f"{phase.flops / 1e9:.2f} G", _megabytes(phase.bytes_moved)]
+    if (measurement := phase.measurement) is None:
+        return [*counted, "", "", "", "not measured"]
+    measured = [_latency(measurement.interval()), _megabytes(phase.average_memory_bytes)]
+    return [*counted, *measured, _megabytes(measurement.peak_memory_bytes), measurement.status]
+
+
+def _latency(found: Interval) -> str:
+    return f"{found.value * 1e3:.2f} ms [{found.low * 1e3:.2f}, {found.high * 1e3:.2f}]"
+
+
+def _megabytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 1e6:.0f} MB"
 
 
 def device_tables(runs: Sequence[Run]) -> list[Table]:
