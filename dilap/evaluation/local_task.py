@@ -72,13 +72,13 @@ class LocalTask(ConfigurableTask):  # type: ignore[misc]
 
     def _complaint(self, row: dict[str, Any]) -> Exception | None:
         try:
-            self.doc_to_text(row)
-            target = self.doc_to_target(row)
+            text, target = self.doc_to_text(row), self.doc_to_target(row)
             choices = self.doc_to_choice(row) if self.config.doc_to_choice is not None else None
         except Exception as error:  # whatever templates and the task's own functions raise
             return error
-        if choices is not None and not (isinstance(target, int) and 0 <= target < len(choices)):
-            return ValueError(f"its answer {target!r} is none of {len(choices)} choices")
+        answer = text if self.multiple_input else target  # there a choice of contexts for one target (winogrande)
+        if choices is not None and not (isinstance(answer, int) and 0 <= answer < len(choices)):
+            return ValueError(f"its answer {answer!r} is none of {len(choices)} choices")
         return None
 
     def _not_of_this_task(self, number: int, row: dict[str, Any], error: Exception) -> str:
