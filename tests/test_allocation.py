@@ -128,7 +128,7 @@ def test_generous_limit_gives_the_cheapest_levels() -> None:
 
 @pytest.mark.parametrize("limit", [0.9e-3, 0.0, -1.0])
 def test_impossible_limit_is_infeasible(limit: float) -> None:
-    with pytest.raises(Infeasible, match=r"the fastest levels take 1\.000 ms, more than"):
+    with pytest.raises(Infeasible, match="even the smallest levels take more"):
         solve([np.zeros(2)], [(2e-3, 1e-3)], limit=limit)
 
 

@@ -40,7 +40,8 @@ def search(task: SearchTask) -> SearchResult:
         config = allocate(quadratic, space, limit=target, previous=current, options=task.options)
         predicted, real = value + quadratic.value(config), evaluator.kl(config)
         rounds.append(Round(limit_seconds=target, config=config, predicted_kl=predicted, real_kl=real))
-        task.report(f"round {len(rounds)}: limit {target * 1e3:.2f} ms, KL predicted {predicted:.3f}, real {real:.3f}")
+        share = target / space.seconds(space.dense)  # of seconds, or of weights where a ratio was asked
+        task.report(f"round {len(rounds)}: limit {share:.1%} of dense, KL predicted {predicted:.3f}, real {real:.3f}")
         scale *= _correction(predicted=predicted - value, real=real - value)
         # Trust region: a KL beyond twice the predicted one means that the step left the model's range.
         halfway = (space.seconds(current) + target) / 2
