@@ -33,6 +33,14 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryTaken:
+    """By a model that is loaded and run; no average where only the runtime's own programs run, as on a phone."""
+
+    average_bytes: int | None
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """A model file under a workload."""
 
@@ -92,14 +100,13 @@ class Profiler:
             for index, case in enumerate(cases)
         ]
 
-    def average_memory(self, case: Case, *, runs: int = 50) -> int | None:
-        """Bytes that a model adds to a fresh process while it runs, on average; its peak is in a Measurement.
-
-        None where only the runtime's own programs run, as on a phone.
-        """
+    def memory(self, case: Case, *, runs: int = 50) -> MemoryTaken:
+        """What a model adds to a process of its own. A Measurement's peak is of a process that holds other models,
+        whose freed memory is used again."""
         with closing(self._device.open(self.backend)) as instrument:
             loaded = instrument.load(case.path, workload=case.workload, **asdict(_content(case.path)))
-            return instrument.average_memory(loaded.handle, runs)
+            average = instrument.average_memory(loaded.handle, runs)
+        return MemoryTaken(average_bytes=average, peak_bytes=max(loaded.peak_memory_bytes, average or 0))
 
     def _measure_once(
         self,

@@ -79,7 +79,7 @@ def costs() -> Costs:
         fingerprint=FINGERPRINT,
         samples_ns=tuple(1_000_000 + 10_000 * step for step in range(30)),
         rounds=tuple(step // 3 for step in range(30)),
-        peak_memory_bytes=90_000_000,
+        peak_memory_bytes=1,
         load_seconds=0.1,
         started="2026-01-01T00:00:00+00:00",
         status="ok",
@@ -90,6 +90,7 @@ def costs() -> Costs:
         bytes_moved=40_000_000,
         measurement=measurement,
         average_memory_bytes=70_000_000,
+        peak_memory_bytes=90_000_000,
     )
     prefill = PhaseCosts(
         workload=Workload(phase="prefill", precision="f32"), flops=3_000_000_000, bytes_moved=50_000_000

@@ -92,7 +92,9 @@ def test_a_running_artifact_is_measured_in_both_phases(tmp_path: Path, monkeypat
     for phase in (found.decode, found.prefill):
         assert phase.measurement is not None
         assert phase.measurement.workload == phase.workload
-        assert phase.average_memory_bytes
+        assert phase.average_memory_bytes is not None
+        assert phase.peak_memory_bytes is not None
+        assert 0 < phase.average_memory_bytes <= phase.peak_memory_bytes
 
 
 def test_a_checkpoint_is_counted_alone(checkpoint: Path) -> None:

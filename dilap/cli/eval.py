@@ -219,15 +219,19 @@ def _cost_lines(costs: Costs) -> list[str]:
     lines = [f"{costs.parameters / 1e6:.1f} M parameters{size}"]
     for phase in (costs.decode, costs.prefill):
         line = f"{phase.workload.describe()}: {phase.flops / 1e9:.3f} GFLOP, {phase.bytes_moved / 1e6:.1f} MB moved"
-        if phase.measurement is not None and phase.average_memory_bytes is not None:
+        if phase.measurement is not None:
             found = phase.measurement.interval()
             line += (
                 f", {found.value * 1e3:.2f} ms [{found.low * 1e3:.2f}, {found.high * 1e3:.2f}], memory"
-                f" {phase.average_memory_bytes / 1e6:.0f} MB on average, at most"
-                f" {phase.measurement.peak_memory_bytes / 1e6:.0f} MB ({phase.measurement.status})"
+                f" {_megabytes(phase.average_memory_bytes)} on average, at most"
+                f" {_megabytes(phase.peak_memory_bytes)} ({phase.measurement.status})"
             )
         lines.append(line)
     return lines
+
+
+def _megabytes(value: int | None) -> str:
+    return "unknown" if value is None else f"{value / 1e6:.0f} MB"
 
 
 def _number(metrics: dict[str, float], name: str) -> str:

@@ -42,9 +42,16 @@ def measure(costs: Costs, subject: Subject, device: Device, *, progress: Progres
         return costs
     profiler = Profiler(device, backend=subject.backend)
     cases = [Case(path=subject.path, workload=phase.workload) for phase in (costs.decode, costs.prefill)]
-    decode, prefill = profiler.measure(cases, FINAL, progress=progress)
-    return replace(
-        costs,
-        decode=replace(costs.decode, measurement=decode, average_memory_bytes=profiler.average_memory(cases[0])),
-        prefill=replace(costs.prefill, measurement=prefill, average_memory_bytes=profiler.average_memory(cases[1])),
+    measurements = profiler.measure(cases, FINAL, progress=progress)
+    decode, prefill = (
+        replace(
+            phase,
+            measurement=measurement,
+            average_memory_bytes=memory.average_bytes,
+            peak_memory_bytes=memory.peak_bytes,
+        )
+        for phase, measurement, memory in zip(
+            (costs.decode, costs.prefill), measurements, map(profiler.memory, cases), strict=True
+        )
     )
+    return replace(costs, decode=decode, prefill=prefill)

@@ -49,6 +49,7 @@ class PhaseCosts:
     bytes_moved: int
     measurement: Measurement | None = None
     average_memory_bytes: int | None = None
+    peak_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

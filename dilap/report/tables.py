@@ -126,7 +126,7 @@ def _phase_cells(phase: PhaseCosts) -> list[str]:
     if (measurement := phase.measurement) is None:
         return [*counted, "", "", "", "not measured"]
     measured = [_latency(measurement.interval()), _megabytes(phase.average_memory_bytes)]
-    return [*counted, *measured, _megabytes(measurement.peak_memory_bytes), measurement.status]
+    return [*counted, *measured, _megabytes(phase.peak_memory_bytes), measurement.status]
 
 
 def _latency(found: Interval) -> str:
