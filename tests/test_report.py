@@ -50,6 +50,15 @@ def test_specs_are_vega_lite(evaluated: Path) -> None:
         assert "<svg" in vega.vegalite_to_svg(spec)
 
 
+def test_legends_have_the_colours_of_their_points(evaluated: Path) -> None:
+    vega = pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
+    figure = drawn(evaluated)["tradeoff-kl"]
+    svg = vega.vegalite_to_svg({**figure.spec, "width": 600, "data": {"values": list(figure.rows)}})
+    colours = re.findall(r'role-legend-symbol"[^>]*><path[^>]* fill="(#\w+)"', svg)
+    assert len(set(colours)) == 2  # dense and pruned
+    assert all(svg.count(f'fill="{colour}"') > 1 for colour in colours)
+
+
 def test_the_front_holds_what_nothing_beats(run: Path) -> None:
     contents = inputs.read([run])
     (dense, pruned) = summary.rows(contents.runs)

@@ -127,7 +127,7 @@ def _points(
 ) -> list[dict[str, Any]]:
     """Layers: a line from `low` to `high` of every row, and its point on top."""
     low = _field("low", x["title"])
-    line = {"x": low, "x2": {"field": "high"}, **place, "color": {**series, "legend": None}}
+    line = {"x": low, "x2": {"field": "high"}, **place, "color": series}
     point = {"x": x, **place, "color": series, "shape": series, "tooltip": tooltip}
     return [
         {"mark": {"type": "rule", "strokeWidth": 2, "aria": False}, "encoding": line},
