@@ -127,7 +127,8 @@ def _points(
 ) -> list[dict[str, Any]]:
     """Layers: a line from `low` to `high` of every row, and its point on top."""
     low = _field("low", x["title"])
-    line = {"x": low, "x2": {"field": "high"}, **place, "color": series}
+    # Not "color": layers share its scale, and the points' legend would lose its colours or its shapes to the lines'.
+    line = {"x": low, "x2": {"field": "high"}, **place, "stroke": {**series, "legend": None}}
     point = {"x": x, **place, "color": series, "shape": series, "tooltip": tooltip}
     return [
         {"mark": {"type": "rule", "strokeWidth": 2, "aria": False}, "encoding": line},
