@@ -137,7 +137,7 @@ def solve(costs: Sequence[NDArray[np.float64]], seconds: Sequence[Sequence[float
     """
     fastest = sum(min(part) for part in seconds)
     if fastest > limit:
-        raise Infeasible("even the smallest levels take more than is allowed")
+        raise Infeasible("even the smallest levels take more than is allowed: take a larger budget or smaller ratio")
     bucket = max(limit, 1e-30) / _BUCKETS  # at a limit of 0 only free levels fit
     weights = [[int(np.ceil(s / bucket - 1e-9)) for s in part] for part in seconds]
     if sum(min(part) for part in weights) > _BUCKETS:  # only rounding stands in the way: take the fastest

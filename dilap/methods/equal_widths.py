@@ -27,7 +27,7 @@ def search(task: SearchTask) -> SearchResult:
     quadratic = linear_model(task, task.space.dense, number=0)
     candidates = sorted((quadratic.value(config), config) for config in _candidates(quadratic, task))
     if not candidates:
-        raise Infeasible("no equal widths keep the limit, whole layers removed included")
+        raise Infeasible("no equal widths keep the limit, whole layers removed included: take a larger one")
     value, config = min((task.evaluator.kl(config), config) for _, config in candidates[:_CANDIDATES])
     task.report(f"equal widths: {len(candidates)} width pairs keep the limit, the best has KL {value:.3f}")
     return _exchange(task, quadratic, SearchResult(config=config, kl=value))

@@ -25,7 +25,9 @@ def equal_shares(space: Space, *, limit: float) -> Config:
     Raises Infeasible.
     """
     if (fastest := space.seconds(space.fastest)) > limit:
-        raise Infeasible(f"the smallest levels take {fastest / limit:.1%} of what is allowed")
+        raise Infeasible(
+            f"the smallest levels take {fastest / limit:.1%} of what is allowed: take a larger budget or smaller ratio"
+        )
     shares = sorted({level.seconds / c.levels[0].seconds for c in space.choices for level in c.levels}, reverse=True)
     fitting = (config for share in shares if space.seconds(config := _at_share(space, share)) <= limit)
     config = next(fitting, space.fastest)
