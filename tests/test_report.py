@@ -20,7 +20,7 @@ from dilap.report.figures import figures
 
 def drawn(*paths: Path) -> dict[str, Any]:
     contents = inputs.read(paths)
-    return {one.name: one for one in figures(contents, summary.rows(contents.runs))}
+    return {one.name: one for one in figures(contents, summary.rows(contents))}
 
 
 def test_every_figure_has_data(evaluated: Path) -> None:
@@ -61,11 +61,19 @@ def test_legends_have_the_colours_of_their_points(evaluated: Path) -> None:
 
 def test_the_front_holds_what_nothing_beats(run: Path) -> None:
     contents = inputs.read([run])
-    (dense, pruned) = summary.rows(contents.runs)
+    (dense, pruned) = summary.rows(contents)
     worse = replace(pruned, run="worse", seconds=pruned.seconds * 1.1, kl=pruned.kl + 1)
     (figure, *_) = figures(contents, [dense, pruned, worse])
     front = figure.spec["layer"][0]["data"]["values"]
     assert [row["run"] for row in front] == ["seventy", "dense"]
+
+
+def test_the_dense_model_has_the_accuracy_of_the_evaluation_of_its_file(evaluated: Path, tmp_path: Path) -> None:
+    digest = read_json(evaluated / "result.json")["dense"]["artifact"]["sha256"]
+    for name, accuracy, sha256 in (("dense", 0.75, digest), ("another", 0.25, "0")):
+        write_json(tmp_path / f"{name}.json", encode(replace(evaluation(name, accuracy), digest=sha256)))
+    rows = drawn(evaluated, tmp_path / "another.json", tmp_path / "dense.json")["tradeoff-mean-accuracy"].rows
+    assert [row["value"] for row in rows if row["run"] == "dense"] == [0.75]
 
 
 def test_removed_layers_are_shown_as_empty(run: Path) -> None:

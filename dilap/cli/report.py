@@ -44,7 +44,7 @@ def _command() -> int:
     from dilap.report.figures import figures
 
     contents = inputs.read([Path(path) for path in given.inputs])
-    rows = summary.rows(contents.runs)
+    rows = summary.rows(contents)
     title, lead = given.title or _title(contents), _lead(contents)
     all_notes, drawn = tables.notes(contents), figures(contents, rows)
     evaluations = tables.evaluation_tables(contents.all_evaluations)

@@ -6,7 +6,7 @@ from typing import Any
 
 from dilap.cli.result import PruneResult, Side
 from dilap.evaluation.document import CACHE_BITS, Evaluation
-from dilap.report.inputs import Run
+from dilap.report.inputs import Contents, Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +37,14 @@ class SummaryRow:
     measurement: str
 
 
-def rows(runs: Sequence[Run]) -> list[SummaryRow]:
-    """The dense models first, one for every run that was measured beside another, then the runs."""
-    dense: dict[tuple[str, str], SummaryRow] = {}
-    for run in runs:
-        key = (run.result.dense.artifact.sha256, run.result.dense.measurement.started)
-        dense.setdefault(key, _row(run, run.result.dense, is_dense=True))
-    first = list(dense.values())[:1]  # each run is compared with its own; one is shown
-    return first + [_row(run, run.result.pruned, is_dense=False) for run in runs]
+def rows(contents: Contents) -> list[SummaryRow]:
+    """The dense model first, as it was measured beside the first run (each is compared with its own), then the runs."""
+    scored = {one.digest: one for one in contents.evaluations}
+    dense = [
+        _row(run, run.result.dense, scored.get(run.result.dense.artifact.sha256), is_dense=True)
+        for run in contents.runs[:1]
+    ]
+    return dense + [_row(run, run.result.pruned, run.evaluation, is_dense=False) for run in contents.runs]
 
 
 def mean_accuracy(evaluation: Evaluation | None) -> float | None:
@@ -55,7 +55,7 @@ def mean_accuracy(evaluation: Evaluation | None) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def _row(run: Run, side: Side, *, is_dense: bool) -> SummaryRow:
+def _row(run: Run, side: Side, evaluation: Evaluation | None, *, is_dense: bool) -> SummaryRow:
     result, workload, architecture = run.result, run.result.workload, side.artifact.architecture
     precision, cache_bits = workload.precision, CACHE_BITS[result.backend]
     share = (1.0, 1.0, 1.0) if is_dense else _share(result)
@@ -73,7 +73,7 @@ def _row(run: Run, side: Side, *, is_dense: bool) -> SummaryRow:
         budget_used=None if is_dense else result.budget_used,
         kl=side.quality.kl,
         perplexity=side.quality.perplexity,
-        mean_accuracy=None if is_dense else mean_accuracy(run.evaluation),
+        mean_accuracy=mean_accuracy(evaluation),
         parameters=side.parameters,
         decode_flops=architecture.decode_flops(context=workload.context),
         decode_bytes=architecture.decode_bytes(context=workload.context, precision=precision, cache_bits=cache_bits),
