@@ -28,10 +28,15 @@ class ZipLm:
     def __call__(self, task: PruneTask) -> Pruned:
         options = replace(task.levels.library, order="obs", ridge=self.dampening)
         library, name = compensated_library(task, options)
-        return prune_by_library(task, self.search, library, name=name)
 
-    def search(self, task: SearchTask) -> SearchResult:
-        """SPDY: the weighting of layer errors whose exact solution has the least real KL."""
+        def search(asked: SearchTask) -> SearchResult:
+            with task.bar("SPDY", total=None, unit="weighting") as bar:
+                return self.search(asked, progress=bar.update)
+
+        return prune_by_library(task, search, library, name=name)
+
+    def search(self, task: SearchTask, *, progress: Callable[[int], None] = lambda _: None) -> SearchResult:
+        """SPDY: the weighting of layer errors whose exact solution has the least real KL. `progress` gets 1s."""
         errors = [np.array([fit.error for fit in levels]) for levels in task.evaluator.net.library]
         seconds = [[level.seconds for level in choice.levels] for choice in task.space.choices]
         limit = task.limit - task.space.fixed_seconds
@@ -42,6 +47,7 @@ class ZipLm:
             config = solve(costs, seconds, limit=limit)
             if config not in known:
                 known[config] = task.evaluator.kl(config)
+            progress(1)
             return known[config], config
 
         (kl, config), tried = self._search(score, num_layers=len(errors), seed=task.options.seed)
