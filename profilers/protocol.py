@@ -244,7 +244,7 @@ class _Run:
             (share > 0.05, f"{share:.0%} of the samples are outliers; look for periodic work on the device"),
             (
                 width > protocol.target_half_width,
-                f"the median is known to {width:.1%} only, {protocol.target_half_width:.1%} was asked",
+                f"the median is known to {width:.2%} only, {protocol.target_half_width:.2%} was asked",
             ),
             (
                 case in self._unsettled_warm_ups,
