@@ -26,7 +26,7 @@ class RefitOptions:
     """
 
     corrections: tuple[float, ...] = (1.0, 0.5)
-    ridge: float = 0.1
+    ridge: float = 0.3
     batch_tokens: int = 2048
 
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.func import functional_call
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
-from dilap.compute import compute_precision
+from dilap.compute import product_type
 from dilap.errors import InvalidInput, Unavailable
 from dilap.teacher import draw
 
-_TEMPERATURE = 0.8
+_SEQUENCES_AT_ONCE = 32  # their keys and values in a 7B model without grouped heads: 4 GiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class CalibrationOptions:
 
     source: str = "self"
     sequence_length: int = 256
-    train_sequences: int = 64
+    train_sequences: int = 128
     validation_sequences: int = 16
     seed: int = 0
 
@@ -98,29 +99,36 @@ def self_generated(
     progress: Callable[[int], None] = lambda _: None,
 ) -> torch.Tensor:
     """Text that the model samples from itself (LLM-QAT, arXiv 2305.17888): a random first token, then its own
-    distribution, sharpened. Needs no data and is what the model knows.
+    distribution. Needs no data and is what the model knows.
 
-    Temperature 0.8: calibrated on samples at 1, SmolLM2-135M at 70 % had a KL of 1.72 on other text, at 0.8 of 1.49.
+    The distribution is not sharpened. SmolLM2-135M at 85 %, 64 sequences, KL on Python's documentation and
+    WikiText-2: temperature 0.8 0.669 and 0.749, 1.0 0.596 and 0.627, 1.2 0.612 and 0.630, 1.5 0.688 and 0.671.
     """
     generator = torch.Generator().manual_seed(seed)
     special = set(tokenizer.all_special_ids)
     ordinary = torch.tensor([t for t in range(min(len(tokenizer), model.config.vocab_size)) if t not in special])
     banned = torch.ones(model.config.vocab_size, dtype=torch.bool)  # special tokens, and rows that no token has
     banned[ordinary] = False
-    first = ordinary[torch.randint(len(ordinary), (num_sequences, 1), generator=generator)]
-    start = tokenizer.bos_token_id
-    tokens = first if start is None else torch.cat([torch.full_like(first, start), first], 1)
-    cache, step = None, tokens
-    with compute_precision():  # around the loop: the weights are converted once, not once a token
-        while tokens.shape[1] < length:
-            out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
-            logits = out.logits[:, -1].float()
-            logits[:, banned] = -torch.inf  # an end-of-text token would only be followed by another document
-            step = draw((logits / _TEMPERATURE).softmax(-1), generator=generator)
-            tokens = torch.cat([tokens, step], 1)
-            progress(num_sequences)
-    return tokens
+    starts = ordinary[torch.randint(len(ordinary), (num_sequences, 1), generator=generator)]
+    if tokenizer.bos_token_id is not None:
+        starts = torch.cat([torch.full_like(starts, tokenizer.bos_token_id), starts], 1)
+    # Converted once, not once a token; all of one type, as a cache that does not grow wants it.
+    weights = {name: weight.to(product_type(weight.dtype)) for name, weight in model.named_parameters()}
+
+    def sample(tokens: torch.Tensor, cache: StaticCache) -> torch.Tensor:
+        inputs = {"input_ids": tokens, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        logits = functional_call(model, weights, kwargs=inputs).logits[:, -1].float()
+        logits[:, banned] = -torch.inf  # an end-of-text token would only be followed by another document
+        progress(len(tokens))
+        return draw(logits.softmax(-1), generator=generator)
+
+    finished = []
+    for few in starts.split(_SEQUENCES_AT_ONCE):
+        cache, steps = StaticCache(config=model.config, max_cache_len=length), [few]
+        while few.shape[1] + len(steps) - 1 < length:
+            steps.append(sample(steps[-1], cache))
+        finished.append(torch.cat(steps, 1))
+    return torch.cat(finished)
 
 
 def sequences(text: str, tokenizer: PreTrainedTokenizerBase, *, length: int, name: str) -> torch.Tensor:

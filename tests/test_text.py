@@ -90,6 +90,20 @@ def test_generated_text_follows_the_model(tokenizer: PreTrainedTokenizerBase) ->
     assert int((tokens[:, 2:] == 7).sum()) > 8
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "opt", "qwen2", "qwen3"])
+def test_every_generated_token_is_what_the_model_says_about_those_before_it(
+    family: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = tiny_model(family)
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(1e4 * head.weight)  # as good as certain of one token, and not tied any more
+    tokens = self_generated(model, tokenizer, num_sequences=40, length=24, seed=0)
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits[:, 1:]
+    logits[:, :, tokenizer.all_special_ids + list(range(len(tokenizer), logits.shape[-1]))] = -torch.inf
+    assert float((logits.argmax(-1) == tokens[:, 2:]).float().mean()) > 0.9  # reduced precision decides near ties
+
+
 def test_generated_text_of_a_tokenizer_without_a_start_token(tmp_path: Path) -> None:
     bare = tiny_tokenizer(tmp_path)
     bare.bos_token = None
