@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch.func import functional_call
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 from dilap.compute import product_type
@@ -112,13 +111,14 @@ def self_generated(
 
     The distribution is not sharpened. SmolLM2-135M at 85 %, 64 sequences, KL on Python's documentation and
     WikiText-2: temperature 0.8 0.669 and 0.749, 1.0 0.596 and 0.627, 1.2 0.612 and 0.630, 1.5 0.688 and 0.671.
+    At 70 %, 128 sequences: random first tokens alone 1.157 and 1.061, half openings 0.982 and 1.021.
     """
     generator = torch.Generator().manual_seed(seed)
     special = set(tokenizer.all_special_ids)
     ordinary = torch.tensor([t for t in range(min(len(tokenizer), model.config.vocab_size)) if t not in special])
     banned = torch.ones(model.config.vocab_size, dtype=torch.bool)  # special tokens, and rows that no token has
     banned[ordinary] = False
-    starts = _starts(tokenizer, ordinary, num_sequences=num_sequences, generator=generator)[:, :length]
+    starts = _starts(tokenizer, ordinary, shape=(num_sequences, length), generator=generator)
     # Converted once, not once a token; all of one type, as a cache that does not grow wants it.
     weights = {name: weight.to(product_type(weight.dtype)) for name, weight in model.named_parameters()}
 
@@ -132,30 +132,29 @@ def self_generated(
     finished = []
     for few in starts.split(_SEQUENCES_AT_ONCE):
         cache, steps = StaticCache(config=model.config, max_cache_len=length), [few[:, :1]]
-        for position in range(1, length):
-            sampled = sample(steps[-1], cache)
-            given = few[:, position : position + 1] if position < few.shape[1] else torch.full_like(sampled, _ANY)
-            steps.append(torch.where(given == _ANY, sampled, given))
+        for given in few[:, 1:].split(1, dim=1):
+            steps.append(torch.where(given == _ANY, sample(steps[-1], cache), given))
         finished.append(torch.cat(steps, 1))
     return torch.cat(finished)
 
 
 def _starts(
-    tokenizer: PreTrainedTokenizerBase, ordinary: torch.Tensor, *, num_sequences: int, generator: torch.Generator
+    tokenizer: PreTrainedTokenizerBase, ordinary: torch.Tensor, *, shape: tuple[int, int], generator: torch.Generator
 ) -> torch.Tensor:
-    """How each sequence begins, start token included, (sequences x longest), filled up with `_ANY`."""
+    """How each sequence begins, start token included, (sequences x length), `_ANY` behind it."""
     known = set(ordinary.tolist())
     openings = [
         [token for token in tokenizer.encode(text, add_special_tokens=False) if token in known] for text in OPENINGS
     ]
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    rows = []
-    for number in range(num_sequences):
+    starts = torch.full(shape, _ANY)
+    for number, row in enumerate(starts):
         kind = int(torch.randint(len(openings), (1,), generator=generator))
         token = int(ordinary[torch.randint(len(ordinary), (1,), generator=generator)])
         opening = openings[kind] if number % 2 else []
-        rows.append(torch.tensor([*before, *(opening or [token])]))
-    return pad_sequence(rows, batch_first=True, padding_value=_ANY)
+        start = torch.tensor([*before, *(opening or [token])])[: len(row)]
+        row[: len(start)] = start
+    return starts
 
 
 def sequences(text: str, tokenizer: PreTrainedTokenizerBase, *, length: int, name: str) -> torch.Tensor:
