@@ -73,7 +73,7 @@ class ExecuTorchSession:
             raise Unsupported(f"ExecuTorch is timed with batch 1, got batch {workload.batch}")
         _use_threads(workload.threads)
         self._workload = workload
-        self._program, self._method = _load(path)
+        self._program, self._method = _load(path, "forward")
         num_tokens = workload.context if workload.phase == "decode" else workload.prompt_tokens
         needed = num_tokens + (workload.phase == "decode")
         room, vocab_size = (_constant(self._program, name) for name in ("get_max_context_len", "get_vocab_size"))
@@ -110,26 +110,27 @@ class ExecuTorchSession:
 
 
 class ExecuTorchReader:
-    """One program and the KV cache inside it; see `dilap.backends.Reader`. Every row is a run of its own, because a
-    program gives the last position's logits alone."""
+    """A program's method `score`, which gives every position's logits, and the KV cache inside it; see
+    `dilap.backends.Reader`."""
 
     def __init__(self, path: Path, *, threads: int) -> None:
         _use_threads(threads)
-        self._program, self._method = _load(path)
+        self._program, self._method = _load(path, "score")
         self.max_tokens = _constant(self._program, "get_max_context_len")
         self.vocab_size = _constant(self._program, "get_vocab_size")
+        self._max_scored = _constant(self._program, "get_max_scored_len")
         _open_sessions.add(id(self))
 
     def reserve(self, num_tokens: int) -> None:
         assert num_tokens <= self.max_tokens  # the room is the program's own
 
     def read(self, token_ids: Sequence[int], *, start: int, num_rows: int) -> NDArray[np.float32]:
-        first = len(token_ids) - num_rows + 1
-        runs = [
-            (token_ids[:first], start),
-            *(([token], start + at) for at, token in enumerate(token_ids[first:], first)),
-        ]
-        return np.concatenate([self._method(_inputs(part, position=at))[0].numpy() for part, at in runs])
+        rows: list[NDArray[np.float32]] = []
+        for at in range(0, len(token_ids), self._max_scored):
+            tokens = token_ids[at : at + self._max_scored]
+            logits = self._method(_inputs(tokens, position=start + at))[0].numpy()
+            rows.append(logits[max(0, len(token_ids) - num_rows - at) :])
+        return np.concatenate(rows)
 
     def close(self) -> None:
         _open_sessions.discard(id(self))
@@ -147,13 +148,16 @@ def _use_threads(count: int) -> None:
     library._unsafe_reset_threadpool(count)  # unsafe for programs that hold the old pool: there are none
 
 
-def _load(path: Path) -> tuple[Any, Any]:
-    """A program and its method `forward`. Raises InvalidInput."""
+def _load(path: Path, method: str) -> tuple[Any, Any]:
+    """A program and one of its methods. Raises InvalidInput."""
     if not path.is_file():
         raise InvalidInput(f"{path}: no such file")
     try:
         program = bindings()._load_program(str(path))
-        return program, program.load_method("forward")
+        names = {program.get_method_name(index) for index in range(program.num_methods())}
+        if method not in names:
+            raise InvalidInput(f"{path}: it has no method {method!r}; an earlier DiLAP wrote it: export it again")
+        return program, program.load_method(method)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise InvalidInput(f"{path}: ExecuTorch cannot load it: {reason}") from error

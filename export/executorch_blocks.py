@@ -43,7 +43,7 @@ class BlockShape:
     style: Style
     architecture: Architecture  # without its layers
     widths: LayerWidths
-    max_tokens: int  # of one run: XNNPACK reserves memory for as many when it loads a program
+    max_tokens: int  # of one run, any number up to it: XNNPACK reserves memory for as many when it loads a program
 
     def build(self) -> "Block":
         """The module, its matrices without values."""
@@ -181,7 +181,7 @@ class FeedForward(Block):
 
 
 class Head(Block):
-    """Final norm and logits of one position. Inputs: residual stream (1 x 1 x hidden), norm vectors."""
+    """Final norm and logits. Inputs: residual stream, norm vectors."""
 
     def __init__(self, shape: BlockShape) -> None:
         super().__init__(shape)
@@ -195,7 +195,8 @@ class Head(Block):
 
     def examples(self) -> tuple[torch.Tensor, ...]:
         model = self.shape.architecture
-        return torch.ones(1, 1, model.hidden_size), *(torch.ones(model.hidden_size) for _ in range(model.norm_vectors))
+        vectors = [torch.ones(model.hidden_size) for _ in range(model.norm_vectors)]
+        return (torch.ones(1, min(_EXAMPLE_TOKENS, self.shape.max_tokens), model.hidden_size), *vectors)
 
 
 _MODULES: Mapping[Kind, type[Block]] = {
@@ -280,9 +281,9 @@ def template(shape: BlockShape) -> Template:
 def lower(block: Block) -> Delegate:
     """The XNNPACK delegate of a whole block. Raises Unsupported where it cannot be one."""
     examples = block.examples()
-    tokens = torch.export.Dim("tokens", min=1, max=block.shape.max_tokens)
-    moving = block.shape.kind != "head"
-    dynamic = tuple({1: tokens} if moving and example.dim() > 1 else None for example in examples)
+    max_tokens = block.shape.max_tokens
+    tokens = torch.export.Dim("tokens", min=1, max=max_tokens) if max_tokens > 1 else None
+    dynamic = tuple({1: tokens} if tokens and example.dim() > 1 else None for example in examples)
     forward_dynamic: Any = (dynamic[0], dynamic[1:]) if block.shape.kind != "attention_out" else dynamic
     program = torch.export.export(block, examples, dynamic_shapes=forward_dynamic, strict=False)
     if block.shape.precision != "f32":

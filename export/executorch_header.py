@@ -14,6 +14,7 @@ PRECISIONS = ("8da4w", "f32")
 GROUP_SIZE = 32  # input channels that share the scale of 4-bit weights; the only step that XNNPACK's kernels take
 # Room for a prompt and an answer: the cache is allocated as a whole, 94 MB for SmolLM2-135M.
 MAX_CONTEXT = 2048
+SCORED_TOKENS = 128  # whose logits are given at once: for a vocabulary of 50k they are 25 MB
 POSITION_OFFSET = 2  # OPT keeps two rows before position 0
 
 
@@ -42,8 +43,13 @@ class Header:
     def __post_init__(self) -> None:
         _require_supported(self.architecture, self.precision)
 
+    @property
+    def max_scored(self) -> int:
+        """How many tokens the method `score` takes at once."""
+        return min(SCORED_TOKENS, self.max_context)
+
     def metadata(self) -> dict[str, Any]:
-        """The constant methods that ExecuTorch's LLM runner reads."""
+        """Constant methods: those that ExecuTorch's LLM runner reads, and how many tokens `score` takes."""
         return {
             "get_max_seq_len": self.max_context,
             "get_max_context_len": self.max_context,
@@ -54,6 +60,7 @@ class Header:
             "use_kv_cache": True,
             "use_sdpa_with_kv_cache": True,
             "enable_dynamic_shape": True,
+            "get_max_scored_len": self.max_scored,  # our own
         }
 
 

@@ -1,4 +1,9 @@
-"""A decoder as an ExecuTorch program with one method, `forward(tokens, input_pos)`, and its KV cache inside.
+"""A decoder as an ExecuTorch program: `forward(tokens, input_pos)` with its KV cache inside, and `score` to judge it.
+
+`forward` gives the last position's logits, as deployed programs do: all positions' would make a prefill of
+SmolLM2-135M a quarter slower. `score` gives all of at most SCORED_TOKENS, so that evaluation needs no run for every
+token. It has the same weights, stored once, and the same kernels, but a cache of its own, and takes no memory where it
+is not loaded.
 
 This is our own module and not `executorch.examples.models.llama`: that one has scalar widths, no LayerNorm and not
 every bias, is an example and no interface, and can only be lowered as a whole, which takes minutes for 30 layers. Here
@@ -36,16 +41,24 @@ REGISTERED = (custom_ops, _quant_patterns_and_replacements)  # imported for the 
 def build(header: Header, values: Values) -> ExecutorchProgramManager:
     """The program, ready to be written."""
     decoder = Decoder(header, values)
-    # two tokens: one would be taken for a constant
-    example = (torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, dtype=torch.long))
-    tokens = torch.export.Dim("tokens", min=1, max=header.max_context)
-    traced = torch.export.export(decoder, example, dynamic_shapes=({1: tokens}, None), strict=False)
-    edge = to_edge(traced, compile_config=EDGE).exported_program()
-    _call_delegates_(edge, decoder.delegates)
-    manager = EdgeProgramManager({"forward": edge}, header.metadata(), EDGE)
+    methods = {
+        "forward": _lowered(decoder, decoder.delegates, max_tokens=header.max_context),
+        "score": _lowered(Score(decoder), decoder.delegates, max_tokens=header.max_scored),
+    }
+    manager = EdgeProgramManager(methods, header.metadata(), EDGE)
     # The caller's tensors serve as they are: planned inputs would be copied before every run.
     planning = MemoryPlanningPass(alloc_graph_input=False)
     return manager.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
+
+
+def _lowered(module: nn.Module, delegates: Sequence[Delegate], *, max_tokens: int) -> ExportedProgram:
+    # two tokens: one would be taken for a constant
+    example = (torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    tokens = torch.export.Dim("tokens", min=1, max=max_tokens)
+    traced = torch.export.export(module, example, dynamic_shapes=({1: tokens}, None), strict=False)
+    program: ExportedProgram = to_edge(traced, compile_config=EDGE).exported_program()
+    _call_delegates_(program, delegates)
+    return program
 
 
 @torch.library.custom_op("dilap::attention_in", mutates_args=())
@@ -79,11 +92,7 @@ class _Call:
 
 
 class Decoder(nn.Module):
-    """The graph between the blocks. `forward` gives the logits (1 x vocabulary) of the last token.
-
-    That is the form that deployed programs have: all positions' logits would make a prefill of SmolLM2-135M a
-    quarter slower. Whoever wants every position's calls it once for each prefix.
-    """
+    """The graph between the blocks. `forward` gives the logits (1 x vocabulary) of the last token."""
 
     embedding: torch.Tensor
     embedding_scales: torch.Tensor
@@ -101,7 +110,8 @@ class Decoder(nn.Module):
         self._make_embedding_()
         self._make_positions_()
         self._layers = [tuple(self._layer(index)) for index in range(len(header.architecture.layers))]
-        self._head = self._make_head_()
+        self._head = self._make_head_(max_tokens=1)
+        self._wide_head = self._make_head_(max_tokens=header.max_scored)
 
     def _make_embedding_(self) -> None:
         model = self.header.architecture
@@ -146,12 +156,13 @@ class Decoder(nn.Module):
             ffn = LayerWidths(num_heads=0, num_kv_heads=0, num_channels=widths.num_channels)
             yield self._block("ffn", ffn, matrices, self._norm(f"{prefix}.{family.ffn_norm}"))
 
-    def _make_head_(self) -> _Call:
+    def _make_head_(self, *, max_tokens: int) -> _Call:
         model = self.header.architecture
         none = LayerWidths(num_heads=0, num_kv_heads=0, num_channels=0)
         matrix = f"{self._stack}.embed_tokens" if model.tied_embeddings else "lm_head"
         norm = "norm" if model.norm_vectors == 1 else "final_layer_norm"
-        return self._block("head", none, {"out": matrix}, self._norm(f"{self._stack}.{norm}"))
+        vectors = self._norm(f"{self._stack}.{norm}")
+        return self._block("head", none, {"out": matrix}, vectors, max_tokens=max_tokens)
 
     def _norm(self, path: str) -> list[tuple[str, int]]:
         """Names and sizes of a norm's vectors."""
@@ -159,7 +170,13 @@ class Decoder(nn.Module):
         return [(f"{path}.{name}", model.hidden_size) for name in ("weight", "bias")[: model.norm_vectors]]
 
     def _block(
-        self, kind: Kind, widths: LayerWidths, matrices: dict[str, str], vectors: Sequence[tuple[str, int]]
+        self,
+        kind: Kind,
+        widths: LayerWidths,
+        matrices: dict[str, str],
+        vectors: Sequence[tuple[str, int]],
+        *,
+        max_tokens: int | None = None,
     ) -> _Call:
         """Lower a block with the model's matrices, and keep its vectors as buffers."""
         header = self.header
@@ -169,7 +186,7 @@ class Decoder(nn.Module):
             style=header.style,
             architecture=_relevant(header.architecture, kind),
             widths=widths,
-            max_tokens=header.max_context,
+            max_tokens=max_tokens or header.max_context,
         )
         block = shape.build()
         for name, linear in block.linears().items():
@@ -188,6 +205,14 @@ class Decoder(nn.Module):
         return _Call(block=number, vectors=names)
 
     def forward(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
+        return self._logits(self._head, self._hidden(tokens, input_pos)[:, -1:])[:, 0]
+
+    def score(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
+        """Logits (tokens x vocabulary) of at most SCORED_TOKENS."""
+        return self._logits(self._wide_head, self._hidden(tokens, input_pos))[0]
+
+    def _hidden(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
+        """The residual stream (1 x tokens x hidden) behind the last layer."""
         start, count = input_pos[0].item(), tokens.shape[1]
         torch._check(start >= 0)
         torch._check(start < self.header.max_context)
@@ -198,7 +223,10 @@ class Decoder(nn.Module):
                 x = self._attention(x, angles, index, start)
             if widths.num_channels:
                 x = self._run(calls[-1], [x], width=x.shape[-1])
-        return self._run(self._head, [x[:, -1:]], width=self.header.architecture.vocab_size)[:, 0]
+        return x
+
+    def _logits(self, head: _Call, x: torch.Tensor) -> torch.Tensor:
+        return self._run(head, [x], width=self.header.architecture.vocab_size)
 
     def _run(self, call: _Call, inputs: list[torch.Tensor], *, width: int) -> torch.Tensor:
         found: list[torch.Tensor] = block_of_width([*inputs, *self._vectors(call)], call.block, width)
@@ -232,6 +260,17 @@ class Decoder(nn.Module):
         torch.ops.llama.update_cache(value, values, start)
         heads = torch.ops.llama.custom_sdpa(query, keys, values, start, None, 0.0, True)
         return self._run(after, [x, heads], width=x.shape[-1])
+
+
+class Score(nn.Module):
+    """The decoder's `score` as a module, which is what can be traced."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
+        return self.decoder.score(tokens, input_pos)
 
 
 def _relevant(architecture: Architecture, kind: Kind) -> Architecture:

@@ -15,13 +15,15 @@ from dilap.executorch_bindings import bindings
 
 
 class Pte:
-    """A program opened by ExecuTorch's runtime."""
+    """One of a program's two methods, opened by ExecuTorch's runtime: `forward` gives the last position's logits,
+    `score` every one's."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, method: str) -> None:
         """Raises InvalidInput, in one line, where the file is damaged."""
+        self._gives_all = method == "score"
         try:
             self._program: Any = bindings()._load_program(str(path))
-            self._method: Any = self._program.load_method("forward")
+            self._method: Any = self._program.load_method(method)
         except RuntimeError as error:
             raise InvalidInput(f"{path}: ExecuTorch cannot load it: {str(error).partition(chr(10))[0]}") from error
 
@@ -34,8 +36,10 @@ class Pte:
         self._method = self._program = None
 
     def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
-        """Logits (tokens x vocabulary). The program gives the last position's, so one pass is one for each prefix."""
+        """Logits (tokens x vocabulary); where a run gives the last position's, one pass is one for each prefix."""
         ids = list(token_ids)
+        if self._gives_all and not incremental:
+            return self._run(ids, 0)
         inputs = [([token], at) if incremental else (ids[: at + 1], 0) for at, token in enumerate(ids)]
         return np.concatenate([self._run(tokens, position) for tokens, position in inputs])
 

@@ -173,6 +173,29 @@ def test_logits_token_by_token_equal_those_of_one_pass(folder: str, request: pyt
     np.testing.assert_allclose(one_by_one, together, atol=tolerance * float(np.abs(together).max()))
 
 
+def test_a_reader_gives_in_several_runs_the_logits_of_prefixes(
+    dense: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dilap.export.executorch_header.SCORED_TOKENS", 8)
+    monkeypatch.setattr("dilap.export.executorch.NUM_TOKENS", 8)  # what the export verifies in one run
+    exported(talking_model(tokenizer), tokenizer, tmp_path / "out")
+    tokens = random_tokens(1, 24)[0].tolist()
+    session = backends.get("executorch").load(dense / "model.pte", DECODE)
+    expected = session.logits(tokens, incremental=False)
+    session.close()
+    reader = backends.open_reader("executorch", tmp_path / "out" / "model.pte", threads=1)
+    first, rest = reader.read(tokens[:3], start=0, num_rows=1), reader.read(tokens[3:], start=3, num_rows=14)
+    reader.close()
+    np.testing.assert_allclose(np.concatenate([first, rest]), expected[[2, *range(10, 24)]], atol=1e-5)
+
+
+def test_a_program_without_a_method_for_scores_is_refused(dense: Path, tmp_path: Path) -> None:
+    older = tmp_path / "older.pte"
+    older.write_bytes((dense / "model.pte").read_bytes().replace(b"score", b"other"))
+    with pytest.raises(InvalidInput, match=r"older\.pte: it has no method 'score'; an earlier DiLAP wrote it"):
+        backends.open_reader("executorch", older, threads=1)
+
+
 def contents(module: Any) -> dict[str, bytes]:
     """The constants that a delegate stores, by name."""
     stored = module.named_data_store_output
@@ -230,7 +253,7 @@ def test_the_constant_methods_say_what_the_runner_asks(dense: Path) -> None:
         str(dense / "model.pte")
     )
     names = {program.get_method_name(index) for index in range(program.num_methods())}
-    found = {name: program.load_method(name)([]) for name in names - {"forward"}}
+    found = {name: program.load_method(name)([]) for name in names - {"forward", "score"}}
     assert found == {
         "get_max_seq_len": [128],
         "get_max_context_len": [128],
@@ -241,6 +264,7 @@ def test_the_constant_methods_say_what_the_runner_asks(dense: Path) -> None:
         "use_kv_cache": [True],
         "use_sdpa_with_kv_cache": [True],
         "enable_dynamic_shape": [True],
+        "get_max_scored_len": [128],
     }
 
 
@@ -373,7 +397,7 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
 
 def test_a_failed_export_leaves_nothing(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dilap.export.executorch.SQNR_BOUNDS_DB", {"f32": 1000.0})
-    with pytest.raises(VerificationFailed, match=r"model\.pte in f32 differs"):
+    with pytest.raises(VerificationFailed, match=r"forward of model\.pte in f32 differs"):
         exported(tiny_model("llama"), tokenizer, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
