@@ -21,7 +21,7 @@ class AdbTransport:
         if shutil.which("adb") is None:
             raise Unavailable("adb is not installed here; run: apt-get install adb")
         self._serial = serial
-        if re.fullmatch(r"[\w.-]+:\d+", serial) and self._state() != "device":
+        if re.fullmatch(r"[\w.-]+:\d+", serial) and not self._answers():
             # first apart: adb calls a network device that went away `already connected`
             for word in ("disconnect", "connect"):
                 run_client(["adb", word, serial], seconds=15, device=serial)
@@ -47,8 +47,12 @@ class AdbTransport:
     def close(self) -> None:
         pass
 
-    def _state(self) -> str:
-        return run_client(self._adb("get-state"), seconds=15, device=self._serial).stdout.strip()
+    def _answers(self) -> bool:
+        """Whether the device itself does: `adb get-state` says what the server remembers of a link that just broke."""
+        try:
+            return run_client(self._adb("shell", "-T", "true"), seconds=15, device=self._serial).status == 0
+        except LinkLost:
+            return False
 
     def _adb(self, *words: str) -> list[str]:
         return ["adb", "-s", self._serial, *words]
