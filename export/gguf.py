@@ -88,8 +88,9 @@ def verify_gguf(model: "PreTrainedModel", path: Path, *, precision: str) -> floa
     """The SQNR in dB of a file's logits against `model`. Raises VerificationFailed below the bound of the precision."""
     with llamacpp.Gguf(path, num_tokens=NUM_TOKENS) as file:
         token_ids = _token_ids(file, min(NUM_TOKENS, model.config.max_position_embeddings))
-        name = f"{path.name} in {precision}"
-        return verify_logits(model, file, token_ids, bound_db=SQNR_BOUNDS_DB[precision], name=name)
+        bound, name = SQNR_BOUNDS_DB[precision], f"{path.name} in {precision}"
+        half = torch.float16 if precision == "f16" else None
+        return verify_logits(model, file, token_ids, bound_db=bound, name=name, half=half)
 
 
 def _token_ids(file: llamacpp.Gguf, count: int) -> list[int]:

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from tiny_gguf import tiny_model, tokenizer
+from transformers import PreTrainedModel
 
 from dilap.anatomy import architecture_of
 from dilap.errors import InvalidInput, Unavailable, VerificationFailed
 from dilap.export import llamacpp
-from dilap.export.gguf import GgufExporter, verify_gguf
+from dilap.export.gguf import SQNR_BOUNDS_DB, GgufExporter, verify_gguf
 from dilap.export.llamacpp import validate
 from dilap.sqnr import sqnr_db
 
@@ -53,6 +54,34 @@ def test_wrong_order_of_query_rows_fails(exported: Path) -> None:
     weight.data = weight.data.flip(0)
     with pytest.raises(VerificationFailed):
         verify_gguf(model, exported, precision="f16")
+
+
+@pytest.fixture
+def amplifying() -> PreTrainedModel:
+    """A model whose logits are small differences of large ones, so that f16 costs it more than the bound."""
+    model = tiny_model("llama")
+    model.lm_head.weight.data += 100
+    return model
+
+
+def test_model_that_amplifies_rounding_is_measured_by_what_torch_loses(
+    amplifying: PreTrainedModel, tokenizer: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    artifact = GgufExporter().export(amplifying, tokenizer=tokenizer, precision="f16", plan_digest="", out=out)
+    assert artifact.sqnr_db is not None
+    assert 10 < artifact.sqnr_db < SQNR_BOUNDS_DB["f16"]
+
+
+def test_wrong_order_fails_in_a_model_that_amplifies_rounding(
+    amplifying: PreTrainedModel, tokenizer: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    GgufExporter().export(amplifying, tokenizer=tokenizer, precision="f16", plan_digest="", out=out)
+    weight = amplifying.model.layers[-1].mlp.gate_proj.weight
+    weight.data = weight.data.flip(0)
+    with pytest.raises(VerificationFailed, match=r"1[0-9.]+ dB expected"):
+        verify_gguf(amplifying, out / "model.gguf", precision="f16")
 
 
 def test_model_that_gives_nan_fails(exported: Path) -> None:
