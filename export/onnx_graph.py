@@ -24,7 +24,7 @@ counts the layers that have attention, without gaps: GenAI 0.18 finds gaps by it
 names from a number of layers do not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -156,9 +156,7 @@ class _Builder:
         heads = {family.query: widths.num_heads, family.key: widths.num_kv_heads, family.value: widths.num_kv_heads}
         rows = {f"{layer}.{path}": count * architecture.head_dim for path, count in heads.items()}
         if self._fused and not architecture.qk_norm:
-            stacked, num_rows = self._stacks.add(f"{layer}.self_attn.qkv_proj", rows), sum(rows.values())
-            shape = (num_rows, architecture.hidden_size)
-            return (self._linear(x, stacked, shape, bias=architecture.qkv_bias),)
+            return (self._stacked_linear(x, f"{layer}.self_attn.qkv_proj", rows, bias=architecture.qkv_bias),)
         query, key, value = (
             self._linear(x, path, (count, architecture.hidden_size), bias=architecture.qkv_bias)
             for path, count in rows.items()
@@ -174,17 +172,25 @@ class _Builder:
 
     def _ffn(self, layer: str, num_channels: int) -> ir.Value:
         architecture, family = self._architecture, self._family
-        hidden_size = architecture.hidden_size
         x = self._norm(f"{layer}.{family.ffn_norm}")
-        first, *up = (
-            self._linear(x, f"{layer}.{path}", (num_channels, hidden_size), bias=architecture.ffn_bias)
-            for path in family.ffn_in
-        )
+        rows = {f"{layer}.{path}": num_channels for path in family.ffn_in}
+        first, *up = self._ffn_inputs(x, layer, rows)
         y = self._activation(first)
         if up:
             y = self._op("Mul", y, up[0])
-        shape = (hidden_size, num_channels)
+        shape = (architecture.hidden_size, num_channels)
         return self._linear(y, f"{layer}.{family.ffn_out}", shape, bias=architecture.ffn_out_bias)
+
+    def _ffn_inputs(self, x: ir.Value, layer: str, rows: Mapping[str, int]) -> Sequence[ir.Value]:
+        """Gate and up, or the one product of an FFN without a gate."""
+        architecture = self._architecture
+        if self._fused and len(rows) > 1:
+            stacked = self._stacked_linear(x, f"{layer}.mlp.gate_up_proj", rows, bias=architecture.ffn_bias)
+            return self._emitter.ops("Split", stacked, axis=-1, num_outputs=len(rows))
+        return [
+            self._linear(x, path, (count, architecture.hidden_size), bias=architecture.ffn_bias)
+            for path, count in rows.items()
+        ]
 
     def _activation(self, x: ir.Value) -> ir.Value:
         kind = self._numbers.activation
@@ -209,6 +215,7 @@ class _Builder:
         positions: Sequence[ir.Value],
         widths: LayerWidths,
     ) -> Sequence[ir.Value]:
+        rotary = bool(self._numbers.rope_frequencies)
         return self._emitter.ops(
             "GroupQueryAttention",
             *inputs,
@@ -219,8 +226,8 @@ class _Builder:
             domain=MICROSOFT,
             num_heads=widths.num_heads,
             kv_num_heads=widths.num_kv_heads,
-            scale=self._scale(),
-            do_rotary=int(bool(self._numbers.rope_frequencies)),
+            scale=1.0 if rotary else self._scale(),
+            do_rotary=int(rotary),
         )
 
     # attention in standard operators
@@ -343,7 +350,14 @@ class _Builder:
         positions = np.arange(self._numbers.context_length, dtype=np.float32)
         angles = np.outer(positions, np.array(self._numbers.rope_frequencies, np.float32))
         tables = {"cosines": np.cos(angles), "sines": np.sin(angles)}
-        return tuple(self._emitter.number(name, table * self._numbers.rope_magnitude) for name, table in tables.items())
+        # Queries and keys take half of the scale each: only by a scale of 1 does MLAS multiply one row at once.
+        magnitude = self._numbers.rope_magnitude * (self._scale() ** 0.5 if self._fused else 1)
+        return tuple(self._emitter.number(name, table * magnitude) for name, table in tables.items())
+
+    def _stacked_linear(self, x: ir.Value, path: str, rows: Mapping[str, int], *, bias: bool) -> ir.Value:
+        """Several of torch's Linears on the stream as one, called `path`, with so many rows of each."""
+        shape = (sum(rows.values()), self._architecture.hidden_size)
+        return self._linear(x, self._stacks.add(path, rows), shape, bias=bias)
 
     def _linear(self, x: ir.Value, path: str, shape: tuple[int, int], *, bias: bool) -> ir.Value:
         """Torch's Linear at `path`, its weight of that shape."""

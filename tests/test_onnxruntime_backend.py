@@ -1,5 +1,6 @@
 """The real ONNX Runtime on tiny models with random weights."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -55,6 +56,16 @@ def test_a_sample_is_a_positive_number_of_nanoseconds(model: Path, phase: Phase)
     samples = [session.sample() for _ in range(20)]  # more than the cache has room for, did it grow
     session.close()
     assert min(samples) > 0
+
+
+@pytest.mark.parametrize(("phase", "disabled"), [("decode", "1"), ("prefill", "0")])
+def test_flash_attention_is_left_to_prompts_where_one_token_is_faster_without(
+    model: Path, monkeypatch: pytest.MonkeyPatch, phase: Phase, disabled: str
+) -> None:
+    monkeypatch.setattr("dilap.backends.onnxruntime._SLOW_FLASH", True)
+    monkeypatch.delenv("ORT_GQA_DISABLE_FLASH_ATTENTION", raising=False)
+    backends.get("onnxruntime").load(model, replace(DECODE, phase=phase)).close()
+    assert os.environ["ORT_GQA_DISABLE_FLASH_ATTENTION"] == disabled
 
 
 @pytest.mark.parametrize("incremental", [False, True])
