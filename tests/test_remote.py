@@ -25,8 +25,8 @@ ONCE = Protocol(warm_up_samples=1, warm_up_cap_seconds=0.0, max_seconds=0.0)  # 
 F32 = ["--precision", "f32", "--threads", "1", "--context", "16"]
 # emulation takes what it takes: ONNX Runtime runs the model there, and its size in bytes stands for its nanoseconds
 CLOCK = {
-    "self._model = _Model(path, threads=workload.threads)": "self._model = _Model(path, threads=workload.threads)\n"
-    "        self._num_bytes = sum(one.stat().st_size for one in path.parent.iterdir())",
+    "self._model = _Model(path, threads=workload": "self._num_bytes = sum(one.stat().st_size"
+    " for one in path.parent.iterdir())\n        self._model = _Model(path, threads=workload",
     "return time.perf_counter_ns() - start": "return self._num_bytes",
 }
 
