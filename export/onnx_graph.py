@@ -19,6 +19,9 @@ Inputs and outputs have the names of the ecosystem (B batch, S new tokens, P pas
     logits                     B x kept x vocabulary
     present.I.key              B x N x (P + S) x head_dim, and .value
 
+In the form `onnxruntime` rotated keys carry half of the attention's scale, so that a cache belongs to the graph that
+wrote it.
+
 Heads and head_dim of every cache tensor are concrete numbers, because ONNX Runtime GenAI sizes its caches by them. I
 counts the layers that have attention, without gaps: GenAI 0.18 finds gaps by itself, older ones and whoever makes the
 names from a number of layers do not.
