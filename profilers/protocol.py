@@ -104,7 +104,7 @@ def collect(
             on_round(run.round_number, num_cases - len(run.unsettled()))
         if bench.now() - min(run.rested_seconds, protocol.rest_seconds) >= deadline:
             break
-    return [run.trace(case) for case in range(num_cases)]
+    return run.traces()
 
 
 class _Run:
@@ -121,6 +121,7 @@ class _Run:
         self._repeats = 0  # contended rounds in a row
         self._contended = False
         self._became_slower = False
+        self._incomplete = False
         self.rested_seconds = 0.0
         self.round_number = first_round
 
@@ -218,13 +219,23 @@ class _Run:
         noise = 3 * 1.4826 * statistics.median(abs(value - middle) for value in history)
         return abs(sentinel_median - middle) > max(self._protocol.drift_tolerance * middle, noise)
 
-    def trace(self, case: int) -> Trace:
+    def traces(self) -> list[Trace]:
+        if not all(self._kept):  # time ran out: flagged numbers are better than none
+            self._incomplete = True
+            self._contended = self._contended or self._repeats > 0
+            self._keep_all_()
+        return [self._trace(case) for case in range(len(self._kept))]
+
+    def _keep_all_(self) -> None:
+        """Also the dropped rounds, and of every case, so that the cases still share rounds."""
+        for kept, dropped in zip(self._kept, self._dropped, strict=True):
+            kept[:] = sorted(dropped + kept, key=lambda taken: taken[0])
+            dropped.clear()
+
+    def _trace(self, case: int) -> Trace:
         kept, dropped = self._kept[case], self._dropped[case]
-        contended = self._contended
-        if not kept:  # time ran out while no round was good: flagged numbers are better than none
-            kept, dropped, contended = dropped, [], not self._strays
         samples = [sample for _, sample in kept]
-        status, note = self._verdict(case, samples, contended=contended)
+        status, note = self._verdict(case, samples)
         return Trace(
             samples_ns=tuple(samples),
             rounds=tuple(number for number, _ in kept),
@@ -233,12 +244,13 @@ class _Run:
             note=note,
         )
 
-    def _verdict(self, case: int, samples: Sequence[int], *, contended: bool) -> tuple[Status, str]:
-        if contended:
+    def _verdict(self, case: int, samples: Sequence[int]) -> tuple[Status, str]:
+        if self._contended:
             return "contended", "other processes kept using the cores; stop them, or use fewer threads, and repeat"
         protocol, count = self._protocol, len(samples)
         share, width = outlier_share(samples), median_interval(samples).half_width
         complaints = (
+            (self._incomplete, "time ran out before every case had a good round; let the device cool and repeat"),
             (self._became_slower, "the device throttled or became slower, and stayed so; let it cool and repeat"),
             (count < protocol.min_samples, f"time ran out after {count} of at least {protocol.min_samples} samples"),
             (share > 0.05, f"{share:.0%} of the samples are outliers; look for periodic work on the device"),

@@ -230,6 +230,20 @@ def test_a_machine_that_changed_its_speed_is_measured_at_the_new_one(speed: floa
     assert (first.status, "slower" in first.note) == (status, speed > 1)
 
 
+def test_cases_share_their_rounds_when_time_runs_out_while_measuring_starts_over() -> None:
+    bench = ScriptedBench([10.0, 10.0, 10.0], slowness=lambda now: 1.0 if now < 0.8 else 1.3)
+    plain, states = bench.sample, iter([1.0, 1.01, 1.04, 0.97, 1.02, 0.99] * 1000)
+
+    def sample(case: int, count: int) -> list[int]:
+        return [round(value * (next(states) if case == 2 else 1)) for value in plain(case, count)]
+
+    bench.sample = sample  # type: ignore[method-assign]
+    sentinel, settled, restless = collect(bench, 3, replace(QUICK, target_half_width=0.004, max_seconds=0.32))
+    assert max(settled.samples_ns) < 11 * MS < 13 * MS < max(restless.samples_ns)  # settled before, and not asked since
+    assert {*settled.rounds} <= {*restless.rounds} == {*sentinel.rounds}
+    assert (sentinel.status, "good round" in sentinel.note) == ("noisy", True)
+
+
 def test_a_contended_round_is_repeated() -> None:
     loads = iter([0.0, 0.0, 0.8] + [0.0] * 100)  # the first answer is about the warm-up
     bench = ScriptedBench([10.0], load=lambda _: next(loads))
