@@ -160,10 +160,7 @@ class _Builder:
         rows = {f"{layer}.{path}": count * architecture.head_dim for path, count in heads.items()}
         if self._fused and not architecture.qk_norm:
             return (self._stacked_linear(x, f"{layer}.self_attn.qkv_proj", rows, bias=architecture.qkv_bias),)
-        query, key, value = (
-            self._linear(x, path, (count, architecture.hidden_size), bias=architecture.qkv_bias)
-            for path, count in rows.items()
-        )
+        query, key, value = self._linears(x, rows, bias=architecture.qkv_bias)
         if architecture.qk_norm:
             query = self._head_norm(query, f"{layer}.self_attn.q_norm", widths.num_heads)
             key = self._head_norm(key, f"{layer}.self_attn.k_norm", widths.num_kv_heads)
@@ -186,14 +183,11 @@ class _Builder:
 
     def _ffn_inputs(self, x: ir.Value, layer: str, rows: Mapping[str, int]) -> Sequence[ir.Value]:
         """Gate and up, or the one product of an FFN without a gate."""
-        architecture = self._architecture
+        bias = self._architecture.ffn_bias
         if self._fused and len(rows) > 1:
-            stacked = self._stacked_linear(x, f"{layer}.mlp.gate_up_proj", rows, bias=architecture.ffn_bias)
+            stacked = self._stacked_linear(x, f"{layer}.mlp.gate_up_proj", rows, bias=bias)
             return self._emitter.ops("Split", stacked, axis=-1, num_outputs=len(rows))
-        return [
-            self._linear(x, path, (count, architecture.hidden_size), bias=architecture.ffn_bias)
-            for path, count in rows.items()
-        ]
+        return self._linears(x, rows, bias=bias)
 
     def _activation(self, x: ir.Value) -> ir.Value:
         kind = self._numbers.activation
@@ -361,6 +355,11 @@ class _Builder:
         """Several of torch's Linears on the stream as one, called `path`, with so many rows of each."""
         shape = (sum(rows.values()), self._architecture.hidden_size)
         return self._linear(x, self._stacks.add(path, rows), shape, bias=bias)
+
+    def _linears(self, x: ir.Value, rows: Mapping[str, int], *, bias: bool) -> list[ir.Value]:
+        """Torch's Linears on the stream one by one, by path with the rows of each."""
+        hidden_size = self._architecture.hidden_size
+        return [self._linear(x, path, (count, hidden_size), bias=bias) for path, count in rows.items()]
 
     def _linear(self, x: ir.Value, path: str, shape: tuple[int, int], *, bias: bool) -> ir.Value:
         """Torch's Linear at `path`, its weight of that shape."""
