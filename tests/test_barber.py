@@ -13,7 +13,7 @@ from dilap.anatomy import family_of
 from dilap.cli import prune
 from dilap.codec import read_json
 from dilap.errors import InvalidInput
-from dilap.methods.barber import Barber, Block, Granularity, dense_matrices, rebuilt_masks, swapped
+from dilap.methods.barber import Barber, Block, Granularity, decoder_matrices, rebuilt_masks, swapped
 from dilap.methods.unstructured import Magnitude, SparseGpt, Wanda, sparsify_
 from dilap.modeling_dilap import Family
 from dilap.sparsity import Pattern
@@ -87,24 +87,36 @@ def test_b5_groups_of_n_in_m_stay(seed: int) -> None:
     assert (scores * found).sum() > (scores * kept).sum()
 
 
+def test_matrices_taken_before_pruning_stay_dense_without_a_copy() -> None:
+    model = tiny_model("llama")
+    wanted = {name: value.clone() for name, value in model.named_parameters()}
+    dense = decoder_matrices(model)
+    first = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    assert dense["0.mlp.up_proj"].data_ptr() == first.data_ptr()
+    sparsify_(model, TOKENS, Magnitude(), Pattern.parse("0.5"))
+    Barber().rebuild_(model, dense, TOKENS, Pattern.parse("0.5"))
+    assert all(torch.equal(weight, wanted[f"model.layers.{name}.weight"]) for name, weight in dense.items())
+    assert not torch.equal(first, dense["0.mlp.up_proj"])
+
+
 def test_b2_no_swaps_leave_the_mask_and_reset_the_weights() -> None:
     model = tiny_model("llama")
-    dense = dense_matrices(model)
+    dense = decoder_matrices(model)
     sparsify_(model, TOKENS, SparseGpt(), Pattern.parse("0.5"))
-    before = dense_matrices(model)
+    before = decoder_matrices(model)
     Barber(threshold=0.0).rebuild_(model, dense, TOKENS, Pattern.parse("0.5"))
-    for name, weight in dense_matrices(model).items():
+    for name, weight in decoder_matrices(model).items():
         assert torch.equal(weight == 0, before[name] == 0)
         assert torch.equal(weight, dense[name] * (before[name] != 0))
 
 
 def test_b2_retained_weights_are_those_of_the_first_pass() -> None:
     model = tiny_model("llama")
-    dense = dense_matrices(model)
+    dense = decoder_matrices(model)
     sparsify_(model, TOKENS, SparseGpt(), Pattern.parse("0.5"))
-    before = dense_matrices(model)
+    before = decoder_matrices(model)
     Barber(threshold=0.0, retain=True).rebuild_(model, dense, TOKENS, Pattern.parse("0.5"))
-    assert all(torch.equal(weight, before[name]) for name, weight in dense_matrices(model).items())
+    assert all(torch.equal(weight, before[name]) for name, weight in decoder_matrices(model).items())
 
 
 class Plain(nn.Module):
@@ -134,20 +146,20 @@ def test_b6_gradient_of_a_linear_block_is_the_formula() -> None:
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_b7_a_dense_model_changes_nothing(family: str) -> None:
     model = tiny_model(family)
-    dense = dense_matrices(model)
+    dense = decoder_matrices(model)
     Barber(threshold=1.0).rebuild_(model, dense, TOKENS, Pattern.parse("0.5"))
-    assert all(torch.equal(weight, dense[name]) for name, weight in dense_matrices(model).items())
+    assert all(torch.equal(weight, dense[name]) for name, weight in decoder_matrices(model).items())
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_swaps_reach_the_first_and_the_last_block(family: str) -> None:
     model = tiny_model(family)
-    dense = dense_matrices(model)
+    dense = decoder_matrices(model)
     sparsify_(model, TOKENS, Magnitude(), Pattern.parse("0.5"))
     names = family_of(model.config)
-    before = dense_matrices(model)
+    before = decoder_matrices(model)
     Barber(granularity="block", threshold=0.1).rebuild_(model, dense, TOKENS, Pattern.parse("0.5"))
-    changed = [name for name, weight in dense_matrices(model).items() if not torch.equal(weight, before[name])]
+    changed = [name for name, weight in decoder_matrices(model).items() if not torch.equal(weight, before[name])]
     assert f"0.{names.attention_out}" in changed
     assert f"2.{names.ffn_out}" in changed
 

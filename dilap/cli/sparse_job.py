@@ -14,7 +14,7 @@ from dilap.cli.result import Quality, versions
 from dilap.cli.workspace import Workspace
 from dilap.codec import encode, write_json
 from dilap.errors import DilapError, VerificationFailed
-from dilap.methods.barber import PUBLISHED, Barber, Granularity, dense_matrices
+from dilap.methods.barber import PUBLISHED, Barber, Granularity, decoder_matrices
 from dilap.methods.unstructured import RULES, Rule, require_matrices, sparsify_
 from dilap.source import Source, load, save_checkpoint
 from dilap.sparsity import Pattern
@@ -110,7 +110,7 @@ def _run(options: SparseOptions, source: Source, pattern: Pattern, rule: Rule, w
 
     with workspace.stage("score the dense model"):
         reference, dense = Teacher.of(model, unseen.tokens), quality(0.0)
-    before = dense_matrices(model) if options.rebuild else {}
+    before = decoder_matrices(model) if options.rebuild else {}
     total = len(decoder_layers(model)) * text.train.numel()
     with workspace.stage("prune"), console.bar(options.method, total=total, unit="tok") as bar:
         sparsify_(model, text.train, rule, pattern, propagate=options.propagate, progress=bar.update)
@@ -128,7 +128,7 @@ def _run(options: SparseOptions, source: Source, pattern: Pattern, rule: Rule, w
         method=options.method,
         model=source.name,
         model_digest=source.digest,
-        linear_sparsity=_share_of_zeros(list(dense_matrices(model).values())),
+        linear_sparsity=_share_of_zeros(list(decoder_matrices(model).values())),
         model_sparsity=_share_of_zeros([p.detach() for p in model.parameters()]),
         dense=dense,
         sparse=sparse,
@@ -160,7 +160,7 @@ def _barber(options: SparseOptions) -> Barber:
 
 def _require_pattern(model: PreTrainedModel, pattern: Pattern) -> None:
     """Every N:M group has its zeros; the others, which a rebuild may move between matrices, are all there."""
-    matrices = dense_matrices(model)
+    matrices = decoder_matrices(model)
     if pattern.group:
         for name, weight in matrices.items():
             pattern.require(weight, name=name)

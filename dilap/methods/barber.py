@@ -97,7 +97,7 @@ class Barber:
         *,
         progress: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """Swap in place, block by block; `dense` are the decoder layers' dense matrices by `layer.path`.
+        """Swap in the model, block by block; `dense` are the decoder layers' dense matrices by `layer.path`.
 
         Each block sees the stream of the sparse layers before it, rebuilt already. Raises InvalidInput for N:M with
         a granularity other than output1.
@@ -134,7 +134,7 @@ class Barber:
                 values = dense[path].to(weight.dtype)
                 if self.retain:
                     values = torch.where(kept[path], weight, values)
-                weight.copy_(values * masks[path])
+                weight.data = values * masks[path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,10 +201,11 @@ class Block:
         return first_of(self.dense.get_submodule(family.ffn_out)(hidden))
 
 
-def dense_matrices(model: PreTrainedModel) -> Weights:
-    """Copies of the decoder layers' matrices, by `layer.path`."""
+def decoder_matrices(model: PreTrainedModel) -> Weights:
+    """The decoder layers' matrices by `layer.path`, not copied: pruning and rebuilding put new ones in their place, so
+    that these stay what they were, and the dense ones of a large model may stay in its file's memory map."""
     return {
-        f"{index}.{path}": matrix.weight.detach().clone()
+        f"{index}.{path}": matrix.weight.detach()
         for index, layer in enumerate(decoder_layers(model))
         for path, matrix in _matrices(layer)
     }

@@ -163,7 +163,7 @@ def sparsify_(
     propagate: Propagate = "pruned",
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Give every matrix of the decoder layers its zeros, in place, each checked.
+    """Give the model's decoder layers matrices with zeros, each checked; the dense ones are not written over.
 
     `propagate`: the statistics of a layer are taken on what the pruned layers before it give, or the dense ones.
     Raises InvalidInput before anything is changed where the pattern does not divide a matrix.
@@ -178,8 +178,7 @@ def sparsify_(
                     continue
                 sparse = rule(matrix.weight.detach().float(), statistics, pattern).to(matrix.weight.dtype)
                 pattern.require(sparse, name=f"layer {step.index}, {path}")
-                with torch.no_grad():
-                    matrix.weight.copy_(sparse)
+                matrix.weight.data = sparse  # not written over: the dense one may be a file's, or needed again
 
 
 def require_matrices(model: PreTrainedModel, pattern: Pattern) -> None:
