@@ -197,8 +197,8 @@ class _Run:
         self.alive[chosen] = False
         if (found := self.tuned.get(chosen)) is not None and self.sprint.tune:
             weights[found.tuned] = found.weight
-            with torch.no_grad():
-                self.outs[found.tuned].out.weight.copy_(found.weight)
+            weight = self.outs[found.tuned].out.weight
+            weight.data = found.weight.to(weight.dtype)
         self.saved = {place: states for place, states in self.saved.items() if place <= chosen}
         ends = {s: self._next_ffn(s, before=chosen) for s in range(len(self.outs))}
         kept = {s for s, end in ends.items() if end is not None and end < chosen}

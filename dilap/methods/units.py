@@ -35,10 +35,9 @@ def removed_columns(plan: Plan, sublayer: Sublayer) -> torch.Tensor:
     return mask.nonzero().squeeze(1)
 
 
-@torch.no_grad()
 def zero_columns_(out: nn.Linear, columns: torch.Tensor) -> None:
-    """Silence inputs of an output projection."""
-    out.weight[:, columns] = 0
+    """Silence inputs of an output projection, by a new matrix."""
+    out.weight.data = out.weight.detach().index_fill(1, columns, 0)
 
 
 def num_units(plan: Plan) -> Mapping[str, int]:
@@ -48,11 +47,10 @@ def num_units(plan: Plan) -> Mapping[str, int]:
 
 @contextmanager
 def restored(sublayers: list[Sublayer]) -> Iterator[None]:
-    """Give the output projections their values back in the end."""
-    values = [one.out.weight.detach().clone() for one in sublayers]
+    """Give the output projections their matrices back in the end; what runs inside sets others, and overwrites none."""
+    weights = [one.out.weight.detach() for one in sublayers]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for one, value in zip(sublayers, values, strict=True):
-                one.out.weight.copy_(value)
+        for one, weight in zip(sublayers, weights, strict=True):
+            one.out.weight.data = weight
