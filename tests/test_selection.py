@@ -1,5 +1,6 @@
 """ZipLM, Puzzle and SPRINT: the golden checks of their specification."""
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -63,6 +64,18 @@ def test_ziplm_more_weightings_are_no_worse() -> None:
         (said,) = [line for line in lines if line.startswith("SPDY")][-1:]
         kls.append(float(said.rpartition(" ")[2]))
     assert kls[1] <= kls[0]
+
+
+def test_spdy_starts_a_corrected_limit_from_the_weighting_before_it() -> None:
+    lines: list[str] = []
+    task = tiny_task(deep_model(), report=lines.append)
+    measured = iter([1.05, 0.99])
+    target = replace(task.target, measure=lambda _: next(measured))
+    ZipLm(starts=12, failures=0)(replace(task, target=target))
+    assert [line.split(",")[0] for line in lines if line.startswith("SPDY")] == [
+        "SPDY: 12 weightings",
+        "SPDY: 1 weightings",
+    ]
 
 
 def test_puzzle_b_contribution_is_the_error_of_removing_one_channel_more() -> None:

@@ -13,10 +13,18 @@ from dilap.methods.task import SearchResult, SearchTask
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Weighted(SearchResult):
+    """A config with the weighting of the layers' errors that it solves exactly."""
+
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class ZipLm:
     """One-shot ZipLM at SPDY's settings: 100 random weightings of the layers' errors, each solved exactly and scored by
     the real loss; then a local search that draws ever fewer weights again, from a tenth of the layers down to one,
-    and gives a number up after 100 failures. Dampening 1 %; the database holds the measured levels.
+    and gives a number up after 100 failures. Dampening 1 %; the database holds the measured levels. A corrected limit
+    starts the local search from the weighting found for the limit before it.
 
     Its gradual mode, which trains between rising speed-ups, is what `--recover` does once at the end.
     """
@@ -50,22 +58,23 @@ class ZipLm:
             progress(1)
             return known[config], config
 
-        (kl, config), tried = self._search(score, num_layers=len(errors), seed=task.options.seed)
+        generator = torch.Generator().manual_seed(task.options.seed)
+        starts = [torch.rand(len(errors), generator=generator) for _ in range(max(1, self.starts))]
+        if isinstance(task.previous, _Weighted):
+            starts = [task.previous.weights]
+        (kl, config), weights, tried = self._search(score, starts, generator)
         task.report(f"SPDY: {tried} weightings, {len(known)} configs, KL {kl:.3f}")
-        return SearchResult(config=config, kl=kl)
+        return _Weighted(config=config, kl=kl, weights=weights)
 
     def _search(
-        self, score: Callable[[torch.Tensor], tuple[float, Config]], *, num_layers: int, seed: int
-    ) -> tuple[tuple[float, Config], int]:
-        """The best score with its config, and the number of weightings scored."""
-        generator = torch.Generator().manual_seed(seed)
-        weights = torch.rand(num_layers, generator=generator)
-        best, tried = score(weights), 1
-        for _ in range(self.starts - 1):
-            drawn = torch.rand(num_layers, generator=generator)
-            tried += 1
-            if (found := score(drawn)) < best:
-                best, weights = found, drawn
+        self,
+        score: Callable[[torch.Tensor], tuple[float, Config]],
+        starts: list[torch.Tensor],
+        generator: torch.Generator,
+    ) -> tuple[tuple[float, Config], torch.Tensor, int]:
+        """The best score and its weighting, and the number of weightings scored."""
+        best, weights = min(((score(drawn), drawn) for drawn in starts), key=lambda one: one[0])
+        tried, num_layers = len(starts), len(weights)
         for changed in range(max(1, num_layers // 10), 0, -1):
             failures = 0
             while failures < self.failures:
@@ -78,4 +87,4 @@ class ZipLm:
                     best, weights, failures = found, drawn, 0
                 else:
                     failures += 1
-        return best, tried
+        return best, weights, tried
