@@ -24,6 +24,7 @@ from dilap.backends.llamacpp import LlamaCpp
 from dilap.cli import export, profile, prune
 from dilap.cli.bench import Bench
 from dilap.cli.console import Console
+from dilap.cli.workspace import held
 from dilap.codec import decode, read_json
 from dilap.evaluator import Evaluator
 from dilap.profilers import devices
@@ -148,6 +149,16 @@ def test_an_unfinished_run_with_other_options_is_not_touched(
         assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--budget", "70%") == 130
     assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--budget", "60%") == 2
     assert "unfinished run with other options" in last_line(capsys)
+
+
+@pytest.mark.usefixtures("fake_device")
+def test_a_run_that_another_process_is_at_is_left_to_it(
+    checkpoint: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with held(tmp_path / ".run.unfinished" / "cache"):
+        assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--budget", "70%") == 2
+        assert "another process is at work" in last_line(capsys)
+    assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--budget", "70%") == 0
 
 
 @pytest.mark.usefixtures("fake_device")

@@ -9,6 +9,7 @@ from fake_job import FAST, call, last_line
 
 from dilap.cli import compare
 from dilap.cli.comparison import Row, markdown
+from dilap.cli.workspace import held
 from dilap.codec import read_json
 from dilap.methods import METHODS
 from dilap.methods.method import Pruned, PruneTask
@@ -69,6 +70,14 @@ def test_one_failed_method_does_not_lose_the_others(checkpoint: Path, corpus: Pa
     assert failed["error"] == "'no such layer'"
     assert done["error"] is None
     assert "test_compare:fail failed: 'no such layer'" in (out / "compare.md").read_text()
+
+
+def test_a_comparison_that_another_process_is_at_is_left_to_it(
+    checkpoint: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with held(tmp_path / "out" / "shared"):
+        assert compare_tiny(checkpoint, corpus, tmp_path / "out", "--budget", "80%", "--methods", "magnitude") == 2
+    assert "another process is at work" in last_line(capsys)
 
 
 def test_killed_comparison_goes_on_where_it_stopped(

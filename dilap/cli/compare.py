@@ -16,6 +16,7 @@ from dilap.cli import arguments, comparison, console
 from dilap.cli.comparison import Row
 from dilap.cli.console import Console
 from dilap.cli.job_arguments import add_search, add_text_and_recovery, job_options
+from dilap.cli.workspace import held
 from dilap.codec import decode, digest, encode, read_json, write_json
 from dilap.errors import InvalidInput
 from dilap.methods import METHODS
@@ -104,9 +105,10 @@ def _command() -> int:
     jobs = [
         replace(base, budget=budget, method=method, settings=settings[method]) for budget in budgets for method in names
     ]
-    _open(out, base, settings)
     runs = _Runs(model=given.model, devices=devices, out=out, screen=Console(), keep_models=given.keep_models)
-    rows = runs.rows(jobs)
+    with held(out / "shared"):
+        _open(out, base, settings)
+        rows = runs.rows(jobs)
     if given.json:
         json.dump(comparison.document(rows), sys.stdout, indent=1)
     else:

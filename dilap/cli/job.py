@@ -15,7 +15,6 @@ from dilap.cli.result import PruneResult
 from dilap.cli.stages import JobOptions, Stages
 from dilap.cli.workspace import Workspace
 from dilap.codec import encode, write_json
-from dilap.errors import DilapError
 from dilap.methods.method import Method
 from dilap.profilers.devices import Device
 from dilap.profilers.search_space import Layout, default_layout, describe, require_layout
@@ -46,20 +45,16 @@ def prune(
     backends.require_loadable(bench.backend, architecture, precision=options.workload.precision)
     layout = _layout(options, bench.backend, architecture.family)
     method = _method(options, layout)
-    workspace.open({"options": asdict(options), "model": source.digest, "dilap": __version__})
-    console.say(f"{source.name}: {describe(architecture)}")
-    stages = Stages(options=options, workspace=workspace, console=console, bench=bench, source=source)
-    try:
+    with workspace.opened({"options": asdict(options), "model": source.digest, "dilap": __version__}):
+        console.say(f"{source.name}: {describe(architecture)}")
+        stages = Stages(options=options, workspace=workspace, console=console, bench=bench, source=source)
         result = _run(stages, method, layout)
-    except DilapError:
-        if not workspace.is_continued:  # its options were bad: nothing to go on with
-            workspace.discard()
-        raise
+        if result is not None:
+            write_json(workspace.folder / "result.json", encode(result))
     if result is None:
         workspace.discard()
-        return None
-    write_json(workspace.folder / "result.json", encode(result))
-    workspace.finish()
+    else:
+        workspace.finish()
     return result
 
 

@@ -13,7 +13,7 @@ from dilap.cli.console import Console
 from dilap.cli.result import Quality, versions
 from dilap.cli.workspace import Workspace
 from dilap.codec import encode, write_json
-from dilap.errors import DilapError, VerificationFailed
+from dilap.errors import VerificationFailed
 from dilap.methods.barber import PUBLISHED, Barber, Granularity, decoder_matrices
 from dilap.methods.unstructured import RULES, Rule, require_matrices, sparsify_
 from dilap.source import Source, load, save_checkpoint
@@ -73,13 +73,9 @@ def sparsify(options: SparseOptions, *, out: Path, console: Console) -> SparseRe
     with workspace.stage("load the model"):
         source = load(options.model)
     require_matrices(source.model, pattern)
-    workspace.open({"options": asdict(options), "model": source.digest, "dilap": __version__})
-    try:
+    with workspace.opened({"options": asdict(options), "model": source.digest, "dilap": __version__}):
         result = _run(options, source, pattern, rule, workspace)
-    except DilapError:
-        workspace.discard()
-        raise
-    write_json(workspace.folder / "result.json", encode(result))
+        write_json(workspace.folder / "result.json", encode(result))
     workspace.finish()
     return result
 

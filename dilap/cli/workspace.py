@@ -7,9 +7,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from dilap.cli.console import Console
 from dilap.codec import digest, read_json, write_json
-from dilap.errors import InvalidInput
+from dilap.errors import DilapError, InvalidInput
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes out of `folder`, which is made if need be. Raises InvalidInput where one is in it.
+
+    The system gives the lock back when a process dies, whatever it dies of.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InvalidInput(f"another process is at work in {folder}; let it end, or choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Workspace:
@@ -32,8 +52,24 @@ class Workspace:
         self.is_continued = False
         self._is_open = False
 
-    def open(self, identity: dict[str, Any]) -> None:
-        """Start, or go on where a run with the same `identity` stopped. Raises InvalidInput for another's folder."""
+    @contextmanager
+    def opened(self, identity: dict[str, Any]) -> Iterator[None]:
+        """Start, or go on where a run with the same `identity` stopped. Raises InvalidInput for another's folder.
+
+        Nothing is left of a new run that ends with an error of ours: its options were bad.
+        """
+        with held(self.cache):
+            self._open(identity)
+            try:
+                yield
+            except DilapError:
+                if not self.is_continued:
+                    self.discard()
+                raise
+            finally:
+                self.console.log_to(None)
+
+    def _open(self, identity: dict[str, Any]) -> None:
         path = self.cache / "identity.json"
         if path.exists():
             if digest(read_json(path)) != digest(identity):
@@ -62,12 +98,10 @@ class Workspace:
 
     def finish(self) -> None:
         """Drop what only the run itself needed and give the folder its name."""
-        self.console.log_to(None)
         shutil.rmtree(self.cache)
         self.folder.rename(self.out)
 
     def discard(self) -> None:
-        self.console.log_to(None)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
