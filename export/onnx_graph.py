@@ -35,7 +35,7 @@ import onnx_ir as ir
 
 from dilap.export.onnx_emitter import MICROSOFT, Emitter, Values
 from dilap.export.onnx_hyperparameters import POSITION_OFFSET, Hyperparameters
-from dilap.export.onnx_matrices import HEAD, BlockMatrices, Blocks, FloatMatrices, Matrices, Storage
+from dilap.export.onnx_matrices import HEAD, BlockMatrices, Blocks, FloatMatrices, Matrices, PanelMatrices, Storage
 from dilap.export.onnx_stacks import Stacks
 from dilap.modeling_dilap import FAMILIES
 from dilap.types import Architecture, LayerWidths
@@ -63,7 +63,7 @@ def build_model(
     """
     fused, stacks = form == "onnxruntime", Stacks()
     emitter = Emitter(dtype=_DTYPES[dtype], values=stacks.of_values(values), contrib=fused)
-    matrices: Matrices = FloatMatrices(emitter)
+    matrices: Matrices = PanelMatrices(emitter) if fused else FloatMatrices(emitter)
     if storage != "float":
         assert fused and dtype == "f32" and blocks is not None  # noqa: PT018
         matrices = BlockMatrices(emitter, stacks.of_blocks(blocks), bits=8 if storage == "int8" else 4)

@@ -17,6 +17,10 @@ Blocks = Callable[[str, tuple[int, int], int], tuple[NDArray[np.uint8], NDArray[
 
 HEAD = "lm_head.weight"
 BLOCK = 32  # channels that share a scale
+# SmolLM2-135M's decode in f32, beside whole matrices: panels of 16 columns take 0.97 of the time, of 32 and 48 0.93 to
+# 0.94, of 64 0.98, of 96 1.13.
+_PANEL = 32  # divides every width that FFNs are cut to
+_PANELS_FROM = 1 << 19  # weights
 _ACCURACY_LEVEL = 4  # activations are rounded to 8 bits, too: twice as fast a decode as in f32 (AVX512-VNNI)
 
 
@@ -48,6 +52,45 @@ class FloatMatrices:
     def tied_matmul(self, x: ir.Value, name: str, shape: tuple[int, int]) -> ir.Value:
         turned = self._emitter.op("Transpose", self._emitter.weight(name, shape), perm=[1, 0])
         return self._emitter.op("MatMul", x, turned, name=name)
+
+
+class PanelMatrices(FloatMatrices):
+    """Large ones in panels of 32 columns, which are multiplied as a batch and turned back into rows.
+
+    A batch is shared out piece by piece, a single matrix in halves, of which one thread finishes late. SmolLM2-135M in
+    f32 decodes in 0.93 of the time with them, its products as fast as memory is read; a prefill of 128 takes 1.15.
+    """
+
+    def matmul(self, x: ir.Value, name: str, shape: tuple[int, int]) -> ir.Value:
+        if not _has_panels(shape):
+            return super().matmul(x, name, shape)
+        rows, columns = shape
+
+        def read() -> NDArray[np.floating]:
+            return self._emitter.values(name, shape).reshape(-1, _PANEL, columns).swapaxes(1, 2)
+
+        panels = self._emitter.lazy(name, (rows // _PANEL, columns, _PANEL), self._emitter.dtype, read)
+        return self._product(x, panels, name, rows)
+
+    def tied_matmul(self, x: ir.Value, name: str, shape: tuple[int, int]) -> ir.Value:
+        if not _has_panels(shape):
+            return super().tied_matmul(x, name, shape)
+        rows, columns = shape
+        dims = self._emitter.integers(rows // _PANEL, _PANEL, columns)
+        panels = self._emitter.op("Reshape", self._emitter.weight(name, shape), dims)
+        return self._product(x, self._emitter.op("Transpose", panels, perm=[0, 2, 1]), name, rows)
+
+    def _product(self, x: ir.Value, panels: ir.Value, name: str, rows: int) -> ir.Value:
+        """B x S x columns by panels x columns x 32 to B x S x rows."""
+        batch = self._emitter.op("Unsqueeze", x, self._emitter.integers(1))
+        products = self._emitter.op("MatMul", batch, panels, name=name)
+        turned = self._emitter.op("Transpose", products, perm=[0, 2, 1, 3])
+        return self._emitter.op("Reshape", turned, self._emitter.integers(0, 0, rows))
+
+
+def _has_panels(shape: tuple[int, int]) -> bool:
+    """Smaller ones gain less than the three nodes around their product cost."""
+    return shape[0] % _PANEL == 0 and shape[0] * shape[1] >= _PANELS_FROM
 
 
 class BlockMatrices:

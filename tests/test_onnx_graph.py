@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from models import FAMILIES, Kept
+from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 from tiny_gguf import compensated_model, pruned_model, tiny_model
 from transformers import PreTrainedModel
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 ir = pytest.importorskip("onnx_ir", reason="onnx_ir is not installed")
-pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
 
 from dilap.anatomy import architecture_of  # noqa: E402
 from dilap.errors import Unsupported  # noqa: E402
@@ -69,6 +70,33 @@ def test_tied_head_is_exact_and_stored_once(family: str, form: Form, tmp_path: P
     path = save(model, tmp_path / "m.onnx", form)
     assert "lm_head.weight" not in ir.load(path).graph.initializers
     assert_exact(model, path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_matrices_in_panels_are_exact(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dilap.export.onnx_matrices._PANELS_FROM", 0)
+    model = pruned_model("llama", PLANS["mixed widths"], tie_word_embeddings=tied)
+    path = save(model, tmp_path / "m.onnx", "onnxruntime")
+    shapes = {name: list(value.shape) for name, value in ir.load(path).graph.initializers.items()}
+    assert shapes["model.layers.0.mlp.gate_up_proj.weight"] == [6, 64, 32]
+    assert shapes["model.layers.2.mlp.gate_up_proj.weight"] == [64, 66]  # no whole number of panels
+    assert_exact(model, path)
+
+
+def test_sequences_of_a_batch_are_read_as_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dilap.export.onnx_matrices._PANELS_FROM", 0)
+    path = save(tiny_model("llama"), tmp_path / "m.onnx", "onnxruntime")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def logits(token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        cache = np.zeros((len(token_ids), 2, 0, 16), np.float32)
+        feed = {"input_ids": token_ids, "attention_mask": np.ones_like(token_ids)}
+        feed |= {value.name: cache for value in session.get_inputs() if value.name.startswith("past_key_values.")}
+        found: NDArray[np.float32] = session.run(["logits"], feed)[0]
+        return found
+
+    batch = np.array([TOKENS, TOKENS[::-1]])
+    assert_allclose(logits(batch), np.concatenate([logits(row[None]) for row in batch]), atol=1e-4)
 
 
 def test_untied_head_of_opt_is_exact(tmp_path: Path) -> None:
