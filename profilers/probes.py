@@ -1,11 +1,14 @@
 """Build a latency table: probe models with random weights, through the real exporter and runtime."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TypeVar
+
+from filelock import FileLock, Timeout
 
 from dilap import backends
 from dilap.backends import Capabilities
@@ -59,25 +62,43 @@ def build_table(
 
     `num_measured` levels of each kind, the extremes included, get a probe of their own; the random plans draw from
     all levels, so that the hold-out error covers the interpolation. Raises Mismatch where `path` was measured for
-    something else. `helpers` are other devices of the kind, which share the work.
+    something else. `helpers` are other devices of the kind, which share the work. Waits for another process that is at
+    the same table.
     """
-    backend = profiler.backend
-    shares = _shares([profiler, *helpers], path, workload=workload, architecture=architecture, protocol=protocol)
-    cache_bytes = shares[0].table.header.fingerprint.last_level_cache_bytes
-    shallow = probe_architecture(architecture, workload, cache_bytes=cache_bytes)
-    work = attention_work(architecture, workload)
-    levels = sorted(attention_levels, key=lambda level: work(_layer(level, 0))), sorted(ffn_levels)
-    capabilities = backends.get(backend).capabilities(architecture.family, precision=workload.precision)
-    probes = list_probes(
-        shallow,
-        measured=(spread(levels[0], num_measured), spread(levels[1], num_measured)),
-        levels=levels,
-        uniform=not capabilities.per_layer_widths,
-        num_random=num_random,
-        num_holdout=num_holdout,
-        seed=seed,
-    )
-    return fill(shares, probes, architecture=shallow, progress=progress)
+    with _alone(path, progress):
+        shares = _shares([profiler, *helpers], path, workload=workload, architecture=architecture, protocol=protocol)
+        cache_bytes = shares[0].table.header.fingerprint.last_level_cache_bytes
+        shallow = probe_architecture(architecture, workload, cache_bytes=cache_bytes)
+        work = attention_work(architecture, workload)
+        levels = sorted(attention_levels, key=lambda level: work(_layer(level, 0))), sorted(ffn_levels)
+        capabilities = backends.get(profiler.backend).capabilities(architecture.family, precision=workload.precision)
+        probes = list_probes(
+            shallow,
+            measured=(spread(levels[0], num_measured), spread(levels[1], num_measured)),
+            levels=levels,
+            uniform=not capabilities.per_layer_widths,
+            num_random=num_random,
+            num_holdout=num_holdout,
+            seed=seed,
+        )
+        return fill(shares, probes, architecture=shallow, progress=progress)
+
+
+@contextmanager
+def _alone(path: Path, progress: Progress | None) -> Iterator[None]:
+    """Until another process that measures the same table has ended: two would spoil each other's samples, and remove
+    each other's probes."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if progress is not None:
+            progress(0, 0, "another process measures this table: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _shares(

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 from fabricated import FINGERPRINT, TINY_LAYER, tiny_llama
+from filelock import FileLock
 
 from dilap import backends, codec, export
 from dilap.errors import LinkLost, Mismatch
 from dilap.profilers import devices, probes
+from dilap.profilers.filling import Progress
 from dilap.profilers.profiler import Case, Profiler, budget_share, is_shown, speedup
 from dilap.profilers.protocol import Protocol
 from dilap.profilers.table import LatencyTable
@@ -140,6 +142,7 @@ def build(
     workload: Workload = WORKLOAD,
     protocol: Protocol = QUICK,
     helpers: Sequence[Any] = (),
+    progress: Progress | None = None,
 ) -> LatencyTable:
     attention, ffn = probes.default_levels(ARCHITECTURE, backends.get(backend).capabilities("llama", precision="f32"))
     return probes.build_table(
@@ -153,6 +156,7 @@ def build(
         num_random=3,
         num_holdout=2,
         protocol=protocol,
+        progress=progress,
     )
 
 
@@ -170,7 +174,7 @@ def test_the_dense_probe_is_in_every_block_and_one_entry(fake: FakeProfiler, tmp
 
 def test_no_probe_file_is_left_behind(fake: FakeProfiler, tmp_path: Path) -> None:
     build(tmp_path / "t.jsonl")
-    assert [path.name for path in tmp_path.iterdir()] == ["t.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"t.jsonl", ".t.jsonl.lock"}  # a lock's file has to stay
 
 
 def test_a_killed_table_goes_on_where_it_stopped(fake: FakeProfiler, tmp_path: Path) -> None:
@@ -190,6 +194,20 @@ def test_a_complete_table_is_not_measured_again(fake: FakeProfiler, tmp_path: Pa
     fake.blocks.clear()
     build(tmp_path / "t.jsonl")
     assert fake.blocks == []
+
+
+def test_a_table_that_another_process_measures_is_waited_for(fake: FakeProfiler, tmp_path: Path) -> None:
+    other = FileLock(tmp_path / ".t.jsonl.lock")
+    other.acquire()
+    told: list[str] = []
+
+    def progress(_done: int, _total: int, text: str) -> None:
+        told.append(text)
+        other.release()
+
+    table = build(tmp_path / "t.jsonl", progress=progress)
+    assert told[0] == "another process measures this table: waiting for it"
+    assert table == LatencyTable.read(tmp_path / "t.jsonl")
 
 
 def test_a_table_is_not_continued_for_another_workload(fake: FakeProfiler, tmp_path: Path) -> None:
