@@ -14,7 +14,7 @@ from dilap.methods.task import SearchResult, SearchTask
 
 @dataclass(frozen=True, kw_only=True)
 class _Weighted(SearchResult):
-    """A config with the weighting of the layers' errors that it solves exactly."""
+    """The best config; `weights` are weightings of the layers' errors, those of the best configs (configs x layers)."""
 
     weights: torch.Tensor
 
@@ -24,7 +24,7 @@ class ZipLm:
     """One-shot ZipLM at SPDY's settings: 100 random weightings of the layers' errors, each solved exactly and scored by
     the real loss; then a local search that draws ever fewer weights again, from a tenth of the layers down to one,
     and gives a number up after 100 failures. Dampening 1 %; the database holds the measured levels. A corrected limit
-    starts the local search from the weighting found for the limit before it.
+    starts from the 100 best weightings for the limit before it instead of random ones.
 
     Its gradual mode, which trains between rising speed-ups, is what `--recover` does once at the end.
     """
@@ -48,31 +48,33 @@ class ZipLm:
         errors = [np.array([fit.error for fit in levels]) for levels in task.evaluator.net.library]
         seconds = [[level.seconds for level in choice.levels] for choice in task.space.choices]
         limit = task.limit - task.space.fixed_seconds
-        known: dict[Config, float] = {}
+        known: dict[Config, tuple[float, torch.Tensor]] = {}  # with the first weighting that led there
 
         def score(weights: torch.Tensor) -> tuple[float, Config]:
             costs = [float(weight) * error for weight, error in zip(weights, errors, strict=True)]
             config = solve(costs, seconds, limit=limit)
             if config not in known:
-                known[config] = task.evaluator.kl(config)
+                known[config] = task.evaluator.kl(config), weights
             progress(1)
-            return known[config], config
+            return known[config][0], config
 
         generator = torch.Generator().manual_seed(task.options.seed)
-        starts = [torch.rand(len(errors), generator=generator) for _ in range(max(1, self.starts))]
+        num_starts = max(1, self.starts)
+        starts = [torch.rand(len(errors), generator=generator) for _ in range(num_starts)]
         if isinstance(task.previous, _Weighted):
-            starts = [task.previous.weights]
-        (kl, config), weights, tried = self._search(score, starts, generator)
+            starts = list(task.previous.weights)
+        (kl, config), tried = self._search(score, starts, generator)
         task.report(f"SPDY: {tried} weightings, {len(known)} configs, KL {kl:.3f}")
-        return _Weighted(config=config, kl=kl, weights=weights)
+        best = sorted(known.values(), key=lambda one: one[0])[:num_starts]
+        return _Weighted(config=config, kl=kl, weights=torch.stack([weights for _, weights in best]))
 
     def _search(
         self,
         score: Callable[[torch.Tensor], tuple[float, Config]],
         starts: list[torch.Tensor],
         generator: torch.Generator,
-    ) -> tuple[tuple[float, Config], torch.Tensor, int]:
-        """The best score and its weighting, and the number of weightings scored."""
+    ) -> tuple[tuple[float, Config], int]:
+        """The best score, and the number of weightings scored."""
         best, weights = min(((score(drawn), drawn) for drawn in starts), key=lambda one: one[0])
         tried, num_layers = len(starts), len(weights)
         for changed in range(max(1, num_layers // 10), 0, -1):
@@ -87,4 +89,4 @@ class ZipLm:
                     best, weights, failures = found, drawn, 0
                 else:
                     failures += 1
-        return best, weights, tried
+        return best, tried
