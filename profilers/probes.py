@@ -88,6 +88,7 @@ def build_table(
 def _alone(path: Path, progress: Progress | None) -> Iterator[None]:
     """Until another process that measures the same table has ended: two would spoil each other's samples, and remove
     each other's probes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire(timeout=0)
