@@ -236,7 +236,11 @@ def full_plan(architecture: Architecture, *, base: str) -> Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is timed: one decoded token after `context` tokens, or one prompt of `prompt_tokens`."""
+    """What is timed: one decoded token after `context` tokens, or one prompt of `prompt_tokens`; and in which
+    configuration: the number of threads, and the runtime's own switches by name, like `{"flash_attention": "off"}`.
+
+    A switch that is not named has the runtime's plain default.
+    """
 
     phase: Phase = "decode"
     prompt_tokens: int = 128
@@ -244,6 +248,7 @@ class Workload:
     batch: int = 1
     precision: str = "f16"
     threads: int = 1
+    switches: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.phase not in ("decode", "prefill"):
@@ -253,8 +258,13 @@ class Workload:
 
     def describe(self) -> str:
         work = f"decode at context {self.context}" if self.phase == "decode" else f"prefill of {self.prompt_tokens}"
-        threads = f"{self.threads} thread" + ("s" if self.threads > 1 else "")
-        return f"{work}, {self.precision}, {threads}"
+        return f"{work}, {self.precision}, {self.configuration}"
+
+    @property
+    def configuration(self) -> str:
+        """Threads and switches in words, like `2 threads, flash attention off`."""
+        switches = (f"{name.replace('_', ' ')} {value}" for name, value in sorted(self.switches.items()))
+        return ", ".join([f"{self.threads} thread" + ("s" if self.threads > 1 else ""), *switches])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -258,3 +258,8 @@ def test_measurement_without_proper_samples_is_refused(samples: tuple[int, ...],
 def test_impossible_workload_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"phase|at least 1"):
         Workload(**changes)
+
+
+def test_workload_describes_its_configuration_in_words() -> None:
+    workload = Workload(threads=2, switches={"kv_cache": "q8_0", "flash_attention": "off"})
+    assert workload.describe() == "decode at context 256, f16, 2 threads, flash attention off, kv cache q8_0"
