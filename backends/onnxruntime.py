@@ -215,7 +215,7 @@ def _open(path: Path, threads: int, *, flash: bool) -> Any:
 
 def _reason(error: Exception) -> str:
     """Its own words: `[ONNXRuntimeError] : 1 : FAIL : words`."""
-    return str(error).splitlines()[0].split(" : ", 3)[-1]
+    return " ".join(str(error).split()).split(" : ", 3)[-1]
 
 
 def _tensor(array: NDArray[np.generic]) -> Any:

@@ -46,3 +46,22 @@ class Infeasible(DilapError):
 
 class VerificationFailed(DilapError):
     """An artifact does not compute what its torch model computes."""
+
+
+_MAX_REASON = 400  # characters: some libraries print whole files
+
+
+def reason_of(error: BaseException) -> str:
+    """What any exception says, in one line: our own errors their text, those of libraries their type before all of it.
+
+    The first line alone is often a heading ("Validation error for field 'x':") and that of a KeyError a bare key.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, DilapError):
+        return text
+    if isinstance(error, KeyError) and len(error.args) == 1:  # its text is the repr of a key, or of a sentence
+        words = " ".join(str(error.args[0]).split())
+        text = words if " " in words else f"there is no {error.args[0]!r}"
+    if len(text) > _MAX_REASON:
+        text = f"{text[:_MAX_REASON]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dilap.codec import written_aside
-from dilap.errors import InvalidInput
+from dilap.errors import InvalidInput, reason_of
 from dilap.library import LevelFit
 from dilap.space import Units
 
@@ -45,7 +45,9 @@ def load_library(path: Path) -> list[list[LevelFit]]:
                 for choice, levels in enumerate(facts)
             ]
     except Exception as error:  # safetensors raises its own type for damaged files
-        raise InvalidInput(f"{path}: damaged level library ({error}); remove the file and run again") from error
+        raise InvalidInput(
+            f"{path}: damaged level library ({reason_of(error)}); remove the file and run again"
+        ) from error
 
 
 def _units(document: dict[str, list[int]]) -> Units:

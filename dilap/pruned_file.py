@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dilap.codec import decode, encode, written_aside
-from dilap.errors import InvalidInput
+from dilap.errors import InvalidInput, reason_of
 from dilap.methods.method import Pruned
 from dilap.types import Plan
 
@@ -30,4 +30,6 @@ def load_pruned(path: Path) -> Pruned:
                 facts=json.loads(metadata["facts"]),
             )
     except Exception as error:  # safetensors raises its own type for damaged files
-        raise InvalidInput(f"{path}: damaged result of a method ({error}); remove the file and run again") from error
+        raise InvalidInput(
+            f"{path}: damaged result of a method ({reason_of(error)}); remove the file and run again"
+        ) from error

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dilap.errors import InvalidInput
+from dilap.errors import InvalidInput, reason_of
 
 
 def get(table: Mapping[str, str], name: str, *, kind: str) -> Any:
@@ -28,6 +28,6 @@ def own(name: str, *, kind: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except ImportError as error:
-        raise InvalidInput(f"{kind} {name!r} cannot be imported: {error}") from error
+        raise InvalidInput(f"{kind} {name!r} cannot be imported: {reason_of(error)}") from error
     except AttributeError:
         raise InvalidInput(f"{kind} {name!r}: module {module} has no {attribute!r}") from None

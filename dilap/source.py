@@ -1,6 +1,7 @@
 """Where models come from: a name, a local folder, a GGUF file or a hub id; and how checkpoints are written."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,22 @@ import torch
 import transformers
 from gguf import GGUFReader
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import cached_file
 
 from dilap.anatomy import family_of, model_digest, require_finite
 from dilap.builtin import DEFAULT_MODEL, builtin_model
 from dilap.codec import written_aside
-from dilap.errors import DilapError, InvalidInput, Unavailable
+from dilap.errors import DilapError, InvalidInput, Unavailable, Unsupported, reason_of
 from dilap.modeling_dilap import PRUNED_CLASSES
 
 
@@ -63,19 +73,23 @@ def _read(name: str, folder: str, arguments: dict[str, Any]) -> tuple[PreTrained
     keep = {key: value for key, value in arguments.items() if key != "dtype"}
     try:
         config = AutoConfig.from_pretrained(folder, **keep)
-        family_of(config)  # the clear error, before gigabytes are read
+        family_of(config)  # the clear errors, before gigabytes are read
+        _require_known_functions(config, name=name)
         tokenizer = load_tokenizer(folder, **keep)
         pruned = getattr(config, "layer_widths", None)
         loader = PRUNED_CLASSES[config.model_type] if pruned else AutoModelForCausalLM
-        model, report = loader.from_pretrained(folder, output_loading_info=True, **arguments)
+        # tensors of other sizes are told below: the loader's own error names none of them
+        arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = loader.from_pretrained(folder, **arguments)
     except DilapError:
         raise
     except Exception as error:  # the loaders raise dozens of types for damaged files
         kind = InvalidInput if Path(folder).is_dir() else Unavailable
-        raise kind(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
-    wrong = [*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])]
-    if wrong:
-        raise InvalidInput(f"model {name!r}: tensor {sorted(wrong)[0]} is missing or has a wrong shape")
+        raise kind(f"model {name!r} cannot be loaded: {reason_of(error)}") from error
+    for tensor, found, wanted in sorted(report["mismatched_keys"]):
+        raise InvalidInput(f"model {name!r}: {_words_of_sizes(tensor, found, wanted, config)}")
+    if missing := sorted(report["missing_keys"]):
+        raise InvalidInput(f"model {name!r}: tensor {missing[0]} is missing from its files, and its config asks for it")
     # Left by the GGUF reader; with them a dequantised model refuses to be saved.
     for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
         if hasattr(owner, attribute):
@@ -100,9 +114,30 @@ def _looks_like_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+def _require_known_functions(config: PreTrainedConfig, *, name: str) -> None:
+    """Raises Unsupported for a rotary embedding or an activation that transformers has under no such name."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+    for kind, asked, known in (
+        ("rotary embedding", rope.get("rope_type", "default"), ["default", *ROPE_INIT_FUNCTIONS]),
+        ("activation", activation, list(ACT2FN)),
+    ):
+        if asked not in known:
+            raise Unsupported(
+                f"model {name!r}: its config names the {kind} {asked!r}; transformers knows {', '.join(sorted(known))}"
+            )
+
+
+def _words_of_sizes(tensor: str, found: Sequence[int], wanted: Sequence[int], config: PreTrainedConfig) -> str:
+    """That a tensor has another size than the config says, and where it says so."""
+    numbers = [size for size, other in zip(wanted, found, strict=False) if size != other]
+    names = [f"{key} {value}" for key, value in config.to_dict().items() if type(value) is int and value in numbers]
+    says = f" ({', '.join(names)})" if names else ""
+    return f"tensor {tensor} is {_times(found)} in its files, and {_times(wanted)} by its config{says}"
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _quiet_transformers() -> None:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dilap.codec import written_aside
-from dilap.errors import InvalidInput
+from dilap.errors import InvalidInput, reason_of
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -23,7 +23,7 @@ def load_tensors(path: Path) -> Tensors:
     try:
         found: Tensors = load_file(path)
     except Exception as error:  # safetensors raises its own type for damaged files
-        raise InvalidInput(f"{path}: damaged tensors ({error}); remove the file and run again") from error
+        raise InvalidInput(f"{path}: damaged tensors ({reason_of(error)}); remove the file and run again") from error
     return found
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dilap.codec import written_aside
-from dilap.errors import InvalidInput, Unavailable, Unsupported
+from dilap.errors import InvalidInput, Unavailable, Unsupported, reason_of
 from dilap.tensorrt_recipe import Profile
 from dilap.types import Phase
 
@@ -87,7 +87,7 @@ def find_api(modules: tuple[str, ...] = _MODULES) -> Api:
         except ModuleNotFoundError:  # noqa: PERF203  (three names)
             continue
         except (ImportError, OSError, RuntimeError) as error:  # installed, but a library is missing
-            reasons.append(f"{name}: {str(error).splitlines()[0]}")
+            reasons.append(f"{name}: {reason_of(error)}")
         else:
             if api.for_rtx or _numbers(api.module.__version__) >= _OLDEST:
                 return api

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 from dilap.compute import product_type
-from dilap.errors import InvalidInput, Unavailable
+from dilap.errors import InvalidInput, Unavailable, reason_of
 from dilap.teacher import draw
 
 _ANY = -1  # a token that is to be sampled
@@ -218,4 +218,4 @@ def _hub_text(name: str) -> str:
         records = datasets.load_dataset(name, split="train", streaming=True)
         return "\n\n".join(_record_text(record) for record in records.take(2000))
     except Exception as error:  # the hub client raises many types
-        raise Unavailable(f"data set {name!r} cannot be read: {str(error).splitlines()[0][:200]}") from error
+        raise Unavailable(f"data set {name!r} cannot be read: {reason_of(error)}") from error

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dilap.errors import InvalidInput, Unavailable
+from dilap.errors import InvalidInput, Unavailable, reason_of
 from dilap.executorch_bindings import bindings
 
 
@@ -25,7 +25,7 @@ class Pte:
             self._program: Any = bindings()._load_program(str(path))
             self._method: Any = self._program.load_method(method)
         except RuntimeError as error:
-            raise InvalidInput(f"{path}: ExecuTorch cannot load it: {str(error).partition(chr(10))[0]}") from error
+            raise InvalidInput(f"{path}: ExecuTorch cannot load it: {reason_of(error)}") from error
 
     def __enter__(self) -> "Pte":
         return self
@@ -57,5 +57,5 @@ def tokenizer(path: Path) -> Callable[[str], list[int]]:
     try:
         found.load(str(path))
     except RuntimeError as error:
-        raise InvalidInput(f"{path}: ExecuTorch cannot load the tokenizer: {error}") from error
+        raise InvalidInput(f"{path}: ExecuTorch cannot load the tokenizer: {reason_of(error)}") from error
     return lambda text: [int(token) for token in found.encode(text, 0, 0)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 from gguf import GGUFValueType, TokenType
 
-from dilap.errors import InvalidInput, Unsupported, VerificationFailed
+from dilap.errors import InvalidInput, Unsupported, VerificationFailed, reason_of
 from dilap.export.llamacpp import Gguf
 from dilap.export.text_samples import SAMPLES
 
@@ -142,7 +142,7 @@ def _from_gguf(path: Path) -> Tokenizer:
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, OSError) as error:
-        raise InvalidInput(f"{path}: not a GGUF file ({error})") from error
+        raise InvalidInput(f"{path}: not a GGUF file ({reason_of(error)})") from error
     found = [field for name, field in reader.fields.items() if name.startswith(PREFIX)]
     if not any(field.name == "tokenizer.ggml.tokens" for field in found):
         raise InvalidInput(f"{path}: it holds no tokenizer")

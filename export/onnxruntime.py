@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dilap.anatomy import architecture_of
 from dilap.codec import encode, file_sha256, write_json, written_aside
-from dilap.errors import InvalidInput, Unavailable, Unsupported
+from dilap.errors import InvalidInput, Unavailable, Unsupported, reason_of
 from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.onnx_graph import build_model
 from dilap.export.onnx_hyperparameters import Hyperparameters, hyperparameters, probe_hyperparameters
@@ -141,7 +141,7 @@ class OnnxFile:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # it has a dozen types, which share no base of their own
-            raise InvalidInput(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
+            raise InvalidInput(f"{path}: ONNX Runtime cannot load it: {reason_of(error)}") from error
 
     def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
         """Logits (tokens x vocabulary): one pass, or its last quarter token by token through the KV cache."""

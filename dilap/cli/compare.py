@@ -18,7 +18,7 @@ from dilap.cli.console import Console
 from dilap.cli.job_arguments import add_search, add_text_and_recovery, job_options
 from dilap.cli.workspace import held
 from dilap.codec import decode, digest, encode, read_json, write_json
-from dilap.errors import InvalidInput
+from dilap.errors import InvalidInput, reason_of
 from dilap.methods import METHODS
 from dilap.profilers.devices import Device
 from dilap.types import Budget
@@ -229,8 +229,7 @@ class _Runs:
                 source=source,
             )
         except Exception as error:  # one method's failure, a user's own included, must not lose the others
-            text = (str(error) or type(error).__name__).splitlines()[0]
-            return Row(method=options.method, budget=str(options.budget), error=text)
+            return Row(method=options.method, budget=str(options.budget), error=reason_of(error))
         if result is None:
             return Row(method=options.method, budget=str(options.budget), error="the dense model keeps this budget")
         return comparison.row_of(result)

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from lm_eval.api.task import ConfigurableTask
 
-from dilap.errors import InvalidInput
+from dilap.errors import InvalidInput, reason_of
 
 _SPLITS = ("test", "validation", "train")  # what is scored, where the task's own split is not there
 
@@ -99,7 +99,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = raw.decode("utf-8")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path}: not readable ({error})") from error
+        raise InvalidInput(f"{path}: not readable ({reason_of(error)})") from error
     rows, decoder, at = [], json.JSONDecoder(strict=False), _next(text, 0)
     while at < len(text):
         line = text.count("\n", 0, at) + 1
