@@ -1,21 +1,17 @@
 """Calibration and evaluation text, as token ids."""
 
-import gzip
 import hashlib
-import importlib
-import json
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 from dilap.compute import product_type
-from dilap.errors import InvalidInput, Unavailable, reason_of
+from dilap.errors import InvalidInput
 from dilap.teacher import draw
+from dilap.text_files import read_text
 
 _ANY = -1  # a token that is to be sampled
 _SEQUENCES_AT_ONCE = 32  # their keys and values in a 7B model without grouped heads: 4 GiB
@@ -30,7 +26,7 @@ OPENINGS = (
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
-    """`source` is `self`, a text or jsonl file (.gz too) or a hub data set; lengths are in tokens."""
+    """`source` is `self` or what `dilap.text_files.read_text` takes; lengths are in tokens."""
 
     source: str = "self"
     sequence_length: int = 256
@@ -173,49 +169,3 @@ def evaluation_text(
     """`python-docs` (the language reference that every CPython carries) or a file; the first `num_sequences`."""
     tokens = sequences(read_text(name)[: num_sequences * length * 16], tokenizer, length=length, name=name)
     return EvaluationText(name=name, tokens=tokens[:num_sequences])
-
-
-def read_text(name: str) -> str:
-    """The text of a file (.txt, .jsonl with a text field, either with .gz), `python-docs` or a hub data set."""
-    if name == "python-docs":
-        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-        return "\n\n".join(topics[key] for key in sorted(topics))
-    path = Path(name)
-    if path.is_file():
-        return _file_text(path)
-    if "/" in name and not path.suffix:
-        return _hub_text(name)
-    raise InvalidInput(f"no text {name!r}: give a .txt or .jsonl file (.gz too), or a hub data set (user/name)")
-
-
-def _file_text(path: Path) -> str:
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = raw.decode("utf-8")
-        if ".jsonl" not in path.suffixes:
-            return text
-        return "\n\n".join(_record_text(json.loads(line)) for line in text.split("\n") if line.strip())
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
-        raise InvalidInput(f"{path}: not readable text ({error})") from error
-
-
-def _record_text(record: object) -> str:
-    """The text field of a record: `text`, or lm-eval's `page`."""
-    if not isinstance(record, dict):
-        raise TypeError(f"a record is an object with a text field, got {record!r:.40}")
-    for key in ("text", "page"):
-        if isinstance(value := record.get(key), str):
-            return value
-    raise TypeError(f"a record has no text field, only {', '.join(sorted(record))}")
-
-
-def _hub_text(name: str) -> str:
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError:
-        raise Unavailable("hub data sets need the datasets package; run: pip install datasets") from None
-    try:
-        records = datasets.load_dataset(name, split="train", streaming=True)
-        return "\n\n".join(_record_text(record) for record in records.take(2000))
-    except Exception as error:  # the hub client raises many types
-        raise Unavailable(f"data set {name!r} cannot be read: {reason_of(error)}") from error

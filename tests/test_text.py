@@ -1,7 +1,5 @@
 """Calibration and evaluation text: reproducible, disjoint, and clear about bad files."""
 
-import gzip
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from dilap.text import (
     CalibrationOptions,
     calibration,
     evaluation_text,
-    read_text,
     self_generated,
     sequences,
 )
@@ -119,62 +116,6 @@ def test_generated_text_of_a_tokenizer_without_a_start_token(tmp_path: Path) -> 
     bare.bos_token = None
     tokens = self_generated(tiny_model("llama"), bare, num_sequences=3, length=8, seed=0)
     assert tokens.shape == (3, 8)
-
-
-def write(path: Path, content: bytes) -> Path:
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    return path
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.md"])
-def test_text_files_are_read_whole(name: str, tmp_path: Path) -> None:
-    assert read_text(str(write(tmp_path / name, "héllo\nworld".encode()))) == "héllo\nworld"
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-@pytest.mark.parametrize("key", ["text", "page"])
-def test_jsonl_files_give_the_text_of_their_records(name: str, key: str, tmp_path: Path) -> None:
-    content = "\n".join(json.dumps({key: text, "id": 3}) for text in ("one", "two\u2028lines")) + "\n\n"
-    assert read_text(str(write(tmp_path / name, content.encode()))) == "one\n\ntwo\u2028lines"
-
-
-def test_line_separators_inside_a_record_do_not_split_it(tmp_path: Path) -> None:
-    content = json.dumps({"text": "two\u2028lines\x85here"}, ensure_ascii=False)
-    assert read_text(str(write(tmp_path / "a.jsonl", content.encode()))) == "two\u2028lines\x85here"
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.txt", b"\xff\xfe\xfa"),
-        ("a.jsonl", b'{"text": "one"}\n{"text": '),
-        ("a.jsonl", b'{"title": "no text"}'),
-        ("a.jsonl", b"[1, 2]"),
-        ("a.jsonl", b"3"),
-    ],
-)
-def test_broken_file_is_one_line_of_invalid_input_that_names_it(name: str, content: bytes, tmp_path: Path) -> None:
-    path = write(tmp_path / name, content)
-    with pytest.raises(InvalidInput) as caught:
-        read_text(str(path))
-    assert str(caught.value).startswith(f"{path}: not readable text (")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "not_gzip", "bad_block"])
-def test_broken_gzip_is_invalid_input(damage: str, tmp_path: Path) -> None:
-    whole = bytearray(gzip.compress(WORDS.encode()))
-    if damage == "bad_block":
-        whole[40:60] = bytes(20)
-    path = tmp_path / "a.txt.gz"
-    path.write_bytes({"truncated": bytes(whole[:50]), "not_gzip": b"plain", "bad_block": bytes(whole)}[damage])
-    with pytest.raises(InvalidInput, match=r"a\.txt\.gz: not readable text"):
-        read_text(str(path))
-
-
-def test_missing_file_is_invalid_input_that_says_what_would_do() -> None:
-    with pytest.raises(InvalidInput, match=r"no text '/nowhere/a\.txt': give a \.txt or \.jsonl file"):
-        read_text("/nowhere/a.txt")
 
 
 def test_text_shorter_than_one_sequence_is_invalid_input(tokenizer: PreTrainedTokenizerBase) -> None:

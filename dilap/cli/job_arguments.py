@@ -44,7 +44,11 @@ def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", 
 
     text, steps = CalibrationOptions(), steps or RecoveryOptions().steps
     group = made.add_argument_group("text and recovery")
-    group.add_argument("--calib", default="self", help="self (sampled from the model), a text or jsonl file, a hub set")
+    group.add_argument(
+        "--calib",
+        default="self",
+        help="self (sampled from the model), a file (.txt .md .json .jsonl .csv .tsv .parquet, .gz too) or a hub set",
+    )
     group.add_argument("--calib-length", type=int, default=text.sequence_length, metavar="N", help="tokens a sequence")
     group.add_argument("--eval-text", default="python-docs", metavar="TEXT", help="scored, never searched on")
     group.add_argument("--recover", choices=["none", "lora", "full"], default=mode, help=f"({mode})")

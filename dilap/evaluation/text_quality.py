@@ -13,7 +13,7 @@ from dilap.evaluation.document import TextQuality
 from dilap.evaluation.scoring import log_probabilities
 from dilap.evaluation.subject import Subject
 from dilap.evaluation.words import Words
-from dilap.text import read_text
+from dilap.text_files import read_text
 
 
 def compare(
