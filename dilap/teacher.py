@@ -1,6 +1,6 @@
 """The dense model as reference: KL divergence to it, cheaply, and perplexity."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,16 @@ class Teacher:
     hidden state of the model under test and E the head, which pruning leaves alone. So a hidden-sized vector a
     position (`mean_embedding`, E' p_t) is all that has to be kept, not a vocabulary-sized one. `losses` are the dense
     model's own, as in `Scores` (sequences).
+
+    An artifact gives logits and no hidden states: beside it the whole distributions are needed, which the head makes of
+    the dense model's own final states. `states` (sequences x length x hidden) keeps those where they are asked for.
     """
 
     tokens: torch.Tensor
     mean_embedding: torch.Tensor
     constant: torch.Tensor
     losses: torch.Tensor
+    states: torch.Tensor | None = None
 
     @property
     def perplexity(self) -> float:
@@ -66,11 +70,15 @@ class Teacher:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: PreTrainedModel, tokens: torch.Tensor, *, batch_tokens: int = 2048) -> "Teacher":
+    def of(
+        cls, model: PreTrainedModel, tokens: torch.Tensor, *, keep_states: bool = False, batch_tokens: int = 2048
+    ) -> "Teacher":
         head = head_of(model)
-        vectors, constants, losses = [], [], []
+        vectors, constants, losses, states = [], [], [], []
         for batch in batches(tokens, batch_tokens=batch_tokens):
             hidden = final_hidden(model, batch)
+            if keep_states:
+                states.append(hidden.reshape(*batch.shape, -1))
             for rows, labels in zip(hidden.split(ROWS), _next_tokens(batch).split(ROWS), strict=True):
                 logits = logits_of(rows, head).float()
                 normaliser = logits.logsumexp(-1)
@@ -84,17 +92,27 @@ class Teacher:
             mean_embedding=torch.cat(vectors).reshape(*shape, -1),
             constant=torch.cat(constants).reshape(shape),
             losses=torch.cat(losses).reshape(shape)[:, :-1].mean(1),
+            states=torch.cat(states) if keep_states else None,
         )
 
     @classmethod
-    def once(cls, path: Path | None, model: PreTrainedModel, tokens: torch.Tensor) -> "Teacher":
+    def once(
+        cls, path: Path | None, model: PreTrainedModel, tokens: torch.Tensor, *, keep_states: bool = False
+    ) -> "Teacher":
         """The one kept in `path`, made where it is missing."""
 
         def make() -> Tensors:
-            made = cls.of(model, tokens)
-            return {name: getattr(made, name) for name in ("tokens", "mean_embedding", "constant", "losses")}
+            made = cls.of(model, tokens, keep_states=keep_states)
+            tensors = {one.name: getattr(made, one.name) for one in fields(cls)}
+            return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
         return cls(**computed_once(path, make))
+
+    def log_probabilities(self, row: int, head: torch.Tensor) -> torch.Tensor:
+        """The dense model's distributions over one sequence (length x vocabulary); `head` is that of any model cut from
+        it."""
+        assert self.states is not None
+        return logits_of(self.states[row], head).float().log_softmax(-1)
 
     @torch.no_grad()
     def at_head(

@@ -8,7 +8,7 @@ import pytest
 from fake_job import FAST, call, last_line
 
 from dilap.cli import compare
-from dilap.cli.comparison import Row, markdown
+from dilap.cli.comparison import Row, markdown, read_row
 from dilap.cli.workspace import held
 from dilap.codec import read_json
 from dilap.methods import METHODS
@@ -184,13 +184,33 @@ def test_csv_and_json_say_the_same(checkpoint: Path, corpus: Path, tmp_path: Pat
     compare_tiny(checkpoint, corpus, tmp_path / "out", "--budget", "80%", "--methods", "magnitude", "--recover", "none")
     (line,) = csv.DictReader((tmp_path / "out" / "compare.csv").read_text().splitlines())
     (row,) = rows(tmp_path / "out")
-    assert (line["method"], float(line["kl"]), line["kl_recovered"]) == (row["method"], row["kl"], "")
+    assert (line["method"], float(line["artifact_kl"]), line["error"]) == (row["method"], row["artifact_kl"], "")
 
 
 def test_best_method_comes_first() -> None:
-    made = [Row(method=name, budget="70%", kl=kl, status="kept") for name, kl in (("a", 2.0), ("b", 1.0))]
+    made = [Row(method=name, budget="70%", artifact_kl=kl, status="kept") for name, kl in (("a", 2.0), ("b", 1.0))]
     lines = [line.split("|")[1].strip() for line in markdown(made).splitlines() if line.startswith("|")]
     assert lines == ["method", "---", "b", "a"]
+
+
+def test_the_quality_of_a_row_is_the_artifacts_and_torchs_has_its_own_columns() -> None:
+    row = Row(method="a", budget="70%", torch_kl_before=1.0, torch_kl=0.5, artifact_kl=0.75, artifact_reader="llamacpp")
+    heading, _, line = (one.split("|") for one in markdown([row]).splitlines() if one.startswith("|"))
+    cells = dict(zip((one.strip() for one in heading), (one.strip() for one in line), strict=True))
+    assert (cells["KL"], cells["torch KL"], cells["torch KL before recovery"]) == ("0.750", "0.500", "1.000")
+
+
+def test_a_row_without_the_artifacts_quality_says_that_it_is_torchs() -> None:
+    text = markdown([Row(method="a", budget="70%", torch_kl=0.5, torch_perplexity=20.0)])
+    assert "| 0.500 (torch) | 20.00 (torch) |" in text
+    assert "of the torch models in floats, not of the artifacts" in text
+
+
+def test_rows_of_earlier_versions_are_torchs() -> None:
+    old = {"type": "Row", "version": 1, "method": "a", "budget": "70%", "kl": 2.0, "perplexity": 9.0}
+    row = read_row({**old, "kl_recovered": 1.0, "perplexity_recovered": 8.0}, source="row.json")
+    assert (row.torch_kl_before, row.torch_kl, row.artifact_kl) == (2.0, 1.0, None)
+    assert read_row({**old, "kl_recovered": None}, source="row.json").torch_kl == 2.0
 
 
 def test_less_text_than_published_is_named() -> None:

@@ -1,81 +1,69 @@
 """The end of a prune job: from the plan to a measured artifact and what can be claimed of it."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
-from transformers import PreTrainedModel
-
+from dilap.cli.exam import Exam
 from dilap.cli.result import PruneResult, Quality, Side, flops_of, versions
 from dilap.cli.stages import Goal, Stages
 from dilap.codec import encode, write_json
+from dilap.errors import Mismatch
 from dilap.methods.method import Pruned
 from dilap.profilers.profiler import budget_share, is_shown, speedup
 from dilap.recover import distil
 from dilap.shrink import shrink_
 from dilap.source import save_checkpoint
 from dilap.teacher import Teacher
-from dilap.text import Calibration, EvaluationText, evaluation_text
-from dilap.types import Artifact, Measurement
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Exam:
-    """Text that no search saw, with what the dense model says about it and about the validation split."""
-
-    text: EvaluationText
-    reference: Teacher
-    validation: Teacher
-    dense: Quality
+from dilap.text import Calibration
+from dilap.types import Artifact, Measurement, Plan
 
 
 def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration) -> PruneResult:
-    """Shrink, recover, export, measure with fresh starts, and score on text that no stage has seen.
+    """Shrink, recover, export, score on text that no stage has seen, and measure with fresh starts.
 
     The source's model becomes the pruned one on the way, so what is asked of the dense one is asked first.
     """
     source, workspace, plan = stages.source, stages.workspace, pruned.plan
     write_json(workspace.folder / "plan.json", encode(plan))
     with workspace.stage("score the dense model"):
-        exam = _exam(stages, text)
+        exam = Exam.of(stages, text)
         lessons = stages.teacher("training", text.train) if stages.options.recovery.mode != "none" else None
     shrink_(source.model, plan, parameters=pruned.parameters)
     source.model.config.dilap_plan = plan.digest
     with workspace.stage("score the pruned model"):
         validation_kl = exam.validation.kl(source.model)
-        shrunk = _quality(exam, source.model)
-    stages.console.say(f"shrunk: KL {shrunk.kl:.3f} on {exam.text.name}, {validation_kl:.3f} on the validation split")
+        shrunk = exam.of_torch(source.model)
+    stages.console.say(
+        f"shrunk, the torch model in floats: KL {shrunk.kl:.3f} on {exam.text.name}, {validation_kl:.3f} on the "
+        "validation split"
+    )
     recovered = shrunk
     recovery_kls: tuple[float, ...] = ()
     if lessons is not None:
         recovery_kls = _recover_(stages, lessons)
-        recovered = _quality(exam, source.model)
+        recovered = exam.of_torch(source.model)
     with workspace.stage("save the checkpoint"):
         save_checkpoint(source.model, source.tokenizer, workspace.folder / "checkpoint")
-    folders = workspace.dense, workspace.folder / "artifact"
-    artifacts = stages.bench.read_artifact(folders[0]), stages.artifact(folders[1], plan)
-    with workspace.stage("measure for the claim"):
-        paths = [folder / one.path for folder, one in zip(folders, artifacts, strict=True)]
-        before, after = stages.bench.measure(paths, final=True)
-    dense = _side(stages, artifacts[0], before, exam.dense)
-    side = _side(stages, artifacts[1], after, recovered)
+    dense, side = _sides(stages, plan, exam, recovered)
     result = _result(stages, goal, pruned, text, dense=dense, side=side, shrunk=shrunk, validation_kl=validation_kl)
     return replace(result, recovery_kls=recovery_kls)
 
 
-def _exam(stages: Stages, calibration: Calibration) -> _Exam:
-    options, source = stages.options, stages.source
-    text = evaluation_text(
-        options.evaluation_text,
-        source.tokenizer,
-        num_sequences=options.evaluation_sequences,
-        length=options.calibration.sequence_length,
-    )
-    reference = stages.teacher("unseen", text.tokens)
-    return _Exam(
-        text=text,
-        reference=reference,
-        validation=stages.teacher("validation", calibration.validation),
-        dense=_scored(text, kl=0.0, perplexity=reference.perplexity),
-    )
+def _sides(stages: Stages, plan: Plan, exam: Exam, recovered: Quality) -> tuple[Side, Side]:
+    """Both artifacts, read through their runtime and then measured together."""
+    workspace = stages.workspace
+    folders = workspace.dense, workspace.folder / "artifact"
+    artifacts = stages.bench.read_artifact(folders[0]), stages.artifact(folders[1], plan)
+    in_torch = exam.dense, recovered
+    with workspace.stage("score the artifacts"):
+        qualities = [
+            exam.of_artifact(stages, folder, artifact, in_torch=quality)
+            for folder, artifact, quality in zip(folders, artifacts, in_torch, strict=True)
+        ]
+    with workspace.stage("measure for the claim"):
+        paths = [folder / one.path for folder, one in zip(folders, artifacts, strict=True)]
+        measurements = stages.bench.measure(paths, final=True)
+    dense, pruned = (_side(stages, *parts) for parts in zip(artifacts, measurements, qualities, in_torch, strict=True))
+    return dense, pruned
 
 
 def _recover_(stages: Stages, lessons: Teacher) -> tuple[float, ...]:
@@ -92,16 +80,15 @@ def _recover_(stages: Stages, lessons: Teacher) -> tuple[float, ...]:
     return tuple(losses)
 
 
-def _quality(exam: _Exam, model: PreTrainedModel) -> Quality:
-    scores = exam.reference.scores(model)
-    return _scored(exam.text, kl=scores.kl, perplexity=scores.perplexity)
-
-
-def _scored(text: EvaluationText, *, kl: float, perplexity: float) -> Quality:
-    return Quality(text=text.name, text_sha256=text.sha256, tokens=text.tokens.numel(), kl=kl, perplexity=perplexity)
-
-
-def _side(stages: Stages, artifact: Artifact, measurement: Measurement, quality: Quality) -> Side:
+def _side(
+    stages: Stages, artifact: Artifact, measurement: Measurement, quality: Quality, torch_quality: Quality
+) -> Side:
+    """Raises Mismatch where the file that was scored is not the one that was measured."""
+    if quality.artifact_sha256 != measurement.artifact_sha256:
+        raise Mismatch(
+            f"{artifact.path} changed between scoring ({quality.artifact_sha256[:12]}) and measuring "
+            f"({measurement.artifact_sha256[:12]}): remove the run's folder and run again"
+        )
     return Side(
         artifact=artifact,
         measurement=measurement,
@@ -110,6 +97,7 @@ def _side(stages: Stages, artifact: Artifact, measurement: Measurement, quality:
         parameters=artifact.architecture.num_parameters,
         flops=flops_of(artifact.architecture, stages.options.workload),
         quality=quality,
+        torch_quality=torch_quality,
     )
 
 

@@ -17,7 +17,7 @@ from dilap.cli.comparison import Row
 from dilap.cli.console import Console
 from dilap.cli.job_arguments import add_search, add_text_and_recovery, job_options
 from dilap.cli.workspace import held
-from dilap.codec import decode, digest, encode, read_json, write_json
+from dilap.codec import digest, encode, read_json, write_json
 from dilap.errors import InvalidInput, reason_of
 from dilap.methods import METHODS
 from dilap.profilers.devices import Device
@@ -203,7 +203,7 @@ class _Runs:
     def _row(self, options: "JobOptions") -> Row:
         path = self._row_file(options)
         if path.exists():
-            return decode(Row, read_json(path), source=str(path))
+            return comparison.read_row(read_json(path), source=str(path))
         row = self._run(options, path.parent)
         if row.error is not None:
             self.screen.say(f"{options.method} failed: {row.error}")

@@ -2,21 +2,31 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from dilap.cli.result import PruneResult
-from dilap.codec import write_json, written_aside
+from dilap.codec import decode, write_json, written_aside
 from dilap.methods import PUBLISHED_TOKENS, TRAINED
+
+# Rows of earlier versions know the torch model's quality alone, under names that did not say so.
+_OLD_NAMES = {
+    "kl": "torch_kl_before",
+    "perplexity": "torch_perplexity_before",
+    "kl_recovered": "torch_kl",
+    "perplexity_recovered": "torch_perplexity",
+    "dense_perplexity": "dense_torch_perplexity",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One method at one budget; only `error` where it failed.
 
-    `kl` and `perplexity` are those of the method itself, `*_recovered` after the recovery that all rows share.
+    `torch_*` is of the torch model in floats: `*_before` as the method left it, the others after the recovery that all
+    rows share. `artifact_*` is of the file that ships, read through its runtime; none where that cannot be read here.
     """
 
     method: str
@@ -27,21 +37,32 @@ class Row:
     seconds_ci: tuple[float, float] | None = None
     dense_seconds: float | None = None
     budget_used: float | None = None
-    kl: float | None = None
-    perplexity: float | None = None
-    kl_recovered: float | None = None
-    perplexity_recovered: float | None = None
-    dense_perplexity: float | None = None
+    torch_kl_before: float | None = None
+    torch_perplexity_before: float | None = None
+    torch_kl: float | None = None
+    torch_perplexity: float | None = None
+    dense_torch_perplexity: float | None = None
+    artifact_kl: float | None = None
+    artifact_perplexity: float | None = None
+    dense_artifact_kl: float | None = None
+    dense_artifact_perplexity: float | None = None
+    artifact_reader: str | None = None
     parameters: int | None = None
     flops: int | None = None
     peak_memory_bytes: int | None = None
     pruning_seconds: float | None = None
     pruning_peak_memory_bytes: int | None = None
     calibration_tokens: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kl(self) -> float:
+        """The one to compare: of the file that ships, where it can be read."""
+        return self.torch_kl or 0.0 if self.artifact_kl is None else self.artifact_kl
 
 
 def row_of(result: PruneResult) -> Row:
-    pruned, recovered, text = result.pruned, result.recovery != "none", result.options["calibration"]
+    pruned, text = result.pruned, result.options["calibration"]
     return Row(
         method=result.method,
         budget=str(result.budget),
@@ -50,18 +71,42 @@ def row_of(result: PruneResult) -> Row:
         seconds_ci=(pruned.interval.low, pruned.interval.high),
         dense_seconds=result.dense.seconds,
         budget_used=result.budget_used,
-        kl=result.kl_without_recovery,
-        perplexity=result.perplexity_without_recovery,
-        kl_recovered=pruned.quality.kl if recovered else None,
-        perplexity_recovered=pruned.quality.perplexity if recovered else None,
-        dense_perplexity=result.dense.quality.perplexity,
+        **_qualities(result),
         parameters=pruned.parameters,
         flops=pruned.flops,
         peak_memory_bytes=pruned.measurement.peak_memory_bytes,
         pruning_seconds=result.pruning_seconds,
         pruning_peak_memory_bytes=result.pruning_peak_memory_bytes,
         calibration_tokens=text["train_sequences"] * text["sequence_length"],
+        notes=result.notes,
     )
+
+
+def _qualities(result: PruneResult) -> dict[str, Any]:
+    dense, pruned = result.dense, result.pruned
+    found: dict[str, Any] = {
+        "torch_kl_before": result.kl_without_recovery,
+        "torch_perplexity_before": result.perplexity_without_recovery,
+        "torch_kl": pruned.in_torch.kl,
+        "torch_perplexity": pruned.in_torch.perplexity,
+        "dense_torch_perplexity": dense.in_torch.perplexity,
+    }
+    if pruned.quality.through == "torch":
+        return found
+    return found | {
+        "artifact_kl": pruned.quality.kl,
+        "artifact_perplexity": pruned.quality.perplexity,
+        "dense_artifact_kl": dense.quality.kl,
+        "dense_artifact_perplexity": dense.quality.perplexity,
+        "artifact_reader": pruned.quality.through,
+    }
+
+
+def read_row(document: Mapping[str, Any], *, source: str) -> Row:
+    """Rows of earlier versions too. Raises InvalidInput."""
+    if "torch_kl" not in document and document.get("kl_recovered") is None:  # without recovery the two are one
+        document = {**document, "kl_recovered": document.get("kl"), "perplexity_recovered": document.get("perplexity")}
+    return decode(Row, {_OLD_NAMES.get(name, name): value for name, value in document.items()}, source=source)
 
 
 def document(rows: Sequence[Row]) -> dict[str, Any]:
@@ -82,7 +127,7 @@ def _csv(rows: Sequence[Row]) -> str:
     table.writeheader()
     for row in rows:
         interval = None if row.seconds_ci is None else f"{row.seconds_ci[0]}-{row.seconds_ci[1]}"
-        table.writerow({**asdict(row), "seconds_ci": interval})
+        table.writerow({**asdict(row), "seconds_ci": interval, "notes": "; ".join(row.notes)})
     return text.getvalue()
 
 
@@ -96,6 +141,7 @@ def markdown(rows: Sequence[Row]) -> str:
 def _notes(rows: Sequence[Row]) -> list[str]:
     """What a reader has to know to compare the rows."""
     shared = "What does not depend on the budget is computed once: its seconds are in the row that asked first."
+    shared = f"{_quality_note(rows)} {shared}"
     sizes = {row.calibration_tokens for row in rows if row.calibration_tokens}
     if len(sizes) != 1:
         return [shared]
@@ -108,12 +154,24 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     return [f"{shared} {text}."]
 
 
+def _quality_note(rows: Sequence[Row]) -> str:
+    """What the columns of quality are of."""
+    torch = "torch KL is of the torch model in floats, the only one that is known before recovery"
+    read = next((row for row in rows if row.artifact_reader is not None), None)
+    if read is None:
+        return f"KL and perplexity are of the torch models in floats, not of the artifacts; {torch}."
+    return (
+        f"KL and perplexity are of the artifacts, read through {read.artifact_reader} (dense: "
+        f"{_number(read.dense_artifact_kl, 3)} and {_number(read.dense_artifact_perplexity, 2)}); {torch}."
+    )
+
+
 def _table(budget: str, rows: Sequence[Row]) -> str:
     done = sorted((row for row in rows if row.error is None), key=_rank)
     lines = [
         f"Budget {budget}",
         "",
-        "| method | ms | 95 % interval | budget used | KL | perplexity | KL recovered | perplexity recovered "
+        "| method | ms | 95 % interval | budget used | torch KL before recovery | torch KL | KL | perplexity "
         "| parameters | FLOPs | peak memory | pruning took | and memory |",
         "|---|" + "--:|" * 12,
         *(_line(row) for row in done),
@@ -123,7 +181,7 @@ def _table(budget: str, rows: Sequence[Row]) -> str:
 
 
 def _rank(row: Row) -> tuple[float, float]:
-    return (row.kl_recovered or row.kl or 0.0, row.kl or 0.0)
+    return (row.kl, row.torch_kl_before or 0.0)
 
 
 def _line(row: Row) -> str:
@@ -134,10 +192,9 @@ def _line(row: Row) -> str:
         f"{(row.seconds or 0) * 1e3:.2f}",
         f"{low * 1e3:.2f}-{high * 1e3:.2f}",
         f"{row.budget_used or 0:.1%}{remark}",
-        _number(row.kl, 3),
-        _number(row.perplexity, 2),
-        _number(row.kl_recovered, 3),
-        _number(row.perplexity_recovered, 2),
+        _number(row.torch_kl_before, 3),
+        _number(row.torch_kl, 3),
+        *_quality_cells(row),
         f"{(row.parameters or 0) / 1e6:.1f} M",
         f"{(row.flops or 0) / 1e6:.1f} M",
         f"{(row.peak_memory_bytes or 0) / 1e6:.0f} MB",
@@ -145,6 +202,13 @@ def _line(row: Row) -> str:
         f"{(row.pruning_peak_memory_bytes or 0) / 1e9:.2f} GB",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _quality_cells(row: Row) -> list[str]:
+    """Of the artifact; of the torch model, marked, where that is all there is."""
+    if row.artifact_reader is None:
+        return [f"{one} (torch)" for one in (_number(row.torch_kl, 3), _number(row.torch_perplexity, 2))]
+    return [_number(row.artifact_kl, 3), _number(row.artifact_perplexity, 2)]
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -11,18 +11,26 @@ from dilap.types import Architecture, Artifact, Budget, Interval, Measurement, W
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """On text that no search saw. KL is to the dense model, in nats a token."""
+    """On text that no search saw. KL is to the dense torch model, in nats a token.
+
+    `through` is what read the text: the artifact's runtime, or `torch`, which scores the model in floats, as all
+    results of earlier versions do. `reason` says why torch's numbers stand where the artifact's should.
+    """
 
     text: str
     text_sha256: str
     tokens: int
     kl: float
     perplexity: float
+    through: str = "torch"
+    reason: str = ""
+    artifact_sha256: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One of the two models: what it is, what it costs and how good it is."""
+    """One of the two models: what it is, what it costs and how good it is. `quality` is the artifact's own, where its
+    runtime can read it here; `torch_quality` that of the torch model that it was exported from."""
 
     artifact: Artifact
     measurement: Measurement
@@ -31,11 +39,17 @@ class Side:
     parameters: int
     flops: int
     quality: Quality
+    torch_quality: Quality | None = None
+
+    @property
+    def in_torch(self) -> Quality:
+        """The only one that results of earlier versions have."""
+        return self.torch_quality or self.quality
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneResult:
-    """Everything that a run claims, with what it rests on."""
+    """Everything that a run claims, with what it rests on. What is `*_without_recovery` is of the torch model."""
 
     status: Literal["kept", "missed", "estimated"]
     budget_used: float
@@ -86,7 +100,7 @@ def flops_of(architecture: Architecture, workload: Workload) -> int:
 def versions() -> dict[str, str]:
     """Of everything that a result depends on and that is installed."""
     wanted = {"torch", "transformers", "tokenizers", "numpy", "scipy", "peft", "gguf", "llama-cpp-python"}
-    wanted |= {"onnx", "onnx-ir", "onnxruntime"}
+    wanted |= {"onnx", "onnx-ir", "onnxruntime", "executorch"}
     found = {one.name.lower().replace("_", "-"): one.version for one in metadata.distributions() if one.name}
     return {"dilap": __version__, "python": platform.python_version()} | {
         name: found[name] for name in sorted(wanted & set(found))
@@ -97,6 +111,7 @@ def table(result: PruneResult) -> str:
     """The proof in a dozen lines."""
     dense, pruned = result.dense, result.pruned
     is_estimate = result.status == "estimated"
+    in_torch = " (torch)" if pruned.quality.through == "torch" else ""
     rows: list[tuple[str, str, str, str]] = [
         ("", "dense", "pruned", "pruned / dense"),
         (
@@ -106,8 +121,8 @@ def table(result: PruneResult) -> str:
             f"{1 / result.speedup.value:.1%} paired",
         ),
         ("95 % interval", _ms_interval(dense), _ms_interval(pruned), ""),
-        ("KL to dense", "0", f"{pruned.quality.kl:.3f}", ""),
-        ("perplexity", f"{dense.quality.perplexity:.2f}", f"{pruned.quality.perplexity:.2f}", ""),
+        (f"KL to dense{in_torch}", f"{dense.quality.kl:.3f}", f"{pruned.quality.kl:.3f}", ""),
+        (f"perplexity{in_torch}", f"{dense.quality.perplexity:.2f}", f"{pruned.quality.perplexity:.2f}", ""),
         ("parameters", _mega(dense.parameters), _mega(pruned.parameters), _ratio(pruned.parameters, dense.parameters)),
         ("FLOPs", _mega(dense.flops), _mega(pruned.flops), _ratio(pruned.flops, dense.flops)),
         (
@@ -134,11 +149,24 @@ def table(result: PruneResult) -> str:
             "",
             _verdict(result),
             f"speed-up {result.speedup.value:.3f}x [{result.speedup.low:.3f}, {result.speedup.high:.3f}]{shown}",
-            f"KL and perplexity on {pruned.quality.text} ({pruned.quality.tokens} tokens, never seen by the search)"
-            + (f"; KL before recovery {result.kl_without_recovery:.3f}" if result.recovery != "none" else ""),
+            *_quality_lines(result),
             *result.notes,
         ]
     )
+
+
+def _quality_lines(result: PruneResult) -> list[str]:
+    """What KL and perplexity are of."""
+    quality, in_torch = result.pruned.quality, result.pruned.in_torch
+    text = f"on {quality.text} ({quality.tokens} tokens, never seen by the search)"
+    before = f"; KL before recovery {result.kl_without_recovery:.3f}" if result.recovery != "none" else ""
+    if quality.through == "torch":
+        why = f" ({quality.reason})" if quality.reason else ""
+        return [f"KL and perplexity of the torch models in floats, not of the artifacts{why}, {text}{before}"]
+    return [
+        f"KL and perplexity of the artifacts, read through {quality.through}, {text}",
+        f"the pruned torch model in floats: KL {in_torch.kl:.3f}, perplexity {in_torch.perplexity:.2f}{before}",
+    ]
 
 
 def _verdict(result: PruneResult) -> str:
@@ -178,16 +206,22 @@ def _ratio(pruned: float, dense: float) -> str:
 
 def summary(result: PruneResult) -> dict[str, Any]:
     """The few numbers that a script compares."""
+    dense, pruned = result.dense, result.pruned
     return {
         "status": result.status,
         "budget": str(result.budget),
         "budget_used": result.budget_used,
         "limit_seconds": result.limit_seconds,
-        "dense_seconds": result.dense.seconds,
-        "pruned_seconds": result.pruned.seconds,
+        "dense_seconds": dense.seconds,
+        "pruned_seconds": pruned.seconds,
         "speedup": result.speedup.value,
-        "kl": result.pruned.quality.kl,
-        "perplexity": result.pruned.quality.perplexity,
-        "dense_perplexity": result.dense.quality.perplexity,
+        "kl": pruned.quality.kl,
+        "perplexity": pruned.quality.perplexity,
+        "dense_kl": dense.quality.kl,
+        "dense_perplexity": dense.quality.perplexity,
+        "quality_through": pruned.quality.through,
+        "torch_kl": pruned.in_torch.kl,
+        "torch_perplexity": pruned.in_torch.perplexity,
+        "torch_kl_without_recovery": result.kl_without_recovery,
         "plan_digest": result.plan_digest,
     }

@@ -190,9 +190,10 @@ class Stages:
         tensors = load_tensors(path)
         return Calibration(name=options.source, train=tensors["train"], validation=tensors["validation"])
 
-    def teacher(self, name: str, tokens: torch.Tensor) -> Teacher:
+    def teacher(self, name: str, tokens: torch.Tensor, *, keep_states: bool = False) -> Teacher:
         """What the dense model says about a text, asked once."""
-        return Teacher.once(self.workspace.methods / f"teacher-{name}.safetensors", self.source.model, tokens)
+        path = self.workspace.methods / f"teacher-{name}.safetensors"
+        return Teacher.once(path, self.source.model, tokens, keep_states=keep_states)
 
     @property
     def _recovery_sequences(self) -> int:

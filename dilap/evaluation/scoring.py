@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from dilap.backends import MAX_READ_TOKENS, Reader
+from dilap.errors import Unsupported
+from dilap.teacher import Scores, Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,29 @@ def log_probabilities(reader: Reader, text: Sequence[int], *, start: int = 0, nu
         logits = reader.read(tokens, start=at, num_rows=max(1, wanted))
         if wanted > 0:
             yield torch.from_numpy(logits).log_softmax(-1)
+
+
+def beside_teacher(
+    reader: Reader, teacher: Teacher, head: torch.Tensor, *, progress: Callable[[int], None] = lambda _: None
+) -> Scores:
+    """What an artifact says about the teacher's text, token id by token id as torch read them, beside the dense model.
+
+    Raises Unsupported where it cannot read that text.
+    """
+    length = teacher.tokens.shape[1]
+    if reader.max_tokens < length:
+        raise Unsupported(f"it reads {reader.max_tokens} tokens at once, and a sequence of the text has {length}")
+    if reader.vocab_size != len(head):
+        raise Unsupported(f"it knows {reader.vocab_size} tokens, and the model {len(head)}")
+    reader.reserve(length)
+    kls, losses = torch.zeros(len(teacher.tokens)), torch.zeros(len(teacher.tokens))
+    for number, tokens in enumerate(teacher.tokens):
+        rows = torch.cat(list(log_probabilities(reader, tokens.tolist(), num_rows=length)))
+        dense = teacher.log_probabilities(number, head)
+        kls[number] = (dense.exp() * (dense - rows)).sum(-1).double().mean()
+        losses[number] = -rows[:-1].gather(1, tokens[1:, None]).double().mean()
+        progress(length)
+    return Scores(kls=kls, losses=losses)
 
 
 def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:

@@ -71,11 +71,7 @@ def _of_artifact(name: str, folder: Path, backend: str | None, threads: int) -> 
     artifact = decode(Artifact, read_json(sidecar), source=str(sidecar))
     if backend not in (None, artifact.backend):
         raise InvalidInput(f"{name} is an artifact of {artifact.backend}, not of {backend}")
-    for file, digest in {artifact.path: artifact.sha256, **artifact.companions}.items():
-        if not (folder / file).is_file():
-            raise InvalidInput(f"{folder / file}: no such file, but {sidecar} names it")
-        if file_sha256(folder / file) != digest:
-            raise Mismatch(f"{folder / file} is of another model than {sidecar} describes (its sha256 differs)")
+    require_unchanged(folder, artifact)
     path = folder / artifact.path
     words: Words = GgufWords(path) if artifact.format == "gguf" else HuggingFaceWords.read(folder)
     return Subject(
@@ -90,6 +86,17 @@ def _of_artifact(name: str, folder: Path, backend: str | None, threads: int) -> 
         reader=backends.open_reader(artifact.backend, path, threads=threads),
         words=words,
     )
+
+
+def require_unchanged(folder: Path, artifact: Artifact) -> None:
+    """Raises InvalidInput for a missing file, Mismatch where a file is not the one that the sidecar describes."""
+    for file, digest in {artifact.path: artifact.sha256, **artifact.companions}.items():
+        if not (folder / file).is_file():
+            raise InvalidInput(f"{folder / file}: no such file, but {folder / 'artifact.json'} names it")
+        if file_sha256(folder / file) != digest:
+            raise Mismatch(
+                f"{folder / file} is of another model than {folder / 'artifact.json'} describes (its sha256 differs)"
+            )
 
 
 def _of_gguf(name: str, path: Path, threads: int) -> Subject:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dilap.cli.comparison import Row
+from dilap.cli.comparison import read_row
 from dilap.cli.result import PruneResult
 from dilap.codec import decode, read_json
 from dilap.errors import InvalidInput
@@ -77,7 +77,7 @@ def _run(folder: Path) -> Run:
 
 def _comparison(folder: Path) -> Contents:
     rows = [
-        decode(Row, {"type": "Row", "version": 1, **row}, source=str(folder / "compare.json"))
+        read_row({"type": "Row", "version": 1, **row}, source=str(folder / "compare.json"))
         for row in read_json(folder / "compare.json").get("rows", ())
     ]
     runs = tuple(_run(path.parent) for path in sorted(folder.glob("runs/*/*/result.json")))

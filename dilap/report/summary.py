@@ -11,7 +11,11 @@ from dilap.report.inputs import Contents, Run
 
 @dataclass(frozen=True, kw_only=True)
 class SummaryRow:
-    """One model. `of_dense` is the paired ratio of its latency to the dense model's; memory and files are in bytes."""
+    """One model. `of_dense` is the paired ratio of its latency to the dense model's; memory and files are in bytes.
+
+    `kl` and `perplexity` are of the artifact, read through `quality_through`. Where that says `torch`, they are of the
+    torch model in floats, as `torch_*` are.
+    """
 
     run: str
     method: str
@@ -26,6 +30,9 @@ class SummaryRow:
     budget_used: float | None
     kl: float
     perplexity: float
+    quality_through: str
+    torch_kl: float
+    torch_perplexity: float
     mean_accuracy: float | None
     parameters: int
     decode_flops: int
@@ -73,6 +80,9 @@ def _row(run: Run, side: Side, evaluation: Evaluation | None, *, is_dense: bool)
         budget_used=None if is_dense else result.budget_used,
         kl=side.quality.kl,
         perplexity=side.quality.perplexity,
+        quality_through=side.quality.through,
+        torch_kl=side.in_torch.kl,
+        torch_perplexity=side.in_torch.perplexity,
         mean_accuracy=mean_accuracy(evaluation),
         parameters=side.parameters,
         decode_flops=architecture.decode_flops(context=workload.context),

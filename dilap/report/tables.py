@@ -29,22 +29,33 @@ def summary_table(rows: Sequence[SummaryRow]) -> Table:
     headings = ["Model", "Method", "Budget", "Latency, 95 %", "Of dense", "KL", "Perplexity", "Accuracy", "Parameters"]
     headings += ["FLOPs a token", "Bytes a token", "Prefill FLOPs", "File", "Peak memory"]
     return Table(
-        caption="Latency is the median measured on the device; its share of the dense model's is paired by rounds.",
+        caption="Latency is the median measured on the device; its share of the dense model's is paired by rounds. "
+        f"{quality_words(rows)}",
         headings=headings,
         rows=[_summary_cells(row) for row in rows],
     )
 
 
+def quality_words(rows: Sequence[SummaryRow]) -> str:
+    """What KL and perplexity are of."""
+    in_torch = "of the torch model in floats, not of the artifact"
+    if all(row.quality_through == "torch" for row in rows):
+        return f"KL and perplexity are {in_torch}."
+    marked = f"; (torch): {in_torch}" if any(row.quality_through == "torch" for row in rows) else ""
+    return f"KL and perplexity are of the artifact, read through its runtime{marked}."
+
+
 def _summary_cells(row: SummaryRow) -> list[str]:
     missed = " (missed)" if row.status == "missed" else ""
+    in_torch = " (torch)" if row.quality_through == "torch" else ""
     return [
         row.run,
         row.method,
         row.budget + missed,
         _latency(Interval(value=row.seconds, low=row.seconds_low, high=row.seconds_high)),
         f"{row.of_dense:.1%}",
-        f"{row.kl:.3f}",
-        f"{row.perplexity:.2f}",
+        f"{row.kl:.3f}{in_torch}",
+        f"{row.perplexity:.2f}{in_torch}",
         "" if row.mean_accuracy is None else f"{row.mean_accuracy:.1%}",
         f"{row.parameters / 1e6:.1f} M",
         f"{row.decode_flops / 1e6:.0f} M",
@@ -152,13 +163,15 @@ def device_tables(runs: Sequence[Run]) -> list[Table]:
 def facts_table(run: Run) -> Table:
     """What a run rests on."""
     result = run.result
+    quality, in_torch = result.pruned.quality, result.pruned.in_torch
     rows = [
         ["model", f"{result.model} ({result.model_digest[:12]})"],
         ["plan", result.plan_digest[:12]],
         ["artifact sha256", result.pruned.artifact.sha256[:12]],
         ["measured", f"{result.pruned.measurement.started}, {len(result.pruned.measurement.samples_ns)} samples"],
         ["calibration", f"{result.calibration} ({result.calibration_sha256[:12]})"],
-        ["quality on", f"{result.pruned.quality.text} ({result.pruned.quality.text_sha256[:12]})"],
+        ["quality on", f"{quality.text} ({quality.text_sha256[:12]}), read through {quality.through}"],
+        ["torch model in floats", f"KL {in_torch.kl:.3f}, perplexity {in_torch.perplexity:.2f}"],
         ["seed", str(result.seed)],
         ["versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())],
     ]
