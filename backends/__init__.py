@@ -5,7 +5,7 @@ with nothing but the standard library, numpy and one runtime. A backend is three
 reason, or None), `capabilities` (what it can hold, as data) and `load` (an artifact, as a `Session`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -128,12 +128,15 @@ class Reader(Protocol):
 class Backend(Protocol):
     """A runtime. `name` is its key in BACKENDS, `format` the artifact format that it loads.
 
-    `load_seconds` is how long a load may take at most, on a slow device with a cold disk.
+    `load_seconds` is how long a load may take at most, on a slow device with a cold disk. `shares_threads` says that
+    all models of a process run in the same number of threads. `lossy_switches` are those that change the numbers too.
     """
 
     name: str
     format: str
     load_seconds: float
+    shares_threads: bool
+    lossy_switches: frozenset[str]
 
     def unavailable(self) -> str | None:
         """Why the runtime cannot be used here and how to get it; None where it can."""
@@ -146,6 +149,13 @@ class Backend(Protocol):
 
     def precisions(self) -> tuple[str, ...]:
         """The precisions that it runs, the default first."""
+
+    def switches(self) -> Mapping[str, tuple[str, ...]]:
+        """What may make a model faster on some machine: switch to values, the runtime's plain default first."""
+
+    def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:
+        """How the stock runtime runs `file` in the workload's configuration: commands, calls and environment variables
+        by the name of the program or language."""
 
     def capabilities(self, family: str, *, precision: str) -> Capabilities:
         """What it can hold of a model family."""
@@ -174,6 +184,15 @@ def require_precision(backend: Backend, precision: str) -> None:
     """Raises InvalidInput, with the known ones, for a precision that the backend does not run."""
     if precision not in backend.precisions():
         raise InvalidInput(f"unknown precision {precision!r}; {backend.name} runs {', '.join(backend.precisions())}")
+
+
+def require_switches(backend: Backend, workload: Workload) -> None:
+    """Raises InvalidInput, with the known ones, for a switch or a value that the backend's runtime does not have."""
+    known = backend.switches()
+    for name, value in workload.switches.items():
+        if value not in known.get(name, ()):
+            offered = "; ".join(f"{switch} {', '.join(values)}" for switch, values in known.items()) or "none"
+            raise InvalidInput(f"{backend.name} has no switch {name!r} with the value {value!r}; it has: {offered}")
 
 
 def require_loadable(backend: Backend, architecture: Architecture, *, precision: str) -> None:

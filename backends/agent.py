@@ -19,6 +19,7 @@ from typing import IO, Any
 from dilap import __version__, backends, codec
 from dilap.backends import host, sensors, windows
 from dilap.errors import DilapError, InvalidInput, Mismatch, Unavailable
+from dilap.sqnr import kl_divergence
 from dilap.types import Workload
 
 _GRACE_SECONDS = 3.0  # for a run that is under way when the requests end
@@ -73,10 +74,12 @@ class Agent:
         _require_content(Path(path), sha256)
         for name, digest in (companions or {}).items():
             _require_content(Path(path).with_name(name), digest)
+        wanted = codec.decode(Workload, workload, source="load request")
+        backends.require_switches(self._backend, wanted)
         host.reset_peak_memory_()
         before = host.memory_use().resident_bytes
         start = time.perf_counter()
-        session = self._backend.load(Path(path), codec.decode(Workload, workload, source="load request"))
+        session = self._backend.load(Path(path), wanted)
         session.sample()
         self._num_loaded += 1
         self._sessions[self._num_loaded] = session
@@ -107,6 +110,11 @@ class Agent:
             for _ in range(n):
                 session.sample()
         return {"average_bytes": max(0, round(watch.average_bytes) - self._resident_before[handle])}
+
+    def op_divergence(self, *, handle: int, other: int, tokens: list[int]) -> dict[str, Any]:
+        """How far another model's distribution of the next token is from a model's: the mean KL in nats over tokens."""
+        model, changed = (self._session(one).logits(tokens, incremental=True) for one in (handle, other))
+        return {"kl": kl_divergence(model, changed)}
 
     def op_memory(self) -> dict[str, Any]:
         """The whole process's memory."""

@@ -11,7 +11,7 @@ import importlib.util
 import platform
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class ExecuTorch:
     name = "executorch"
     format = "pte"
     load_seconds = 300.0
+    shares_threads = True
+    lossy_switches: frozenset[str] = frozenset()
 
     def unavailable(self) -> str | None:
         """By the packages alone: importing torch takes seconds, and torchao, which comes with it, lists at length the
@@ -52,6 +54,19 @@ class ExecuTorch:
 
     def precisions(self) -> tuple[str, ...]:
         return ("8da4w", "f32")
+
+    def switches(self) -> Mapping[str, tuple[str, ...]]:
+        """None beside its threads."""
+        return {}
+
+    def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:
+        threads = f"--cpu_threads={workload.threads}"
+        return {
+            "llama_main": f"llama_main --model_path={file} --tokenizer_path=tokenizer.json {threads}",
+            "executor_runner": f"executor_runner --model_path={file} {threads}",
+            "python": "executorch.extension.pybindings._portable_lib._unsafe_reset_threadpool"
+            f'({workload.threads}); executorch.runtime.Runtime.get().load_program("{file}")',
+        }
 
     def capabilities(self, family: str, *, precision: str) -> Capabilities:
         if precision not in self.precisions():

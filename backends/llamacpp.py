@@ -7,7 +7,7 @@ import importlib.metadata
 import random
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,15 @@ from dilap.backends import MAX_READ_TOKENS, Capabilities
 from dilap.errors import InvalidInput, Unsupported
 from dilap.types import Workload
 
+# Its flash attention takes 18 % longer for a token of SmolLM2-135M with 256 before it (AMX Xeon, two threads); repacked
+# weights need memory of their own; a quantised cache is smaller. Which of them is faster depends on the machine.
+_SWITCHES = {
+    "flash_attention": ("auto", "off"),
+    "repack": ("on", "off"),
+    "kv_cache": ("f16", "q8_0", "f32"),
+}
+_FLASH_ATTENTION = {"auto": -1, "off": 0}  # LLAMA_FLASH_ATTN_TYPE_*
+_CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # GGML_TYPE_*
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 _errors: deque[str] = deque(maxlen=20)  # llama.cpp's complaints: a load failure is otherwise a bare null pointer
 
@@ -28,6 +37,8 @@ class LlamaCpp:
     name = "llamacpp"
     format = "gguf"
     load_seconds = 300.0
+    shares_threads = False
+    lossy_switches = frozenset({"kv_cache"})
 
     def unavailable(self) -> str | None:
         try:
@@ -46,6 +57,27 @@ class LlamaCpp:
 
     def precisions(self) -> tuple[str, ...]:
         return ("f16", "f32", "q8_0", "q4_0")
+
+    def switches(self) -> Mapping[str, tuple[str, ...]]:
+        return _SWITCHES
+
+    def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:
+        flash, repack, cache = (_setting(workload, name) for name in _SWITCHES)
+        threads = workload.threads
+        bench = [f"llama-bench -m {file} -t {threads}"]
+        bench += [] if flash == "auto" else ["-fa 0"]
+        bench += [] if repack == "on" else ["--repack 0"]
+        command = [f"llama-cli -m {file} -t {threads}"]
+        command += [] if flash == "auto" else ["-fa off"]
+        command += [] if repack == "on" else ["--no-repack"]
+        # llama-cpp-python's own default is no flash attention; it has no name for repacking
+        call = [f'llama_cpp.Llama("{file}", n_threads={threads}, n_threads_batch={threads}']
+        call += [f"flash_attn={flash != 'off'}"]
+        if cache != "f16":
+            bench.append(f"-ctk {cache} -ctv {cache}")
+            command.append(f"-ctk {cache} -ctv {cache}")
+            call.append(f"type_k={_CACHE_TYPES[cache]}, type_v={_CACHE_TYPES[cache]}")
+        return {"llama-bench": " ".join(bench), "llama-cli": " ".join(command), "python": ", ".join(call) + ")"}
 
     def capabilities(self, family: str, *, precision: str) -> Capabilities:
         if precision not in self.precisions():
@@ -76,7 +108,7 @@ class LlamaCppSession:
         if workload.batch != 1:
             raise Unsupported(f"llama.cpp is timed with batch 1, got batch {workload.batch}")
         self._workload = workload
-        self._model = _load_model(path)
+        self._model = _load_model(path, repack=_setting(workload, "repack") == "on")
         self._context: Any = None
         try:
             self._prepare_()
@@ -88,7 +120,7 @@ class LlamaCppSession:
         workload = self._workload
         self._vocab = _library().llama_model_get_vocab(self._model)
         num_tokens = workload.context if workload.phase == "decode" else workload.prompt_tokens
-        self._context = _new_context(self._model, num_tokens + 1, max_outputs=1, threads=workload.threads)
+        self._context = self._new_context(num_tokens + 1, max_outputs=1)
         self._memory = _library().llama_get_memory(self._context)
         prompt = _random_tokens(num_tokens, vocab_size=self._vocab_size)
         if workload.phase == "decode":
@@ -113,8 +145,8 @@ class LlamaCppSession:
     def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
         library = _library()
         rows: list[NDArray[np.float32]] = []
-        count, threads = len(token_ids), self._workload.threads
-        context = _new_context(self._model, count, max_outputs=count, threads=threads)
+        count = len(token_ids)
+        context = self._new_context(count, max_outputs=count)
         try:
             for chunk in [[token] for token in token_ids] if incremental else [list(token_ids)]:
                 batch = library.llama_batch_init(len(chunk), 0, 1)
@@ -140,6 +172,16 @@ class LlamaCppSession:
     @property
     def _vocab_size(self) -> int:
         return int(_library().llama_vocab_n_tokens(self._vocab))
+
+    def _new_context(self, num_tokens: int, *, max_outputs: int) -> Any:
+        return _new_context(
+            self._model,
+            num_tokens,
+            max_outputs=max_outputs,
+            threads=self._workload.threads,
+            flash_attention=_setting(self._workload, "flash_attention"),
+            kv_cache=_setting(self._workload, "kv_cache"),
+        )
 
     def _decode(self, context: Any, batch: Any) -> None:
         self._check(_library().llama_decode(context, batch))
@@ -205,13 +247,19 @@ def _log_callback() -> Any:
     return _library().llama_log_callback(record)
 
 
-def _load_model(path: Path) -> Any:
+def _setting(workload: Workload, switch: str) -> str:
+    """The value of a switch, llama.cpp's own default where the workload does not name it."""
+    return workload.switches.get(switch, _SWITCHES[switch][0])
+
+
+def _load_model(path: Path, *, repack: bool = True) -> Any:
     if not path.is_file():
         raise InvalidInput(f"{path}: no such file")
     _library().llama_log_set(_log_callback(), None)
     params = _library().llama_model_default_params()
     params.load_mode = _library().LLAMA_LOAD_MODE_MMAP  # one file open twice shares its pages
     params.n_gpu_layers = 0
+    params.use_extra_bufts = repack
     _errors.clear()
     model = _library().llama_model_load_from_file(str(path).encode(), params)
     if not model:
@@ -220,13 +268,22 @@ def _load_model(path: Path) -> Any:
 
 
 def _new_context(
-    model: Any, num_tokens: int, *, max_outputs: int, threads: int, batch_tokens: int | None = None
+    model: Any,
+    num_tokens: int,
+    *,
+    max_outputs: int,
+    threads: int,
+    batch_tokens: int | None = None,
+    flash_attention: str = "auto",
+    kv_cache: str = "f16",
 ) -> Any:
     """`max_outputs` sizes the logits buffer; all tokens are one batch unless `batch_tokens` says less."""
     params = _library().llama_context_default_params()
     params.n_ctx, params.n_batch = num_tokens, batch_tokens or num_tokens
     params.n_ubatch, params.n_outputs_max = params.n_batch, max_outputs
     params.n_threads = params.n_threads_batch = threads
+    params.flash_attn_type = _FLASH_ATTENTION[flash_attention]
+    params.type_k = params.type_v = _CACHE_TYPES[kv_cache]
     context = _library().llama_init_from_model(model, params)
     if not context:
         raise Unsupported(f"llama.cpp could not make a context of {num_tokens} tokens: {_reason()}")

@@ -2,11 +2,11 @@
 
 import importlib
 import importlib.metadata
+import json
 import os
-import platform
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from dilap.types import Workload
 _FATAL_LEVEL = 4  # what it logs below that it raises too
 _PAST, _PRESENT = "past_key_values.", "present."
 # One token's attention in ONNX Runtime 1.31 on x86-64: 40 us a layer of SmolLM2-135M with 256 tokens before it, 23 us
-# without flash attention (306 and 191 us with 2048); a prompt is read faster with it from 1024 tokens on.
+# without flash attention (306 and 191 us with 2048); a prompt is read faster with it from 1024 tokens on. Threads that
+# do not spin while they wait for work are woken for every operator.
+_SWITCHES = {"flash_attention": ("on", "off"), "spinning": ("on", "off")}
 _NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
-_SLOW_FLASH = platform.machine() in ("x86_64", "AMD64")
+_SPINNING = "session.intra_op.allow_spinning"
 
 
 class OnnxRuntime:
@@ -32,6 +34,8 @@ class OnnxRuntime:
     name = "onnxruntime"
     format = "onnx"
     load_seconds = 300.0
+    shares_threads = False
+    lossy_switches: frozenset[str] = frozenset()
 
     def unavailable(self) -> str | None:
         try:
@@ -45,11 +49,25 @@ class OnnxRuntime:
 
     def build(self) -> str:
         """Kernels are chosen by the processor at run time; what differs between builds are the providers."""
-        attention = ", tokens without flash attention" if _SLOW_FLASH else ""
-        return f"{_library().get_build_info()}, providers {', '.join(_library().get_available_providers())}{attention}"
+        return f"{_library().get_build_info()}, providers {', '.join(_library().get_available_providers())}"
 
     def precisions(self) -> tuple[str, ...]:
         return ("f32", "int8", "int4")
+
+    def switches(self) -> Mapping[str, tuple[str, ...]]:
+        return _SWITCHES
+
+    def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:
+        lines = ["options = onnxruntime.SessionOptions()", f"options.intra_op_num_threads = {workload.threads}"]
+        options = {"intra_op_num_threads": str(workload.threads)}
+        if _setting(workload, "spinning") == "off":
+            lines.append(f'options.add_session_config_entry("{_SPINNING}", "0")')
+            options[_SPINNING] = "0"
+        lines.append(f'onnxruntime.InferenceSession("{file}", options)')
+        found = {"python": "; ".join(lines), "genai_config.json": f"session_options: {json.dumps(options)}"}
+        if _setting(workload, "flash_attention") == "off":
+            found["environment"] = f"{_NO_FLASH}=1"
+        return found
 
     def capabilities(self, family: str, *, precision: str) -> Capabilities:
         if precision not in self.precisions():
@@ -79,7 +97,12 @@ class OnnxRuntimeSession:
     def __init__(self, path: Path, workload: Workload) -> None:
         if workload.batch != 1:
             raise Unsupported(f"ONNX Runtime is timed with batch 1, got batch {workload.batch}")
-        self._model = _Model(path, threads=workload.threads, flash=not _SLOW_FLASH or workload.phase == "prefill")
+        self._model = _Model(
+            path,
+            threads=workload.threads,
+            flash_attention=_setting(workload, "flash_attention"),
+            spinning=_setting(workload, "spinning"),
+        )
         num_tokens = workload.context if workload.phase == "decode" else workload.prompt_tokens
         prompt = _random_tokens(num_tokens, vocab_size=self._model.vocab_size)
         cache = self._model.new_cache(num_tokens + 1)
@@ -133,8 +156,8 @@ class OnnxRuntimeReader:
 class _Model:
     """An inference session of a decoder, and how its inputs and outputs are bound."""
 
-    def __init__(self, path: Path, *, threads: int, flash: bool = True) -> None:
-        self._session: Any = _open(path, threads, flash=flash)
+    def __init__(self, path: Path, *, threads: int, flash_attention: str = "on", spinning: str = "on") -> None:
+        self._session: Any = _open(path, threads, flash_attention=flash_attention, spinning=spinning)
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self.vocab_size = self._read_vocab_size(path)
 
@@ -194,8 +217,13 @@ def _library() -> Any:
     return importlib.import_module("onnxruntime")
 
 
-def _open(path: Path, threads: int, *, flash: bool) -> Any:
-    """An inference session, with flash attention or without.
+def _setting(workload: Workload, switch: str) -> str:
+    """The value of a switch, ONNX Runtime's own default where the workload does not name it."""
+    return workload.switches.get(switch, _SWITCHES[switch][0])
+
+
+def _open(path: Path, threads: int, *, flash_attention: str, spinning: str) -> Any:
+    """An inference session whose switches are `on` or `off`.
 
     Raises InvalidInput, in one line, where the file or its data is damaged.
     """
@@ -206,7 +234,8 @@ def _open(path: Path, threads: int, *, flash: bool) -> Any:
     options.intra_op_num_threads = threads
     # Threads spin while a model runs, not between two samples, when another model is being timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    os.environ[_NO_FLASH] = str(int(not flash))  # read by the attention operators when they are made
+    options.add_session_config_entry(_SPINNING, str(int(spinning == "on")))
+    os.environ[_NO_FLASH] = str(int(flash_attention == "off"))  # read by the attention operators when they are made
     try:
         return _library().InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # it has a dozen types, which share no base of their own

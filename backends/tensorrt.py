@@ -5,7 +5,7 @@ TensorRT version and the GPU; anything else is built anew. What TensorRT measure
 cache, so that the next build of a like model is quick.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class TensorRT:
     name = "tensorrt"
     format = "onnx"
     load_seconds = trtexec.BUILD_SECONDS + 300.0  # the first load builds the engine
+    shares_threads = False
+    lossy_switches: frozenset[str] = frozenset()
 
     def unavailable(self) -> str | None:
         try:
@@ -72,6 +74,13 @@ class TensorRT:
 
     def precisions(self) -> tuple[str, ...]:
         return _PRECISIONS
+
+    def switches(self) -> Mapping[str, tuple[str, ...]]:
+        """None: its builder tries the kernels itself."""
+        return {}
+
+    def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:  # noqa: ARG002
+        return {"trtexec": f"trtexec --onnx={file}, with the shapes and precisions of recipe.json"}
 
     def capabilities(self, family: str, *, precision: str) -> Capabilities:
         if precision not in _PRECISIONS:

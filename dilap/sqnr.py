@@ -1,4 +1,4 @@
-"""How far numbers are from what they should be, in decibels; torch-free, as devices check their engines with it."""
+"""How far logits are from what they should be; torch-free, because devices check their models with it."""
 
 from typing import TYPE_CHECKING
 
@@ -16,3 +16,15 @@ def sqnr_db(reference: "NDArray[np.floating]", other: "NDArray[np.floating]") ->
         return -np.inf
     power = float(np.square(noise).sum())
     return 10 * float(np.log10(np.square(signal).sum() / power)) if power else np.inf
+
+
+def kl_divergence(reference: "NDArray[np.floating]", other: "NDArray[np.floating]") -> float:
+    """Mean over rows of the KL divergence, in nats, of the softmax of `other` from that of `reference`."""
+    p, q = (_log_softmax(logits.astype(np.float64)) for logits in (reference, other))
+    return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
+
+
+def _log_softmax(logits: "NDArray[np.float64]") -> "NDArray[np.float64]":
+    shifted: NDArray[np.float64] = logits - logits.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted

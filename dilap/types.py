@@ -447,11 +447,22 @@ def quantile(values: Sequence[float], fraction: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HowToRun:
+    """The configuration in which a model file was measured, and how the stock runtime runs it in that configuration:
+    commands, calls and environment variables by the name of the program or language."""
+
+    work: str
+    threads: int
+    switches: dict[str, str]
+    commands: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Artifact:
     """A model file in a runtime's format; written beside it as a JSON sidecar. `path` is relative to the sidecar.
 
     `companions` are the files beside it that the runtime reads too, by name, with their SHA-256; `sha256` is that of
-    `path` alone, `num_bytes` counts all of them.
+    `path` alone, `num_bytes` counts all of them. `run` is there where the file's latency was measured.
     """
 
     path: str
@@ -465,3 +476,4 @@ class Artifact:
     sqnr_db: float | None
     companions: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    run: HowToRun | None = None

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dilap.codec import file_sha256
@@ -111,6 +111,9 @@ class Phone:
         return Sampled(samples_ns=samples, seconds=sum(samples) / 1e9, other_seconds=None)
 
     def average_memory(self, handle: int, runs: int) -> int | None:  # noqa: ARG002
+        return None
+
+    def divergence(self, handle: int, other: int, tokens: Sequence[int]) -> float | None:  # noqa: ARG002
         return None
 
     def state(self) -> DeviceState:

@@ -67,6 +67,9 @@ class Instrument(Protocol):
     def average_memory(self, handle: int, runs: int) -> int | None:
         """Bytes that a model takes while it runs `runs` times, on average; None where that cannot be seen."""
 
+    def divergence(self, handle: int, other: int, tokens: Sequence[int]) -> float | None:
+        """Mean KL in nats of another model's next token from a model's; None where logits cannot be seen."""
+
     def state(self) -> DeviceState:
         """Clocks, temperatures and power now."""
 
@@ -163,6 +166,9 @@ class AgentClient:
 
     def average_memory(self, handle: int, runs: int) -> int | None:
         return int(self.call("watch_memory", handle=handle, n=runs)["average_bytes"])
+
+    def divergence(self, handle: int, other: int, tokens: Sequence[int]) -> float | None:
+        return float(self.call("divergence", handle=handle, other=other, tokens=list(tokens))["kl"])
 
     def state(self) -> DeviceState:
         return codec.decode(DeviceState, self.call("state")["state"], source="the agent's state")

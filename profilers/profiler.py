@@ -108,6 +108,16 @@ class Profiler:
             average = instrument.average_memory(loaded.handle, runs)
         return MemoryTaken(average_bytes=average, peak_bytes=max(loaded.peak_memory_bytes, average or 0))
 
+    def divergence(self, path: Path, workload: Workload, other: Workload, tokens: Sequence[int]) -> float | None:
+        """Mean KL in nats a token of a model under `other` from the same model under `workload`.
+
+        None where the device does not show logits.
+        """
+        content = asdict(_content(path))
+        with closing(self._device.open(self.backend)) as instrument:
+            plain, changed = (instrument.load(path, workload=one, **content).handle for one in (workload, other))
+            return instrument.divergence(plain, changed, tokens)
+
     def _measure_once(
         self,
         cases: Sequence[Case],

@@ -20,6 +20,16 @@ from dilap.types import Workload
 _SECONDS = 600.0  # a start, the loading of a model and one answer
 _SESSION_SECONDS = 24 * 3600.0
 _GENERATED = 32  # tokens a start: llama_main's clock counts milliseconds
+# By switch and value, as `dilap.backends.llamacpp` names them; what is llama.cpp's default needs none.
+_LLAMA_BENCH_FLAGS: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("flash_attention", "auto"): (),
+    ("flash_attention", "off"): ("-fa", "0"),
+    ("repack", "on"): (),
+    ("repack", "off"): ("--repack", "0"),
+    ("kv_cache", "f16"): (),
+    ("kv_cache", "q8_0"): ("-ctk", "q8_0", "-ctv", "q8_0"),
+    ("kv_cache", "f32"): ("-ctk", "f32", "-ctv", "f32"),
+}
 _TOKENS_A_SAMPLE = 8  # llama-bench times so many at once; decoding them moves the context by less than 3 %
 
 
@@ -229,7 +239,8 @@ class LlamaBench:
             else ["-p", str(workload.prompt_tokens), "-n", "0"]
         )
         threads = ["-t", str(workload.threads)]
-        return [*job.prefix, program, "-m", job.model, *work, *threads, "-r", str(count), "-o", "jsonl"]
+        switches = [word for name, value in workload.switches.items() for word in _LLAMA_BENCH_FLAGS[name, value]]
+        return [*job.prefix, program, "-m", job.model, *work, *threads, *switches, "-r", str(count), "-o", "jsonl"]
 
 
 def parse_llama_bench(output: str) -> list[int]:

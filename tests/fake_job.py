@@ -12,6 +12,7 @@ from dilap.backends import Backend
 from dilap.cli.bench import Bench
 from dilap.codec import decode, read_json
 from dilap.profilers.probes import default_levels, list_probes, spread
+from dilap.profilers.profiler import Case
 from dilap.profilers.protocol import TABLE
 from dilap.profilers.table import LatencyTable, TableEntry, TableHeader, runs_of
 from dilap.types import Architecture, Artifact, LayerWidths, Measurement, Workload
@@ -26,18 +27,26 @@ def seconds_of(widths: Sequence[LayerWidths]) -> float:
     return 0.2e-3 + sum(per_layer)
 
 
+def slowness_of(workload: Workload) -> float:
+    """Of a made-up runtime: flash attention costs a quarter, any other switch that is set or one thread a half."""
+    switches = workload.switches
+    flash = "flash_attention" in switches
+    return (1.0 if flash else 1.25) * 1.5 ** (len(switches) - flash + (workload.threads == 1))
+
+
 class FakeBench(Bench):
     """Real exports, fabricated seconds."""
 
-    def measure(self, paths: Sequence[Path], *, final: bool = False) -> list[Measurement]:
+    def measure_cases(self, cases: Sequence[Case], *, final: bool = False) -> list[Measurement]:
         found = []
-        for path in paths:
-            artifact = decode(Artifact, read_json(path.with_name("artifact.json")), source=str(path))
-            center = round(seconds_of(artifact.architecture.layers) * 1e9)
+        for case in cases:
+            sidecar = case.path.with_name("artifact.json")
+            artifact = decode(Artifact, read_json(sidecar), source=str(sidecar))
+            center = round(slowness_of(case.workload) * seconds_of(artifact.architecture.layers) * 1e9)
             found.append(
                 Measurement(
                     artifact_sha256=artifact.sha256,
-                    workload=self.workload,
+                    workload=case.workload,
                     fingerprint=FINGERPRINT,
                     samples_ns=tuple(center + 10 * step for step in range(-7, 8)),
                     rounds=tuple(range(15)),
@@ -48,6 +57,12 @@ class FakeBench(Bench):
                 )
             )
         return found
+
+    def divergence(self, path: Path, base: Workload, other: Workload, tokens: Sequence[int]) -> float | None:
+        return 0.0
+
+    def configuration_path(self, model: str, architecture: Architecture, *, threads: Sequence[int]) -> Path:
+        return Path(model).with_suffix(".configuration.json")
 
     def table_path(self, model: str, architecture: Architecture) -> Path:
         return Path(model).with_suffix(".jsonl")

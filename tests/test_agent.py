@@ -44,6 +44,8 @@ class FakeBackend:
     name = "fake"
     format = "fake"
     load_seconds = 1.0
+    shares_threads = False
+    lossy_switches: frozenset[str] = frozenset()
 
     def unavailable(self) -> str | None:
         return None
@@ -56,6 +58,12 @@ class FakeBackend:
 
     def precisions(self) -> tuple[str, ...]:
         return ("f32",)
+
+    def switches(self) -> dict[str, tuple[str, ...]]:
+        return {}
+
+    def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:
+        return {}
 
     def capabilities(self, family: str, *, precision: str) -> Capabilities:
         return Capabilities()

@@ -28,6 +28,7 @@ from dilap.cli.workspace import held
 from dilap.codec import decode, read_json
 from dilap.evaluator import Evaluator
 from dilap.profilers import devices
+from dilap.profilers.profiler import Case
 from dilap.profilers.table import TableHeader
 from dilap.shrink import shrink_
 from dilap.source import load, save_checkpoint
@@ -66,14 +67,16 @@ def test_nothing_is_corrected_on_a_quick_measurement(
     checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prune_tiny(checkpoint, corpus, tmp_path / "quiet", "--budget", "70%")
-    measure = FakeBench.measure
+    measure = FakeBench.measure_cases
 
-    def disturbed(self: FakeBench, paths: Sequence[Path], *, final: bool = False) -> list[Measurement]:
-        *others, last = measure(self, paths, final=final)
-        share = 1.0 if final else 1.2
-        return [*others, replace(last, samples_ns=tuple(round(share * sample) for sample in last.samples_ns))]
+    def disturbed(self: FakeBench, cases: Sequence[Case], *, final: bool = False) -> list[Measurement]:
+        found = measure(self, cases, final=final)
+        if final or len({case.path for case in cases}) == 1:
+            return found
+        *others, last = found
+        return [*others, replace(last, samples_ns=tuple(round(1.2 * sample) for sample in last.samples_ns))]
 
-    monkeypatch.setattr(FakeBench, "measure", disturbed)
+    monkeypatch.setattr(FakeBench, "measure_cases", disturbed)
     assert prune_tiny(checkpoint, corpus, tmp_path / "disturbed", "--budget", "70%") == 0
     quiet, noisy = (read_json(tmp_path / name / "plan.json") for name in ("quiet", "disturbed"))
     assert quiet == noisy
@@ -167,7 +170,8 @@ def test_a_budget_that_the_dense_model_keeps_changes_nothing(
 ) -> None:
     assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--budget", "1s") == 0
     assert "already keeps" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.txt", "tiny", "tiny.jsonl", "words"]
+    kept = ["corpus.txt", "tiny", "tiny.configuration.json", "tiny.jsonl", "words"]  # the table and its configuration
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
 @pytest.mark.usefixtures("fake_device")

@@ -118,3 +118,14 @@ def test_an_unknown_precision_is_refused_with_the_known_ones() -> None:
 
 def test_the_build_names_its_instruction_sets() -> None:
     assert "CPU" in backends.get("llamacpp").build()
+
+
+@pytest.mark.parametrize(
+    ("switches", "nats"),
+    [({"flash_attention": "off"}, 1e-6), ({"repack": "off"}, 1e-6), ({"kv_cache": "f32"}, 1e-6)],
+)
+def test_switches_change_next_to_nothing_of_the_model(tiny: Path, switches: dict[str, str], nats: float) -> None:
+    plain, switched = (backends.get("llamacpp").load(tiny, replace(DECODE, switches=one)) for one in ({}, switches))
+    tokens = list(range(12))
+    expected, got = (session.logits(tokens, incremental=True) for session in (plain, switched))
+    assert kl_divergence(expected, got) < nats

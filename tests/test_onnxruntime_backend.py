@@ -58,14 +58,20 @@ def test_a_sample_is_a_positive_number_of_nanoseconds(model: Path, phase: Phase)
     assert min(samples) > 0
 
 
-@pytest.mark.parametrize(("phase", "disabled"), [("decode", "1"), ("prefill", "0")])
-def test_flash_attention_is_left_to_prompts_where_one_token_is_faster_without(
-    model: Path, monkeypatch: pytest.MonkeyPatch, phase: Phase, disabled: str
+@pytest.mark.parametrize(("switches", "disabled"), [({}, "0"), ({"flash_attention": "off"}, "1")])
+def test_flash_attention_is_as_the_workload_says(
+    model: Path, monkeypatch: pytest.MonkeyPatch, switches: dict[str, str], disabled: str
 ) -> None:
-    monkeypatch.setattr("dilap.backends.onnxruntime._SLOW_FLASH", True)
-    monkeypatch.delenv("ORT_GQA_DISABLE_FLASH_ATTENTION", raising=False)
-    backends.get("onnxruntime").load(model, replace(DECODE, phase=phase)).close()
+    monkeypatch.setenv("ORT_GQA_DISABLE_FLASH_ATTENTION", "")
+    backends.get("onnxruntime").load(model, replace(DECODE, switches=switches)).close()
     assert os.environ["ORT_GQA_DISABLE_FLASH_ATTENTION"] == disabled
+
+
+@pytest.mark.parametrize("switches", [{"flash_attention": "off"}, {"spinning": "off"}])
+def test_switches_change_no_number(model: Path, switches: dict[str, str]) -> None:
+    plain, switched = (backends.get("onnxruntime").load(model, replace(DECODE, switches=s)) for s in ({}, switches))
+    expected, got = (session.logits(TOKENS, incremental=True) for session in (plain, switched))
+    np.testing.assert_allclose(got, expected, atol=1e-5 * float(np.abs(expected).max()))  # another order of summation
 
 
 @pytest.mark.parametrize("incremental", [False, True])

@@ -8,6 +8,7 @@ from pathlib import Path
 from dilap import __version__
 from dilap.builtin import DEFAULT_MODEL
 from dilap.errors import InvalidInput
+from dilap.profilers.configuration import thread_counts
 from dilap.profilers.devices import Device, Registry
 from dilap.profilers.locations import read_registry
 from dilap.profilers.runners import RUNNERS
@@ -51,7 +52,13 @@ def add_workload(to: argparse.ArgumentParser) -> None:
         help=f"prompt length of a prefill ({defaults.prompt_tokens})",
     )
     group.add_argument("--precision", help="as it ships; by default what ships on the device in that runtime")
-    group.add_argument("--threads", type=int, metavar="N", help="all physical cores by default")
+    group.add_argument("--threads", type=int, metavar="N", help="by default all physical cores and fewer are tried")
+    group.add_argument(
+        "--configuration",
+        choices=["fastest", "plain"],
+        default="fastest",
+        help="of the runtime: try its switches and threads on the dense model first, or take its defaults (fastest)",
+    )
 
 
 def add_devices(to: argparse.ArgumentParser) -> None:
@@ -111,6 +118,11 @@ def workload_of(arguments: argparse.Namespace, *, device: Device, backend: str) 
         )
     except ValueError as error:
         raise InvalidInput(str(error)) from error
+
+
+def threads_tried(arguments: argparse.Namespace, *, device: Device) -> tuple[int, ...]:
+    """The numbers of threads to choose from."""
+    return thread_counts(device.default_threads()) if arguments.threads is None else (arguments.threads,)
 
 
 def backend_of(arguments: argparse.Namespace, *, device: Device) -> str:

@@ -2,23 +2,27 @@
 
 import shutil
 import statistics
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from dilap import backends, export
+from dilap.anatomy import architecture_of
 from dilap.backends import Backend
 from dilap.cli.console import Console
-from dilap.codec import decode, digest, read_json, write_json
+from dilap.codec import decode, digest, encode, read_json, write_json
 from dilap.errors import Unavailable
+from dilap.profilers.configuration import Configuration, MeasuredWorld, find_fastest
 from dilap.profilers.devices import Device
 from dilap.profilers.probes import build_table, default_levels
 from dilap.profilers.profiler import Case, Profiler
 from dilap.profilers.protocol import FINAL, TABLE, Protocol
 from dilap.profilers.table import LatencyTable
 from dilap.source import Source
-from dilap.types import Architecture, Artifact, Measurement, Plan, Workload
+from dilap.types import Architecture, Artifact, HowToRun, Measurement, Plan, Workload, full_plan
 
 _REPEATS = 2
 
@@ -86,7 +90,10 @@ class Bench:
         Other load spoils even ratios of interleaved samples (88.9 % and then 121.9 % of one budget were seen), so a
         measurement beside which other processes used the cores is taken again, twice at most.
         """
-        cases = [Case(path=path, workload=self.workload) for path in paths]
+        return self.measure_cases([Case(path=path, workload=self.workload) for path in paths], final=final)
+
+    def measure_cases(self, cases: Sequence[Case], *, final: bool = False) -> list[Measurement]:
+        """The same of models under workloads of their own."""
         protocol = self._protocol(FINAL if final else TABLE)
         with self.console.bar("measure", total=None, unit="") as bar:
             found = self.profiler.measure(cases, protocol, progress=bar.set_postfix_str)
@@ -115,10 +122,44 @@ class Bench:
             for document in documents
         ]
 
+    def find_configuration(self, path: Path, *, threads: Sequence[int]) -> Configuration:
+        """The fastest configuration for the model in `path`, in one of those numbers of threads."""
+        artifact = self.read_artifact(path.parent)
+        world = MeasuredWorld(
+            backend=self.backend,
+            vocab_size=artifact.architecture.vocab_size,
+            measure=lambda workloads: self.measure_cases([Case(path=path, workload=one) for one in workloads]),
+            diverge=lambda base, other, tokens: self.divergence(path, base, other, tokens),
+        )
+        return find_fastest(self.workload, backend=self.backend, threads=threads, world=world, tell=self.console.say)
+
+    def divergence(self, path: Path, base: Workload, other: Workload, tokens: Sequence[int]) -> float | None:
+        """Mean KL in nats a token of a model under `other` from the same under `base`; None where it cannot be seen."""
+        return self.profiler.divergence(path, base, other, tokens)
+
+    def note_how_to_run_(self, folder: Path) -> None:
+        """Write into the sidecar of an artifact how the stock runtime runs it as it is measured here."""
+        artifact = self.read_artifact(folder)
+        run = HowToRun(
+            work=self.workload.describe(),
+            threads=self.workload.threads,
+            switches=self.workload.switches,
+            commands=self.backend.how_to_run(artifact.path, self.workload),
+        )
+        if artifact.run != run:
+            write_json(folder / "artifact.json", encode(replace(artifact, run=run)))
+
+    def configuration_path(self, model: str, architecture: Architecture, *, threads: Sequence[int]) -> Path:
+        """Where the fastest configuration for a model lies, beside its table."""
+        return self._kept_path(model, architecture, [list(threads)]).with_suffix(".configuration.json")
+
     def table_path(self, model: str, architecture: Architecture) -> Path:
         """Where this bench's table of a model lies by default: another device, runtime or workload, another file."""
+        return self._kept_path(model, architecture, [])
+
+    def _kept_path(self, model: str, architecture: Architecture, more: list[Any]) -> Path:
         fingerprint = replace(self.profiler.fingerprint(), soft={})
-        key = digest([asdict(fingerprint), asdict(self.workload), asdict(architecture)])
+        key = digest([asdict(fingerprint), asdict(self.workload), asdict(architecture), *more])
         stem = f"{Path(model).name.removesuffix('.gguf')}-{self.device.name}-{self.backend.name}"
         return Path("tables") / f"{stem}-{self.workload.phase}-{self.workload.precision}-{key[:8]}.jsonl"
 
@@ -157,6 +198,24 @@ class Bench:
         )
         self.console.say(describe_errors(table))
         return table
+
+
+def kept_configuration(
+    bench: Bench, source: Source, *, threads: Sequence[int], dense: Path | None = None
+) -> Configuration:
+    """The fastest configuration for a model, found once, so that all runs share one table.
+
+    `dense` is the model's file; without it the model is exported for this alone.
+    """
+    architecture = architecture_of(source.model)
+    kept = bench.configuration_path(source.name, architecture, threads=threads)
+    if not kept.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            if dense is None:
+                place = Path(folder) / "dense"
+                dense = place / bench.export(source, full_plan(architecture, base=source.digest), place).path
+            write_json(kept, encode(bench.find_configuration(dense, threads=threads)))
+    return decode(Configuration, read_json(kept), source=str(kept))
 
 
 def describe_errors(table: LatencyTable) -> str:

@@ -1,14 +1,16 @@
 """The end of a prune job: from the plan to a measured artifact and what can be claimed of it."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from dilap.cli.exam import Exam
-from dilap.cli.result import PruneResult, Quality, Side, flops_of, versions
+from dilap.cli.result import PlainDefaults, PruneResult, Quality, Side, flops_of, versions
 from dilap.cli.stages import Goal, Stages
 from dilap.codec import encode, write_json
 from dilap.errors import Mismatch
 from dilap.methods.method import Pruned
-from dilap.profilers.profiler import budget_share, is_shown, speedup
+from dilap.profilers.profiler import Case, budget_share, is_shown, speedup
 from dilap.recover import distil
 from dilap.shrink import shrink_
 from dilap.source import save_checkpoint
@@ -43,16 +45,19 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration) -> Prun
         recovered = exam.of_torch(source.model)
     with workspace.stage("save the checkpoint"):
         save_checkpoint(source.model, source.tokenizer, workspace.folder / "checkpoint")
-    dense, side = _sides(stages, plan, exam, recovered)
+    dense, side, plain = _sides(stages, plan, exam, recovered)
     result = _result(stages, goal, pruned, text, dense=dense, side=side, shrunk=shrunk, validation_kl=validation_kl)
-    return replace(result, recovery_kls=recovery_kls)
+    return replace(result, recovery_kls=recovery_kls, plain=plain)
 
 
-def _sides(stages: Stages, plan: Plan, exam: Exam, recovered: Quality) -> tuple[Side, Side]:
+def _sides(stages: Stages, plan: Plan, exam: Exam, recovered: Quality) -> tuple[Side, Side, PlainDefaults | None]:
     """Both artifacts, read through their runtime and then measured together."""
-    workspace = stages.workspace
+    workspace, bench = stages.workspace, stages.bench
     folders = workspace.dense, workspace.folder / "artifact"
-    artifacts = stages.bench.read_artifact(folders[0]), stages.artifact(folders[1], plan)
+    stages.artifact(folders[1], plan)
+    for folder in folders:
+        bench.note_how_to_run_(folder)
+    artifacts = bench.read_artifact(folders[0]), bench.read_artifact(folders[1])
     in_torch = exam.dense, recovered
     with workspace.stage("score the artifacts"):
         qualities = [
@@ -61,9 +66,26 @@ def _sides(stages: Stages, plan: Plan, exam: Exam, recovered: Quality) -> tuple[
         ]
     with workspace.stage("measure for the claim"):
         paths = [folder / one.path for folder, one in zip(folders, artifacts, strict=True)]
-        measurements = stages.bench.measure(paths, final=True)
+        measurements, plain = _measured(stages, paths)
     dense, pruned = (_side(stages, *parts) for parts in zip(artifacts, measurements, qualities, in_torch, strict=True))
-    return dense, pruned
+    return dense, pruned, plain
+
+
+def _measured(stages: Stages, paths: Sequence[Path]) -> tuple[list[Measurement], PlainDefaults | None]:
+    """Both models in the configuration found, and, beside them, in the runtime's plain defaults where those differ."""
+    found = stages.configuration
+    if found is None or found.is_plain:
+        return stages.bench.measure(paths, final=True), None
+    cases = [Case(path=path, workload=workload) for workload in (found.workload, found.plain) for path in paths]
+    *measured, dense, pruned = stages.bench.measure_cases(cases, final=True)
+    budget = stages.options.budget
+    plain = PlainDefaults(
+        dense=dense,
+        pruned=pruned,
+        speedup=speedup(dense, pruned),
+        budget_used=budget_share(budget, dense, pruned) if budget.ratio is None else None,
+    )
+    return measured, plain
 
 
 def _recover_(stages: Stages, lessons: Teacher) -> tuple[float, ...]:
@@ -95,7 +117,7 @@ def _side(
         seconds=measurement.seconds(stages.options.budget.statistic),
         interval=measurement.interval(),
         parameters=artifact.architecture.num_parameters,
-        flops=flops_of(artifact.architecture, stages.options.workload),
+        flops=flops_of(artifact.architecture, stages.bench.workload),
         quality=quality,
         torch_quality=torch_quality,
     )
@@ -137,7 +159,7 @@ def _result(
         method=options.method,
         layout=goal.layout,
         budget=budget,
-        workload=options.workload,
+        workload=stages.bench.workload,
         limit_seconds=limit,
         floor_seconds=goal.floor_seconds,
         fastest_seconds=goal.fastest_seconds,

@@ -59,7 +59,9 @@ def prune(
 
 
 def _run(stages: Stages, method: Method, layout: Layout) -> PruneResult | None:
-    goal = stages.goal(stages.dense_artifact(), layout)
+    dense = stages.dense_artifact()
+    stages = stages.configured(dense)
+    goal = stages.goal(dense, layout)
     if goal is None:
         return None
     text = stages.calibration()

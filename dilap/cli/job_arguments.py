@@ -86,6 +86,8 @@ def job_options(
         workload=workload,
         force=given.force,
         estimate=given.estimate,
+        configuration=given.configuration,
+        threads_tried=arguments.threads_tried(given, device=device),
         layout=given.layout,
         method=method,
         settings=settings or {},

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from dilap import backends
 from dilap.cli import arguments, console, costs, doctor
@@ -56,15 +56,17 @@ def _command() -> int:
     backend = arguments.backend_of(given, device=devices[0])
     workload = arguments.workload_of(given, device=devices[0], backend=backend)
     from dilap.anatomy import architecture_of  # torch and transformers: seconds that bad input should not cost
-    from dilap.cli.bench import Bench
+    from dilap.cli.bench import Bench, kept_configuration
     from dilap.cli.estimated_bench import EstimatedBench
     from dilap.profilers.search_space import describe
+    from dilap.profilers.table import LatencyTable
     from dilap.source import load
 
     screen = console.Console()
     kind = EstimatedBench if given.estimate else Bench
     bench = kind.of(devices, backend, workload, screen, force=given.force)
-    architecture = architecture_of(load(given.model).model)
+    source = load(given.model)
+    architecture = architecture_of(source.model)
     backends.require_loadable(bench.backend, architecture, precision=workload.precision)
     screen.say(f"{given.model}: {describe(architecture)}\n{workload.describe()} on {given.device}, {backend}")
     if isinstance(bench, EstimatedBench):
@@ -72,7 +74,15 @@ def _command() -> int:
             raise InvalidInput("--estimate measures nothing, so it writes no table: leave --out away")
         costs.show(bench.latency_model(architecture), as_json=given.json, table=None)
         return 0
-    path = arguments.new_path(given.out) if given.out else bench.table_path(given.model, architecture)
+    path = arguments.new_path(given.out) if given.out else None
+    if path is not None and path.exists():  # begun in a configuration
+        begun = LatencyTable.read(path).header.workload
+        bench = replace(bench, workload=replace(workload, threads=begun.threads, switches=begun.switches))
+    elif given.configuration == "fastest":
+        found = kept_configuration(bench, source, threads=arguments.threads_tried(given, device=devices[0]))
+        bench = replace(bench, workload=found.workload)
+    screen.say(f"configuration: {bench.workload.configuration}")
+    path = path or bench.table_path(given.model, architecture)
     costs.show(bench.build_table(architecture, path).model(), as_json=given.json, table=path)
     return 0
 

@@ -48,6 +48,16 @@ class Side:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlainDefaults:
+    """Both models as the runtime runs them by default: what a user gets who sets no switch and no number of threads."""
+
+    dense: Measurement
+    pruned: Measurement
+    speedup: Interval
+    budget_used: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PruneResult:
     """Everything that a run claims, with what it rests on. What is `*_without_recovery` is of the torch model."""
 
@@ -88,6 +98,7 @@ class PruneResult:
     pruning_seconds: float | None = None
     pruning_peak_memory_bytes: int | None = None
     method_facts: dict[str, Any] = field(default_factory=dict)
+    plain: PlainDefaults | None = None  # where the configuration measured is another
 
 
 def flops_of(architecture: Architecture, workload: Workload) -> int:
@@ -148,6 +159,7 @@ def table(result: PruneResult) -> str:
             *_aligned(rows),
             "",
             _verdict(result),
+            *_configuration(result),
             f"speed-up {result.speedup.value:.3f}x [{result.speedup.low:.3f}, {result.speedup.high:.3f}]{shown}",
             *_quality_lines(result),
             *result.notes,
@@ -177,6 +189,21 @@ def _verdict(result: PruneResult) -> str:
         f"budget {result.budget} = {result.limit_seconds * 1e3:.2f} ms: {verdict}, "
         f"{result.budget_used:.1%} of it used (predicted {result.predicted_seconds / result.limit_seconds:.1%})"
     )
+
+
+def _configuration(result: PruneResult) -> list[str]:
+    """How to get the latency that is claimed, and what there is without it."""
+    lines = []
+    if (plain := result.plain) is not None:
+        dense, pruned = (one.seconds(result.budget.statistic) * 1e3 for one in (plain.dense, plain.pruned))
+        share = "" if plain.budget_used is None else f", {plain.budget_used:.1%} of such a budget"
+        lines.append(
+            f"in the runtime's plain defaults ({plain.dense.workload.configuration}): dense {dense:.2f} ms, pruned "
+            f"{pruned:.2f} ms, {1 / plain.speedup.value:.1%} paired{share}"
+        )
+    run = result.pruned.artifact.run
+    commands = {} if run is None else run.commands
+    return [*lines, *(f"as measured, {name}: {command}" for name, command in commands.items())]
 
 
 def _aligned(rows: list[tuple[str, str, str, str]]) -> list[str]:

@@ -4,24 +4,27 @@ import statistics
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from dilap.anatomy import architecture_of
 from dilap.backends import host
 from dilap.builtin import DEFAULT_MODEL
-from dilap.cli.bench import Bench
+from dilap.cli.bench import Bench, kept_configuration
 from dilap.cli.console import Console
 from dilap.cli.estimated_bench import EstimatedBench
 from dilap.cli.workspace import Workspace
 from dilap.codec import decode, digest, encode, read_json, write_json
 from dilap.errors import Infeasible, Mismatch
 from dilap.methods.method import LevelOptions, Method, Pruned, PruneTask
+from dilap.profilers.configuration import Configuration
 from dilap.profilers.fit import LatencyModel
 from dilap.profilers.parameters import ParameterCosts
 from dilap.profilers.probes import default_levels
 from dilap.profilers.profiler import budget_share
 from dilap.profilers.search_space import Costs, Layout, build_space, width_rules
+from dilap.profilers.table import LatencyTable
 from dilap.pruned_file import load_pruned, save_pruned
 from dilap.recover import RecoveryOptions
 from dilap.source import Source
@@ -39,7 +42,11 @@ _MEASURE = "measure the plans found"  # inside the pruning stage
 
 @dataclass(frozen=True, kw_only=True)
 class JobOptions:
-    """What a run depends on: two runs with equal options are the same run."""
+    """What a run depends on: two runs with equal options are the same run.
+
+    The `fastest` configuration is looked for from the workload's own on, in the numbers of threads that are tried; a
+    `plain` one is the runtime's defaults.
+    """
 
     budget: Budget
     model: str = DEFAULT_MODEL
@@ -48,6 +55,8 @@ class JobOptions:
     workload: Workload = field(default_factory=Workload)
     force: bool = False
     estimate: bool = False
+    configuration: Literal["fastest", "plain"] = "fastest"
+    threads_tried: tuple[int, ...] = ()
     layout: Layout | None = None
     method: str = "dilap"
     settings: dict[str, str] = field(default_factory=dict)
@@ -82,6 +91,7 @@ class Stages:
     console: Console
     bench: Bench
     source: Source
+    configuration: Configuration | None = None
 
     def dense_artifact(self) -> Artifact:
         """The dense model, exported once."""
@@ -94,6 +104,33 @@ class Stages:
             with self.workspace.stage(f"export {folder.name}"):
                 self.bench.export(self.source, plan, folder)
         return self.bench.read_artifact(folder)
+
+    def configured(self, dense: Artifact) -> "Stages":
+        """The same stages in the runtime's fastest configuration on this device, found once for a model."""
+        if self.options.estimate or self.options.configuration == "plain":
+            return self
+        found = self._configuration(dense)
+        self.console.say(f"configuration: {found.workload.configuration}")
+        return replace(self, bench=replace(self.bench, workload=found.workload), configuration=found)
+
+    def _configuration(self, dense: Artifact) -> Configuration:
+        """That of the run where it is known, of the table where one is given, or the one that other runs found."""
+        own, plain, threads = (
+            self.workspace.common / "configuration.json",
+            self.bench.workload,
+            self.options.threads_tried,
+        )
+        if not own.exists():
+            if self.options.table is not None:
+                given = LatencyTable.read(Path(self.options.table)).header.workload
+                count = given.threads if threads else plain.threads
+                found = Configuration(workload=replace(plain, switches=given.switches, threads=count), plain=plain)
+            else:
+                path = self.workspace.dense / dense.path
+                with self.workspace.stage("find the fastest configuration"):
+                    found = kept_configuration(self.bench, self.source, threads=threads, dense=path)
+            write_json(own, encode(found))
+        return decode(Configuration, read_json(own), source=str(own))
 
     def goal(self, dense: Artifact, layout: Layout) -> Goal | None:
         """Says floor and fastest reachable latency; None where the dense model keeps the budget already.

@@ -14,6 +14,8 @@ class StandIn:
     name = "standin"
     format = "standin"
     load_seconds = 60.0
+    shares_threads = False
+    lossy_switches: frozenset[str] = frozenset()
 
     def unavailable(self) -> str | None:
         return None
@@ -26,6 +28,12 @@ class StandIn:
 
     def precisions(self) -> tuple[str, ...]:
         return ("f32",)
+
+    def switches(self) -> dict[str, tuple[str, ...]]:
+        return {}
+
+    def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:
+        return {}
 
     def capabilities(self, family: str, *, precision: str) -> Capabilities:
         return Capabilities()
