@@ -42,6 +42,7 @@ def result(phase: str, backend: str, model: str, milliseconds: float, **changes:
         "backend": backend,
         "precision": "f32",
         "model": model,
+        "configuration": "2 threads",
         "num_bytes": 1_000_000,
         "read_bytes": 44_000_000,
         "samples_ns": (round(milliseconds * 1e6),) * 9,

@@ -1,5 +1,6 @@
 """The real llama.cpp on tiny models with random weights."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from fabricated import TINY_LAYER, tiny_llama
 
 from dilap import backends, export
 from dilap.errors import InvalidInput, Unsupported
+from dilap.sqnr import kl_divergence
 from dilap.types import LayerWidths, Workload
 
 if reason := backends.get("llamacpp").unavailable():
@@ -124,8 +126,8 @@ def test_the_build_names_its_instruction_sets() -> None:
     ("switches", "nats"),
     [({"flash_attention": "off"}, 1e-6), ({"repack": "off"}, 1e-6), ({"kv_cache": "f32"}, 1e-6)],
 )
-def test_switches_change_next_to_nothing_of_the_model(tiny: Path, switches: dict[str, str], nats: float) -> None:
-    plain, switched = (backends.get("llamacpp").load(tiny, replace(DECODE, switches=one)) for one in ({}, switches))
+def test_switches_change_next_to_nothing_of_the_model(model: Path, switches: dict[str, str], nats: float) -> None:
+    plain, switched = (backends.get("llamacpp").load(model, replace(DECODE, switches=one)) for one in ({}, switches))
     tokens = list(range(12))
     expected, got = (session.logits(tokens, incremental=True) for session in (plain, switched))
     assert kl_divergence(expected, got) < nats

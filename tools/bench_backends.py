@@ -4,10 +4,11 @@
     tools/bench_backends --plan runs/NAME  dense, and the widths that a run of dilap-prune found
     tools/bench_backends --backends onnxruntime --starts 1 --json
 
-Everything of one phase is loaded at once, one process a runtime, and sampled in interleaved rounds; every start loads
-it afresh. The models have random weights, because speed does not depend on what a weight is. Decoding reads every
-weight and the KV cache once a token, so the share of the memory's speed says how much there is left to gain; it is
-given for floats, where a file's bytes are all weights.
+Every runtime, precision and phase first gets its fastest configuration, found on the dense model. Then everything of
+one phase is loaded at once, one process a runtime, and sampled in interleaved rounds; every start loads it afresh. The
+models have random weights, because speed does not depend on what a weight is. Decoding reads every weight and the KV
+cache once a token, so the share of the memory's speed says how much there is left to gain; it is given for floats,
+where a file's bytes are all weights.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +32,9 @@ from dilap.builtin import DEFAULT_MODEL
 from dilap.cli.console import Console, run
 from dilap.codec import decode, file_sha256, read_json
 from dilap.profilers.client import InstrumentBench
+from dilap.profilers.configuration import MeasuredWorld, find_fastest
 from dilap.profilers.devices import get
+from dilap.profilers.profiler import Case, Profiler
 from dilap.profilers.protocol import TABLE, Bench, Trace, collect
 from dilap.source import load
 from dilap.types import PRECISION_BITS, Architecture, Artifact, Interval, Phase, Plan, Workload, median_interval
@@ -69,6 +73,7 @@ class Result:
     backend: str
     precision: str
     model: str
+    configuration: str
     num_bytes: int
     read_bytes: int | None
     samples_ns: tuple[int, ...]
@@ -183,13 +188,41 @@ def _write(names: Sequence[str], shapes: Mapping[str, Architecture], folder: Pat
     return models
 
 
+def _fastest(models: Sequence[Model], workload: Workload, console: Console) -> dict[tuple[str, str], Workload]:
+    """The fastest configuration of every runtime and precision, found on the dense model.
+
+    No KV cache in fewer bits is taken: what it does to a model of random weights says nothing.
+    """
+    found = {}
+    for model in (one for one in models if one.name == "dense"):
+        profiler = Profiler(get("host_cpu"), backend=model.backend)
+
+        def measure(workloads: Sequence[Workload], model: Model = model, profiler: Profiler = profiler) -> Any:
+            return profiler.measure([Case(path=model.path, workload=one) for one in workloads], TABLE)
+
+        world = MeasuredWorld(
+            backend=backends.get(model.backend),
+            vocab_size=model.artifact.architecture.vocab_size,
+            measure=measure,
+            diverge=lambda *_: None,
+        )
+        plain = replace(workload, precision=model.precision)
+        configuration = find_fastest(
+            plain, backend=world.backend, threads=(workload.threads,), world=world, tell=console.say
+        )
+        found[model.backend, model.precision] = configuration.workload
+    return found
+
+
 def _measure(models: Sequence[Model], workload: Workload, *, starts: int, console: Console) -> Iterator[Result]:
     """Every model under `workload`, each start's samples after the other's, and reading memory last."""
+    fastest = _fastest(models, workload, console)
+    workloads = [fastest[model.backend, model.precision] for model in models]
     traces: list[list[Trace]] = []
     for start in range(starts):
         console.say(f"{workload.phase}: start {start + 1} of {starts}, {len(models)} models")
         first_round = 1 + max((max(trace.rounds) for one in traces for trace in one), default=-1)
-        traces.append(_measure_once(models, workload, first_round=first_round, console=console))
+        traces.append(_measure_once(models, workloads, first_round=first_round, console=console))
     for index in range(len(models) + 1):
         parts = [one[index] for one in traces]
         model = models[index] if index < len(models) else None
@@ -198,6 +231,7 @@ def _measure(models: Sequence[Model], workload: Workload, *, starts: int, consol
             backend=model.backend if model else "",
             precision=model.precision if model else "",
             model=model.name if model else "",
+            configuration=workloads[index].configuration if model else "",
             num_bytes=model.artifact.num_bytes if model else _READ_BYTES,
             read_bytes=_read_bytes(model, workload) if model else _READ_BYTES,
             samples_ns=tuple(sample for part in parts for sample in part.samples_ns),
@@ -206,7 +240,9 @@ def _measure(models: Sequence[Model], workload: Workload, *, starts: int, consol
         )
 
 
-def _measure_once(models: Sequence[Model], workload: Workload, *, first_round: int, console: Console) -> list[Trace]:
+def _measure_once(
+    models: Sequence[Model], workloads: Sequence[Workload], *, first_round: int, console: Console
+) -> list[Trace]:
     device = get("host_cpu")
     with ExitStack() as stack:
         benches: list[Bench] = []
@@ -214,19 +250,21 @@ def _measure_once(models: Sequence[Model], workload: Workload, *, first_round: i
         for backend in dict.fromkeys(model.backend for model in models):
             agent = stack.enter_context(closing(device.open(backend)))
             handles: list[int] = []
-            for model in (one for one in models if one.backend == backend):
+            for model, workload in zip(models, workloads, strict=True):
+                if model.backend != backend:
+                    continue
                 loaded = agent.load(
                     model.path,
                     sha256=file_sha256(model.path),
                     companions=model.artifact.companions,
-                    workload=replace(workload, precision=model.precision),
+                    workload=workload,
                 )
                 cases.append((len(benches), len(handles)))
                 handles.append(loaded.handle)
             benches.append(InstrumentBench(agent, handles))
-        benches.append(MemoryBench(workload.threads))
+        benches.append(MemoryBench(workloads[0].threads))
         cases.append((len(benches) - 1, 0))
-        with console.bar(workload.phase, total=len(cases), unit="case") as bar:
+        with console.bar(workloads[0].phase, total=len(cases), unit="case") as bar:
 
             def on_round(number: int, num_settled: int) -> None:
                 bar.n = num_settled
@@ -281,6 +319,8 @@ def _table(results: Sequence[Result], workloads: Mapping[Phase, Workload]) -> st
         lines.append(f"| {' | '.join(cells)} |")
     low, high = (_READ_BYTES / bound / 1e9 for bound in (memory.interval.high, memory.interval.low))
     lines += ["", f"memory read beside the decoding: {speed / 1e9:.1f} GB/s [{low:.1f}, {high:.1f}]"]
+    dense_ones = [one for one in results if one.model == "dense"]
+    lines += [f"{one.phase} {one.backend} {one.precision}: {one.configuration}" for one in dense_ones]
     lines += [f"{one.phase} {one.backend} {one.precision} {one.model}: {note}" for one in results for note in one.notes]
     return "\n".join(lines)
 

@@ -177,7 +177,10 @@ def _with_costs(done: Evaluation, subject: "Subject", given: argparse.Namespace,
     device = devices.get(given.device)
     if reason := device.unavailable():
         raise Unavailable(reason)
-    counted = costs.count(subject, Workload(precision=subject.precision, threads=done.threads))
+    run = subject.run
+    threads = given.threads or (run.threads if run else done.threads)
+    workload = Workload(precision=subject.precision, threads=threads, switches=run.switches if run else {})
+    counted = costs.count(subject, workload)
     with screen.bar("measure", total=None, unit="") as bar:
         return replace(done, costs=costs.measure(counted, subject, device, progress=bar.set_postfix_str))
 

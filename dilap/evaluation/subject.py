@@ -13,7 +13,7 @@ from dilap.errors import InvalidInput, Mismatch
 from dilap.evaluation.torch_reader import TorchReader
 from dilap.evaluation.words import GgufWords, HuggingFaceWords, Words
 from dilap.source import load
-from dilap.types import Architecture, Artifact
+from dilap.types import Architecture, Artifact, HowToRun
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -22,7 +22,8 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 class Subject:
     """A model that is open. `backend` is `torch` or a runtime; `digest` that of its weights or of its file.
 
-    `path` is the artifact's file, None for a checkpoint; `architecture` None for a GGUF file from elsewhere.
+    `path` is the artifact's file, None for a checkpoint; `architecture` None for a GGUF file from elsewhere; `run` how
+    an artifact is run fastest, where that was measured.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Subject:
     architecture: Architecture | None
     reader: Reader
     words: Words
+    run: HowToRun | None = None
 
 
 def open_subject(name: str, *, backend: str | None = None, precision: str | None = None, threads: int = 1) -> Subject:
@@ -85,6 +87,7 @@ def _of_artifact(name: str, folder: Path, backend: str | None, threads: int) -> 
         architecture=artifact.architecture,
         reader=backends.open_reader(artifact.backend, path, threads=threads),
         words=words,
+        run=artifact.run,
     )
 
 

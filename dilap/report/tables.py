@@ -186,8 +186,8 @@ _FLAGS: Mapping[str, tuple[tuple[str, ...], Cell]] = {
     "--context": (("workload", "context"), 256),
     "--prompt-tokens": (("workload", "prompt_tokens"), 128),
     "--precision": (("workload", "precision"), None),
-    "--threads": (("workload", "threads"), None),
     "--stat": (("budget", "statistic"), "p50"),
+    "--configuration": (("configuration",), "fastest"),
     "--layout": (("layout",), None),
     "--method": (("method",), "dilap"),
     "--table": (("table",), None),
@@ -209,6 +209,9 @@ def command(result: PruneResult) -> str:
         value = _at(result.options, path)
         if value is not None and value != default:
             words += [flag, str(value)]
+    tried = result.options.get("threads_tried") or [_at(result.options, ("workload", "threads"))]
+    if len(tried) == 1 and tried[0] is not None:  # several are the default
+        words += ["--threads", str(tried[0])]
     if _at(result.options, ("recovery", "mode")) not in (None, "none"):
         words += ["--recover-steps", str(_at(result.options, ("recovery", "steps")))]
     for name, value in (result.options.get("settings") or {}).items():
