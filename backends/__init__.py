@@ -39,7 +39,8 @@ class Capabilities:
     `unsupported` is the reason why the family cannot be held at all. `head_dim_multiple` and `hidden_multiple` are what
     its kernels and quantised tables need. `ffn_multiple` is the step of FFN widths that fills kernels and quantisation
     blocks: other widths load, but run no faster than the next multiple, so a search is not offered them.
-    `output_biases` says whether output projections may have a bias that the family lacks.
+    `output_biases` says whether output projections may have a bias that the family lacks. `max_tokens` is the longest
+    sequence that artifacts for it hold, whatever the model does.
     """
 
     unsupported: str | None = None
@@ -50,6 +51,7 @@ class Capabilities:
     head_dim_multiple: int = 1
     hidden_multiple: int = 1
     output_biases: bool = True
+    max_tokens: int | None = None
 
     def refusal(self, architecture: Architecture) -> str | None:
         """Why no model of that shape is loaded, by group and rule; None where it is."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dilap.backends import Capabilities
 from dilap.errors import InvalidInput, Unsupported
-from dilap.executorch_bindings import bindings
+from dilap.executorch_bindings import MAX_CONTEXT, bindings
 from dilap.types import Workload
 
 _PACKAGES = ("executorch", "torch")
@@ -74,7 +74,7 @@ class ExecuTorch:
         if family not in _FAMILIES:
             return Capabilities(unsupported=f"DiLAP writes no ExecuTorch program for the family {family!r} yet")
         # 32: a group of 4-bit weights; one step for every precision keeps plans portable between them
-        return Capabilities(ffn_multiple=32, hidden_multiple=1 if precision == "f32" else 32)
+        return Capabilities(ffn_multiple=32, hidden_multiple=1 if precision == "f32" else 32, max_tokens=MAX_CONTEXT)
 
     def load(self, path: Path, workload: Workload) -> "ExecuTorchSession":
         return ExecuTorchSession(path, workload)

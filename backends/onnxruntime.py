@@ -26,6 +26,7 @@ _PAST, _PRESENT = "past_key_values.", "present."
 _SWITCHES = {"flash_attention": ("on", "off"), "spinning": ("on", "off")}
 _NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _SPINNING = "session.intra_op.allow_spinning"
+_MAX_TOKENS = 4096  # what the rotary tables of the models hold that a latency table is measured on
 
 
 class OnnxRuntime:
@@ -80,6 +81,7 @@ class OnnxRuntime:
                 head_dim_multiple=8 if family == "opt" else 16,
                 # a quantised embedding (GatherBlockQuantized) has whole blocks only
                 hidden_multiple=1 if precision == "f32" else 32,
+                max_tokens=_MAX_TOKENS,
             )
         return Capabilities(unsupported=f"DiLAP writes no ONNX for the family {family!r} yet")
 

@@ -18,7 +18,7 @@ from dilap.backends.tensorrt_session import EngineSession
 from dilap.errors import InvalidInput, Unavailable, Unsupported, VerificationFailed
 from dilap.sqnr import sqnr_db
 from dilap.tensorrt_build import Api, PhaseSummary
-from dilap.tensorrt_recipe import Profile, Recipe, read_recipe
+from dilap.tensorrt_recipe import MAX_TOKENS, Profile, Recipe, read_recipe
 from dilap.types import Workload
 
 _PRECISIONS = ("f16", "bf16")
@@ -88,7 +88,7 @@ class TensorRT:
         if family not in _FAMILIES:
             return Capabilities(unsupported=f"DiLAP writes no ONNX for the family {family!r} yet")
         # 8: tensor cores multiply blocks of 8 x 8 f16 or bf16; other widths run, padded or on slower kernels
-        return Capabilities(ffn_multiple=8)
+        return Capabilities(ffn_multiple=8, max_tokens=MAX_TOKENS)
 
     def load(self, path: Path, workload: Workload) -> Session:
         """Open the model's engine for the workload, built and compared with torch first where there is none yet.

@@ -6,7 +6,9 @@ import logging
 import warnings
 from typing import Any
 
-from dilap.errors import Unavailable
+from dilap.errors import Unavailable, reason_of
+
+MAX_CONTEXT = 2048  # tokens: a program reserves its KV cache for as many as it takes
 
 
 @functools.cache
@@ -24,8 +26,8 @@ def bindings() -> Any:
             importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")
             importlib.import_module("executorch.kernels.quantized")
     except (ImportError, OSError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise Unavailable(f"ExecuTorch cannot be loaded here ({reason}); pip install 'dilap[executorch]'") from error
+        hint = "pip install 'dilap[executorch]'"
+        raise Unavailable(f"ExecuTorch cannot be loaded here ({reason_of(error)}); {hint}") from error
     finally:
         logging.disable(before)
     return module

@@ -8,6 +8,7 @@ from dilap.errors import Mismatch, Unsupported
 from dilap.types import Phase, Workload
 
 RECIPE_FILE = "recipe.json"
+MAX_TOKENS = 2048  # of a prompt and of a context: an engine reserves memory for its largest shapes
 SHAPE_INPUT = "logits_to_keep"  # the only input whose numbers decide shapes: TensorRT reads it on the host
 
 

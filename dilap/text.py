@@ -9,6 +9,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 from dilap.compute import product_type
+from dilap.context import require_sequences
 from dilap.errors import InvalidInput
 from dilap.teacher import draw
 from dilap.text_files import read_text
@@ -72,24 +73,38 @@ def calibration(
     progress: Callable[[int], None] = lambda _: None,
 ) -> Calibration:
     """The two splits, from the source that `options` names. Raises InvalidInput where the text is too short."""
-    length = min(options.sequence_length, getattr(model.config, "max_position_embeddings", options.sequence_length))
+    length = options.sequence_length
+    require_sequences(model.config, length)
     count = options.train_sequences + options.validation_sequences
     if options.source == "self":
         tokens = self_generated(
             model, tokenizer, num_sequences=count, length=length, seed=options.seed, progress=progress
         )
     else:
-        tokens = sequences(read_text(options.source), tokenizer, length=length, name=options.source)
-        if len(tokens) < count:
-            raise InvalidInput(
-                f"{options.source}: {len(tokens)} sequences of {length} tokens, but {count} are needed; "
-                "give more text or ask for fewer sequences"
-            )
+        tokens = _file_sequences(options, tokenizer)
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(options.seed))
         tokens = tokens[order[:count]]
     return Calibration(
         name=options.source, train=tokens[: options.train_sequences], validation=tokens[options.train_sequences :]
     )
+
+
+def require_texts(options: CalibrationOptions, evaluation: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InvalidInput, before hours are spent, where a text cannot be read or is too short."""
+    if options.source != "self":
+        _file_sequences(options, tokenizer)
+    evaluation_text(evaluation, tokenizer, num_sequences=1, length=options.sequence_length)
+
+
+def _file_sequences(options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    length, count = options.sequence_length, options.train_sequences + options.validation_sequences
+    tokens = sequences(read_text(options.source), tokenizer, length=length, name=options.source)
+    if len(tokens) < count:
+        raise InvalidInput(
+            f"{options.source}: {len(tokens)} sequences of {length} tokens, but {count} are needed; "
+            "give more text or ask for fewer sequences"
+        )
+    return tokens
 
 
 @torch.no_grad()

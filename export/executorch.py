@@ -11,6 +11,7 @@ import torch
 
 from dilap.anatomy import architecture_of
 from dilap.codec import encode, file_sha256, write_json, written_aside
+from dilap.context import window_notes
 from dilap.errors import InvalidInput, Unsupported, VerificationFailed
 from dilap.executorch_bindings import bindings
 from dilap.export import executorch_runtime
@@ -60,7 +61,11 @@ class ExecuTorchExporter:
                 _verify_method(path, method, model, token_ids, precision=precision) for method in ("forward", "score")
             )
             artifact = _describe(path, header, sqnr_db=sqnr_db)
-            details = {**artifact.details, "torch_dtype": str(model.dtype)}
+            details = {
+                **artifact.details,
+                "torch_dtype": str(model.dtype),
+                "notes": window_notes(model.config),
+            }
             artifact = replace(artifact, plan_digest=plan_digest, details=details)
             write_json(folder / "artifact.json", encode(artifact))
         return artifact

@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from dilap.context import max_tokens_of
 from dilap.errors import Unsupported
+from dilap.executorch_bindings import MAX_CONTEXT
 from dilap.types import Architecture
 
 if TYPE_CHECKING:
@@ -13,7 +15,6 @@ Activation = Literal["silu", "relu"]
 PRECISIONS = ("8da4w", "f32")
 GROUP_SIZE = 32  # input channels that share the scale of 4-bit weights; the only step that XNNPACK's kernels take
 # Room for a prompt and an answer: the cache is allocated as a whole, 94 MB for SmolLM2-135M.
-MAX_CONTEXT = 2048
 SCORED_TOKENS = 128  # whose logits are given at once: for a vocabulary of 50k they are 25 MB
 POSITION_OFFSET = 2  # OPT keeps two rows before position 0
 
@@ -79,14 +80,12 @@ def header_of(
     if activation not in ("silu", "relu"):
         raise Unsupported(f"the ExecuTorch export computes silu and relu, the model has {activation}")
     frequencies, magnitude = ((), 1.0) if opt else _rotary(config, head_dim=architecture.head_dim)
-    # Attention is to everything in the cache, so a sliding window bounds the context.
-    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     ids = generation if generation is not None and generation.eos_token_id is not None else config
     eos = ids.eos_token_id if ids.eos_token_id is not None else []
     return Header(
         architecture=architecture,
         precision=precision,
-        max_context=min(MAX_CONTEXT, config.max_position_embeddings, window),
+        max_context=min(MAX_CONTEXT, max_tokens_of(config)),
         style=Style(norm_eps=1e-5 if opt else config.rms_norm_eps, activation=cast(Activation, activation)),
         frequencies=frequencies,
         magnitude=magnitude,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dilap.anatomy import architecture_of
 from dilap.codec import encode, file_sha256, write_json, written_aside
+from dilap.context import max_tokens_of, window_notes
 from dilap.errors import InvalidInput, Unsupported
 from dilap.export import llamacpp
 from dilap.export.gguf_layout import Hyperparameters, Layout, TensorSpec, hyperparameters, layout_of
@@ -61,7 +62,11 @@ class GgufExporter:
 
         with written_aside(out) as folder:
             artifact = _write_folder(folder, layout, values, tokenizer=words, precision=precision, verify=verify)
-            details = {**artifact.details, "torch_dtype": str(model.dtype)}
+            details = {
+                **artifact.details,
+                "torch_dtype": str(model.dtype),
+                "notes": window_notes(model.config),
+            }
             artifact = replace(artifact, plan_digest=plan_digest, details=details)
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
@@ -87,7 +92,7 @@ class GgufExporter:
 def verify_gguf(model: "PreTrainedModel", path: Path, *, precision: str) -> float:
     """The SQNR in dB of a file's logits against `model`. Raises VerificationFailed below the bound of the precision."""
     with llamacpp.Gguf(path, num_tokens=NUM_TOKENS) as file:
-        token_ids = _token_ids(file, min(NUM_TOKENS, model.config.max_position_embeddings))
+        token_ids = _token_ids(file, min(NUM_TOKENS, max_tokens_of(model.config)))
         bound, name = SQNR_BOUNDS_DB[precision], f"{path.name} in {precision}"
         half = torch.float16 if precision == "f16" else None
         return verify_logits(model, file, token_ids, bound_db=bound, name=name, half=half)

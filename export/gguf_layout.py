@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from dilap.context import max_tokens_of
 from dilap.errors import Unsupported
 from dilap.types import Architecture, LayerWidths
 
@@ -53,10 +54,8 @@ def hyperparameters(config: "PreTrainedConfig", *, head_dim: int) -> Hyperparame
         raise Unsupported(f"llama.cpp computes these families with silu only, the model has {config.hidden_act}")
     rope = config.rope_parameters
     factors, magnitude = _rope_scaling(config, head_dim=head_dim)
-    # llama.cpp's graphs of these families attend to everything, so a sliding window bounds the context.
-    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     return Hyperparameters(
-        context_length=min(config.max_position_embeddings, window),
+        context_length=max_tokens_of(config),
         norm_eps=config.rms_norm_eps,
         rope_theta=rope["rope_theta"],
         rope_factors=factors,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dilap.context import max_tokens_of
 from dilap.errors import Unsupported
 from dilap.types import Architecture
 
@@ -40,10 +41,8 @@ def hyperparameters(model: "PreTrainedModel", architecture: Architecture) -> Hyp
     rotary = type(model.model.rotary_emb)(config)  # afresh: in a half-precision model its frequencies are rounded
     if rotary.rope_type in ("dynamic", "longrope") or 2 * len(rotary.inv_freq) != architecture.head_dim:
         raise Unsupported(f"rotary embedding {config.rope_parameters} cannot be exported to ONNX yet")
-    # The graph attends to everything, so a sliding window bounds the context.
-    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     return Hyperparameters(
-        context_length=min(config.max_position_embeddings, window),
+        context_length=max_tokens_of(config),
         norm_eps=config.rms_norm_eps,
         activation=activation,
         rope_frequencies=tuple(rotary.inv_freq.tolist()),

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dilap.anatomy import architecture_of
 from dilap.codec import encode, file_sha256, write_json, written_aside
+from dilap.context import max_tokens_of, window_notes
 from dilap.errors import InvalidInput, Unavailable, Unsupported, reason_of
 from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.onnx_graph import build_model
@@ -70,7 +71,7 @@ class OnnxRuntimeExporter:
                 precision=precision,
                 plan_digest=plan_digest,
                 sqnr_db=sqnr_db,
-                details={"torch_dtype": str(model.dtype)},
+                details={"torch_dtype": str(model.dtype), "notes": window_notes(model.config)},
             )
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
@@ -118,7 +119,7 @@ def _write_model(
 def verify_onnx(model: "PreTrainedModel", path: Path, tokenizer: "PreTrainedTokenizerBase", *, precision: str) -> float:
     """The SQNR in dB of a file's logits against `model`. Raises VerificationFailed below the bound of the precision."""
     # Real text, as a trained model's logits are only typical there.
-    token_ids = tokenizer("\n".join(SAMPLES))["input_ids"][: min(NUM_TOKENS, model.config.max_position_embeddings)]
+    token_ids = tokenizer("\n".join(SAMPLES))["input_ids"][: min(NUM_TOKENS, max_tokens_of(model.config))]
     name = f"{path.name} in {precision}"
     return verify_logits(model, OnnxFile(path), token_ids, bound_db=SQNR_BOUNDS_DB[precision], name=name)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from dilap import tensorrt_build
 from dilap.anatomy import architecture_of
 from dilap.codec import encode, file_sha256, write_json, written_aside
+from dilap.context import window_notes
 from dilap.errors import InvalidInput, Unavailable, Unsupported
 from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.onnx_emitter import Values
@@ -24,7 +25,7 @@ from dilap.export.tensorrt_report import CompileReport, compile_for, one_layer_a
 from dilap.export.text_samples import SAMPLES
 from dilap.export.verify import NUM_TOKENS, torch_logits, verify_logits
 from dilap.tensorrt_build import CHECKED_TARGETS
-from dilap.tensorrt_recipe import RECIPE_FILE, CacheInput, Recipe
+from dilap.tensorrt_recipe import MAX_TOKENS, RECIPE_FILE, CacheInput, Recipe
 from dilap.types import Architecture, Artifact
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 _MODEL, _WEIGHTS, _REFERENCE, _REPORT = "model.onnx", "model.onnx.data", "reference.npz", "compile_report.json"
 _TESTED = ("TensorRT 10.3 (JetPack 6)", "TensorRT 10.16 (JetPack 7.2)", "TensorRT 11", "TensorRT for RTX 1.7")
-_MAX_TOKENS = 2048  # of a prompt and of a context: an engine reserves memory for its largest shapes
 # Measured in dB on tiny random models of five families, pruned: f16 53 to 66, bf16 38 to 51; SmolLM2-135M: f16 56.
 # A damaged model amplifies rounding (llama.cpp's f16 then has 27), an engine rounds in places of its own.
 SQNR_BOUNDS_DB = {"f16": 20.0, "bf16": 10.0}
@@ -61,7 +61,7 @@ class TensorRTExporter:
             write_json(folder / RECIPE_FILE, encode(recipe))
             job = _Check(model, architecture, numbers, values, recipe, folder)
             sqnr_db, verified = job.verify(token_ids)
-            notes = [verified, job.compile(), _REMAINING]
+            notes = [verified, job.compile(), _REMAINING, *window_notes(model.config)]
             artifact = _describe(folder, recipe, architecture, sqnr_db=sqnr_db)
             details = {**artifact.details, "torch_dtype": str(model.dtype), "notes": notes}
             artifact = replace(artifact, plan_digest=plan_digest, details=details)
@@ -140,7 +140,7 @@ def _recipe(
         for index, layer in enumerate(with_attention)
         for part in ("key", "value")
     )
-    most = min(numbers.context_length, _MAX_TOKENS)
+    most = min(numbers.context_length, MAX_TOKENS)
     return Recipe(
         precision=precision,
         head_dim=architecture.head_dim,

@@ -18,7 +18,7 @@ from dilap.profilers.table import LatencyTable, TableEntry, TableHeader, runs_of
 from dilap.types import Architecture, Artifact, LayerWidths, Measurement, Workload
 
 LLAMACPP = backends.get("llamacpp")
-FAST = ["--evaluations", "3", "--step", "0.2", "--calib-length", "32"]
+FAST = ["--evaluations", "3", "--step", "0.2", "--calib-length", "32", "--context", "64"]
 
 
 def seconds_of(widths: Sequence[LayerWidths]) -> float:

@@ -304,7 +304,7 @@ BAD = {
     "precision": (["--precision", "q3"], "unknown precision 'q3'"),
     "threads": (["--threads", "0"], "at least 1"),
     "model": (["--model", "no-such-model"], "no model 'no-such-model'"),
-    "table": (["--table", "no-table.jsonl"], "no-table.jsonl"),
+    "table": (["--table", "no-table.jsonl", *FAST], "no-table.jsonl"),
     "setting": (["--method", "flap", "--set", "metric"], "--set takes NAME=VALUE, got 'metric'"),
     "step": (["--step", "0"], "--step is a share of the dense latency between 0 and 1, got 0"),
 }

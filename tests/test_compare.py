@@ -67,9 +67,9 @@ def test_one_failed_method_does_not_lose_the_others(checkpoint: Path, corpus: Pa
     methods = ["test_compare:fail", "magnitude"]
     assert compare_tiny(checkpoint, corpus, out, "--budget", "80%", "--methods", *methods) == 0
     failed, done = rows(out)
-    assert failed["error"] == "'no such layer'"
+    assert failed["error"] == "KeyError: no such layer"
     assert done["error"] is None
-    assert "test_compare:fail failed: 'no such layer'" in (out / "compare.md").read_text()
+    assert "test_compare:fail failed: KeyError: no such layer" in (out / "compare.md").read_text()
 
 
 def test_a_comparison_that_another_process_is_at_is_left_to_it(

@@ -20,6 +20,7 @@ from dilap.types import LayerWidths, Workload
 
 ARCHITECTURE = tiny_llama(TINY_LAYER, TINY_LAYER)
 DEVICE = replace(devices.get("s23"), bytes_per_second=1e9, flops_per_second=1e9)
+SHORT = ("--context", "64")  # the model has 128 positions
 DECODE = Workload(precision="f32", context=16)
 
 
@@ -68,19 +69,19 @@ def test_a_device_without_published_numbers_cannot_be_estimated() -> None:
 
 
 def test_estimated_costs_say_so(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(profile.main, "--device", "s23", "--estimate", "--model", checkpoint) == 0
+    assert call(profile.main, "--device", "s23", "--estimate", *SHORT, "--model", checkpoint) == 0
     assert capsys.readouterr().out.startswith("ESTIMATED")
 
 
 def test_estimated_costs_say_so_in_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(profile.main, "--device", "jetson_gpu", "--estimate", "--model", checkpoint, "--json") == 0
+    assert call(profile.main, "--device", "jetson_gpu", "--estimate", *SHORT, "--model", checkpoint, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["estimated"], found["method"], found["table"]) == (True, "estimated", None)
 
 
 def test_an_estimate_writes_no_table(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", tmp_path / "table.jsonl"]
-    assert call(profile.main, "--device", "s23", "--estimate", "--model", checkpoint, *out) == 2
+    assert call(profile.main, "--device", "s23", "--estimate", *SHORT, "--model", checkpoint, *out) == 2
     assert "measures nothing" in capsys.readouterr().err
 
 
@@ -89,7 +90,19 @@ def test_a_prune_job_without_the_device_is_marked_throughout(
 ) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(" ".join(f"the {word} of line {word * 7}" for word in range(4000)))
-    text = ["--calib", corpus, "--eval-text", corpus, "--calib-length", "32", "--evaluations", "2", "--step", "0.3"]
+    text = [
+        "--calib",
+        corpus,
+        "--eval-text",
+        corpus,
+        "--calib-length",
+        "32",
+        "--evaluations",
+        "2",
+        "--step",
+        "0.3",
+        *SHORT,
+    ]
     target = ["--target", "jetson_cpu", "--backend", "llamacpp", "--precision", "f32", "--estimate"]
     out = tmp_path / "run"
     assert call(prune.main, *target, "--budget", "80%", "--model", checkpoint, "--out", out, *text) == 0

@@ -118,7 +118,7 @@ def test_a_device_is_looked_at_step_by_step(device: str, backend: str, capsys: p
 def test_an_unfit_device_is_refused_with_what_mends_it(
     here: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    threads = ["--backend", "llamacpp", "--precision", "f32", "--threads", "999"]
+    threads = ["--backend", "llamacpp", "--precision", "f32", "--threads", "999", "--context", "16"]
     assert call(profile.main, "--device", "s23", "--model", checkpoint, *threads) == 2
     assert "999 threads on" in capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -128,7 +128,7 @@ def test_a_phone_without_a_runner_says_how_to_give_one(
 ) -> None:
     toml = here / "devices.toml"
     toml.write_text("".join(line for line in toml.read_text().splitlines(True) if not line.startswith("runner")))
-    assert call(profile.main, "--device", "s23", "--backend", "llamacpp", "--model", checkpoint) == 2
+    assert call(profile.main, "--device", "s23", "--backend", "llamacpp", "--context", "16", "--model", checkpoint) == 2
     assert "--runner" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
@@ -136,6 +136,6 @@ def test_a_runner_of_another_runtime_is_refused(
     here: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runner = STANDINS / "executor_runner.standin"
-    device = ["--device", "s23", "--backend", "llamacpp", "--runner", runner]
+    device = ["--device", "s23", "--backend", "llamacpp", "--context", "16", "--runner", runner]
     assert call(profile.main, *device, "--model", checkpoint) == 2
     assert "choose --backend executorch" in capsys.readouterr().err.strip().splitlines()[-1]

@@ -58,9 +58,9 @@ def test_splits_have_the_sizes_asked_for_and_share_no_sequence(
     assert not train & validation
 
 
-def test_length_is_capped_by_the_positions_of_the_model(tokenizer: PreTrainedTokenizerBase) -> None:
-    options = replace(SMALL, sequence_length=500, train_sequences=1, validation_sequences=1)
-    assert calibrated(tokenizer, options).train.shape == (1, 128)
+def test_sequences_longer_than_the_positions_of_the_model_are_invalid_input(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(InvalidInput, match=r"sequences of 129 tokens are longer than the model's 128 positions; take"):
+        calibrated(tokenizer, replace(SMALL, sequence_length=129))
 
 
 def test_generated_text_starts_with_the_start_token_and_has_no_other_special_one(

@@ -184,6 +184,8 @@ class _Runs:
         known = sum(self._row_file(options).exists() for options in jobs)
         if known:
             self.screen.say(f"going on: {known} of {len(jobs)} runs are done")
+        if known < len(jobs):
+            self._require_possible(jobs[0])
         with self.screen.bar("compare", total=len(jobs), unit="run") as bar:
             bar.initial = known  # for the time that is left: known rows take none
             for number, options in enumerate(jobs, start=1):
@@ -195,6 +197,12 @@ class _Runs:
         if all(row.error is None for row in rows) and not self.keep_models:
             shutil.rmtree(self.out / "shared" / "methods", ignore_errors=True)  # gigabytes that no run will ask for
         return rows
+
+    def _require_possible(self, options: "JobOptions") -> None:
+        """What no method could do is told once, not by every row."""
+        from dilap.cli.job import require_possible
+
+        require_possible(options, self._dense)
 
     def _row_file(self, options: "JobOptions") -> Path:
         budget = str(options.budget).replace("%", "pct").replace(" ", "-")

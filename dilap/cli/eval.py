@@ -177,9 +177,12 @@ def _with_costs(done: Evaluation, subject: "Subject", given: argparse.Namespace,
     device = devices.get(given.device)
     if reason := device.unavailable():
         raise Unavailable(reason)
-    run = subject.run
+    run, most = subject.run, subject.reader.max_tokens
     threads = given.threads or (run.threads if run else done.threads)
     workload = Workload(precision=subject.precision, threads=threads, switches=run.switches if run else {})
+    workload = replace(
+        workload, context=min(workload.context, most - 1), prompt_tokens=min(workload.prompt_tokens, most)
+    )
     counted = costs.count(subject, workload)
     with screen.bar("measure", total=None, unit="") as bar:
         return replace(done, costs=costs.measure(counted, subject, device, progress=bar.set_postfix_str))

@@ -15,10 +15,12 @@ from dilap.cli.result import PruneResult
 from dilap.cli.stages import JobOptions, Stages
 from dilap.cli.workspace import Workspace
 from dilap.codec import encode, write_json
+from dilap.context import require_context, require_sequences
 from dilap.methods.method import Method
 from dilap.profilers.devices import Device
 from dilap.profilers.search_space import Layout, default_layout, describe, require_layout
 from dilap.source import Source, load
+from dilap.text import require_texts
 
 
 def prune(
@@ -42,9 +44,9 @@ def prune(
     with workspace.stage("load the model"):
         source = source or load(options.model)
     architecture = architecture_of(source.model)
-    backends.require_loadable(bench.backend, architecture, precision=options.workload.precision)
     layout = _layout(options, bench.backend, architecture.family)
     method = _method(options, layout)
+    require_possible(options, source)
     with workspace.opened({"options": asdict(options), "model": source.digest, "dilap": __version__}):
         console.say(f"{source.name}: {describe(architecture)}")
         stages = Stages(options=options, workspace=workspace, console=console, bench=bench, source=source)
@@ -56,6 +58,17 @@ def prune(
     else:
         workspace.finish()
     return result
+
+
+def require_possible(options: JobOptions, source: Source) -> None:
+    """Raises for what can be known before anything runs: a model, a context or a text that will not do."""
+    backend, workload, config = backends.get(options.backend), options.workload, source.model.config
+    architecture = architecture_of(source.model)
+    backends.require_loadable(backend, architecture, precision=workload.precision)
+    held = backend.capabilities(architecture.family, precision=workload.precision).max_tokens
+    require_context(config, workload, runtime=options.backend, runtime_tokens=held)
+    require_sequences(config, options.calibration.sequence_length)
+    require_texts(options.text, options.evaluation_text, source.tokenizer)
 
 
 def _run(stages: Stages, method: Method, layout: Layout) -> PruneResult | None:

@@ -52,12 +52,15 @@ def _command() -> int:
         return _show(doctor.check_devices(arguments.devices_of(given, given.check)), as_json=given.json)
     if given.device is None:
         raise InvalidInput("name a device with --device, or ask --doctor what is usable")
+    if given.estimate and given.out:
+        raise InvalidInput("--estimate measures nothing, so it writes no table: leave --out away")
     devices = arguments.devices_of(given, given.device)
     backend = arguments.backend_of(given, device=devices[0])
     workload = arguments.workload_of(given, device=devices[0], backend=backend)
     from dilap.anatomy import architecture_of  # torch and transformers: seconds that bad input should not cost
     from dilap.cli.bench import Bench, kept_configuration
     from dilap.cli.estimated_bench import EstimatedBench
+    from dilap.context import require_context
     from dilap.profilers.search_space import describe
     from dilap.profilers.table import LatencyTable
     from dilap.source import load
@@ -68,10 +71,10 @@ def _command() -> int:
     source = load(given.model)
     architecture = architecture_of(source.model)
     backends.require_loadable(bench.backend, architecture, precision=workload.precision)
+    held = bench.backend.capabilities(architecture.family, precision=workload.precision).max_tokens
+    require_context(source.model.config, workload, runtime=backend, runtime_tokens=held)
     screen.say(f"{given.model}: {describe(architecture)}\n{workload.describe()} on {given.device}, {backend}")
     if isinstance(bench, EstimatedBench):
-        if given.out:
-            raise InvalidInput("--estimate measures nothing, so it writes no table: leave --out away")
         costs.show(bench.latency_model(architecture), as_json=given.json, table=None)
         return 0
     path = arguments.new_path(given.out) if given.out else None

@@ -13,13 +13,14 @@ from dilap.cli.console import Console
 from dilap.cli.result import Quality, versions
 from dilap.cli.workspace import Workspace
 from dilap.codec import encode, write_json
+from dilap.context import require_sequences
 from dilap.errors import VerificationFailed
 from dilap.methods.barber import PUBLISHED, Barber, Granularity, decoder_matrices
 from dilap.methods.unstructured import RULES, Rule, require_matrices, sparsify_
 from dilap.source import Source, load, save_checkpoint
 from dilap.sparsity import Pattern
 from dilap.teacher import Teacher, perplexity
-from dilap.text import Calibration, CalibrationOptions, calibration, evaluation_text
+from dilap.text import Calibration, CalibrationOptions, calibration, evaluation_text, require_texts
 from dilap.walk import Propagate
 
 NO_CLAIM = (
@@ -73,6 +74,8 @@ def sparsify(options: SparseOptions, *, out: Path, console: Console) -> SparseRe
     with workspace.stage("load the model"):
         source = load(options.model)
     require_matrices(source.model, pattern)
+    require_sequences(source.model.config, options.calibration.sequence_length)
+    require_texts(options.calibration, options.evaluation_text, source.tokenizer)
     with workspace.opened({"options": asdict(options), "model": source.digest, "dilap": __version__}):
         result = _run(options, source, pattern, rule, workspace)
         write_json(workspace.folder / "result.json", encode(result))

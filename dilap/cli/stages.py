@@ -68,6 +68,13 @@ class JobOptions:
     recovery: RecoveryOptions = field(default_factory=RecoveryOptions)
     seed: int = 0
 
+    @property
+    def text(self) -> CalibrationOptions:
+        """The calibration text, with as many more sequences to train on that recovery sees none too often."""
+        recovery, text = self.recovery, self.calibration
+        wanted = 0 if recovery.mode == "none" else recovery.steps * recovery.batch_tokens // text.sequence_length
+        return replace(text, train_sequences=max(text.train_sequences, wanted))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
@@ -214,15 +221,15 @@ class Stages:
         return model
 
     def calibration(self) -> Calibration:
-        options, path = self.options.calibration, self.workspace.common / "calibration.safetensors"
-        count = options.train_sequences + options.validation_sequences + self._recovery_sequences
+        options, path = self.options.text, self.workspace.common / "calibration.safetensors"
+        count = options.train_sequences + options.validation_sequences
         if not path.exists():
             total = count * options.sequence_length
             with (
                 self.workspace.stage("calibration text"),
                 self.console.bar("calibration", total=total, unit="tok") as bar,
             ):
-                text = calibration(self.source.model, self.source.tokenizer, self._text_options, progress=bar.update)
+                text = calibration(self.source.model, self.source.tokenizer, options, progress=bar.update)
                 save_tensors(path, {"train": text.train, "validation": text.validation})
         tensors = load_tensors(path)
         return Calibration(name=options.source, train=tensors["train"], validation=tensors["validation"])
@@ -231,19 +238,6 @@ class Stages:
         """What the dense model says about a text, asked once."""
         path = self.workspace.methods / f"teacher-{name}.safetensors"
         return Teacher.once(path, self.source.model, tokens, keep_states=keep_states)
-
-    @property
-    def _recovery_sequences(self) -> int:
-        """More of the training split, so that recovery does not see one sequence too often."""
-        recovery, text = self.options.recovery, self.options.calibration
-        if recovery.mode == "none":
-            return 0
-        return max(0, recovery.steps * recovery.batch_tokens // text.sequence_length - text.train_sequences)
-
-    @property
-    def _text_options(self) -> CalibrationOptions:
-        text = self.options.calibration
-        return replace(text, train_sequences=text.train_sequences + self._recovery_sequences)
 
     def prune(self, method: Method, goal: Goal, text: Calibration) -> Pruned:
         """What `method` answers; it is asked once in the life of a run."""

@@ -26,6 +26,7 @@ def compare(
     progress: Callable[[int], None] = lambda _: None,
 ) -> TextQuality:
     """Both on the first sequences of `text`. Raises Mismatch for models that split it differently."""
+    length = min(length, subject.reader.max_tokens, reference.reader.max_tokens)
     sequences = _sequences(subject.words, text, num_sequences=num_sequences, length=length)
     theirs = _sequences(reference.words, text, num_sequences=num_sequences, length=length)
     if sequences != theirs or subject.reader.vocab_size != reference.reader.vocab_size:
