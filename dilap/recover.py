@@ -43,6 +43,11 @@ def distil(
     `progress` gets each step's KL. The teacher holds a vector a position instead of logits, so the dense model
     is not needed beside the pruned one.
     """
+    kept = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    if not (options.mode == "lora" and model.dtype == torch.bfloat16):
+        # A step of full training is lost in bf16's 8 bits; f16 has no room for a gradient's small numbers, nor for
+        # Adam's (a tiny model was NaN after one step). Adapters are f32 anyway, beside bf16 weights that stay.
+        model.float()
     student = _trainable(model, options)
     parameters = [p for p in student.parameters() if p.requires_grad]
     rate = options.lora_learning_rate if options.mode == "lora" else options.full_learning_rate
@@ -58,6 +63,9 @@ def distil(
         progress(losses[-1])
     if options.mode == "lora":
         student.merge_and_unload()  # puts plain matrices back into `model`
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(kept[name])
     model.eval().requires_grad_(False)
     return losses
 

@@ -1,11 +1,12 @@
 """LLM-Barber: the golden checks of its specification, and the job that prunes to a pattern."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from fake_job import call, last_line
-from models import random_tokens, tiny_model
+from models import random_tokens, tiny_model, tiny_tokenizer
 from torch import nn
 from torch.testing import assert_close
 
@@ -16,6 +17,7 @@ from dilap.errors import InvalidInput
 from dilap.methods.barber import Barber, Block, Granularity, decoder_matrices, rebuilt_masks, swapped
 from dilap.methods.unstructured import Magnitude, SparseGpt, Wanda, sparsify_
 from dilap.modeling_dilap import Family
+from dilap.source import save_checkpoint
 from dilap.sparsity import Pattern
 from dilap.walk import LayerCall
 
@@ -191,6 +193,30 @@ def test_a_run_leaves_a_sparse_checkpoint_and_claims_no_latency(
     assert result["model_sparsity"] < 0.5
     assert result["claim"].startswith("no latency is claimed")
     assert (tmp_path / "out" / "checkpoint" / "config.json").exists()
+
+
+def every_second(weight: torch.Tensor, statistics: object, pattern: object) -> torch.Tensor:
+    """A rule of a user's own, named as `test_barber:every_second`."""
+    kept = torch.arange(weight.shape[1]) % 2 == 0
+    return weight * kept
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+def test_a_rule_of_ones_own_is_rebuilt(pattern: str, checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    own = ["--method", "test_barber:every_second", "--rebuild", "barber", "--threshold", "0.5"]
+    assert sparse(checkpoint, corpus, tmp_path / "out", "--pattern", pattern, *own) == 0
+    assert read_json(tmp_path / "out" / "result.json")["linear_sparsity"] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_run_on_a_checkpoint_in_half_precision_is_rebuilt(
+    dtype: torch.dtype, checkpoint: Path, corpus: Path, tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    model = tiny_model("llama").to(dtype)
+    save_checkpoint(model, tiny_tokenizer(tmp_path / "words"), half)
+    assert sparse(half, corpus, tmp_path / "out", "--pattern", "2:4", "--rebuild", "barber") == 0
+    assert math.isfinite(read_json(tmp_path / "out" / "result.json")["sparse"]["kl"])
 
 
 @pytest.mark.parametrize(

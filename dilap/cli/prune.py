@@ -93,7 +93,8 @@ def _sparse(given: argparse.Namespace) -> int:
         evaluation_text=given.eval_text,
     )
     name = Path(given.model).name.removesuffix(".gguf")
-    out = given.out or f"runs/{name}-{options.method}-{given.pattern.replace(':', 'of')}{'-barber' * options.rebuild}"
+    pattern, method = given.pattern.replace(":", "of"), options.method.replace(":", ".")
+    out = given.out or f"runs/{name}-{method}-{pattern}{'-barber' * options.rebuild}"
     done = sparse_job.sparsify(options, out=arguments.new_path(out), console=console.Console())
     if given.json:
         json.dump(encode(done) | {"out": out}, sys.stdout, indent=1)

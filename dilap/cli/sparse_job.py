@@ -15,7 +15,7 @@ from dilap.cli.workspace import Workspace
 from dilap.codec import encode, write_json
 from dilap.context import require_sequences
 from dilap.errors import VerificationFailed
-from dilap.methods.barber import PUBLISHED, Barber, Granularity, decoder_matrices
+from dilap.methods.barber import OWN, PUBLISHED, Barber, Granularity, decoder_matrices
 from dilap.methods.unstructured import RULES, Rule, require_matrices, sparsify_
 from dilap.source import Source, load, save_checkpoint
 from dilap.sparsity import Pattern
@@ -148,7 +148,7 @@ def _calibration(options: SparseOptions, source: Source, workspace: Workspace) -
 
 
 def _barber(options: SparseOptions) -> Barber:
-    granularity, threshold = PUBLISHED[options.method]
+    granularity, threshold = PUBLISHED.get(options.method, OWN)
     if ":" in options.pattern:  # the only one that keeps N:M
         granularity = "output1"
     return Barber(

@@ -23,6 +23,7 @@ PUBLISHED: Mapping[str, tuple[Granularity, float]] = {
     "sparsegpt": ("layer", 0.1),
     "wanda": ("output1", 0.01),
 }
+OWN: tuple[Granularity, float] = PUBLISHED["wanda"]  # for the first mask of a user's own rule
 Weights = dict[str, torch.Tensor]
 
 
@@ -170,12 +171,13 @@ class Block:
             self.sparse(state, **call.arguments)
         for hook in hooks:
             hook.remove()
+        arguments, keywords = given[0]
         weights = self.weights(self.dense)
         self.dense.requires_grad_(False)
         for weight in weights.values():
             weight.requires_grad_(True)
         with torch.enable_grad():
-            found = self._dense_output(*given[0])
+            found = self._dense_output(_in_f32(arguments), _in_f32(keywords))
             loss = functional.mse_loss(found, outputs[0].reshape(found.shape).float())
             gradients = torch.autograd.grad(loss, list(weights.values()))
         return dict(zip(weights, gradients, strict=True))
@@ -209,6 +211,15 @@ def decoder_matrices(model: PreTrainedModel) -> Weights:
         for index, layer in enumerate(decoder_layers(model))
         for path, matrix in _matrices(layer)
     }
+
+
+def _in_f32(value: Any) -> Any:
+    """The tensors in what a block is called with, where they are of a narrower floating type."""
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return tuple(_in_f32(one) for one in value)
+    return {name: _in_f32(one) for name, one in value.items()} if isinstance(value, dict) else value
 
 
 def _matrices(layer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

@@ -170,7 +170,14 @@ def sparsify_(
     """
     family = family_of(model.config)
     require_matrices(model, pattern)
-    steps = walk(model, tokens, roles=ROLES, covariance=rule.needs_covariance, propagate=propagate, progress=progress)
+    steps = walk(
+        model,
+        tokens,
+        roles=ROLES,
+        covariance=getattr(rule, "needs_covariance", False),
+        propagate=propagate,
+        progress=progress,
+    )
     for step in steps:
         for role, statistics in step.statistics.items():
             for path in paths_of(family, role):
