@@ -47,7 +47,7 @@ def load(name: str) -> Source:
     fetched, Unsupported where no adapter knows the architecture.
     """
     _quiet_transformers()
-    path = builtin_model() if name == DEFAULT_MODEL else Path(name)
+    path = builtin_model() if name == DEFAULT_MODEL else checkpoint_of(Path(name))
     if path.is_file():
         arguments: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
         folder, tokenizer_path = path.parent, path
@@ -65,6 +65,13 @@ def load(name: str) -> Source:
     return Source(
         name=name, model=model, tokenizer=tokenizer, tokenizer_path=tokenizer_path, digest=model_digest(model)
     )
+
+
+def checkpoint_of(path: Path) -> Path:
+    """The checkpoint in the folder of a run; any other path as it is."""
+    inside = path / "checkpoint"
+    is_run = not (path / "config.json").exists() and (inside / "config.json").is_file()
+    return inside if is_run else path
 
 
 def _read(name: str, folder: str, arguments: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -102,7 +102,7 @@ def _file_sequences(options: CalibrationOptions, tokenizer: PreTrainedTokenizerB
     if len(tokens) < count:
         raise InvalidInput(
             f"{options.source}: {len(tokens)} sequences of {length} tokens, but {count} are needed; "
-            "give more text or ask for fewer sequences"
+            "give more text, or take a smaller --calib-length"
         )
     return tokens
 

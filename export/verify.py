@@ -52,7 +52,11 @@ def verify_logits(
         rounded = sqnr_db(reference, torch_logits(copy.deepcopy(model).to(half), token_ids))
         bound = min(bound, max(_LEAST_DB, rounded - _ROOM_DB))
     if not worst >= bound:
-        hint = "" if model.dtype == torch.float32 else "; load the model in float32 to rule out torch's own rounding"
+        hint = (
+            ""
+            if model.dtype == torch.float32
+            else "; a copy of the checkpoint in float32 rules out torch's own rounding"
+        )
         raise VerificationFailed(
             f"{name} differs from the torch model ({model.dtype}): SQNR {together:.1f} dB in one pass,"
             f" {incremental:.1f} dB token by token, over {len(token_ids)} tokens; {bound:.3g} dB expected{hint}"

@@ -86,8 +86,8 @@ class Device:
         where = 'adb = "SERIAL"' if self.transport == "adb" else 'ssh = "user@host"'
         return (
             f"it is not known where your {self.name} ({self.description}) is: write [{self.name}] and "
-            f"{where} into devices.toml, then look with dilap-profile --check {self.name}; without the device, "
-            "--estimate"
+            f"{where} into devices.toml, then look with dilap-profile --check {self.name}; without the device: "
+            "dilap-prune --estimate"
         )
 
     def where(self) -> str:

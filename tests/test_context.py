@@ -118,7 +118,7 @@ TOO_LONG: dict[str, tuple[Callable[[], None], list[Any], str]] = {
     "profile": (profile.main, ["--device", "host_cpu", "--context", 1000], "take --context 127 or less"),
     "calibration": (prune.main, [*BUDGET, "--calib-length", 129], "take --calib-length 128 or less"),
     "pattern": (prune.main, ["--pattern", "2:4", "--calib-length", 129], "take --calib-length 128 or less"),
-    "few words": (prune.main, [*BUDGET, "--calib", "short.txt"], "more text or ask for fewer sequences"),
+    "few words": (prune.main, [*BUDGET, "--calib", "short.txt"], "give more text, or take a smaller --calib-length"),
     "no text": (prune.main, [*BUDGET, "--eval-text", "none.txt"], "does not exist"),
     "pattern's text": (prune.main, ["--pattern", "2:4", "--calib-length", 8, "--eval-text", "none.txt"], "not exist"),
 }

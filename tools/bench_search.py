@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from dilap import registry
 from dilap.anatomy import architecture_of
 from dilap.builtin import DEFAULT_MODEL
+from dilap.cli.arguments import Several
 from dilap.cli.bench import Bench
 from dilap.cli.console import Console, run
 from dilap.codec import written_aside
@@ -77,7 +78,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calib", default="self")
     parser.add_argument("--eval-text", default="python-docs")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[85, 70, 55], help="per cent of the dense latency")
+    parser.add_argument(
+        "--budgets", action=Several, convert=int, default=[85, 70, 55], help="per cent of the dense latency"
+    )
     parser.add_argument("--importance", choices=["wanda", "obs"], default=LibraryOptions().order)
     parser.add_argument("--evaluations", type=int, default=SearchOptions().evaluations)
     parser.add_argument("--only", metavar="ALLOCATION", help="one line of the table")

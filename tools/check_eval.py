@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dilap.builtin import DEFAULT_MODEL
+from dilap.cli.arguments import Several
 from dilap.cli.console import run
 from dilap.cli.eval import TASKS
 from dilap.codec import decode, read_json
@@ -83,7 +84,7 @@ def _call(command: str, *arguments: object) -> None:
 
 
 def _evaluation(subject: Path | str, out: Path, given: argparse.Namespace) -> Evaluation:
-    arguments = ["--tasks", given.tasks, "--data-dir", given.data_dir, "--max-length", given.max_length]
+    arguments = ["--tasks", ",".join(given.tasks), "--data-dir", given.data_dir, "--max-length", given.max_length]
     arguments += ["--limit", given.limit] if given.limit else []
     arguments += ["--threads", given.threads] if given.threads else []
     arguments += ["--precision", "f32"] if out.stem == "torch" else []
@@ -94,7 +95,7 @@ def _evaluation(subject: Path | str, out: Path, given: argparse.Namespace) -> Ev
 def _main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--tasks", default=",".join(one for one in TASKS if one != "ptb"))
+    parser.add_argument("--tasks", action=Several, default=[one for one in TASKS if one != "ptb"])
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--max-length", type=int, default=2048, help="what ExecuTorch's programs hold (2048)")

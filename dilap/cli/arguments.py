@@ -2,8 +2,10 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dilap import __version__
 from dilap.builtin import DEFAULT_MODEL
@@ -25,6 +27,21 @@ def parser(description: str, examples: str) -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="version", version=f"dilap {__version__}")
     return made
+
+
+class Several(argparse.Action):
+    """A list whose items stand apart by spaces or by commas, each once."""
+
+    def __init__(self, *, convert: Callable[[str], object] = str, **keywords: Any) -> None:
+        super().__init__(nargs="+", **keywords)
+        self._convert = convert
+
+    def __call__(self, _: object, namespace: argparse.Namespace, values: Any, __: object = None) -> None:
+        try:
+            items = [self._convert(one) for value in values for one in value.replace(",", " ").split()]
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
+        setattr(namespace, self.dest, list(dict.fromkeys(items)))
 
 
 def add_model(to: argparse.ArgumentParser) -> None:
@@ -62,6 +79,16 @@ def add_workload(to: argparse.ArgumentParser) -> None:
 
 
 def add_devices(to: argparse.ArgumentParser) -> None:
+    """Where the device is, and what may stand for it."""
+    group = add_device_access(to)
+    group.add_argument(
+        "--estimate",
+        action="store_true",
+        help="ask no device: a roofline of its published numbers stands for it, and everything is marked estimated",
+    )
+
+
+def add_device_access(to: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
     group = to.add_argument_group("the device")
     group.add_argument(
         "--devices",
@@ -72,11 +99,7 @@ def add_devices(to: argparse.ArgumentParser) -> None:
         "--runner", metavar="PATH", help=f"the timing program of a device without Python: {', '.join(RUNNERS)}"
     )
     group.add_argument("--force", action="store_true", help="measure a device in an unfit state, and say so")
-    group.add_argument(
-        "--estimate",
-        action="store_true",
-        help="ask no device: a roofline of its published numbers stands for it, and everything is marked estimated",
-    )
+    return group
 
 
 def registry_of(arguments: argparse.Namespace) -> Registry:

@@ -45,15 +45,15 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--target", required=True, help="the device; see dilap-profile --list-devices")
     made.add_argument(
         "--budget",
-        nargs="+",
+        action=arguments.Several,
         default=[],
         metavar="B",
         help="40ms, 70%% (of dense) or 1.4x, several (needed, or --ratio)",
     )
     made.add_argument(
         "--ratio",
-        nargs="+",
-        type=float,
+        action=arguments.Several,
+        convert=float,
         default=[],
         metavar="R",
         help="also, or instead: shares of the weights to remove",
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--stat", choices=["p50", "p90"], default="p50", help="the latency the budgets are about (p50)")
     made.add_argument(
         "--methods",
-        nargs="+",
+        action=arguments.Several,
         default=["all"],
         metavar="NAME",
         help=f"all, or some of {', '.join(METHODS)}, or your own as module:attribute (all)",
@@ -118,7 +118,7 @@ def _command() -> int:
 
 def _names(asked: Sequence[str]) -> list[str]:
     """The methods asked for. Raises InvalidInput for an unknown one, before hours are spent on the others."""
-    if list(asked) == ["all"]:
+    if "all" in asked:
         return [name for name in METHODS if name not in _NOT_COMPARED]
     for name in asked:
         if ":" not in name and name not in METHODS:

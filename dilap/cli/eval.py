@@ -15,7 +15,7 @@ from dilap.cli.result import versions
 from dilap.codec import decode, encode, read_json, write_json
 from dilap.errors import InvalidInput, Unavailable
 from dilap.evaluation.document import Costs, Evaluation, identity
-from dilap.profilers import devices
+from dilap.profilers.devices import Device
 from dilap.types import Workload
 
 if TYPE_CHECKING:
@@ -36,9 +36,15 @@ A killed evaluation with --out, or of a run, goes on after the last whole task w
 
 def _parser() -> argparse.ArgumentParser:
     made = arguments.parser("Score a checkpoint in torch, or an artifact through its own runtime.", _EXAMPLES)
-    made.add_argument("subject", metavar="MODEL_OR_ARTIFACT", help="a run, an artifact's folder, a .gguf or a model")
     made.add_argument(
-        "--tasks", default="", metavar="A,B", help=f"all ({','.join(TASKS)}), or any of lm-eval's that score given text"
+        "subject", nargs="?", metavar="MODEL_OR_ARTIFACT", help="a run, an artifact's folder, a .gguf or a model"
+    )
+    made.add_argument(
+        "--tasks",
+        action=arguments.Several,
+        default=[],
+        metavar="NAME",
+        help=f"all ({' '.join(TASKS)}), or any of lm-eval's that score given text",
     )
     made.add_argument("--limit", type=int, metavar="N", help="only the first N rows of every task")
     made.add_argument("--num-fewshot", type=int, metavar="K", help="examples before each question (mmlu 5, others 0)")
@@ -51,14 +57,15 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--costs", action="store_true", help="also size, FLOPs, bytes, memory and latency of both phases")
     made.add_argument("--device", default="host_cpu", metavar="NAME", help="where --costs are measured (host_cpu)")
     made.add_argument("--threads", type=int, metavar="N", help="of a runtime; all physical cores by default")
+    arguments.add_device_access(made)
     made.add_argument("--out", metavar="FILE", help="keep the evaluation (RUN/evaluation.json for a run)")
     made.add_argument("--json", action="store_true", help="print it as JSON")
     return made
 
 
 def _command() -> int:
-    given = _parser().parse_args()
-    names = _tasks(given.tasks)
+    given = _given()
+    names = list(TASKS) if "all" in given.tasks else given.tasks
     for name in ("limit", "max_length", "threads"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
             raise InvalidInput(f"--{name.replace('_', '-')} is at least 1, got {getattr(given, name)}")
@@ -67,7 +74,13 @@ def _command() -> int:
     if not (names or given.reference or given.costs):
         raise InvalidInput("nothing to do: name --tasks or a --reference, or ask for --costs")
     screen = Console()
+    device = _device(given) if given.costs else None
     tasks = _load_tasks(names, given)
+    from dilap.evaluation.subject import is_sparse_run
+
+    if given.backend is None and is_sparse_run(Path(given.subject)):
+        given.backend = "torch"
+        screen.say(f"{given.subject} has zeros inside matrices and so no artifact: its checkpoint is scored in torch")
     out = _out(given)
     subject = _open(given.subject, given)
     with closing(subject.reader):
@@ -75,8 +88,8 @@ def _command() -> int:
         if given.reference:
             done = _with_reference(done, subject, given, screen)
             _keep(done, out)
-    if given.costs:  # measured alone
-        done = _with_costs(done, subject, given, screen)
+    if device is not None:  # measured alone
+        done = _with_costs(done, subject, device, given, screen)
         _keep(done, out)
     if given.json:
         json.dump(encode(done), sys.stdout, indent=1)
@@ -85,9 +98,14 @@ def _command() -> int:
     return 0
 
 
-def _tasks(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    return list(TASKS) if names == ["all"] else list(dict.fromkeys(names))
+def _given() -> argparse.Namespace:
+    parser = _parser()
+    given = parser.parse_args()
+    if given.subject is None and len(given.tasks) > 1:  # it followed the tasks, and was taken for one more
+        given.subject = given.tasks.pop()
+    if given.subject is None:
+        parser.error("name what is scored: a run, an artifact's folder, a .gguf or a model")
+    return given
 
 
 def _load_tasks(names: list[str], given: argparse.Namespace) -> "list[LoadedTask]":
@@ -171,12 +189,19 @@ def _with_reference(done: Evaluation, subject: "Subject", given: argparse.Namesp
     return replace(done, text=quality)
 
 
-def _with_costs(done: Evaluation, subject: "Subject", given: argparse.Namespace, screen: Console) -> Evaluation:
-    from dilap.evaluation import costs
-
-    device = devices.get(given.device)
+def _device(given: argparse.Namespace) -> Device:
+    """Where costs are measured. Raises InvalidInput, Unavailable."""
+    device = arguments.devices_of(given, given.device)[0]
     if reason := device.unavailable():
         raise Unavailable(reason)
+    return device
+
+
+def _with_costs(
+    done: Evaluation, subject: "Subject", device: Device, given: argparse.Namespace, screen: Console
+) -> Evaluation:
+    from dilap.evaluation import costs
+
     run, most = subject.run, subject.reader.max_tokens
     threads = given.threads or (run.threads if run else done.threads)
     workload = Workload(precision=subject.precision, threads=threads, switches=run.switches if run else {})
@@ -185,7 +210,9 @@ def _with_costs(done: Evaluation, subject: "Subject", given: argparse.Namespace,
     )
     counted = costs.count(subject, workload)
     with screen.bar("measure", total=None, unit="") as bar:
-        return replace(done, costs=costs.measure(counted, subject, device, progress=bar.set_postfix_str))
+        return replace(
+            done, costs=costs.measure(counted, subject, device, force=given.force, progress=bar.set_postfix_str)
+        )
 
 
 def _keep(done: Evaluation, out: Path | None) -> None:

@@ -22,7 +22,9 @@ def _parser() -> argparse.ArgumentParser:
     made = arguments.parser(
         "Write a checkpoint in a runtime's format and verify it against the torch model.", _EXAMPLES
     )
-    made.add_argument("checkpoint", help="a folder with config.json, a .gguf file, a hub id or a built-in name")
+    made.add_argument(
+        "checkpoint", help="a run or a folder with config.json, a .gguf file, a hub id or a built-in name"
+    )
     made.add_argument("--backend", required=True, help=f"the runtime: {', '.join(backends.BACKENDS)}")
     made.add_argument("--precision", help="the runtime's default otherwise")
     made.add_argument("--tokenizer", metavar="PATH", help="a folder or GGUF file; the checkpoint's own by default")
@@ -43,7 +45,7 @@ def _command() -> int:
     if tokenizer is not None and not tokenizer.exists():
         raise InvalidInput(f"no tokenizer {given.tokenizer!r}: give a Hugging Face folder or a GGUF file")
     from dilap.anatomy import architecture_of  # torch and transformers: seconds that bad input should not cost
-    from dilap.source import load
+    from dilap.source import checkpoint_of, load
 
     screen = console.Console()
     source = load(given.checkpoint)
@@ -53,7 +55,7 @@ def _command() -> int:
         source.model,
         tokenizer=tokenizer or source.tokenizer_path,
         precision=precision,
-        plan_digest=_plan_digest(given.checkpoint),
+        plan_digest=_plan_digest(checkpoint_of(Path(given.checkpoint))),
         out=out,
     )
     if given.json:
@@ -66,9 +68,9 @@ def _command() -> int:
     return 0
 
 
-def _plan_digest(checkpoint: str) -> str:
+def _plan_digest(checkpoint: Path) -> str:
     """Of the plan that the checkpoint was shrunk by; empty for any other model."""
-    path = Path(checkpoint) / "config.json"
+    path = checkpoint / "config.json"
     return str(read_json(path).get("dilap_plan", "")) if path.is_file() else ""
 
 

@@ -3,9 +3,12 @@
 import platform
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
 
 from dilap import __version__
+from dilap.codec import decode, read_json
+from dilap.errors import InvalidInput
 from dilap.types import Architecture, Artifact, Budget, Interval, Measurement, Workload
 
 
@@ -106,6 +109,18 @@ def flops_of(architecture: Architecture, workload: Workload) -> int:
     if workload.phase == "decode":
         return architecture.decode_flops(context=workload.context)
     return architecture.prefill_flops(prompt_tokens=workload.prompt_tokens)
+
+
+def read_result(path: Path) -> PruneResult:
+    """Of the folder of a run. Raises InvalidInput, with what to do, for a run that measured no latency."""
+    result = path / "result.json"
+    document = read_json(result)
+    if document.get("type") == "SparseResult":
+        raise InvalidInput(
+            f"{path} has zeros inside matrices (--pattern): no latency was measured, so there is nothing to report; "
+            f"score it with dilap-eval {path}, and report the evaluation"
+        )
+    return decode(PruneResult, document, source=str(result))
 
 
 def versions() -> dict[str, str]:

@@ -36,11 +36,13 @@ def _counted(architecture: Architecture, backend: str, workload: Workload) -> Ph
     return PhaseCosts(workload=workload, flops=flops, bytes_moved=moved)
 
 
-def measure(costs: Costs, subject: Subject, device: Device, *, progress: Progress | None = None) -> Costs:
+def measure(
+    costs: Costs, subject: Subject, device: Device, *, force: bool = False, progress: Progress | None = None
+) -> Costs:
     """Latency with fresh starts, and memory, of both phases; a checkpoint's costs stay as they are."""
     if subject.path is None:
         return costs
-    profiler = Profiler(device, backend=subject.backend)
+    profiler = Profiler(device, backend=subject.backend, force=force)
     cases = [Case(path=subject.path, workload=phase.workload) for phase in (costs.decode, costs.prefill)]
     measurements = profiler.measure(cases, FINAL, progress=progress)
     decode, prefill = (

@@ -61,11 +61,26 @@ def open_subject(name: str, *, backend: str | None = None, precision: str | None
 def _of_run(run: Path, backend: str | None, precision: str | None, threads: int) -> Subject:
     if backend == "torch":
         return _of_model(str(run / "checkpoint"), precision)
+    if not (run / "artifact").is_dir():
+        raise InvalidInput(f"{run} has no artifact, {why_no_artifact(run)}")
     subject = _of_artifact(str(run), run / "artifact", backend, threads)
     claimed = read_json(run / "result.json")["pruned"]["artifact"]["sha256"]
     if subject.digest != claimed:
         raise Mismatch(f"{run}: its artifact is of another model than its result.json (the sha256 differs)")
     return subject
+
+
+def why_no_artifact(run: Path) -> str:
+    """The reason, and what to do instead."""
+    if is_sparse_run(run):
+        return "zeros inside matrices are saved as a checkpoint: score that with --backend torch"
+    return "dilap-compare drops it unless --keep-models is given, and so does whoever needs the room: make it again"
+
+
+def is_sparse_run(run: Path) -> bool:
+    """Whether a folder is that of a run with --pattern."""
+    result = run / "result.json"
+    return result.is_file() and read_json(result).get("type") == "SparseResult"
 
 
 def _of_artifact(name: str, folder: Path, backend: str | None, threads: int) -> Subject:

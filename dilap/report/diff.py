@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dilap.cli.result import PruneResult
+from dilap.cli.result import PruneResult, read_result
 from dilap.codec import decode, encode, read_json
 from dilap.errors import InvalidInput
 from dilap.evaluation.document import Evaluation
@@ -36,7 +36,7 @@ def compare(first: Path, second: Path) -> list[Difference]:
 def _read(path: Path) -> PruneResult | Evaluation:
     result = path / "result.json"
     if result.is_file():
-        return decode(PruneResult, read_json(result), source=str(result))
+        return read_result(path)
     if path.is_file():
         return decode(Evaluation, read_json(path), source=str(path))
     raise InvalidInput(f"{path} is no run (result.json) or evaluation file")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dilap.cli.comparison import read_row
-from dilap.cli.result import PruneResult
+from dilap.cli.result import PruneResult, read_result
 from dilap.codec import decode, read_json
 from dilap.errors import InvalidInput
 from dilap.evaluation.document import Evaluation
@@ -64,11 +64,11 @@ def _read(path: Path) -> Contents:
 
 
 def _run(folder: Path) -> Run:
-    result, plan = folder / "result.json", folder / "plan.json"
+    plan = folder / "plan.json"
     table, evaluation = folder / "table.jsonl", folder / "evaluation.json"
     return Run(
         name=folder.resolve().name,
-        result=decode(PruneResult, read_json(result), source=str(result)),
+        result=read_result(folder),
         widths=decode(Plan, read_json(plan), source=str(plan)).all_widths(),
         table=LatencyTable.read(table) if table.is_file() else None,
         evaluation=decode(Evaluation, read_json(evaluation), source=str(evaluation)) if evaluation.is_file() else None,
