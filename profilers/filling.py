@@ -17,6 +17,7 @@ from dilap.types import Architecture, LayerWidths, Measurement
 
 Progress = Callable[[int, int, str], None]  # probes done, probes in all, what is going on
 _BLOCK = 4  # probes measured together, beside the dense one: about 1.3 GB of mapped files for 135M parameters in f16
+_REPEATS = 1  # a spell of other load is over by the end of a table; what outlasts it is left to the next command
 _exporting = threading.Lock()  # the exporters share caches, and memory
 
 
@@ -44,14 +45,28 @@ def fill(
     architecture: Architecture,
     progress: Progress | None,
 ) -> LatencyTable:
-    """Measure the probes that no share has yet; the first device's table, with the others' beside it.
+    """Measure the probes that no share has yet, those beside which other processes used the cores once more; the first
+    device's table, with the others' beside it.
 
     The first device measures the dense, the shallow and the held-out probes itself: they say what its seconds are, and
     whether its kind's are its own. A helper whose link is lost leaves its block to the others.
     """
+    for _ in range(1 + _REPEATS):
+        whole = _whole(shares)
+        if not (missing := [probe for probe in probes if (probe.role, probe.widths) not in whole]):
+            break
+        _measure(shares, _Queue(missing, len(probes), progress), architecture)
+    return _whole(shares)
+
+
+def _whole(shares: Sequence[Share]) -> LatencyTable:
+    main, *helpers = (share.table for share in shares)
+    return replace(main, partners=tuple(helpers))
+
+
+def _measure(shares: Sequence[Share], queue: "_Queue", architecture: Architecture) -> None:
+    """All that is in the queue, on all devices at once."""
     main, *helpers = shares
-    whole = replace(main.table, partners=tuple(share.table for share in helpers))
-    queue = _Queue([probe for probe in probes if (probe.role, probe.widths) not in whole], len(probes), progress)
     with ThreadPoolExecutor(max(1, len(helpers))) as pool:
         futures = [pool.submit(_work, share, queue, architecture, is_helper=True) for share in helpers]
         try:
@@ -62,7 +77,6 @@ def fill(
         for future in futures:
             future.result()
     _work(main, queue, architecture, is_helper=False)  # what a lost helper gave back
-    return replace(main.table, partners=tuple(share.table for share in helpers))
 
 
 class _Queue:
@@ -164,6 +178,7 @@ def _entry(probe: Probe, measurement: Measurement, sentinels: Mapping[int, float
         sentinel_ns=tuple(round(sentinels[number]) for number in measurement.rounds),
         status=measurement.status,
         note=measurement.note,
+        forced=measurement.forced,
     )
 
 

@@ -50,7 +50,8 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyModel:
-    """Seconds of any plan on one device. `method` is the fit that had the lower cross-validated error."""
+    """Seconds of any plan on one device. `method` is the fit that had the lower cross-validated error, `caveats` what a
+    reader must know of how the probes were measured."""
 
     architecture: Architecture
     workload: Workload
@@ -61,6 +62,7 @@ class LatencyModel:
     cross_validation: dict[str, float]
     noise_seconds: float
     holdout: tuple[Observation, ...]
+    caveats: tuple[str, ...] = ()
 
     def attention_seconds(self, num_heads: int, num_kv_heads: int) -> float:
         """Of one layer; 0 without heads. An unmeasured level costs what its work costs on the curve."""
@@ -128,6 +130,7 @@ def fit(observations: Sequence[Observation], *, architecture: Architecture, work
     """The better of slopes and least squares under cross-validation on the observations of role `random`."""
     used = [one for one in observations if one.role != "holdout"]
     work = attention_work(architecture, workload)
+    _require_anchors(used)
     grid = _Grid.of(used, work)
     slopes = _slopes(used, grid, work)
     random = [one for one in used if one.role == "random"]
@@ -155,6 +158,15 @@ def fit(observations: Sequence[Observation], *, architecture: Architecture, work
         noise_seconds=2**0.5 * noise / len(dense.widths),  # of a difference, spread over the layers
         holdout=tuple(one for one in observations if one.role == "holdout"),
     )
+
+
+def _require_anchors(observations: Sequence[Observation]) -> None:
+    """Raises InvalidInput without the two probes from which all others are told."""
+    if not {"dense", "depth"} <= {one.role for one in observations}:
+        raise InvalidInput(
+            "the latency table has no dense or no depth probe yet that was measured without other load on the cores; "
+            "stop other programs and resume its measurement with dilap-profile"
+        )
 
 
 @dataclass(frozen=True)
@@ -201,10 +213,7 @@ def _rises(knots: Sequence[float], work: float) -> Vector:
 
 def _slopes(observations: Sequence[Observation], grid: _Grid, work: Work) -> Vector:
     """Every width's cost from the probes alone: what is saved in all layers, shared out to one."""
-    by_role = {role: [one for one in observations if one.role == role] for role in ("dense", "depth")}
-    if not all(by_role.values()):
-        raise InvalidInput("the latency table has no dense or no depth probe yet; resume its measurement")
-    dense, shallow = by_role["dense"][0], by_role["depth"][0]
+    dense, shallow = (next(one for one in observations if one.role == role) for role in ("dense", "depth"))
     per_layer = (dense.seconds - shallow.seconds) / (len(dense.widths) - len(shallow.widths))
     per_layer = min(max(per_layer, 0.0), dense.seconds / len(dense.widths))
     saved_attention, saved_ffn = _savings(observations, dense, work)

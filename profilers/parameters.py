@@ -13,6 +13,7 @@ class ParameterCosts:
 
     architecture: Architecture
     fixed_seconds: float = 0.0
+    caveats: tuple[str, ...] = ()  # counts have none
 
     def attention_seconds(self, num_heads: int, num_kv_heads: int) -> float:
         widths = LayerWidths(num_heads=num_heads, num_kv_heads=num_kv_heads, num_channels=0)

@@ -182,8 +182,10 @@ def list_probes(
             drawn.setdefault(plan)
         if len(drawn) == num_random + num_holdout:
             break
+    # where there are fewer plans than asked for, the held-out ones keep their share: no budget is claimed without them
+    num_fitted = len(drawn) * num_random // max(1, num_random + num_holdout)
     probes.extend(
-        Probe(role="random" if index < num_random else "holdout", widths=plan) for index, plan in enumerate(drawn)
+        Probe(role="random" if index < num_fitted else "holdout", widths=plan) for index, plan in enumerate(drawn)
     )
     return probes
 

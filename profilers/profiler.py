@@ -88,7 +88,7 @@ class Profiler:
             )
             if differences := starts[0].fingerprint.differences(starts[-1].fingerprint):
                 raise Mismatch(f"the device changed between two starts: {'; '.join(differences)}")
-        return [
+        found = [
             _measurement(
                 starts,
                 index,
@@ -99,6 +99,14 @@ class Profiler:
             )
             for index, case in enumerate(cases)
         ]
+        return [self._overridden(one) for one in found] if self._force else found
+
+    @staticmethod
+    def _overridden(measurement: Measurement) -> Measurement:
+        """Other load that came while it was measured is forced like that which was there before."""
+        if measurement.status != "contended":
+            return measurement
+        return dataclasses.replace(measurement, forced=(*measurement.forced, "other processes kept using the cores"))
 
     def memory(self, case: Case, *, runs: int = 50) -> MemoryTaken:
         """What a model adds to a process of its own. A Measurement's peak is of a process that holds other models,

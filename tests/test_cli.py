@@ -354,6 +354,21 @@ def test_a_table_of_something_else_is_refused(
     assert "table" in last_line(capsys)
 
 
+def test_a_table_without_held_out_plans_makes_no_claim(
+    checkpoint: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = Bench.of([devices.get("host_cpu")], "llamacpp", Workload(threads=1), Console())
+    table = fabricated_table(read_architecture(checkpoint), bench.workload)
+    header = replace(table.header, fingerprint=bench.profiler.fingerprint())
+    entries = tuple(one for one in table.entries if one.role != "holdout")
+    replace(table, header=header, entries=entries).write(tmp_path / "table.jsonl")
+    asked = ("--budget", "70%", "--threads", "1", "--table", str(tmp_path / "table.jsonl"))
+    assert prune_tiny(checkpoint, corpus, tmp_path / "run", *asked) == 2
+    said = last_line(capsys)
+    assert "no held-out plans that count" in said
+    assert "dilap-profile --device host_cpu --out" in said
+
+
 def read_architecture(checkpoint: Path) -> Architecture:
     return architecture_of(load(str(checkpoint)).model)
 

@@ -196,6 +196,41 @@ def test_a_complete_table_is_not_measured_again(fake: FakeProfiler, tmp_path: Pa
     assert fake.blocks == []
 
 
+class BusyProfiler(FakeProfiler):
+    """Other processes use the cores during the second block, or always."""
+
+    def __init__(self, *, always: bool = False) -> None:
+        self.blocks, self._always = [], always
+
+    def measure(
+        self, cases: Sequence[Case], protocol: Protocol, *, progress: Callable[[str], None] | None = None
+    ) -> list[Measurement]:
+        found = super().measure(cases, protocol, progress=progress)
+        busy = self._always or len(self.blocks) == 2
+        return [replace(one, status="contended" if busy else "ok") for one in found]
+
+
+@pytest.mark.usefixtures("fake")
+def test_probes_that_other_load_spoiled_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "make_profiler", lambda _: BusyProfiler())
+    table = build(tmp_path / "t.jsonl")
+    assert {entry.status for entry in table.entries} == {"ok"}
+    assert LatencyTable.read(tmp_path / "t.jsonl") == table
+
+
+def test_load_that_stays_is_left_to_the_next_command(
+    fake: FakeProfiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = BusyProfiler(always=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "make_profiler", lambda _: busy)
+        table = build(tmp_path / "t.jsonl")
+    assert {entry.status for entry in table.entries} == {"contended"}
+    assert len({entry.probe for entry in table.entries}) == len(table.entries)
+    assert build(tmp_path / "t.jsonl").model().caveats == ()
+    assert fake.blocks
+
+
 def test_a_table_that_another_process_measures_is_waited_for(fake: FakeProfiler, tmp_path: Path) -> None:
     other = FileLock(tmp_path / ".t.jsonl.lock")
     other.acquire()
@@ -321,7 +356,8 @@ def test_progress_is_told_round_by_round(pair: list[Case]) -> None:
 def test_a_tiny_table_is_measured_by_the_real_runtime(backend: str, tmp_path: Path) -> None:
     if reason := backends.get(backend).unavailable():
         pytest.skip(reason)
-    table = build(tmp_path / "t.jsonl", backend=backend)
+    # whatever else runs beside the tests
+    table = build(tmp_path / "t.jsonl", backend=backend, protocol=replace(QUICK, contention_share=1e9))
     assert {entry.role for entry in table.entries} == {"dense", "depth", "attention", "ffn", "random", "holdout"}
     assert len(table.model().holdout_errors()) == 2
     assert json.loads((tmp_path / "t.jsonl").read_text().splitlines()[0])["backend"] == backend

@@ -1,9 +1,12 @@
 """Latency tables and the costs derived from them, with fabricated seconds."""
 
+import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fabricated import FINGERPRINT, tiny_llama
@@ -112,6 +115,126 @@ def test_a_damaged_line_is_refused_by_its_number(tmp_path: Path) -> None:
     path.write_text(lines[0] + lines[1].replace("samples_ns", "sample_ns") + "".join(lines[2:]))
     with pytest.raises(InvalidInput, match=r"t\.jsonl: line 2"):
         LatencyTable.read(path)
+
+
+BAD_ENTRIES: dict[str, tuple[dict[str, object], str]] = {
+    "estimated": ({"status": "estimated"}, "it is estimated"),
+    "negative": ({"samples_ns": [-5] * 15}, "a sample takes between 1"),
+    "zero": ({"sentinel_ns": [0] * 15}, "a sample takes between 1"),
+    "endless": ({"samples_ns": [10**400] * 15}, "a sample takes between 1"),
+    "not a number": ({"samples_ns": [float("nan")] * 15}, "expected int"),
+    "infinite": ({"samples_ns": [float("inf")] * 15}, "expected int"),
+    "a billion layers": ({"runs": [[1_000_000_000, 6, 3, 768]]}, "it has 1000000000 layers, and the model 8"),
+    "negative layers": ({"runs": [[-1, 6, 3, 768]]}, "at least one layer"),
+    "no layers": ({"runs": []}, "at least one layer"),
+    "more heads": ({"runs": [[8, 12, 3, 768]]}, "is not cut from"),
+    "more KV heads": ({"runs": [[8, 6, 6, 768]]}, "is not cut from"),
+    "more channels": ({"runs": [[8, 6, 3, 769]]}, "is not cut from"),
+    "heads without KV heads": ({"runs": [[8, 6, 0, 768]]}, "heads without KV heads"),
+    "another depth": ({"runs": [[7, 2, 1, 768]]}, "has 7 layers, and the dense one 8"),
+    "a dense level": ({"runs": [[8, 6, 3, 768]]}, "has the model's own layers"),
+    "a second dense probe": ({"role": "dense", "runs": [[7, 6, 3, 768]]}, "second dense probe"),
+    "a deep shallow probe": ({"role": "depth", "runs": [[8, 6, 3, 768]]}, "shallow probe has 8 layers"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_ENTRIES)
+def test_an_entry_that_no_measurement_gives_is_refused_by_its_line(what: str, tmp_path: Path) -> None:
+    changes, said = BAD_ENTRIES[what]
+    path = tmp_path / "t.jsonl"
+    measured_table().write(path)
+    lines = path.read_text().splitlines()
+    assert json.loads(lines[3])["role"] == "attention"
+    lines[3] = json.dumps(json.loads(lines[3]) | changes)
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(InvalidInput, match=rf"t\.jsonl: line 4.*{re.escape(said)}"):
+        LatencyTable.read(path)
+
+
+def test_a_probe_that_is_there_twice_is_refused_by_its_line(tmp_path: Path) -> None:
+    table = measured_table()
+    replace(table, entries=(*table.entries, table.entries[5])).write(tmp_path / "t.jsonl")
+    with pytest.raises(InvalidInput, match=f"line {len(table.entries) + 2}: its probe of role attention is .* twice"):
+        LatencyTable.read(tmp_path / "t.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("layers", []), ("layers", [{"num_heads": 0, "num_kv_heads": 0, "num_channels": 8}] * 2)]
+)
+def test_a_header_of_no_dense_model_is_refused(name: str, value: object, tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    measured_table().write(path)
+    first, *others = path.read_text().splitlines(keepends=True)
+    header = json.loads(first)
+    header["architecture"][name] = value
+    path.write_text(json.dumps(header) + "\n" + "".join(others))
+    with pytest.raises(InvalidInput, match=r"line 1: .*a dense model"):
+        LatencyTable.read(path)
+
+
+def test_a_partner_of_another_model_is_refused(tmp_path: Path) -> None:
+    measured_table().write(tmp_path / "t.jsonl")
+    other = replace(HEADER, architecture=replace(ARCHITECTURE, hidden_size=128))
+    LatencyTable(other).write(tmp_path / "t.2.jsonl")
+    with pytest.raises(InvalidInput, match=r"t\.2\.jsonl: line 1 is of another model"):
+        LatencyTable.read(tmp_path / "t.jsonl")
+
+
+def slowed(one: TableEntry, **changes: Any) -> TableEntry:
+    """Three times slower, as beside other load."""
+    return replace(one, samples_ns=tuple(3 * sample for sample in one.samples_ns), **changes)
+
+
+def test_what_was_measured_beside_other_load_is_left_out_and_said() -> None:
+    table = measured_table()
+    (bad,) = (one for one in table.entries if one.probe == table.entries[4].probe)
+    disturbed = table.with_entries([slowed(bad, status="contended")])
+    without = replace(table, entries=tuple(one for one in table.entries if one.probe != bad.probe))
+    assert len(disturbed.entries) == len(table.entries)
+    assert disturbed.model().ffn == without.model().ffn
+    assert disturbed.model().attention == without.model().attention
+    assert disturbed.model().caveats == (
+        f"1 of the latency table's {len(table.entries)} probes are left out, because other processes used the cores",
+    )
+
+
+def test_what_was_forced_is_used_and_said() -> None:
+    table = measured_table()
+    busy = replace(table.entries[-1], status="contended", forced=("it runs on battery",))
+    model = table.with_entries([busy]).model()
+    assert replace(model, caveats=()) == table.model()
+    (said,) = model.caveats
+    assert said.endswith("probes were measured in an unfit state (--force): it runs on battery")
+
+
+def test_a_noisy_probe_is_used_and_said() -> None:
+    table = measured_table()
+    noisy = replace(table.entries[4], status="noisy", note="8% of the samples are outliers")
+    (said,) = table.with_entries([noisy]).model().caveats
+    assert "1 of" in said
+    assert "are noisy (8% of the samples are outliers)" in said
+
+
+def test_a_table_whose_dense_probe_is_disturbed_is_measured_on() -> None:
+    table = measured_table()
+    busy = table.with_entries([replace(table.entries[0], status="contended")])
+    assert ("dense", ARCHITECTURE.layers) not in busy
+    with pytest.raises(InvalidInput, match="without other load on the cores"):
+        busy.model()
+
+
+def test_few_different_plans_leave_some_for_the_hold_out() -> None:
+    few = replace(ARCHITECTURE, layers=(DENSE,) * 2)
+    probes = list_probes(
+        few,
+        measured=([(6, 3)], [768]),
+        levels=([(6, 3)], [384, 768]),
+        uniform=True,
+        num_random=8,
+        num_holdout=6,
+        seed=0,
+    )
+    assert [probe.role for probe in probes] == ["dense", "depth", "random", "holdout", "holdout"]
 
 
 @pytest.mark.parametrize("content", ["", "[]\n", '{"type": "Plan"}\n', "\x00\n"])

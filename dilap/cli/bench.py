@@ -219,12 +219,15 @@ def kept_configuration(
 
 
 def describe_errors(table: LatencyTable) -> str:
-    """How well a table predicts plans that took no part in its fit."""
+    """How well a table predicts plans that took no part in its fit, and what has to be known of it."""
     model = table.model()
     errors = model.holdout_errors()
-    if not errors:
-        return f"latency table fitted by {model.method}; it has no held-out plans yet"
-    return (
-        f"latency table fitted by {model.method}: on {len(errors)} held-out random plans the prediction is off by "
-        f"{statistics.median(errors):.1%} (median), {max(errors):.1%} (worst)"
-    )
+    said = f"latency table fitted by {model.method}"
+    if errors:
+        said += (
+            f": on {len(errors)} held-out random plans the prediction is off by {statistics.median(errors):.1%} "
+            f"(median), {max(errors):.1%} (worst)"
+        )
+    else:
+        said += "; it has no held-out plans yet"
+    return "\n".join([said, *model.caveats])

@@ -32,6 +32,7 @@ def document(model: LatencyModel) -> dict[str, Any]:
             {"work": w, "seconds": s} for w, s in zip(model.attention.work, model.attention.seconds, strict=True)
         ],
         "ffn": [{"channels": int(w), "seconds": s} for w, s in zip(model.ffn.work, model.ffn.seconds, strict=True)],
+        "caveats": list(model.caveats),
         "holdout_errors": model.holdout_errors(),
         "holdout": [
             {"predicted_seconds": model.predict(one.widths), "measured_seconds": one.seconds} for one in model.holdout
@@ -52,9 +53,11 @@ def text(model: LatencyModel) -> str:
     ]
     if model.holdout:
         lines.append("held-out plan  predicted ms  measured ms   error")
+    elif model.method != ESTIMATED:
+        lines.append("no held-out plan counts: no budget can be claimed on this table")
     for number, one in enumerate(model.holdout, start=1):
         predicted = model.predict(one.widths)
         lines.append(
             f"{number:13}  {predicted * 1e3:12.2f}  {one.seconds * 1e3:11.2f}  {predicted / one.seconds - 1:+6.1%}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *model.caveats])

@@ -79,7 +79,7 @@ class JobOptions:
 @dataclass(frozen=True, kw_only=True)
 class Goal:
     """A budget made concrete. `target` is in the table's seconds, or in weights where a ratio is asked; the other
-    seconds are those of this day's machine, none for a ratio."""
+    seconds are those of this day's machine, none for a ratio. `caveats` are of the latency table."""
 
     space: Space
     layout: Layout
@@ -87,6 +87,7 @@ class Goal:
     target: Target
     floor_seconds: float | None = None
     fastest_seconds: float | None = None
+    caveats: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +194,7 @@ class Stages:
             target=target,
             floor_seconds=floor,
             fastest_seconds=fastest,
+            caveats=costs.caveats,
         )
 
     def _dense_measurement(self, dense: Artifact) -> Measurement:
@@ -205,20 +207,30 @@ class Stages:
         if isinstance(self.bench, EstimatedBench):
             return self.bench.latency_model(dense.architecture)
         if self.options.table is not None:
-            table = self.bench.read_table(Path(self.options.table), dense.architecture)
+            path = Path(self.options.table)
+            table = self.bench.read_table(path, dense.architecture)
         else:
             path = self.bench.table_path(self.source.name, dense.architecture)
             with self.workspace.stage("latency table"):
                 table = self.bench.build_table(dense.architecture, path)
         table.write(self.workspace.folder / "table.jsonl")
         model = table.model(self.options.budget.statistic)
+        self._require_claimable(model, path)
+        return model
+
+    def _require_claimable(self, model: LatencyModel, path: Path) -> None:
+        """Raises Mismatch for a table that nobody knows to predict well, or that is known not to."""
         errors = model.holdout_errors()
-        if errors and statistics.median(errors) > _MAX_TABLE_ERROR:
+        if not errors:
+            raise Mismatch(
+                f"{path}: the latency table has no held-out plans that count, so nothing shows how well it predicts: "
+                f"measure what it lacks with dilap-profile --device {self.options.target} --out {path}"
+            )
+        if statistics.median(errors) > _MAX_TABLE_ERROR:
             raise Mismatch(
                 f"the latency table misses held-out plans by {statistics.median(errors):.0%} (allowed: "
                 f"{_MAX_TABLE_ERROR:.0%}): no budget can be claimed on it; measure it again on a quiet machine"
             )
-        return model
 
     def calibration(self) -> Calibration:
         options, path = self.options.text, self.workspace.common / "calibration.safetensors"
