@@ -395,7 +395,7 @@ class Measurement:
     measurement at all, but a number in its place that a model of the device gave). `dropped_ns` keeps the samples of
     rounds that were left out because of drift or other load. `host_seconds` is the median time of a run as the host
     saw it, launch and wait included, where the samples are a GPU's own times. `states` are the device's before and
-    after every fresh start; `forced` says what made it unfit and was overridden.
+    after every fresh start; `forced` says what made it unfit and was overridden. An estimate knows no memory.
     """
 
     artifact_sha256: str
@@ -403,7 +403,7 @@ class Measurement:
     fingerprint: Fingerprint
     samples_ns: tuple[int, ...]
     rounds: tuple[int, ...]
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     load_seconds: float
     started: str
     status: Status
@@ -418,6 +418,28 @@ class Measurement:
             raise ValueError("a measurement needs samples, all positive")
         if len(self.rounds) != len(self.samples_ns):
             raise ValueError("every sample needs its round")
+
+    @property
+    def words(self) -> str:
+        """What stands wherever its number does: its status, and whether an unfit device was forced."""
+        status = "" if self.status == "ok" else self.status
+        return ", ".join(filter(None, [status, "forced" if self.forced else ""])) or "ok"
+
+    @property
+    def mark(self) -> str:
+        """The same as a remark behind the number; nothing where all is well."""
+        return "" if self.words == "ok" else f" ({self.words})"
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """The same with reasons."""
+        reason = f": {self.note}" if self.note else ""
+        status = () if self.status == "ok" else (f"measurement is {self.status}{reason}",)
+        if self.status == "estimated":
+            status = (f"latency is estimated{reason}",)
+        if not self.forced:
+            return status
+        return (*status, f"measurement was taken in an unfit state (--force): {'; '.join(self.forced)}")
 
     def seconds(self, statistic: Statistic = "p50") -> float:
         return quantile(self.samples_ns, 0.5 if statistic == "p50" else 0.9) / 1e9

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dilap import backends, export
 from dilap.anatomy import architecture_of
@@ -37,6 +37,7 @@ class Bench:
     console: Console
     helpers: tuple[Device, ...] = ()
     force: bool = False
+    measured: ClassVar[str] = "measured"  # the word for its seconds
 
     @classmethod
     def of(

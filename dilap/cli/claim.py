@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from dilap.cli.exam import Exam
-from dilap.cli.result import PlainDefaults, PruneResult, Quality, Side, flops_of, versions
+from dilap.cli.result import PlainDefaults, PruneResult, Quality, Side, caveats, flops_of, versions
 from dilap.cli.stages import Goal, Stages
 from dilap.codec import encode, write_json
 from dilap.errors import Mismatch
@@ -64,7 +64,7 @@ def _sides(stages: Stages, plan: Plan, exam: Exam, recovered: Quality) -> tuple[
             exam.of_artifact(stages, folder, artifact, in_torch=quality)
             for folder, artifact, quality in zip(folders, artifacts, in_torch, strict=True)
         ]
-    with workspace.stage("measure for the claim"):
+    with workspace.stage("latency for the claim"):
         paths = [folder / one.path for folder, one in zip(folders, artifacts, strict=True)]
         measurements, plain = _measured(stages, paths)
     dense, pruned = (_side(stages, *parts) for parts in zip(artifacts, measurements, qualities, in_torch, strict=True))
@@ -115,7 +115,7 @@ def _side(
         artifact=artifact,
         measurement=measurement,
         seconds=measurement.seconds(stages.options.budget.statistic),
-        interval=measurement.interval(),
+        interval=None if measurement.status == "estimated" else measurement.interval(),
         parameters=artifact.architecture.num_parameters,
         flops=flops_of(artifact.architecture, stages.bench.workload),
         quality=quality,
@@ -135,8 +135,8 @@ def _result(
     validation_kl: float,
 ) -> PruneResult:
     options = stages.options
-    budget, ratio = options.budget, speedup(dense.measurement, side.measurement)
-    is_estimate = "estimated" in (dense.measurement.status, side.measurement.status)
+    budget, is_estimate = options.budget, "estimated" in (dense.measurement.status, side.measurement.status)
+    ratio = None if is_estimate else speedup(dense.measurement, side.measurement)
     cost, dense_cost = goal.target.cost(pruned.plan), goal.target.predict(pruned.plan.architecture.layers)
     if budget.ratio is None:
         used = budget_share(budget, dense.measurement, side.measurement)
@@ -144,11 +144,6 @@ def _result(
         predicted: float | None = cost / dense_cost * dense.seconds
     else:
         used, limit, predicted = cost / goal.target.limit, None, None
-    notes = tuple(
-        f"the {name} model's measurement is {one.measurement.status}: {one.measurement.note}"
-        for name, one in (("dense", dense), ("pruned", side))
-        if one.measurement.status != "ok"
-    )
     return PruneResult(
         status="estimated" if is_estimate else "kept" if used <= 1.0 else "missed",
         budget_used=used,
@@ -167,7 +162,7 @@ def _result(
         dense=dense,
         pruned=side,
         speedup=ratio,
-        speedup_shown=is_shown(ratio) and not is_estimate,
+        speedup_shown=ratio is not None and is_shown(ratio),
         plan_digest=side.artifact.plan_digest,
         validation_kl=validation_kl,
         kl_without_recovery=shrunk.kl,
@@ -184,5 +179,5 @@ def _result(
         stage_seconds=dict(stages.workspace.stage_seconds),
         versions=versions(),
         seed=options.seed,
-        notes=notes,
+        notes=(*caveats(dense.measurement, side.measurement), *goal.caveats),
     )

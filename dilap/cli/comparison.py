@@ -33,6 +33,7 @@ class Row:
     budget: str
     error: str | None = None
     status: str | None = None
+    measurement: str | None = None
     seconds: float | None = None
     seconds_ci: tuple[float, float] | None = None
     dense_seconds: float | None = None
@@ -67,8 +68,9 @@ def row_of(result: PruneResult) -> Row:
         method=result.method,
         budget=str(result.budget),
         status=result.status,
+        measurement=pruned.measurement.words,
         seconds=pruned.seconds,
-        seconds_ci=(pruned.interval.low, pruned.interval.high),
+        seconds_ci=None if pruned.interval is None else (pruned.interval.low, pruned.interval.high),
         dense_seconds=result.dense.seconds,
         budget_used=result.budget_used,
         **_qualities(result),
@@ -78,7 +80,7 @@ def row_of(result: PruneResult) -> Row:
         pruning_seconds=result.pruning_seconds,
         pruning_peak_memory_bytes=result.pruning_peak_memory_bytes,
         calibration_tokens=text["train_sequences"] * text["sequence_length"],
-        notes=result.notes,
+        notes=result.all_notes,
     )
 
 
@@ -177,7 +179,8 @@ def _table(budget: str, rows: Sequence[Row]) -> str:
         *(_line(row) for row in done),
     ]
     failed = [f"{row.method} failed: {row.error}" for row in rows if row.error is not None]
-    return "\n".join([*lines, "", *(f"{line}\n" for line in failed)])
+    caveats = [f"{row.method}: {note}" for row in done for note in row.notes]
+    return "\n".join([*lines, "", *(f"{line}\n" for line in (*failed, *caveats))])
 
 
 def _rank(row: Row) -> tuple[float, float]:
@@ -185,21 +188,21 @@ def _rank(row: Row) -> tuple[float, float]:
 
 
 def _line(row: Row) -> str:
-    low, high = row.seconds_ci or (0.0, 0.0)
     remark = {"missed": " MISSED", "estimated": " ESTIMATED"}.get(row.status or "", "")
+    mark = "" if row.measurement in (None, "ok", "estimated") else f" ({row.measurement})"
     cells = [
         row.method,
-        f"{(row.seconds or 0) * 1e3:.2f}",
-        f"{low * 1e3:.2f}-{high * 1e3:.2f}",
+        _scaled(row.seconds, 1e-3, 2) + mark,
+        "" if row.seconds_ci is None else "-".join(_scaled(bound, 1e-3, 2) for bound in row.seconds_ci),
         f"{row.budget_used or 0:.1%}{remark}",
         _number(row.torch_kl_before, 3),
         _number(row.torch_kl, 3),
         *_quality_cells(row),
-        f"{(row.parameters or 0) / 1e6:.1f} M",
-        f"{(row.flops or 0) / 1e6:.1f} M",
-        f"{(row.peak_memory_bytes or 0) / 1e6:.0f} MB",
-        f"{row.pruning_seconds or 0:.0f} s",
-        f"{(row.pruning_peak_memory_bytes or 0) / 1e9:.2f} GB",
+        _scaled(row.parameters, 1e6, 1, " M"),
+        _scaled(row.flops, 1e6, 1, " M"),
+        _scaled(row.peak_memory_bytes or None, 1e6, 0, " MB"),
+        _scaled(row.pruning_seconds, 1, 0, " s"),
+        _scaled(row.pruning_peak_memory_bytes, 1e9, 2, " GB"),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -209,6 +212,11 @@ def _quality_cells(row: Row) -> list[str]:
     if row.artifact_reader is None:
         return [f"{one} (torch)" for one in (_number(row.torch_kl, 3), _number(row.torch_perplexity, 2))]
     return [_number(row.artifact_kl, 3), _number(row.artifact_perplexity, 2)]
+
+
+def _scaled(value: float | None, unit: float, digits: int, name: str = "") -> str:
+    """Empty where it is not known."""
+    return "" if value is None else f"{value / unit:.{digits}f}{name}"
 
 
 def _number(value: float | None, digits: int) -> str:

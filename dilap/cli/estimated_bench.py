@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from dilap import backends
 from dilap.cli.bench import Bench
@@ -17,6 +18,8 @@ from dilap.types import Architecture, Measurement, Workload
 @dataclass(frozen=True, kw_only=True)
 class EstimatedBench(Bench):
     """Exports as any bench does; its seconds come from published numbers alone."""
+
+    measured: ClassVar[str] = "estimated"
 
     @classmethod
     def of(
@@ -64,7 +67,7 @@ class EstimatedBench(Bench):
             fingerprint=estimated_fingerprint(self.device, backend=self.backend.name),
             samples_ns=(predict_ns(model, architecture.layers),),
             rounds=(0,),
-            peak_memory_bytes=0,
+            peak_memory_bytes=None,
             load_seconds=0.0,
             started="",
             status="estimated",

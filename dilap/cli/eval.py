@@ -257,9 +257,11 @@ def _cost_lines(costs: Costs) -> list[str]:
             line += (
                 f", {found.value * 1e3:.2f} ms [{found.low * 1e3:.2f}, {found.high * 1e3:.2f}], memory"
                 f" {_megabytes(phase.average_memory_bytes)} on average, at most"
-                f" {_megabytes(phase.peak_memory_bytes)} ({phase.measurement.status})"
+                f" {_megabytes(phase.peak_memory_bytes)} ({phase.measurement.words})"
             )
         lines.append(line)
+        if phase.measurement is not None:
+            lines += [f"  its {caveat}" for caveat in phase.measurement.caveats]
     return lines
 
 

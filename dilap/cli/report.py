@@ -95,7 +95,9 @@ def _title(contents: "Contents") -> str:
 def _lead(contents: "Contents") -> str:
     """What was timed, where."""
     work = dict.fromkeys(
-        f"{run.result.workload.describe()} on {run.result.target} through {run.result.backend}" for run in contents.runs
+        f"{run.result.workload.describe()} on {run.result.target} through {run.result.backend}"
+        + ", estimated and measured on no device" * run.result.is_estimate
+        for run in contents.runs
     )
     return "; ".join(work) or "evaluations alone: no latency was measured"
 

@@ -38,7 +38,7 @@ class Side:
     artifact: Artifact
     measurement: Measurement
     seconds: float
-    interval: Interval
+    interval: Interval | None
     parameters: int
     flops: int
     quality: Quality
@@ -62,7 +62,8 @@ class PlainDefaults:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneResult:
-    """Everything that a run claims, with what it rests on. What is `*_without_recovery` is of the torch model."""
+    """Everything that a run claims, with what it rests on. What is `*_without_recovery` is of the torch model; an
+    estimate has no intervals and no speed-up."""
 
     status: Literal["kept", "missed", "estimated"]
     budget_used: float
@@ -80,7 +81,7 @@ class PruneResult:
     predicted_seconds: float | None
     dense: Side
     pruned: Side
-    speedup: Interval
+    speedup: Interval | None
     speedup_shown: bool
     plan_digest: str
     validation_kl: float
@@ -102,6 +103,32 @@ class PruneResult:
     pruning_peak_memory_bytes: int | None = None
     method_facts: dict[str, Any] = field(default_factory=dict)
     plain: PlainDefaults | None = None  # where the configuration measured is another
+
+    @property
+    def is_estimate(self) -> bool:
+        return self.status == "estimated"
+
+    @property
+    def share_of_dense(self) -> float:
+        """The pruned latency as a share of the dense one: paired by rounds where it was measured and is a median."""
+        if self.speedup is None or self.is_estimate or self.budget.statistic != "p50":
+            return self.pruned.seconds / self.dense.seconds
+        return 1 / self.speedup.value
+
+    @property
+    def all_notes(self) -> tuple[str, ...]:
+        """What a reader must know, of results too that do not say all of it."""
+        found = [*self.notes, *caveats(self.dense.measurement, self.pruned.measurement)]
+        if self.plain is not None:
+            in_plain = caveats(self.plain.dense, self.plain.pruned)
+            found += [f"in the runtime's plain defaults, {caveat}" for caveat in in_plain]
+        return tuple(dict.fromkeys(found))
+
+
+def caveats(dense: Measurement, pruned: Measurement) -> tuple[str, ...]:
+    """What must be known of the two measurements."""
+    both = ("dense", dense), ("pruned", pruned)
+    return tuple(f"the {name} model's {caveat}" for name, one in both for caveat in one.caveats)
 
 
 def flops_of(architecture: Architecture, workload: Workload) -> int:
@@ -136,37 +163,24 @@ def versions() -> dict[str, str]:
 def table(result: PruneResult) -> str:
     """The proof in a dozen lines."""
     dense, pruned = result.dense, result.pruned
-    is_estimate = result.status == "estimated"
     in_torch = " (torch)" if pruned.quality.through == "torch" else ""
+    speedup = None if result.is_estimate else result.speedup
     rows: list[tuple[str, str, str, str]] = [
         ("", "dense", "pruned", "pruned / dense"),
         (
-            f"{'ESTIMATED ' * is_estimate}latency {result.budget.statistic}",
+            f"{'ESTIMATED ' * result.is_estimate}latency {result.budget.statistic}",
             _ms(dense),
             _ms(pruned),
-            f"{1 / result.speedup.value:.1%} paired",
+            _of_dense(result, dense.seconds, pruned.seconds, speedup),
         ),
-        ("95 % interval", _ms_interval(dense), _ms_interval(pruned), ""),
+        *_interval_rows(result),
         (f"KL to dense{in_torch}", f"{dense.quality.kl:.3f}", f"{pruned.quality.kl:.3f}", ""),
         (f"perplexity{in_torch}", f"{dense.quality.perplexity:.2f}", f"{pruned.quality.perplexity:.2f}", ""),
         ("parameters", _mega(dense.parameters), _mega(pruned.parameters), _ratio(pruned.parameters, dense.parameters)),
         ("FLOPs", _mega(dense.flops), _mega(pruned.flops), _ratio(pruned.flops, dense.flops)),
-        (
-            "file",
-            f"{dense.artifact.num_bytes / 1e6:.1f} MB",
-            f"{pruned.artifact.num_bytes / 1e6:.1f} MB",
-            _ratio(pruned.artifact.num_bytes, dense.artifact.num_bytes),
-        ),
-        (
-            "peak memory",
-            f"{dense.measurement.peak_memory_bytes / 1e6:.1f} MB",
-            f"{pruned.measurement.peak_memory_bytes / 1e6:.1f} MB",
-            _ratio(pruned.measurement.peak_memory_bytes, dense.measurement.peak_memory_bytes),
-        ),
+        _bytes_row("file", dense.artifact.num_bytes, pruned.artifact.num_bytes),
+        _bytes_row("peak memory", dense.measurement.peak_memory_bytes, pruned.measurement.peak_memory_bytes),
     ]
-    shown = "" if result.speedup_shown else "  (not shown: the interval includes 1)"
-    if is_estimate:
-        shown = "  (ESTIMATED)"
     return "\n".join(
         [
             f"{result.model} on {result.target}, {result.backend}, {result.workload.describe()}",
@@ -175,11 +189,43 @@ def table(result: PruneResult) -> str:
             "",
             _verdict(result),
             *_configuration(result),
-            f"speed-up {result.speedup.value:.3f}x [{result.speedup.low:.3f}, {result.speedup.high:.3f}]{shown}",
+            *_speedup_line(result),
             *_quality_lines(result),
-            *result.notes,
+            *result.all_notes,
         ]
     )
+
+
+def _of_dense(result: PruneResult, dense: float, pruned: float, speedup: Interval | None) -> str:
+    """Rounds pair medians; a p90 and an estimate are no such ratio."""
+    if speedup is None or result.budget.statistic != "p50":
+        return f"{pruned / dense:.1%}"
+    return f"{1 / speedup.value:.1%} paired"
+
+
+def _interval_rows(result: PruneResult) -> list[tuple[str, str, str, str]]:
+    """Of the medians; an estimate has none."""
+    low, high = result.dense.interval, result.pruned.interval
+    if low is None or high is None or result.is_estimate:
+        return []
+    name = "95 % interval" if result.budget.statistic == "p50" else "95 % interval of p50"
+    return [(name, _ms_interval(low), _ms_interval(high), "")]
+
+
+def _bytes_row(name: str, dense: int | None, pruned: int | None) -> tuple[str, str, str, str]:
+    """Memory is empty where a runner does not tell, and of an estimate."""
+    if not dense or not pruned:
+        return (name, "", "", "not known")
+    return (name, f"{dense / 1e6:.1f} MB", f"{pruned / 1e6:.1f} MB", _ratio(pruned, dense))
+
+
+def _speedup_line(result: PruneResult) -> list[str]:
+    """An estimate claims none."""
+    found = result.speedup
+    if found is None or result.is_estimate:
+        return []
+    shown = "" if result.speedup_shown else "  (not shown: the interval includes 1)"
+    return [f"speed-up {found.value:.3f}x [{found.low:.3f}, {found.high:.3f}]{shown}"]
 
 
 def _quality_lines(result: PruneResult) -> list[str]:
@@ -210,11 +256,12 @@ def _configuration(result: PruneResult) -> list[str]:
     """How to get the latency that is claimed, and what there is without it."""
     lines = []
     if (plain := result.plain) is not None:
-        dense, pruned = (one.seconds(result.budget.statistic) * 1e3 for one in (plain.dense, plain.pruned))
+        dense, pruned = (one.seconds(result.budget.statistic) for one in (plain.dense, plain.pruned))
+        of_dense = _of_dense(result, dense, pruned, plain.speedup)
         share = "" if plain.budget_used is None else f", {plain.budget_used:.1%} of such a budget"
         lines.append(
-            f"in the runtime's plain defaults ({plain.dense.workload.configuration}): dense {dense:.2f} ms, pruned "
-            f"{pruned:.2f} ms, {1 / plain.speedup.value:.1%} paired{share}"
+            f"in the runtime's plain defaults ({plain.dense.workload.configuration}): dense {dense * 1e3:.2f} ms"
+            f"{plain.dense.mark}, pruned {pruned * 1e3:.2f} ms{plain.pruned.mark}, {of_dense}{share}"
         )
     run = result.pruned.artifact.run
     commands = {} if run is None else run.commands
@@ -231,11 +278,11 @@ def _aligned(rows: list[tuple[str, str, str, str]]) -> list[str]:
 
 
 def _ms(side: Side) -> str:
-    return f"{side.seconds * 1e3:.2f} ms"
+    return f"{side.seconds * 1e3:.2f} ms{side.measurement.mark}"
 
 
-def _ms_interval(side: Side) -> str:
-    return f"{side.interval.low * 1e3:.2f}-{side.interval.high * 1e3:.2f}"
+def _ms_interval(found: Interval) -> str:
+    return f"{found.low * 1e3:.2f}-{found.high * 1e3:.2f}"
 
 
 def _mega(count: int) -> str:
@@ -243,7 +290,7 @@ def _mega(count: int) -> str:
 
 
 def _ratio(pruned: float, dense: float) -> str:
-    return f"{pruned / dense:.1%}" if dense else "not known"  # memory, where a runner does not tell
+    return f"{pruned / dense:.1%}"
 
 
 def summary(result: PruneResult) -> dict[str, Any]:
@@ -256,7 +303,8 @@ def summary(result: PruneResult) -> dict[str, Any]:
         "limit_seconds": result.limit_seconds,
         "dense_seconds": dense.seconds,
         "pruned_seconds": pruned.seconds,
-        "speedup": result.speedup.value,
+        "speedup": None if result.speedup is None else result.speedup.value,
+        "measurement": {"dense": dense.measurement.words, "pruned": pruned.measurement.words},
         "kl": pruned.quality.kl,
         "perplexity": pruned.quality.perplexity,
         "dense_kl": dense.quality.kl,
@@ -266,4 +314,5 @@ def summary(result: PruneResult) -> dict[str, Any]:
         "torch_perplexity": pruned.in_torch.perplexity,
         "torch_kl_without_recovery": result.kl_without_recovery,
         "plan_digest": result.plan_digest,
+        "notes": list(result.all_notes),
     }

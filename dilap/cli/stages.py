@@ -37,7 +37,7 @@ from dilap.types import Architecture, Artifact, Budget, Measurement, Plan, Workl
 
 _AIM = 0.985  # of the limit: a table is right to 1-2 %, and a budget missed by 0.1 % is missed
 _MAX_TABLE_ERROR = 0.10
-_MEASURE = "measure the plans found"  # inside the pruning stage
+_MEASURE = "latency of the plans found"  # inside the pruning stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,13 +163,14 @@ class Stages:
         self, dense: Artifact, costs: Costs, space: Space, layout: Layout, rules: WidthRules
     ) -> Goal | None:
         budget = self.options.budget
-        with self.workspace.stage("measure the dense model"):
-            dense_seconds = self._dense_measurement(dense).seconds(budget.statistic)
+        with self.workspace.stage("latency of the dense model"):
+            measured = self._dense_measurement(dense)
+        dense_seconds = measured.seconds(budget.statistic)
         scale = dense_seconds / space.seconds(space.dense)  # the table's day against this one
         floor, fastest = scale * space.fixed_seconds, scale * space.seconds(space.fastest)
         limit = budget.limit_seconds(dense_seconds=dense_seconds)
         self.console.say(
-            f"dense {dense_seconds * 1e3:.2f} ms; floor that no plan removes (embedding, head, launch) "
+            f"dense {dense_seconds * 1e3:.2f} ms{measured.mark}; floor that no plan removes (embedding, head, launch) "
             f"{floor * 1e3:.2f} ms; fastest reachable {fastest * 1e3:.2f} ms; budget {budget} is {limit * 1e3:.2f} ms"
         )
         if limit >= dense_seconds:
@@ -299,7 +300,8 @@ class Stages:
             with self.workspace.stage(_MEASURE):
                 both = self.bench.measure_widths(self.workspace.dense / dense.path, architecture, path, final=final)
             used = budget_share(self.options.budget, *both)
-            self.console.say(f"this plan, measured{' again' * final}: {used:.1%} of the budget")
+            words = f"{self.bench.measured}{' again' * final}: {used:.1%} of the budget{both[-1].mark}"
+            self.console.say(f"this plan, {words}")
             if uses_well(used):
                 break
         return used

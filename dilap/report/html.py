@@ -10,8 +10,9 @@ import jinja2
 from markupsafe import Markup
 
 from dilap import __version__
+from dilap.cli.result import PruneResult
 from dilap.errors import Unavailable
-from dilap.report.figures import Figure
+from dilap.report.figure import Figure
 from dilap.report.inputs import Run
 from dilap.report.tables import Table, command, facts_table, figure_table
 
@@ -61,15 +62,32 @@ def render(page: Page) -> str:
 
 def _claim(run: Run) -> dict[str, str]:
     """The one line that a run is about."""
-    result = run.result
-    speedup = result.speedup
+    result, quality = run.result, run.result.pruned.quality
+    in_torch = " (torch)" if quality.through == "torch" else ""
+    asked = str(result.budget) if result.budget.ratio is not None else f"budget {result.budget}"
     return {
         "run": run.name,
         "status": result.status,
-        "headline": f"{speedup.value:.2f}x faster",
-        "detail": f"[{speedup.low:.2f}, {speedup.high:.2f}], KL {result.pruned.quality.kl:.2f}; budget "
-        f"{result.budget} {result.status}",
+        "headline": _headline(result),
+        "detail": f"{_interval(result)}KL {quality.kl:.2f}{in_torch}; {asked} {result.status}",
     }
+
+
+def _headline(result: PruneResult) -> str:
+    """A speed-up is claimed where it was measured and its interval excludes 1."""
+    found = result.speedup
+    if found is None or result.is_estimate:
+        return "estimated"
+    if not result.speedup_shown:
+        return "no speed-up shown"
+    return f"{found.value:.2f}x faster" if found.value > 1 else f"{1 / found.value:.2f}x slower"
+
+
+def _interval(result: PruneResult) -> str:
+    found, mark = result.speedup, result.pruned.measurement.mark
+    if found is None or result.is_estimate:
+        return "measured on no device; "
+    return f"[{found.low:.2f}, {found.high:.2f}]{mark}, "
 
 
 def _specs(figures: Sequence[Figure]) -> str:

@@ -11,7 +11,11 @@ from dilap.report.inputs import Contents, Run
 
 @dataclass(frozen=True, kw_only=True)
 class SummaryRow:
-    """One model. `of_dense` is the paired ratio of its latency to the dense model's; memory and files are in bytes.
+    """One model. `of_dense` is its share of the dense model's latency, paired by rounds; memory and files are in bytes.
+
+    `seconds` is the `statistic` of the budget, `seconds_low` and `seconds_high` are of the median. `measurement` says
+    what must stand beside the latency: whether it is noisy, contended, forced or only estimated; an estimate has no
+    intervals and no memory.
 
     `kl` and `perplexity` are of the artifact, read through `quality_through`. Where that says `torch`, they are of the
     torch model in floats, as `torch_*` are.
@@ -21,12 +25,13 @@ class SummaryRow:
     method: str
     budget: str
     status: str
+    statistic: str
     seconds: float
-    seconds_low: float
-    seconds_high: float
+    seconds_low: float | None
+    seconds_high: float | None
     of_dense: float
-    of_dense_low: float
-    of_dense_high: float
+    of_dense_low: float | None
+    of_dense_high: float | None
     budget_used: float | None
     kl: float
     perplexity: float
@@ -40,8 +45,13 @@ class SummaryRow:
     prefill_flops: int
     prefill_bytes: int
     file_bytes: int
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     measurement: str
+    notes: str
+
+    @property
+    def is_estimate(self) -> bool:
+        return self.measurement == "estimated"
 
 
 def rows(contents: Contents) -> list[SummaryRow]:
@@ -65,15 +75,18 @@ def mean_accuracy(evaluation: Evaluation | None) -> float | None:
 def _row(run: Run, side: Side, evaluation: Evaluation | None, *, is_dense: bool) -> SummaryRow:
     result, workload, architecture = run.result, run.result.workload, side.artifact.architecture
     precision, cache_bits = workload.precision, CACHE_BITS[result.backend]
+    measurement = side.measurement
     share = (1.0, 1.0, 1.0) if is_dense else _share(result)
+    interval = None if measurement.status == "estimated" else side.interval
     return SummaryRow(
         run="dense" if is_dense else run.name,
         method="none" if is_dense else result.method,
         budget="" if is_dense else str(result.budget),
         status="" if is_dense else result.status,
+        statistic=result.budget.statistic,
         seconds=side.seconds,
-        seconds_low=side.interval.low,
-        seconds_high=side.interval.high,
+        seconds_low=None if interval is None else interval.low,
+        seconds_high=None if interval is None else interval.high,
         of_dense=share[0],
         of_dense_low=share[1],
         of_dense_high=share[2],
@@ -92,13 +105,17 @@ def _row(run: Run, side: Side, evaluation: Evaluation | None, *, is_dense: bool)
             prompt_tokens=workload.prompt_tokens, precision=precision, cache_bits=cache_bits
         ),
         file_bytes=side.artifact.num_bytes,
-        peak_memory_bytes=side.measurement.peak_memory_bytes,
-        measurement=side.measurement.status,
+        peak_memory_bytes=measurement.peak_memory_bytes or None,
+        measurement=measurement.words,
+        notes="; ".join(measurement.caveats),
     )
 
 
-def _share(result: PruneResult) -> tuple[float, float, float]:
-    return 1 / result.speedup.value, 1 / result.speedup.high, 1 / result.speedup.low
+def _share(result: PruneResult) -> tuple[float, float | None, float | None]:
+    found = None if result.is_estimate or result.budget.statistic != "p50" else result.speedup
+    if found is None:
+        return result.share_of_dense, None, None
+    return result.share_of_dense, 1 / found.high, 1 / found.low
 
 
 def documents(found: Sequence[SummaryRow]) -> list[dict[str, Any]]:

@@ -9,10 +9,10 @@ from typing import Any
 
 from dilap.cli.result import PruneResult
 from dilap.evaluation.document import Evaluation, PhaseCosts
-from dilap.report.figures import Cell, Figure
+from dilap.report.figure import Cell, Figure
 from dilap.report.inputs import Contents, Run
 from dilap.report.summary import SummaryRow
-from dilap.types import Interval
+from dilap.types import Interval, Measurement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,22 @@ def summary_table(rows: Sequence[SummaryRow]) -> Table:
     headings = ["Model", "Method", "Budget", "Latency, 95 %", "Of dense", "KL", "Perplexity", "Accuracy", "Parameters"]
     headings += ["FLOPs a token", "Bytes a token", "Prefill FLOPs", "File", "Peak memory"]
     return Table(
-        caption="Latency is the median measured on the device; its share of the dense model's is paired by rounds. "
-        f"{quality_words(rows)}",
+        caption=f"{latency_words(rows)} {quality_words(rows)}",
         headings=headings,
         rows=[_summary_cells(row) for row in rows],
+    )
+
+
+def latency_words(rows: Sequence[SummaryRow]) -> str:
+    """What the latencies are."""
+    estimated = "estimated from published numbers, measured on no device, and without an interval"
+    if all(row.is_estimate for row in rows):
+        return f"Latency is {estimated}."
+    names = " and ".join(dict.fromkeys({"p50": "median", "p90": "p90"}[row.statistic] for row in rows))
+    some = f"; (estimated): {estimated}" if any(row.is_estimate for row in rows) else ""
+    return (
+        f"Latency is the {names} measured on the device, with the median's 95 % interval; a median's share of the "
+        f"dense model's is paired by rounds{some}."
     )
 
 
@@ -52,7 +64,7 @@ def _summary_cells(row: SummaryRow) -> list[str]:
         row.run,
         row.method,
         row.budget + missed,
-        _latency(Interval(value=row.seconds, low=row.seconds_low, high=row.seconds_high)),
+        _summary_latency(row),
         f"{row.of_dense:.1%}",
         f"{row.kl:.3f}{in_torch}",
         f"{row.perplexity:.2f}{in_torch}",
@@ -64,6 +76,15 @@ def _summary_cells(row: SummaryRow) -> list[str]:
         _megabytes(row.file_bytes),
         _megabytes(row.peak_memory_bytes),
     ]
+
+
+def _summary_latency(row: SummaryRow) -> str:
+    mark = "" if row.measurement == "ok" else f" ({row.measurement})"
+    statistic = "" if row.statistic == "p50" else f"{row.statistic} "
+    if row.seconds_low is None or row.seconds_high is None:
+        return f"{statistic}{row.seconds * 1e3:.2f} ms{mark}"
+    interval = f"[{row.seconds_low * 1e3:.2f}, {row.seconds_high * 1e3:.2f}]"
+    return f"{statistic}{row.seconds * 1e3:.2f} ms {'median ' * bool(statistic)}{interval}{mark}"
 
 
 def figure_table(figure: Figure) -> Table:
@@ -137,7 +158,8 @@ def _phase_cells(phase: PhaseCosts) -> list[str]:
     if (measurement := phase.measurement) is None:
         return [*counted, "", "", "", "not measured"]
     measured = [_latency(measurement.interval()), _megabytes(phase.average_memory_bytes)]
-    return [*counted, *measured, _megabytes(phase.peak_memory_bytes), measurement.status]
+    said = "; ".join([measurement.words, *measurement.caveats])
+    return [*counted, *measured, _megabytes(phase.peak_memory_bytes), said]
 
 
 def _latency(found: Interval) -> str:
@@ -149,13 +171,16 @@ def _megabytes(value: int | None) -> str:
 
 
 def device_tables(runs: Sequence[Run]) -> list[Table]:
-    """The fingerprint of every device that was measured on, once."""
+    """The fingerprint of every device that was measured on, once; of an estimate, the numbers that it rests on."""
     found: dict[str, Table] = {}
     for run in runs:
         fingerprint = asdict(run.result.pruned.measurement.fingerprint)
-        soft = fingerprint.pop("soft")
-        rows = [[name.replace("_", " "), _text(value)] for name, value in (fingerprint | soft).items()]
         caption = f"{fingerprint['device']}, {fingerprint['runtime']}"
+        known = fingerprint | fingerprint.pop("soft")
+        if run.result.is_estimate:
+            caption += ": estimated, no such device was asked"
+            known = {name: value for name, value in known.items() if value and value != "estimated"}
+        rows = [[name.replace("_", " "), _text(value)] for name, value in known.items() if name != "soft"]
         found.setdefault(str(rows), Table(caption=caption, headings=["Property", "Value"], rows=rows))
     return list(found.values())
 
@@ -168,7 +193,7 @@ def facts_table(run: Run) -> Table:
         ["model", f"{result.model} ({result.model_digest[:12]})"],
         ["plan", result.plan_digest[:12]],
         ["artifact sha256", result.pruned.artifact.sha256[:12]],
-        ["measured", f"{result.pruned.measurement.started}, {len(result.pruned.measurement.samples_ns)} samples"],
+        _origin(result.pruned.measurement),
         ["calibration", f"{result.calibration} ({result.calibration_sha256[:12]})"],
         ["quality on", f"{quality.text} ({quality.text_sha256[:12]}), read through {quality.through}"],
         ["torch model in floats", f"KL {in_torch.kl:.3f}, perplexity {in_torch.perplexity:.2f}"],
@@ -176,6 +201,13 @@ def facts_table(run: Run) -> Table:
         ["versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())],
     ]
     return Table(caption=f"What {run.name} rests on", headings=["Fact", "Value"], rows=rows)
+
+
+def _origin(measurement: Measurement) -> list[str]:
+    if measurement.status == "estimated":
+        return ["estimated", measurement.note]
+    said = f"{measurement.started}, {len(measurement.samples_ns)} samples"
+    return ["measured", "; ".join([said, *measurement.caveats])]
 
 
 # Options of a job by the flag that sets them; a flag at its default is left out.
@@ -214,6 +246,7 @@ def command(result: PruneResult) -> str:
         words += ["--threads", str(tried[0])]
     if _at(result.options, ("recovery", "mode")) not in (None, "none"):
         words += ["--recover-steps", str(_at(result.options, ("recovery", "steps")))]
+    words += [f"--{name}" for name in ("force", "estimate") if result.options.get(name)]
     for name, value in (result.options.get("settings") or {}).items():
         words += ["--set", f"{name}={value}"]
     return shlex.join(words)
@@ -227,12 +260,18 @@ def _at(options: Mapping[str, Any], path: Sequence[str]) -> Any:
 
 
 def notes(contents: Contents) -> list[str]:
-    """What a reader must know before believing: noisy measurements, missed budgets, failed methods."""
-    found = [f"{run.name}: {note}" for run in contents.runs for note in run.result.notes]
-    found += [
-        f"{run.name}: the interval of its speed-up includes 1" for run in contents.runs if not run.result.speedup_shown
-    ]
-    return [*found, *contents.failures]
+    """What a reader must know before believing: how it was measured, what the quality is of, failed methods."""
+    return [*(f"{run.name}: {note}" for run in contents.runs for note in _run_notes(run)), *contents.failures]
+
+
+def _run_notes(run: Run) -> list[str]:
+    result = run.result
+    found = [*result.all_notes, *(() if run.table is None else run.table.caveats())]
+    if not result.speedup_shown and not result.is_estimate:
+        found.append("the interval of its speed-up includes 1")
+    if reason := result.pruned.quality.reason:
+        found.append(f"its KL and perplexity are of the torch model in floats, not of the artifact: {reason}")
+    return list(dict.fromkeys(found))
 
 
 def to_csv(rows: Sequence[SummaryRow]) -> str:
