@@ -16,7 +16,7 @@ from dilap.cli import costs as table_costs
 from dilap.cli import eval as evaluate
 from dilap.cli.bench import describe_errors
 from dilap.codec import decode, read_json, write_json
-from dilap.profilers.profiler import Profiler
+from dilap.profilers.profiler import Case, Profiler
 from dilap.report import inputs, summary, tables
 from dilap.report.figures import figures
 from dilap.types import Architecture, Measurement
@@ -35,12 +35,12 @@ ESTIMATE = ("--target", "jetson_cpu", "--backend", "llamacpp", "--precision", "f
 
 
 def in_state(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
-    measure = FakeBench.measure
+    measure = FakeBench.measure_cases
 
-    def changed(self: FakeBench, paths: Sequence[Path], *, final: bool = False) -> list[Measurement]:
-        return [replace(one, **changes) for one in measure(self, paths, final=final)]
+    def changed(self: FakeBench, cases: Sequence[Case], *, final: bool = False) -> list[Measurement]:
+        return [replace(one, **changes) for one in measure(self, cases, final=final)]
 
-    monkeypatch.setattr(FakeBench, "measure", changed)
+    monkeypatch.setattr(FakeBench, "measure_cases", changed)
 
 
 Prune = Callable[..., Path]

@@ -20,6 +20,7 @@ from dilap.evaluation.scoring import beside_teacher
 from dilap.evaluation.subject import open_subject
 from dilap.evaluation.text_quality import compare as beside
 from dilap.evaluation.torch_reader import TorchReader
+from dilap.profilers.profiler import Case
 from dilap.teacher import Teacher, head_of
 from dilap.types import Measurement
 
@@ -66,7 +67,7 @@ def test_quality_is_that_of_the_file_and_torchs_stands_beside_it(
 def test_the_table_says_whose_quality_it_shows(quantised: Path) -> None:
     found = read(quantised)
     printed = result.table(found)
-    assert "of the artifacts, read through onnxruntime, on" in printed
+    assert "of the artifacts, read through onnxruntime" in printed
     assert f"torch model in floats: KL {found.pruned.in_torch.kl:.3f}" in printed
     assert result.summary(found)["kl"] == found.pruned.quality.kl
     assert result.summary(found)["torch_kl"] == found.pruned.in_torch.kl
@@ -93,13 +94,13 @@ def test_a_file_that_changes_before_it_is_measured_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    measure = FakeBench.measure
+    measure = FakeBench.measure_cases
 
-    def changed(self: FakeBench, paths: Sequence[Path], *, final: bool = False) -> list[Measurement]:
-        found = measure(self, paths, final=final)
+    def changed(self: FakeBench, cases: Sequence[Case], *, final: bool = False) -> list[Measurement]:
+        found = measure(self, cases, final=final)
         return [replace(one, artifact_sha256="f" * 64) for one in found] if final else found
 
-    monkeypatch.setattr(FakeBench, "measure", changed)
+    monkeypatch.setattr(FakeBench, "measure_cases", changed)
     assert prune_tiny(checkpoint, corpus, tmp_path / "run") == 2
     assert "changed between scoring" in last_line(capsys)
 
