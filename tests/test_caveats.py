@@ -218,6 +218,12 @@ def test_estimates_of_earlier_versions_claim_no_more(pruned: Prune) -> None:
     assert not any(claim in text for claim in ("paired", "95 %", "speed-up", "0.0 MB"))
 
 
+def test_weights_are_counted_where_seconds_are_estimated(pruned: Prune) -> None:
+    text = result.table(read(pruned(*ESTIMATE, "--ratio", "0.3")))
+    assert "pruning ratio 0.3: kept" in text
+    assert "latency ESTIMATED, measured on no device" in text
+
+
 def test_a_p90_is_not_called_paired(pruned: Prune) -> None:
     text = result.table(read(pruned("--budget", "70%", "--stat", "p90")))
     assert "paired" not in text

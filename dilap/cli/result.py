@@ -246,7 +246,11 @@ def _quality_lines(result: PruneResult) -> list[str]:
 def _verdict(result: PruneResult) -> str:
     verdict = {"kept": "kept", "missed": "MISSED", "estimated": "ESTIMATED, measured on no device"}[result.status]
     if result.limit_seconds is None or result.predicted_seconds is None:
-        return f"pruning {result.budget}: {verdict}, {result.budget_used:.1%} of the weights it leaves are used"
+        counted = "kept" if result.budget_used <= 1 else "MISSED"  # weights are counted, whatever is known of seconds
+        estimated = f"; latency {verdict}" if result.is_estimate else ""
+        return (
+            f"pruning {result.budget}: {counted}, {result.budget_used:.1%} of the weights it leaves are used{estimated}"
+        )
     return (
         f"budget {result.budget} = {result.limit_seconds * 1e3:.2f} ms: {verdict}, "
         f"{result.budget_used:.1%} of it used (predicted {result.predicted_seconds / result.limit_seconds:.1%})"
@@ -266,7 +270,8 @@ def _configuration(result: PruneResult) -> list[str]:
         )
     run = result.pruned.artifact.run
     commands = {} if run is None else run.commands
-    return [*lines, *(f"as measured, {name}: {command}" for name, command in commands.items())]
+    measured = "estimated" if result.is_estimate else "measured"
+    return [*lines, *(f"as {measured}, {name}: {command}" for name, command in commands.items())]
 
 
 def _aligned(rows: list[tuple[str, str, str, str]]) -> list[str]:
