@@ -64,7 +64,8 @@ class ExecuTorch:
         return {
             "llama_main": f"llama_main --model_path={file} --tokenizer_path=tokenizer.json {threads}",
             "executor_runner": f"executor_runner --model_path={file} {threads}",
-            "python": "executorch.extension.pybindings._portable_lib._unsafe_reset_threadpool"
+            "python": "import executorch.extension.llm.custom_ops.custom_ops, executorch.kernels.quantized, "
+            "executorch.runtime; executorch.extension.pybindings.portable_lib._unsafe_reset_threadpool"
             f'({workload.threads}); executorch.runtime.Runtime.get().load_program("{file}")',
         }
 
