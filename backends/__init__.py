@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from dilap import registry
-from dilap.errors import InvalidInput, Unavailable, Unsupported
+from dilap.errors import InvalidInput, Unsupported
 from dilap.types import Architecture, GroupKind, LayerWidths, Workload, group_name
 
 if TYPE_CHECKING:
@@ -23,11 +23,6 @@ BACKENDS = {
     "llamacpp": "dilap.backends.llamacpp:LlamaCpp",
     "onnxruntime": "dilap.backends.onnxruntime:OnnxRuntime",
     "tensorrt": "dilap.backends.tensorrt:TensorRT",
-}
-READERS = {
-    "executorch": "dilap.backends.executorch:ExecuTorchReader",
-    "llamacpp": "dilap.backends.llamacpp:LlamaCppReader",
-    "onnxruntime": "dilap.backends.onnxruntime:OnnxRuntimeReader",
 }
 MAX_READ_TOKENS = 512  # at once: their logits, for a vocabulary of 50k, are 100 MB
 
@@ -162,6 +157,9 @@ class Backend(Protocol):
     def capabilities(self, family: str, *, precision: str) -> Capabilities:
         """What it can hold of a model family."""
 
+    def after_a_crash(self) -> str:
+        """What to try when the runtime has died in its process."""
+
     def load(self, path: Path, workload: Workload) -> Session:
         """Load an artifact. Raises InvalidInput where the file is damaged or its tensors are wrong."""
 
@@ -170,16 +168,6 @@ def get(name: str) -> Backend:
     """The backend of that name. Raises InvalidInput with the known ones."""
     backend: Backend = registry.get(BACKENDS, name, kind="backend")()
     return backend
-
-
-def open_reader(name: str, path: Path, *, threads: int) -> Reader:
-    """An artifact, to be read from. Raises Unavailable, Unsupported, and InvalidInput where the file is damaged."""
-    if reason := get(name).unavailable():
-        raise Unavailable(reason)
-    if name not in READERS:
-        raise Unsupported(f"{name} artifacts run on their device alone: score the checkpoint instead")
-    reader: Reader = registry.get(READERS, name, kind="backend")(path, threads=threads)
-    return reader
 
 
 def require_precision(backend: Backend, precision: str) -> None:

@@ -169,8 +169,11 @@ def serve(requests: Iterable[str], responses: IO[str]) -> None:
     agent.op_bye()
 
 
-def received(requests: IO[str]) -> Iterator[str]:
-    """The lines of `requests`, read beside the work: where they end, or stop coming, nobody waits for it any more."""
+def received(requests: IO[str], *, idle_seconds: float | None = _IDLE_SECONDS) -> Iterator[str]:
+    """The lines of `requests`, read beside the work, which is ended with them: nobody waits for its result then.
+
+    Also where none came for `idle_seconds`, because a link may be lost without a word.
+    """
     lines: queue.Queue[str] = queue.Queue()
 
     def read() -> None:
@@ -182,7 +185,7 @@ def received(requests: IO[str]) -> Iterator[str]:
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        while line := lines.get(timeout=_IDLE_SECONDS):
+        while line := lines.get(timeout=idle_seconds):
             yield line
     except queue.Empty:
         return

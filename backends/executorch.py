@@ -69,6 +69,9 @@ class ExecuTorch:
             f'({workload.threads}); executorch.runtime.Runtime.get().load_program("{file}")',
         }
 
+    def after_a_crash(self) -> str:
+        return "try another version of it: pip install --upgrade executorch"
+
     def capabilities(self, family: str, *, precision: str) -> Capabilities:
         if precision not in self.precisions():
             raise InvalidInput(f"ExecuTorch precision {precision!r} is unknown; use {', '.join(self.precisions())}")

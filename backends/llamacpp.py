@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dilap.backends import MAX_READ_TOKENS, Capabilities
+from dilap.backends.llamacpp_build import cmake_args_here
 from dilap.errors import InvalidInput, Unsupported
 from dilap.types import Workload
 
@@ -78,6 +79,13 @@ class LlamaCpp:
             command.append(f"-ctk {cache} -ctv {cache}")
             call.append(f"type_k={_CACHE_TYPES[cache]}, type_v={_CACHE_TYPES[cache]}")
         return {"llama-bench": " ".join(bench), "llama-cli": " ".join(command), "python": ", ".join(call) + ")"}
+
+    def after_a_crash(self) -> str:
+        built = cmake_args_here()
+        again = "pip install --force-reinstall --no-cache-dir llama-cpp-python"
+        if not built:
+            return f"try another version: {again}"
+        return f"a build with AMX does so: build it again with CMAKE_ARGS='{built}' {again}"
 
     def capabilities(self, family: str, *, precision: str) -> Capabilities:
         if precision not in self.precisions():
@@ -194,8 +202,8 @@ class LlamaCppSession:
 class LlamaCppReader:
     """One model and one context; see `dilap.backends.Reader`."""
 
-    def __init__(self, path: Path, *, threads: int) -> None:
-        self._model, self._threads = _load_model(path), threads
+    def __init__(self, path: Path, *, threads: int, kv_cache: str = "f16") -> None:
+        self._model, self._threads, self._kv_cache = _load_model(path), threads, kv_cache
         self._context: Any = None
         self._batch = _library().llama_batch_init(MAX_READ_TOKENS, 0, 1)
         self.max_tokens = int(_library().llama_model_n_ctx_train(self._model))
@@ -205,7 +213,12 @@ class LlamaCppReader:
         self._free_context_()
         at_once = min(num_tokens, MAX_READ_TOKENS)
         self._context = _new_context(
-            self._model, num_tokens, max_outputs=at_once, threads=self._threads, batch_tokens=at_once
+            self._model,
+            num_tokens,
+            max_outputs=at_once,
+            threads=self._threads,
+            batch_tokens=at_once,
+            kv_cache=self._kv_cache,
         )
 
     def read(self, token_ids: Sequence[int], *, start: int, num_rows: int) -> NDArray[np.float32]:

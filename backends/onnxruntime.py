@@ -70,6 +70,9 @@ class OnnxRuntime:
             found["environment"] = f"{_NO_FLASH}=1"
         return found
 
+    def after_a_crash(self) -> str:
+        return "try another version of it: pip install --upgrade onnxruntime"
+
     def capabilities(self, family: str, *, precision: str) -> Capabilities:
         if precision not in self.precisions():
             raise InvalidInput(f"ONNX Runtime precision {precision!r} is unknown; use {', '.join(self.precisions())}")

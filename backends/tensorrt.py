@@ -82,6 +82,9 @@ class TensorRT:
     def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:  # noqa: ARG002
         return {"trtexec": f"trtexec --onnx={file}, with the shapes and precisions of recipe.json"}
 
+    def after_a_crash(self) -> str:
+        return "look at the device with: dilap-profile --check"
+
     def capabilities(self, family: str, *, precision: str) -> Capabilities:
         if precision not in _PRECISIONS:
             raise InvalidInput(f"TensorRT precision {precision!r} is unknown; use {', '.join(_PRECISIONS)}")

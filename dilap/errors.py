@@ -5,6 +5,7 @@ DilapError              one line for the user; the commands print it and exit wi
 ├── Unsupported         correct input that this architecture, layout or runtime cannot hold
 ├── Unavailable         a runtime, a device or a model is not here; the text says how to get it
 │   └── LinkLost        a device went away while in use: the same command, given again, goes on
+├── Crashed             a native runtime died in the process that ran it: which one, of what, what to try
 ├── Unfit               a device is in no state to be measured: hot, busy, on battery
 ├── Mismatch            two things that must agree do not: a table and a device, a plan and a model
 ├── Infeasible          no plan can keep the budget
@@ -30,6 +31,10 @@ class Unavailable(DilapError):
 
 class LinkLost(Unavailable):
     """A device, or the way to it, went away while in use; the same command, given again, goes on."""
+
+
+class Crashed(DilapError):
+    """A native runtime died in the process that ran it."""
 
 
 class Unfit(DilapError):

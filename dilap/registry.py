@@ -24,7 +24,7 @@ def own(name: str, *, kind: str) -> Any:
     """The object that a user names as "module:attribute". Raises InvalidInput."""
     module, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a user's own lies where the command is given
+        sys.path.append(str(Path.cwd()))  # where a user's own lies; behind all libraries, so that it hides none
     try:
         return getattr(importlib.import_module(module), attribute)
     except ImportError as error:

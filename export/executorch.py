@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from dilap.anatomy import architecture_of
+from dilap.backends.child import opened
 from dilap.codec import encode, file_sha256, write_json, written_aside
 from dilap.context import window_notes
 from dilap.errors import InvalidInput, Unsupported, VerificationFailed
 from dilap.executorch_bindings import bindings
-from dilap.export import executorch_runtime
 from dilap.export.executorch_header import GROUP_SIZE, Header, header_of, probe_header
+from dilap.export.executorch_runtime import ExecuTorchTokenizer, Pte
 from dilap.export.hf_tokenizer import read_tokenizer
 from dilap.export.random_weights import RandomWeights
 from dilap.export.text_samples import SAMPLES
@@ -129,17 +130,17 @@ def _verify_method(
     path: Path, method: str, model: "PreTrainedModel", token_ids: Sequence[int], *, precision: str
 ) -> float:
     """SQNR in dB. Raises VerificationFailed below the precision's bound."""
-    with executorch_runtime.Pte(path, method=method) as file:
+    with opened(Pte, path, runtime="executorch", method=method) as file:
         name = f"{method} of {path.name} in {precision}"
         return verify_logits(model, file, token_ids, bound_db=SQNR_BOUNDS_DB[precision], name=name)
 
 
 def _verify_tokenizer(path: Path, reference: "PreTrainedTokenizerFast") -> None:
     """Raises VerificationFailed at the first text that ExecuTorch's tokenizer and transformers' split differently."""
-    tokenize = executorch_runtime.tokenizer(path)
+    tokenizer = opened(ExecuTorchTokenizer, path, runtime="executorch")
     for text in SAMPLES:
         expected = reference(text, add_special_tokens=False)["input_ids"]
-        if (got := tokenize(text)) != expected:
+        if (got := tokenizer.tokens(text)) != expected:
             at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), len(got))
             raise VerificationFailed(
                 f"ExecuTorch's tokenizer differs from transformers': {text!r} at token {at}: expected"

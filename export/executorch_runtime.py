@@ -1,7 +1,7 @@
 """ExecuTorch's runtime as far as an exporter needs it: logits of a file, and its tokenizer."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,14 +48,21 @@ class Pte:
         return array
 
 
-def tokenizer(path: Path) -> Callable[[str], list[int]]:
-    """Text to token ids, without special tokens, as ExecuTorch's runner does. Raises Unavailable, InvalidInput."""
-    try:
-        found = importlib.import_module("pytorch_tokenizers").CppHFTokenizer()
-    except ImportError as error:
-        raise Unavailable(f"ExecuTorch's tokenizers are needed ({error}); pip install 'dilap[executorch]'") from error
-    try:
-        found.load(str(path))
-    except RuntimeError as error:
-        raise InvalidInput(f"{path}: ExecuTorch cannot load the tokenizer: {reason_of(error)}") from error
-    return lambda text: [int(token) for token in found.encode(text, 0, 0)]
+class ExecuTorchTokenizer:
+    """A tokenizer.json as ExecuTorch's runner reads it."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises Unavailable, InvalidInput."""
+        try:
+            self._tokenizer = importlib.import_module("pytorch_tokenizers").CppHFTokenizer()
+        except ImportError as error:
+            reason = f"ExecuTorch's tokenizers are needed ({error}); pip install 'dilap[executorch]'"
+            raise Unavailable(reason) from error
+        try:
+            self._tokenizer.load(str(path))
+        except RuntimeError as error:
+            raise InvalidInput(f"{path}: ExecuTorch cannot load the tokenizer: {reason_of(error)}") from error
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids, without special tokens."""
+        return [int(token) for token in self._tokenizer.encode(text, 0, 0)]

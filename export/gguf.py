@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from dilap.anatomy import architecture_of
+from dilap.backends.child import called, opened
 from dilap.codec import encode, file_sha256, write_json, written_aside
 from dilap.context import max_tokens_of, window_notes
 from dilap.errors import InvalidInput, Unsupported
@@ -76,7 +77,7 @@ class GgufExporter:
         layout = layout_of(architecture, Hyperparameters())
 
         def verify(path: Path, _: str) -> None:
-            llamacpp.validate(path)
+            called(llamacpp.validate, path, runtime="llamacpp")
 
         random = RandomWeights(seed)
 
@@ -91,7 +92,7 @@ class GgufExporter:
 
 def verify_gguf(model: "PreTrainedModel", path: Path, *, precision: str) -> float:
     """The SQNR in dB of a file's logits against `model`. Raises VerificationFailed below the bound of the precision."""
-    with llamacpp.Gguf(path, num_tokens=NUM_TOKENS) as file:
+    with opened(llamacpp.Gguf, path, runtime="llamacpp", num_tokens=NUM_TOKENS) as file:
         token_ids = _token_ids(file, min(NUM_TOKENS, max_tokens_of(model.config)))
         bound, name = SQNR_BOUNDS_DB[precision], f"{path.name} in {precision}"
         half = torch.float16 if precision == "f16" else None
@@ -149,7 +150,7 @@ def _write_folder(
     _write_floats(floats, layout, values, tokenizer=tokenizer, precision=written)
     sqnr_db = verify(floats, written)
     if quantised:
-        llamacpp.quantise(floats, path, precision=precision)
+        called(llamacpp.quantise, floats, path, runtime="llamacpp", precision=precision)
         floats.unlink()
         sqnr_db = verify(path, precision)
     return _describe(path, layout, precision=precision, sqnr_db=sqnr_db)

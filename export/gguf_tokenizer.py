@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 from gguf import GGUFValueType, TokenType
 
+from dilap.backends.child import opened
 from dilap.errors import InvalidInput, Unsupported, VerificationFailed, reason_of
 from dilap.export.llamacpp import Gguf
 from dilap.export.text_samples import SAMPLES
@@ -86,9 +87,9 @@ def read_tokenizer(source: Path, *, vocab_size: int) -> Tokenizer:
 
 def verify_tokenizer(path: Path, source: Path) -> None:
     """Raises VerificationFailed at the first text that llama.cpp and the source split differently."""
-    with Gguf(path, vocab_only=True) as file:
+    with opened(Gguf, path, runtime="llamacpp", vocab_only=True) as file:
         if source.is_file():
-            with Gguf(source, vocab_only=True) as original:
+            with opened(Gguf, source, runtime="llamacpp", vocab_only=True) as original:
                 expected = [(text, original.tokens(text)) for text in SAMPLES]
         else:
             reference = _transformers_tokenizer(source)
@@ -266,5 +267,5 @@ def _num_agreeing(tokenizer: Tokenizer, expected: Sequence[tuple[str, list[int]]
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    with Gguf(path, vocab_only=True) as file:
+    with opened(Gguf, path, runtime="llamacpp", vocab_only=True) as file:
         return sum(file.tokens(text) == ids for text, ids in expected)

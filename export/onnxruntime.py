@@ -1,20 +1,18 @@
 """Export to the folder that ONNX Runtime and ONNX Runtime GenAI load."""
 
 import collections
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from dilap.anatomy import architecture_of
+from dilap.backends.child import opened
 from dilap.codec import encode, file_sha256, write_json, written_aside
 from dilap.context import max_tokens_of, window_notes
-from dilap.errors import InvalidInput, Unavailable, Unsupported, reason_of
+from dilap.errors import Unsupported
 from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
+from dilap.export.onnx_file import OnnxFile
 from dilap.export.onnx_graph import build_model
 from dilap.export.onnx_hyperparameters import Hyperparameters, hyperparameters, probe_hyperparameters
 from dilap.export.onnx_matrices import Storage
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
-_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 STORAGE: dict[str, Storage] = {"f32": "float", "int8": "int8", "int4": "int4"}
 _MAX_LENGTH = 4096  # GenAI allocates the cache for this many tokens unless it is told another number
 
@@ -83,7 +80,7 @@ class OnnxRuntimeExporter:
             folder.mkdir()
             numbers = probe_hyperparameters(architecture)
             _write_model(folder, architecture, numbers, ProbeWeights(seed), precision)
-            OnnxFile(folder / MODEL, optimised=False)
+            opened(OnnxFile, folder / MODEL, runtime="onnxruntime", optimised=False).close()
             artifact = _describe(folder, architecture, precision=precision, plan_digest="", sqnr_db=None, details={})
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
@@ -121,60 +118,8 @@ def verify_onnx(model: "PreTrainedModel", path: Path, tokenizer: "PreTrainedToke
     # Real text, as a trained model's logits are only typical there.
     token_ids = tokenizer("\n".join(SAMPLES))["input_ids"][: min(NUM_TOKENS, max_tokens_of(model.config))]
     name = f"{path.name} in {precision}"
-    return verify_logits(model, OnnxFile(path), token_ids, bound_db=SQNR_BOUNDS_DB[precision], name=name)
-
-
-class OnnxFile:
-    """An exported file in ONNX Runtime on the CPU, as any user of its names would run it."""
-
-    def __init__(self, path: Path, *, optimised: bool = True) -> None:
-        """Raises InvalidInput, in one line, where ONNX Runtime refuses the file."""
-        try:
-            import onnxruntime  # noqa: PLC0415
-        except ImportError as error:
-            raise Unavailable("ONNX Runtime is needed to check a file; pip install 'dilap[onnxruntime]'") from error
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what it logs, it raises
-        options.intra_op_num_threads = max(1, (os.cpu_count() or 2) // 2)
-        if not optimised:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # it has a dozen types, which share no base of their own
-            raise InvalidInput(f"{path}: ONNX Runtime cannot load it: {reason_of(error)}") from error
-
-    def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
-        """Logits (tokens x vocabulary): one pass, or its last quarter token by token through the KV cache."""
-        cache = {
-            value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), _NUMPY_TYPES[value.type])
-            for value in self._session.get_inputs()
-            if value.name.startswith("past_key_values.")
-        }
-        together = len(token_ids) - (-(-len(token_ids) // 4) if incremental else 0)
-        rows, start = [], 0
-        for end in range(together, len(token_ids) + 1):
-            logits, cache = self._run(token_ids[start:end], start, cache)
-            rows.append(logits)
-            start = end
-        return np.concatenate(rows)
-
-    def _run(
-        self, token_ids: Sequence[int], start: int, cache: dict[str, NDArray[np.floating]]
-    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.floating]]]:
-        end = start + len(token_ids)
-        feed = {
-            "input_ids": np.array([token_ids], np.int64),
-            "attention_mask": np.ones((1, end), np.int64),
-            "position_ids": np.arange(start, end)[None],
-            "logits_to_keep": np.array([len(token_ids)]),
-        }
-        wanted = {value.name for value in self._session.get_inputs()}
-        feed = {name: value for name, value in feed.items() if name in wanted}
-        names = [value.name for value in self._session.get_outputs()]
-        outputs = dict(zip(names, self._session.run(names, feed | cache), strict=True))
-        grown = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
-        return outputs["logits"][0].astype(np.float32), grown
+    with opened(OnnxFile, path, runtime="onnxruntime") as file:
+        return verify_logits(model, file, token_ids, bound_db=SQNR_BOUNDS_DB[precision], name=name)
 
 
 def _genai_config(

@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 
 from dilap import tensorrt_build
 from dilap.anatomy import architecture_of
+from dilap.backends.child import opened
 from dilap.codec import encode, file_sha256, write_json, written_aside
 from dilap.context import window_notes
 from dilap.errors import InvalidInput, Unavailable, Unsupported
 from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.onnx_emitter import Values
+from dilap.export.onnx_file import OnnxFile
 from dilap.export.onnx_graph import build_model
 from dilap.export.onnx_hyperparameters import Hyperparameters, hyperparameters, probe_hyperparameters
 from dilap.export.onnx_weights import ModelWeights, ProbeWeights
-from dilap.export.onnxruntime import OnnxFile
 from dilap.export.tensorrt_report import CompileReport, compile_for, one_layer_a_width
 from dilap.export.text_samples import SAMPLES
 from dilap.export.verify import NUM_TOKENS, torch_logits, verify_logits
@@ -196,7 +197,8 @@ class _Check:
             _save(path, self.architecture, self.numbers, self.values, dtype=computed)
         try:
             bound, name = SQNR_BOUNDS_DB[precision], f"{_MODEL} in {precision}"
-            sqnr = verify_logits(self.model, OnnxFile(path), token_ids, bound_db=bound, name=name)
+            with opened(OnnxFile, path, runtime="onnxruntime") as file:
+                sqnr = verify_logits(self.model, file, token_ids, bound_db=bound, name=name)
         except Unavailable as error:
             return None, f"not verified against torch: {error}"
         finally:

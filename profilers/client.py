@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -13,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-import dilap
 from dilap import backends, codec, errors
+from dilap.backends.child import obituary, python_environment
 from dilap.errors import DilapError, LinkLost
 from dilap.profilers.archive import agent_archive
 from dilap.profilers.store import Files
@@ -102,10 +101,7 @@ class LocalConnection:
     files: Files = InPlace()
 
     def start_agent(self) -> Process:
-        # the child must import this very DiLAP, also from a checkout that is not installed
-        source = str(Path(dilap.__file__).resolve().parent.parent)
-        paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
-        transport = LocalTransport(environment={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+        transport = LocalTransport(environment=python_environment())
         return transport.start([sys.executable, "-m", "dilap.backends.agent"], seconds=_SESSION_SECONDS)
 
     def close(self) -> None:
@@ -136,6 +132,7 @@ class AgentClient:
     def __init__(self, connection: Connection, *, backend: str, device: str, affinity: str | None = None) -> None:
         self._connection = connection
         self._seq = itertools.count(1)
+        self._backend = backend
         self._load_seconds = backends.get(backend).load_seconds
         self._heard = False
         try:
@@ -176,8 +173,14 @@ class AgentClient:
     def call(self, operation: str, *, timeout: float = _TIMEOUT_SECONDS, **fields: Any) -> dict[str, Any]:
         """One request and its response. Raises what the agent raised, and LinkLost where it is gone."""
         seq = next(self._seq)
-        self._process.write(json.dumps({"seq": seq, "op": operation, **fields}) + "\n")
-        response = self._response(seq, timeout=timeout)
+        try:
+            self._process.write(json.dumps({"seq": seq, "op": operation, **fields}) + "\n")
+            response = self._response(seq, timeout=timeout)
+        except LinkLost:
+            if (status := self._process.status_of_death()) is None:
+                raise
+            doing = f"its agent answered {operation!r}"
+            raise obituary(self._backend, status, doing) from None
         if "error" in response:
             raise _as_error(response["error"])
         return response

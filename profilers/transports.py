@@ -43,6 +43,9 @@ class Process(Protocol):
     def read_line(self, *, timeout: float) -> str:
         """The next line. Raises LinkLost where the program ended or stays silent for `timeout` seconds."""
 
+    def status_of_death(self) -> int | None:
+        """The status of a program on this machine that a signal ended (negative); None for all others."""
+
     def close(self) -> None:
         """Close its input, which asks it to end, and see that it does."""
 
@@ -69,8 +72,16 @@ class Transport(Protocol):
 class PipedProcess:
     """A child of this process; ssh and adb are children too."""
 
-    def __init__(self, argv: Sequence[str], *, name: str, environment: Mapping[str, str] | None = None) -> None:
-        self._name = name
+    def __init__(
+        self,
+        argv: Sequence[str],
+        *,
+        name: str,
+        environment: Mapping[str, str] | None = None,
+        is_local: bool = False,
+    ) -> None:
+        """`is_local` says that the child is the program itself, and not a client of a device that runs it."""
+        self._name, self._is_local = name, is_local
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the child)
         try:
             self._child = subprocess.Popen(
@@ -108,6 +119,10 @@ class PipedProcess:
         if not answer:
             raise LinkLost(self._obituary())
         return answer
+
+    def status_of_death(self) -> int | None:
+        status = self._child.poll()
+        return status if self._is_local and status is not None and status < 0 else None
 
     def close(self) -> None:
         assert self._child.stdin is not None
@@ -147,7 +162,7 @@ class LocalTransport:
         return run_client(argv, seconds=seconds, device="this machine")
 
     def start(self, argv: Sequence[str], *, seconds: float) -> Process:  # noqa: ARG002  (a child ends with its pipe)
-        return PipedProcess(argv, name="the program", environment=self._environment)
+        return PipedProcess(argv, name="the program", environment=self._environment, is_local=True)
 
     def push(self, path: Path, remote: str, *, resume: bool = False) -> None:  # noqa: ARG002
         shutil.copyfile(path, remote)

@@ -65,6 +65,9 @@ class FakeBackend:
     def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:
         return {}
 
+    def after_a_crash(self) -> str:
+        return "try another"
+
     def capabilities(self, family: str, *, precision: str) -> Capabilities:
         return Capabilities()
 
@@ -260,6 +263,9 @@ class PatientConnection(LocalConnection):
 
     def write(self, text: str) -> None:
         self._seq = json.loads(text)["seq"]
+
+    def status_of_death(self) -> int | None:
+        return None
 
     def read_line(self, *, timeout: float) -> str:
         self.timeouts.append(timeout)

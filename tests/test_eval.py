@@ -12,6 +12,7 @@ from fake_job import call, last_line
 from models import tiny_model, tiny_tokenizer
 
 from dilap import backends, export
+from dilap.backends import readers
 from dilap.cli import eval as command
 from dilap.cli.console import Console
 from dilap.codec import read_json, write_json
@@ -106,7 +107,7 @@ def test_json_has_a_number_by_task_and_metric(checkpoint: Path, data: Path, caps
     assert len(found["facts"]["arc_easy"]["choices"]["arc_easy"]) == 12
 
 
-@pytest.mark.parametrize("backend", sorted(backends.READERS))
+@pytest.mark.parametrize("backend", sorted(readers.READERS))
 def test_an_artifact_answers_as_its_checkpoint(
     backend: str, checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

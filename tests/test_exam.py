@@ -13,6 +13,7 @@ from models import random_tokens, tiny_model
 from tiny_gguf import pruned_model
 
 from dilap import backends
+from dilap.backends import readers
 from dilap.cli import compare, prune, result
 from dilap.codec import decode, read_json, write_json
 from dilap.errors import Unsupported
@@ -76,7 +77,7 @@ def test_the_table_says_whose_quality_it_shows(quantised: Path) -> None:
 def test_what_cannot_be_read_here_has_torchs_quality_and_the_reason(
     checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(backends.READERS, "llamacpp")
+    monkeypatch.delitem(readers.READERS, "llamacpp")
     assert prune_tiny(checkpoint, corpus, tmp_path / "run") == 0
     found = read(tmp_path / "run")
     assert (found.pruned.quality.through, found.pruned.quality.kl) == ("torch", found.pruned.in_torch.kl)
@@ -108,7 +109,7 @@ def test_a_file_that_changes_before_it_is_measured_is_one_line(
 def test_a_comparison_reads_the_dense_file_once(
     checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_files, real = [], backends.open_reader
+    read_files, real = [], readers.open_reader
 
     def counted(name: str, path: Path, *, threads: int) -> Any:
         read_files.append(path.parent.name)

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from dilap import backends, codec, export
 from dilap.anatomy import architecture_of
+from dilap.backends import readers
 from dilap.codec import decode, file_sha256, read_json
 from dilap.errors import InvalidInput, Unsupported, VerificationFailed
 from dilap.export.executorch import ModelValues, matrix_types
@@ -183,7 +184,7 @@ def test_a_reader_gives_in_several_runs_the_logits_of_prefixes(
     session = backends.get("executorch").load(dense / "model.pte", DECODE)
     expected = session.logits(tokens, incremental=False)
     session.close()
-    reader = backends.open_reader("executorch", tmp_path / "out" / "model.pte", threads=1)
+    reader = readers.open_reader("executorch", tmp_path / "out" / "model.pte", threads=1)
     first, rest = reader.read(tokens[:3], start=0, num_rows=1), reader.read(tokens[3:], start=3, num_rows=14)
     reader.close()
     np.testing.assert_allclose(np.concatenate([first, rest]), expected[[2, *range(10, 24)]], atol=1e-5)
@@ -193,7 +194,7 @@ def test_a_program_without_a_method_for_scores_is_refused(dense: Path, tmp_path:
     older = tmp_path / "older.pte"
     older.write_bytes((dense / "model.pte").read_bytes().replace(b"score", b"other"))
     with pytest.raises(InvalidInput, match=r"older\.pte: it has no method 'score'; an earlier DiLAP wrote it"):
-        backends.open_reader("executorch", older, threads=1)
+        readers.open_reader("executorch", older, threads=1)
 
 
 def contents(module: Any) -> dict[str, bytes]:

@@ -17,10 +17,10 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not ins
 
 from dilap.anatomy import architecture_of  # noqa: E402
 from dilap.errors import Unsupported  # noqa: E402
+from dilap.export.onnx_file import OnnxFile  # noqa: E402
 from dilap.export.onnx_graph import Form, build_model  # noqa: E402
 from dilap.export.onnx_hyperparameters import hyperparameters  # noqa: E402
 from dilap.export.onnx_weights import ModelWeights, quantise  # noqa: E402
-from dilap.export.onnxruntime import OnnxFile  # noqa: E402
 from dilap.export.verify import verify_logits  # noqa: E402
 from dilap.sqnr import sqnr_db  # noqa: E402
 

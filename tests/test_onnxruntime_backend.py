@@ -19,7 +19,7 @@ if reason := backends.get("onnxruntime").unavailable():
 pytest.importorskip("onnx_ir", reason="onnx_ir is not installed")
 
 from dilap import export
-from dilap.export.onnxruntime import OnnxFile
+from dilap.export.onnx_file import OnnxFile
 from dilap.profilers import devices
 from dilap.profilers.client import AgentClient
 from dilap.profilers.profiler import Case, Profiler

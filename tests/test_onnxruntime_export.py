@@ -22,8 +22,9 @@ if reason := backends.get("onnxruntime").unavailable():
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 
 from dilap.export import hf_tokenizer  # noqa: E402
+from dilap.export.onnx_file import OnnxFile  # noqa: E402
 from dilap.export.onnx_weights import ModelWeights  # noqa: E402
-from dilap.export.onnxruntime import OnnxFile, OnnxRuntimeExporter  # noqa: E402
+from dilap.export.onnxruntime import OnnxRuntimeExporter  # noqa: E402
 from dilap.export.text_samples import SAMPLES  # noqa: E402
 
 PROMPT = (5, 17, 80, 3, 3, 41)

@@ -12,12 +12,12 @@ from tiny_gguf import pruned_model
 from transformers import PreTrainedModel
 
 from dilap import backends, export
-from dilap.backends import MAX_READ_TOKENS, Reader
+from dilap.backends import MAX_READ_TOKENS, Reader, readers
 from dilap.errors import DilapError
 from dilap.evaluation.scoring import Request, log_probabilities, score
 from dilap.evaluation.torch_reader import TorchReader
 
-RUNTIMES = sorted(backends.READERS)
+RUNTIMES = sorted(readers.READERS)
 
 
 def request(context: list[int], continuation: list[int]) -> Request:
@@ -100,7 +100,7 @@ def opened(backend: str, model: PreTrainedModel, folder: Path) -> Reader:
     artifact = export.get(backend).export(
         model, tokenizer=folder / "words", precision="f32", plan_digest="", out=folder / "out"
     )
-    return backends.open_reader(backend, folder / "out" / artifact.path, threads=1)
+    return readers.open_reader(backend, folder / "out" / artifact.path, threads=1)
 
 
 @pytest.mark.parametrize("backend", RUNTIMES)
@@ -124,5 +124,5 @@ def test_an_artifact_says_how_much_it_reads(backend: str, tmp_path: Path) -> Non
 
 def test_an_engine_for_another_machine_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DilapError) as raised:
-        backends.open_reader("tensorrt", tmp_path / "model.onnx", threads=1)
+        readers.open_reader("tensorrt", tmp_path / "model.onnx", threads=1)
     assert "\n" not in str(raised.value)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from dilap import backends
 from dilap.backends import host
+from dilap.backends.readers import open_reader
 from dilap.cli.result import Quality, versions
 from dilap.cli.stages import Stages
 from dilap.codec import decode, digest, encode, read_json, write_json
@@ -69,14 +69,20 @@ class Exam:
 
     def _read(self, stages: Stages, folder: Path, artifact: Artifact) -> Quality:
         total, head = self.text.tokens.numel(), head_of(stages.source.model)
-        reader = backends.open_reader(artifact.backend, folder / artifact.path, threads=host.num_physical_cores())
+        reader = open_reader(
+            artifact.backend,
+            folder / artifact.path,
+            threads=host.num_physical_cores(),
+            switches=stages.bench.workload.switches,
+        )
         with closing(reader), stages.console.bar(f"read {folder.name}", total=total, unit="tok") as bar:
             scores = beside_teacher(reader, self.reference, head, progress=bar.update)
         return replace(self._scored(scores), through=artifact.backend, artifact_sha256=artifact.sha256)
 
     def _key(self, stages: Stages, artifact: Artifact) -> str:
         """Of everything that the numbers come from."""
-        made_of = [artifact.sha256, artifact.companions, self.text.sha256, stages.source.digest, versions()]
+        switches = stages.bench.workload.switches
+        made_of = [artifact.sha256, artifact.companions, switches, self.text.sha256, stages.source.digest, versions()]
         return digest(made_of)[:16]
 
     def _scored(self, scores: Scores) -> Quality:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from dilap import backends
 from dilap.anatomy import architecture_of
 from dilap.backends import Reader
+from dilap.backends.readers import open_reader
 from dilap.codec import decode, file_sha256, read_json
 from dilap.errors import InvalidInput, Mismatch
 from dilap.evaluation.torch_reader import TorchReader
@@ -100,7 +100,7 @@ def _of_artifact(name: str, folder: Path, backend: str | None, threads: int) -> 
         num_bytes=artifact.num_bytes,
         path=path,
         architecture=artifact.architecture,
-        reader=backends.open_reader(artifact.backend, path, threads=threads),
+        reader=open_reader(artifact.backend, path, threads=threads),
         words=words,
         run=artifact.run,
     )
@@ -127,7 +127,7 @@ def _of_gguf(name: str, path: Path, threads: int) -> Subject:
         num_bytes=path.stat().st_size,
         path=path,
         architecture=None,
-        reader=backends.open_reader("llamacpp", path, threads=threads),
+        reader=open_reader("llamacpp", path, threads=threads),
         words=GgufWords(path),
     )
 

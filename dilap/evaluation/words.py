@@ -5,6 +5,7 @@ from typing import Protocol
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dilap.backends.child import opened
 from dilap.errors import InvalidInput
 from dilap.export.llamacpp import Gguf
 
@@ -51,7 +52,7 @@ class GgufWords:
 
     def __init__(self, path: Path) -> None:
         """Raises InvalidInput for a file without one, or of a model that has neither a beginning nor an end."""
-        self._file = Gguf(path, vocab_only=True)
+        self._file = opened(Gguf, path, runtime="llamacpp", vocab_only=True)
         prefix = self._file.beginning if self._file.has_vocabulary else None
         if prefix is None:
             raise InvalidInput(f"{path}: it holds no tokenizer with a beginning or an end of text")

@@ -35,6 +35,9 @@ class StandIn:
     def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:
         return {}
 
+    def after_a_crash(self) -> str:
+        return "try another"
+
     def capabilities(self, family: str, *, precision: str) -> Capabilities:
         return Capabilities()
 

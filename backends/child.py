@@ -1,0 +1,315 @@
+"""Native runtimes in a process of their own, so that one that dies takes nobody with it.
+
+A crash inside llama.cpp or ONNX Runtime ends the whole process, in silence. Whatever exports, verifies or evaluates
+through such a library therefore opens its objects in a child:
+
+    with opened(Gguf, path, runtime="llamacpp", num_tokens=64) as file:
+        file.logits(token_ids, incremental=False)
+
+`opened` gives a stand-in for the object in the child: its methods are called there, what its properties said when it
+was opened is kept here. Arguments and results are what JSON holds, paths and numpy arrays. When the child dies, the
+call raises Crashed, and the next one starts another child. There is one child for each runtime; it ends with us.
+"""
+
+import atexit
+import contextlib
+import functools
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, TypeVar, cast
+
+import numpy as np
+
+import dilap
+from dilap import backends, errors
+from dilap.errors import Crashed, DilapError
+
+T = TypeVar("T")
+_PIPE_BYTES = 1 << 20  # a pipe's own 64 KiB make logits, 100 MB at a time, take half as long again
+_F_SETPIPE_SZ = 1031
+_PATH = "__path__"
+
+
+def opened(kind: Callable[..., T], *arguments: Any, runtime: str, **options: Any) -> T:
+    """An object of the class `kind`, made and kept in the child of the backend `runtime`.
+
+    Raises what its constructor raises, and Crashed.
+    """
+    return cast(T, _child(runtime).open(kind, arguments, options))
+
+
+def called(function: Callable[..., T], *arguments: Any, runtime: str, **options: Any) -> T:
+    """What a function of a module returns in the child of the backend `runtime`. Raises what it raises, and Crashed."""
+    return cast(T, _child(runtime).run(function, arguments, options))
+
+
+def obituary(runtime: str, status: int, doing: str, *, said: str = "") -> Crashed:
+    """The error for a process of a backend that ended with `status` (negative: of that signal) while `doing` something;
+    `said` is its last word."""
+    how = f"died of {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
+    words = f" ({said})" if said else ""
+    backend = backends.get(runtime)
+    return Crashed(f"{runtime} {how} while {doing}{words}; {backend.after_a_crash()}")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def python_environment() -> dict[str, str]:
+    """The environment of a Python that we start: it imports this very DiLAP, also from a checkout that is not
+    installed, and nothing from the current folder, which may be a downloaded model's."""
+    source = str(Path(dilap.__file__).resolve().parent.parent)
+    paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1", "ORT_DISABLE_TELEMETRY": "1"}
+
+
+class _Child:
+    """A running child and what it is doing."""
+
+    def __init__(self, runtime: str) -> None:
+        self._runtime = runtime
+        self._lock = threading.Lock()
+        self._complaints: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the child)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "dilap.backends.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._complaints,
+            env=python_environment(),
+            start_new_session=True,  # a Ctrl-C in the terminal is for us alone: the child ends when we do
+        )
+        assert self._process.stdout is not None
+        with contextlib.suppress(ImportError, OSError):  # Linux alone has it, and has a limit for all pipes together
+            importlib.import_module("fcntl").fcntl(self._process.stdout, _F_SETPIPE_SZ, _PIPE_BYTES)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def open(self, kind: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> "_StandIn":
+        name = _file_name(arguments)
+        made = self._ask({"open": _name_of(kind), "arguments": arguments, "options": options}, f"opening {name}")
+        return _StandIn(self, name, made)
+
+    def run(self, function: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+        doing = f"working on {_file_name(arguments)}"
+        return self._ask({"run": _name_of(function), "arguments": arguments, "options": options}, doing)
+
+    def call(self, number: int, method: str, arguments: tuple[Any, ...], options: Mapping[str, Any], name: str) -> Any:
+        request = {"call": number, "method": method, "arguments": arguments, "options": options}
+        return self._ask(request, f"running {name}")
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._complaints.close()
+
+    def _ask(self, request: Mapping[str, Any], doing: str) -> Any:
+        """One request and its response. Raises the error that the child reports, and Crashed where there is none."""
+        assert self._process.stdin is not None
+        line = json.dumps(request, default=_plain) + "\n"
+        with self._lock:
+            try:
+                self._process.stdin.write(line.encode())
+                self._process.stdin.flush()
+                response, array = _received(cast(IO[bytes], self._process.stdout))
+            except (OSError, EOFError):
+                raise obituary(self._runtime, self._process.wait(), doing, said=self._last_words()) from None
+        if "error" in response:
+            kind = getattr(errors, str(response["error"]["type"]), DilapError)
+            raise kind(response["error"]["message"])
+        return response["value"] if array is None else array
+
+    def _last_words(self) -> str:
+        self._complaints.seek(0)
+        lines = self._complaints.read()[-4096:].decode("utf-8", "replace").strip().splitlines()
+        return lines[-1].strip() if lines else ""
+
+
+class _StandIn:
+    """Stands for an object in a child: methods run there, properties have the values from when it was opened."""
+
+    def __init__(self, child: _Child, name: str, made: Mapping[str, Any]) -> None:
+        self._child, self._name = child, name
+        self._number, self._methods, self._values = made["number"], set(made["methods"]), dict(made["values"])
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._values:
+            return self._values[name]
+        if name not in self._methods:
+            raise AttributeError(name)
+
+        def method(*arguments: Any, **options: Any) -> Any:
+            return self._child.call(self._number, name, arguments, options, self._name)
+
+        return method
+
+    def close(self) -> None:
+        """Free the object; one whose child died is gone already."""
+        if self._child.is_alive:
+            with contextlib.suppress(Crashed):
+                self._child.call(self._number, "close", (), {}, self._name)
+
+    def __enter__(self) -> "_StandIn":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+_children: dict[str, _Child] = {}
+_starting = threading.Lock()
+
+
+def _child(runtime: str) -> _Child:
+    """The living child of a backend."""
+    with _starting:
+        found = _children.get(runtime)
+        if found is None or not found.is_alive:
+            if found is not None:
+                found.close()
+            found = _children[runtime] = _Child(runtime)
+        return found
+
+
+@atexit.register
+def close_children() -> None:
+    """End all children, and wait until they have ended."""
+    with _starting:
+        for child in _children.values():
+            child.close()
+        _children.clear()
+
+
+def _name_of(kind: Callable[..., Any]) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _file_name(arguments: tuple[Any, ...]) -> str:
+    return next((one.name for one in arguments if isinstance(one, Path)), "a model")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know."""
+    if isinstance(value, Path):
+        return {_PATH: str(value)}
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} does not travel to a child")
+
+
+def _with_paths(document: dict[str, Any]) -> Any:
+    return Path(document[_PATH]) if set(document) == {_PATH} else document
+
+
+def _received(stream: IO[bytes]) -> tuple[dict[str, Any], "np.ndarray[Any, Any] | None"]:
+    """A response: a line of JSON, and the bytes of an array where it announces one. Raises EOFError."""
+    line = stream.readline()
+    if not line.endswith(b"\n"):
+        raise EOFError
+    response: dict[str, Any] = json.loads(line)
+    if (announced := response.get("array")) is None:
+        return response, None
+    array = np.empty(announced["shape"], np.dtype(announced["dtype"]))
+    view = array.reshape(-1).view(np.uint8).data
+    done = 0
+    while done < len(view):
+        count = cast(Any, stream).readinto(view[done:])
+        if not count:
+            raise EOFError
+        done += count
+    return response, array
+
+
+class _Server:
+    """The child's side: the objects that are open in it."""
+
+    def __init__(self) -> None:
+        self._objects: dict[int, Any] = {}
+        self._num_opened = 0
+
+    def answer(self, request: Mapping[str, Any]) -> Any:
+        arguments, options = request["arguments"], request["options"]
+        if "open" in request:
+            return self._open(_imported(request["open"])(*arguments, **options))
+        if "run" in request:
+            return _imported(request["run"])(*arguments, **options)
+        found = self._objects[request["call"]]
+        if request["method"] == "close":
+            del self._objects[request["call"]]
+            return found.close() if hasattr(found, "close") else None
+        return getattr(found, request["method"])(*arguments, **options)
+
+    def _open(self, made: Any) -> dict[str, Any]:
+        self._num_opened += 1
+        self._objects[self._num_opened] = made
+        public = {name: getattr(made, name) for name in dir(made) if not name.startswith("_")}
+        return {
+            "number": self._num_opened,
+            "methods": [name for name, value in public.items() if callable(value)],
+            "values": {name: value for name, value in public.items() if not callable(value)},
+        }
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+
+
+def _serve(requests: IO[str], responses: IO[bytes]) -> None:
+    """Answer until the requests end."""
+    from dilap.backends.agent import received  # noqa: PLC0415  (the two read their requests in the same way)
+
+    server = _Server()
+    for line in received(requests, idle_seconds=None):
+        array: np.ndarray[Any, Any] | None = None
+        try:
+            value = server.answer(json.loads(line, object_hook=_with_paths))
+            if isinstance(value, np.ndarray):
+                array = np.ascontiguousarray(value)
+            response: dict[str, Any] = {"value": None if array is not None else value}
+        except Exception as error:  # whatever a runtime raises, the parent must hear of it
+            kind = type(error).__name__ if isinstance(error, DilapError) else "DilapError"
+            response = {"error": {"type": kind, "message": errors.reason_of(error)}}
+        if array is not None:
+            response["array"] = {"shape": array.shape, "dtype": array.dtype.str}
+        responses.write(json.dumps(response, default=_plain).encode() + b"\n")
+        if array is not None:
+            responses.write(array.reshape(-1).view(np.uint8).data)
+        responses.flush()
+
+
+def main() -> None:
+    # native libraries print to descriptor 1: the protocol moves to a copy, and the name 1 becomes stderr
+    with os.fdopen(os.dup(1), "wb") as responses:
+        os.dup2(2, 1)
+        _serve(sys.stdin, responses)
+
+
+if __name__ == "__main__":
+    main()

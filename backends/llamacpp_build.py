@@ -1,0 +1,54 @@
+"""How llama.cpp is compiled for this processor: its instruction sets by name, without AMX.
+
+GCC 12 miscompiles llama.cpp's AMX code (it optimises a tile configuration on the stack away), so that a native build
+crashes on quantised models wherever the processor has `amx_int8`: https://github.com/ggml-org/llama.cpp/issues/20824.
+Named instruction sets without AMX give the same speed as a native build has on a processor without it.
+
+`python backends/llamacpp_build.py` prints the value of CMAKE_ARGS. It needs the standard library alone, because it runs
+before anything is installed.
+"""
+
+import platform
+from collections.abc import Collection
+from pathlib import Path
+
+# llama.cpp's CMake options, with the processor's flags (as Linux names them) that each needs.
+_OPTIONS = {
+    "GGML_SSE42": ("sse4_2",),
+    "GGML_AVX": ("avx",),
+    "GGML_AVX2": ("avx2",),
+    "GGML_FMA": ("fma",),
+    "GGML_F16C": ("f16c",),
+    "GGML_BMI2": ("bmi2",),
+    "GGML_AVX_VNNI": ("avx_vnni",),
+    "GGML_AVX512": ("avx512f", "avx512cd", "avx512vl", "avx512dq", "avx512bw"),
+    "GGML_AVX512_VBMI": ("avx512vbmi",),
+    "GGML_AVX512_VNNI": ("avx512_vnni",),
+    "GGML_AVX512_BF16": ("avx512_bf16",),
+}
+
+
+def cmake_args(machine: str, flags: Collection[str]) -> str:
+    """The value of CMAKE_ARGS for a processor; empty where llama.cpp's own choice is right: elsewhere than on x86-64
+    Linux, which is the only system that lists the flags."""
+    if machine not in ("x86_64", "AMD64") or not flags:
+        return ""
+    chosen = (f"-D{name}={'ON' if set(needed) <= set(flags) else 'OFF'}" for name, needed in _OPTIONS.items())
+    return " ".join(["-DGGML_NATIVE=OFF", *chosen])
+
+
+def cmake_args_here() -> str:
+    """The value of CMAKE_ARGS for the processor that this runs on."""
+    return cmake_args(platform.machine(), _flags())
+
+
+def _flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
+    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+
+
+if __name__ == "__main__":
+    print(cmake_args_here())

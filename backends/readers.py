@@ -1,0 +1,30 @@
+"""Artifacts that are open to be read from, each in its runtime's own process."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dilap import backends, registry
+from dilap.backends import Reader
+from dilap.backends.child import opened
+from dilap.errors import Unavailable, Unsupported
+
+READERS = {
+    "executorch": "dilap.backends.executorch:ExecuTorchReader",
+    "llamacpp": "dilap.backends.llamacpp:LlamaCppReader",
+    "onnxruntime": "dilap.backends.onnxruntime:OnnxRuntimeReader",
+}
+
+
+def open_reader(name: str, path: Path, *, threads: int, switches: Mapping[str, str] | None = None) -> Reader:
+    """An artifact, to be read from; with those of the runtime's switches that change its numbers.
+
+    Raises Unavailable, Unsupported, InvalidInput where the file is damaged, and Crashed.
+    """
+    backend = backends.get(name)
+    if reason := backend.unavailable():
+        raise Unavailable(reason)
+    if name not in READERS:
+        raise Unsupported(f"{name} artifacts run on their device alone: score the checkpoint instead")
+    lossy = {key: value for key, value in (switches or {}).items() if key in backend.lossy_switches}
+    reader: Reader = opened(registry.get(READERS, name, kind="backend"), path, runtime=name, threads=threads, **lossy)
+    return reader
