@@ -150,7 +150,8 @@ def _write_folder(
     _write_floats(floats, layout, values, tokenizer=tokenizer, precision=written)
     sqnr_db = verify(floats, written)
     if quantised:
-        called(llamacpp.quantise, floats, path, runtime="llamacpp", precision=precision)
+        file_type = llamacpp.FILE_TYPES[precision]
+        called(llamacpp.quantise, floats, path, runtime="llamacpp", precision=precision, file_type=file_type)
         floats.unlink()
         sqnr_db = verify(path, precision)
     return _describe(path, layout, precision=precision, sqnr_db=sqnr_db)

@@ -158,11 +158,11 @@ def validate(path: Path) -> None:
     Gguf(path, num_tokens=1).close()
 
 
-def quantise(source: Path, target: Path, *, precision: str) -> None:
-    """Write the f16 or f32 GGUF `source` as `precision` (a key of FILE_TYPES), with llama.cpp's own quantiser."""
+def quantise(source: Path, target: Path, *, precision: str, file_type: int) -> None:
+    """Write the f16 or f32 GGUF `source` as `precision`, llama.cpp's `file_type`, with its own quantiser."""
     lib = library()
     _collect_errors()
     params = lib.llama_model_quantize_default_params()
-    params.ftype, params.nthread = FILE_TYPES[precision], os.cpu_count() or 1
+    params.ftype, params.nthread = file_type, os.cpu_count() or 1
     if lib.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)) != 0:
         raise InvalidInput(f"llama.cpp cannot write {target.name} as {precision}: {_reason()}")

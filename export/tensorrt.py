@@ -10,19 +10,18 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from dilap import tensorrt_build
 from dilap.anatomy import architecture_of
-from dilap.backends.child import opened
-from dilap.codec import encode, file_sha256, write_json, written_aside
+from dilap.backends.child import called, opened
+from dilap.codec import decode, encode, file_sha256, write_json, written_aside
 from dilap.context import window_notes
-from dilap.errors import InvalidInput, Unavailable, Unsupported
+from dilap.errors import Crashed, InvalidInput, Unavailable, Unsupported
 from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.onnx_emitter import Values
 from dilap.export.onnx_file import OnnxFile
 from dilap.export.onnx_graph import build_model
 from dilap.export.onnx_hyperparameters import Hyperparameters, hyperparameters, probe_hyperparameters
 from dilap.export.onnx_weights import ModelWeights, ProbeWeights
-from dilap.export.tensorrt_report import CompileReport, compile_for, one_layer_a_width
+from dilap.export.tensorrt_report import CompileReport, compiled, one_layer_a_width
 from dilap.export.text_samples import SAMPLES
 from dilap.export.verify import NUM_TOKENS, torch_logits, verify_logits
 from dilap.tensorrt_build import CHECKED_TARGETS
@@ -208,34 +207,28 @@ class _Check:
 
     def compile(self) -> str:
         """Write the compile report; a line that says what it says, or why there is none."""
-        try:
-            api = tensorrt_build.find_api()
-        except Unavailable as error:
-            return f"not compiled: {error}"
-        if not api.for_rtx:
-            return f"not compiled: {api.version} builds for this machine's GPU only"
-        report = self._report(api)
-        write_json(self.folder / _REPORT, encode(report))
-        return f"{report.describe()} ({_REPORT})"
-
-    def _report(self, api: tensorrt_build.Api) -> CompileReport:
         shallow = one_layer_a_width(self.architecture)
         path = self.folder / "check.onnx"
         recipe = _recipe(shallow, self.numbers, precision=self.recipe.precision, files={}, reference=None)
         _save(path, shallow, self.numbers, ProbeWeights(0).values, dtype=recipe.precision)
         try:
-            tensorrt_build.parse(self.folder / _MODEL, api=api)
-            targets = [compile_for(path, recipe, api, target) for target in CHECKED_TARGETS]
+            document = called(
+                compiled,
+                self.folder / _MODEL,
+                path,
+                runtime=TensorRTExporter.backend,
+                recipe=encode(recipe),
+                targets=CHECKED_TARGETS,
+            )
+        except (Crashed, Unavailable, Unsupported) as error:
+            return f"not compiled: {error}"
         finally:
             _remove_check(self.folder)
-        return CompileReport(
-            runtime=api.version,
-            files=self.recipe.files,
-            parsed=True,
-            num_layers=len(self.architecture.layers),
-            num_layers_built=len(shallow.layers),
-            targets=tuple(targets),
-        )
+        found = decode(CompileReport, document, source=_REPORT)
+        depth, built = len(self.architecture.layers), len(shallow.layers)
+        report = replace(found, files=self.recipe.files, num_layers=depth, num_layers_built=built)
+        write_json(self.folder / _REPORT, encode(report))
+        return f"{report.describe()} ({_REPORT})"
 
 
 def _remove_check(folder: Path) -> None:

@@ -1,13 +1,16 @@
 """What TensorRT for RTX makes of a model without a GPU."""
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dilap import tensorrt_build
-from dilap.errors import DilapError
+from dilap.codec import decode, encode
+from dilap.errors import DilapError, Unsupported
 from dilap.tensorrt_build import PhaseSummary
-from dilap.tensorrt_recipe import Recipe
+from dilap.tensorrt_recipe import Profile, Recipe
 from dilap.types import Architecture, LayerWidths
 
 
@@ -44,9 +47,25 @@ class CompileReport:
         return text + "".join(f"; failed for {reason}" for reason in failed)
 
 
-def compile_for(path: Path, recipe: Recipe, api: tensorrt_build.Api, target: str) -> CompiledTarget:
+def compiled(whole: Path, shallow: Path, *, recipe: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+    """The document of a CompileReport: `whole` is parsed, `shallow` is built for every GPU generation.
+
+    `recipe` is the document of the shallow model's Recipe. It travels to a process of its own, as TensorRT is native
+    code. Raises Unavailable without TensorRT, Unsupported for one that builds for this machine's GPU only.
+    """
+    api = tensorrt_build.find_api()
+    if not api.for_rtx:
+        raise Unsupported(f"{api.version} builds for this machine's GPU only")
+    tensorrt_build.parse(whole, api=api)
+    profiles = decode(Recipe, recipe, source="the recipe").profiles()
+    built = tuple(_compile_for(shallow, profiles, api, target) for target in targets)
+    return encode(
+        CompileReport(runtime=api.version, files={}, parsed=True, num_layers=0, num_layers_built=0, targets=built)
+    )
+
+
+def _compile_for(path: Path, profiles: Sequence[Profile], api: tensorrt_build.Api, target: str) -> CompiledTarget:
     """Build the model in `path` for one GPU generation; a failure is part of the result."""
-    profiles = recipe.profiles()
     try:
         built = tensorrt_build.build(path, profiles, api=api, target=target)
     except DilapError as error:

@@ -116,6 +116,11 @@ class Profiler:
             average = instrument.average_memory(loaded.handle, runs)
         return MemoryTaken(average_bytes=average, peak_bytes=max(loaded.peak_memory_bytes, average or 0))
 
+    def try_once(self, case: Case) -> None:
+        """Load a model and run it once, untimed. Raises what the runtime refuses, and Crashed where it dies."""
+        with closing(self._device.open(self.backend)) as instrument:
+            instrument.load(case.path, workload=case.workload, **asdict(_content(case.path)))
+
     def divergence(self, path: Path, workload: Workload, other: Workload, tokens: Sequence[int]) -> float | None:
         """Mean KL in nats a token of a model under `other` from the same model under `workload`.
 

@@ -16,8 +16,8 @@ LAYERS = {
     "dilap.evaluation": 4,
     "dilap.profilers": 4,
     "dilap.report": 5,
-    "dilap.backends": 3,
-    "dilap.export": 2,
+    "dilap.export": 3,
+    "dilap.backends": 2,
 }
 FOLDERS = ("", "backends", "cli", "evaluation", "export", "methods", "profilers", "report")
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / "dilap" / folder).glob("*.py"))

@@ -1,16 +1,35 @@
 """What can be used from this machine, and why not the rest."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 from dilap import backends
 from dilap.errors import DilapError
+from dilap.profilers import devices
 from dilap.profilers.devices import Device, Registry
 from dilap.profilers.preflight import find_problems
-from dilap.types import DeviceState
+from dilap.profilers.profiler import Case, Profiler
+from dilap.types import Architecture, DeviceState, LayerWidths, Workload
 
 _ROOM_BYTES = 1e9  # a model and a block of probes
+_TINY = Architecture(
+    family="llama",
+    hidden_size=64,
+    head_dim=16,
+    vocab_size=256,
+    tied_embeddings=False,
+    ffn_matrices=3,
+    norm_vectors=1,
+    qkv_bias=False,
+    out_bias=False,
+    ffn_bias=False,
+    qk_norm=False,
+    num_positions=0,
+    layers=(LayerWidths(num_heads=4, num_kv_heads=2, num_channels=96),) * 2,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +43,42 @@ class Check:
 
 
 def examine(registry: Registry) -> Iterator[Check]:
-    """Every runtime here and every device that DiLAP knows."""
+    """Every runtime here, tried on tiny models, and every device that DiLAP knows."""
     for name in backends.BACKENDS:
-        backend = backends.get(name)
-        reason = backend.unavailable()
-        yield Check(kind="runtime", name=name, usable=reason is None, reason=reason or backend.version())
+        yield _try_runtime(name)
     yield from list_devices(registry)
+
+
+def _try_runtime(name: str) -> Check:
+    """Whether a runtime reads and decodes a tiny model in every precision that it offers: some builds of llama.cpp run
+    floats and crash on quantised models."""
+    backend = backends.get(name)
+    if reason := backend.unavailable():
+        return Check(kind="runtime", name=name, usable=False, reason=reason)
+    ran = []
+    for precision in backend.precisions():
+        try:
+            _run_tiny(name, precision)
+        except DilapError as error:
+            return Check(kind="runtime", name=name, usable=False, reason=f"{precision}: {error}")
+        ran.append(precision)
+    return Check(kind="runtime", name=name, usable=True, reason=f"{backend.version()}, ran {', '.join(ran)}")
+
+
+def _run_tiny(name: str, precision: str) -> None:
+    """Write a model of random weights and run a prompt and a token of it, in the runtime's own process.
+
+    Raises Crashed where that died, and what else writing and running raises.
+    """
+    from dilap import export  # torch: seconds that --list-devices should not cost
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "tiny"
+        artifact = export.get(name).export_probe(_TINY, precision=precision, seed=0, out=out)
+        profiler = Profiler(devices.get("host_cpu"), backend=name, force=True)
+        for phase in ("prefill", "decode"):
+            workload = Workload(phase=phase, prompt_tokens=8, context=8, precision=precision)
+            profiler.try_once(Case(path=out / artifact.path, workload=workload))
 
 
 def list_devices(registry: Registry) -> Iterator[Check]:
