@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from dilap import backends, export
 from dilap.anatomy import architecture_of
+from dilap.backends import readers
 from dilap.cli import compare, profile, prune
 from dilap.context import max_tokens_of, require_context
 from dilap.errors import InvalidInput, Unsupported
@@ -65,7 +66,7 @@ def test_model_with_a_window_shorter_than_the_samples_is_exported_and_the_artifa
     assert artifact.sqnr_db is not None
     assert artifact.sqnr_db > 60
     assert f"slides over {window} tokens" in artifact.details["notes"][0]
-    reader = backends.open_reader(backend, out / artifact.path, threads=1)
+    reader = readers.open_reader(backend, out / artifact.path, threads=1)
     assert reader.max_tokens == window
     reader.close()
 

@@ -28,8 +28,9 @@ _TINY = Architecture(
     ffn_bias=False,
     qk_norm=False,
     num_positions=0,
-    layers=(LayerWidths(num_heads=4, num_kv_heads=2, num_channels=96),) * 2,
+    layers=(LayerWidths(num_heads=4, num_kv_heads=2, num_channels=96),),
 )
+_FLOATS = ("f32", "f16", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +51,13 @@ def examine(registry: Registry) -> Iterator[Check]:
 
 
 def _try_runtime(name: str) -> Check:
-    """Whether a runtime reads and decodes a tiny model in every precision that it offers: some builds of llama.cpp run
-    floats and crash on quantised models."""
+    """Whether a runtime reads and decodes a tiny model in every quantised precision that it offers: some builds of
+    llama.cpp run floats and crash on quantised models."""
     backend = backends.get(name)
     if reason := backend.unavailable():
         return Check(kind="runtime", name=name, usable=False, reason=reason)
     ran = []
-    for precision in backend.precisions():
+    for precision in [one for one in backend.precisions() if one not in _FLOATS] or backend.precisions()[:1]:
         try:
             _run_tiny(name, precision)
         except DilapError as error:
