@@ -14,7 +14,7 @@ from tiny_gguf import pruned_model
 
 from dilap import backends
 from dilap.backends import readers
-from dilap.cli import compare, prune, result
+from dilap.cli import compare, exam, prune, result
 from dilap.codec import decode, read_json, write_json
 from dilap.errors import Unsupported
 from dilap.evaluation.scoring import beside_teacher
@@ -111,11 +111,11 @@ def test_a_comparison_reads_the_dense_file_once(
 ) -> None:
     read_files, real = [], readers.open_reader
 
-    def counted(name: str, path: Path, *, threads: int) -> Any:
+    def counted(name: str, path: Path, **options: Any) -> Any:
         read_files.append(path.parent.name)
-        return real(name, path, threads=threads)
+        return real(name, path, **options)
 
-    monkeypatch.setattr(backends, "open_reader", counted)
+    monkeypatch.setattr(exam, "open_reader", counted)
     text = ["--calib", corpus, "--eval-text", corpus, "--methods", "magnitude", "uniform", "--recover", "none"]
     arguments = ["--target", "host_cpu", "--budget", "80%", "--model", checkpoint, *text, "--out", tmp_path / "out"]
     assert call(compare.main, *arguments, *FAST) == 0

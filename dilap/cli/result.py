@@ -236,9 +236,8 @@ def _quality_lines(result: PruneResult) -> list[str]:
     if quality.through == "torch":
         why = f" ({quality.reason})" if quality.reason else ""
         return [f"KL and perplexity of the torch models in floats, not of the artifacts{why}, {text}{before}"]
-    plain = " in its plain defaults" if result.workload.switches else ""
     return [
-        f"KL and perplexity of the artifacts, read through {quality.through}{plain}, {text}",
+        f"KL and perplexity of the artifacts, read through {quality.through}, {text}",
         f"the pruned torch model in floats: KL {in_torch.kl:.3f}, perplexity {in_torch.perplexity:.2f}{before}",
     ]
 
