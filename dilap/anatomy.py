@@ -1,14 +1,16 @@
 """Find the prunable parts of a loaded model."""
 
 import hashlib
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from dilap.codec import canonical
+from dilap.codec import digest
 from dilap.errors import InvalidInput, Unsupported
 from dilap.modeling_dilap import FAMILIES, Family, linear_at
 from dilap.types import Architecture, LayerWidths
@@ -116,17 +118,23 @@ def sublayers(model: PreTrainedModel) -> Iterator[Sublayer]:
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """SHA-256 over the shapes and a sample of every tensor's values, in f32.
+    """SHA-256 over the name, shape, type and every byte of every tensor.
 
-    The sample (first and last 1,024 values) tells fine-tunes of one model apart at the cost of no second read.
+    Tensors are hashed beside each other, because one core reads 1 to 2 GB/s.
     """
-    hasher = hashlib.sha256(model.config.model_type.encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        sample = torch.cat([flat[:1024], flat[-1024:]]).to(torch.float32).cpu()
-        hasher.update(canonical([name, list(tensor.shape)]).encode())
-        hasher.update(sample.numpy().tobytes())
-    return hasher.hexdigest()
+    tensors = sorted(model.state_dict().items())
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        contents = list(pool.map(lambda one: _content_sha256(one[1]), tensors))
+    described = [
+        [name, list(tensor.shape), str(tensor.dtype), content]
+        for (name, tensor), content in zip(tensors, contents, strict=True)
+    ]
+    return digest([model.config.model_type, described])
+
+
+def _content_sha256(tensor: torch.Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
 
 
 def require_finite(model: PreTrainedModel) -> None:

@@ -5,7 +5,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
+import tempfile
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -142,16 +145,25 @@ def write_json(path: Path, document: Any) -> None:
 def written_aside(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, a file or a folder; renamed to `path` at the end, removed on failure.
 
-    A full disk becomes InvalidInput, naming the folder and the space left.
+    A file replaces the one that is there, a link stays and the file behind it is replaced, and into a device or a pipe
+    (`/dev/stdout`) the content is written. A folder replaces nothing but an empty folder: InvalidInput where another
+    has appeared. A full disk becomes InvalidInput, naming the folder and the space left.
     """
+    if _is_stream(path):
+        with _written_into(path) as temporary:
+            yield temporary
+        return
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    _remove(temporary)
+    remove_leftovers(path)
+    temporary = part_of(path)
+    remove(temporary)
     try:
         yield temporary
         if temporary.is_dir():
-            _remove(path)
-        os.replace(temporary, path)
+            rename_folder(temporary, path)
+        else:
+            os.replace(temporary, path)
     except Exception as error:
         # safetensors has no OSError: it writes the number into its text.
         if getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error):
@@ -161,11 +173,99 @@ def written_aside(path: Path) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
-def _remove(path: Path) -> None:
+def part_of(path: Path) -> Path:
+    """The temporary name of what becomes `path`, or was it; `is_leftover` knows it once this process is gone."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, on its disk, for what is needed to make it; the next one removes what a kill left."""
+    folder = part_of(path.with_name(f"{path.name}.scratch"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.with_name(f"{path.name}.scratch"))
+    remove(folder)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        remove(folder)
+
+
+def rename_folder(folder: Path, path: Path) -> None:
+    """Give `folder` the name `path`, in one step. Raises InvalidInput where anything but an empty folder is there."""
+    try:
+        os.rename(folder, path)
+    except OSError as error:
+        if not os.path.lexists(path):
+            raise
+        raise InvalidInput(
+            f"{path} was made by somebody else in the meantime and is left as it is; move it away and run again"
+        ) from error
+
+
+def remove(path: Path) -> None:
+    """A file, a link or a whole folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """What processes left that died while they wrote `path`; those of living ones stay."""
+    prefix = f".{path.name}."
+    for one in list(path.parent.iterdir()):
+        if one.name.startswith(prefix) and is_leftover(one):
+            remove(one)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether this is the temporary file or folder of a process that died."""
+    found = re.fullmatch(r"\..+\.(\d+)\.part", path.name)
+    return found is not None and not _is_alive(int(found[1]))
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # where signal 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether `path` is a device or a pipe, or stands for an open file of this process, directly or through links."""
+    for _ in range(40):  # as many links as Linux follows
+        if path.absolute().parts[:3] in (("/", "dev", "fd"), ("/", "proc", "self")) or _is_special(path):
+            return True
+        if not path.is_symlink():
+            return False
+        path = path.parent / path.readlink()
+    return False
+
+
+def _is_special(path: Path) -> bool:
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))
+
+
+@contextmanager
+def _written_into(path: Path) -> Iterator[Path]:
+    """A temporary file whose content goes into the device or pipe `path` at the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder) / "content"
+        yield temporary
+        # Appended, because the open file that /dev/stdout stands for may hold something already.
+        with temporary.open("rb") as content, open(os.open(path, os.O_WRONLY | os.O_APPEND), "wb") as stream:
+            shutil.copyfileobj(content, stream)

@@ -2,14 +2,13 @@
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dilap import export
-from dilap.codec import read_json
+from dilap.codec import read_json, scratch_folder
 from dilap.errors import LinkLost, Mismatch
 from dilap.profilers.profiler import Case, Profiler, round_medians
 from dilap.profilers.table import LatencyTable, Role, TableEntry, TableHeader, runs_of
@@ -113,7 +112,7 @@ class _Queue:
 
 def _work(share: Share, queue: _Queue, architecture: Architecture, *, is_helper: bool) -> None:
     """Measure blocks until there are none, writing the table after each."""
-    with _probe_folder(share.path) as folder:
+    with scratch_folder(share.path) as folder:
         bench = _ProbeBench(share.profiler, share.table.header, architecture, folder)
         while block := queue.take(is_helper=is_helper):
             try:
@@ -180,15 +179,3 @@ def _entry(probe: Probe, measurement: Measurement, sentinels: Mapping[int, float
         note=measurement.note,
         forced=measurement.forced,
     )
-
-
-@contextmanager
-def _probe_folder(path: Path) -> Iterator[Path]:
-    """A folder beside the table, on its disk; what a killed run left there is removed."""
-    folder = path.with_name(f".{path.name}.probes")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -40,7 +40,11 @@ _EVICT = """\
 cd "$1" || exit 1
 limit=$2 total=0; shift 2
 [ $# -eq 0 ] || touch -c "$@"
-keys=$(ls -1t)
+keys=
+for key in $(ls -1t); do  # ours: folders, no links, of 16 hexadecimal digits
+  case $key in *[!0-9a-f]*) continue;; esac
+  [ ${#key} -eq 16 ] && [ -d "$key" ] && [ ! -L "$key" ] && keys="$keys $key"
+done
 [ -z "$keys" ] || du -sk $keys | while read -r size key; do
   total=$((total + size))
   case " $* " in *" $key "*) continue;; esac
@@ -79,13 +83,15 @@ else:
     print('wrong')
 """
 _EVICT_PYTHON = """\
-import os, shutil, sys
+import os, re, shutil, sys
 store, limit, *kept = sys.argv[1:]
 for key in kept:
     if os.path.isdir(os.path.join(store, key)):
         os.utime(os.path.join(store, key))
 total = 0
-for entry in sorted(os.scandir(store), key=lambda one: -one.stat().st_mtime):
+named = [one for one in os.scandir(store) if re.fullmatch('[0-9a-f]{16}', one.name)]
+ours = [one for one in named if one.is_dir(follow_symlinks=False)]
+for entry in sorted(ours, key=lambda one: -one.stat().st_mtime):
     total += sum(file.stat().st_size for file in os.scandir(entry.path)) // 1024
     if total > int(limit) and entry.name not in kept:
         shutil.rmtree(entry.path)

@@ -2,7 +2,6 @@
 
 import shutil
 import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -12,8 +11,9 @@ from typing import Any, ClassVar
 from dilap import backends, export
 from dilap.anatomy import architecture_of
 from dilap.backends import Backend
+from dilap.cli.arguments import home_of, name_of
 from dilap.cli.console import Console
-from dilap.codec import decode, digest, encode, read_json, write_json
+from dilap.codec import decode, digest, encode, read_json, scratch_folder, write_json
 from dilap.errors import Unavailable
 from dilap.profilers.configuration import Configuration, MeasuredWorld, find_fastest
 from dilap.profilers.devices import Device
@@ -161,8 +161,8 @@ class Bench:
     def _kept_path(self, model: str, architecture: Architecture, more: list[Any]) -> Path:
         fingerprint = replace(self.profiler.fingerprint(), soft={})
         key = digest([asdict(fingerprint), asdict(self.workload), asdict(architecture), *more])
-        stem = f"{Path(model).name.removesuffix('.gguf')}-{self.device.name}-{self.backend.name}"
-        return Path("tables") / f"{stem}-{self.workload.phase}-{self.workload.precision}-{key[:8]}.jsonl"
+        stem = f"{name_of(model)}-{self.device.name}-{self.backend.name}"
+        return home_of(model) / "tables" / f"{stem}-{self.workload.phase}-{self.workload.precision}-{key[:8]}.jsonl"
 
     def build_table(self, architecture: Architecture, path: Path) -> LatencyTable:
         """Measure what `path` lacks of the table, with a progress bar."""
@@ -211,9 +211,9 @@ def kept_configuration(
     architecture = architecture_of(source.model)
     kept = bench.configuration_path(source.name, architecture, threads=threads)
     if not kept.exists():
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch_folder(kept) as folder:
             if dense is None:
-                place = Path(folder) / "dense"
+                place = folder / "dense"
                 dense = place / bench.export(source, full_plan(architecture, base=source.digest), place).path
             write_json(kept, encode(bench.find_configuration(dense, threads=threads)))
     return decode(Configuration, read_json(kept), source=str(kept))

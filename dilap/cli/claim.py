@@ -6,9 +6,10 @@ from pathlib import Path
 
 from dilap.cli.exam import Exam
 from dilap.cli.result import PlainDefaults, PruneResult, Quality, Side, caveats, flops_of, versions
-from dilap.cli.stages import Goal, Stages
-from dilap.codec import encode, write_json
+from dilap.cli.stages import Goal, Stages, require_measured
+from dilap.codec import encode, remove, write_json
 from dilap.errors import Mismatch
+from dilap.evaluation.subject import require_unchanged
 from dilap.methods.method import Pruned
 from dilap.profilers.profiler import Case, budget_share, is_shown, speedup
 from dilap.recover import distil
@@ -44,6 +45,7 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration) -> Prun
         recovery_kls = _recover_(stages, lessons)
         recovered = exam.of_torch(source.model)
     with workspace.stage("save the checkpoint"):
+        remove(workspace.folder / "checkpoint")  # of an earlier start
         save_checkpoint(source.model, source.tokenizer, workspace.folder / "checkpoint")
     dense, side, plain = _sides(stages, plan, exam, recovered)
     result = _result(stages, goal, pruned, text, dense=dense, side=side, shrunk=shrunk, validation_kl=validation_kl)
@@ -51,7 +53,10 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration) -> Prun
 
 
 def _sides(stages: Stages, plan: Plan, exam: Exam, recovered: Quality) -> tuple[Side, Side, PlainDefaults | None]:
-    """Both artifacts, read through their runtime and then measured together."""
+    """Both artifacts, read through their runtime and then measured together.
+
+    Raises Mismatch where a file is replaced on the way: what is claimed is of what was exported.
+    """
     workspace, bench = stages.workspace, stages.bench
     folders = workspace.dense, workspace.folder / "artifact"
     stages.artifact(folders[1], plan)
@@ -67,6 +72,9 @@ def _sides(stages: Stages, plan: Plan, exam: Exam, recovered: Quality) -> tuple[
     with workspace.stage("latency for the claim"):
         paths = [folder / one.path for folder, one in zip(folders, artifacts, strict=True)]
         measurements, plain = _measured(stages, paths)
+    for folder, artifact, measurement in zip(folders, artifacts, measurements, strict=True):
+        require_measured(measurement, artifact, source=str(folder))
+        require_unchanged(folder, artifact)
     dense, pruned = (_side(stages, *parts) for parts in zip(artifacts, measurements, qualities, in_torch, strict=True))
     return dense, pruned, plain
 

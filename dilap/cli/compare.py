@@ -16,14 +16,15 @@ from dilap.cli import arguments, comparison, console
 from dilap.cli.comparison import Row
 from dilap.cli.console import Console
 from dilap.cli.job_arguments import add_search, add_text_and_recovery, job_options
-from dilap.cli.workspace import held
-from dilap.codec import digest, encode, read_json, write_json
+from dilap.cli.workspace import changes, held, remove_leftovers_below, tidy
+from dilap.codec import decode, digest, encode, read_json, write_json
 from dilap.errors import InvalidInput, reason_of
 from dilap.methods import METHODS
 from dilap.profilers.devices import Device
 from dilap.types import Budget
 
 if TYPE_CHECKING:
+    from dilap.cli.result import PruneResult
     from dilap.cli.stages import JobOptions
     from dilap.source import Source
 
@@ -100,12 +101,13 @@ def _command() -> int:
     settings = _settings(given.set, names)
     devices = arguments.devices_of(given, given.target)
     base = job_options(given, device=devices[0], budget=budgets[0])
-    name = Path(given.model).name.removesuffix(".gguf")
-    out = arguments.new_path(given.out or f"runs/compare-{name}-{given.target}")
+    default = f"compare-{arguments.name_of(given.model)}-{given.target}"
+    out = arguments.new_path(given.out) if given.out else arguments.home_of(given.model) / "runs" / default
     jobs = [
         replace(base, budget=budget, method=method, settings=settings[method]) for budget in budgets for method in names
     ]
     runs = _Runs(model=given.model, devices=devices, out=out, screen=Console(), keep_models=given.keep_models)
+    _require_ours(out)
     with held(out / "shared"):
         _open(out, base, settings)
         rows = runs.rows(jobs)
@@ -148,6 +150,16 @@ def _settings(pairs: Sequence[str], names: Sequence[str]) -> dict[str, dict[str,
     return found
 
 
+def _require_ours(out: Path) -> None:
+    """Raises InvalidInput for a folder with content that no comparison began."""
+    shared = out / "shared"
+    begun = {shared, shared / "lock", *shared.glob(".identity.json.*.part")}  # killed before it said what it is
+    if out.exists() and not (shared / "identity.json").exists():
+        strange = [one for one in out.rglob("*") if one not in begun]
+        if strange or not out.is_dir():
+            raise InvalidInput(f"{out} exists and is no comparison; move it away or choose another --out")
+
+
 def _open(out: Path, base: "JobOptions", settings: Mapping[str, Mapping[str, str]]) -> None:
     """Start, or go on with a comparison of the same options, other budgets and methods perhaps.
 
@@ -160,6 +172,7 @@ def _open(out: Path, base: "JobOptions", settings: Mapping[str, Mapping[str, str
         write_json(path, options)
     elif digest(read_json(path)) != digest(options):
         raise InvalidInput(f"{out} holds a comparison with other options; remove it or choose another --out")
+    remove_leftovers_below(out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +199,7 @@ class _Runs:
             self.screen.say(f"going on: {known} of {len(jobs)} runs are done")
         if known < len(jobs):
             self._require_possible(jobs[0])
+            self._require_same_inputs(jobs)
         with self.screen.bar("compare", total=len(jobs), unit="run") as bar:
             bar.initial = known  # for the time that is left: known rows take none
             for number, options in enumerate(jobs, start=1):
@@ -204,6 +218,30 @@ class _Runs:
 
         require_possible(options, self._dense)
 
+    def _require_same_inputs(self, jobs: Sequence["JobOptions"]) -> None:
+        """Raises InvalidInput where something that the rows and shared files came from has another content now.
+
+        A user's own method may be mended as long as it has no rows.
+        """
+        from dilap.cli.job import named_inputs
+
+        path = self.out / "shared" / "inputs.json"
+        begun = read_json(path) if path.exists() else {}
+        now = {"the model": self._dense.digest}
+        for options in jobs:
+            now |= named_inputs(options, self._dense)
+        mended = {
+            f"the code of {options.method}"
+            for options in jobs
+            if not any(self.out.glob(f"runs/*/{self._row_file(options).parent.name}/row.json"))
+        }
+        if changed := changes({name: one for name, one in begun.items() if name not in mended}, now):
+            raise InvalidInput(
+                f"{changed} changed since the comparison in {self.out} began; put it back as it was, or choose another "
+                "--out"
+            )
+        write_json(path, begun | now)
+
     def _row_file(self, options: "JobOptions") -> Path:
         budget = str(options.budget).replace("%", "pct").replace(" ", "-")
         return self.out / "runs" / budget / options.method.replace(":", ".") / "row.json"
@@ -216,25 +254,37 @@ class _Runs:
         if row.error is not None:
             self.screen.say(f"{options.method} failed: {row.error}")
             return row
-        write_json(path, encode(row))
         for name in () if self.keep_models else _LARGE:
             shutil.rmtree(path.with_name(name), ignore_errors=True)
+        write_json(path, encode(row))  # at last, so that a kill leaves nothing that is dropped
         return row
+
+    def _result(self, options: "JobOptions", folder: Path) -> "PruneResult":
+        """Of a run that is whole. Raises InvalidInput for a folder that is anything else than this very run."""
+        from dilap.cli.result import PruneResult
+
+        path = folder / "result.json"
+        if not path.is_file():
+            raise InvalidInput(f"{folder} exists and is no run of this comparison; move it away and run again")
+        result = decode(PruneResult, read_json(path), source=str(path))
+        if (digest(result.options), result.model_digest) != (digest(asdict(options)), self._dense.digest):
+            raise InvalidInput(f"{folder} is another run's, of other options or another model; move it away")
+        tidy(folder)
+        return result
 
     def _run(self, options: "JobOptions", folder: Path) -> Row:
         from dilap.cli.job import prune  # torch and transformers: seconds that bad input should not cost
 
-        source = replace(self._dense, model=copy.deepcopy(self._dense.model))  # the run will shrink it
         try:
             if folder.exists():  # killed between the result and its row
-                shutil.rmtree(folder)
+                return comparison.row_of(self._result(options, folder))
             result = prune(
                 options,
                 devices=self.devices,
                 out=folder,
                 console=self.screen,
                 shared=self.out / "shared",
-                source=source,
+                source=replace(self._dense, model=copy.deepcopy(self._dense.model)),  # the run will shrink it
             )
         except Exception as error:  # one method's failure, a user's own included, must not lose the others
             return Row(method=options.method, budget=str(options.budget), error=reason_of(error))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -38,8 +39,8 @@ def _command() -> int:
     backend = backends.get(given.backend)
     precision = given.precision or backend.precisions()[0]
     backends.require_precision(backend, precision)
-    out = arguments.new_path(given.out or f"{given.checkpoint.rstrip('/')}-{backend.name}-{precision}")
-    if out.exists():
+    out = arguments.new_path(given.out) if given.out else _beside(given.checkpoint, f"{backend.name}-{precision}")
+    if os.path.lexists(out):
         raise InvalidInput(f"{out} already exists; remove it or choose another --out")
     tokenizer = Path(given.tokenizer) if given.tokenizer else None
     if tokenizer is not None and not tokenizer.exists():
@@ -66,6 +67,14 @@ def _command() -> int:
         for note in artifact.details.get("notes", ()):  # what was checked, and what only the device can check
             print(f"  {note}")
     return 0
+
+
+def _beside(checkpoint: str, ending: str) -> Path:
+    """The default folder: next to a checkpoint that is here, in no case inside it."""
+    path = Path(checkpoint)
+    if path.name in ("", ".."):
+        path = path.resolve()
+    return path.parent / f"{path.name}-{ending}"
 
 
 def _plan_digest(checkpoint: Path) -> str:

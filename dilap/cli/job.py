@@ -11,6 +11,7 @@ from dilap.cli.bench import Bench
 from dilap.cli.claim import claim
 from dilap.cli.console import Console
 from dilap.cli.estimated_bench import EstimatedBench
+from dilap.cli.inputs import inputs_of
 from dilap.cli.result import PruneResult
 from dilap.cli.stages import JobOptions, Stages
 from dilap.cli.workspace import Workspace
@@ -47,17 +48,28 @@ def prune(
     layout = _layout(options, bench.backend, architecture.family)
     method = _method(options, layout)
     require_possible(options, source)
-    with workspace.opened({"options": asdict(options), "model": source.digest, "dilap": __version__}):
+    identity = {"options": asdict(options), "model": source.digest, "dilap": __version__}
+    with workspace.opened({**identity, "inputs": named_inputs(options, source)}):
         console.say(f"{source.name}: {describe(architecture)}")
         stages = Stages(options=options, workspace=workspace, console=console, bench=bench, source=source)
         result = _run(stages, method, layout)
-        if result is not None:
+        if result is None:
+            workspace.discard()
+        else:
             write_json(workspace.folder / "result.json", encode(result))
-    if result is None:
-        workspace.discard()
-    else:
-        workspace.finish()
+            workspace.finish()
     return result
+
+
+def named_inputs(options: JobOptions, source: Source) -> dict[str, str]:
+    """Digests of what the options name."""
+    return inputs_of(
+        source.tokenizer,
+        calibration=options.calibration.source,
+        evaluation=options.evaluation_text,
+        method=options.method,
+        table=options.table,
+    )
 
 
 def require_possible(options: JobOptions, source: Source) -> None:

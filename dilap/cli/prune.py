@@ -92,12 +92,12 @@ def _sparse(given: argparse.Namespace) -> int:
         calibration=CalibrationOptions(source=given.calib, sequence_length=given.calib_length, seed=given.seed),
         evaluation_text=given.eval_text,
     )
-    name = Path(given.model).name.removesuffix(".gguf")
     pattern, method = given.pattern.replace(":", "of"), options.method.replace(":", ".")
-    out = given.out or f"runs/{name}-{method}-{pattern}{'-barber' * options.rebuild}"
-    done = sparse_job.sparsify(options, out=arguments.new_path(out), console=console.Console())
+    name = f"{arguments.name_of(given.model)}-{method}-{pattern}{'-barber' * options.rebuild}"
+    out = arguments.new_path(given.out) if given.out else arguments.home_of(given.model) / "runs" / name
+    done = sparse_job.sparsify(options, out=out, console=console.Console())
     if given.json:
-        json.dump(encode(done) | {"out": out}, sys.stdout, indent=1)
+        json.dump(encode(done) | {"out": str(out)}, sys.stdout, indent=1)
     else:
         print(f"{sparse_job.table(done)}\n\neverything is in {out}")
     return 0
@@ -141,9 +141,10 @@ def _settings(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _default_out(given: argparse.Namespace, budget: Budget) -> Path:
-    name = Path(given.model).name.removesuffix(".gguf")
+    name = arguments.name_of(given.model)
     method = "" if given.method == "dilap" else f"-{given.method.replace(':', '.')}"
-    return Path("runs") / f"{name}-{given.target}-{str(budget).replace('%', 'pct').replace(' ', '')}{method}"
+    amount = str(budget).replace("%", "pct").replace(" ", "")
+    return arguments.home_of(given.model) / "runs" / f"{name}-{given.target}-{amount}{method}"
 
 
 def main() -> None:

@@ -10,9 +10,10 @@ from dilap import __version__, methods
 from dilap.anatomy import decoder_layers
 from dilap.builtin import DEFAULT_MODEL
 from dilap.cli.console import Console
+from dilap.cli.inputs import inputs_of
 from dilap.cli.result import Quality, versions
 from dilap.cli.workspace import Workspace
-from dilap.codec import encode, write_json
+from dilap.codec import encode, remove, write_json
 from dilap.context import require_sequences
 from dilap.errors import VerificationFailed
 from dilap.methods.barber import OWN, PUBLISHED, Barber, Granularity, decoder_matrices
@@ -76,10 +77,17 @@ def sparsify(options: SparseOptions, *, out: Path, console: Console) -> SparseRe
     require_matrices(source.model, pattern)
     require_sequences(source.model.config, options.calibration.sequence_length)
     require_texts(options.calibration, options.evaluation_text, source.tokenizer)
-    with workspace.opened({"options": asdict(options), "model": source.digest, "dilap": __version__}):
+    inputs = inputs_of(
+        source.tokenizer,
+        calibration=options.calibration.source,
+        evaluation=options.evaluation_text,
+        method=options.method,
+    )
+    identity = {"options": asdict(options), "model": source.digest, "dilap": __version__, "inputs": inputs}
+    with workspace.opened(identity):
         result = _run(options, source, pattern, rule, workspace)
         write_json(workspace.folder / "result.json", encode(result))
-    workspace.finish()
+        workspace.finish()
     return result
 
 
@@ -121,6 +129,7 @@ def _run(options: SparseOptions, source: Source, pattern: Pattern, rule: Rule, w
     with workspace.stage("score the sparse model"):
         sparse = quality(reference.kl(model))
     with workspace.stage("save the checkpoint"):
+        remove(workspace.folder / "checkpoint")  # of an earlier start
         save_checkpoint(model, source.tokenizer, workspace.folder / "checkpoint")
     return SparseResult(
         pattern=str(pattern),

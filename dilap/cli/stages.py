@@ -14,9 +14,11 @@ from dilap.builtin import DEFAULT_MODEL
 from dilap.cli.bench import Bench, kept_configuration
 from dilap.cli.console import Console
 from dilap.cli.estimated_bench import EstimatedBench
+from dilap.cli.inputs import code_sha256
 from dilap.cli.workspace import Workspace
 from dilap.codec import decode, digest, encode, read_json, write_json
 from dilap.errors import Infeasible, Mismatch
+from dilap.evaluation.subject import require_unchanged
 from dilap.methods.method import LevelOptions, Method, Pruned, PruneTask
 from dilap.profilers.configuration import Configuration
 from dilap.profilers.fit import LatencyModel
@@ -107,11 +109,21 @@ class Stages:
         return self.artifact(self.workspace.dense, plan)
 
     def artifact(self, folder: Path, plan: Plan) -> Artifact:
-        """The model as it stands, exported and verified."""
+        """The model as it stands, exported and verified; or what an earlier start exported, compared with the plan.
+
+        Raises Mismatch where that is of another plan or model, or its files are no longer those it was written with.
+        """
         if not folder.exists():
             with self.workspace.stage(f"export {folder.name}"):
                 self.bench.export(self.source, plan, folder)
-        return self.bench.read_artifact(folder)
+        artifact = self.bench.read_artifact(folder)
+        if artifact.plan_digest != plan.digest:
+            raise Mismatch(
+                f"{folder} was exported from another plan or model ({artifact.plan_digest[:12] or 'none'}) than this "
+                f"run's ({plan.digest[:12]}): remove that folder and run again"
+            )
+        require_unchanged(folder, artifact)
+        return artifact
 
     def configured(self, dense: Artifact) -> "Stages":
         """The same stages in the runtime's fastest configuration on this device, found once for a model."""
@@ -202,7 +214,9 @@ class Stages:
         path = self.workspace.common / "dense-latency.json"
         if not path.exists():
             write_json(path, encode(self.bench.measure([self.workspace.dense / dense.path])[0]))
-        return decode(Measurement, read_json(path), source=str(path))
+        found = decode(Measurement, read_json(path), source=str(path))
+        require_measured(found, dense, source=str(path))
+        return found
 
     def _latency_model(self, dense: Artifact) -> LatencyModel:
         if isinstance(self.bench, EstimatedBench):
@@ -283,11 +297,17 @@ class Stages:
             rules=goal.rules,
             levels=self.options.levels,
             tokenizer=self.source.tokenizer,
-            cache=self.workspace.methods,
+            cache=self._method_cache,
             seed=self.options.seed,
             bar=self.console.bar,
             report=self.console.say,
         )
+
+    @property
+    def _method_cache(self) -> Path:
+        """A user's own code has a folder for each of its versions."""
+        name, folder = self.options.method, self.workspace.methods
+        return folder / f"own-{code_sha256(name)[:16]}" if ":" in name else folder
 
     def _share_used(self, architecture: Architecture, dense: Artifact) -> float:
         """Measured share of the budget, kept for a run that goes on; nothing is corrected on a quick measurement.
@@ -299,9 +319,19 @@ class Stages:
             path = self.workspace.common / f"{name}.json"
             with self.workspace.stage(_MEASURE):
                 both = self.bench.measure_widths(self.workspace.dense / dense.path, architecture, path, final=final)
+            require_measured(both[0], dense, source=str(path))
             used = budget_share(self.options.budget, *both)
             words = f"{self.bench.measured}{' again' * final}: {used:.1%} of the budget{both[-1].mark}"
             self.console.say(f"this plan, {words}")
             if uses_well(used):
                 break
         return used
+
+
+def require_measured(measurement: Measurement, artifact: Artifact, *, source: str) -> None:
+    """Raises Mismatch where what was measured is not what was exported."""
+    if measurement.artifact_sha256 != artifact.sha256:
+        raise Mismatch(
+            f"{source}: measured was a file of sha256 {measurement.artifact_sha256[:12]}, exported {artifact.path} of "
+            f"{artifact.sha256[:12]}: remove the run's folder and run again"
+        )

@@ -1,8 +1,9 @@
 """The folder in which a run grows: beside the output, under another name, until it is whole."""
 
+import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,21 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dilap.cli.console import Console
-from dilap.codec import digest, read_json, write_json
-from dilap.errors import DilapError, InvalidInput
+from dilap.codec import (
+    digest,
+    is_leftover,
+    part_of,
+    read_json,
+    remove,
+    remove_leftovers,
+    rename_folder,
+    write_json,
+)
+from dilap.errors import DilapError, Infeasible, InvalidInput, Unsupported
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path) -> Iterator[FileLock]:
     """Keep other processes out of `folder`, which is made if need be. Raises InvalidInput where one is in it.
 
     The system gives the lock back when a process dies, whatever it dies of.
@@ -27,7 +37,7 @@ def held(folder: Path) -> Iterator[None]:
     except Timeout:
         raise InvalidInput(f"another process is at work in {folder}; let it end, or choose another --out") from None
     try:
-        yield
+        yield lock
     finally:
         lock.release()
 
@@ -35,12 +45,15 @@ def held(folder: Path) -> Iterator[None]:
 class Workspace:
     """A killed run leaves its folder behind; the same run started again goes on in it.
 
+    `FOLDER/cache/identity.json` says which run a folder is of; nothing else does.
+
     Runs of one comparison have a `shared` folder for what is the same in all of them: calibration text, the dense model
     and what it says, whatever of the methods does not depend on the budget.
     """
 
     def __init__(self, out: Path, console: Console, *, shared: Path | None = None) -> None:
-        if out.exists():
+        tidy(out)
+        if os.path.lexists(out):
             raise InvalidInput(f"{out} already exists; remove it or choose another --out")
         self.out, self.console = out, console
         self.folder = out.with_name(f".{out.name}.unfinished")
@@ -51,39 +64,72 @@ class Workspace:
         self.stage_seconds: dict[str, float] = {}
         self.is_continued = False
         self._is_open = False
+        self._has_kept = False
 
     @contextmanager
     def opened(self, identity: dict[str, Any]) -> Iterator[None]:
         """Start, or go on where a run with the same `identity` stopped. Raises InvalidInput for another's folder.
 
-        Nothing is left of a new run that ends with an error of ours: its options were bad.
+        A run that ends with an error keeps its folder, so that the same command goes on in it; but for a new one that
+        has nothing worth keeping yet, or whose options can never work.
         """
-        with held(self.cache):
+        self._require_ours()
+        with held(self.cache) as self._lock:
             self._open(identity)
             try:
                 yield
-            except DilapError:
-                if not self.is_continued:
-                    self.discard()
+            except DilapError as error:
+                self._leave(error)
                 raise
             finally:
                 self.console.log_to(None)
 
+    def _require_ours(self) -> None:
+        """Raises InvalidInput for a folder with content that no run of ours began."""
+        if not self.folder.exists() or self._identity.exists():
+            return
+        begun = [self.cache / "lock", *self.cache.glob(".identity.json.*.part")]  # killed before it said what it is
+        strange = [one for one in self.folder.rglob("*") if one != self.cache and one not in begun]
+        if strange or not self.folder.is_dir():
+            raise InvalidInput(
+                f"{self.folder} holds {strange[0].name if strange else 'a file'} and does not say which run it is of: "
+                "move it away or choose another --out"
+            )
+
     def _open(self, identity: dict[str, Any]) -> None:
-        path = self.cache / "identity.json"
-        if path.exists():
-            if digest(read_json(path)) != digest(identity):
-                raise InvalidInput(
-                    f"{self.folder} holds an unfinished run with other options; remove it or choose another --out"
-                )
+        if self._identity.exists():
+            self._require_same(read_json(self._identity), identity)
             if self._stages.exists():
                 self.stage_seconds = {**read_json(self._stages), **self.stage_seconds}
             self.is_continued = True
             self.console.say(f"going on with the unfinished run in {self.folder}")
         else:
-            write_json(path, identity)
+            write_json(self._identity, identity)
+        remove_leftovers_below(self.folder)
         self._is_open = True
         self.console.log_to(self.folder / "log.txt")
+
+    def _require_same(self, begun: dict[str, Any], identity: dict[str, Any]) -> None:
+        if changed := changes(begun.get("inputs", {}), identity.get("inputs", {})):
+            raise InvalidInput(
+                f"{changed} changed since the unfinished run in {self.folder} began; put it back as it was, or remove "
+                "that folder"
+            )
+        if begun.get("model") != identity.get("model") and digest(begun["options"]) == digest(identity["options"]):
+            raise InvalidInput(
+                f"the model's weights changed since the unfinished run in {self.folder} began; put them back as they "
+                "were, or remove that folder"
+            )
+        if digest(begun) != digest(identity):
+            raise InvalidInput(
+                f"{self.folder} holds an unfinished run with other options; remove it or choose another --out"
+            )
+
+    def _leave(self, error: DilapError) -> None:
+        if self.is_continued or (self._has_kept and not isinstance(error, Infeasible | Unsupported)):
+            self.console.say(f"what is done so far is kept in {self.folder}: the same command, given again, goes on")
+        else:
+            self.discard()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -94,16 +140,59 @@ class Workspace:
         self.stage_seconds[name] = round(seconds, 3)
         self.console.say(f"[{seconds:6.1f} s] {name}")
         if self._is_open:  # not before what an earlier run left there has been read
+            self._has_kept = True
             write_json(self._stages, self.stage_seconds)
 
     def finish(self) -> None:
-        """Drop what only the run itself needed and give the folder its name."""
-        shutil.rmtree(self.cache)
-        self.folder.rename(self.out)
+        """Give the folder its name, in one step, and then drop what only the run itself needed.
+
+        A kill in between leaves the whole run and a folder too many, which `tidy` removes.
+        """
+        self.console.log_to(None)
+        remove_leftovers_below(self.folder)
+        self._let_go()
+        rename_folder(self.folder, self.out)
+        drop(self.out / "cache")
 
     def discard(self) -> None:
+        self.console.log_to(None)
+        self._let_go()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _let_go(self) -> None:
+        if os.name == "nt":  # which neither renames nor removes a folder with an open file
+            self._lock.release()
+
+    @property
+    def _identity(self) -> Path:
+        return self.cache / "identity.json"
 
     @property
     def _stages(self) -> Path:
         return self.cache / "stages.json"
+
+
+def tidy(run: Path) -> None:
+    """Drop what a kill at the very end left in a finished run; anybody else's folder stays as it is."""
+    if (run / "result.json").is_file():
+        if (run / "cache" / "identity.json").is_file():
+            drop(run / "cache")
+        remove_leftovers(run / "cache")
+
+
+def drop(folder: Path) -> None:
+    """Remove a folder of ours, so that no kill leaves a part of it under its name."""
+    gone = part_of(folder)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def remove_leftovers_below(folder: Path) -> None:
+    """What killed processes left, in a folder that only this process works in."""
+    for one in [one for one in folder.rglob(".*.part") if is_leftover(one)]:
+        remove(one)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What is named in both and differs, in words."""
+    return " and ".join(name for name in before if name in now and before[name] != now[name])
