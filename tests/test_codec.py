@@ -142,17 +142,6 @@ def test_other_io_errors_pass_through(tmp_path: Path) -> None:
         write_half(tmp_path / "x", PermissionError(errno.EACCES, "denied"))
 
 
-def test_folder_replaces_the_old_folder_whole(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "stale").touch()
-    with written_aside(out) as temporary:
-        temporary.mkdir()
-        (temporary / "fresh").touch()
-    assert [path.name for path in out.iterdir()] == ["fresh"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
 def test_unknown_name_suggests_a_close_one() -> None:
     with pytest.raises(InvalidInput, match=r"unknown method 'unifrom'; did you mean 'uniform'\? Known: dilap, uniform"):
         registry.get({"uniform": "x:y", "dilap": "x:y"}, "unifrom", kind="method")

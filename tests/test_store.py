@@ -123,6 +123,25 @@ def test_the_oldest_files_go_when_the_store_is_full(
     assert not old.exists()
 
 
+def test_what_is_not_the_stores_own_stays(
+    store: Store, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "_LIMIT_BYTES", 0)
+    (tmp_path / "device" / "store").mkdir(parents=True)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").touch()
+    linked, *others = (tmp_path / "device" / "store" / name for name in ("f" * 16, "notes", "a b", "F" * 16, "f" * 17))
+    linked.symlink_to(tmp_path / "precious")
+    for one in others:
+        one.mkdir()
+    (tmp_path / "device" / "store" / ("e" * 16)).touch()
+    place(store, model)
+    assert linked.is_symlink()
+    assert (tmp_path / "precious" / "file").exists()
+    assert all(one.is_dir() for one in others)
+    assert (tmp_path / "device" / "store" / ("e" * 16)).is_file()
+
+
 def test_files_in_use_stay_when_the_device_is_full(
     store: Store, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ be those of the undisturbed run, and no process may live on. Exit code 1 where s
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -35,14 +36,13 @@ from dilap.cli.console import run
 _MARK = "DILAP_CHECK_KILLS"  # in the environment of a command, so that its processes are found
 _SECONDS_TO_DIE = 20.0
 _KILLS_A_JOB = 4
-_JOB = (
-    "--model tiny --calib corpus.txt --eval-text corpus.txt --calib-length 32 --context 64 --evaluations 3 --step 0.2"
-)
-_HERE = f"--target host_cpu --threads 1 --configuration plain {_JOB}"
+_WORK = "--model tiny --threads 1 --configuration plain --context 64"
+_TEXT = "--calib corpus.txt --eval-text corpus.txt --calib-length 32"
+_HERE = f"--target host_cpu {_WORK} {_TEXT} --evaluations 3 --step 0.2"
 COMMANDS = {
     "prune": f"prune {_HERE} --ratio 0.3 --out run",
     "prune-estimate": f"prune {_HERE} --budget 70% --estimate --out run",
-    "profile": "profile --device host_cpu --threads 1 --configuration plain --model tiny --context 64 --out table.jsonl",
+    "profile": f"profile --device host_cpu {_WORK} --out table.jsonl",
     "export": "export --backend llamacpp --precision f16 tiny --out exported",
     "compare": f"compare {_HERE} --ratio 0.3 --methods magnitude uniform --recover none --estimate --out compared",
 }
@@ -80,7 +80,8 @@ def make_inputs(folder: Path) -> None:
         vocab_size=300, max_position_embeddings=128, tie_word_embeddings=False,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "tiny")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>")
+    ends = {"bos_token": "<|end|>", "eos_token": "<|end|>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends)
     fast.save_pretrained(folder / "tiny")
     text = " ".join(f"the {word} of line {word * 7}" for word in range(4000))
     (folder / "corpus.txt").write_text(text, encoding="utf-8")
@@ -124,7 +125,6 @@ class Command:
         name, *self._arguments = words.split()
         self._program = f"from dilap.cli.{name} import main; main()"
         self._folder = folder
-        self.said = ""
 
     def start(self) -> "Process":
         mark = uuid.uuid4().hex
@@ -166,11 +166,9 @@ class Process:
 def _processes(mark: str) -> Iterator[int]:
     """Those with `mark` in their environment."""
     for entry in Path("/proc").iterdir():
-        try:
+        with contextlib.suppress(OSError):  # gone, or another user's
             if entry.name.isdigit() and f"{_MARK}={mark}".encode() in (entry / "environ").read_bytes():
                 yield int(entry.name)
-        except OSError:  # gone, or another user's
-            continue
 
 
 def undisturbed(words: str, folder: Path) -> tuple[Outcome, float]:
@@ -194,8 +192,7 @@ def killed(words: str, folder: Path, *, kills: int, seconds: float, draw: random
         process.kill()
         met += 1
     process = Command(words, folder).start()
-    code, text = process.child.wait(), ""
-    text = process.text()
+    code, text = process.child.wait(), process.text()
     if code == 2 and "already exists" in text:  # killed after its last step, or ended before it could be
         code = reference.code
     found = Outcome(code=code, files=files_of(folder))
