@@ -134,7 +134,7 @@ def model_digest(model: PreTrainedModel) -> str:
 
 def _content_sha256(tensor: torch.Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(memoryview(flat.view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 def require_finite(model: PreTrainedModel) -> None:

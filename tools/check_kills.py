@@ -257,7 +257,7 @@ def _main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--commands", nargs="+", default=list(COMMANDS), choices=COMMANDS, metavar="NAME")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(given)
-    problems = []
+    problems: list[str] = []
     with tempfile.TemporaryDirectory() as inputs:
         make_inputs(Path(inputs))
         for name in asked.commands:
