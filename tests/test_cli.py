@@ -398,14 +398,14 @@ def test_a_missing_runtime_is_one_line(
 def test_a_full_disk_is_one_line_and_leaves_no_artifact(
     checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = os.replace
+    real = os.rename
 
     def full(source: Any, target: Any) -> None:
         if Path(target).name == "dense":
             raise OSError(errno.ENOSPC, "No space left on device")
         real(source, target)
 
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "rename", full)
     assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--budget", "70%") == 2
     assert "no space left" in last_line(capsys)
     assert not list(tmp_path.rglob("model.gguf"))

@@ -227,7 +227,8 @@ def _alive_after(process: Process, *, seconds: float, until: Callable[[float], b
 
 def check(name: str, *, kills: int, seed: int, inputs: Path) -> list[str]:
     """Kill one command so many times; what differed."""
-    draw, met, problems = random.Random(f"{name} {seed}"), 0, []
+    met, draw = 0, random.Random(f"{name} {seed}")
+    problems: list[str] = []
     with tempfile.TemporaryDirectory() as top:
         reference, seconds = undisturbed(COMMANDS[name], _fresh(Path(top) / "whole", inputs))
         for job in range(4 * kills):  # a command that ends early is met by fewer
