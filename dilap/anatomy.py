@@ -1,10 +1,12 @@
 """Find the prunable parts of a loaded model."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +16,8 @@ from dilap.codec import digest
 from dilap.errors import InvalidInput, Unsupported
 from dilap.modeling_dilap import FAMILIES, Family, linear_at
 from dilap.types import Architecture, LayerWidths
+
+_OF_THE_READING = ("_name_or_path", "transformers_version", "architectures")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +122,7 @@ def sublayers(model: PreTrainedModel) -> Iterator[Sublayer]:
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """SHA-256 over the name, shape, type and every byte of every tensor.
+    """SHA-256 over the configuration and the name, shape, type and every byte of every tensor.
 
     Tensors are hashed beside each other, because one core reads 1 to 2 GB/s.
     """
@@ -129,7 +133,13 @@ def model_digest(model: PreTrainedModel) -> str:
         [name, list(tensor.shape), str(tensor.dtype), content]
         for (name, tensor), content in zip(tensors, contents, strict=True)
     ]
-    return digest([model.config.model_type, described])
+    return digest([_configuration(model.config), described])
+
+
+def _configuration(config: PreTrainedConfig) -> dict[str, Any]:
+    """What the numbers depend on beside the weights (the rotary base, epsilons), not where and by what it was read."""
+    settings: dict[str, Any] = json.loads(config.to_json_string())
+    return {name: value for name, value in settings.items() if name not in _OF_THE_READING}
 
 
 def _content_sha256(tensor: torch.Tensor) -> str:

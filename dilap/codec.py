@@ -1,5 +1,6 @@
 """Frozen dataclasses to JSON and back, and files that are either whole or absent."""
 
+import ctypes
 import dataclasses
 import errno
 import hashlib
@@ -8,6 +9,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 import types
 import typing
@@ -19,6 +21,7 @@ from typing import Any, TypeVar
 from dilap.errors import InvalidInput
 
 T = TypeVar("T")
+_MAY_ASK, _NO_SUCH_PROCESS = 0x1000, 87  # of Windows: PROCESS_QUERY_LIMITED_INFORMATION, ERROR_INVALID_PARAMETER
 VERSION = 1  # of every JSON document; raised when an old reader would misread a new file
 
 
@@ -230,8 +233,8 @@ def is_leftover(path: Path) -> bool:
 
 
 def _is_alive(process: int) -> bool:
-    if os.name == "nt":  # where signal 0 would end it
-        return True
+    if sys.platform == "win32":  # where signal 0 would end it
+        return _is_alive_on_windows(process)
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -239,6 +242,15 @@ def _is_alive(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _is_alive_on_windows(process: int) -> bool:
+    kernel = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined, unused-ignore]
+    handle = kernel.OpenProcess(_MAY_ASK, False, process)
+    error = ctypes.get_last_error()  # type: ignore[attr-defined, unused-ignore]
+    if handle:
+        kernel.CloseHandle(handle)
+    return bool(handle) or error != _NO_SUCH_PROCESS
 
 
 def _is_stream(path: Path) -> bool:

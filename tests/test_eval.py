@@ -163,6 +163,18 @@ def test_kept_evaluations_with_other_options_do_not_mix(
     assert "another limit" in refused(capsys, *arguments, "--limit", 3)
 
 
+def test_kept_evaluations_of_other_rows_do_not_mix(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data, tmp_path / "copy")
+    arguments = (checkpoint, "--data-dir", tmp_path / "copy", "--out", tmp_path / "evaluation.json", "--tasks", "piqa")
+    evaluate(capsys, *arguments)
+    rows = next((tmp_path / "copy" / "piqa").glob("*.jsonl"))
+    kept = rows.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows.write_text("".join([*kept[1:], kept[0]]), encoding="utf-8")
+    assert "the rows of piqa changed" in refused(capsys, *arguments)
+
+
 def test_unknown_task_is_one_line(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no task 'arc_eazy'; did you mean arc_easy" in refused(capsys, checkpoint, "--tasks", "arc_eazy")
 

@@ -166,6 +166,23 @@ def test_a_new_run_that_has_nothing_or_can_never_work_leaves_nothing(
     assert names(tmp_path) == []
 
 
+def test_a_run_killed_while_it_is_discarded_starts_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead: int
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("dilap.cli.workspace.shutil.rmtree", _killed)
+        patch.setattr("dilap.codec.os.getpid", lambda: dead)
+        with pytest.raises(KeyboardInterrupt):
+            _fail(space(tmp_path), InvalidInput("bad"), None, IDENTITY)
+    assert names(tmp_path) == [f"..run.unfinished.{dead}.part"]
+    finished(tmp_path)
+    assert names(tmp_path) == ["run"]
+
+
+def _killed(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_change_of_one_weight_in_the_middle_changes_the_digest() -> None:
     model = tiny_model("llama")
     before = model_digest(model)
@@ -178,6 +195,20 @@ def test_other_types_of_equal_weights_are_other_models() -> None:
     model = tiny_model("llama")
     half = model_digest(model.to(torch.bfloat16))
     assert half != model_digest(model.float())
+
+
+def test_another_setting_of_the_numerics_is_another_model() -> None:
+    model = tiny_model("llama")
+    before = model_digest(model)
+    model.config.rms_norm_eps *= 2
+    assert model_digest(model) != before
+
+
+def test_a_model_has_one_digest_wherever_it_lies() -> None:
+    model = tiny_model("llama")
+    before = model_digest(model)
+    model.config._name_or_path = "elsewhere"
+    assert model_digest(model) == before
 
 
 class Words:

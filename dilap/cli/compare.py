@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dilap import methods
+from dilap import __version__, methods
 from dilap.cli import arguments, comparison, console
 from dilap.cli.comparison import Row
 from dilap.cli.console import Console
@@ -227,7 +227,7 @@ class _Runs:
 
         path = self.out / "shared" / "inputs.json"
         begun = read_json(path) if path.exists() else {}
-        now = {"the model": self._dense.digest}
+        now = {"DiLAP": __version__, "the model": self._dense.digest}
         for options in jobs:
             now |= named_inputs(options, self._dense)
         mended = {

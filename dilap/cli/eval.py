@@ -141,11 +141,16 @@ def _evaluate(
     """Every task that `out` lacks; each is kept when it is whole."""
     done = _started(subject, given, out, screen)
     for number, task in enumerate(tasks, start=1):
+        from dilap.evaluation.evaluate import evaluate_task, rows_sha256
+
         if task.name in done.tasks:
+            if rows_sha256(task, limit=given.limit) != done.facts[task.name].data_sha256:
+                raise InvalidInput(
+                    f"the rows of {task.name} changed since {out} was begun; put them back as they were, remove it or "
+                    "choose another --out"
+                )
             screen.say(f"{task.name}: done earlier")
             continue
-        from dilap.evaluation.evaluate import evaluate_task
-
         screen.say(f"{number} of {len(tasks)}: {task.name}")
         result = evaluate_task(subject, task, max_tokens=done.max_tokens, limit=given.limit, bar=screen.bar)
         done = replace(

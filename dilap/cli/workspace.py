@@ -53,10 +53,12 @@ class Workspace:
 
     def __init__(self, out: Path, console: Console, *, shared: Path | None = None) -> None:
         tidy(out)
+        self.folder = out.with_name(f".{out.name}.unfinished")
+        if out.parent.is_dir():
+            remove_leftovers(self.folder)  # a run killed while it was discarded
         if os.path.lexists(out):
             raise InvalidInput(f"{out} already exists; remove it or choose another --out")
         self.out, self.console = out, console
-        self.folder = out.with_name(f".{out.name}.unfinished")
         self.cache = self.folder / "cache"  # what only a later stage of the same run reads
         self.common = shared or self.cache
         self.methods = self.common / "methods"
@@ -157,7 +159,7 @@ class Workspace:
     def discard(self) -> None:
         self.console.log_to(None)
         self._let_go()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        drop(self.folder)
 
     def _let_go(self) -> None:
         if os.name == "nt":  # which neither renames nor removes a folder with an open file

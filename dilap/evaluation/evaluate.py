@@ -1,10 +1,12 @@
 """An evaluation: tasks scored one by one, so that a killed one goes on with the next."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import lm_eval
+from lm_eval.utils import handle_non_serializable, hash_string
 
 from dilap.codec import digest
 from dilap.evaluation.document import TaskFacts
@@ -30,6 +32,13 @@ def evaluate_task(subject: Subject, task: LoadedTask, *, max_tokens: int, limit:
     if task.name in TEXTS:
         metrics |= _text_metrics(subject, task, max_tokens=max_tokens, limit=limit, bar=bar)
     return TaskResult(metrics=metrics, facts=_facts(task, found["samples"]))
+
+
+def rows_sha256(task: LoadedTask, *, limit: int | None) -> str:
+    """What `TaskFacts.data_sha256` would be if the task were scored now."""
+    rows = [row for part in task.tasks.values() for _, row in part.doc_iterator(limit=limit)]
+    words = [json.dumps(row, indent=2, default=handle_non_serializable, ensure_ascii=False) for row in rows]
+    return digest([hash_string(one) for one in words])
 
 
 def _metrics(result: Mapping[str, Any]) -> dict[str, float]:
