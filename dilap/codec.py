@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -14,11 +15,12 @@ import tempfile
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dilap.errors import InvalidInput
+from dilap.documents import parse_object, read_text
+from dilap.errors import DilapError, InvalidInput
 
 T = TypeVar("T")
 _MAY_ASK, _NO_SUCH_PROCESS = 0x1000, 87  # of Windows: PROCESS_QUERY_LIMITED_INFORMATION, ERROR_INVALID_PARAMETER
@@ -33,16 +35,26 @@ def encode(value: Any) -> dict[str, Any]:
 def decode(cls: type[T], document: Mapping[str, Any], *, source: str) -> T:
     """The dataclass that `encode` wrote; `source` names the file in the error. Raises InvalidInput."""
     if document.get("type") != cls.__name__:
-        raise InvalidInput(f"{source}: expected a {cls.__name__}, got type {document.get('type')!r}")
+        raise InvalidInput(f"{source}: expected a {cls.__name__}, got type {document.get('type')!r:.80}")
     if document.get("version") != VERSION:
         raise InvalidInput(
-            f"{source}: {cls.__name__} has version {document.get('version')!r}, this DiLAP reads {VERSION}"
+            f"{source}: {cls.__name__} has version {document.get('version')!r:.80}, this DiLAP reads {VERSION}"
         )
     fields = {name: value for name, value in document.items() if name not in ("type", "version")}
+    return checked(cls, fields, source=f"{source}: damaged {cls.__name__}")
+
+
+def checked(hint: type[T], value: Any, *, source: str) -> T:
+    """A JSON value as the type `hint`, which every part of it must be of; `source` begins the error.
+
+    Raises InvalidInput.
+    """
     try:
-        return typing.cast(T, _build(cls, fields))
-    except (TypeError, ValueError, KeyError) as error:
-        raise InvalidInput(f"{source}: damaged {cls.__name__}: {error}") from error
+        return typing.cast(T, _build(hint, value))
+    except DilapError as error:
+        raise InvalidInput(f"{source}: {error}") from error
+    except (TypeError, ValueError, KeyError, ArithmeticError, AttributeError) as error:  # of a value's own check
+        raise InvalidInput(f"{source}: {error}") from error
 
 
 def _build(hint: Any, value: Any) -> Any:
@@ -54,7 +66,7 @@ def _build(hint: Any, value: Any) -> Any:
         return None if value is None else _build(next(a for a in arguments if a is not type(None)), value)
     if origin is typing.Literal:
         if value not in arguments:
-            raise ValueError(f"{value!r} is none of {', '.join(map(repr, arguments))}")
+            raise ValueError(f"{value!r:.80} is none of {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple:
         return _build_tuple(arguments, value)
@@ -69,13 +81,19 @@ def _build_object(hint: Any, kind: Any, arguments: tuple[Any, ...], value: Any) 
         hints = typing.get_type_hints(hint)
         fields = {field.name for field in dataclasses.fields(hint)}
         if unknown := sorted(set(_mapping(value)) - fields):
-            raise ValueError(f"unknown field {unknown[0]!r}")
+            raise ValueError(f"unknown field {unknown[0]!r:.80}")
         return typing.cast(Any, hint)(**{name: _build_field(name, hints[name], item) for name, item in value.items()})
-    if hint is float and type(value) is int:
-        return float(value)
+    if hint is float and type(value) in (int, float):
+        return _finite(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise TypeError(f"expected {hint.__name__}, got {value!r}")
+        raise TypeError(f"expected {hint.__name__}, got {value!r:.80}")
     return value
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"expected a finite number, got {number}")
+    return number
 
 
 def _build_field(name: str, hint: Any, value: Any) -> Any:
@@ -87,17 +105,17 @@ def _build_field(name: str, hint: Any, value: Any) -> Any:
 
 def _build_tuple(arguments: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise TypeError(f"expected a list, got {value!r}")
+        raise TypeError(f"expected a list, got {value!r:.80}")
     if arguments[-1] is Ellipsis:
         return tuple(_build(arguments[0], item) for item in value)
     if len(value) != len(arguments):
-        raise ValueError(f"expected {len(arguments)} values, got {value!r}")
+        raise ValueError(f"expected {len(arguments)} values, got {value!r:.80}")
     return tuple(_build(hint, item) for hint, item in zip(arguments, value, strict=True))
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise TypeError(f"expected an object, got {value!r}")
+        raise TypeError(f"expected an object, got {value!r:.80}")
     return value
 
 
@@ -127,21 +145,36 @@ def _sha256(file: typing.BinaryIO) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises InvalidInput, naming the file, where it is absent or damaged."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InvalidInput(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InvalidInput(f"{path}: not readable JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise InvalidInput(f"{path}: expected a JSON object, got {type(document).__name__}")
-    return document
+    return parse_object(read_text(path), source=str(path))
 
 
 def write_json(path: Path, document: Any) -> None:
     """Write `document` to `path`, whole or not at all."""
     with written_aside(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+        temporary.write_text(to_json(document) + "\n", encoding="utf-8")
+
+
+def to_json(document: Any) -> str:
+    """The JSON text of `document` for people and programs.
+
+    JSON has no infinity, which the perplexity of a ruined model is: the largest number there is stands for it.
+    """
+    try:
+        return json.dumps(document, indent=1, allow_nan=False)
+    except ValueError:  # an infinity, or NaN
+        return json.dumps(_in_range(document), indent=1, allow_nan=False)
+
+
+def _in_range(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _in_range(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_range(item) for item in value]
+    if isinstance(value, float) and math.isnan(value):
+        raise InvalidInput("a result is not a number (NaN): what the model computes overflows")
+    if isinstance(value, float) and math.isinf(value):
+        return math.copysign(sys.float_info.max, value)
+    return value
 
 
 @contextmanager
@@ -150,33 +183,49 @@ def written_aside(path: Path) -> Iterator[Path]:
 
     A file replaces the one that is there, a link stays and the file behind it is replaced, and into a device or a pipe
     (`/dev/stdout`) the content is written. A folder replaces nothing but an empty folder: InvalidInput where another
-    has appeared. A full disk becomes InvalidInput, naming the folder and the space left.
+    has appeared. What the system refuses (a full disk, a folder that is read-only) becomes InvalidInput, naming `path`.
     """
     if _is_stream(path):
         with _written_into(path) as temporary:
             yield temporary
         return
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
     temporary = part_of(path)
-    remove(temporary)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        remove(temporary)
         yield temporary
         if temporary.is_dir():
             rename_folder(temporary, path)
         else:
             os.replace(temporary, path)
     except Exception as error:
-        # safetensors has no OSError: it writes the number into its text.
-        if getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error):
-            free = shutil.disk_usage(path.parent).free
-            raise InvalidInput(
-                f"no space left to write {path} ({free / 1e6:.0f} MB free); free some or choose another --out"
-            ) from error
+        if (reason := _refusal(error, temporary)) is not None:
+            raise InvalidInput(f"{path} cannot be written: {reason}; choose another --out") from error
         raise
     finally:
-        remove(temporary)
+        with suppress(OSError):
+            remove(temporary)
+
+
+def _refusal(error: Exception, written: Path) -> str | None:
+    """Why the system did not let `written`, or a file in it, be written; None for errors about anything else.
+
+    safetensors has no OSError, but a text that ends in its number; numpy has one without a number for half a write,
+    which nothing but a full disk causes.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(found[1])
+    elif type(error) is OSError and number is None and "written" in str(error):
+        number = errno.ENOSPC
+    named = getattr(error, "filename", None)
+    if number is None or (named is not None and not str(named).startswith(str(written.parent))):
+        return None
+    if number == errno.ENOSPC:
+        return f"no space left ({shutil.disk_usage(written.parent).free / 1e6:.0f} MB free), free some"
+    return os.strerror(number)
 
 
 def part_of(path: Path) -> Path:

@@ -4,7 +4,6 @@ With a `journal` folder every answer is kept on disk. A search is deterministic 
 that is started again replays what it knows and goes on to the identical plan.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dilap.codec import digest, written_aside
+from dilap.codec import checked, digest, write_json, written_aside
+from dilap.documents import parse_json, read_text
 from dilap.errors import InvalidInput
 from dilap.supernet import Curvature, Supernet, linearise
 from dilap.teacher import Teacher
@@ -38,8 +38,7 @@ class Evaluator:
             return _read_kls(path)
         values = self.net.kls(self.teacher, config)
         if path is not None:
-            with written_aside(path) as temporary:
-                temporary.write_text(json.dumps(values.tolist()), encoding="utf-8")
+            write_json(path, values.tolist())
         return values
 
     def curvature(self, config: Sequence[int], *, samples: int, seed: int) -> Curvature:
@@ -61,10 +60,9 @@ class Evaluator:
 
 
 def _read_kls(path: Path) -> torch.Tensor:
-    try:
-        return torch.tensor([float(value) for value in json.loads(path.read_text(encoding="utf-8"))])
-    except (ValueError, TypeError) as error:
-        raise InvalidInput(f"{path}: damaged journal entry ({error}); remove the file and run again") from error
+    found = parse_json(read_text(path), source=str(path))
+    source = f"{path}: damaged journal entry, remove the file and run again"
+    return torch.tensor(checked(tuple[float, ...], found, source=source))
 
 
 def _read_curvature(path: Path) -> Curvature:

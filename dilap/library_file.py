@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dilap.codec import written_aside
+from dilap.documents import parse_json
 from dilap.errors import InvalidInput, reason_of
 from dilap.library import LevelFit
 from dilap.space import Units
@@ -31,7 +32,7 @@ def load_library(path: Path) -> list[list[LevelFit]]:
     """Read what `save_library` wrote. Raises InvalidInput for a damaged file."""
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["facts"])
+            facts = parse_json(file.metadata()["facts"], source=str(path))
             return [
                 [
                     LevelFit(

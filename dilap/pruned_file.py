@@ -7,6 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dilap.codec import decode, encode, written_aside
+from dilap.documents import parse_object
 from dilap.errors import InvalidInput, reason_of
 from dilap.methods.method import Pruned
 from dilap.types import Plan
@@ -25,9 +26,9 @@ def load_pruned(path: Path) -> Pruned:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             return Pruned(
-                plan=decode(Plan, json.loads(metadata["plan"]), source=str(path)),
+                plan=decode(Plan, parse_object(metadata["plan"], source=str(path)), source=str(path)),
                 parameters={name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118 (no mapping)
-                facts=json.loads(metadata["facts"]),
+                facts=parse_object(metadata["facts"], source=str(path)),
             )
     except Exception as error:  # safetensors raises its own type for damaged files
         raise InvalidInput(

@@ -9,6 +9,7 @@ import dilap
 MODULES = (
     "__init__",
     "codec",
+    "documents",
     "errors",
     "executorch_bindings",
     "registry",

@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import tomllib
-
+from dilap.documents import read_toml
 from dilap.errors import InvalidInput
 from dilap.profilers.devices import DEVICES, Device, Location, Registry
 from dilap.profilers.ssh import SshAddress
@@ -32,10 +31,7 @@ def read_registry(path: Path) -> Registry:
 
     Raises InvalidInput, naming the file and the entry.
     """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InvalidInput(f"{path}: not a readable list of devices ({error})") from error
+    document = read_toml(path)
     located: dict[str, tuple[Device, ...]] = {}
     for kind, found in document.items():
         entries = found if isinstance(found, list) else [found]
@@ -51,7 +47,7 @@ def _device(kind: str, entry: object, *, number: int, source: str) -> Device:
     if kind not in reachable:
         raise InvalidInput(f"{source}: no such kind of device; known: {', '.join(reachable)}")
     if not isinstance(entry, dict):
-        raise InvalidInput(f'{source}: expected lines like ssh = "user@host", got {entry!r}')
+        raise InvalidInput(f'{source}: expected lines like ssh = "user@host", got {entry!r:.80}')
     for key, value in entry.items():
         _require_known(key, value, source)
     preset = DEVICES[kind]
@@ -59,7 +55,7 @@ def _device(kind: str, entry: object, *, number: int, source: str) -> Device:
         raise InvalidInput(f'{source}: it is reached over {preset.transport}; write {preset.transport} = "..."')
     affinity = entry.get("affinity", preset.affinity)
     if affinity is not None and not re.fullmatch("[0-9a-fA-F]+", affinity):
-        raise InvalidInput(f"{source}: affinity is a mask of cores in hexadecimal, like f8, got {affinity!r}")
+        raise InvalidInput(f"{source}: affinity is a mask of cores in hexadecimal, like f8, got {affinity!r:.80}")
     return replace(preset, location=_location(preset, entry, source), number=number, affinity=affinity)
 
 
@@ -67,9 +63,9 @@ def _require_known(key: str, value: object, source: str) -> None:
     if key not in _KEYS:
         close = difflib.get_close_matches(key, _KEYS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InvalidInput(f"{source}: unknown key {key!r}{hint} Known: {', '.join(_KEYS)}")
+        raise InvalidInput(f"{source}: unknown key {key!r:.80}{hint} Known: {', '.join(_KEYS)}")
     if type(value) is not _KEYS[key] or value == "":
-        raise InvalidInput(f"{source}: {key} is a {_KEYS[key].__name__}, got {value!r}")
+        raise InvalidInput(f"{source}: {key} is a {_KEYS[key].__name__}, got {value!r:.80}")
     if isinstance(value, str) and "\0" in value:
         raise InvalidInput(f"{source}: {key} holds a NUL")
 
@@ -77,7 +73,7 @@ def _require_known(key: str, value: object, source: str) -> None:
 def _location(preset: Device, entry: Mapping[str, Any], source: str) -> Location:
     system = entry.get("system", "windows" if preset.name == "snapdragon_x" else "linux")
     if system not in ("linux", "windows"):
-        raise InvalidInput(f"{source}: system is linux or windows, got {system!r}")
+        raise InvalidInput(f"{source}: system is linux or windows, got {system!r:.80}")
     ssh = None
     if "ssh" in entry:
         try:

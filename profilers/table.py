@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from dilap.codec import decode, encode, written_aside
+from dilap.documents import parse_object, read_text
 from dilap.errors import InvalidInput, Mismatch
 from dilap.profilers.fit import LatencyModel, Observation, fit
 from dilap.profilers.protocol import Protocol
@@ -236,16 +237,12 @@ class LatencyTable:
 
 def _read_lines(path: Path) -> tuple[TableHeader, list[TableEntry]]:
     """Of one device's file. Raises InvalidInput."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InvalidInput(f"{path}: no such latency table; measure one with dilap-profile") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path}: not a readable latency table ({error})") from error
-    lines = text.split("\n")
+    if not path.exists():
+        raise InvalidInput(f"{path}: no such latency table; measure one with dilap-profile")
+    lines = read_text(path).split("\n")
     if lines.pop():  # what follows the last newline
         raise InvalidInput(f"{path}: line {len(lines) + 1} is cut off")
-    documents = [_parse(line, source=f"{path}: line {number}") for number, line in enumerate(lines, start=1)]
+    documents = [parse_object(line, source=f"{path}: line {number}") for number, line in enumerate(lines, start=1)]
     if not documents or documents[0].get("type") != "LatencyTable":
         raise InvalidInput(f"{path}: line 1 is not the header of a latency table")
     header = decode(TableHeader, {**documents[0], "type": "TableHeader"}, source=f"{path}: line 1")
@@ -292,16 +289,6 @@ def _partner_paths(path: Path) -> Iterator[Path]:
         if not partner_path(path, number).exists():
             return
         yield partner_path(path, number)
-
-
-def _parse(line: str, *, source: str) -> dict[str, object]:
-    try:
-        document = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InvalidInput(f"{source} is damaged ({error})") from error
-    if not isinstance(document, dict):
-        raise InvalidInput(f"{source} is not a JSON object")
-    return document
 
 
 def _difference(name: str, mine: object, theirs: object) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dilap import __version__
 from dilap.builtin import DEFAULT_MODEL
+from dilap.cli.console import EXIT_CODES
 from dilap.errors import InvalidInput
 from dilap.profilers.configuration import thread_counts
 from dilap.profilers.devices import Device, Registry
@@ -16,13 +17,11 @@ from dilap.profilers.locations import read_registry
 from dilap.profilers.runners import RUNNERS
 from dilap.types import Workload
 
-_EXIT_CODES = "exit codes: 0 done, 1 the result misses its budget, 2 bad input, 130 interrupted"
-
 
 def parser(description: str, examples: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=description,
-        epilog=f"examples:\n{examples}\n\n{_EXIT_CODES}",
+        epilog=f"examples:\n{examples}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--version", action="version", version=f"dilap {__version__}")

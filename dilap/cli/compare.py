@@ -2,9 +2,7 @@
 
 import argparse
 import copy
-import json
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -87,7 +85,7 @@ class _ListMethods(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         width = max(map(len, METHODS))
-        print("\n".join(f"{name:{width}}  {methods.SOURCES[name]}" for name in METHODS))
+        console.show("\n".join(f"{name:{width}}  {methods.SOURCES[name]}" for name in METHODS))
         parser.exit()
 
 
@@ -112,9 +110,9 @@ def _command() -> int:
         _open(out, base, settings)
         rows = runs.rows(jobs)
     if given.json:
-        json.dump(comparison.document(rows), sys.stdout, indent=1)
+        console.show_json(comparison.document(rows))
     else:
-        print(f"{comparison.markdown(rows)}\neverything is in {out}")
+        console.show(f"{comparison.markdown(rows)}\neverything is in {out}")
     return 0
 
 
@@ -204,7 +202,7 @@ class _Runs:
             bar.initial = known  # for the time that is left: known rows take none
             for number, options in enumerate(jobs, start=1):
                 if not self._row_file(options).exists():
-                    self.screen.say(f"\n=== {number} of {len(jobs)}: {options.method} at {options.budget} ===")
+                    self.screen.say(f"=== {number} of {len(jobs)}: {options.method} at {options.budget} ===")
                 rows.append(self._row(options))
                 comparison.write(self.out, rows)
                 bar.update(1)

@@ -1,14 +1,27 @@
 """What a command shows: lines, progress bars, one-line errors; standard output is left to results."""
 
 import logging
+import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from dilap.errors import DilapError
+from dilap.codec import to_json
+from dilap.documents import words_of
+from dilap.errors import DilapError, InvalidInput, reason_of
+from dilap.printable import printable, printable_lines
+
+EXIT_CODES = (
+    "exit codes: 0 done, 1 the result misses its budget, 2 bad input, 70 an error of DiLAP's own, 130 interrupted, "
+    "141 nobody reads the output"
+)
+_KEPT = "the traceback is kept in "  # a note on an error that is in a log already
+_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory")  # torch's, in a RuntimeError
 
 
 class Console:
@@ -21,10 +34,17 @@ class Console:
         self._log = path
 
     def say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
+        """One line; what a device or a file says in it cannot look like another line of ours."""
+        line = printable(text)
+        tqdm.write(line, file=sys.stderr)
         if self._log is not None:
-            with self._log.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            self._write(self._log, line)
+
+    def keep_traceback(self, error: BaseException) -> None:
+        """Into the log, if `error` is none that a user can mend; a note on the error says where."""
+        if self._log is not None and not isinstance(error, DilapError | OSError | KeyboardInterrupt):
+            self._write(self._log, "".join(traceback.format_exception(error)))
+            error.add_note(f"{_KEPT}{self._log}")
 
     def bar(self, title: str, *, total: int | None, unit: str) -> Any:
         """A progress bar, used as a context manager; `update(n)` moves it."""
@@ -32,19 +52,100 @@ class Console:
             desc=title, total=total, unit=unit, unit_scale=True, file=sys.stderr, leave=False, dynamic_ncols=True
         )
 
+    def _write(self, log: Path, text: str) -> None:
+        with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text + "\n")
+
+
+def show(text: str) -> None:
+    """A result for people, on standard output."""
+    print(printable_lines(text))
+
+
+def show_json(document: Any) -> None:
+    """A result for programs, on standard output."""
+    print(to_json(document))
+
 
 def run(command: Callable[[], int]) -> None:
-    """Run a command's body and exit: 0 done, 1 the result does not keep its promise, 2 bad input, 130 interrupted."""
+    """Run a command's body and exit: with its own code, or with one of `EXIT_CODES` and one line that says why."""
     for name in ("torchao", "torch.utils._pytree"):  # at import: GPU libraries not found, deprecations between the two
         logging.getLogger(name).setLevel(logging.ERROR)
+    sys.exit(_code_of(command))
+
+
+def _code_of(command: Callable[[], int]) -> int:
     try:
-        code = command()
+        return _finished(command)
     except DilapError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+        return _fail(reason_of(error))
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
-        code = 130
+        return 130
     except BrokenPipeError:
-        code = 141
-    sys.exit(code)
+        _forget_output()
+        return 141
+    except OSError as error:
+        _forget_output()
+        return _fail(_words_of_system_error(error))
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_WORDS):
+            return _fail(f"there is not enough memory: {reason_of(error)}")
+        print(f"internal error: {printable(reason_of(error))}; {_where_it_is_told(error)}", file=sys.stderr)
+        return 70
+
+
+def _finished(command: Callable[[], int]) -> int:
+    _open_streams()
+    try:
+        return command()
+    finally:
+        sys.stdout.flush()  # a full disk, or a reader that is gone, is noticed here and not while Python ends
+
+
+def _fail(reason: str) -> int:
+    print(f"error: {printable(reason)}", file=sys.stderr)
+    return 2
+
+
+def _words_of_system_error(error: OSError) -> str:
+    names = (error.filename, error.filename2)
+    files = " and ".join(os.fsdecode(name) for name in names if isinstance(name, str | bytes))
+    words = words_of(error) or type(error).__name__
+    return f"{files} cannot be used: {words}" if files else f"the system refuses: {words}"
+
+
+def _where_it_is_told(error: BaseException) -> str:
+    """The file that holds the traceback: the run's log, or one of its own."""
+    places = [note.removeprefix(_KEPT) for note in getattr(error, "__notes__", ()) if note.startswith(_KEPT)]
+    if not places:
+        text = "".join(traceback.format_exception(error))
+        try:
+            with tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", errors="backslashreplace", prefix="dilap-error-", suffix=".txt", delete=False
+            ) as file:
+                file.write(text)
+        except OSError:
+            return f"its traceback could not be kept: {printable(text[-1000:])}"
+        places = [file.name]
+    return f"this is a defect of DiLAP: please report it with the traceback in {places[0]}"
+
+
+def _open_streams() -> None:
+    """Raises InvalidInput where results can go nowhere: the next file that is opened would get them."""
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.dup2(os.open(os.devnull, os.O_WRONLY), 2), "w", encoding="utf-8")
+    if sys.stdout is None:
+        raise InvalidInput("standard output is closed; send it to a file, or to /dev/null")
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal or file that knows few characters
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _forget_output() -> None:
+    """What could not be written is not tried again while Python ends."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # it has no file: a test's
+        return

@@ -1,10 +1,9 @@
 """What a latency table says, for people and for programs."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from dilap.cli import console
 from dilap.profilers.estimate import METHOD as ESTIMATED
 from dilap.profilers.fit import LatencyModel
 
@@ -14,13 +13,13 @@ def show(model: LatencyModel, *, as_json: bool, table: Path | None) -> None:
     is_estimate = model.method == ESTIMATED
     if as_json:
         found = document(model) | {"table": None if table is None else str(table), "estimated": is_estimate}
-        json.dump(found, sys.stdout, indent=1)
+        console.show_json(found)
         return
     if is_estimate:
-        print("ESTIMATED, measured on no device")
-    print(text(model))
+        console.show("ESTIMATED, measured on no device")
+    console.show(text(model))
     if table is not None:
-        print(f"\nthe table is in {table}")
+        console.show(f"\nthe table is in {table}")
 
 
 def document(model: LatencyModel) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """dilap-eval: lm-eval's tasks, text and costs, of a checkpoint or of the very artifact that ships."""
 
 import argparse
-import json
-import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -92,9 +90,9 @@ def _command() -> int:
         done = _with_costs(done, subject, device, given, screen)
         _keep(done, out)
     if given.json:
-        json.dump(encode(done), sys.stdout, indent=1)
+        console.show_json(encode(done))
     else:
-        print(report(done) + (f"\n\nkept in {out}" if out else ""))
+        console.show(report(done) + (f"\n\nkept in {out}" if out else ""))
     return 0
 
 

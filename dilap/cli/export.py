@@ -1,9 +1,7 @@
 """dilap-export: an already shrunk (or any) checkpoint in a runtime's format, checked against torch."""
 
 import argparse
-import json
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -60,12 +58,12 @@ def _command() -> int:
         out=out,
     )
     if given.json:
-        json.dump(asdict(artifact), sys.stdout, indent=1)
+        console.show_json(asdict(artifact))
     else:
         quality = "" if artifact.sqnr_db is None else f", {artifact.sqnr_db:.1f} dB against torch"
-        print(f"{out / artifact.path}: {artifact.num_bytes / 1e6:.1f} MB{quality}")
+        console.show(f"{out / artifact.path}: {artifact.num_bytes / 1e6:.1f} MB{quality}")
         for note in artifact.details.get("notes", ()):  # what was checked, and what only the device can check
-            print(f"  {note}")
+            console.show(f"  {note}")
     return 0
 
 

@@ -1,8 +1,6 @@
 """dilap-profile: measure a latency table on a device, or say what can be used here."""
 
 import argparse
-import json
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 
@@ -73,7 +71,8 @@ def _command() -> int:
     backends.require_loadable(bench.backend, architecture, precision=workload.precision)
     held = bench.backend.capabilities(architecture.family, precision=workload.precision).max_tokens
     require_context(source.model.config, workload, runtime=backend, runtime_tokens=held)
-    screen.say(f"{given.model}: {describe(architecture)}\n{workload.describe()} on {given.device}, {backend}")
+    screen.say(f"{given.model}: {describe(architecture)}")
+    screen.say(f"{workload.describe()} on {given.device}, {backend}")
     if isinstance(bench, EstimatedBench):
         costs.show(bench.latency_model(architecture), as_json=given.json, table=None)
         return 0
@@ -96,9 +95,9 @@ def _show(checks: Iterable[doctor.Check], *, as_json: bool) -> int:
     for check in checks:
         found.append(check)
         if not as_json:
-            print(doctor.line(check))
+            console.show(doctor.line(check))
     if as_json:
-        json.dump([asdict(check) for check in found], sys.stdout, indent=1)
+        console.show_json([asdict(check) for check in found])
     return int(any(check.kind == "check" and not check.usable for check in found))
 
 

@@ -1,8 +1,6 @@
 """dilap-prune: a model, a device and a latency budget in; a smaller model that keeps the budget out."""
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -97,9 +95,9 @@ def _sparse(given: argparse.Namespace) -> int:
     out = arguments.new_path(given.out) if given.out else arguments.home_of(given.model) / "runs" / name
     done = sparse_job.sparsify(options, out=out, console=console.Console())
     if given.json:
-        json.dump(encode(done) | {"out": str(out)}, sys.stdout, indent=1)
+        console.show_json(encode(done) | {"out": str(out)})
     else:
-        print(f"{sparse_job.table(done)}\n\neverything is in {out}")
+        console.show(f"{sparse_job.table(done)}\n\neverything is in {out}")
     return 0
 
 
@@ -119,12 +117,12 @@ def _command() -> int:
     done = prune(options, devices=devices, out=out, console=console.Console())
     if done is None:
         if given.json:
-            json.dump({"status": "already met"}, sys.stdout)
+            console.show_json({"status": "already met"})
         return 0
     if given.json:
-        json.dump(result.summary(done) | {"out": str(out)}, sys.stdout, indent=1)
+        console.show_json(result.summary(done) | {"out": str(out)})
     else:
-        print(f"{result.table(done)}\n\neverything is in {out}")
+        console.show(f"{result.table(done)}\n\neverything is in {out}")
     return 1 if done.status == "missed" else 0
 
 

@@ -1,7 +1,6 @@
 """dilap-report: what runs measured, as one HTML file, Markdown, CSV, or the difference between two of them."""
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -70,7 +69,7 @@ def _command() -> int:
     if given.csv:
         _write(given.csv, tables.to_csv(rows))
     if given.json:
-        json.dump({"title": title, "rows": summary.documents(rows), "notes": all_notes}, sys.stdout, indent=1)
+        console.show_json({"title": title, "rows": summary.documents(rows), "notes": all_notes})
     return 0
 
 
@@ -81,9 +80,9 @@ def _diff(given: argparse.Namespace) -> int:
         raise InvalidInput("--diff takes two runs or evaluations, and nothing else")
     found = diff.compare(*map(Path, given.diff))
     if given.json:
-        json.dump({"differences": [asdict(one) for one in found]}, sys.stdout, indent=1)
+        console.show_json({"differences": [asdict(one) for one in found]})
     else:
-        print(diff.text(found))
+        console.show(diff.text(found))
     return 0
 
 

@@ -83,6 +83,9 @@ class Workspace:
             except DilapError as error:
                 self._leave(error)
                 raise
+            except Exception as error:
+                self.console.keep_traceback(error)
+                raise
             finally:
                 self.console.log_to(None)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from dilap.allocation import Config, solve
 from dilap.anatomy import sublayers
-from dilap.codec import read_json, write_json
+from dilap.codec import checked, read_json, write_json
 from dilap.compute import batches
 from dilap.evaluator import Evaluator
 from dilap.library import LevelFit, head_columns
@@ -61,7 +62,7 @@ class Puzzle:
     def scores(self, task: PruneTask, asked: SearchTask, *, name: str) -> list[list[float]]:
         """Loss of the dense model with one level changed, for every level of every choice; a killed run goes on."""
         path = None if task.cache is None else task.cache / f"{name}-{self.objective}.json"
-        scores: list[list[float]] = read_json(path)["scores"] if path is not None and path.exists() else []
+        scores = _read_scores(path) if path is not None and path.exists() else []
         dense, sizes = asked.space.dense, [len(levels) for levels in asked.evaluator.net.library]
         loss = self._loss(asked.evaluator, dense)
         with task.bar("block scores", total=sum(sizes), unit="block") as bar:
@@ -155,3 +156,8 @@ def _truncated(task: PruneTask, choice: Choice, level: Level, weight: torch.Tens
         }
         kept = head_columns(units["kv_groups"], units["query_slots"], ratio=ratio, head_dim=head_dim)
     return LevelFit(units=units, columns=kept, weight=weight[:, kept].clone(), error=0.0)
+
+
+def _read_scores(path: Path) -> list[list[float]]:
+    kept = checked(tuple[tuple[float, ...], ...], read_json(path).get("scores"), source=f"{path}: damaged scores")
+    return [list(scores) for scores in kept]
