@@ -5,7 +5,6 @@ of an interleaved measurement open in one process, because the threads of idle r
 each run and would disturb one another across processes. End of input ends it, whatever it is doing.
 """
 
-import json
 import os
 import queue
 import signal
@@ -18,7 +17,8 @@ from typing import IO, Any
 
 from dilap import __version__, backends, codec
 from dilap.backends import host, sensors, windows
-from dilap.errors import DilapError, InvalidInput, Mismatch, Unavailable
+from dilap.documents import parse_object
+from dilap.errors import InvalidInput, Mismatch, Unavailable, reason_of
 from dilap.sqnr import kl_divergence
 from dilap.types import Workload
 
@@ -46,9 +46,7 @@ class Agent:
                 raise InvalidInput(f"the agent knows no operation {request.get('op')!r}")  # noqa: TRY301
             return {"seq": seq, **operation(**fields)}
         except Exception as error:  # whatever a runtime raises, the host must hear of it
-            kind = type(error).__name__
-            message = str(error) if isinstance(error, DilapError) else f"{kind}: {error}"
-            return {"seq": seq, "error": {"type": kind, "message": message}}
+            return {"seq": seq, **_refusal(error)}
 
     def op_hello(self, *, backend: str, device: str, affinity: str | None = None) -> dict[str, Any]:
         """Choose the cores, by a hexadecimal mask, and the runtime; answers who and what is here."""
@@ -145,6 +143,10 @@ class Agent:
         return self._sessions[handle]
 
 
+def _refusal(error: Exception) -> dict[str, Any]:
+    return {"error": {"type": type(error).__name__, "message": reason_of(error)}}
+
+
 def _require_content(path: Path, sha256: str) -> None:
     if not path.is_file():
         raise InvalidInput(f"{path}: no such file")
@@ -157,16 +159,21 @@ def serve(requests: Iterable[str], responses: IO[str]) -> None:
     agent = Agent()
     for line in requests:
         try:
-            request = json.loads(line)
-            if not isinstance(request, dict):
-                raise TypeError("a request is an object")  # noqa: TRY301
-        except (ValueError, TypeError) as error:
+            request = parse_object(line, source="the request")
+        except InvalidInput as error:
             request = {"op": f"unreadable ({error})"}
-        responses.write(json.dumps(agent.answer(request)) + "\n")
+        responses.write(_line(agent.answer(request)) + "\n")
         responses.flush()
         if request.get("op") == "bye":
             return
     agent.op_bye()
+
+
+def _line(answer: Mapping[str, Any]) -> str:
+    try:
+        return codec.to_json(answer, indent=None)
+    except InvalidInput as error:  # it holds NaN
+        return codec.to_json({"seq": answer["seq"], **_refusal(error)}, indent=None)
 
 
 def received(requests: IO[str], *, idle_seconds: float | None = _IDLE_SECONDS) -> Iterator[str]:

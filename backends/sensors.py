@@ -88,9 +88,9 @@ def _clocks() -> tuple[dict[str, int], dict[str, int]]:
     clocks, pinned = {}, {}
     for node, prefix, per_khz in [*nodes, *((gpu, "", 1000) for gpu in gpus)]:
         now, low, high = (text(node / f"{prefix}{word}_freq") for word in ("cur", "min", "max"))
-        if now.isdigit():
+        if now.isdecimal():
             clocks[node.name] = int(now) // per_khz
-            if low == high and high.isdigit():
+            if low == high and high.isdecimal():
                 pinned[node.name] = int(high) // per_khz
     return clocks, pinned
 
@@ -98,14 +98,14 @@ def _clocks() -> tuple[dict[str, int], dict[str, int]]:
 def _temperatures() -> Iterator[tuple[str, float]]:
     for zone in sorted((_SYS / "class/thermal").glob("thermal_zone*")):
         millidegrees = text(zone / "temp")
-        if millidegrees.isdigit() and int(millidegrees) > 0:  # 0 and below are sensors that are off
+        if millidegrees.isdecimal() and int(millidegrees) > 0:  # 0 and below are sensors that are off
             yield text(zone / "type") or zone.name, int(millidegrees) / 1000
 
 
 def _throttle_events() -> int | None:
     over_current = list((_SYS / "class/hwmon").glob("hwmon*/oc*_event_cnt"))
     thermal = list(_cpus().glob("cpu*/thermal_throttle/core_throttle_count"))
-    counts = [int(count) for path in over_current + thermal if (count := text(path)).isdigit()]
+    counts = [int(count) for path in over_current + thermal if (count := text(path)).isdecimal()]
     return sum(counts) if counts else None
 
 
@@ -113,5 +113,5 @@ def _linux_power() -> tuple[bool | None, float | None]:
     supplies = sorted((_SYS / "class/power_supply").glob("*"))
     online = [text(one / "online") for one in supplies if text(one / "type") in ("Mains", "USB")]
     charges = [text(one / "capacity") for one in supplies if text(one / "type") == "Battery"]
-    charge = next((float(one) for one in charges if one.isdigit()), None)
+    charge = next((float(one) for one in charges if one.isdecimal()), None)
     return ("1" in online if online else None), charge

@@ -4,18 +4,19 @@ The options below are the same in TensorRT 10.3, 10.16 and 11.1 (11 warns that s
 the fields that `--exportTimes` writes.
 """
 
-import json
 import shutil
 import subprocess
 import tempfile
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dilap.codec import written_aside
+from dilap.codec import checked, written_aside
+from dilap.documents import parse_json, read_text
 from dilap.errors import InvalidInput, Unsupported
 from dilap.tensorrt_recipe import InputRange, Profile, Recipe
 from dilap.types import Workload
@@ -82,15 +83,23 @@ def read_times(path: Path) -> list[tuple[int, int]]:
 
     The GPU's time is `computeMs`, between CUDA events; the host's from the start of the launch to the end of the work.
     """
-    try:
-        runs = json.loads(path.read_text(encoding="utf-8"))
-        found = [
-            (round(run["computeMs"] * 1e6), round((run["endComputeMs"] - run["startEnqMs"]) * 1e6)) for run in runs
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidInput(f"{path}: not the times that trtexec exports ({error!r})") from error
+    source = f"{path}: not the times that trtexec exports"
+    runs = checked(tuple[dict[str, Any], ...], parse_json(read_text(path), source=str(path)), source=source)
+
+    def milliseconds(run: dict[str, Any], name: str) -> float:
+        return checked(float, run.get(name), source=f"{source} ({name})")
+
+    found = [
+        (
+            round(milliseconds(run, "computeMs") * 1e6),
+            round((milliseconds(run, "endComputeMs") - milliseconds(run, "startEnqMs")) * 1e6),
+        )
+        for run in runs
+    ]
     if not found:
         raise InvalidInput(f"{path}: trtexec exported no times")
+    if min(min(pair) for pair in found) <= 0:
+        raise InvalidInput(f"{source}: one of them is not positive")
     return found
 
 

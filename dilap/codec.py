@@ -32,8 +32,10 @@ def encode(value: Any) -> dict[str, Any]:
     return {"type": type(value).__name__, "version": VERSION, **dataclasses.asdict(value)}
 
 
-def decode(cls: type[T], document: Mapping[str, Any], *, source: str) -> T:
+def decode(cls: type[T], document: Any, *, source: str) -> T:
     """The dataclass that `encode` wrote; `source` names the file in the error. Raises InvalidInput."""
+    if not isinstance(document, Mapping):
+        raise InvalidInput(f"{source}: expected a {cls.__name__}, got {document!r:.80}")
     if document.get("type") != cls.__name__:
         raise InvalidInput(f"{source}: expected a {cls.__name__}, got type {document.get('type')!r:.80}")
     if document.get("version") != VERSION:
@@ -154,15 +156,15 @@ def write_json(path: Path, document: Any) -> None:
         temporary.write_text(to_json(document) + "\n", encoding="utf-8")
 
 
-def to_json(document: Any) -> str:
+def to_json(document: Any, *, indent: int | None = 1) -> str:
     """The JSON text of `document` for people and programs.
 
     JSON has no infinity, which the perplexity of a ruined model is: the largest number there is stands for it.
     """
     try:
-        return json.dumps(document, indent=1, allow_nan=False)
+        return json.dumps(document, indent=indent, allow_nan=False)
     except ValueError:  # an infinity, or NaN
-        return json.dumps(_in_range(document), indent=1, allow_nan=False)
+        return json.dumps(_in_range(document), indent=indent, allow_nan=False)
 
 
 def _in_range(value: Any) -> Any:
@@ -189,7 +191,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         with _written_into(path) as temporary:
             yield temporary
         return
-    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else path
     temporary = part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -307,7 +309,7 @@ def _is_stream(path: Path) -> bool:
     for _ in range(40):  # as many links as Linux follows
         if path.absolute().parts[:3] in (("/", "dev", "fd"), ("/", "proc", "self")) or _is_special(path):
             return True
-        if not path.is_symlink():
+        if not os.path.islink(path):
             return False
         path = path.parent / path.readlink()
     return False

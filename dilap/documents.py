@@ -87,7 +87,8 @@ def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _int64(text: str) -> int:
+def int64(text: str) -> int:
+    """The whole number that a text is. Raises ValueError, also for one of more than 64 bits."""
     value = int(text) if len(text) <= 20 else None  # int() of thousands of digits is slow, and then refused
     if value is None or not -(2**63) <= value < 2**63:
         raise ValueError(f"the integer {text:.24}... has more than 64 bits")
@@ -101,7 +102,7 @@ def _finite(text: str) -> float:
 
 
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_without_repeats, parse_int=_int64, parse_float=_finite, parse_constant=_finite
+    object_pairs_hook=_without_repeats, parse_int=int64, parse_float=_finite, parse_constant=_finite
 )
 
 

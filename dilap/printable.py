@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 MAX_LINE = 2000  # characters
-_ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def printable(text: str, *, width: int = MAX_LINE) -> str:
@@ -32,6 +31,6 @@ def printable_values(value: Any) -> Any:
 
 
 def _shown(character: str) -> str:
-    if character.isprintable():
+    if character.isprintable() or character == "\t":
         return character
-    return _ESCAPES.get(character) or character.encode("unicode_escape", "surrogatepass").decode("ascii")
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")

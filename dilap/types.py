@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from dilap.codec import digest
+from dilap.documents import is_plain_name
 from dilap.errors import InvalidInput
 
 Phase = Literal["decode", "prefill"]
@@ -27,6 +28,15 @@ PRECISION_BITS: Mapping[str, float] = {
 }
 
 
+# What no model, machine or file of ours has: beyond it a number is a slip, or damage, and is not computed with.
+MAX_TOKENS = 1 << 24  # of a prompt or a context: the longest published are 10 million
+MAX_THREADS = 512  # llama.cpp ends the process for more
+MAX_BATCH = 1 << 16
+MAX_WIDTH = 1 << 24  # heads, channels, hidden size; a vocabulary
+MAX_LAYERS = 4096
+MAX_BUDGET = 1e6  # seconds: 11 days a token
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerWidths:
     """Widths of one decoder layer. 0 heads: no attention; 0 channels: no feed-forward network."""
@@ -36,8 +46,9 @@ class LayerWidths:
     num_channels: int
 
     def __post_init__(self) -> None:
-        if min(self.num_heads, self.num_kv_heads, self.num_channels) < 0:
-            raise ValueError(f"negative width in {self}")
+        widths = (self.num_heads, self.num_kv_heads, self.num_channels)
+        if min(widths) < 0 or max(widths) > MAX_WIDTH:
+            raise ValueError(f"a width is between 0 and {MAX_WIDTH:,}, got {self}")
         if (self.num_heads == 0) != (self.num_kv_heads == 0):
             raise ValueError(f"heads without KV heads, or the reverse, in {self}")
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
@@ -71,6 +82,15 @@ class Architecture:
     qk_norm: bool
     num_positions: int
     layers: tuple[LayerWidths, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "head_dim", "vocab_size"):
+            if not 0 < getattr(self, name) <= MAX_WIDTH:
+                raise ValueError(f"{name} is from 1 to {MAX_WIDTH:,}, got {getattr(self, name)}")
+        if self.ffn_matrices not in (2, 3) or self.norm_vectors not in (0, 1, 2):
+            raise ValueError(f"{self.ffn_matrices} feed-forward matrices, {self.norm_vectors} norm vectors")
+        if not 0 <= self.num_positions <= MAX_TOKENS or len(self.layers) > MAX_LAYERS:
+            raise ValueError(f"{self.num_positions} positions, {len(self.layers)} layers")
 
     def attention_parameters(self, layer: LayerWidths) -> int:
         """Weights and biases of a layer's attention sublayer, its norm included."""
@@ -251,6 +271,10 @@ class Workload:
     switches: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if max(self.prompt_tokens, self.context) > MAX_TOKENS or self.threads > MAX_THREADS or self.batch > MAX_BATCH:
+            raise ValueError(
+                f"at most {MAX_TOKENS:,} prompt tokens and context, {MAX_THREADS} threads and batch {MAX_BATCH:,}"
+            )
         if self.phase not in ("decode", "prefill"):
             raise ValueError(f"phase is decode or prefill, got {self.phase!r}")
         if min(self.prompt_tokens, self.context, self.batch, self.threads) < 1:
@@ -281,8 +305,10 @@ class Budget:
 
     def __post_init__(self) -> None:
         given = [value for value in (self.seconds, self.fraction, self.ratio) if value is not None]
-        if len(given) != 1 or not math.isfinite(given[0]) or given[0] <= 0:
-            raise ValueError(f"a budget is one positive number of seconds, fraction or ratio, got {given}")
+        if len(given) != 1 or not 0 < given[0] <= MAX_BUDGET:
+            raise ValueError(
+                f"a budget is one positive number of seconds, fraction or ratio, at most {MAX_BUDGET:g}, got {given}"
+            )
         if self.ratio is not None and self.ratio >= 1:
             raise ValueError(f"a pruning ratio lies between 0 and 1, got {self.ratio:g}")
 
@@ -292,12 +318,14 @@ class Budget:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s|%|x)\s*", text)
         value = float(match[1]) if match else 0.0
         if not match or value == 0:
-            raise InvalidInput(f"budget {text!r} is not understood; write 40ms, 70% (of the dense latency) or 1.4x")
+            raise InvalidInput(f"budget {text!r:.80} is not understood; write 40ms, 70% (of the dense latency) or 1.4x")
         scale = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
-        if match[2] in scale:
-            return cls(seconds=value * scale[match[2]], statistic=statistic)
-        fraction = value / 100 if match[2] == "%" else 1 / value
-        return cls(fraction=fraction, statistic=statistic)
+        try:
+            if match[2] in scale:
+                return cls(seconds=value * scale[match[2]], statistic=statistic)
+            return cls(fraction=value / 100 if match[2] == "%" else 1 / value, statistic=statistic)
+        except ValueError as error:
+            raise InvalidInput(f"budget {text!r:.80} is out of all range: {error}") from error
 
     @classmethod
     def of_ratio(cls, ratio: float) -> "Budget":
@@ -414,8 +442,10 @@ class Measurement:
     forced: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.samples_ns or min(self.samples_ns) <= 0:
+        if not self.samples_ns or min((*self.samples_ns, *self.dropped_ns)) <= 0:
             raise ValueError("a measurement needs samples, all positive")
+        if min(self.rounds, default=0) < 0 or min(self.peak_memory_bytes or 0, self.load_seconds) < 0:
+            raise ValueError("a measurement has no negative rounds, bytes or seconds")
         if len(self.rounds) != len(self.samples_ns):
             raise ValueError("every sample needs its round")
 
@@ -498,4 +528,11 @@ class Artifact:
     sqnr_db: float | None
     companions: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if odd := next((name for name in (self.path, *self.companions) if not is_plain_name(name)), None):
+            raise ValueError(f"{odd!r:.80} is no name of a file beside the sidecar")
+        if self.num_bytes < 0:
+            raise ValueError(f"{self.num_bytes} bytes")
+
     run: HowToRun | None = None

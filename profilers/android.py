@@ -47,15 +47,15 @@ def parse_state(output: str, *, affinity: str) -> DeviceState:
         return match[1] if match else None
 
     def number(pattern: str) -> float | None:
-        text = found(pattern)
+        text = found(pattern.replace("NUMBER", r"([0-9]{1,9}(?:\.[0-9]{1,9})?)"))
         return float(text) if text is not None else None
 
-    tenths, skin = number(r"^\s*temperature: (\d+)$"), number(r"mValue=([\d.]+), mType=3\b")
+    tenths, skin = number(r"^\s*temperature: NUMBER$"), number(r"mValue=NUMBER, mType=3\b")
     temperatures = {} if tenths is None else {"battery": tenths / 10}
     if skin is not None:
         temperatures["skin"] = skin
-    status, cores = found(r"^Thermal Status: (\d+)"), found(r"^cores (\d+)")
-    clocks = re.findall(r"^clock (\S+) (\d+)(?: (\d+) (\d+))?\s*$", output, re.MULTILINE)
+    status, cores = found(r"^Thermal Status: ([0-9]{1,3})$"), found(r"^cores ([0-9]{1,5})$")
+    clocks = re.findall(r"^clock (\S+) ([0-9]{1,12})(?: ([0-9]{1,12}) ([0-9]{1,12}))?\s*$", output, re.MULTILINE)
     powered = re.findall(r"^\s*(?:AC|USB|Wireless) powered: (true|false)", output, re.MULTILINE)
     return DeviceState(
         power_mode={"0": "normal", "1": "low power"}.get(found(r"^low_power (\d)") or "", "unknown"),
@@ -67,8 +67,8 @@ def parse_state(output: str, *, affinity: str) -> DeviceState:
         temperatures_celsius=temperatures,
         thermal_status=int(status) if status else None,
         ac_power="true" in powered if powered else None,
-        battery_percent=number(r"^\s*level: (\d+)"),
-        load=number(r"^load ([\d.]+)"),
+        battery_percent=number(r"^\s*level: NUMBER$"),
+        load=number(r"^load NUMBER\b"),
     )
 
 
@@ -108,7 +108,7 @@ class Phone:
 
     def sample(self, handle: int, count: int) -> Sampled:
         samples = self._sessions[handle].sample(count)
-        return Sampled(samples_ns=samples, seconds=sum(samples) / 1e9, other_seconds=None)
+        return Sampled(samples_ns=tuple(samples), seconds=sum(samples) / 1e9, other_seconds=None)
 
     def average_memory(self, handle: int, runs: int) -> int | None:  # noqa: ARG002
         return None
@@ -128,8 +128,8 @@ class Phone:
     def _identify(self, device: str, *, version: str, cache_bytes: int) -> Fingerprint:
         said = self._transport.run(["sh", "-c", _IDENTITY], seconds=60).stdout
         fields = dict(re.findall(r"^(\w+) (.*)$", said, re.MULTILINE))
-        memory = re.search(r"(\d+) kB", fields.get("memory", ""))
-        if not fields.get("machine") or memory is None or not fields.get("cores", "").isdigit():
+        memory = re.search(r"([0-9]{1,12}) kB", fields.get("memory", ""))
+        if not fields.get("machine") or memory is None or not re.fullmatch("[0-9]{1,5}", fields.get("cores", "")):
             raise LinkLost(f"the device answered {said[-200:]!r} when asked what it is; try again")
         serial = fields.get("serial", "")
         return Fingerprint(

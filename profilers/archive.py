@@ -12,6 +12,7 @@ MODULES = (
     "documents",
     "errors",
     "executorch_bindings",
+    "printable",
     "registry",
     "sqnr",
     "tensorrt_build",

@@ -10,16 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from dilap import backends, codec, errors
 from dilap.backends.child import obituary, python_environment
-from dilap.errors import DilapError, LinkLost
+from dilap.documents import parse_object
+from dilap.errors import DilapError, InvalidInput, LinkLost
+from dilap.printable import printable_values
 from dilap.profilers.archive import agent_archive
 from dilap.profilers.store import Files
 from dilap.profilers.transports import LocalTransport, Process, Transport
 from dilap.types import DeviceState, Fingerprint, Workload
 
+T = TypeVar("T")
 _TIMEOUT_SECONDS = 300.0  # of all but a load, which has its runtime's own: TensorRT may build an engine for an hour
 _SESSION_SECONDS = 24 * 3600.0  # of one agent, where the link is lost without a word
 _MAX_NOISE_LINES = 200  # that a login shell may print before the agent speaks
@@ -36,6 +39,10 @@ class Loaded:
     load_seconds: float
     peak_memory_bytes: int
 
+    def __post_init__(self) -> None:
+        if self.load_seconds < 0 or self.peak_memory_bytes < 0:
+            raise ValueError(f"negative seconds or bytes in {self}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
@@ -44,10 +51,14 @@ class Sampled:
     `host_ns` are the host's times of the same runs, where `samples_ns` are a GPU's.
     """
 
-    samples_ns: Sequence[int]
+    samples_ns: tuple[int, ...]
     seconds: float
     other_seconds: float | None
-    host_ns: Sequence[int] = ()
+    host_ns: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if min((*self.samples_ns, *self.host_ns), default=1) <= 0 or self.seconds < 0:
+            raise ValueError("times that are not positive")
 
 
 class Instrument(Protocol):
@@ -142,10 +153,10 @@ class AgentClient:
             raise
         try:
             hello = self.call("hello", backend=backend, device=device, affinity=affinity)
+            self.fingerprint = _document(Fingerprint, hello, "fingerprint")
         except DilapError:
             self.close()
             raise
-        self.fingerprint: Fingerprint = codec.decode(Fingerprint, hello["fingerprint"], source="the agent's hello")
 
     def load(
         self, path: Path, *, sha256: str, workload: Workload, companions: Mapping[str, str] | None = None
@@ -153,22 +164,23 @@ class AgentClient:
         beside = dict(companions or {})
         place = self._connection.files.place(path, sha256=sha256, companions=beside)
         fields = {"path": place, "sha256": sha256, "companions": beside}
-        return Loaded(**self.call("load", timeout=self._load_seconds, workload=codec.encode(workload), **fields))
+        answer = self.call("load", timeout=self._load_seconds, workload=codec.encode(workload), **fields)
+        return _checked(Loaded, answer)
 
     def unload(self, handle: int) -> None:
         self.call("unload", handle=handle)
 
     def sample(self, handle: int, count: int) -> Sampled:
-        return Sampled(**self.call("sample", handle=handle, n=count))
+        return _checked(Sampled, self.call("sample", handle=handle, n=count))
 
     def average_memory(self, handle: int, runs: int) -> int | None:
-        return int(self.call("watch_memory", handle=handle, n=runs)["average_bytes"])
+        return _checked(int, self.call("watch_memory", handle=handle, n=runs).get("average_bytes"))
 
     def divergence(self, handle: int, other: int, tokens: Sequence[int]) -> float | None:
-        return float(self.call("divergence", handle=handle, other=other, tokens=list(tokens))["kl"])
+        return _checked(float, self.call("divergence", handle=handle, other=other, tokens=list(tokens)).get("kl"))
 
     def state(self) -> DeviceState:
-        return codec.decode(DeviceState, self.call("state")["state"], source="the agent's state")
+        return _document(DeviceState, self.call("state"), "state")
 
     def call(self, operation: str, *, timeout: float = _TIMEOUT_SECONDS, **fields: Any) -> dict[str, Any]:
         """One request and its response. Raises what the agent raised, and LinkLost where it is gone."""
@@ -201,21 +213,45 @@ class AgentClient:
         """The answer to request `seq`. A login shell may print before the first; anything odd later is an error."""
         for _ in range(_MAX_NOISE_LINES):
             line = self._process.read_line(timeout=timeout)
-            try:
-                response = json.loads(line)
-            except ValueError:
-                response = None
-            if isinstance(response, dict) and response.get("seq") == seq:
+            response = _object(line)
+            if type(number := response.pop("seq", None)) is int and number == seq:
                 self._heard = True
-                return {key: value for key, value in response.items() if key != "seq"}
+                return response
             if self._heard:
                 break
         raise LinkLost(f"the device sent {line[:80]!r}, which is not an answer of the agent; try again")
 
 
-def _as_error(error: Mapping[str, str]) -> DilapError:
-    kind = getattr(errors, error["type"], DilapError)
-    return kind(error["message"]) if issubclass(kind, DilapError) else DilapError(error["message"])
+def _object(line: str) -> dict[str, Any]:
+    """What a line says, with no text in it that could be mistaken for ours; nothing where it is no JSON object."""
+    try:
+        found: dict[str, Any] = printable_values(parse_object(line, source="the line"))
+    except InvalidInput:
+        return {}
+    return found
+
+
+def _checked(hint: type[T], answer: Any) -> T:
+    """Raises LinkLost where a device answered something else."""
+    try:
+        return codec.checked(hint, answer, source="the device sent another answer than the agent gives")
+    except InvalidInput as error:
+        raise LinkLost(f"{error}; try again") from error
+
+
+def _document(kind: type[T], answer: Mapping[str, Any], name: str) -> T:
+    try:
+        return codec.decode(kind, answer.get(name), source="the agent's answer")
+    except InvalidInput as error:
+        raise LinkLost(f"{error}; try again") from error
+
+
+def _as_error(said: Any) -> DilapError:
+    error = _checked(dict[str, str], said)
+    kind = getattr(errors, error.get("type", ""), DilapError)
+    is_ours = isinstance(kind, type) and issubclass(kind, DilapError)
+    message = error.get("message", "the agent gave no reason")
+    return kind(message) if is_ours else DilapError(message)
 
 
 class InstrumentBench:
@@ -230,6 +266,8 @@ class InstrumentBench:
 
     def sample(self, case: int, count: int) -> Sequence[int]:
         sampled = self._instrument.sample(self._handles[case], count)
+        if len(sampled.samples_ns) != count:
+            raise LinkLost(f"the device took {len(sampled.samples_ns)} samples where {count} were asked; try again")
         self._seconds += sampled.seconds
         self._other_seconds += sampled.other_seconds or 0.0
         self._host_ns[case].extend(sampled.host_ns)

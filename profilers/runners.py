@@ -5,20 +5,21 @@ llama_main        ExecuTorch's language-model runner; needs the tokenizer, so it
 llama-bench       llama.cpp's
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from dilap.codec import read_json
+from dilap.codec import checked, read_json
+from dilap.documents import parse_object
 from dilap.errors import DilapError, InvalidInput, LinkLost, Unsupported
 from dilap.profilers.transports import Process, Transport
-from dilap.types import Workload
+from dilap.types import MAX_TOKENS, Workload
 
 _SECONDS = 600.0  # a start, the loading of a model and one answer
 _SESSION_SECONDS = 24 * 3600.0
+_MAX_LOG_LINES = 100_000  # before the one that is waited for: a runner logs a dozen a run
 _GENERATED = 32  # tokens a start: llama_main's clock counts milliseconds
 # By switch and value, as `dilap.backends.llamacpp` names them; what is llama.cpp's default needs none.
 _LLAMA_BENCH_FLAGS: Mapping[tuple[str, str], tuple[str, ...]] = {
@@ -110,7 +111,7 @@ class ExecutorRunnerSession:
     """A program in server mode."""
 
     # `I 00:00:01.234567 executorch:executor_runner.cpp:716] SERVER MODE DONE`
-    _LINE = re.compile(r"[DIEF] (\d+):(\d+):(\d+)\.(\d{6}) executorch:[^\]]*\] (.*)")
+    _LINE = re.compile(r"[DIEF] ([0-9]{1,6}):([0-9]{1,2}):([0-9]{1,2})\.([0-9]{6}) executorch:[^\]]*\] (.*)")
 
     def __init__(self, transport: Transport, program: str, job: Job) -> None:
         workload = job.workload
@@ -147,7 +148,7 @@ class ExecutorRunnerSession:
     @property
     def peak_memory_bytes(self) -> int:
         status = self._transport.run(["cat", f"/proc/{self._pid}/status"], seconds=60).stdout
-        found = re.search(r"VmHWM:\s*(\d+) kB", status)
+        found = re.search(r"VmHWM:\s*([0-9]{1,12}) kB", status)
         return int(found[1]) * 1024 if found else 0
 
     def sample(self, count: int) -> list[int]:
@@ -168,7 +169,7 @@ class ExecutorRunnerSession:
 
     def _until(self, words: str) -> int:
         """Read to the log line that says so; its microseconds."""
-        while True:
+        for _ in range(_MAX_LOG_LINES):
             line = self._process.read_line(timeout=_SECONDS)
             found = self._LINE.match(line)
             if found is None:
@@ -182,13 +183,15 @@ class ExecutorRunnerSession:
             self._last = ((hours * 60 + minutes) * 60 + seconds) * 1_000_000 + micros
             if words in found[5]:
                 return self._last
+        raise LinkLost(f"executor_runner logged {_MAX_LOG_LINES:,} lines, and {words!r} in none of them; try again")
 
 
 def _max_context(path: Path) -> int:
     """Of a program that DiLAP exported, from its sidecar. Raises InvalidInput."""
     sidecar = path.with_name("artifact.json")
-    found = read_json(sidecar).get("details", {}).get("max_context")
-    if not isinstance(found, int):
+    details = read_json(sidecar).get("details")
+    found = details.get("max_context") if isinstance(details, dict) else None
+    if type(found) is not int or not 0 < found <= MAX_TOKENS:
         raise InvalidInput(f"{sidecar}: it does not say the program's max_context; export it with dilap-export")
     return found
 
@@ -207,7 +210,9 @@ class _Starts:
         samples: list[int] = []
         while len(samples) < count:
             done = self._transport.run(self._argv_of(count - len(samples)), seconds=_SECONDS)
-            samples += self._parse(done.checked("the runner"))
+            if not (found := self._parse(done.checked("the runner"))):
+                raise LinkLost("the runner printed no sample; try again")
+            samples += found
         if min(samples) <= 0:
             raise LinkLost(f"the runner's clock went backwards: {samples}; try again")
         return samples
@@ -248,11 +253,12 @@ def parse_llama_bench(output: str) -> list[int]:
     for line in output.splitlines():
         if line.startswith("{"):
             try:
-                test = json.loads(line)
-                tokens = test["n_gen"] or 1  # of a prefill, the prompt counts as a whole
-                return [round(sample / tokens) for sample in test["samples_ns"]]
-            except (ValueError, KeyError, TypeError) as error:
-                raise LinkLost(f"llama-bench printed {line[:80]!r} ({error!r}); try again") from error
+                test = parse_object(line, source="its result")
+                tokens = checked(int, test.get("n_gen"), source="n_gen") or 1  # of a prefill, the prompt as a whole
+                samples = checked(tuple[int, ...], test.get("samples_ns"), source="samples_ns")
+            except InvalidInput as error:
+                raise LinkLost(f"llama-bench printed {line[:80]!r} ({error}); try again") from error
+            return [round(sample / tokens) for sample in samples]
     raise LinkLost(f"llama-bench printed no result but {output[-80:]!r}; try again")
 
 
@@ -306,16 +312,20 @@ def parse_llama_main(output: str, workload: Workload) -> int:
     if not lines:
         raise LinkLost(f"llama_main printed no PyTorchObserver line but {output[-80:]!r}; try again")
     try:
-        stats: Mapping[str, int] = json.loads(lines[-1].removeprefix("PyTorchObserver "))
+        stats = parse_object(lines[-1].removeprefix("PyTorchObserver "), source="its statistics")
+
+        def number(name: str) -> int:
+            return checked(int, stats.get(name), source=name)
+
         wanted = workload.context if workload.phase == "decode" else workload.prompt_tokens
-        if abs(stats["prompt_tokens"] - wanted) > max(2, wanted // 50):
-            raise Unsupported(f"llama_main made {stats['prompt_tokens']} tokens of a prompt of {wanted}")
+        if abs(number("prompt_tokens") - wanted) > max(2, wanted // 50):
+            raise Unsupported(f"llama_main made {number('prompt_tokens')} tokens of a prompt of {wanted}")
         if workload.phase == "prefill":
-            return (stats["prompt_eval_end_ms"] - stats["inference_start_ms"]) * 1_000_000
-        milliseconds = stats["inference_end_ms"] - stats["prompt_eval_end_ms"]
-        return round(milliseconds * 1e6 / stats["generated_tokens"])
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise LinkLost(f"llama_main printed {lines[-1][:80]!r} ({error!r}); try again") from error
+            return (number("prompt_eval_end_ms") - number("inference_start_ms")) * 1_000_000
+        milliseconds = number("inference_end_ms") - number("prompt_eval_end_ms")
+        return round(milliseconds * 1e6 / number("generated_tokens"))
+    except (InvalidInput, ZeroDivisionError) as error:
+        raise LinkLost(f"llama_main printed {lines[-1][:80]!r} ({error}); try again") from error
 
 
 RUNNERS: Mapping[str, Runner] = {one.name: one for one in (ExecutorRunner(), LlamaMain(), LlamaBench())}

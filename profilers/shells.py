@@ -5,6 +5,7 @@ which a lost link does too, and in any case after a time limit of its own.
 """
 
 import base64
+import re
 import shlex
 from collections.abc import Sequence
 from typing import Protocol
@@ -43,6 +44,11 @@ exit $status
 """
 
 
+# PowerShell takes each of these for the end of a text in single quotes, and two of them for one: the straight one, and
+# those that word processors put in its place.
+_QUOTE = re.compile("['\u2018\u2019\u201a\u201b]")
+
+
 class Shell(Protocol):
     """How to say a command to one kind of shell."""
 
@@ -64,12 +70,13 @@ def posix(argv: Sequence[str], *, seconds: float, mark: str = "", passes_input: 
 def powershell(argv: Sequence[str], *, seconds: float, mark: str = "", passes_input: bool = False) -> str:  # noqa: ARG001
     """For Windows, under cmd and PowerShell alike. It has no process groups: the agent there ends by itself.
 
-    Windows PowerShell loses double quotes in the arguments of programs, so they are refused.
+    Words that Windows PowerShell changes on their way to a program are refused.
     """
     _require_no_nul(argv)
-    if bad := next((word for word in argv if '"' in word), None):
-        raise InvalidInput(f"a double quote cannot be passed to a program on Windows: {bad!r}")
-    call = "& " + " ".join("'" + word.replace("'", "''") + "'" for word in argv)
+    for word in argv:
+        if reason := _lost_on_windows(word):
+            raise InvalidInput(f"{reason} cannot be passed to a program on Windows: {word!r:.80}")
+    call = "& " + " ".join("'" + _QUOTE.sub(r"\g<0>\g<0>", word) + "'" for word in argv)
     script = f"'{mark} begin'; {call}; ''; \"{mark} end $LASTEXITCODE\"" if mark else call
     encoded = base64.b64encode(script.encode("utf-16-le")).decode("ascii")
     return f"powershell -NoProfile -NonInteractive -EncodedCommand {encoded}"
@@ -78,3 +85,12 @@ def powershell(argv: Sequence[str], *, seconds: float, mark: str = "", passes_in
 def _require_no_nul(argv: Sequence[str]) -> None:
     if bad := next((word for word in argv if "\0" in word), None):
         raise InvalidInput(f"no command line can hold a NUL: {bad!r}")
+
+
+def _lost_on_windows(word: str) -> str:
+    """What Windows PowerShell 5 does not hand on as it is: it quotes words with spaces, and escapes nothing."""
+    if '"' in word:
+        return "a double quote"
+    if not word:
+        return "an empty word"
+    return "a backslash at the end of words" if word.endswith("\\") and re.search(r"\s", word) else ""

@@ -16,6 +16,9 @@ from dilap.profilers.transports import Completed, PipedProcess, Process, run_cli
 
 # A dead link is noticed after 15 s; a password is never asked for, because nobody may be there to type it.
 _OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=3")
+# Of the folder above ours: a socket's name has 103 bytes on macOS (107 on Linux), of which ours takes 15
+# (/dilap-abcdefgh), the hash 41 (/%C), and what ssh puts behind it while it connects 17.
+_MAX_SOCKET_FOLDER = 103 - 15 - 41 - 17
 _BYTES_PER_SECOND = 500e3  # the slowest link worth waiting for
 
 
@@ -55,10 +58,11 @@ class SshTransport:
                 raise Unavailable(f"{program} is not installed here; run: apt-get install openssh-client")
         self._address, self._shell = address, shell
         self._folder = tempfile.TemporaryDirectory(prefix="dilap-")
+        self._socket = _socket_folder()
         self._options = address.options()
-        if os.name != "nt":
+        if self._socket is not None:
             # ours and not the user's: closing it must not end the user's own sessions
-            self._options += ["-oControlMaster=auto", f"-oControlPath={self._folder.name}/%C", "-oControlPersist=60"]
+            self._options += ["-oControlMaster=auto", f"-oControlPath={self._socket.name}/%C", "-oControlPersist=60"]
 
     def run(self, argv: Sequence[str], *, seconds: float) -> Completed:
         return run_marked(
@@ -79,9 +83,10 @@ class SshTransport:
         self._sftp("get", path, remote, num_bytes=1 << 32)
 
     def close(self) -> None:
-        if os.name != "nt":
+        if self._socket is not None:
             with contextlib.suppress(LinkLost):  # a master that is gone needs no end
                 run_client(["ssh", *self._options, "-Oexit", "--", self._address.destination], seconds=10, device="ssh")
+            self._socket.cleanup()
         self._folder.cleanup()
 
     def _ssh(self, command: str) -> list[str]:
@@ -132,6 +137,20 @@ class SshTransport:
             if sign in complaint:
                 return f"{last}; {advice}"
         return last
+
+
+def _socket_folder() -> "tempfile.TemporaryDirectory[str] | None":
+    """A folder for ourselves alone in which the connection's socket has a short enough name; None where there is none.
+
+    The system's folder for temporary files is often too long (macOS's own is), and /tmp is there nearly always.
+    """
+    if os.name == "nt":
+        return None
+    for parent in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):  # noqa: S108
+        if parent and os.path.isabs(parent) and len(os.fsencode(parent)) <= _MAX_SOCKET_FOLDER:
+            with contextlib.suppress(OSError):
+                return tempfile.TemporaryDirectory(prefix="dilap-", dir=parent)
+    return None
 
 
 def _quoted(path: str) -> str:

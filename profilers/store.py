@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dilap.codec import digest
+from dilap.documents import int64, is_plain_name
 from dilap.errors import InvalidInput, LinkLost, Unavailable
 from dilap.profilers.transports import Transport
 
@@ -168,7 +169,7 @@ class Store:
         try:
             fields = disk[-1].split()
             share = next(index for index, field in enumerate(fields) if field.endswith("%"))
-            return [state.split()[0] for state in states], int(fields[share - 1]) * 1024
+            return [state.split()[0] for state in states], _free_bytes(fields[share - 1])
         except (IndexError, StopIteration, ValueError):
             raise LinkLost(f"the device answered the store with {printed[-200:]!r}; try again") from None
 
@@ -211,8 +212,14 @@ class Store:
         return self._transport.run([*program, *words], seconds=_SECONDS).checked("the store on the device")
 
 
+def _free_bytes(kibibytes: str) -> int:
+    if (free := int64(kibibytes)) < 0 or free > 1 << 50:
+        raise ValueError(f"{kibibytes} KiB are free on no device")
+    return free * 1024
+
+
 def _plain(name: str) -> str:
     """Raises InvalidInput for a name that would leave its folder."""
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+    if not is_plain_name(name):
         raise InvalidInput(f"{name!r} is no file name")
     return name

@@ -3,18 +3,25 @@
 import contextlib
 import os
 import queue
+import re
 import secrets
 import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
+from dilap.documents import words_of
 from dilap.errors import LinkLost, Unavailable
+from dilap.printable import printable
 
+MAX_LINE = 1 << 20  # characters: an answer with 1,000 samples has 20,000
+MAX_OUTPUT_BYTES = 64 << 20  # of a program that runs to its end
+_MAX_WAITING_LINES = 256  # that nobody has read yet: a device that never stops printing waits for us
 _GRACE_SECONDS = 10.0  # for the device to notice that a pulse ended, kill what it leased and say so
 
 
@@ -97,8 +104,9 @@ class PipedProcess:
             )
         except (OSError, ValueError) as error:
             self._complaints.close()
-            raise Unavailable(f"{argv[0]} cannot be started: {_words(error)}") from error
-        self._lines: queue.Queue[str] = queue.Queue()
+            raise Unavailable(f"{argv[0]} cannot be started: {words_of(error)}") from error
+        self._lines: queue.Queue[str | None] = queue.Queue(_MAX_WAITING_LINES)
+        self._closing = threading.Event()
         # a thread, because a pipe cannot be waited for with a timeout on Windows
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -116,9 +124,11 @@ class PipedProcess:
             answer = self._lines.get(timeout=timeout)
         except queue.Empty:
             raise LinkLost(f"{self._name} gave no answer for {timeout:g} s") from None
+        if answer is None:
+            raise LinkLost(f"{self._name} printed a line of more than {MAX_LINE >> 20} MB; try again")
         if not answer:
             raise LinkLost(self._obituary())
-        return answer
+        return printable(answer.rstrip("\r\n"), width=MAX_LINE) + "\n"
 
     def status_of_death(self) -> int | None:
         status = self._child.poll()
@@ -127,6 +137,7 @@ class PipedProcess:
     def close(self) -> None:
         assert self._child.stdin is not None
         assert self._child.stdout is not None
+        self._closing.set()
         with contextlib.suppress(OSError):  # unsent data for a program that has ended
             self._child.stdin.close()
         try:
@@ -140,15 +151,24 @@ class PipedProcess:
 
     def _read(self) -> None:
         assert self._child.stdout is not None
-        for line in self._child.stdout:
-            self._lines.put(line)
-        self._lines.put("")  # the end
+        while line := self._child.stdout.readline(MAX_LINE):
+            is_whole = line.endswith("\n") or len(line) < MAX_LINE
+            self._put(line if is_whole else None)
+            if self._closing.is_set() or not is_whole:
+                return
+        self._put("")  # the end
+
+    def _put(self, line: str | None) -> None:
+        while not self._closing.is_set():
+            with contextlib.suppress(queue.Full):
+                self._lines.put(line, timeout=0.1)
+                return
 
     def _obituary(self) -> str:
         status = self._child.wait()
         self._complaints.seek(0)
         words = self._complaints.read()[-4096:].decode("utf-8", "replace").strip().splitlines()
-        last = f": {words[-1]}" if words else ""
+        last = f": {printable(words[-1])}" if words else ""
         return f"{self._name} ended with status {status}{last}"
 
 
@@ -187,7 +207,7 @@ def run_marked(
     completed = run_client(client(mark), seconds=seconds + _GRACE_SECONDS, device=device)
     _, begun, rest = completed.stdout.partition(f"{mark} begin\n")
     output, ended, status = rest.rpartition(f"\n{mark} end ")
-    if not begun or not ended:
+    if not begun or not ended or not re.fullmatch(r"-?[0-9]{1,10}\s*", status):
         raise LinkLost(f"the link to {device} broke: {explain(completed.stderr.strip() or completed.stdout.strip())}")
     return Completed(status=int(status), stdout=output, stderr=completed.stderr)
 
@@ -199,28 +219,62 @@ def run_client(argv: Sequence[str], *, seconds: float, device: str) -> Completed
         try:
             child = subprocess.Popen(argv, stdin=pulse, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         except (OSError, ValueError) as error:
-            raise Unavailable(f"{argv[0]} cannot be started: {_words(error)}") from error
+            raise Unavailable(f"{argv[0]} cannot be started: {words_of(error)}") from error
         finally:
             os.close(pulse)
         try:
-            stdout, stderr = child.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            raise LinkLost(f"{device} gave no answer for {seconds:g} s") from None
+            outputs = _outputs(child, seconds=seconds, device=device)
         finally:
             _end(child)
     finally:
         os.close(ours)
-    # carriage returns: Windows ends its lines with them
-    texts = [data.decode("utf-8", "replace").replace("\r\n", "\n") for data in (stdout, stderr)]
-    return Completed(status=child.returncode, stdout=texts[0], stderr=texts[1])
+    stdout, stderr = map(_words_of_device, outputs)
+    return Completed(status=child.returncode, stdout=stdout, stderr=stderr)
+
+
+def _outputs(child: "subprocess.Popen[bytes]", *, seconds: float, device: str) -> tuple[bytes, bytes]:
+    """Both outputs to their ends. Raises LinkLost where they do not end in time, or are endless."""
+    assert child.stdout is not None
+    assert child.stderr is not None
+    found = bytearray(), bytearray()
+    readers = [
+        threading.Thread(target=_collect, args=(pipe, into, child), daemon=True)
+        for pipe, into in zip((child.stdout, child.stderr), found, strict=True)
+    ]
+    for reader in readers:
+        reader.start()
+    deadline = time.monotonic() + seconds
+    for reader in readers:
+        reader.join(max(0.0, deadline - time.monotonic()))
+    if any(len(one) > MAX_OUTPUT_BYTES for one in found):
+        raise LinkLost(f"{device} printed more than {MAX_OUTPUT_BYTES >> 20} MB where a few lines are expected")
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(max(0.0, deadline - time.monotonic()))
+    if child.returncode is None or any(reader.is_alive() for reader in readers):
+        raise LinkLost(f"{device} gave no answer for {seconds:g} s")
+    return bytes(found[0]), bytes(found[1])
+
+
+def _collect(pipe: IO[bytes], into: bytearray, child: "subprocess.Popen[bytes]") -> None:
+    with contextlib.suppress(OSError, ValueError):  # closed by us, because it took too long
+        while data := os.read(pipe.fileno(), 1 << 16):
+            into += data
+            if len(into) > MAX_OUTPUT_BYTES:
+                child.kill()
+                return
+
+
+def _words_of_device(data: bytes) -> str:
+    """Lines without what could move a cursor; Windows ends them with carriage returns."""
+    lines = data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
+    return "\n".join(printable(line, width=MAX_OUTPUT_BYTES) for line in lines)
 
 
 def _end(child: "subprocess.Popen[bytes]") -> None:
     """See that a client has ended; its death ends the pulse on the device."""
     if child.poll() is None:
         child.kill()
-        child.communicate()
-
-
-def _words(error: OSError | ValueError) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+        child.wait()
+    for pipe in (child.stdout, child.stderr):
+        assert pipe is not None
+        pipe.close()

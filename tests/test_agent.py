@@ -173,13 +173,13 @@ class ScriptedInstrument:
         self,
         others: Sequence[float | None] = (),
         states: Sequence[DeviceState] = (),
-        host_ns: Sequence[Sequence[int]] = (),
+        host_ns: Sequence[tuple[int, ...]] = (),
     ) -> None:
         self.others, self.states, self.host_ns = iter(others), list(states), iter(host_ns)
 
     def sample(self, handle: int, count: int) -> Sampled:
         return Sampled(
-            samples_ns=[1] * count, seconds=0.1, other_seconds=next(self.others, None), host_ns=next(self.host_ns, ())
+            samples_ns=(1,) * count, seconds=0.1, other_seconds=next(self.others, None), host_ns=next(self.host_ns, ())
         )
 
     def state(self) -> DeviceState:
@@ -202,7 +202,7 @@ def test_other_load_is_summed_over_the_round_and_forgives_a_tick(others: list[fl
 
 
 def test_the_hosts_time_is_the_median_of_a_models_own_runs() -> None:
-    instrument = ScriptedInstrument(host_ns=[[3_000, 4_000], [9_000], [5_000]])
+    instrument = ScriptedInstrument(host_ns=[(3_000, 4_000), (9_000,), (5_000,)])
     bench = InstrumentBench(instrument, [1, 2])  # type: ignore[arg-type]
     for case, count in ((0, 2), (1, 1), (0, 1)):
         bench.sample(case, count)

@@ -225,7 +225,10 @@ def test_a_run_on_a_checkpoint_in_half_precision_is_rebuilt(
         (["--pattern", "5:4"], "pattern '5:4' is not understood"),
         (["--pattern", "2:4", "--method", "flap"], "unknown method 'flap'"),
         (["--pattern", "7:64"], "which groups of 64 do not divide"),
-        (["--pattern", "0.5", "--rebuild", "barber", "--threshold", "2"], "--threshold is a share between 0 and 1"),
+        (
+            ["--pattern", "0.5", "--rebuild", "barber", "--threshold", "2"],
+            "argument --threshold: a share between 0 and 1",
+        ),
         (["--budget", "70%"], "name the device with --target"),
     ],
 )

@@ -303,11 +303,11 @@ BAD = {
     "backend": (["--backend", "llama"], "unknown backend 'llama'"),
     "method": (["--method", "magic"], "unknown method 'magic'"),
     "precision": (["--precision", "q3"], "unknown precision 'q3'"),
-    "threads": (["--threads", "0"], "at least 1"),
+    "threads": (["--threads", "0"], "a whole number from 1 to 512, got '0'"),
     "model": (["--model", "no-such-model"], "no model 'no-such-model'"),
     "table": (["--table", "no-table.jsonl", *FAST], "no-table.jsonl"),
     "setting": (["--method", "flap", "--set", "metric"], "--set takes NAME=VALUE, got 'metric'"),
-    "step": (["--step", "0"], "--step is a share of the dense latency between 0 and 1, got 0"),
+    "step": (["--step", "0"], "--step is a share of the dense latency above 0"),
 }
 
 

@@ -75,7 +75,7 @@ BAD = {
     "system": ('[snapdragon_x]\nssh = "a"\nsystem = "dos"', "system is linux or windows"),
     "mask": ('[s23]\nadb = "a"\naffinity = "0xf8"', "mask of cores in hexadecimal"),
     "no table": ('jetson_cpu = "a"', 'expected lines like ssh = "user@host"'),
-    "no toml": ("[", "not a readable list of devices"),
+    "no toml": ("[", "not readable TOML"),
 }
 
 

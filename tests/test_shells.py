@@ -101,6 +101,30 @@ def test_powershell_gets_every_word_as_a_literal() -> None:
     assert decoded(powershell(["py thon", "it's", "$(x)"], seconds=1)) == "& 'py thon' 'it''s' '$(x)'"
 
 
+def words_in(script: str) -> list[str]:
+    """The texts in single quotes, by the rule of PowerShell's tokenizer (`ScanStringLiteral`): any of the quotes ends a
+    text, unless another of them follows, which then stands for itself."""
+    quotes, words, at = set("'\u2018\u2019\u201a\u201b"), [], 0
+    while at < len(script):
+        at += 1
+        if script[at - 1] not in quotes:
+            continue
+        word = ""
+        while True:
+            if script[at] in quotes:
+                at += 1
+                if at == len(script) or script[at] not in quotes:
+                    break
+            word, at = word + script[at], at + 1
+        words.append(word)
+    return words
+
+
+def test_no_kind_of_quote_ends_a_word_of_powershells() -> None:
+    argv = ["py", "it's", "\u2019; calc; \u2018", "\u201a\u201b'", "\u2018\u2019", "“fine”", "`$(x)`;|&"]
+    assert words_in(decoded(powershell(argv, seconds=1))) == argv
+
+
 def test_powershell_prints_the_marks() -> None:
     script = decoded(powershell(["whoami"], seconds=1, mark="M"))
     assert script == "'M begin'; & 'whoami'; ''; \"M end $LASTEXITCODE\""
@@ -111,9 +135,10 @@ def test_a_powershell_command_fits_into_cmds_line() -> None:
     assert len(store) < 8191
 
 
-def test_a_double_quote_on_windows_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="double quote"):
-        powershell(['say "hi"'], seconds=1)
+@pytest.mark.parametrize("word", ['say "hi"', "", "C:\\my models\\"])
+def test_a_word_that_powershell_changes_is_refused(word: str) -> None:
+    with pytest.raises(InvalidInput, match="cannot be passed to a program on Windows"):
+        powershell(["python", word], seconds=1)
 
 
 def wait_for(command: str, *, there: bool) -> None:

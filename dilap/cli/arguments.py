@@ -1,6 +1,7 @@
 """Arguments that several commands share."""
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,12 +11,13 @@ from typing import Any
 from dilap import __version__
 from dilap.builtin import DEFAULT_MODEL
 from dilap.cli.console import EXIT_CODES
+from dilap.documents import int64
 from dilap.errors import InvalidInput
 from dilap.profilers.configuration import thread_counts
 from dilap.profilers.devices import Device, Registry
 from dilap.profilers.locations import read_registry
 from dilap.profilers.runners import RUNNERS
-from dilap.types import Workload
+from dilap.types import MAX_THREADS, MAX_TOKENS, Workload
 
 
 def parser(description: str, examples: str) -> argparse.ArgumentParser:
@@ -38,9 +40,35 @@ class Several(argparse.Action):
     def __call__(self, _: object, namespace: argparse.Namespace, values: Any, __: object = None) -> None:
         try:
             items = [self._convert(one) for value in values for one in value.replace(",", " ").split()]
-        except ValueError as error:
+        except (ValueError, argparse.ArgumentTypeError) as error:
             raise argparse.ArgumentError(self, str(error)) from error
         setattr(namespace, self.dest, list(dict.fromkeys(items)))
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """An argument's type: whole numbers that make sense, so that none too large is ever computed with."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int64(text)
+        except ValueError:
+            value = most + 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"a whole number from {least:,} to {most:,}, got {text!r:.40}")
+        return value
+
+    return parse
+
+
+def share(text: str) -> float:
+    """An argument's type: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"a share between 0 and 1, got {text!r:.40}")
+    return value
 
 
 def add_model(to: argparse.ArgumentParser) -> None:
@@ -58,17 +86,23 @@ def add_workload(to: argparse.ArgumentParser) -> None:
     group.add_argument("--backend", help="the runtime; the device's first one by default")
     group.add_argument("--phase", choices=["decode", "prefill"], default="decode", help="one token, or one prompt")
     group.add_argument(
-        "--context", type=int, default=defaults.context, metavar="N", help=f"tokens before it ({defaults.context})"
+        "--context",
+        type=whole(1, MAX_TOKENS),
+        default=defaults.context,
+        metavar="N",
+        help=f"tokens before it ({defaults.context})",
     )
     group.add_argument(
         "--prompt-tokens",
-        type=int,
+        type=whole(1, MAX_TOKENS),
         default=defaults.prompt_tokens,
         metavar="N",
         help=f"prompt length of a prefill ({defaults.prompt_tokens})",
     )
     group.add_argument("--precision", help="as it ships; by default what ships on the device in that runtime")
-    group.add_argument("--threads", type=int, metavar="N", help="by default all physical cores and fewer are tried")
+    group.add_argument(
+        "--threads", type=whole(1, MAX_THREADS), metavar="N", help="by default all physical cores and fewer are tried"
+    )
     group.add_argument(
         "--configuration",
         choices=["fastest", "plain"],

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--ratio",
         action=arguments.Several,
-        convert=float,
+        convert=arguments.share,
         default=[],
         metavar="R",
         help="also, or instead: shares of the weights to remove",

@@ -78,23 +78,17 @@ def _code_of(command: Callable[[], int]) -> int:
     try:
         return _finished(command)
     except DilapError as error:
-        return _fail(reason_of(error))
+        return _end(f"error: {reason_of(error)}", code=2)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        _forget_output()
-        return 141
+        return _end("interrupted; run the same command again to go on", code=130)
     except OSError as error:
         _forget_output()
-        return _fail(_words_of_system_error(error))
-    except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise
-        if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_WORDS):
-            return _fail(f"there is not enough memory: {reason_of(error)}")
-        print(f"internal error: {printable(reason_of(error))}; {_where_it_is_told(error)}", file=sys.stderr)
-        return 70
+        is_unread = isinstance(error, BrokenPipeError)
+        return 141 if is_unread else _end(f"error: {_words_of_system_error(error)}", code=2)
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        return _end_of_unforeseen(error)
 
 
 def _finished(command: Callable[[], int]) -> int:
@@ -105,9 +99,15 @@ def _finished(command: Callable[[], int]) -> int:
         sys.stdout.flush()  # a full disk, or a reader that is gone, is noticed here and not while Python ends
 
 
-def _fail(reason: str) -> int:
-    print(f"error: {printable(reason)}", file=sys.stderr)
-    return 2
+def _end(text: str, *, code: int) -> int:
+    print(printable(text), file=sys.stderr)
+    return code
+
+
+def _end_of_unforeseen(error: BaseException) -> int:
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_WORDS):
+        return _end(f"error: there is not enough memory: {reason_of(error)}", code=2)
+    return _end(f"internal error: {reason_of(error)}; {_where_it_is_told(error)}", code=70)
 
 
 def _words_of_system_error(error: OSError) -> str:

@@ -14,7 +14,7 @@ from dilap.codec import decode, encode, read_json, write_json
 from dilap.errors import InvalidInput, Unavailable
 from dilap.evaluation.document import Costs, Evaluation, identity
 from dilap.profilers.devices import Device
-from dilap.types import Workload
+from dilap.types import MAX_THREADS, MAX_TOKENS, Workload
 
 if TYPE_CHECKING:
     from dilap.evaluation.subject import Subject
@@ -44,17 +44,34 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"all ({' '.join(TASKS)}), or any of lm-eval's that score given text",
     )
-    made.add_argument("--limit", type=int, metavar="N", help="only the first N rows of every task")
-    made.add_argument("--num-fewshot", type=int, metavar="K", help="examples before each question (mmlu 5, others 0)")
+    made.add_argument(
+        "--limit", type=arguments.whole(1, 1 << 30), metavar="N", help="only the first N rows of every task"
+    )
+    made.add_argument(
+        "--num-fewshot",
+        type=arguments.whole(0, 1000),
+        metavar="K",
+        help="examples before each question (mmlu 5, others 0)",
+    )
     made.add_argument("--data-dir", metavar="DIR", help="read DIR/<task>/<split>.jsonl[.gz] instead of the hub")
-    made.add_argument("--max-length", type=int, metavar="N", help="tokens read at once (what the model holds)")
+    made.add_argument(
+        "--max-length",
+        type=arguments.whole(1, MAX_TOKENS),
+        metavar="N",
+        help="tokens read at once (what the model holds)",
+    )
     made.add_argument("--backend", help="torch for a run's checkpoint or a .gguf file (the artifact's runtime)")
     made.add_argument("--precision", choices=["f32", "bf16", "f16"], help="in torch; the checkpoint's own otherwise")
     made.add_argument("--reference", metavar="DENSE", help="also KL, perplexity and top-1 beside this model")
     made.add_argument("--eval-text", default="python-docs", metavar="TEXT", help="where --reference is compared")
     made.add_argument("--costs", action="store_true", help="also size, FLOPs, bytes, memory and latency of both phases")
     made.add_argument("--device", default="host_cpu", metavar="NAME", help="where --costs are measured (host_cpu)")
-    made.add_argument("--threads", type=int, metavar="N", help="of a runtime; all physical cores by default")
+    made.add_argument(
+        "--threads",
+        type=arguments.whole(1, MAX_THREADS),
+        metavar="N",
+        help="of a runtime; all physical cores by default",
+    )
     arguments.add_device_access(made)
     made.add_argument("--out", metavar="FILE", help="keep the evaluation (RUN/evaluation.json for a run)")
     made.add_argument("--json", action="store_true", help="print it as JSON")
@@ -64,11 +81,6 @@ def _parser() -> argparse.ArgumentParser:
 def _command() -> int:
     given = _given()
     names = list(TASKS) if "all" in given.tasks else given.tasks
-    for name in ("limit", "max_length", "threads"):
-        if getattr(given, name) is not None and getattr(given, name) < 1:
-            raise InvalidInput(f"--{name.replace('_', '-')} is at least 1, got {getattr(given, name)}")
-    if given.num_fewshot is not None and given.num_fewshot < 0:
-        raise InvalidInput(f"--num-fewshot is at least 0, got {given.num_fewshot}")
     if not (names or given.reference or given.costs):
         raise InvalidInput("nothing to do: name --tasks or a --reference, or ask for --costs")
     screen = Console()

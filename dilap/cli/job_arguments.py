@@ -26,15 +26,21 @@ def add_search(made: argparse.ArgumentParser) -> None:
     group.add_argument("--importance", choices=["wanda", "obs"], default=library.order, help=f"({library.order})")
     group.add_argument(
         "--step",
-        type=float,
+        type=arguments.share,
         default=search.step,
         metavar="SHARE",
         help=f"of the dense latency between two linearisations ({search.step:g})",
     )
     group.add_argument(
-        "--evaluations", type=int, default=search.evaluations, metavar="N", help=f"({search.evaluations})"
+        "--evaluations",
+        type=arguments.whole(0, 100_000),
+        default=search.evaluations,
+        metavar="N",
+        help=f"({search.evaluations})",
     )
-    group.add_argument("--seed", type=int, default=search.seed, metavar="N", help=f"({search.seed})")
+    group.add_argument(
+        "--seed", type=arguments.whole(0, (1 << 32) - 1), default=search.seed, metavar="N", help=f"({search.seed})"
+    )
 
 
 def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", steps: int | None = None) -> None:
@@ -49,10 +55,18 @@ def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", 
         default="self",
         help="self (sampled from the model), a file (.txt .md .json .jsonl .csv .tsv .parquet, .gz too) or a hub set",
     )
-    group.add_argument("--calib-length", type=int, default=text.sequence_length, metavar="N", help="tokens a sequence")
+    group.add_argument(
+        "--calib-length",
+        type=arguments.whole(1, 1 << 20),
+        default=text.sequence_length,
+        metavar="N",
+        help="tokens a sequence",
+    )
     group.add_argument("--eval-text", default="python-docs", metavar="TEXT", help="scored, never searched on")
     group.add_argument("--recover", choices=["none", "lora", "full"], default=mode, help=f"({mode})")
-    group.add_argument("--recover-steps", type=int, default=steps, metavar="N", help=f"({steps})")
+    group.add_argument(
+        "--recover-steps", type=arguments.whole(1, 1_000_000), default=steps, metavar="N", help=f"({steps})"
+    )
 
 
 def job_options(
@@ -73,11 +87,8 @@ def job_options(
     from dilap.recover import RecoveryOptions
     from dilap.text import CalibrationOptions
 
-    if not 0 < given.step <= 1:
-        raise InvalidInput(f"--step is a share of the dense latency between 0 and 1, got {given.step:g}")
-    for name in ("evaluations", "calib_length", "recover_steps"):
-        if getattr(given, name) < (0 if name == "evaluations" else 1):
-            raise InvalidInput(f"--{name.replace('_', '-')} is too small: {getattr(given, name)}")
+    if given.step == 0:
+        raise InvalidInput("--step is a share of the dense latency above 0")
     return JobOptions(
         budget=budget,
         model=given.model,

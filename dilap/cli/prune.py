@@ -33,7 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     asked = made.add_mutually_exclusive_group(required=True)
     asked.add_argument("--budget", help="40ms, 70%% (of the dense latency) or 1.4x (faster than dense)")
-    asked.add_argument("--ratio", type=float, help="instead: the share of the decoder layers' weights to remove")
+    asked.add_argument(
+        "--ratio", type=arguments.share, help="instead: the share of the decoder layers' weights to remove"
+    )
     asked.add_argument("--pattern", help="instead: zeros inside matrices, 0.5 (a share), 2:4 or 4:8 (N of M kept)")
     made.add_argument("--stat", choices=["p50", "p90"], default="p50", help="the latency the budget is about (p50)")
     arguments.add_model(made)
@@ -68,7 +70,7 @@ def _add_sparse(made: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--rebuild", choices=["barber"], help="swap zeros block by block afterwards")
     group.add_argument("--granularity", choices=["block", "layer", "output1", "input1"], help="where swaps are made")
-    group.add_argument("--threshold", type=float, metavar="SHARE", help="of the swaps that would help")
+    group.add_argument("--threshold", type=arguments.share, metavar="SHARE", help="of the swaps that would help")
 
 
 def _sparse(given: argparse.Namespace) -> int:
@@ -76,8 +78,6 @@ def _sparse(given: argparse.Namespace) -> int:
     from dilap.cli import sparse_job  # torch and transformers: seconds that bad input should not cost
     from dilap.text import CalibrationOptions
 
-    if given.threshold is not None and not 0 <= given.threshold <= 1:
-        raise InvalidInput(f"--threshold is a share between 0 and 1, got {given.threshold:g}")
     options = sparse_job.SparseOptions(
         pattern=given.pattern,
         method=given.method or "wanda",

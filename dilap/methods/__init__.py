@@ -2,7 +2,7 @@
 
 import typing
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -57,6 +57,7 @@ SOURCES = {
 # 8,192, SPRINT's 128 of 2,048. What the others read is in their docstrings.
 PUBLISHED_TOKENS = {"wanda_sp": 16_384, "flap": 131_072, "llm_pruner": 640, "puzzle": 131_072, "sprint": 262_144}
 TRAINED = ("loraprune", "compresso", "llm_streamline")  # by their authors on corpora of their own
+MAX_SETTING = 1_000_000  # of a method: steps, tokens, rates
 _NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -87,18 +88,20 @@ def _find(name: str, table: Mapping[str, str]) -> Any:
 
 def _values(kind: type, name: str, settings: Mapping[str, str]) -> dict[str, Any]:
     hints = typing.get_type_hints(kind) if is_dataclass(kind) else {}
-    known = [field.name for field in fields(kind)] if is_dataclass(kind) else []
+    known = {field.name: field for field in fields(kind)} if is_dataclass(kind) else {}
     values = {}
     for key, text in settings.items():
         if key not in known:
             raise InvalidInput(f"method {name} has no setting {key!r}; it has {', '.join(known) or 'none'}")
         try:
             values[key] = _value(hints[key], text)
+            _require_plausible(values[key], known[key])
         except (ValueError, KeyError) as error:
             expected = getattr(hints[key], "__name__", hints[key])
             if choices := typing.get_args(hints[key]):
                 expected = " or ".join(map(str, choices))
-            raise InvalidInput(f"method {name}: {key} is {expected}, got {text!r}") from error
+            reason = f" ({error})" if isinstance(error, _OutOfRange) else ""
+            raise InvalidInput(f"method {name}: {key} is {expected}, got {text!r:.80}{reason}") from error
     return values
 
 
@@ -106,3 +109,17 @@ def _value(hint: Any, text: str) -> Any:
     if typing.get_origin(hint) is typing.Literal:
         return {str(choice): choice for choice in typing.get_args(hint)}[text]
     return {"true": True, "false": False}[text.lower()] if hint is bool else hint(text)
+
+
+class _OutOfRange(ValueError):
+    """A number that no run could use."""
+
+
+def _require_plausible(value: Any, setting: "Field[Any]") -> None:
+    """Whole numbers are at least 1, or their default where that is less, or the `least` of their field's metadata."""
+    if type(value) is int:
+        least = setting.metadata.get("least", min(1, setting.default) if isinstance(setting.default, int) else 1)
+        if not least <= value <= MAX_SETTING:
+            raise _OutOfRange(f"from {least} to {MAX_SETTING:,}")
+    elif type(value) is float and not 0 <= value <= MAX_SETTING:
+        raise _OutOfRange(f"from 0 to {MAX_SETTING:,}")

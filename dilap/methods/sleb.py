@@ -1,7 +1,7 @@
 """SLEB: remove the layer whose absence raises the language-modelling loss least, again and again."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -18,8 +18,8 @@ class Sleb:
     the layers that are left stay. `num_tokens` of calibration text are read: SLEB itself joins 128 lines of WikiText,
     about as many."""
 
-    early_barrier: int = 1
-    latter_barrier: int = 1
+    early_barrier: int = field(default=1, metadata={"least": 0})
+    latter_barrier: int = field(default=1, metadata={"least": 0})
     num_tokens: int = 8192
 
     def __call__(self, task: PruneTask) -> Pruned:
