@@ -29,7 +29,7 @@ def test_a_ratio_that_is_no_number_is_named(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as stopped:
         compare._parser().parse_args(["--target", "host_cpu", "--ratio", "0.3,half"])
     assert stopped.value.code == 2
-    assert "argument --ratio: could not convert string to float: 'half'" in capsys.readouterr().err
+    assert "argument --ratio: a share between 0 and 1, got 'half'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
