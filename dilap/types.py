@@ -14,6 +14,7 @@ from dilap.errors import InvalidInput
 Phase = Literal["decode", "prefill"]
 Statistic = Literal["p50", "p90"]
 Status = Literal["ok", "noisy", "contended", "estimated"]
+FRACTIONS: Mapping[Statistic, float] = {"p50": 0.5, "p90": 0.9}
 GroupKind = Literal["kv_groups", "query_slots", "channels"]
 # Bits a weight takes, its share of the scales included: 32 weights have one, in f16 (GGUF, ExecuTorch) or f32 (ONNX).
 PRECISION_BITS: Mapping[str, float] = {
@@ -424,6 +425,8 @@ class Measurement:
     rounds that were left out because of drift or other load. `host_seconds` is the median time of a run as the host
     saw it, launch and wait included, where the samples are a GPU's own times. `states` are the device's before and
     after every fresh start; `forced` says what made it unfit and was overridden. An estimate knows no memory.
+    `first_rounds` are the first rounds of the fresh starts; measurements of earlier versions have none and are read as
+    of one start.
     """
 
     artifact_sha256: str
@@ -440,6 +443,7 @@ class Measurement:
     host_seconds: float | None = None
     states: tuple[DeviceState, ...] = ()
     forced: tuple[str, ...] = ()
+    first_rounds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.samples_ns or min((*self.samples_ns, *self.dropped_ns)) <= 0:
@@ -472,15 +476,14 @@ class Measurement:
         return (*status, f"measurement was taken in an unfit state (--force): {'; '.join(self.forced)}")
 
     def seconds(self, statistic: Statistic = "p50") -> float:
-        return quantile(self.samples_ns, 0.5 if statistic == "p50" else 0.9) / 1e9
-
-    def interval(self) -> Interval:
-        """The median in seconds."""
-        return median_interval([sample / 1e9 for sample in self.samples_ns])
+        return quantile(self.samples_ns, FRACTIONS[statistic]) / 1e9
 
 
 def median_interval(values: Sequence[float]) -> Interval:
-    """The median with a distribution-free interval from order statistics."""
+    """The median with a distribution-free interval from order statistics.
+
+    It is right for independent values alone: what is claimed comes from `dilap.intervals`.
+    """
     ordered = sorted(values)
     count = len(ordered)
     spread = 1.96 * math.sqrt(count) / 2  # normal approximation to the binomial of ranks

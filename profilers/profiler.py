@@ -1,7 +1,6 @@
 """The one interface that measures, for latency tables and for final claims alike."""
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -9,14 +8,13 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-import numpy as np
-
+from dilap import intervals
 from dilap.codec import decode, file_sha256, read_json
 from dilap.errors import Mismatch
 from dilap.profilers.client import InstrumentBench, Loaded
 from dilap.profilers.devices import Device
 from dilap.profilers.preflight import WAIT_SECONDS, require_fit, settled_state
-from dilap.profilers.protocol import OnRound, Protocol, Trace, collect, outlier_share
+from dilap.profilers.protocol import OnRound, Protocol, Trace, collect, judge
 from dilap.types import (
     Artifact,
     Budget,
@@ -24,9 +22,8 @@ from dilap.types import (
     Fingerprint,
     Interval,
     Measurement,
-    Status,
+    Statistic,
     Workload,
-    median_interval,
 )
 
 Progress = Callable[[str], None]
@@ -156,9 +153,9 @@ class Profiler:
                 for case, content in zip(cases, contents, strict=True)
             ]
             bench = InstrumentBench(instrument, [one.handle for one in loaded])
-            share = _share_of_one_start(protocol)
-            traces = collect(bench, len(cases), share, first_round=first_round, on_round=on_round)
+            traces = collect(bench, len(cases), protocol.of_one_start, first_round=first_round, on_round=on_round)
             return _Start(
+                first_round=first_round,
                 loaded=loaded,
                 traces=traces,
                 host_seconds=[bench.host_seconds(case) for case in range(len(cases))],
@@ -190,23 +187,13 @@ def _content(path: Path) -> _Content:
 class _Start:
     """One fresh process's results, case by case."""
 
+    first_round: int
     loaded: list[Loaded]
     traces: list[Trace]
     host_seconds: list[float | None]
     fingerprint: Fingerprint
     states: tuple[DeviceState, ...]
     forced: tuple[str, ...]
-
-
-def _share_of_one_start(protocol: Protocol) -> Protocol:
-    """The effort of one of several starts, so that all of them together reach the protocol's target."""
-    starts = protocol.fresh_starts
-    return dataclasses.replace(
-        protocol,
-        target_half_width=protocol.target_half_width * math.sqrt(starts),
-        max_samples=max(protocol.min_samples, protocol.max_samples // starts),
-        max_seconds=protocol.max_seconds / starts,
-    )
 
 
 def _measurement(
@@ -222,8 +209,7 @@ def _measurement(
     traces = [start.traces[case] for start in starts]
     samples = tuple(sample for trace in traces for sample in trace.samples_ns)
     host_seconds = [start.host_seconds[case] for start in starts]
-    status, note = _pooled_status(traces, samples, protocol)
-    return Measurement(
+    found = Measurement(
         artifact_sha256=artifact_sha256,
         workload=workload,
         fingerprint=starts[0].fingerprint,
@@ -232,57 +218,46 @@ def _measurement(
         peak_memory_bytes=max(one.peak_memory_bytes for one in loaded),
         load_seconds=statistics.median(one.load_seconds for one in loaded),
         started=started,
-        status=status,
-        note=note,
+        status="ok",
         dropped_ns=tuple(sample for trace in traces for sample in trace.dropped_ns),
         host_seconds=statistics.median(known) if (known := [one for one in host_seconds if one is not None]) else None,
         states=tuple(state for start in starts for state in start.states),
         forced=tuple(dict.fromkeys(reason for start in starts for reason in start.forced)),
+        first_rounds=tuple(start.first_round for start in starts),
     )
+    half_width = intervals.latency(found).half_width if len(starts) > 1 else None
+    status, note = judge(traces, protocol, half_width=half_width)
+    return dataclasses.replace(found, status=status, note=note)
 
 
-def _pooled_status(traces: Sequence[Trace], samples: Sequence[int], protocol: Protocol) -> tuple[Status, str]:
-    """The worst start's status, and whether the starts agree with one another."""
-    for status in ("contended", "noisy"):
-        for trace in traces:
-            if trace.status == status:
-                return trace.status, trace.note
-    width = median_interval(samples).half_width
-    if len(traces) > 1 and (width > 2 * protocol.target_half_width or outlier_share(samples) > 0.05):
-        return "noisy", f"fresh starts disagree: together the median is known to {width:.1%} only"
-    return "ok", ""
+def speedup(dense: Measurement, pruned: Measurement, statistic: Statistic = "p50") -> Interval:
+    """How many times faster `pruned` is, paired by rounds.
 
-
-def speedup(dense: Measurement, pruned: Measurement, *, seed: int = 0) -> Interval:
-    """How many times faster `pruned` is: the median over rounds of paired ratios.
-
-    The interval comes from 2000 bootstrap samples of rounds, not of samples, which are correlated within one.
     Raises Mismatch for measurements that were not taken together.
     """
     if dense.workload != pruned.workload:
         raise Mismatch(f"speed-up between two workloads: {dense.workload.describe()} / {pruned.workload.describe()}")
     if differences := dense.fingerprint.differences(pruned.fingerprint):
         raise Mismatch(f"speed-up between two devices: {'; '.join(differences)}")
-    by_round = [round_medians(measurement) for measurement in (dense, pruned)]
-    shared = sorted(set(by_round[0]) & set(by_round[1]))
-    if not shared:
+    if not set(dense.rounds) & set(pruned.rounds):
         raise Mismatch("the two measurements share no round: measure both with one call of Profiler.measure")
-    ratios = np.array([by_round[0][number] / by_round[1][number] for number in shared])
-    draws = np.random.default_rng(seed).integers(len(ratios), size=(2000, len(ratios)))
-    low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
-    return Interval(value=float(np.median(ratios)), low=float(low), high=float(high))
+    return intervals.ratio(dense, pruned, statistic)
 
 
-def budget_share(budget: Budget, dense: Measurement, pruned: Measurement) -> float:
+def budget_share(budget: Budget, dense: Measurement, pruned: Measurement) -> Interval:
     """The share of the budget that `pruned` uses.
 
-    A budget relative to the dense median is judged on the paired ratio, from which the day's drift cancels; on one
+    A budget relative to the dense model is judged on the paired ratio, from which the day's drift cancels; on one
     shared machine the medians of the same run said 70.1 % of dense where the rounds said 67.7 %.
     """
-    if budget.fraction is not None and budget.statistic == "p50":
-        return 1 / (speedup(dense, pruned).value * budget.fraction)
-    limit = budget.limit_seconds(dense_seconds=dense.seconds(budget.statistic))
-    return pruned.seconds(budget.statistic) / limit
+    if budget.fraction is not None:
+        found = speedup(dense, pruned, budget.statistic)
+        value, low, high = (1 / (one * budget.fraction) for one in (found.value, found.high, found.low))
+    else:
+        seconds = intervals.latency(pruned, budget.statistic)
+        limit = budget.limit_seconds(dense_seconds=0.0)
+        value, low, high = (one / limit for one in (seconds.value, seconds.low, seconds.high))
+    return Interval(value=value, low=low, high=high)
 
 
 def is_shown(interval: Interval) -> bool:
@@ -292,7 +267,4 @@ def is_shown(interval: Interval) -> bool:
 
 def round_medians(measurement: Measurement) -> dict[int, float]:
     """Nanoseconds by round."""
-    rounds: dict[int, list[int]] = {}
-    for number, sample in zip(measurement.rounds, measurement.samples_ns, strict=True):
-        rounds.setdefault(number, []).append(sample)
-    return {number: statistics.median(samples) for number, samples in rounds.items()}
+    return {number: statistics.median(taken) for number, taken in intervals.samples_by_round(measurement).items()}

@@ -11,6 +11,7 @@ import pytest
 from fabricated import costs, evaluation
 from fake_job import FAST, FakeBench, call
 
+from dilap import intervals
 from dilap.cli import compare, prune, report, result
 from dilap.cli import costs as table_costs
 from dilap.cli import eval as evaluate
@@ -224,10 +225,13 @@ def test_weights_are_counted_where_seconds_are_estimated(pruned: Prune) -> None:
     assert "latency ESTIMATED, measured on no device" in text
 
 
-def test_a_p90_is_not_called_paired(pruned: Prune) -> None:
-    text = result.table(read(pruned("--budget", "70%", "--stat", "p90")))
+def test_a_p90_has_an_interval_of_its_own(pruned: Prune) -> None:
+    found = read(pruned("--budget", "70%", "--stat", "p90"))
+    text = result.table(found)
     assert "paired" not in text
-    assert "95 % interval of p50" in text
+    assert "95 % interval  " in text
+    assert found.pruned.interval == intervals.latency(found.pruned.measurement, "p90")
+    assert "95 % interval of p50" in result.table(replace(found, budget_interval=None))  # earlier versions
 
 
 def test_a_figure_of_measured_and_estimated_runs_names_the_estimates(pruned: Prune) -> None:

@@ -9,6 +9,7 @@ from fake_job import FAST, call, last_line
 
 from dilap.cli import compare
 from dilap.cli.comparison import Row, markdown, read_row
+from dilap.cli.verdict import Verdict
 from dilap.cli.workspace import held
 from dilap.codec import read_json
 from dilap.methods import METHODS
@@ -229,6 +230,19 @@ def test_json_on_standard_output_is_json_alone(
 
 
 @pytest.mark.parametrize(("status", "remark"), [("kept", ""), ("missed", " MISSED"), ("estimated", " ESTIMATED")])
-def test_a_budget_that_was_not_shown_to_be_kept_says_so(status: str, remark: str) -> None:
+def test_a_budget_that_was_not_shown_to_be_kept_says_so(status: Verdict, remark: str) -> None:
     line = markdown([Row(method="a", budget="70%", budget_used=0.9, status=status)]).splitlines()[4]
     assert line.split("|")[4].strip() == f"90.0%{remark}"
+
+
+@pytest.mark.parametrize(
+    ("used", "ends", "cell"),
+    [
+        (0.995, (0.985, 1.005), "99.5% [98.5%, 100.5%] (kept, within the noise)"),
+        (1.005, (0.995, 1.015), "100.5% [99.5%, 101.5%] (missed, within the noise)"),
+        (0.9, (0.89, 0.91), "90.0% [89.0%, 91.0%] (uncertain, other processes used the cores)"),
+    ],
+)
+def test_a_budget_that_is_not_certain_says_why(used: float, ends: tuple[float, float], cell: str) -> None:
+    row = Row(method="a", budget="70%", budget_used=used, budget_used_ci=ends, status="uncertain")
+    assert markdown([row]).splitlines()[4].split("|")[4].strip() == cell

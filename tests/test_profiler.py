@@ -44,18 +44,13 @@ def test_a_speedup_is_paired_by_round() -> None:
     # the machine gets twice as slow half way, in both
     slowness = [1] * 15 + [2] * 15
     dense, pruned = (measurement([base * factor for factor in slowness]) for base in (1400, 1000))
-    assert speedup(dense, pruned) == Interval(value=1.4, low=1.4, high=1.4)
-
-
-def test_the_interval_of_a_speedup_is_the_same_for_one_seed() -> None:
-    dense = measurement([1000 + 37 * index % 100 for index in range(30)])
-    pruned = measurement([900 + 53 * index % 90 for index in range(30)])
-    assert speedup(dense, pruned, seed=3) == speedup(dense, pruned, seed=3)
+    found = speedup(dense, pruned)
+    assert (found.value, found.low, found.high) == pytest.approx((1.4, 1.4, 1.4))
 
 
 def test_rounds_that_only_one_has_are_left_out() -> None:
     dense = measurement([2000] * 6 + [9000] * 3)
-    assert speedup(dense, measurement([1000] * 6)).value == 2
+    assert speedup(dense, measurement([1000] * 6)).value == pytest.approx(2)
 
 
 def test_measurements_from_different_runs_have_no_speedup() -> None:
@@ -369,15 +364,17 @@ DRIFTING = [100, 100, 100, 100, 100, 100, 200, 200, 200]
 
 def test_a_relative_budget_is_judged_round_by_round() -> None:
     dense, pruned = measurement(DRIFTING), measurement([7 * one // 10 for one in DRIFTING[:3] + DRIFTING[6:]])
-    assert budget_share(Budget(fraction=0.7), dense, replace(pruned, rounds=(0, 0, 0, 2, 2, 2))) == pytest.approx(1.0)
+    assert budget_share(Budget(fraction=0.7), dense, replace(pruned, rounds=(0, 0, 0, 2, 2, 2))).value == pytest.approx(
+        1
+    )
 
 
 def test_an_absolute_budget_is_judged_on_the_median() -> None:
     dense, pruned = measurement([100] * 9), measurement([80] * 9)
-    assert budget_share(Budget(seconds=1e-7), dense, pruned) == pytest.approx(0.8)
+    assert budget_share(Budget(seconds=1e-7), dense, pruned).value == pytest.approx(0.8)
 
 
 def test_a_p90_budget_is_judged_on_the_p90() -> None:
     dense, pruned = measurement([100] * 9), measurement([50] * 7 + [90] * 2)
     share = budget_share(Budget(fraction=1.0, statistic="p90"), dense, pruned)
-    assert share == pytest.approx(0.9)
+    assert share.value == pytest.approx(0.9)

@@ -1,5 +1,6 @@
 """The measuring loop under a virtual clock with scripted noise."""
 
+import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -8,7 +9,7 @@ import pytest
 from fabricated import FINGERPRINT
 
 from dilap.profilers.profiler import is_shown, speedup
-from dilap.profilers.protocol import Protocol, Trace, collect
+from dilap.profilers.protocol import Protocol, Trace, collect, judge
 from dilap.types import Measurement, Workload
 
 MS = 1_000_000
@@ -127,8 +128,8 @@ def test_a_sequential_speedup_is_off_by_more(name: str) -> None:
 
 
 def test_a_claim_inside_the_noise_is_not_shown() -> None:
-    states = iter(WILD * 1000)
-    dense, pruned = collect(ScriptedBench([10.02, 10.0], slowness=lambda _: next(states)), 2, PATIENT)
+    draw = random.Random(0)
+    dense, pruned = collect(ScriptedBench([10.02, 10.0], slowness=lambda _: draw.uniform(1, 1.5)), 2, PATIENT)
     assert not is_shown(speedup(measured(dense), measured(pruned)))
 
 
@@ -157,8 +158,8 @@ def test_spikes_do_not_move_the_median() -> None:
 
 
 def test_many_spikes_are_reported_as_noise() -> None:
-    (trace,) = collect(ScriptedBench([10.0], spike_every=7), 1, QUICK)
-    assert (trace.status, "outliers" in trace.note) == ("noisy", True)
+    status, note = judge(collect(ScriptedBench([10.0], spike_every=7), 1, QUICK), QUICK)
+    assert (status, "outliers" in note) == ("noisy", True)
 
 
 def test_a_quiet_case_stops_at_the_least_number_of_samples() -> None:
@@ -169,7 +170,7 @@ def test_a_quiet_case_stops_at_the_least_number_of_samples() -> None:
 def test_a_noisy_case_stops_at_the_largest_number_of_samples() -> None:
     states = iter(WILD * 100)
     (trace,) = collect(ScriptedBench([10.0], slowness=lambda _: next(states)), 1, QUICK)
-    assert (len(trace.samples_ns), trace.status) == (201, "noisy")
+    assert len(trace.samples_ns) == 201
 
 
 def test_the_wall_clock_ends_a_measurement_that_cannot_settle() -> None:
@@ -263,6 +264,39 @@ def test_a_pair_is_measured_in_abba_order() -> None:
     bench = ScriptedBench([10.0, 20.0])
     collect(bench, 2, QUICK)
     assert bench.calls[4:12] == [0, 1, 1, 0, 0, 1, 1, 0]
+
+
+def test_cases_measured_together_share_all_rounds_in_an_order_turned_round_each_time() -> None:
+    draw = random.Random(0)
+    bench = ScriptedBench([10.0, 20.0, 11.0, 22.0])
+    plain = bench.sample
+
+    def sample(case: int, count: int) -> list[int]:
+        return [round(value * (draw.uniform(1, 1.1) if case == 2 else 1)) for value in plain(case, count)]
+
+    bench.sample = sample  # type: ignore[method-assign]
+    traces = collect(bench, 4, replace(QUICK, together=True))
+    assert bench.calls[8:16] == [0, 1, 2, 3, 3, 2, 1, 0]
+    assert {one.rounds for one in traces} == {traces[2].rounds}
+    assert len(traces[2].samples_ns) > QUICK.min_samples
+
+
+def test_a_median_that_is_not_known_well_enough_is_noisy() -> None:
+    samples = [round(10 * MS * state) for state in WILD]
+    trace = Trace(samples_ns=tuple(samples), rounds=(0,) * 101, dropped_ns=(), status="ok", note="")
+    assert judge([trace], QUICK) == ("noisy", "the median is known to 4.00% only, 1.00% was asked")
+
+
+def test_fresh_starts_that_disagree_are_noisy() -> None:
+    starts = [collect(ScriptedBench([cost]), 1, QUICK)[0] for cost in (10.0, 10.5)]
+    status, note = judge(starts, QUICK, half_width=0.03)
+    assert (status, note) == ("noisy", "fresh starts disagree: together the median is known to 3.0% only")
+
+
+def test_the_worst_start_speaks_for_all() -> None:
+    benches = ScriptedBench([10.0]), ScriptedBench([10.0], load=lambda _: 0.9)
+    starts = [collect(bench, 1, QUICK)[0] for bench in benches]
+    assert judge(starts, QUICK, half_width=0.0)[0] == "contended"
 
 
 def test_rounds_of_many_cases_are_shuffled_the_same_way_for_one_seed() -> None:

@@ -13,7 +13,6 @@ where a file's bytes are all weights.
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 
-from dilap import backends, export
+from dilap import backends, export, intervals
 from dilap.anatomy import architecture_of
 from dilap.backends import host
 from dilap.builtin import DEFAULT_MODEL
@@ -35,9 +34,9 @@ from dilap.profilers.client import InstrumentBench
 from dilap.profilers.configuration import MeasuredWorld, find_fastest
 from dilap.profilers.devices import get
 from dilap.profilers.profiler import Case, Profiler
-from dilap.profilers.protocol import TABLE, Bench, Trace, collect
+from dilap.profilers.protocol import TABLE, Bench, Trace, collect, judge
 from dilap.source import load
-from dilap.types import PRECISION_BITS, Architecture, Artifact, Interval, Phase, Plan, Workload, median_interval
+from dilap.types import PRECISION_BITS, Architecture, Artifact, Interval, Phase, Plan, Workload
 
 PRECISIONS: Mapping[str, tuple[str, ...]] = {  # the best of each runtime, and floats
     "llamacpp": ("q4_0", "f16"),
@@ -78,11 +77,12 @@ class Result:
     read_bytes: int | None
     samples_ns: tuple[int, ...]
     rounds: tuple[int, ...]
+    first_rounds: tuple[int, ...]
     notes: tuple[str, ...]
 
     @property
     def interval(self) -> Interval:
-        return median_interval([sample / 1e9 for sample in self.samples_ns])
+        return intervals.latency(self)
 
 
 class MemoryBench:
@@ -150,7 +150,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=get("host_cpu").default_threads())
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--starts", type=int, default=3, help="fresh processes, pooled (3)")
+    parser.add_argument("--starts", type=int, default=5, help="fresh processes, whose spread gives the intervals (5)")
     parser.add_argument("--json", action="store_true", help="with the raw samples")
     return parser.parse_args()
 
@@ -219,9 +219,11 @@ def _measure(models: Sequence[Model], workload: Workload, *, starts: int, consol
     fastest = _fastest(models, workload, console)
     workloads = [fastest[model.backend, model.precision] for model in models]
     traces: list[list[Trace]] = []
+    first_rounds: list[int] = []
     for start in range(starts):
         console.say(f"{workload.phase}: start {start + 1} of {starts}, {len(models)} models")
         first_round = 1 + max((max(trace.rounds) for one in traces for trace in one), default=-1)
+        first_rounds.append(first_round)
         traces.append(_measure_once(models, workloads, first_round=first_round, console=console))
     for index in range(len(models) + 1):
         parts = [one[index] for one in traces]
@@ -236,7 +238,8 @@ def _measure(models: Sequence[Model], workload: Workload, *, starts: int, consol
             read_bytes=_read_bytes(model, workload) if model else _READ_BYTES,
             samples_ns=tuple(sample for part in parts for sample in part.samples_ns),
             rounds=tuple(number for part in parts for number in part.rounds),
-            notes=tuple(dict.fromkeys(part.note for part in parts if part.note)),
+            first_rounds=tuple(first_rounds),
+            notes=tuple(dict.fromkeys(note for part in parts if (note := judge([part], _PROTOCOL)[1]))),
         )
 
 
@@ -284,18 +287,6 @@ def _read_bytes(model: Model, workload: Workload) -> int | None:
     return weights + cached * _CACHE_BYTES[model.backend]
 
 
-def _ratio(first: Result, other: Result) -> Interval:
-    """`other`'s latency over `first`'s, paired round by round."""
-    medians = []
-    for result in (first, other):
-        by_round: dict[int, list[int]] = {}
-        for number, sample in zip(result.rounds, result.samples_ns, strict=True):
-            by_round.setdefault(number, []).append(sample)
-        medians.append({number: statistics.median(samples) for number, samples in by_round.items()})
-    shared = medians[0].keys() & medians[1].keys()
-    return median_interval([medians[1][number] / medians[0][number] for number in shared])
-
-
 def _table(results: Sequence[Result], workloads: Mapping[Phase, Workload]) -> str:
     decode_work, prefill_work = workloads["decode"], workloads["prefill"]
     lines = [
@@ -326,10 +317,10 @@ def _table(results: Sequence[Result], workloads: Mapping[Phase, Workload]) -> st
 
 
 def _reading(memory: Result, one: Result) -> tuple[str, str]:
-    """GB/s and the share of the memory's speed, paired round by round like `_ratio`."""
+    """GB/s and the share of the memory's speed, paired round by round."""
     if one.read_bytes is None:
         return "", ""
-    ratio = _ratio(memory, one)
+    ratio = intervals.ratio(one, memory)
     share, low, high = (one.read_bytes / _READ_BYTES / latency for latency in (ratio.value, ratio.high, ratio.low))
     return f"{one.read_bytes / one.interval.value / 1e9:.1f}", f"{share:.0%} [{low:.0%}, {high:.0%}]"
 
@@ -341,7 +332,7 @@ def _milliseconds(interval: Interval) -> str:
 def _share(dense: Result, other: Result) -> str:
     if other is dense:
         return ""
-    ratio = _ratio(dense, other)
+    ratio = intervals.ratio(other, dense)
     return f"{ratio.value:.1%} [{ratio.low:.1%}, {ratio.high:.1%}]"
 
 

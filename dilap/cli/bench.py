@@ -105,16 +105,14 @@ class Bench:
                 found = self.profiler.measure(cases, protocol, progress=bar.set_postfix_str)
         return found
 
-    def measure_widths(
-        self, dense: Path, architecture: Architecture, path: Path, *, final: bool = False
-    ) -> list[Measurement]:
-        """The dense model and a random one of `architecture`, interleaved; kept in `path` for a run that goes on."""
+    def measure_widths(self, dense: Path, architecture: Architecture, path: Path) -> list[Measurement]:
+        """The dense model and a random one of `architecture`, as for a claim; kept in `path` for a run that goes on."""
         if not path.exists():
             folder = path.with_suffix("")
             exporter = export.get(self.backend.name)
             shutil.rmtree(folder, ignore_errors=True)
             probe = exporter.export_probe(architecture, precision=self.workload.precision, seed=0, out=folder)
-            measurements = self.measure([dense, folder / probe.path], final=final)
+            measurements = self.measure([dense, folder / probe.path], final=True)
             shutil.rmtree(folder)
             write_json(path, {"measurements": [asdict(one) for one in measurements]})
         documents = read_json(path)["measurements"]

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from dilap import intervals
 from dilap.cli.exam import Exam
 from dilap.cli.result import PlainDefaults, PruneResult, Quality, Side, caveats, flops_of, versions
 from dilap.cli.stages import Goal, Stages, require_measured
+from dilap.cli.verdict import verdict
 from dilap.codec import encode, remove, write_json
 from dilap.errors import Mismatch
 from dilap.evaluation.subject import require_unchanged
@@ -17,7 +19,7 @@ from dilap.shrink import shrink_
 from dilap.source import save_checkpoint
 from dilap.teacher import Teacher
 from dilap.text import Calibration
-from dilap.types import Artifact, Measurement, Plan
+from dilap.types import Artifact, Interval, Measurement, Plan
 
 
 def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration) -> PruneResult:
@@ -90,7 +92,7 @@ def _measured(stages: Stages, paths: Sequence[Path]) -> tuple[list[Measurement],
     plain = PlainDefaults(
         dense=dense,
         pruned=pruned,
-        speedup=speedup(dense, pruned),
+        speedup=speedup(dense, pruned, budget.statistic),
         budget_used=budget_share(budget, dense, pruned) if budget.ratio is None else None,
     )
     return measured, plain
@@ -123,7 +125,11 @@ def _side(
         artifact=artifact,
         measurement=measurement,
         seconds=measurement.seconds(stages.options.budget.statistic),
-        interval=None if measurement.status == "estimated" else measurement.interval(),
+        interval=(
+            None
+            if measurement.status == "estimated"
+            else intervals.latency(measurement, stages.options.budget.statistic)
+        ),
         parameters=artifact.architecture.num_parameters,
         flops=flops_of(artifact.architecture, stages.bench.workload),
         quality=quality,
@@ -143,18 +149,21 @@ def _result(
     validation_kl: float,
 ) -> PruneResult:
     options = stages.options
-    budget, is_estimate = options.budget, "estimated" in (dense.measurement.status, side.measurement.status)
-    ratio = None if is_estimate else speedup(dense.measurement, side.measurement)
+    budget, statuses = options.budget, {dense.measurement.status, side.measurement.status}
+    is_estimate = "estimated" in statuses
+    ratio = None if is_estimate else speedup(dense.measurement, side.measurement, budget.statistic)
     cost, dense_cost = goal.target.cost(pruned.plan), goal.target.predict(pruned.plan.architecture.layers)
     if budget.ratio is None:
         used = budget_share(budget, dense.measurement, side.measurement)
         limit: float | None = budget.limit_seconds(dense_seconds=dense.seconds)
         predicted: float | None = cost / dense_cost * dense.seconds
     else:
-        used, limit, predicted = cost / goal.target.limit, None, None
+        share = cost / goal.target.limit
+        used, limit, predicted = Interval(value=share, low=share, high=share), None, None
     return PruneResult(
-        status="estimated" if is_estimate else "kept" if used <= 1.0 else "missed",
-        budget_used=used,
+        status=verdict(used, statuses if budget.ratio is None else statuses - {"contended"}),  # weights are counted
+        budget_used=used.value,
+        budget_interval=used if budget.ratio is None and not is_estimate else None,
         target=options.target,
         backend=options.backend,
         model=stages.source.name,
@@ -170,7 +179,7 @@ def _result(
         dense=dense,
         pruned=side,
         speedup=ratio,
-        speedup_shown=ratio is not None and is_shown(ratio),
+        speedup_shown=ratio is not None and is_shown(ratio) and "contended" not in statuses,
         plan_digest=side.artifact.plan_digest,
         validation_kl=validation_kl,
         kl_without_recovery=shrunk.kl,

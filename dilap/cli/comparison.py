@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dilap.cli.result import PruneResult
+from dilap.cli.verdict import Verdict, percent, words
 from dilap.codec import decode, write_json, written_aside
 from dilap.methods import PUBLISHED_TOKENS, TRAINED
+from dilap.types import Interval
 
 # Rows of earlier versions know the torch model's quality alone, under names that did not say so.
 _OLD_NAMES = {
@@ -32,7 +34,7 @@ class Row:
     method: str
     budget: str
     error: str | None = None
-    status: str | None = None
+    status: Verdict | None = None
     measurement: str | None = None
     seconds: float | None = None
     seconds_ci: tuple[float, float] | None = None
@@ -55,6 +57,7 @@ class Row:
     pruning_peak_memory_bytes: int | None = None
     calibration_tokens: int | None = None
     notes: tuple[str, ...] = ()
+    budget_used_ci: tuple[float, float] | None = None
 
     @property
     def kl(self) -> float:
@@ -81,6 +84,7 @@ def row_of(result: PruneResult) -> Row:
         pruning_peak_memory_bytes=result.pruning_peak_memory_bytes,
         calibration_tokens=text["train_sequences"] * text["sequence_length"],
         notes=result.all_notes,
+        budget_used_ci=(result.share.low, result.share.high),
     )
 
 
@@ -128,8 +132,9 @@ def _csv(rows: Sequence[Row]) -> str:
     table = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     table.writeheader()
     for row in rows:
-        interval = None if row.seconds_ci is None else f"{row.seconds_ci[0]}-{row.seconds_ci[1]}"
-        table.writerow({**asdict(row), "seconds_ci": interval, "notes": "; ".join(row.notes)})
+        found = {name: getattr(row, name) for name in ("seconds_ci", "budget_used_ci")}
+        texts = {name: None if ends is None else f"{ends[0]}-{ends[1]}" for name, ends in found.items()}
+        table.writerow({**asdict(row), **texts, "notes": "; ".join(row.notes)})
     return text.getvalue()
 
 
@@ -188,13 +193,12 @@ def _rank(row: Row) -> tuple[float, float]:
 
 
 def _line(row: Row) -> str:
-    remark = {"missed": " MISSED", "estimated": " ESTIMATED"}.get(row.status or "", "")
     mark = "" if row.measurement in (None, "ok", "estimated") else f" ({row.measurement})"
     cells = [
         row.method,
         _scaled(row.seconds, 1e-3, 2) + mark,
         "" if row.seconds_ci is None else "-".join(_scaled(bound, 1e-3, 2) for bound in row.seconds_ci),
-        f"{row.budget_used or 0:.1%}{remark}",
+        _used(row),
         _number(row.torch_kl_before, 3),
         _number(row.torch_kl, 3),
         *_quality_cells(row),
@@ -217,6 +221,15 @@ def _quality_cells(row: Row) -> list[str]:
 def _scaled(value: float | None, unit: float, digits: int, name: str = "") -> str:
     """Empty where it is not known."""
     return "" if value is None else f"{value / unit:.{digits}f}{name}"
+
+
+def _used(row: Row) -> str:
+    """The share of the budget, and how it stands where it was not shown to be kept."""
+    used = row.budget_used or 0.0
+    low, high = row.budget_used_ci or (used, used)
+    share = Interval(value=used, low=low, high=high)
+    remarks = {"missed": " MISSED", "estimated": " ESTIMATED", "uncertain": f" ({words('uncertain', share)})"}
+    return f"{percent(share)}{remarks.get(row.status or '', '')}"
 
 
 def _number(value: float | None, digits: int) -> str:

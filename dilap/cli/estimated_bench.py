@@ -53,8 +53,6 @@ class EstimatedBench(Bench):
         dense: Path,
         architecture: Architecture,
         path: Path,  # noqa: ARG002
-        *,
-        final: bool = False,  # noqa: ARG002
     ) -> list[Measurement]:
         whole = self.read_artifact(dense.parent).architecture
         return [*self.measure([dense]), self._prediction(whole, architecture, sha256="")]

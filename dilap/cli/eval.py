@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dilap import intervals
 from dilap.backends import host
 from dilap.cli import arguments, console
 from dilap.cli.console import Console
@@ -268,7 +269,7 @@ def _cost_lines(costs: Costs) -> list[str]:
     for phase in (costs.decode, costs.prefill):
         line = f"{phase.workload.describe()}: {phase.flops / 1e9:.3f} GFLOP, {phase.bytes_moved / 1e6:.1f} MB moved"
         if phase.measurement is not None:
-            found = phase.measurement.interval()
+            found = intervals.latency(phase.measurement)
             line += (
                 f", {found.value * 1e3:.2f} ms [{found.low * 1e3:.2f}, {found.high * 1e3:.2f}], memory"
                 f" {_megabytes(phase.average_memory_bytes)} on average, at most"

@@ -123,7 +123,7 @@ def _command() -> int:
         console.show_json(result.summary(done) | {"out": str(out)})
     else:
         console.show(f"{result.table(done)}\n\neverything is in {out}")
-    return 1 if done.status == "missed" else 0
+    return 1 if done.status in ("missed", "uncertain") else 0
 
 
 def _budget(given: argparse.Namespace) -> Budget:

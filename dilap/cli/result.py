@@ -4,12 +4,14 @@ import platform
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dilap import __version__
+from dilap.cli.verdict import Verdict, percent, words
 from dilap.codec import decode, read_json
 from dilap.errors import InvalidInput
-from dilap.types import Architecture, Artifact, Budget, Interval, Measurement, Workload
+from dilap.profilers.profiler import is_shown
+from dilap.types import Architecture, Artifact, Budget, Interval, Measurement, Statistic, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class PlainDefaults:
     dense: Measurement
     pruned: Measurement
     speedup: Interval
-    budget_used: float | None
+    budget_used: Interval | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ class PruneResult:
     """Everything that a run claims, with what it rests on. What is `*_without_recovery` is of the torch model; an
     estimate has no intervals and no speed-up."""
 
-    status: Literal["kept", "missed", "estimated"]
+    status: Verdict
     budget_used: float
     target: str
     backend: str
@@ -103,6 +105,29 @@ class PruneResult:
     pruning_peak_memory_bytes: int | None = None
     method_facts: dict[str, Any] = field(default_factory=dict)
     plain: PlainDefaults | None = None  # where the configuration measured is another
+    budget_interval: Interval | None = None  # of the share used, where it is measured
+
+    @property
+    def share(self) -> Interval:
+        """Of the budget; with the width 0 where it is exact, as weights are, or comes from an earlier version."""
+        used = self.budget_used
+        return self.budget_interval or Interval(value=used, low=used, high=used)
+
+    @property
+    def verdict(self) -> str:
+        """The status as people read it."""
+        return words(self.status, self.share)
+
+    @property
+    def statistic(self) -> Statistic:
+        """Of the intervals and the speed-up: the budget's; earlier versions knew those of medians alone."""
+        return "p50" if self.budget_interval is None else self.budget.statistic
+
+    @property
+    def why_not_shown(self) -> str:
+        """Of a speed-up that is not."""
+        crosses = self.speedup is None or not is_shown(self.speedup)
+        return "the interval includes 1" if crosses else "other processes used the cores"
 
     @property
     def is_estimate(self) -> bool:
@@ -110,8 +135,8 @@ class PruneResult:
 
     @property
     def share_of_dense(self) -> float:
-        """The pruned latency as a share of the dense one: paired by rounds where it was measured and is a median."""
-        if self.speedup is None or self.is_estimate or self.budget.statistic != "p50":
+        """The pruned latency as a share of the dense one: paired where it was measured."""
+        if self.speedup is None or self.is_estimate or self.statistic != self.budget.statistic:
             return self.pruned.seconds / self.dense.seconds
         return 1 / self.speedup.value
 
@@ -197,18 +222,18 @@ def table(result: PruneResult) -> str:
 
 
 def _of_dense(result: PruneResult, dense: float, pruned: float, speedup: Interval | None) -> str:
-    """Rounds pair medians; a p90 and an estimate are no such ratio."""
-    if speedup is None or result.budget.statistic != "p50":
+    """Rounds pair medians, starts pair p90s; an estimate is not paired."""
+    if speedup is None or result.statistic != result.budget.statistic:
         return f"{pruned / dense:.1%}"
-    return f"{1 / speedup.value:.1%} paired"
+    return f"{1 / speedup.value:.1%}{' paired' * (result.statistic == 'p50')}"
 
 
 def _interval_rows(result: PruneResult) -> list[tuple[str, str, str, str]]:
-    """Of the medians; an estimate has none."""
+    """An estimate has none."""
     low, high = result.dense.interval, result.pruned.interval
     if low is None or high is None or result.is_estimate:
         return []
-    name = "95 % interval" if result.budget.statistic == "p50" else "95 % interval of p50"
+    name = "95 % interval" if result.statistic == result.budget.statistic else "95 % interval of p50"
     return [(name, _ms_interval(low), _ms_interval(high), "")]
 
 
@@ -224,8 +249,8 @@ def _speedup_line(result: PruneResult) -> list[str]:
     found = result.speedup
     if found is None or result.is_estimate:
         return []
-    shown = "" if result.speedup_shown else "  (not shown: the interval includes 1)"
-    return [f"speed-up {found.value:.3f}x [{found.low:.3f}, {found.high:.3f}]{shown}"]
+    remark = "" if result.speedup_shown else f"  (not shown: {result.why_not_shown})"
+    return [f"speed-up {found.value:.3f}x [{found.low:.3f}, {found.high:.3f}]{remark}"]
 
 
 def _quality_lines(result: PruneResult) -> list[str]:
@@ -243,16 +268,15 @@ def _quality_lines(result: PruneResult) -> list[str]:
 
 
 def _verdict(result: PruneResult) -> str:
-    verdict = {"kept": "kept", "missed": "MISSED", "estimated": "ESTIMATED, measured on no device"}[result.status]
     if result.limit_seconds is None or result.predicted_seconds is None:
         counted = "kept" if result.budget_used <= 1 else "MISSED"  # weights are counted, whatever is known of seconds
-        estimated = f"; latency {verdict}" if result.is_estimate else ""
+        estimated = f"; latency {result.verdict}" if result.is_estimate else ""
         return (
             f"pruning {result.budget}: {counted}, {result.budget_used:.1%} of the weights it leaves are used{estimated}"
         )
     return (
-        f"budget {result.budget} = {result.limit_seconds * 1e3:.2f} ms: {verdict}, "
-        f"{result.budget_used:.1%} of it used (predicted {result.predicted_seconds / result.limit_seconds:.1%})"
+        f"budget {result.budget} = {result.limit_seconds * 1e3:.2f} ms: {result.verdict}, "
+        f"{percent(result.share)} of it used (predicted {result.predicted_seconds / result.limit_seconds:.1%})"
     )
 
 
@@ -262,7 +286,7 @@ def _configuration(result: PruneResult) -> list[str]:
     if (plain := result.plain) is not None:
         dense, pruned = (one.seconds(result.budget.statistic) for one in (plain.dense, plain.pruned))
         of_dense = _of_dense(result, dense, pruned, plain.speedup)
-        share = "" if plain.budget_used is None else f", {plain.budget_used:.1%} of such a budget"
+        share = "" if plain.budget_used is None else f", {percent(plain.budget_used)} of such a budget"
         lines.append(
             f"in the runtime's plain defaults ({plain.dense.workload.configuration}): dense {dense * 1e3:.2f} ms"
             f"{plain.dense.mark}, pruned {pruned * 1e3:.2f} ms{plain.pruned.mark}, {of_dense}{share}"
@@ -303,8 +327,11 @@ def summary(result: PruneResult) -> dict[str, Any]:
     dense, pruned = result.dense, result.pruned
     return {
         "status": result.status,
+        "verdict": result.verdict,
         "budget": str(result.budget),
         "budget_used": result.budget_used,
+        "budget_used_low": result.share.low,
+        "budget_used_high": result.share.high,
         "limit_seconds": result.limit_seconds,
         "dense_seconds": dense.seconds,
         "pruned_seconds": pruned.seconds,

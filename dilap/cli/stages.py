@@ -15,6 +15,7 @@ from dilap.cli.bench import Bench, kept_configuration
 from dilap.cli.console import Console
 from dilap.cli.estimated_bench import EstimatedBench
 from dilap.cli.inputs import code_sha256
+from dilap.cli.verdict import percent
 from dilap.cli.workspace import Workspace
 from dilap.codec import decode, digest, encode, read_json, write_json
 from dilap.errors import Infeasible, Mismatch
@@ -31,13 +32,18 @@ from dilap.pruned_file import load_pruned, save_pruned
 from dilap.recover import RecoveryOptions
 from dilap.source import Source
 from dilap.space import Space, WidthRules
-from dilap.target import Target, uses_well
+from dilap.target import Target
 from dilap.teacher import Teacher
 from dilap.tensor_file import load_tensors, save_tensors
 from dilap.text import Calibration, CalibrationOptions, calibration
 from dilap.types import Architecture, Artifact, Budget, Measurement, Plan, Workload, full_plan
 
-_AIM = 0.985  # of the limit: a table is right to 1-2 %, and a budget missed by 0.1 % is missed
+# Of the limit: a table is right to 1-2 %, and the upper end of the interval of what a plan uses, which has to keep the
+# budget, lies about 0.8 % above the plan's own share.
+AIM = 0.975
+# Of the budget, given away at most for what the measurement of a plan leaves open: noise beyond that is a device's
+# fault that no smaller plan should pay for, and the result will say so.
+_MOST_ALLOWED_FOR = 0.02
 _MAX_TABLE_ERROR = 0.10
 _MEASURE = "latency of the plans found"  # inside the pruning stage
 
@@ -188,17 +194,17 @@ class Stages:
         if limit >= dense_seconds:
             self.console.say("the dense model already keeps this budget: nothing to prune, nothing written")
             return None
-        if fastest > _AIM * limit:
+        if fastest > AIM * limit:
             raise Infeasible(
                 f"budget {budget} ({limit * 1e3:.2f} ms) is below the fastest reachable {fastest * 1e3:.2f} ms, "
                 f"{fastest / dense_seconds:.0%} of dense: take a larger budget, a smaller --precision, --layout free "
                 "or a smaller model"
             )
         target = Target(
-            limit=_AIM * limit / scale,
+            limit=AIM * limit / scale,
             predict=costs.predict,
             measure=lambda architecture: self._share_used(architecture, dense),
-            aim=_AIM,
+            aim=AIM,
         )
         return Goal(
             space=space,
@@ -310,22 +316,18 @@ class Stages:
         return folder / f"own-{code_sha256(name)[:16]}" if ":" in name else folder
 
     def _share_used(self, architecture: Architecture, dense: Artifact) -> float:
-        """Measured share of the budget, kept for a run that goes on; nothing is corrected on a quick measurement.
+        """The share of the budget that an architecture uses, measured as for the proof: the interval's upper end.
 
-        Latency does not depend on the weights' values, so a random model of that shape is measured.
+        Kept for a run that goes on. Latency does not depend on the weights' values, so a random model of that shape is
+        measured.
         """
-        stem, used = f"widths-{digest(asdict(architecture))[:16]}", 0.0
-        for name, final in ((stem, False), (f"{stem}-again", True)):
-            path = self.workspace.common / f"{name}.json"
-            with self.workspace.stage(_MEASURE):
-                both = self.bench.measure_widths(self.workspace.dense / dense.path, architecture, path, final=final)
-            require_measured(both[0], dense, source=str(path))
-            used = budget_share(self.options.budget, *both)
-            words = f"{self.bench.measured}{' again' * final}: {used:.1%} of the budget{both[-1].mark}"
-            self.console.say(f"this plan, {words}")
-            if uses_well(used):
-                break
-        return used
+        path = self.workspace.common / f"measured-{digest(asdict(architecture))[:16]}.json"
+        with self.workspace.stage(_MEASURE):
+            both = self.bench.measure_widths(self.workspace.dense / dense.path, architecture, path)
+        require_measured(both[0], dense, source=str(path))
+        used = budget_share(self.options.budget, *both)
+        self.console.say(f"this plan, {self.bench.measured}: {percent(used)} of the budget{both[-1].mark}")
+        return min(used.high, used.value + _MOST_ALLOWED_FOR)
 
 
 def require_measured(measurement: Measurement, artifact: Artifact, *, source: str) -> None:

@@ -101,7 +101,7 @@ def _latency_words(rows: Sequence[Mapping[str, Any]]) -> str:
     if len(estimated) == len(rows):
         return "Every run at its latency as it is estimated from published numbers: nothing was measured on a device."
     some = f" Estimated and measured on no device: {', '.join(estimated)}." if estimated else ""
-    return f"Every run at its latency measured on the device (lines: 95 % interval of the median).{some}"
+    return f"Every run at its latency measured on the device (lines: 95 % interval).{some}"
 
 
 def _quality_words(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from dilap import __version__
 from dilap.cli.result import PruneResult
+from dilap.cli.verdict import percent
 from dilap.errors import Unavailable
 from dilap.report.figure import Figure
 from dilap.report.inputs import Run
@@ -65,11 +66,12 @@ def _claim(run: Run) -> dict[str, str]:
     result, quality = run.result, run.result.pruned.quality
     in_torch = " (torch)" if quality.through == "torch" else ""
     asked = str(result.budget) if result.budget.ratio is not None else f"budget {result.budget}"
+    stands = f"{asked} {result.verdict}, {percent(result.share)} of it used"
     return {
         "run": run.name,
         "status": result.status,
         "headline": _headline(result),
-        "detail": f"{_interval(result)}KL {quality.kl:.2f}{in_torch}; {asked} {result.status}",
+        "detail": f"{_interval(result)}KL {quality.kl:.2f}{in_torch}; {stands}",
     }
 
 

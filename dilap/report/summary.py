@@ -11,11 +11,11 @@ from dilap.report.inputs import Contents, Run
 
 @dataclass(frozen=True, kw_only=True)
 class SummaryRow:
-    """One model. `of_dense` is its share of the dense model's latency, paired by rounds; memory and files are in bytes.
+    """One model. `of_dense` is its share of the dense model's latency, paired; memory and files are in bytes.
 
-    `seconds` is the `statistic` of the budget, `seconds_low` and `seconds_high` are of the median. `measurement` says
-    what must stand beside the latency: whether it is noisy, contended, forced or only estimated; an estimate has no
-    intervals and no memory.
+    `seconds` is the `statistic` of the budget, with its 95 % interval (earlier versions know the median's alone, which
+    is left out beside a p90). `verdict` is the status in words. `measurement` says what must stand beside the latency:
+    whether it is noisy, contended, forced or only estimated; an estimate has no intervals and no memory.
 
     `kl` and `perplexity` are of the artifact, read through `quality_through`. Where that says `torch`, they are of the
     torch model in floats, as `torch_*` are.
@@ -32,7 +32,10 @@ class SummaryRow:
     of_dense: float
     of_dense_low: float | None
     of_dense_high: float | None
+    verdict: str
     budget_used: float | None
+    budget_used_low: float | None
+    budget_used_high: float | None
     kl: float
     perplexity: float
     quality_through: str
@@ -77,7 +80,8 @@ def _row(run: Run, side: Side, evaluation: Evaluation | None, *, is_dense: bool)
     precision, cache_bits = workload.precision, CACHE_BITS[result.backend]
     measurement = side.measurement
     share = (1.0, 1.0, 1.0) if is_dense else _share(result)
-    interval = None if measurement.status == "estimated" else side.interval
+    is_known = measurement.status != "estimated" and result.statistic == result.budget.statistic
+    interval = side.interval if is_known else None
     return SummaryRow(
         run="dense" if is_dense else run.name,
         method="none" if is_dense else result.method,
@@ -90,7 +94,10 @@ def _row(run: Run, side: Side, evaluation: Evaluation | None, *, is_dense: bool)
         of_dense=share[0],
         of_dense_low=share[1],
         of_dense_high=share[2],
+        verdict="" if is_dense else result.verdict,
         budget_used=None if is_dense else result.budget_used,
+        budget_used_low=None if is_dense else result.share.low,
+        budget_used_high=None if is_dense else result.share.high,
         kl=side.quality.kl,
         perplexity=side.quality.perplexity,
         quality_through=side.quality.through,
@@ -112,7 +119,7 @@ def _row(run: Run, side: Side, evaluation: Evaluation | None, *, is_dense: bool)
 
 
 def _share(result: PruneResult) -> tuple[float, float | None, float | None]:
-    found = None if result.is_estimate or result.budget.statistic != "p50" else result.speedup
+    found = None if result.is_estimate or result.statistic != result.budget.statistic else result.speedup
     if found is None:
         return result.share_of_dense, None, None
     return result.share_of_dense, 1 / found.high, 1 / found.low

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from dilap import intervals
 from dilap.cli.result import PruneResult
 from dilap.evaluation.document import Evaluation, PhaseCosts
 from dilap.report.figure import Cell, Figure
@@ -43,8 +44,8 @@ def latency_words(rows: Sequence[SummaryRow]) -> str:
     names = " and ".join(dict.fromkeys({"p50": "median", "p90": "p90"}[row.statistic] for row in rows))
     some = f"; (estimated): {estimated}" if any(row.is_estimate for row in rows) else ""
     return (
-        f"Latency is the {names} measured on the device, with the median's 95 % interval; a median's share of the "
-        f"dense model's is paired by rounds{some}."
+        f"Latency is the {names} measured on the device, with its 95 % interval; its share of the dense model's is "
+        f"paired by rounds, that of a p90 by starts{some}."
     )
 
 
@@ -58,12 +59,12 @@ def quality_words(rows: Sequence[SummaryRow]) -> str:
 
 
 def _summary_cells(row: SummaryRow) -> list[str]:
-    missed = " (missed)" if row.status == "missed" else ""
+    stands = "" if row.status in ("", "kept") else f" ({row.verdict})"
     in_torch = " (torch)" if row.quality_through == "torch" else ""
     return [
         row.run,
         row.method,
-        row.budget + missed,
+        row.budget + stands,
         _summary_latency(row),
         f"{row.of_dense:.1%}",
         f"{row.kl:.3f}{in_torch}",
@@ -83,8 +84,7 @@ def _summary_latency(row: SummaryRow) -> str:
     statistic = "" if row.statistic == "p50" else f"{row.statistic} "
     if row.seconds_low is None or row.seconds_high is None:
         return f"{statistic}{row.seconds * 1e3:.2f} ms{mark}"
-    interval = f"[{row.seconds_low * 1e3:.2f}, {row.seconds_high * 1e3:.2f}]"
-    return f"{statistic}{row.seconds * 1e3:.2f} ms {'median ' * bool(statistic)}{interval}{mark}"
+    return f"{statistic}{row.seconds * 1e3:.2f} ms [{row.seconds_low * 1e3:.2f}, {row.seconds_high * 1e3:.2f}]{mark}"
 
 
 def figure_table(figure: Figure) -> Table:
@@ -157,7 +157,7 @@ def _phase_cells(phase: PhaseCosts) -> list[str]:
     counted = [phase.workload.describe(), f"{phase.flops / 1e9:.2f} G", _megabytes(phase.bytes_moved)]
     if (measurement := phase.measurement) is None:
         return [*counted, "", "", "", "not measured"]
-    measured = [_latency(measurement.interval()), _megabytes(phase.average_memory_bytes)]
+    measured = [_latency(intervals.latency(measurement)), _megabytes(phase.average_memory_bytes)]
     said = "; ".join([measurement.words, *measurement.caveats])
     return [*counted, *measured, _megabytes(phase.peak_memory_bytes), said]
 
@@ -267,8 +267,10 @@ def notes(contents: Contents) -> list[str]:
 def _run_notes(run: Run) -> list[str]:
     result = run.result
     found = [*result.all_notes, *(() if run.table is None else run.table.caveats())]
+    if result.status == "uncertain":
+        found.insert(0, f"budget {result.budget} {result.verdict}")
     if not result.speedup_shown and not result.is_estimate:
-        found.append("the interval of its speed-up includes 1")
+        found.append(f"no speed-up is shown: {result.why_not_shown}")
     if reason := result.pruned.quality.reason:
         found.append(f"its KL and perplexity are of the torch model in floats, not of the artifact: {reason}")
     return list(dict.fromkeys(found))
