@@ -49,11 +49,11 @@ Prune = Callable[..., Path]
 
 @pytest.fixture
 def pruned(fake_device: None, checkpoint: Path, corpus: Path, tmp_path: Path) -> Prune:
-    def made(*arguments: str) -> Path:
+    def made(*arguments: str, code: int = 0) -> Path:
         target = () if "--target" in arguments else ("--target", "host_cpu")
         text = ("--calib", corpus, "--eval-text", corpus, "--method", "magnitude")
         out = tmp_path / "run"
-        assert call(prune.main, *target, "--model", checkpoint, *text, "--out", out, *FAST, *arguments) == 0
+        assert call(prune.main, *target, "--model", checkpoint, *text, "--out", out, *FAST, *arguments) == code
         return out
 
     return made
@@ -75,7 +75,7 @@ def test_a_run_says_it_in_every_format(
 ) -> None:
     changes, word, reason = STATES[state]
     in_state(monkeypatch, changes)
-    run = pruned("--budget", "70%")
+    run = pruned("--budget", "70%", code=int(state == "contended"))  # from which nothing is claimed
     said = capsys.readouterr()
     assert f" ms ({word})" in said.err  # the dense model's, before the search
     for printed in (said.out, shown(run, capsys, "--markdown", "-")):
