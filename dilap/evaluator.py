@@ -60,9 +60,11 @@ class Evaluator:
 
 
 def _read_kls(path: Path) -> torch.Tensor:
-    found = parse_json(read_text(path), source=str(path))
-    source = f"{path}: damaged journal entry, remove the file and run again"
-    return torch.tensor(checked(tuple[float, ...], found, source=source))
+    try:
+        found = parse_json(read_text(path), source=str(path))
+        return torch.tensor(checked(tuple[float, ...], found, source=str(path)))
+    except InvalidInput as error:
+        raise InvalidInput(f"damaged journal entry ({error}); remove the file and run again") from error
 
 
 def _read_curvature(path: Path) -> Curvature:

@@ -358,7 +358,7 @@ def test_a_table_of_something_else_is_refused(
 def test_a_table_without_held_out_plans_makes_no_claim(
     checkpoint: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench = Bench.of([devices.get("host_cpu")], "llamacpp", Workload(threads=1), Console())
+    bench = Bench.of([devices.get("host_cpu")], "llamacpp", Workload(threads=1, context=64), Console())
     table = fabricated_table(read_architecture(checkpoint), bench.workload)
     header = replace(table.header, fingerprint=bench.profiler.fingerprint())
     entries = tuple(one for one in table.entries if one.role != "holdout")

@@ -99,11 +99,12 @@ def test_a_file_that_changes_before_it_is_measured_is_one_line(
 
     def changed(self: FakeBench, cases: Sequence[Case], *, final: bool = False) -> list[Measurement]:
         found = measure(self, cases, final=final)
-        return [replace(one, artifact_sha256="f" * 64) for one in found] if final else found
+        is_claim = any(case.path.parent.name == "artifact" for case in cases)
+        return [replace(one, artifact_sha256="f" * 64) for one in found] if is_claim else found
 
     monkeypatch.setattr(FakeBench, "measure_cases", changed)
     assert prune_tiny(checkpoint, corpus, tmp_path / "run") == 2
-    assert "changed between scoring" in last_line(capsys)
+    assert "measured was a file of sha256 ffffffffffff, exported model.gguf" in last_line(capsys)
 
 
 def test_a_comparison_reads_the_dense_file_once(
