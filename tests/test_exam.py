@@ -16,7 +16,7 @@ from dilap import backends
 from dilap.backends import readers
 from dilap.cli import compare, exam, prune, result
 from dilap.codec import decode, read_json, write_json
-from dilap.errors import Unsupported
+from dilap.errors import Crashed, Unsupported
 from dilap.evaluation.scoring import beside_teacher
 from dilap.evaluation.subject import open_subject
 from dilap.evaluation.text_quality import compare as beside
@@ -86,6 +86,17 @@ def test_what_cannot_be_read_here_has_torchs_quality_and_the_reason(
     assert (
         "of the torch models in floats, not of the artifacts (llamacpp artifacts run on their device alone" in printed
     )
+
+
+def test_a_runtime_that_dies_while_it_reads_costs_the_run_its_numbers_alone(
+    checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dying(*_: object, **__: object) -> None:
+        raise Crashed("llamacpp died of a segmentation fault")
+
+    monkeypatch.setattr("dilap.cli.exam.open_reader", dying)
+    assert prune_tiny(checkpoint, corpus, tmp_path / "run") == 0
+    assert "not of the artifacts (llamacpp died of a segmentation fault)" in result.table(read(tmp_path / "run"))
 
 
 def test_a_file_that_changes_before_it_is_measured_is_one_line(

@@ -10,7 +10,6 @@ from dilap.cli.result import PlainDefaults, PruneResult, Quality, Side, caveats,
 from dilap.cli.stages import Goal, Stages, require_measured
 from dilap.cli.verdict import verdict
 from dilap.codec import encode, remove, write_json
-from dilap.errors import Mismatch
 from dilap.evaluation.subject import require_unchanged
 from dilap.methods.method import Pruned
 from dilap.profilers.profiler import Case, budget_share, is_shown, speedup
@@ -115,12 +114,6 @@ def _recover_(stages: Stages, lessons: Teacher) -> tuple[float, ...]:
 def _side(
     stages: Stages, artifact: Artifact, measurement: Measurement, quality: Quality, torch_quality: Quality
 ) -> Side:
-    """Raises Mismatch where the file that was scored is not the one that was measured."""
-    if quality.artifact_sha256 != measurement.artifact_sha256:
-        raise Mismatch(
-            f"{artifact.path} changed between scoring ({quality.artifact_sha256[:12]}) and measuring "
-            f"({measurement.artifact_sha256[:12]}): remove the run's folder and run again"
-        )
     return Side(
         artifact=artifact,
         measurement=measurement,

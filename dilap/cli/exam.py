@@ -12,7 +12,7 @@ from dilap.backends.readers import open_reader
 from dilap.cli.result import Quality, versions
 from dilap.cli.stages import Stages
 from dilap.codec import decode, digest, encode, read_json, write_json
-from dilap.errors import Unavailable, Unsupported
+from dilap.errors import Crashed, Unavailable, Unsupported
 from dilap.evaluation.scoring import beside_teacher
 from dilap.evaluation.subject import require_unchanged
 from dilap.teacher import Scores, Teacher, head_of
@@ -56,14 +56,15 @@ class Exam:
     def of_artifact(self, stages: Stages, folder: Path, artifact: Artifact, *, in_torch: Quality) -> Quality:
         """Of the very file that ships, read through its runtime on this machine; asked once for each file.
 
-        A file that only its device can read has the torch model's numbers instead, with the reason.
+        A file that only its device can read, or of which the runtime dies, has the torch model's numbers instead, with
+        the reason: hours of pruning are not lost for it.
         """
         require_unchanged(folder, artifact)
         path = stages.workspace.common / f"quality-{self._key(stages, artifact)}.json"
         if not path.exists():
             try:
                 write_json(path, encode(self._read(stages, folder, artifact)))
-            except (Unavailable, Unsupported) as error:
+            except (Crashed, Unavailable, Unsupported) as error:
                 return replace(in_torch, reason=str(error), artifact_sha256=artifact.sha256)
         return decode(Quality, read_json(path), source=str(path))
 
