@@ -274,12 +274,12 @@ def test_full_disk_is_one_line_and_nothing_is_left(
     assert not list(tmp_path.iterdir())
 
 
-def test_other_write_error_is_passed_on(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_write_error_is_one_line_that_names_the_folder(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise OSError(errno.EIO, "input/output error")
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", broken)
-    with pytest.raises(OSError, match="input/output error"):
+    with pytest.raises(InvalidInput, match=r"out cannot be written: Input/output error"):
         export(tiny_model("llama"), tokenizer, tmp_path / "out")
 
 
