@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dilap.backends import MAX_READ_TOKENS, Capabilities
 from dilap.backends.llamacpp_build import cmake_args_here
 from dilap.errors import InvalidInput, Unsupported
+from dilap.gguf_header import read_header
 from dilap.types import Workload
 
 # Its flash attention takes 18 % longer for a token of SmolLM2-135M with 256 before it (AMX Xeon, two threads); repacked
@@ -268,6 +269,7 @@ def _setting(workload: Workload, switch: str) -> str:
 def _load_model(path: Path, *, repack: bool = True) -> Any:
     if not path.is_file():
         raise InvalidInput(f"{path}: no such file")
+    read_header(path)  # llama.cpp takes a damaged header's word for counts
     _library().llama_log_set(_log_callback(), None)
     params = _library().llama_model_default_params()
     params.load_mode = _library().LLAMA_LOAD_MODE_MMAP  # one file open twice shares its pages

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import transformers
-from gguf import GGUFReader
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -25,8 +24,10 @@ from transformers.utils import cached_file
 from dilap.anatomy import family_of, model_digest, require_finite
 from dilap.builtin import DEFAULT_MODEL, builtin_model
 from dilap.codec import written_aside
-from dilap.errors import DilapError, InvalidInput, Unavailable, Unsupported, reason_of
+from dilap.errors import InvalidInput, Unavailable, Unsupported
+from dilap.gguf_header import read_header
 from dilap.modeling_dilap import PRUNED_CLASSES
+from dilap.pretrained import from_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +77,9 @@ def checkpoint_of(path: Path) -> Path:
 
 def _read(name: str, folder: str, arguments: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     # A checkpoint's own code is never run: pruned checkpoints load with the classes that their code is a copy of.
-    arguments = {**arguments, "trust_remote_code": False}
     keep = {key: value for key, value in arguments.items() if key != "dtype"}
     try:
-        config = AutoConfig.from_pretrained(folder, **keep)
+        config = from_pretrained(AutoConfig, folder, **keep)
         family_of(config)  # the clear errors, before gigabytes are read
         _require_known_functions(config, name=name)
         tokenizer = load_tokenizer(folder, **keep)
@@ -87,12 +87,10 @@ def _read(name: str, folder: str, arguments: dict[str, Any]) -> tuple[PreTrained
         loader = PRUNED_CLASSES[config.model_type] if pruned else AutoModelForCausalLM
         # tensors of other sizes are told below: the loader's own error names none of them
         arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, report = loader.from_pretrained(folder, **arguments)
-    except DilapError:
-        raise
-    except Exception as error:  # the loaders raise dozens of types for damaged files
+        model, report = from_pretrained(loader, folder, **arguments)
+    except InvalidInput as error:
         kind = InvalidInput if Path(folder).is_dir() else Unavailable
-        raise kind(f"model {name!r} cannot be loaded: {reason_of(error)}") from error
+        raise kind(f"model {name!r} cannot be loaded: {error}") from error
     for tensor, found, wanted in sorted(report["mismatched_keys"]):
         raise InvalidInput(f"model {name!r}: {_words_of_sizes(tensor, found, wanted, config)}")
     if missing := sorted(report["missing_keys"]):
@@ -106,14 +104,12 @@ def _read(name: str, folder: str, arguments: dict[str, Any]) -> tuple[PreTrained
 
 def load_tokenizer(folder: str | Path, *, gguf_file: str | None = None, **arguments: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, a hub id or a GGUF file in `folder`, which is split as its pre-tokenizer says:
-    transformers reads SmolLM's without the rule that digits stand alone. Raises what transformers raises."""
-    arguments = arguments if gguf_file is None else {**arguments, "gguf_file": gguf_file}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
-    if gguf_file is not None:
-        field = GGUFReader(Path(folder) / gguf_file).fields.get("tokenizer.ggml.pre")
-        if field is not None and field.contents() == "smollm":
-            parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    transformers reads SmolLM's without the rule that digits stand alone. Raises InvalidInput."""
+    tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, folder, gguf_file=gguf_file, **arguments)
+    metadata = {} if gguf_file is None else read_header(Path(folder) / gguf_file).metadata
+    if metadata.get("tokenizer.ggml.pre") == "smollm":
+        parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
     return tokenizer
 
 

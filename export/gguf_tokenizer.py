@@ -14,6 +14,7 @@ from dilap.backends.child import opened
 from dilap.errors import InvalidInput, Unsupported, VerificationFailed, reason_of
 from dilap.export.llamacpp import Gguf
 from dilap.export.text_samples import SAMPLES
+from dilap.pretrained import from_pretrained, require_sound_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -80,6 +81,9 @@ def read_tokenizer(source: Path, *, vocab_size: int) -> Tokenizer:
     model = document["model"]
     if model["type"] != "BPE":
         raise Unsupported(f"{source}: a {model['type']} tokenizer cannot be written to GGUF; BPE only")
+    last = max([*model["vocab"].values(), *(token["id"] for token in document["added_tokens"])], default=0)
+    if last >= vocab_size:
+        raise InvalidInput(f"the tokenizer has {last + 1} tokens, the model {vocab_size} embedding rows")
     if model.get("byte_fallback"):
         return _sentencepiece(document, reference).padded(vocab_size)
     return _with_pre_tokenizer(_byte_level(document, reference).padded(vocab_size), reference)
@@ -111,9 +115,9 @@ def _transformers_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     try:
-        reference = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        line = str(error).strip().partition("\n")[0]
+        reference: PreTrainedTokenizerFast = from_pretrained(AutoTokenizer, folder, local_files_only=True)
+    except InvalidInput as error:
+        line = str(error)
         if not (folder / "tokenizer.json").exists():
             line += " (there is no tokenizer.json; a tokenizer.model alone needs protobuf)"
         raise InvalidInput(f"{folder}: transformers cannot load a tokenizer from it: {line}") from error
@@ -140,6 +144,7 @@ def _texts(reference: "PreTrainedTokenizerFast") -> Iterator[str]:
 
 
 def _from_gguf(path: Path) -> Tokenizer:
+    require_sound_gguf(path)
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, OSError) as error:

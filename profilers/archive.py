@@ -12,6 +12,7 @@ MODULES = (
     "documents",
     "errors",
     "executorch_bindings",
+    "gguf_header",
     "printable",
     "registry",
     "sqnr",

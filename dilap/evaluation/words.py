@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dilap.backends.child import opened
 from dilap.errors import InvalidInput
 from dilap.export.llamacpp import Gguf
+from dilap.pretrained import from_pretrained
 
 
 class Words(Protocol):
@@ -37,10 +38,9 @@ class HuggingFaceWords:
     def read(cls, folder: Path) -> "HuggingFaceWords":
         """The tokenizer beside an artifact. Raises InvalidInput."""
         try:
-            return cls(AutoTokenizer.from_pretrained(folder, local_files_only=True))
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise InvalidInput(f"{folder}: the artifact has no tokenizer that transformers loads: {reason}") from error
+            return cls(from_pretrained(AutoTokenizer, folder, local_files_only=True))
+        except InvalidInput as error:
+            raise InvalidInput(f"{folder}: the artifact has no tokenizer that transformers loads: {error}") from error
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
