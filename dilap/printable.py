@@ -3,10 +3,14 @@
 As it comes, it can move the cursor, colour the screen, forge lines of ours, or fill a screen for minutes.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 MAX_LINE = 2000  # characters
+_MARKS = re.compile(r"[\\`*|~]|!(?=\[)|\](?=[(\[:])")
+_FORMULA = re.compile(r"\s*[=+\-@]")
+_NUMBER = re.compile(r"[+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?%?")
 
 
 def printable(text: str, *, width: int = MAX_LINE) -> str:
@@ -18,7 +22,26 @@ def printable(text: str, *, width: int = MAX_LINE) -> str:
 
 def printable_lines(text: str) -> str:
     """The same for every line of a text of ours."""
-    return "\n".join(printable(line) for line in text.split("\n"))
+    return joined(text.split("\n"))
+
+
+def joined(lines: Iterable[str]) -> str:
+    """Lines of a text of ours, in each of which anything may stand."""
+    return "\n".join(map(printable, lines))
+
+
+def markdown(text: str) -> str:
+    """As text inside Markdown: no tag, no link, no code, no end of a table's cell."""
+    shown = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _MARKS.sub(r"\\\g<0>", shown)
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: an apostrophe stands before a text that begins like one."""
+    if not isinstance(value, str):
+        return value
+    shown = printable(value)
+    return f"'{shown}" if _FORMULA.match(shown) and not _NUMBER.fullmatch(shown) else shown
 
 
 def printable_values(value: Any) -> Any:

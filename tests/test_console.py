@@ -12,7 +12,7 @@ import pytest
 
 from dilap.cli import console
 from dilap.errors import InvalidInput
-from dilap.printable import MAX_LINE, printable, printable_lines
+from dilap.printable import MAX_LINE, csv_cell, markdown, printable, printable_lines
 
 HOSTILE = "\x1b[2J\rok   device \x9b1m\u202e\ud800\n"
 
@@ -146,3 +146,36 @@ def test_what_is_said_is_one_line_on_the_screen_and_in_the_log(
     screen.say(f"device{HOSTILE}")
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert (tmp_path / "log.txt").read_text(encoding="utf-8").count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
+        ("a | b\n| c", r"a \| b\\n\| c"),
+        ("`code` *loud* ~~gone~~", r"\`code\` \*loud\* \~\~gone\~\~"),
+        ("[text](https://x) ![](https://x)", r"[text\](https://x) \![\](https://x)"),
+        ("12.0 ms [11.9, 12.1], wanda_sp", "12.0 ms [11.9, 12.1], wanda_sp"),
+    ],
+)
+def test_text_in_markdown_is_only_text(text: str, shown: str) -> None:
+    assert markdown(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("=cmd|' /C calc'!A0", "'=cmd|' /C calc'!A0"),
+        ("+1+cmd", "'+1+cmd"),
+        ("@SUM(1)", "'@SUM(1)"),
+        ("-x", "'-x"),
+        ("\t=1", "'\t=1"),
+        ("-0.5", "-0.5"),
+        ("+1e-3", "+1e-3"),
+        (-0.5, -0.5),
+        (None, None),
+        ("wanda_sp", "wanda_sp"),
+    ],
+)
+def test_no_cell_is_a_formula(value: object, shown: object) -> None:
+    assert csv_cell(value) == shown

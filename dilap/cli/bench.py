@@ -15,6 +15,7 @@ from dilap.cli.arguments import home_of, name_of
 from dilap.cli.console import Console
 from dilap.codec import decode, digest, encode, read_json, scratch_folder, write_json
 from dilap.errors import Unavailable
+from dilap.printable import joined
 from dilap.profilers.configuration import Configuration, MeasuredWorld, find_fastest
 from dilap.profilers.devices import Device
 from dilap.profilers.probes import build_table, default_levels
@@ -183,7 +184,7 @@ class Bench:
                 protocol=self._protocol(TABLE),
                 progress=show,
             )
-        self.console.say(describe_errors(table))
+        self.console.say_all(describe_errors(table))
         return table
 
     def read_table(self, path: Path, architecture: Architecture) -> LatencyTable:
@@ -195,7 +196,7 @@ class Bench:
             architecture=architecture,
             backend=self.backend.name,
         )
-        self.console.say(describe_errors(table))
+        self.console.say_all(describe_errors(table))
         return table
 
 
@@ -229,4 +230,4 @@ def describe_errors(table: LatencyTable) -> str:
         )
     else:
         said += "; it has no held-out plans yet"
-    return "\n".join([said, *model.caveats])
+    return joined([said, *model.caveats])

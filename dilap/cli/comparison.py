@@ -11,6 +11,8 @@ from dilap.cli.result import PruneResult
 from dilap.cli.verdict import Verdict, percent, words
 from dilap.codec import decode, write_json, written_aside
 from dilap.methods import PUBLISHED_TOKENS, TRAINED
+from dilap.printable import csv_cell
+from dilap.printable import markdown as in_markdown
 from dilap.types import Interval
 
 # Rows of earlier versions know the torch model's quality alone, under names that did not say so.
@@ -134,7 +136,8 @@ def _csv(rows: Sequence[Row]) -> str:
     for row in rows:
         found = {name: getattr(row, name) for name in ("seconds_ci", "budget_used_ci")}
         texts = {name: None if ends is None else f"{ends[0]}-{ends[1]}" for name, ends in found.items()}
-        table.writerow({**asdict(row), **texts, "notes": "; ".join(row.notes)})
+        cells = {**asdict(row), **texts, "notes": "; ".join(row.notes)}
+        table.writerow({name: csv_cell(value) for name, value in cells.items()})
     return text.getvalue()
 
 
@@ -176,7 +179,7 @@ def _quality_note(rows: Sequence[Row]) -> str:
 def _table(budget: str, rows: Sequence[Row]) -> str:
     done = sorted((row for row in rows if row.error is None), key=_rank)
     lines = [
-        f"Budget {budget}",
+        f"Budget {in_markdown(budget)}",
         "",
         "| method | ms | 95 % interval | budget used | torch KL before recovery | torch KL | KL | perplexity "
         "| parameters | FLOPs | peak memory | pruning took | and memory |",
@@ -185,7 +188,7 @@ def _table(budget: str, rows: Sequence[Row]) -> str:
     ]
     failed = [f"{row.method} failed: {row.error}" for row in rows if row.error is not None]
     caveats = [f"{row.method}: {note}" for row in done for note in row.notes]
-    return "\n".join([*lines, "", *(f"{line}\n" for line in (*failed, *caveats))])
+    return "\n".join([*lines, "", *(f"{in_markdown(line)}\n" for line in (*failed, *caveats))])
 
 
 def _rank(row: Row) -> tuple[float, float]:
@@ -208,7 +211,7 @@ def _line(row: Row) -> str:
         _scaled(row.pruning_seconds, 1, 0, " s"),
         _scaled(row.pruning_peak_memory_bytes, 1e9, 2, " GB"),
     ]
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(in_markdown, cells))} |"
 
 
 def _quality_cells(row: Row) -> list[str]:

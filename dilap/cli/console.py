@@ -40,6 +40,11 @@ class Console:
         if self._log is not None:
             self._write(self._log, line)
 
+    def say_all(self, text: str) -> None:
+        """A text of ours of several lines."""
+        for line in text.split("\n"):
+            self.say(line)
+
     def keep_traceback(self, error: BaseException) -> None:
         """Into the log, if `error` is none that a user can mend; a note on the error says where."""
         if self._log is not None and not isinstance(error, DilapError | OSError | KeyboardInterrupt):

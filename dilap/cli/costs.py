@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dilap.cli import console
+from dilap.printable import joined
 from dilap.profilers.estimate import METHOD as ESTIMATED
 from dilap.profilers.fit import LatencyModel
 
@@ -59,4 +60,4 @@ def text(model: LatencyModel) -> str:
         lines.append(
             f"{number:13}  {predicted * 1e3:12.2f}  {one.seconds * 1e3:11.2f}  {predicted / one.seconds - 1:+6.1%}"
         )
-    return "\n".join([*lines, *model.caveats])
+    return joined([*lines, *model.caveats])

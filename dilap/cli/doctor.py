@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dilap import backends
 from dilap.errors import DilapError
+from dilap.printable import printable
 from dilap.profilers import devices
 from dilap.profilers.devices import Device, Registry
 from dilap.profilers.preflight import find_problems
@@ -169,4 +170,4 @@ def _counted(what: str, times: int | None) -> str:
 
 
 def line(check: Check) -> str:
-    return f"{'ok  ' if check.usable else 'no  '}{check.kind:8}{check.name:14} {check.reason}"
+    return printable(f"{'ok  ' if check.usable else 'no  '}{check.kind:8}{check.name:14} {check.reason}")

@@ -14,6 +14,7 @@ from dilap.cli.result import versions
 from dilap.codec import decode, encode, read_json, write_json
 from dilap.errors import InvalidInput, Unavailable
 from dilap.evaluation.document import Costs, Evaluation, identity
+from dilap.printable import joined
 from dilap.profilers.devices import Device
 from dilap.types import MAX_THREADS, MAX_TOKENS, Workload
 
@@ -260,7 +261,7 @@ def report(done: Evaluation) -> str:
         ]
     if done.costs is not None:
         lines += ["", *_cost_lines(done.costs)]
-    return "\n".join(lines)
+    return joined(lines)
 
 
 def _cost_lines(costs: Costs) -> list[str]:

@@ -10,6 +10,7 @@ from dilap import __version__
 from dilap.cli.verdict import Verdict, percent, words
 from dilap.codec import decode, read_json
 from dilap.errors import InvalidInput
+from dilap.printable import joined
 from dilap.profilers.profiler import is_shown
 from dilap.types import Architecture, Artifact, Budget, Interval, Measurement, Statistic, Workload
 
@@ -206,7 +207,7 @@ def table(result: PruneResult) -> str:
         _bytes_row("file", dense.artifact.num_bytes, pruned.artifact.num_bytes),
         _bytes_row("peak memory", dense.measurement.peak_memory_bytes, pruned.measurement.peak_memory_bytes),
     ]
-    return "\n".join(
+    return joined(
         [
             f"{result.model} on {result.target}, {result.backend}, {result.workload.describe()}",
             "",

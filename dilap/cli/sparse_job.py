@@ -18,6 +18,7 @@ from dilap.context import require_sequences
 from dilap.errors import VerificationFailed
 from dilap.methods.barber import OWN, PUBLISHED, Barber, Granularity, decoder_matrices
 from dilap.methods.unstructured import RULES, Rule, require_matrices, sparsify_
+from dilap.printable import joined
 from dilap.source import Source, load, save_checkpoint
 from dilap.sparsity import Pattern
 from dilap.teacher import Teacher, perplexity
@@ -186,7 +187,7 @@ def _share_of_zeros(tensors: list[Any]) -> float:
 def table(result: SparseResult) -> str:
     """The result in a few lines."""
     rows = (("dense", result.dense), ("sparse", result.sparse))
-    return "\n".join(
+    return joined(
         [
             f"{result.model}, {result.method}, pattern {result.pattern}: {result.linear_sparsity:.2%} zeros in the "
             f"decoder layers' matrices, {result.model_sparsity:.2%} in the model",

@@ -10,6 +10,7 @@ from dilap.cli.result import PruneResult, read_result
 from dilap.codec import decode, encode, read_json
 from dilap.errors import InvalidInput
 from dilap.evaluation.document import Evaluation
+from dilap.printable import joined
 
 _RAW = ("samples_ns", "rounds", "dropped_ns", "layers", "stage_seconds", "choices")  # seen through what is made of them
 
@@ -63,7 +64,7 @@ def text(differences: Sequence[Difference]) -> str:
     if not differences:
         return "no difference"
     width = max(len(one.field) for one in differences)
-    return "\n".join(
+    return joined(
         f"{one.field.ljust(width)}  {_short(one.first)} -> {_short(one.second)}"
         + ("" if one.change is None else f"  ({one.change:+.2%})")
         for one in differences

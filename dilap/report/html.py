@@ -1,6 +1,5 @@
 """One self-contained HTML file: text and tables by Jinja, figures by Vega, its JavaScript written into the page."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from markupsafe import Markup
 from dilap import __version__
 from dilap.cli.result import PruneResult
 from dilap.cli.verdict import percent
+from dilap.codec import to_json
 from dilap.errors import Unavailable
 from dilap.report.figure import Figure
 from dilap.report.inputs import Run
@@ -103,7 +103,7 @@ def _specs(figures: Sequence[Figure]) -> str:
         }
         for one in figures
     ]
-    return json.dumps(documents).replace("<", "\\u003c")  # a name cannot end the script element
+    return to_json(documents, indent=None).replace("<", "\\u003c")  # a name cannot end the script element
 
 
 def _script() -> str:

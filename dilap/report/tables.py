@@ -10,6 +10,7 @@ from typing import Any
 from dilap import intervals
 from dilap.cli.result import PruneResult
 from dilap.evaluation.document import Evaluation, PhaseCosts
+from dilap.printable import csv_cell, markdown
 from dilap.report.figure import Cell, Figure
 from dilap.report.inputs import Contents, Run
 from dilap.report.summary import SummaryRow
@@ -281,20 +282,21 @@ def to_csv(rows: Sequence[SummaryRow]) -> str:
     text = io.StringIO()
     table = csv.DictWriter(text, [field.name for field in fields(SummaryRow)], lineterminator="\n")
     table.writeheader()
-    table.writerows(asdict(row) for row in rows)
+    table.writerows({name: csv_cell(value) for name, value in asdict(row).items()} for row in rows)
     return text.getvalue()
 
 
 def to_markdown(title: str, lead: str, tables: Sequence[Table], notes: Sequence[str]) -> str:
     """The same tables, one below another."""
-    parts = [f"# {title}", lead, *(_markdown(table) for table in tables), *(f"- {note}" for note in notes)]
+    lines = [f"# {markdown(title)}", markdown(lead)]
+    parts = [*lines, *(_markdown(table) for table in tables), *(f"- {markdown(note)}" for note in notes)]
     return "\n\n".join(parts) + "\n"
 
 
 def _markdown(table: Table) -> str:
-    lines = [f"**{table.caption}**", "", _line(table.headings), "|---|" + "--:|" * (len(table.headings) - 1)]
+    lines = [f"**{markdown(table.caption)}**", "", _line(table.headings), "|---|" + "--:|" * (len(table.headings) - 1)]
     return "\n".join([*lines, *(_line(row) for row in table.rows)])
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(markdown(cell) for cell in cells) + " |"
