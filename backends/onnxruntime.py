@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from dilap.backends import Capabilities
 from dilap.codec import read_json
+from dilap.documents import value_at
 from dilap.errors import InvalidInput, Unsupported
-from dilap.types import Workload
+from dilap.types import MAX_TOKENS, Workload
 
 _FATAL_LEVEL = 4  # what it logs below that it raises too
 _PAST, _PRESENT = "past_key_values.", "present."
@@ -212,8 +213,8 @@ class _Model:
 def _context_length(path: Path) -> int:
     """What the model was trained for, as the exporter says beside it. Raises InvalidInput."""
     config = path.with_name("genai_config.json")
-    length = read_json(config).get("model", {}).get("context_length")
-    if not isinstance(length, int):
+    length = value_at(read_json(config), "model", "context_length")
+    if type(length) is not int or not 0 < length <= MAX_TOKENS:
         raise InvalidInput(f"{config}: it has no model.context_length")
     return length
 

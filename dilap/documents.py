@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,13 @@ def _require_whole_characters(document: Any, *, source: str) -> None:
 
 def _kind(value: Any) -> str:
     return {list: "a list", str: "a text", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
+
+
+def value_at(document: Any, *names: str) -> Any:
+    """What lies in objects inside one another; None where one of them is absent, or something else."""
+    for name in names:
+        document = document.get(name) if isinstance(document, Mapping) else None
+    return document
 
 
 def is_plain_name(name: str) -> bool:

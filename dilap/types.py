@@ -409,6 +409,10 @@ class Interval:
     low: float
     high: float
 
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError(f"an interval from {self.low} to {self.high}")
+
     @property
     def half_width(self) -> float:
         """Half the interval relative to the value."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dilap import export
-from dilap.codec import read_json, scratch_folder
+from dilap.codec import decode, read_json, scratch_folder
 from dilap.errors import LinkLost, Mismatch
 from dilap.profilers.profiler import Case, Profiler, round_medians
 from dilap.profilers.table import LatencyTable, Role, TableEntry, TableHeader, runs_of
-from dilap.types import Architecture, LayerWidths, Measurement
+from dilap.types import Architecture, Artifact, LayerWidths, Measurement
 
 Progress = Callable[[int, int, str], None]  # probes done, probes in all, what is going on
 _BLOCK = 4  # probes measured together, beside the dense one: about 1.3 GB of mapped files for 135M parameters in f16
@@ -166,7 +166,8 @@ class _ProbeBench:
                     seed=0,
                     out=out,
                 )
-        return out / str(read_json(out / "artifact.json")["path"])
+        sidecar = out / "artifact.json"
+        return out / decode(Artifact, read_json(sidecar), source=str(sidecar)).path
 
 
 def _entry(probe: Probe, measurement: Measurement, sentinels: Mapping[int, float]) -> TableEntry:

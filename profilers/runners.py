@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dilap.codec import checked, read_json
-from dilap.documents import parse_object
+from dilap.documents import parse_object, value_at
 from dilap.errors import DilapError, InvalidInput, LinkLost, Unsupported
 from dilap.profilers.transports import Process, Transport
 from dilap.types import MAX_TOKENS, Workload
@@ -189,8 +189,7 @@ class ExecutorRunnerSession:
 def _max_context(path: Path) -> int:
     """Of a program that DiLAP exported, from its sidecar. Raises InvalidInput."""
     sidecar = path.with_name("artifact.json")
-    details = read_json(sidecar).get("details")
-    found = details.get("max_context") if isinstance(details, dict) else None
+    found = value_at(read_json(sidecar), "details", "max_context")
     if type(found) is not int or not 0 < found <= MAX_TOKENS:
         raise InvalidInput(f"{sidecar}: it does not say the program's max_context; export it with dilap-export")
     return found

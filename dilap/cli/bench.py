@@ -13,7 +13,7 @@ from dilap.anatomy import architecture_of
 from dilap.backends import Backend
 from dilap.cli.arguments import home_of, name_of
 from dilap.cli.console import Console
-from dilap.codec import decode, digest, encode, read_json, scratch_folder, write_json
+from dilap.codec import checked, decode, digest, encode, read_json, scratch_folder, write_json
 from dilap.errors import Unavailable
 from dilap.printable import joined
 from dilap.profilers.configuration import Configuration, MeasuredWorld, find_fastest
@@ -116,7 +116,7 @@ class Bench:
             measurements = self.measure([dense, folder / probe.path], final=True)
             shutil.rmtree(folder)
             write_json(path, {"measurements": [asdict(one) for one in measurements]})
-        documents = read_json(path)["measurements"]
+        documents = checked(tuple[dict[str, Any], ...], read_json(path).get("measurements"), source=str(path))
         return [
             decode(Measurement, {"type": "Measurement", "version": 1, **document}, source=str(path))
             for document in documents

@@ -6,13 +6,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dilap import __version__
+from dilap import __version__, backends
 from dilap.cli.verdict import Verdict, percent, words
 from dilap.codec import decode, read_json
 from dilap.errors import InvalidInput
 from dilap.printable import joined
 from dilap.profilers.profiler import is_shown
-from dilap.types import Architecture, Artifact, Budget, Interval, Measurement, Statistic, Workload
+from dilap.types import PRECISION_BITS, Architecture, Artifact, Budget, Interval, Measurement, Statistic, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,10 @@ class Quality:
     reason: str = ""
     artifact_sha256: str = ""
 
+    def __post_init__(self) -> None:
+        if self.perplexity < 0 or self.tokens < 0:
+            raise ValueError(f"a perplexity of {self.perplexity} on {self.tokens} tokens")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
@@ -46,6 +50,10 @@ class Side:
     flops: int
     quality: Quality
     torch_quality: Quality | None = None
+
+    def __post_init__(self) -> None:
+        if self.seconds <= 0 or min(self.parameters, self.flops) < 0 or (self.interval and self.interval.low <= 0):
+            raise ValueError(f"{self.seconds} seconds, {self.parameters} parameters and {self.flops} FLOPs of a model")
 
     @property
     def in_torch(self) -> Quality:
@@ -107,6 +115,12 @@ class PruneResult:
     method_facts: dict[str, Any] = field(default_factory=dict)
     plain: PlainDefaults | None = None  # where the configuration measured is another
     budget_interval: Interval | None = None  # of the share used, where it is measured
+
+    def __post_init__(self) -> None:
+        if self.backend not in backends.BACKENDS or self.workload.precision not in PRECISION_BITS:
+            raise ValueError(f"unknown backend {self.backend!r:.40} or precision {self.workload.precision!r:.40}")
+        if self.budget_used < 0 or (self.speedup is not None and min(self.speedup.low, self.speedup.value) <= 0):
+            raise ValueError("neither a speed-up nor a share of a budget can be negative")
 
     @property
     def share(self) -> Interval:

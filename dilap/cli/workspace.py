@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from dilap.cli.console import Console
 from dilap.codec import (
+    checked,
     digest,
     is_leftover,
     part_of,
@@ -105,7 +106,8 @@ class Workspace:
         if self._identity.exists():
             self._require_same(read_json(self._identity), identity)
             if self._stages.exists():
-                self.stage_seconds = {**read_json(self._stages), **self.stage_seconds}
+                earlier = checked(dict[str, float], read_json(self._stages), source=str(self._stages))
+                self.stage_seconds = {**earlier, **self.stage_seconds}
             self.is_continued = True
             self.console.say(f"going on with the unfinished run in {self.folder}")
         else:

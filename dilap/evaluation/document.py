@@ -82,6 +82,10 @@ class Evaluation:
     text: TextQuality | None = None
     costs: Costs | None = None
 
+    def __post_init__(self) -> None:
+        if without := set(self.tasks) - set(self.facts):
+            raise ValueError(f"the task {min(without)!r:.80} has scores and no facts")
+
 
 def identity(evaluation: Evaluation) -> Mapping[str, Any]:
     """What two evaluations must share for the tasks of one to belong to the other."""

@@ -9,6 +9,7 @@ from dilap.anatomy import architecture_of
 from dilap.backends import Reader
 from dilap.backends.readers import open_reader
 from dilap.codec import decode, file_sha256, read_json
+from dilap.documents import value_at
 from dilap.errors import InvalidInput, Mismatch
 from dilap.evaluation.torch_reader import TorchReader
 from dilap.evaluation.words import GgufWords, HuggingFaceWords, Words
@@ -64,7 +65,7 @@ def _of_run(run: Path, backend: str | None, precision: str | None, threads: int)
     if not (run / "artifact").is_dir():
         raise InvalidInput(f"{run} has no artifact, {why_no_artifact(run)}")
     subject = _of_artifact(str(run), run / "artifact", backend, threads)
-    claimed = read_json(run / "result.json")["pruned"]["artifact"]["sha256"]
+    claimed = value_at(read_json(run / "result.json"), "pruned", "artifact", "sha256")
     if subject.digest != claimed:
         raise Mismatch(f"{run}: its artifact is of another model than its result.json (the sha256 differs)")
     return subject

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dilap.cli.comparison import read_row
 from dilap.cli.result import PruneResult, read_result
-from dilap.codec import decode, read_json
+from dilap.codec import checked, decode, read_json
 from dilap.errors import InvalidInput
 from dilap.evaluation.document import Evaluation
 from dilap.profilers.table import LatencyTable
@@ -66,20 +67,22 @@ def _read(path: Path) -> Contents:
 def _run(folder: Path) -> Run:
     plan = folder / "plan.json"
     table, evaluation = folder / "table.jsonl", folder / "evaluation.json"
+    result, widths = read_result(folder), decode(Plan, read_json(plan), source=str(plan)).all_widths()
+    if len(widths) != len(result.dense.artifact.architecture.layers):
+        raise InvalidInput(f"{folder}: its plan.json is of another model than its result.json")
     return Run(
         name=folder.resolve().name,
-        result=read_result(folder),
-        widths=decode(Plan, read_json(plan), source=str(plan)).all_widths(),
+        result=result,
+        widths=widths,
         table=LatencyTable.read(table) if table.is_file() else None,
         evaluation=decode(Evaluation, read_json(evaluation), source=str(evaluation)) if evaluation.is_file() else None,
     )
 
 
 def _comparison(folder: Path) -> Contents:
-    rows = [
-        read_row({"type": "Row", "version": 1, **row}, source=str(folder / "compare.json"))
-        for row in read_json(folder / "compare.json").get("rows", ())
-    ]
+    source = str(folder / "compare.json")
+    found = checked(tuple[dict[str, Any], ...], read_json(folder / "compare.json").get("rows", []), source=source)
+    rows = [read_row({"type": "Row", "version": 1, **row}, source=source) for row in found]
     runs = tuple(_run(path.parent) for path in sorted(folder.glob("runs/*/*/result.json")))
     failures = tuple(f"{row.method} at {row.budget} failed: {row.error}" for row in rows if row.error is not None)
     return Contents(runs=runs, evaluations=(), failures=failures)

@@ -5,10 +5,10 @@ import io
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 from dilap import intervals
 from dilap.cli.result import PruneResult
+from dilap.documents import value_at
 from dilap.evaluation.document import Evaluation, PhaseCosts
 from dilap.printable import csv_cell, markdown
 from dilap.report.figure import Cell, Figure
@@ -239,25 +239,19 @@ def command(result: PruneResult) -> str:
     asked = ["--ratio", f"{budget.ratio:g}"] if budget.ratio is not None else ["--budget", str(budget)]
     words += asked
     for flag, (path, default) in _FLAGS.items():
-        value = _at(result.options, path)
+        value = value_at(result.options, *path)
         if value is not None and value != default:
             words += [flag, str(value)]
-    tried = result.options.get("threads_tried") or [_at(result.options, ("workload", "threads"))]
-    if len(tried) == 1 and tried[0] is not None:  # several are the default
+    tried = value_at(result.options, "threads_tried") or [value_at(result.options, "workload", "threads")]
+    if isinstance(tried, list | tuple) and len(tried) == 1 and tried[0] is not None:  # several are the default
         words += ["--threads", str(tried[0])]
-    if _at(result.options, ("recovery", "mode")) not in (None, "none"):
-        words += ["--recover-steps", str(_at(result.options, ("recovery", "steps")))]
+    if value_at(result.options, "recovery", "mode") not in (None, "none"):
+        words += ["--recover-steps", str(value_at(result.options, "recovery", "steps"))]
     words += [f"--{name}" for name in ("force", "estimate") if result.options.get(name)]
-    for name, value in (result.options.get("settings") or {}).items():
+    settings = value_at(result.options, "settings")
+    for name, value in settings.items() if isinstance(settings, Mapping) else ():
         words += ["--set", f"{name}={value}"]
     return shlex.join(words)
-
-
-def _at(options: Mapping[str, Any], path: Sequence[str]) -> Any:
-    found: Any = options
-    for name in path:
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
 
 
 def notes(contents: Contents) -> list[str]:
