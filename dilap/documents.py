@@ -4,6 +4,7 @@ Python's own parsers take more than a document may say (two values of one key, N
 rest with exceptions of many types, RecursionError among them.
 """
 
+import gzip
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from typing import Any
 from dilap.errors import InvalidInput
 
 MAX_BYTES = 256 << 20  # of a file: a table of 10,000 probes with 200 samples each has 40 MB
+MAX_TEXT_BYTES = 2 << 30  # of text to calibrate or evaluate on
 MAX_DEPTH = 64  # lists and objects inside one another: a result has 10
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")  # what Windows PowerShell writes behind `>`
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
@@ -37,6 +39,18 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def content_of(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    """Of a file, unpacked if its name ends in .gz. Raises ValueError where that is too much: 10 MB can unpack to 10 GB.
+
+    Also OSError, and EOFError and zlib.error for a damaged archive.
+    """
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        data: bytes = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"it holds more than {max_bytes >> 20:,} MB")
+    return data
 
 
 def words_of(error: OSError | ValueError) -> str:

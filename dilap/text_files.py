@@ -1,15 +1,14 @@
 """Text as people keep it: plain files, tables and records (by the `datasets` library's readers), hub data sets."""
 
-import gzip
 import importlib
 import logging
-import shutil
 import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dilap.documents import content_of
 from dilap.errors import DilapError, InvalidInput, Unavailable, reason_of
 
 PLAIN = (".txt", ".text", ".md")
@@ -59,13 +58,12 @@ def _file_text(path: Path) -> str:
         raise InvalidInput(f"{path}: {suffix or 'a name without a suffix'} is not read; {KNOWN}")
     try:
         if suffix in PLAIN:
-            return _plain_text(gzip.decompress(path.read_bytes()) if is_packed else path.read_bytes())
+            return _plain_text(content_of(path))
         with tempfile.TemporaryDirectory() as temporary:
             # Under a plain name, because the library reads brackets and stars in a name as a pattern.
             plain = Path(temporary) / f"records{suffix}"
             if is_packed:
-                with gzip.open(path) as packed, plain.open("wb") as file:
-                    shutil.copyfileobj(packed, file)
+                plain.write_bytes(content_of(path))
             else:
                 plain.symlink_to(path.resolve())
             return _records_text(plain, suffix)

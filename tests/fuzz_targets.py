@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from fabricated import FINGERPRINT
 
 from dilap.backends.trtexec import read_times
 from dilap.cli import comparison, result
-from dilap.codec import decode, encode, read_json
+from dilap.codec import decode, encode, read_json, write_json
 from dilap.errors import LinkLost
 from dilap.evaluation.local_task import _read as read_rows
 from dilap.export.gguf_tokenizer import _from_gguf
@@ -43,6 +43,9 @@ class Target:
 
 def documents(run: Path, folder: Path) -> dict[str, Target]:
     """What a run leaves, read as reports, exports and later runs read it."""
+    sidecar = run / "artifact" / "artifact.json"  # with what those of ExecuTorch say too
+    artifact = read_json(sidecar)
+    write_json(sidecar, artifact | {"details": artifact["details"] | {"max_context": 64}})
     copy = folder / "copy"
     shutil.copytree(run, copy)
 
@@ -235,14 +238,14 @@ class Scripted:
 
 def answers(folder: Path) -> dict[str, Target]:
     """What agents, phones and timing programs say."""
-    lines = [
+    lines: list[dict[str, object]] = [
         {"seq": 1, "dilap": "0", "fingerprint": encode(FINGERPRINT)},
         {"seq": 2, "handle": 1, "load_seconds": 0.5, "peak_memory_bytes": 1000},
         {"seq": 3, "samples_ns": [1000, 1001, 1002], "host_ns": [], "seconds": 0.1, "other_seconds": 0.0},
         {"seq": 4, "state": encode(DeviceState(clocks_khz={"policy0": 1000}, load=0.5))},
         {"seq": 5, "average_bytes": 1000},
-        {"seq": 6, "error": {"type": "Unfit", "message": "it is hot"}},
     ]
+    refusal = [lines[0], {"seq": 2, "error": {"type": "Unfit", "message": "it is hot"}}]
     times = folder / "times.json"
 
     def agent(content: bytes) -> None:
@@ -254,7 +257,6 @@ def answers(folder: Path) -> dict[str, Target]:
             assert min(client.sample(loaded.handle, 3).samples_ns, default=1) > 0
             assert client.state().power_mode.isprintable()
             client.average_memory(loaded.handle, 1)
-            client.state()
 
     def bench(content: bytes) -> None:
         assert all(isinstance(one, int) for one in parse_llama_bench(content.decode("utf-8", "replace")))
@@ -264,7 +266,8 @@ def answers(folder: Path) -> dict[str, Target]:
         assert min(min(pair) for pair in read_times(times)) > 0
 
     return {
-        "agent": Target("".join(json.dumps(line) + "\n" for line in lines).encode(), agent, weight=30),
+        "agent": Target(_lines(lines), agent, weight=30),
+        "agent's refusal": Target(_lines(refusal), agent),
         "llama-bench": Target(b'{"n_prompt": 0, "n_gen": 8, "samples_ns": [ 80000000, 82000000 ]}\n', bench),
         "llama_main": Target(
             b'PyTorchObserver {"prompt_tokens":256,"generated_tokens":32,"inference_start_ms":1600,'
@@ -278,6 +281,10 @@ def answers(folder: Path) -> dict[str, Target]:
         ),
         "trtexec": Target(b'[{"computeMs": 1.5, "startEnqMs": 1.0, "endComputeMs": 2.6}]', exported),
     }
+
+
+def _lines(documents: Sequence[Mapping[str, object]]) -> bytes:
+    return "".join(json.dumps(one) + "\n" for one in documents).encode()
 
 
 def _integer(value: int) -> None:

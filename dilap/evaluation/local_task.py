@@ -1,6 +1,5 @@
 """lm-eval's tasks on local files: `DIR/<task>/<split>.jsonl[.gz]`, one row of the task's data set a line."""
 
-import gzip
 import json
 import zlib
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import datasets
 from lm_eval.api.task import ConfigurableTask
 
+from dilap.documents import content_of
 from dilap.errors import InvalidInput, reason_of
 
 _SPLITS = ("test", "validation", "train")  # what is scored, where the task's own split is not there
@@ -96,22 +96,26 @@ def _file_of(folder: Path, split: str) -> Path | None:
 def _read(path: Path) -> list[dict[str, Any]]:
     """The objects in a file, one after another; raw line feeds inside strings are let pass (a row of MMLU has one)."""
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = raw.decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        text = content_of(path).decode("utf-8")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise InvalidInput(f"{path}: not readable ({reason_of(error)})") from error
     rows, decoder, at = [], json.JSONDecoder(strict=False), _next(text, 0)
     while at < len(text):
-        line = text.count("\n", 0, at) + 1
+        start = at
         try:
             row, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise InvalidInput(f"{path}: line {line} is not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
+            reason = getattr(error, "msg", reason_of(error))
+            raise InvalidInput(f"{path}: line {_line(text, start)} is not JSON ({reason})") from error
         if not isinstance(row, dict):
-            raise InvalidInput(f"{path}: line {line} is not a JSON object")
+            raise InvalidInput(f"{path}: line {_line(text, start)} is not a JSON object")
         rows.append(row)
         at = _next(text, at)
     return rows
+
+
+def _line(text: str, at: int) -> int:
+    return text.count("\n", 0, at) + 1
 
 
 def _next(text: str, at: int) -> int:
