@@ -217,7 +217,7 @@ def test_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
 
 def test_other_file_is_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("plain text, no tokenizer")
-    with pytest.raises(InvalidInput, match="not a GGUF file"):
+    with pytest.raises(InvalidInput, match="not a whole GGUF file"):
         read_tokenizer(tmp_path / "file", vocab_size=10)
 
 

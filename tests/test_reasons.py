@@ -48,7 +48,7 @@ def changed(checkpoint: Path, **values: Any) -> str:
         ("num_key_value_heads", 4, "self_attn.k_proj.weight is 32 x 64 in its files, and 64 x 64 by its config"),
         ("num_hidden_layers", 9, "tensor model.layers.3.input_layernorm.weight is missing from its files"),
         ("num_attention_heads", 3, "The hidden size (64) is not a multiple of the number of attention heads (3)"),
-        ("num_attention_heads", "4", "Field 'num_attention_heads' expected int, got str"),
+        ("num_attention_heads", "4", "num_attention_heads is no whole number but '4'"),
         ("dtype", "float99", "module 'torch' has no attribute 'float99'"),
         ("rope_parameters", {"rope_type": "yarn"}, "Missing required keys in `rope_parameters` for 'rope_type'='yarn'"),
     ],
