@@ -274,7 +274,7 @@ def test_full_disk_is_one_line_and_nothing_is_left(
     assert not list(tmp_path.iterdir())
 
 
-def test_other_write_error_is_one_line_that_names_the_folder(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_write_error_is_one_line(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise OSError(errno.EIO, "input/output error")
 
