@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dilap.backends import host
+import psutil
+
 from dilap.codec import read_json
 from dilap.errors import DilapError, InvalidInput, reason_of
 from dilap.gguf_header import read_header
@@ -107,7 +108,7 @@ def _num_weights(config: Mapping[str, Any]) -> int:
 
 
 def _require_memory(num_bytes: int, *, source: str) -> None:
-    memory = host.memory_bytes()
-    if memory and num_bytes > _MEMORY_FACTOR * memory:
+    memory = psutil.virtual_memory().total
+    if num_bytes > _MEMORY_FACTOR * memory:
         asked, there = num_bytes / 1e9, memory / 1e9
         raise InvalidInput(f"{source}: its weights take {asked:,.0f} GB, and this machine's memory has {there:,.0f}")

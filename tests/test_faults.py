@@ -48,7 +48,7 @@ from dilap.profilers.transports import Transport
 from dilap.types import Artifact, Workload
 
 pytestmark = needs_lab
-ARCHITECTURE = tiny_llama(TINY_LAYER)
+ARCHITECTURE = tiny_llama(TINY_LAYER, TINY_LAYER)
 WORKLOAD = Workload(precision="f32", context=16)
 ONCE = Protocol(warm_up_samples=1, warm_up_cap_seconds=0.0, max_seconds=0.0, min_samples=3)
 # bytes of both directions until a link is ready, and of one small command

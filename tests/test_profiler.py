@@ -81,8 +81,7 @@ class FakeExporter:
     def export_probe(self, architecture: Architecture, *, precision: str, seed: int, out: Path) -> Artifact:
         out.mkdir()
         (out / "model.gguf").write_text(str(sum(one.num_heads + one.num_channels for one in architecture.layers)))
-        codec.write_json(out / "artifact.json", {"path": "model.gguf"})
-        return Artifact(
+        artifact = Artifact(
             path="model.gguf",
             format="gguf",
             backend="llamacpp",
@@ -93,6 +92,8 @@ class FakeExporter:
             num_bytes=0,
             sqnr_db=None,
         )
+        codec.write_json(out / "artifact.json", codec.encode(artifact))
+        return artifact
 
 
 class FakeProfiler:
