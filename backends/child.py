@@ -215,7 +215,7 @@ def _file_name(arguments: tuple[Any, ...]) -> str:
 def _plain(value: Any) -> Any:
     """What JSON does not know."""
     if isinstance(value, Path):
-        return {_PATH: str(value)}
+        return {_PATH: str(value.absolute())}  # we may change the current folder; the child stays where it began
     if isinstance(value, np.integer):
         return int(value)
     if isinstance(value, np.ndarray):

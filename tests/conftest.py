@@ -1,11 +1,12 @@
 """What every test shares."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from fabricated import evaluation
-from fake_job import FAST, FakeBench, call
+from fake_job import FAST, FakeBench, FinishedJob, call
 from models import tiny_model, tiny_tokenizer
 
 from dilap import backends
@@ -20,27 +21,57 @@ from dilap.types import Workload
 @pytest.fixture(autouse=True)
 def _single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """f32 products on every machine, so that tolerances are those of f32."""
-    monkeypatch.setattr("dilap.compute.has_fast_bf16", lambda: False)
+    use_single_precision(monkeypatch)
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A tiny llama with a tokenizer, as a user would have it."""
-    folder = tmp_path / "tiny"
-    model = tiny_model("llama")
-    save_checkpoint(model, tiny_tokenizer(tmp_path / "words"), folder)
-    return folder
+    return write_checkpoint(tmp_path)
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    path = tmp_path / "corpus.txt"
-    path.write_text(" ".join(f"the {word} of line {word * 7}" for word in range(4000)))
-    return path
+    return write_corpus(tmp_path)
 
 
 @pytest.fixture
 def fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_fake_device(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedJob:
+    """Made once, and only to be read."""
+    folder = tmp_path_factory.mktemp("finished")
+    job = FinishedJob(checkpoint=write_checkpoint(folder), corpus=write_corpus(folder), run=folder / "seventy")
+    arguments = ["--target", "host_cpu", "--budget", "70%", "--model", job.checkpoint, "--calib", job.corpus]
+    arguments += ["--eval-text", job.corpus, "--method", "magnitude", "--recover", "full", "--recover-steps", "3"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_single_precision(monkeypatch)
+        use_fake_device(monkeypatch)
+        assert call(prune.main, *arguments, "--out", job.run, *FAST) == 0
+    return job
+
+
+@pytest.fixture
+def run(finished: FinishedJob, tmp_path: Path) -> Path:
+    """A copy of the finished job's folder."""
+    return shutil.copytree(finished.run, tmp_path / "runs" / finished.run.name)
+
+
+@pytest.fixture
+def evaluated(run: Path) -> Path:
+    """A run with an evaluation of its artifact."""
+    write_json(run / "evaluation.json", encode(evaluation("seventy", 0.5)))
+    return run
+
+
+def use_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dilap.compute.has_fast_bf16", lambda: False)
+
+
+def use_fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def made(
         devices: Sequence[Device], backend: str, workload: Workload, console: Console, *, force: bool
     ) -> FakeBench:
@@ -49,18 +80,13 @@ def fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dilap.cli.job.Bench.of", made)
 
 
-@pytest.fixture
-def run(fake_device: None, checkpoint: Path, corpus: Path, tmp_path: Path) -> Path:
-    """A prune job on the made-up device."""
-    out = tmp_path / "runs" / "seventy"
-    arguments = ["--target", "host_cpu", "--budget", "70%", "--model", checkpoint, "--calib", corpus]
-    arguments += ["--eval-text", corpus, "--method", "magnitude", "--recover", "full", "--recover-steps", "3"]
-    assert call(prune.main, *arguments, "--out", out, *FAST) == 0
-    return out
+def write_checkpoint(folder: Path) -> Path:
+    path = folder / "tiny"
+    save_checkpoint(tiny_model("llama"), tiny_tokenizer(folder / "words"), path)
+    return path
 
 
-@pytest.fixture
-def evaluated(run: Path) -> Path:
-    """A run with an evaluation of its artifact."""
-    write_json(run / "evaluation.json", encode(evaluation("seventy", 0.5)))
-    return run
+def write_corpus(folder: Path) -> Path:
+    path = folder / "corpus.txt"
+    path.write_text(" ".join(f"the {word} of line {word * 7}" for word in range(4000)))
+    return path

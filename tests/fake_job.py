@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,15 @@ def slowness_of(workload: Workload) -> float:
     switches = workload.switches
     flash = "flash_attention" in switches
     return (1.0 if flash else 1.25) * 1.5 ** (len(switches) - flash + (workload.threads == 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedJob:
+    """A prune job on the made-up device, its model and its text."""
+
+    checkpoint: Path
+    corpus: Path
+    run: Path
 
 
 class FakeBench(Bench):

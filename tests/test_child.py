@@ -56,6 +56,14 @@ def test_properties_are_those_of_when_it_was_opened() -> None:
     assert fragile("some.gguf").path_name == "some.gguf"
 
 
+def test_a_path_means_the_same_after_the_current_folder_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fragile()  # the child starts here
+    monkeypatch.chdir(tmp_path)
+    assert fragile("some.gguf").path == str(tmp_path / "some.gguf")
+
+
 def test_an_attribute_that_is_not_there_is_missing_here_too() -> None:
     assert not hasattr(fragile(), "nothing")
 

@@ -80,7 +80,7 @@ def test_a_truncated_file_is_refused_in_llama_cpps_own_words(model: Path, tmp_pa
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "other.gguf"
     other.write_bytes(b"not a model")
-    with pytest.raises(InvalidInput, match="invalid magic"):
+    with pytest.raises(InvalidInput, match="does not begin with GGUF"):
         backends.get("llamacpp").load(other, DECODE)
 
 

@@ -80,7 +80,12 @@ def measurement(side: str) -> Measurement:
 def test_the_main_job_runs_on_a_device_over_ssh(here: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = agent_archive(name="dilap/backends/onnxruntime.py", replaced=CLOCK)
     monkeypatch.setattr(client, "agent_archive", lambda: content)
-    assert prune_on("jetson_cpu", checkpoint, "--backend", "onnxruntime", "--budget", "75%", *F32) == 0
+    assert (
+        prune_on(
+            "jetson_cpu", checkpoint, "--backend", "onnxruntime", "--configuration", "plain", "--budget", "75%", *F32
+        )
+        == 0
+    )
     table = LatencyTable.read(Path("run/table.jsonl"))
     first, second = (one.header.fingerprint.serial_sha256 for one in (table, *table.partners))
     assert first != second

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fabricated import TEXT_QUALITY, costs, evaluation
-from fake_job import call, last_line
+from fake_job import FinishedJob, call, last_line
 
 from dilap.cli import report
 from dilap.cli.result import PruneResult
@@ -128,10 +128,11 @@ def test_json_on_standard_output_is_json_alone(run: Path, capsys: pytest.Capture
     assert [row["run"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["dense", "seventy"]
 
 
-def test_the_command_asks_for_the_same_job(run: Path, checkpoint: Path, corpus: Path) -> None:
-    result = decode(PruneResult, read_json(run / "result.json"), source="result.json")
+def test_the_command_asks_for_the_same_job(finished: FinishedJob) -> None:
+    result = decode(PruneResult, read_json(finished.run / "result.json"), source="result.json")
     words = tables.command(result).split()
-    wanted = {"--budget": "70%", "--model": str(checkpoint), "--calib": str(corpus), "--recover-steps": "3"}
+    model, text = str(finished.checkpoint), str(finished.corpus)
+    wanted = {"--budget": "70%", "--model": model, "--calib": text, "--recover-steps": "3"}
     assert {flag: words[words.index(flag) + 1] for flag in wanted} == wanted
 
 

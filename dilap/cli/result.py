@@ -1,5 +1,6 @@
 """The result of a prune job, as a document and as the table that ends it."""
 
+import functools
 import platform
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -190,6 +191,7 @@ def read_result(path: Path) -> PruneResult:
     return decode(PruneResult, document, source=str(result))
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Of everything that a result depends on and that is installed."""
     wanted = {"torch", "transformers", "tokenizers", "numpy", "scipy", "peft", "gguf", "llama-cpp-python"}

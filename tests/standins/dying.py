@@ -20,7 +20,7 @@ class Fragile:
             os.kill(os.getpid(), signal.SIGSEGV)
         if path.name == "bad":
             raise InvalidInput(f"{path}: not a file of ours")
-        self.path_name, self.scale = path.name, scale
+        self.path, self.path_name, self.scale = str(path), path.name, scale
 
     @property
     def process(self) -> int:
