@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from dilap.errors import InvalidInput, LinkLost, Unavailable
 from dilap.profilers.shells import posix
 from dilap.profilers.transports import Completed, PipedProcess, Process, run_client, run_marked
 
+_CALLS = 3
+_PAUSE_SECONDS = 0.5
 _BYTES_PER_SECOND = 2e6  # the slowest link worth waiting for
 
 
@@ -22,9 +25,7 @@ class AdbTransport:
             raise Unavailable("adb is not installed here; run: apt-get install adb")
         self._serial = serial
         if re.fullmatch(r"[\w.-]+:\d+", serial) and not self._answers():
-            # first apart: adb calls a network device that went away `already connected`
-            for word in ("disconnect", "connect"):
-                run_client(["adb", word, serial], seconds=15, device=serial)
+            self._connect()
 
     def run(self, argv: Sequence[str], *, seconds: float) -> Completed:
         return run_marked(
@@ -46,6 +47,15 @@ class AdbTransport:
 
     def close(self) -> None:
         pass
+
+    def _connect(self) -> None:
+        """A busy phone, or one that just woke, may miss the first call; what is wrong then, the first command says."""
+        for _ in range(_CALLS):
+            # first apart: adb calls a network device that went away `already connected`
+            run_client(["adb", "disconnect", self._serial], seconds=15, device=self._serial)
+            if "connected to" in run_client(["adb", "connect", self._serial], seconds=15, device=self._serial).stdout:
+                return
+            time.sleep(_PAUSE_SECONDS)
 
     def _answers(self) -> bool:
         """Whether the device itself does: `adb get-state` says what the server remembers of a link that just broke."""

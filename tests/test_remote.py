@@ -21,7 +21,8 @@ from dilap.source import save_checkpoint
 from dilap.types import Artifact, Measurement
 
 pytestmark = needs_lab
-ONCE = Protocol(warm_up_samples=1, warm_up_cap_seconds=0.0, max_seconds=0.0)  # one round
+# One round, whatever else this machine does meanwhile: the seconds are made up.
+ONCE = Protocol(warm_up_samples=1, warm_up_cap_seconds=0.0, max_seconds=0.0, contention_share=1000.0)
 F32 = ["--precision", "f32", "--threads", "1", "--context", "16"]
 # emulation takes what it takes: ONNX Runtime runs the model there, and its size in bytes stands for its nanoseconds
 CLOCK = {
