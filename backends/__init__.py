@@ -157,6 +157,9 @@ class Backend(Protocol):
     def capabilities(self, family: str, *, precision: str) -> Capabilities:
         """What it can hold of a model family."""
 
+    def cache_bits(self, workload: Workload) -> float:
+        """Bits that a number in the KV cache takes in the workload's configuration."""
+
     def after_a_crash(self) -> str:
         """What to try when the runtime has died in its process."""
 

@@ -18,7 +18,7 @@ from dilap.backends import MAX_READ_TOKENS, Capabilities
 from dilap.backends.llamacpp_build import cmake_args_here
 from dilap.errors import InvalidInput, Unsupported
 from dilap.gguf_header import read_header
-from dilap.types import Workload
+from dilap.types import PRECISION_BITS, Workload
 
 # Its flash attention takes 18 % longer for a token of SmolLM2-135M with 256 before it (AMX Xeon, two threads); repacked
 # weights need memory of their own; a quantised cache is smaller. Which of them is faster depends on the machine.
@@ -80,6 +80,9 @@ class LlamaCpp:
             command.append(f"-ctk {cache} -ctv {cache}")
             call.append(f"type_k={_CACHE_TYPES[cache]}, type_v={_CACHE_TYPES[cache]}")
         return {"llama-bench": " ".join(bench), "llama-cli": " ".join(command), "python": ", ".join(call) + ")"}
+
+    def cache_bits(self, workload: Workload) -> float:
+        return PRECISION_BITS[_setting(workload, "kv_cache")]
 
     def after_a_crash(self) -> str:
         built = cmake_args_here()

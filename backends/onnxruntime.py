@@ -71,6 +71,9 @@ class OnnxRuntime:
             found["environment"] = f"{_NO_FLASH}=1"
         return found
 
+    def cache_bits(self, workload: Workload) -> float:  # noqa: ARG002  (the exported graphs keep floats)
+        return 32.0
+
     def after_a_crash(self) -> str:
         return "try another version of it: pip install --upgrade onnxruntime"
 

@@ -82,6 +82,9 @@ class TensorRT:
     def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:  # noqa: ARG002
         return {"trtexec": f"trtexec --onnx={file}, with the shapes and precisions of recipe.json"}
 
+    def cache_bits(self, workload: Workload) -> float:  # noqa: ARG002  (as the weights, in f16 and bf16 alike)
+        return 16.0
+
     def after_a_crash(self) -> str:
         return "look at the device with: dilap-profile --check"
 

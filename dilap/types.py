@@ -132,17 +132,18 @@ class Architecture:
         heads = sum(layer.num_heads for layer in self.layers)
         return 2 * weights + 4 * heads * self.head_dim * context
 
-    def decode_bytes(self, *, context: int, precision: str, cache_bits: int) -> int:
+    def decode_bytes(self, *, context: int, precision: str, cache_bits: float) -> int:
         """Read or written for one token after `context` others: every weight, the cache of all tokens, one row of it.
 
         A table of embeddings is read as the head, tied or not; activations stay in caches and are not counted.
         """
-        return self._weight_bytes(precision) + (context + 1) * self._cache_row_bits(cache_bits) // 8
+        return self._weight_bytes(precision) + round((context + 1) * self._cache_row_bits(cache_bits) / 8)
 
-    def prefill_bytes(self, *, prompt_tokens: int, precision: str, cache_bits: int) -> int:
+    def prefill_bytes(self, *, prompt_tokens: int, precision: str, cache_bits: float) -> int:
         """Read or written for a prompt: every weight once, an embedding a token, the cache written and read."""
         embeddings = int(prompt_tokens * self.hidden_size * PRECISION_BITS[precision] / 8)
-        return self._weight_bytes(precision) + embeddings + 2 * prompt_tokens * self._cache_row_bits(cache_bits) // 8
+        cached = round(2 * prompt_tokens * self._cache_row_bits(cache_bits) / 8)
+        return self._weight_bytes(precision) + embeddings + cached
 
     def _weight_bytes(self, precision: str) -> int:
         weights = self.vocab_size * self.hidden_size + sum(
@@ -150,7 +151,7 @@ class Architecture:
         )
         return int(weights * PRECISION_BITS[precision] / 8)
 
-    def _cache_row_bits(self, cache_bits: int) -> int:
+    def _cache_row_bits(self, cache_bits: float) -> float:
         """Of one token's keys and values in all layers."""
         return 2 * cache_bits * self.head_dim * sum(layer.num_kv_heads for layer in self.layers)
 

@@ -11,13 +11,13 @@ from dilap.types import PRECISION_BITS, Architecture, Fingerprint, LayerWidths, 
 METHOD = "estimated"  # stands wherever a measured number would say how it was got
 
 
-def roofline(architecture: Architecture, workload: Workload, device: Device) -> LatencyModel:
+def roofline(architecture: Architecture, workload: Workload, device: Device, *, cache_bits: float) -> LatencyModel:
     """Seconds linear in every width, each part bound by what it reads or by what it computes, whichever is slower."""
     layer = architecture.layers[0]
     tokens = 1 if workload.phase == "decode" else workload.prompt_tokens
     byte = PRECISION_BITS[workload.precision] / 8
     attention, ffn = architecture.attention_parameters(layer), architecture.ffn_parameters(layer)
-    work = attention_work(architecture, workload)
+    work = attention_work(architecture, workload, cache_bits=cache_bits)
     narrowest = work(LayerWidths(num_heads=1, num_kv_heads=1, num_channels=0)) / work(layer)
     pairs = workload.context if workload.phase == "decode" else tokens * (tokens + 1) // 2
     head = architecture.vocab_size * architecture.hidden_size
@@ -29,6 +29,7 @@ def roofline(architecture: Architecture, workload: Workload, device: Device) -> 
     return LatencyModel(
         architecture=architecture,
         workload=workload,
+        cache_bits=cache_bits,
         method=METHOD,
         fixed_seconds=_seconds(device, num_bytes=head * byte, flops=2 * head),
         attention=Curve(

@@ -21,7 +21,6 @@ Vector = NDArray[np.float64]
 Level = TypeVar("Level")
 Work = Callable[[LayerWidths], float]
 _RIDGE = 0.01  # towards the slopes: moving a cost by 10 % of the latency weighs like missing a model by 1 %
-_CACHE_BYTES = 2  # llama.cpp keeps K and V in f16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +54,7 @@ class LatencyModel:
 
     architecture: Architecture
     workload: Workload
+    cache_bits: float  # of a number in the KV cache
     method: str
     fixed_seconds: float
     attention: Curve
@@ -71,7 +71,8 @@ class LatencyModel:
         level = LayerWidths(num_heads=num_heads, num_kv_heads=num_kv_heads, num_channels=0)
         # below the narrowest measured level nothing is promised to be faster than it
         least = self.attention.work[1] if len(self.attention.work) > 1 else 0.0
-        return self.attention(max(least, attention_work(self.architecture, self.workload)(level)))
+        work = attention_work(self.architecture, self.workload, cache_bits=self.cache_bits)
+        return self.attention(max(least, work(level)))
 
     def ffn_seconds(self, num_channels: int) -> float:
         """Of one layer that keeps attention; 0 channels may still cost (llama.cpp gets 32 zero ones)."""
@@ -91,7 +92,7 @@ class LatencyModel:
 
     def measurable_attention_levels(self, levels: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """The levels that are measurably faster than the next larger one kept, largest first."""
-        work = attention_work(self.architecture, self.workload)
+        work = attention_work(self.architecture, self.workload, cache_bits=self.cache_bits)
         ordered = sorted(levels, key=lambda level: (-work(_attention_only(*level)), level))
         return self._measurable(ordered, [self.attention_seconds(*level) for level in ordered])
 
@@ -109,12 +110,13 @@ class LatencyModel:
         return [levels[index] for index in kept]
 
 
-def attention_work(architecture: Architecture, workload: Workload) -> Work:
-    """Bytes that a decoded token streams for a layer's attention; operations, for a prompt."""
+def attention_work(architecture: Architecture, workload: Workload, *, cache_bits: float) -> Work:
+    """Bytes that a decoded token streams for a layer's attention, `cache_bits` for a number in the KV cache;
+    operations, for a prompt."""
 
     def streamed(layer: LayerWidths) -> float:
         weights = architecture.attention_parameters(layer) * PRECISION_BITS[workload.precision] / 8
-        return weights + 2 * layer.num_kv_heads * architecture.head_dim * _CACHE_BYTES * workload.context
+        return weights + 2 * layer.num_kv_heads * architecture.head_dim * cache_bits / 8 * workload.context
 
     def computed(layer: LayerWidths) -> float:
         tokens = workload.prompt_tokens
@@ -126,10 +128,12 @@ def attention_work(architecture: Architecture, workload: Workload) -> Work:
     return streamed if workload.phase == "decode" else computed
 
 
-def fit(observations: Sequence[Observation], *, architecture: Architecture, workload: Workload) -> LatencyModel:
+def fit(
+    observations: Sequence[Observation], *, architecture: Architecture, workload: Workload, cache_bits: float
+) -> LatencyModel:
     """The better of slopes and least squares under cross-validation on the observations of role `random`."""
     used = [one for one in observations if one.role != "holdout"]
-    work = attention_work(architecture, workload)
+    work = attention_work(architecture, workload, cache_bits=cache_bits)
     _require_anchors(used)
     grid = _Grid.of(used, work)
     slopes = _slopes(used, grid, work)
@@ -150,6 +154,7 @@ def fit(observations: Sequence[Observation], *, architecture: Architecture, work
     return LatencyModel(
         architecture=architecture,
         workload=workload,
+        cache_bits=cache_bits,
         method=method,
         fixed_seconds=float(costs[0]),
         attention=attention,

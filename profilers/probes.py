@@ -69,9 +69,10 @@ def build_table(
         shares = _shares([profiler, *helpers], path, workload=workload, architecture=architecture, protocol=protocol)
         cache_bytes = shares[0].table.header.fingerprint.last_level_cache_bytes
         shallow = probe_architecture(architecture, workload, cache_bytes=cache_bytes)
-        work = attention_work(architecture, workload)
+        backend = backends.get(profiler.backend)
+        work = attention_work(architecture, workload, cache_bits=backend.cache_bits(workload))
         levels = sorted(attention_levels, key=lambda level: work(_layer(level, 0))), sorted(ffn_levels)
-        capabilities = backends.get(profiler.backend).capabilities(architecture.family, precision=workload.precision)
+        capabilities = backend.capabilities(architecture.family, precision=workload.precision)
         probes = list_probes(
             shallow,
             measured=(spread(levels[0], num_measured), spread(levels[1], num_measured)),

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from dilap import backends
 from dilap.codec import decode, encode, written_aside
 from dilap.documents import parse_object, read_text
 from dilap.errors import InvalidInput, Mismatch
@@ -208,7 +209,9 @@ class LatencyTable:
         for theirs in others if entries else ():
             scale = _sentinel_seconds(entries) / _sentinel_seconds(theirs) if theirs else 1.0
             observations += [replace(one, seconds=one.seconds * scale) for one in observations_of(theirs, statistic)]
-        model = fit(observations, architecture=self.header.architecture, workload=self.header.workload)
+        header = self.header
+        cache_bits = backends.get(header.backend).cache_bits(header.workload)
+        model = fit(observations, architecture=header.architecture, workload=header.workload, cache_bits=cache_bits)
         return replace(model, caveats=self.caveats())
 
     def write(self, path: Path) -> None:

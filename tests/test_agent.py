@@ -65,6 +65,9 @@ class FakeBackend:
     def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:
         return {}
 
+    def cache_bits(self, workload: Workload) -> float:
+        return 16.0
+
     def after_a_crash(self) -> str:
         return "try another"
 

@@ -39,21 +39,21 @@ def call(main: Callable[[], None], *arguments: object) -> int:
 
 
 def test_a_decode_is_bound_by_what_it_reads() -> None:
-    model = roofline(ARCHITECTURE, DECODE, replace(DEVICE, flops_per_second=1e15))
+    model = roofline(ARCHITECTURE, DECODE, replace(DEVICE, flops_per_second=1e15), cache_bits=16.0)
     assert model.ffn_seconds(TINY_LAYER.num_channels) == pytest.approx(
         4 * ARCHITECTURE.ffn_parameters(TINY_LAYER) / 1e9
     )
 
 
 def test_a_slow_processor_is_bound_by_what_it_computes() -> None:
-    model = roofline(ARCHITECTURE, DECODE, replace(DEVICE, bytes_per_second=1e15))
+    model = roofline(ARCHITECTURE, DECODE, replace(DEVICE, bytes_per_second=1e15), cache_bits=16.0)
     assert model.ffn_seconds(TINY_LAYER.num_channels) == pytest.approx(
         2 * ARCHITECTURE.ffn_parameters(TINY_LAYER) / 1e9
     )
 
 
 def test_a_narrower_layer_costs_less() -> None:
-    model = roofline(ARCHITECTURE, DECODE, DEVICE)
+    model = roofline(ARCHITECTURE, DECODE, DEVICE, cache_bits=16.0)
     narrow = LayerWidths(num_heads=2, num_kv_heads=1, num_channels=32)
     assert model.predict([narrow, narrow]) < model.predict([TINY_LAYER, narrow]) < model.predict([TINY_LAYER] * 2)
 
@@ -65,7 +65,7 @@ def test_an_estimate_is_of_no_machine() -> None:
 
 def test_a_device_without_published_numbers_cannot_be_estimated() -> None:
     with pytest.raises(InvalidInput, match="no bandwidth and compute"):
-        roofline(ARCHITECTURE, DECODE, replace(DEVICE, bytes_per_second=None))
+        roofline(ARCHITECTURE, DECODE, replace(DEVICE, bytes_per_second=None), cache_bits=16.0)
 
 
 def test_estimated_costs_say_so(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

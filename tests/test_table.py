@@ -13,6 +13,7 @@ from fabricated import FINGERPRINT, tiny_llama
 
 from dilap.backends import Capabilities
 from dilap.errors import InvalidInput, Mismatch, Unsupported
+from dilap.profilers.fit import attention_work
 from dilap.profilers.probes import default_levels, list_probes, probe_architecture, spread
 from dilap.profilers.protocol import TABLE
 from dilap.profilers.table import LatencyTable, Role, TableEntry, TableHeader, runs_of
@@ -436,3 +437,27 @@ def test_a_model_of_unequal_layers_cannot_have_a_table() -> None:
     uneven = replace(ARCHITECTURE, layers=(DENSE, replace(DENSE, num_channels=64)))
     with pytest.raises(Unsupported, match="equal widths"):
         default_levels(uneven, Capabilities())
+
+
+@pytest.mark.parametrize(
+    ("backend", "switches", "bits"),
+    [
+        ("llamacpp", {}, 16.0),
+        ("llamacpp", {"kv_cache": "q8_0"}, 8.5),
+        ("onnxruntime", {}, 32.0),
+        ("executorch", {}, 32.0),
+    ],
+)
+def test_costs_count_the_kv_cache_as_the_runtime_keeps_it(backend: str, switches: dict[str, str], bits: float) -> None:
+    table = measured_table()
+    header = replace(table.header, backend=backend, workload=replace(WORKLOAD, switches=switches))
+    assert replace(table, header=header).model().cache_bits == bits
+
+
+def test_a_wider_cache_weighs_kv_heads_more() -> None:
+    one_kv_head, two = (LayerWidths(num_heads=4, num_kv_heads=count, num_channels=0) for count in (1, 2))
+    cached = []
+    for bits in (16.0, 32.0):
+        work = attention_work(ARCHITECTURE, WORKLOAD, cache_bits=bits)
+        cached.append(work(two) - work(one_kv_head))
+    assert cached[1] - cached[0] == 2 * ARCHITECTURE.head_dim * 2 * WORKLOAD.context  # keys and values, 2 bytes more

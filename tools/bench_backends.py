@@ -43,7 +43,6 @@ PRECISIONS: Mapping[str, tuple[str, ...]] = {  # the best of each runtime, and f
     "onnxruntime": ("int4", "f32"),
     "executorch": ("8da4w", "f32"),
 }
-_CACHE_BYTES = {"llamacpp": 2, "onnxruntime": 4, "executorch": 4}  # of a number in the KV cache
 _PHASES: tuple[Phase, ...] = ("decode", "prefill")
 _SHARE = 0.7  # of the weights
 _READ_BYTES = 512 << 20  # as the f32 model: far more than any cache holds
@@ -284,7 +283,7 @@ def _read_bytes(model: Model, workload: Workload) -> int | None:
     unread = 0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size
     weights = round((shape.num_parameters - unread) * PRECISION_BITS[model.precision] / 8)
     cached = 2 * sum(widths.num_kv_heads for widths in shape.layers) * shape.head_dim * workload.context
-    return weights + cached * _CACHE_BYTES[model.backend]
+    return weights + round(cached * backends.get(model.backend).cache_bits(workload) / 8)
 
 
 def _table(results: Sequence[Result], workloads: Mapping[Phase, Workload]) -> str:

@@ -38,7 +38,8 @@ class EstimatedBench(Bench):
         return cls(device=device, backend=backend, workload=workload, console=console, force=force)
 
     def latency_model(self, architecture: Architecture) -> LatencyModel:
-        return roofline(architecture, self.workload, self.device)
+        cache_bits = self.backend.cache_bits(self.workload)
+        return roofline(architecture, self.workload, self.device, cache_bits=cache_bits)
 
     def measure(self, paths: Sequence[Path], *, final: bool = False) -> list[Measurement]:  # noqa: ARG002
         """The first is the dense model, whose roofline the others are cut from."""

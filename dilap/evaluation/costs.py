@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
+from dilap import backends
 from dilap.errors import InvalidInput
-from dilap.evaluation.document import CACHE_BITS, Costs, PhaseCosts
+from dilap.evaluation.document import Costs, PhaseCosts
 from dilap.evaluation.subject import Subject
 from dilap.profilers.devices import Device
 from dilap.profilers.profiler import Case, Profiler, Progress
@@ -25,7 +26,10 @@ def count(subject: Subject, workload: Workload) -> Costs:
 
 def _counted(architecture: Architecture, backend: str, workload: Workload) -> PhaseCosts:
     precision = workload.precision
-    cache_bits = CACHE_BITS.get(backend) or round(PRECISION_BITS[precision])  # torch: as its weights
+    if backend in backends.BACKENDS:
+        cache_bits = backends.get(backend).cache_bits(workload)
+    else:  # torch keeps keys and values as its weights
+        cache_bits = PRECISION_BITS[precision]
     if workload.phase == "decode":
         flops = architecture.decode_flops(context=workload.context)
         moved = architecture.decode_bytes(context=workload.context, precision=precision, cache_bits=cache_bits)

@@ -7,8 +7,6 @@ from typing import Any
 from dilap.types import Measurement, Workload
 
 SEED = 1234  # lm-eval's own, of the examples drawn
-# Of a cached key or value: llama.cpp keeps them in f16, the exported ONNX and ExecuTorch programs in f32.
-CACHE_BITS = {"llamacpp": 16, "onnxruntime": 32, "executorch": 32, "tensorrt": 16}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dilap import backends
 from dilap.cli.result import PruneResult, Side
-from dilap.evaluation.document import CACHE_BITS, Evaluation
+from dilap.evaluation.document import Evaluation
 from dilap.report.inputs import Contents, Run
 
 
@@ -77,7 +78,7 @@ def mean_accuracy(evaluation: Evaluation | None) -> float | None:
 
 def _row(run: Run, side: Side, evaluation: Evaluation | None, *, is_dense: bool) -> SummaryRow:
     result, workload, architecture = run.result, run.result.workload, side.artifact.architecture
-    precision, cache_bits = workload.precision, CACHE_BITS[result.backend]
+    precision, cache_bits = workload.precision, backends.get(result.backend).cache_bits(workload)
     measurement = side.measurement
     share = (1.0, 1.0, 1.0) if is_dense else _share(result)
     is_known = measurement.status != "estimated" and result.statistic == result.budget.statistic
