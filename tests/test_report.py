@@ -3,7 +3,9 @@
 import csv
 import json
 import re
-from dataclasses import replace
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ import pytest
 from fabricated import TEXT_QUALITY, costs, evaluation
 from fake_job import FinishedJob, call, last_line
 
-from dilap.cli import report
+from dilap.cli import prune, report
+from dilap.cli.job_arguments import job_options
 from dilap.cli.result import PruneResult
+from dilap.cli.stages import JobOptions
 from dilap.codec import decode, encode, read_json, write_json
+from dilap.profilers import devices
 from dilap.report import inputs, summary, tables
 from dilap.report.figures import figures
 
@@ -134,6 +139,25 @@ def test_the_command_asks_for_the_same_job(finished: FinishedJob) -> None:
     model, text = str(finished.checkpoint), str(finished.corpus)
     wanted = {"--budget": "70%", "--model": model, "--calib": text, "--recover-steps": "3"}
     assert {flag: words[words.index(flag) + 1] for flag in wanted} == wanted
+
+
+def options_of(arguments: Sequence[str]) -> JobOptions:
+    """What dilap-prune makes of its arguments."""
+    given = prune._parser().parse_args(arguments)
+    device = devices.get(given.target)
+    settings = prune._settings(given.set)
+    return job_options(given, device=device, budget=prune._budget(given), method=given.method, settings=settings)
+
+
+def test_every_option_of_a_job_is_in_its_command(finished: FinishedJob) -> None:
+    job = "--target host_cpu --model m --budget 70% --stat p90 --force --estimate --method flap --set metric=IFV"
+    timed = "--backend onnxruntime --precision f32 --phase prefill --context 64 --prompt-tokens 32 --threads 1"
+    search = "--configuration plain --layout portable --table t --importance wanda --step 0.3 --evaluations 7 --seed 5"
+    text = "--calib c.txt --calib-length 64 --eval-text e.txt --recover lora --recover-steps 9"
+    options = options_of(f"{job} {timed} {search} {text}".split())
+    result = decode(PruneResult, read_json(finished.run / "result.json"), source="result.json")
+    result = replace(result, target=options.target, budget=options.budget, options=asdict(options))
+    assert options_of(shlex.split(tables.command(result))[1:]) == options
 
 
 def test_runs_of_a_comparison_are_told_apart(run: Path, tmp_path: Path) -> None:

@@ -227,6 +227,9 @@ _FLAGS: Mapping[str, tuple[tuple[str, ...], Cell]] = {
     "--calib": (("calibration", "source"), "self"),
     "--calib-length": (("calibration", "sequence_length"), 256),
     "--eval-text": (("evaluation_text",), "python-docs"),
+    "--importance": (("levels", "library", "order"), "obs"),
+    "--step": (("levels", "search", "step"), 0.1),
+    "--evaluations": (("levels", "search", "evaluations"), 40),
     "--recover": (("recovery", "mode"), "none"),
     "--seed": (("seed",), 0),
 }
