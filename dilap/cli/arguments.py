@@ -76,7 +76,7 @@ def add_model(to: argparse.ArgumentParser) -> None:
         "--model",
         default=DEFAULT_MODEL,
         metavar="M",
-        help=f"{DEFAULT_MODEL} (the default), a folder with config.json, a .gguf file or a hub id",
+        help=f"{DEFAULT_MODEL} (the default), a folder with config.json, a run's folder, a .gguf file or a hub id",
     )
 
 
