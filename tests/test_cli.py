@@ -44,19 +44,20 @@ def prune_tiny(checkpoint: Path, corpus: Path, out: Path, *extra: str) -> int:
 @pytest.mark.filterwarnings("ignore:::torch", "ignore:::torchao", "ignore:::executorch", "ignore:::copyreg")
 @pytest.mark.parametrize("backend", ["onnxruntime", "executorch"])
 def test_a_run_through_another_runtime_keeps_its_budget_in_what_ships_there(
-    backend: str, corpus: Path, tmp_path: Path
+    backend: str, checkpoint: Path, corpus: Path, tmp_path: Path
 ) -> None:
     if reason := backends.get(backend).unavailable():
         pytest.skip(reason)
-    tokenizer = tiny_tokenizer(tmp_path / "words")
-    # As probes are, and two layers, of which one goes: every shape that ExecuTorch lowers takes it seconds.
-    as_probes = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
-    save_checkpoint(tiny_model("llama", num_hidden_layers=2, **as_probes), tokenizer, tmp_path / "tiny")
-    options = ["--budget", "75%", "--backend", backend, "--method", "shortgpt"]
-    assert prune_tiny(tmp_path / "tiny", corpus, tmp_path / "run", *options) == 0
+    options = ["--budget", "70%", "--backend", backend]
+    if backend == "executorch":  # lowers every shape for seconds: one layer of two goes, and all shapes are the probes'
+        as_probes = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
+        model, checkpoint = tiny_model("llama", num_hidden_layers=2, **as_probes), tmp_path / "two layers"
+        save_checkpoint(model, tiny_tokenizer(tmp_path / "more words"), checkpoint)
+        options += ["--budget", "67%", "--method", "shortgpt"]
+    assert prune_tiny(checkpoint, corpus, tmp_path / "run", *options) == 0
     result = read_json(tmp_path / "run" / "result.json")
     assert result["workload"]["precision"] == devices.get("host_cpu").backends[backend]
-    assert result["pruned"]["seconds"] <= result["limit_seconds"]
+    assert 0.93 * result["limit_seconds"] <= result["pruned"]["seconds"] <= result["limit_seconds"]
     assert read_json(tmp_path / "run" / "artifact" / "artifact.json")["backend"] == backend
 
 

@@ -14,7 +14,6 @@ from fabricated import TEXT_QUALITY, costs, evaluation
 from fake_job import FinishedJob, call, last_line
 
 from dilap.cli import prune, report
-from dilap.cli.job_arguments import job_options
 from dilap.cli.result import PruneResult
 from dilap.cli.stages import JobOptions
 from dilap.codec import decode, encode, read_json, write_json
@@ -144,9 +143,7 @@ def test_the_command_asks_for_the_same_job(finished: FinishedJob) -> None:
 def options_of(arguments: Sequence[str]) -> JobOptions:
     """What dilap-prune makes of its arguments."""
     given = prune._parser().parse_args(arguments)
-    device = devices.get(given.target)
-    settings = prune._settings(given.set)
-    return job_options(given, device=device, budget=prune._budget(given), method=given.method, settings=settings)
+    return prune.options_of(given, device=devices.get(given.target))
 
 
 def test_every_option_of_a_job_is_in_its_command(finished: FinishedJob) -> None:
@@ -158,6 +155,20 @@ def test_every_option_of_a_job_is_in_its_command(finished: FinishedJob) -> None:
     result = decode(PruneResult, read_json(finished.run / "result.json"), source="result.json")
     result = replace(result, target=options.target, budget=options.budget, options=asdict(options))
     assert options_of(shlex.split(tables.command(result))[1:]) == options
+
+
+def test_the_command_of_a_job_of_defaults_asks_for_it_too(finished: FinishedJob) -> None:
+    options = options_of(["--target", "host_cpu", "--budget", "70%"])
+    result = decode(PruneResult, read_json(finished.run / "result.json"), source="result.json")
+    words = shlex.split(tables.command(replace(result, options=asdict(options))))[1:]
+    assert options_of(words) == options
+    assert {word for word in words if word.startswith("--")} == {
+        "--target",
+        "--budget",
+        "--backend",
+        "--precision",
+        *(["--threads"] if len(options.threads_tried) == 1 else []),
+    }  # so that what it leaves out really has the defaults
 
 
 def test_runs_of_a_comparison_are_told_apart(run: Path, tmp_path: Path) -> None:

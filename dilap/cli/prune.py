@@ -3,14 +3,18 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dilap.cli import arguments, console, result
 from dilap.cli.job_arguments import add_search, add_text_and_recovery, job_options
 from dilap.codec import encode
 from dilap.errors import InvalidInput
 from dilap.methods import METHODS
-from dilap.profilers.devices import DEVICES
+from dilap.profilers.devices import DEVICES, Device
 from dilap.types import Budget
+
+if TYPE_CHECKING:
+    from dilap.cli.stages import JobOptions
 
 _EXAMPLES = """\
   dilap-prune --target host_cpu --budget 70%
@@ -107,10 +111,9 @@ def _command() -> int:
         return _sparse(given)
     if given.target is None:
         raise InvalidInput("name the device with --target; dilap-profile --list-devices lists them")
-    given.method = given.method or "dilap"
     budget = _budget(given)
     devices = arguments.devices_of(given, given.target)
-    options = job_options(given, device=devices[0], budget=budget, method=given.method, settings=_settings(given.set))
+    options = options_of(given, device=devices[0])
     from dilap.cli.job import prune  # torch and transformers: seconds that bad input should not cost
 
     out = arguments.new_path(given.out) if given.out else _default_out(given, budget)
@@ -124,6 +127,13 @@ def _command() -> int:
     else:
         console.show(f"{result.table(done)}\n\neverything is in {out}")
     return 1 if done.status in ("missed", "uncertain") else 0
+
+
+def options_of(given: argparse.Namespace, *, device: Device) -> "JobOptions":
+    """The job that the arguments ask for. Raises InvalidInput for impossible values."""
+    return job_options(
+        given, device=device, budget=_budget(given), method=given.method or "dilap", settings=_settings(given.set)
+    )
 
 
 def _budget(given: argparse.Namespace) -> Budget:
@@ -140,7 +150,7 @@ def _settings(pairs: Sequence[str]) -> dict[str, str]:
 
 def _default_out(given: argparse.Namespace, budget: Budget) -> Path:
     name = arguments.name_of(given.model)
-    method = "" if given.method == "dilap" else f"-{given.method.replace(':', '.')}"
+    method = "" if given.method in (None, "dilap") else f"-{given.method.replace(':', '.')}"
     amount = str(budget).replace("%", "pct").replace(" ", "")
     return arguments.home_of(given.model) / "runs" / f"{name}-{given.target}-{amount}{method}"
 
