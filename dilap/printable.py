@@ -21,7 +21,7 @@ def printable(text: str, *, width: int = MAX_LINE) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """The same for every line of a text of ours."""
+    """A text of several lines that we wrote, each of them made printable."""
     return joined(text.split("\n"))
 
 

@@ -466,12 +466,12 @@ class Measurement:
 
     @property
     def mark(self) -> str:
-        """The same as a remark behind the number; nothing where all is well."""
+        """A remark to put behind the number, like ` (noisy)`; empty where all is well."""
         return "" if self.words == "ok" else f" ({self.words})"
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """The same with reasons."""
+        """What a reader has to know of the measurement, one sentence each, with the reasons."""
         reason = f": {self.note}" if self.note else ""
         status = () if self.status == "ok" else (f"measurement is {self.status}{reason}",)
         if self.status == "estimated":

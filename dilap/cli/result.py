@@ -193,7 +193,7 @@ def read_result(path: Path) -> PruneResult:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of everything that a result depends on and that is installed."""
+    """The versions of everything that a result depends on and that is installed."""
     wanted = {"torch", "transformers", "tokenizers", "numpy", "scipy", "peft", "gguf", "llama-cpp-python"}
     wanted |= {"onnx", "onnx-ir", "onnxruntime", "executorch"}
     found = {one.name.lower().replace("_", "-"): one.version for one in metadata.distributions() if one.name}

@@ -101,7 +101,7 @@ class Flap:
         )
 
     def _collected(self, task: PruneTask) -> Tensors:
-        """From one dense pass."""
+        """Metrics and means of all sublayers, collected in one pass of the dense model."""
         found: dict[str, torch.Tensor] = {}
         with task.bar("FLAP", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
             outs = list(sublayers(task.model))

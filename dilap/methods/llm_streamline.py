@@ -114,7 +114,7 @@ class Objective(Protocol):
         """Batches there are."""
 
     def loss(self, layer: nn.Module, index: int) -> torch.Tensor:
-        """Of one batch."""
+        """The loss of one batch."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Regression:
         return len(self.calls)
 
     def loss(self, layer: nn.Module, index: int) -> torch.Tensor:
-        """Over positions and channels."""
+        """The loss, a mean over positions and channels."""
         with compute_precision():
             found = first_of(layer(self.inputs[index].float(), **self.calls[index].arguments))
         return functional.mse_loss(found.float(), self.outputs[index].float())

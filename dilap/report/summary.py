@@ -69,7 +69,7 @@ def rows(contents: Contents) -> list[SummaryRow]:
 
 
 def mean_accuracy(evaluation: Evaluation | None) -> float | None:
-    """Over the tasks that have one; what is compared must have the same tasks."""
+    """The mean over the tasks that have an accuracy; what is compared must have the same tasks."""
     if evaluation is None:
         return None
     found = [metrics["acc"] for metrics in evaluation.tasks.values() if "acc" in metrics]

@@ -284,7 +284,7 @@ def to_csv(rows: Sequence[SummaryRow]) -> str:
 
 
 def to_markdown(title: str, lead: str, tables: Sequence[Table], notes: Sequence[str]) -> str:
-    """The same tables, one below another."""
+    """The report as Markdown: its tables one below another, then the notes."""
     lines = [f"# {markdown(title)}", markdown(lead)]
     parts = [*lines, *(_markdown(table) for table in tables), *(f"- {markdown(note)}" for note in notes)]
     return "\n\n".join(parts) + "\n"
