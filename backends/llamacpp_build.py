@@ -11,7 +11,7 @@ import platform
 from collections.abc import Collection
 from pathlib import Path
 
-# Beside a native build on an AMD processor with AVX2 (SmolLM2-135M, q4_0, two threads, one short and noisy run): a token
+# Beside a native build on an AMD processor with AVX2 (SmolLM2-135M, q4_0, two threads, one short, noisy run): a token
 # is as fast (native / named 0.996 [0.935, 1.084]), a prompt of 128 tokens is not (0.862 [0.833, 0.953]).
 # llama.cpp's CMake options, with the processor's flags (as Linux names them) that each needs.
 _OPTIONS = {
