@@ -184,6 +184,11 @@ def test_llama_cpp_is_built_with_what_the_processor_has_and_without_amx() -> Non
     assert not [one for one in options if "AMX" in one and one.endswith("ON")]
 
 
+def test_llama_cpp_is_scheduled_for_this_processor_as_a_native_build_is() -> None:
+    options = cmake_args("x86_64", AMX).split()
+    assert {"-DCMAKE_C_FLAGS=-mtune=native", "-DCMAKE_CXX_FLAGS=-mtune=native"} <= set(options)
+
+
 def test_elsewhere_llama_cpp_chooses_by_itself() -> None:
     assert cmake_args("aarch64", {"asimd"}) == ""
 
