@@ -10,19 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from dilap import registry
-from dilap.errors import InvalidInput, Unsupported
-from dilap.types import Architecture, GroupKind, LayerWidths, Workload, group_name
+from dilap.core import registry
+from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.plan import GroupKind, group_name
+from dilap.core.shape import Architecture, LayerWidths
+from dilap.core.workload import Workload
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 BACKENDS = {
-    "executorch": "dilap.backends.executorch:ExecuTorch",
-    "llamacpp": "dilap.backends.llamacpp:LlamaCpp",
-    "onnxruntime": "dilap.backends.onnxruntime:OnnxRuntime",
-    "tensorrt": "dilap.backends.tensorrt:TensorRT",
+    "executorch": "dilap.backends.executorch.runtime:ExecuTorch",
+    "llamacpp": "dilap.backends.llamacpp.runtime:LlamaCpp",
+    "onnxruntime": "dilap.backends.onnxruntime.runtime:OnnxRuntime",
+    "tensorrt": "dilap.backends.tensorrt.runtime:TensorRT",
 }
 MAX_READ_TOKENS = 512  # at once: their logits, for a vocabulary of 50k, are 100 MB
 

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from dilap import __version__, backends, codec
+from dilap import __version__, backends
 from dilap.backends import host, sensors, windows
-from dilap.documents import parse_object
-from dilap.errors import InvalidInput, Mismatch, Unavailable, reason_of
-from dilap.sqnr import kl_divergence
-from dilap.types import Workload
+from dilap.core import codec
+from dilap.core.documents import parse_object
+from dilap.core.errors import InvalidInput, Mismatch, Unavailable, reason_of
+from dilap.core.sqnr import kl_divergence
+from dilap.core.workload import Workload
 
 _GRACE_SECONDS = 3.0  # for a run that is under way when the requests end
 _IDLE_SECONDS = 900.0  # longer than any pause of the protocol: the link was lost without a word

@@ -30,8 +30,9 @@ from typing import IO, Any, TypeVar, cast
 import numpy as np
 
 import dilap
-from dilap import backends, errors
-from dilap.errors import Crashed, DilapError
+from dilap import backends
+from dilap.core import errors
+from dilap.core.errors import Crashed, DilapError
 
 T = TypeVar("T")
 _PIPE_BYTES = 1 << 20  # a pipe's own 64 KiB make logits, 100 MB at a time, take half as long again

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dilap.backends import sensors, windows
-from dilap.errors import InvalidInput
-from dilap.types import Fingerprint
+from dilap.core.errors import InvalidInput
+from dilap.core.measurement import Fingerprint
 
 if TYPE_CHECKING:
     from dilap.backends import Backend

@@ -3,15 +3,16 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from dilap import backends, registry
+from dilap import backends
 from dilap.backends import Reader
 from dilap.backends.child import opened
-from dilap.errors import Unavailable, Unsupported
+from dilap.core import registry
+from dilap.core.errors import Unavailable, Unsupported
 
 READERS = {
-    "executorch": "dilap.backends.executorch:ExecuTorchReader",
-    "llamacpp": "dilap.backends.llamacpp:LlamaCppReader",
-    "onnxruntime": "dilap.backends.onnxruntime:OnnxRuntimeReader",
+    "executorch": "dilap.backends.executorch.runtime:ExecuTorchReader",
+    "llamacpp": "dilap.backends.llamacpp.runtime:LlamaCppReader",
+    "onnxruntime": "dilap.backends.onnxruntime.runtime:OnnxRuntimeReader",
 }
 
 

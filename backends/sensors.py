@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dilap.backends import windows
-from dilap.types import DeviceState
+from dilap.core.measurement import DeviceState
 
 _SYS = Path("/sys")
 

@@ -1,20 +1,27 @@
-"""Write an artifact in a runtime's format, and check it against the torch model it came from."""
+"""Write an artifact in a runtime's format, and check it against the torch model it came from.
+
+    from dilap import export
+    export.get("llamacpp").export(model, tokenizer=folder, precision="q4_0", plan_digest="", out=Path("mine"))
+
+An exporter for another runtime is one class with the methods of `Exporter`, named in `EXPORTERS`.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from dilap import registry
-from dilap.errors import Unavailable
-from dilap.types import Architecture, Artifact
+from dilap.core import registry
+from dilap.core.artifact import Artifact
+from dilap.core.errors import Unavailable
+from dilap.core.shape import Architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXPORTERS = {
-    "executorch": "dilap.export.executorch:ExecuTorchExporter",
-    "llamacpp": "dilap.export.gguf:GgufExporter",
-    "onnxruntime": "dilap.export.onnxruntime:OnnxRuntimeExporter",
-    "tensorrt": "dilap.export.tensorrt:TensorRTExporter",
+    "executorch": "dilap.export.executorch.writer:ExecuTorchExporter",
+    "llamacpp": "dilap.export.gguf.writer:GgufExporter",
+    "onnxruntime": "dilap.export.onnx.onnxruntime:OnnxRuntimeExporter",
+    "tensorrt": "dilap.export.onnx.tensorrt:TensorRTExporter",
 }
 
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dilap.errors import InvalidInput, VerificationFailed
+from dilap.core.errors import InvalidInput, VerificationFailed
 from dilap.export.text_samples import SAMPLES
-from dilap.source import load_tokenizer
+from dilap.models.load import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dilap.errors import VerificationFailed
-from dilap.sqnr import sqnr_db
+from dilap.core.errors import VerificationFailed
+from dilap.core.sqnr import sqnr_db
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

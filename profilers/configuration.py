@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from dilap.backends import Backend
-from dilap.errors import InvalidInput, Unsupported
+from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.measurement import Interval, Measurement
+from dilap.core.workload import Workload
 from dilap.profilers.profiler import speedup
-from dilap.types import Interval, Measurement, Workload
 
 # A configuration has to gain that much over the one that it replaces: less is not worth leaving a default for.
 LEAST_GAIN = 0.01

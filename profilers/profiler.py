@@ -8,23 +8,16 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from dilap import intervals
-from dilap.codec import decode, file_sha256, read_json
-from dilap.errors import Mismatch
-from dilap.profilers.client import InstrumentBench, Loaded
-from dilap.profilers.devices import Device
-from dilap.profilers.preflight import WAIT_SECONDS, require_fit, settled_state
+from dilap.core.artifact import Artifact
+from dilap.core.codec import decode, file_sha256, read_json
+from dilap.core.errors import Mismatch
+from dilap.core.measurement import DeviceState, Fingerprint, Interval, Measurement
+from dilap.core.workload import Budget, Statistic, Workload
+from dilap.profilers import intervals
+from dilap.profilers.devices.device import Device
+from dilap.profilers.devices.preflight import WAIT_SECONDS, require_fit, settled_state
+from dilap.profilers.instruments.agent import InstrumentBench, Loaded
 from dilap.profilers.protocol import OnRound, Protocol, Trace, collect, judge
-from dilap.types import (
-    Artifact,
-    Budget,
-    DeviceState,
-    Fingerprint,
-    Interval,
-    Measurement,
-    Statistic,
-    Workload,
-)
 
 Progress = Callable[[str], None]
 

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from dilap.types import Status, median_interval
+from dilap.core.measurement import Status, median_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +60,10 @@ class Protocol:
 
 
 TABLE = Protocol()
-# 8 starts: an interval comes from what differs between them (dilap.intervals). By Student's t its half is 2.48 of their
-# standard deviations wide with 3 starts, 0.84 with 8 and 0.72 with 10: 2.3 %, 0.8 % and 0.7 % of a paired ratio on the
-# machine named there. A start has 3 rounds or more, and 5 s a case at most: about 33 rounds are best where loading
-# takes 6 s, a round 0.13 s, and the paired ratios of rounds differ by 3 %.
+# 8 starts: an interval comes from what differs between them (intervals.py). By Student's t its half is 2.48 of
+# their standard deviations wide with 3 starts, 0.84 with 8 and 0.72 with 10: 2.3 %, 0.8 % and 0.7 % of a paired ratio
+# on the machine named there. A start has 3 rounds or more, and 5 s a case at most: about 33 rounds are best where
+# loading takes 6 s, a round 0.13 s, and the paired ratios of rounds differ by 3 %.
 FINAL = Protocol(
     target_half_width=0.005, min_samples=9, max_samples=800, max_seconds=40.0, fresh_starts=8, together=True
 )

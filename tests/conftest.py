@@ -11,11 +11,11 @@ from models import tiny_model, tiny_tokenizer
 
 from dilap import backends
 from dilap.cli import prune
-from dilap.cli.console import Console
-from dilap.codec import encode, write_json
-from dilap.profilers.devices import Device
-from dilap.source import save_checkpoint
-from dilap.types import Workload
+from dilap.core.codec import encode, write_json
+from dilap.core.progress import Progress
+from dilap.core.workload import Workload
+from dilap.models.load import save_checkpoint
+from dilap.profilers.devices.device import Device
 
 
 @pytest.fixture(autouse=True)
@@ -68,16 +68,16 @@ def evaluated(run: Path) -> Path:
 
 
 def use_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dilap.compute.has_fast_bf16", lambda: False)
+    monkeypatch.setattr("dilap.models.compute.has_fast_bf16", lambda: False)
 
 
 def use_fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def made(
-        devices: Sequence[Device], backend: str, workload: Workload, console: Console, *, force: bool
+        devices: Sequence[Device], backend: str, workload: Workload, progress: Progress, *, force: bool
     ) -> FakeBench:
-        return FakeBench(device=devices[0], backend=backends.get(backend), workload=workload, console=console)
+        return FakeBench(device=devices[0], backend=backends.get(backend), workload=workload, progress=progress)
 
-    monkeypatch.setattr("dilap.cli.job.Bench.of", made)
+    monkeypatch.setattr("dilap.job.prune.Bench.of", made)
 
 
 def write_checkpoint(folder: Path) -> Path:

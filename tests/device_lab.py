@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from dilap.profilers import archive
-from dilap.profilers.adb import AdbTransport
-from dilap.profilers.devices import Registry
-from dilap.profilers.locations import read_registry
-from dilap.profilers.ssh import SshAddress, SshTransport
-from dilap.profilers.transports import Transport, run_client
+from dilap.profilers.devices.device import Registry
+from dilap.profilers.devices.locations import read_registry
+from dilap.profilers.instruments import archive
+from dilap.profilers.links.adb import AdbTransport
+from dilap.profilers.links.ssh import SshAddress, SshTransport
+from dilap.profilers.links.transports import Transport, run_client
 
 LAB = Path(os.environ.get("DILAP_DEVICE_LAB", "/var/cache/dilap-device-lab"))
 SSH_PORT, SECOND_SSH_PORT, ADB_PORT = 22023, 22024, 5658

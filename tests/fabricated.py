@@ -1,7 +1,9 @@
 """A made-up device and a small architecture for tests that need no weights."""
 
+from dilap.core.measurement import Fingerprint, Measurement
+from dilap.core.shape import Architecture, LayerWidths
+from dilap.core.workload import Workload
 from dilap.evaluation.document import Costs, Evaluation, PhaseCosts, TaskFacts, TextQuality
-from dilap.types import Architecture, Fingerprint, LayerWidths, Measurement, Workload
 
 FINGERPRINT = Fingerprint(
     device="host_cpu",

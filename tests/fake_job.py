@@ -10,13 +10,16 @@ from fabricated import FINGERPRINT
 
 from dilap import backends
 from dilap.backends import Backend
-from dilap.cli.bench import Bench
-from dilap.codec import decode, read_json
-from dilap.profilers.probes import default_levels, list_probes, spread
+from dilap.core.artifact import Artifact
+from dilap.core.codec import decode, read_json
+from dilap.core.measurement import Measurement
+from dilap.core.shape import Architecture, LayerWidths
+from dilap.core.workload import Workload
+from dilap.job.bench import Bench
 from dilap.profilers.profiler import Case
 from dilap.profilers.protocol import TABLE
-from dilap.profilers.table import LatencyTable, TableEntry, TableHeader, runs_of
-from dilap.types import Architecture, Artifact, LayerWidths, Measurement, Workload
+from dilap.profilers.tables.probes import default_levels, list_probes, spread
+from dilap.profilers.tables.table import LatencyTable, TableEntry, TableHeader, runs_of
 
 LLAMACPP = backends.get("llamacpp")
 FAST = ["--evaluations", "3", "--step", "0.2", "--calib-length", "32", "--context", "64"]

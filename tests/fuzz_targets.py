@@ -11,24 +11,27 @@ import gguf
 import numpy as np
 from fabricated import FINGERPRINT
 
-from dilap.backends.trtexec import read_times
-from dilap.cli import comparison, result
-from dilap.codec import decode, encode, read_json, write_json
-from dilap.errors import LinkLost
+from dilap.backends.tensorrt.trtexec import read_times
+from dilap.core.artifact import Artifact
+from dilap.core.codec import decode, encode, read_json, write_json
+from dilap.core.errors import LinkLost
+from dilap.core.measurement import DeviceState
+from dilap.core.plan import Plan
+from dilap.core.workload import Workload
 from dilap.evaluation.local_task import _read as read_rows
-from dilap.export.gguf_tokenizer import _from_gguf
-from dilap.pretrained import require_sound_gguf
-from dilap.profilers.android import parse_state
-from dilap.profilers.client import AgentClient
-from dilap.profilers.locations import read_registry
-from dilap.profilers.runners import _max_context, parse_llama_bench, parse_llama_main
-from dilap.profilers.store import Files
-from dilap.profilers.table import LatencyTable
+from dilap.export.gguf.tokenizer import _from_gguf
+from dilap.job import comparison, result
+from dilap.models.load import load
+from dilap.models.pretrained import require_sound_gguf
+from dilap.models.text_files import read_text
+from dilap.profilers.devices.locations import read_registry
+from dilap.profilers.instruments.agent import AgentClient
+from dilap.profilers.instruments.phone import parse_state
+from dilap.profilers.instruments.runners import _max_context, parse_llama_bench, parse_llama_main
+from dilap.profilers.links.store import Files
+from dilap.profilers.tables.table import LatencyTable
 from dilap.report import diff, inputs, summary, tables
 from dilap.report.figures import figures
-from dilap.source import load
-from dilap.text_files import read_text
-from dilap.types import Artifact, DeviceState, Plan, Workload
 
 
 @dataclass(frozen=True)

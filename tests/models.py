@@ -10,15 +10,16 @@ import torch
 from tiny_gguf import CLASSES, VOCAB_SIZE, byte_level_tokenizer, tiny_model
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dilap.anatomy import architecture_of, decoder_layers, family_of, sublayers
-from dilap.library import LibraryOptions, build_library
-from dilap.methods.method import PruneTask
-from dilap.shrink import out_columns
-from dilap.space import Choice, Level, Space, Units, plan_of
-from dilap.supernet import Supernet
-from dilap.target import Target
-from dilap.text import Calibration
-from dilap.types import LayerWidths, Plan, full_plan
+from dilap.core.plan import Plan, full_plan
+from dilap.core.shape import LayerWidths
+from dilap.core.space import Choice, Level, Space, Units, plan_of
+from dilap.models.anatomy import architecture_of, decoder_layers, family_of, sublayers
+from dilap.models.cut import out_columns
+from dilap.models.text import Calibration
+from dilap.search.library import LibraryOptions, build_library
+from dilap.search.limit import Target
+from dilap.search.method import PruneTask
+from dilap.search.supernet import Supernet
 
 __all__ = ["CLASSES", "FAMILIES", "VOCAB_SIZE", "tiny_model"]
 FAMILIES = tuple(CLASSES)

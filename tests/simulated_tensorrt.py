@@ -18,7 +18,7 @@ GPU = "Orin sm_87"
 
 
 class HostCuda:
-    """`dilap.backends.cuda.Cuda` on host memory; a run takes 5 microseconds."""
+    """`dilap.backends.tensorrt.cuda.Cuda` on host memory; a run takes 5 microseconds."""
 
     stream = 7
 

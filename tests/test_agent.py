@@ -13,13 +13,15 @@ import pytest
 from fabricated import FINGERPRINT, TINY_LAYER, tiny_llama
 from numpy.typing import NDArray
 
-from dilap import backends, codec, export
+from dilap import backends, export
 from dilap.backends import Capabilities, agent, host
-from dilap.errors import InvalidInput, LinkLost, Mismatch, Unavailable
-from dilap.profilers import devices
-from dilap.profilers.client import AgentClient, InstrumentBench, LocalConnection, Sampled
-from dilap.profilers.transports import PipedProcess, Process
-from dilap.types import DeviceState, Fingerprint, Workload
+from dilap.core import codec
+from dilap.core.errors import InvalidInput, LinkLost, Mismatch, Unavailable
+from dilap.core.measurement import DeviceState, Fingerprint
+from dilap.core.workload import Workload
+from dilap.profilers.devices import device as devices
+from dilap.profilers.instruments.agent import AgentClient, InstrumentBench, LocalConnection, Sampled
+from dilap.profilers.links.transports import PipedProcess, Process
 
 WORKLOAD = Workload(precision="f32", context=16)
 

@@ -8,22 +8,12 @@ import torch
 from models import tiny_model
 from numpy.typing import NDArray
 
-from dilap.allocation import (
-    Config,
-    Quadratic,
-    RelaxationOptions,
-    move,
-    move_gains,
-    project,
-    relax,
-    solve,
-    swap,
-)
-from dilap.anatomy import architecture_of
-from dilap.errors import Infeasible
-from dilap.methods.dilap import allocate
-from dilap.methods.task import SearchOptions
-from dilap.space import Choice, Level, Space
+from dilap.core.errors import Infeasible
+from dilap.core.space import Choice, Level, Space
+from dilap.models.anatomy import architecture_of
+from dilap.search.allocation import Config, Quadratic, RelaxationOptions, move, move_gains, project, relax, solve, swap
+from dilap.search.dilap import allocate
+from dilap.search.task import SearchOptions
 
 UNIT = 2.0**-30  # seconds; sums of it are exact
 BUCKETS = 20_000

@@ -7,10 +7,11 @@ import torch
 from models import FAMILIES, plan_for, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from dilap.anatomy import architecture_of, model_digest, require_finite, sublayers
-from dilap.errors import InvalidInput, Unsupported
-from dilap.shrink import shrink_
-from dilap.types import LayerWidths, groups_of
+from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.plan import groups_of
+from dilap.core.shape import LayerWidths
+from dilap.models.anatomy import architecture_of, model_digest, require_finite, sublayers
+from dilap.models.cut import shrink_
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,16 +10,16 @@ from models import random_tokens, tiny_model, tiny_tokenizer
 from torch import nn
 from torch.testing import assert_close
 
-from dilap.anatomy import family_of
 from dilap.cli import prune
-from dilap.codec import read_json
-from dilap.errors import InvalidInput
-from dilap.methods.barber import Barber, Block, Granularity, decoder_matrices, rebuilt_masks, swapped
-from dilap.methods.unstructured import Magnitude, SparseGpt, Wanda, sparsify_
-from dilap.modeling_dilap import Family
-from dilap.source import save_checkpoint
-from dilap.sparsity import Pattern
-from dilap.walk import LayerCall
+from dilap.core.codec import read_json
+from dilap.core.errors import InvalidInput
+from dilap.models.anatomy import family_of
+from dilap.models.load import save_checkpoint
+from dilap.models.modeling_dilap import Family
+from dilap.models.statistics import LayerCall
+from dilap.sparsity.barber import Barber, Block, Granularity, decoder_matrices, rebuilt_masks, swapped
+from dilap.sparsity.pattern import Pattern
+from dilap.sparsity.rules import Magnitude, SparseGpt, Wanda, sparsify_
 
 TOKENS = random_tokens(5, 24)
 GRANULARITIES: tuple[Granularity, ...] = ("block", "layer", "output1", "input1")

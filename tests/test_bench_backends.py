@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fabricated import TINY_LAYER, tiny_llama
 
-from dilap.types import Workload
+from dilap.core.workload import Workload
 
 tool: Any = importlib.import_module("tools.bench_backends")
 WORKLOADS = {"decode": Workload(), "prefill": Workload(phase="prefill")}

@@ -9,8 +9,9 @@ from fabricated import TINY_LAYER, tiny_llama
 
 from dilap import backends, export
 from dilap.backends import Capabilities, require_loadable
-from dilap.errors import Unsupported
-from dilap.types import Architecture, LayerWidths, Workload
+from dilap.core.errors import Unsupported
+from dilap.core.shape import Architecture, LayerWidths
+from dilap.core.workload import Workload
 
 NARROW = replace(TINY_LAYER, num_channels=32)
 NO_ATTENTION = LayerWidths(num_heads=0, num_kv_heads=0, num_channels=64)

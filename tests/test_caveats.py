@@ -11,16 +11,18 @@ import pytest
 from fabricated import costs, evaluation
 from fake_job import FAST, FakeBench, call
 
-from dilap import intervals
-from dilap.cli import compare, prune, report, result
+from dilap.cli import compare, prune, report
 from dilap.cli import costs as table_costs
 from dilap.cli import eval as evaluate
-from dilap.cli.bench import describe_errors
-from dilap.codec import decode, read_json, write_json
+from dilap.core.codec import decode, read_json, write_json
+from dilap.core.measurement import Measurement
+from dilap.core.shape import Architecture
+from dilap.job import result
+from dilap.job.bench import describe_errors
+from dilap.profilers import intervals
 from dilap.profilers.profiler import Case, Profiler
 from dilap.report import inputs, summary, tables
 from dilap.report.figures import figures
-from dilap.types import Architecture, Measurement
 
 STATES: dict[str, tuple[dict[str, Any], str, str]] = {
     "forced": ({"forced": ("it runs on battery",)}, "forced", "it runs on battery"),

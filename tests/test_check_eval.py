@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fabricated import evaluation
 
-from dilap.errors import InvalidInput
+from dilap.core.errors import InvalidInput
 from dilap.evaluation.document import Evaluation
 
 check_eval: Any = importlib.import_module("tools.check_eval")

@@ -15,9 +15,9 @@ from models import tiny_model, tiny_tokenizer
 from numpy.typing import NDArray
 
 from dilap import backends, export
-from dilap.backends import executorch
-from dilap.source import save_checkpoint
-from dilap.types import Workload
+from dilap.backends.executorch import runtime as executorch
+from dilap.core.workload import Workload
+from dilap.models.load import save_checkpoint
 
 check_stock: Any = importlib.import_module("tools.check_stock")
 FILE = Path(check_stock.__file__)

@@ -14,9 +14,9 @@ from tiny_gguf import compensated_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from dilap.errors import DilapError, InvalidInput, Unsupported
-from dilap.shrink import shrink_
-from dilap.source import load, save_checkpoint
+from dilap.core.errors import DilapError, InvalidInput, Unsupported
+from dilap.models.cut import shrink_
+from dilap.models.load import load, save_checkpoint
 
 MIXED: Kept = {
     "layers.0.kv_groups": (),

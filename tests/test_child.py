@@ -15,11 +15,11 @@ from fabricated import TINY_LAYER, tiny_llama
 
 from dilap import backends, export
 from dilap.backends.child import called, close_children, opened, python_environment
-from dilap.backends.llamacpp_build import cmake_args
-from dilap.cli import doctor
-from dilap.errors import Crashed, DilapError, InvalidInput
-from dilap.profilers.client import AgentClient, LocalConnection
-from dilap.profilers.devices import Registry
+from dilap.backends.llamacpp.build import cmake_args
+from dilap.core.errors import Crashed, DilapError, InvalidInput
+from dilap.profilers.devices import doctor
+from dilap.profilers.devices.device import Registry
+from dilap.profilers.instruments.agent import AgentClient, LocalConnection
 
 STANDINS = Path(__file__).parent / "standins"
 sys.path.append(str(STANDINS))
@@ -86,7 +86,7 @@ def test_a_death_says_runtime_signal_work_and_last_words_in_one_line() -> None:
 
 
 def test_a_death_of_llama_cpp_says_how_to_build_it_without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dilap.backends.llamacpp.cmake_args_here", lambda: "-DGGML_NATIVE=OFF")
+    monkeypatch.setattr("dilap.backends.llamacpp.runtime.cmake_args_here", lambda: "-DGGML_NATIVE=OFF")
     with pytest.raises(Crashed, match=r"build it again with CMAKE_ARGS='-DGGML_NATIVE=OFF' pip install"):
         fragile().die(signal.SIGSEGV)
 
@@ -151,14 +151,14 @@ def test_telemetry_is_off_in_every_process_that_we_start() -> None:
 
 
 def test_an_export_whose_runtime_dies_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dilap.export.llamacpp.validate", crash)
+    monkeypatch.setattr("dilap.export.gguf.library.validate", crash)
     with pytest.raises(Crashed, match=r"died of SIGSEGV while working on f16\.gguf"):
         export.get("llamacpp").export_probe(tiny_llama(TINY_LAYER), precision="q8_0", seed=0, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_doctor_names_the_signal_that_a_runtime_died_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dilap.export.llamacpp.validate", crash)
+    monkeypatch.setattr("dilap.export.gguf.library.validate", crash)
     monkeypatch.setattr(backends, "BACKENDS", {"llamacpp": backends.BACKENDS["llamacpp"]})
     found = next(iter(doctor.examine(Registry())))
     assert not found.usable

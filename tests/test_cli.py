@@ -19,20 +19,23 @@ from models import plan_for, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from dilap import backends
-from dilap.anatomy import architecture_of
-from dilap.backends.llamacpp import LlamaCpp
+from dilap.backends.llamacpp.runtime import LlamaCpp
 from dilap.cli import export, profile, prune
-from dilap.cli.bench import Bench
 from dilap.cli.console import Console
-from dilap.cli.workspace import held
-from dilap.codec import decode, read_json
-from dilap.evaluator import Evaluator
-from dilap.profilers import devices
+from dilap.core.codec import decode, read_json
+from dilap.core.measurement import Measurement
+from dilap.core.plan import Plan
+from dilap.core.shape import Architecture
+from dilap.core.workload import Workload
+from dilap.job.bench import Bench
+from dilap.job.run_folder import held
+from dilap.models.anatomy import architecture_of
+from dilap.models.cut import shrink_
+from dilap.models.load import load, save_checkpoint
+from dilap.profilers.devices import device as devices
 from dilap.profilers.profiler import Case
-from dilap.profilers.table import TableHeader
-from dilap.shrink import shrink_
-from dilap.source import load, save_checkpoint
-from dilap.types import Architecture, Measurement, Plan, Workload
+from dilap.profilers.tables.table import TableHeader
+from dilap.search.journal import Evaluator
 
 
 def prune_tiny(checkpoint: Path, corpus: Path, out: Path, *extra: str) -> int:
@@ -94,8 +97,8 @@ def test_a_measurement_beside_other_load_is_taken_again(tmp_path: Path, monkeypa
     def measured(*_: object, **__: object) -> list[SimpleNamespace]:
         return [SimpleNamespace(status=statuses.pop(0))]
 
-    monkeypatch.setattr("dilap.cli.bench.Profiler.measure", measured)
-    bench = Bench(device=devices.get("host_cpu"), backend=LlamaCpp(), workload=Workload(), console=Console())
+    monkeypatch.setattr("dilap.job.bench.Profiler.measure", measured)
+    bench = Bench(device=devices.get("host_cpu"), backend=LlamaCpp(), workload=Workload(), progress=Console())
     assert [one.status for one in bench.measure([tmp_path / "model.gguf"])] == ["ok"]
 
 
@@ -154,7 +157,7 @@ def test_an_unfinished_run_with_other_options_is_not_touched(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dilap.methods.levels.build_library", interrupt)
+        patch.setattr("dilap.search.levels.build_library", interrupt)
         assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--budget", "70%") == 130
     assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--budget", "60%") == 2
     assert "unfinished run with other options" in last_line(capsys)
@@ -234,7 +237,7 @@ def test_a_killed_run_does_not_ask_its_method_again(
 
     arguments = ("--budget", "70%", "--method", "shortgpt")
     with monkeypatch.context() as patch:
-        patch.setattr("dilap.cli.claim.shrink_", interrupt)
+        patch.setattr("dilap.job.proof.shrink_", interrupt)
         assert prune_tiny(checkpoint, corpus, tmp_path / "run", *arguments) == 130
     monkeypatch.setattr("dilap.methods.shortgpt.walk", interrupt)
     assert prune_tiny(checkpoint, corpus, tmp_path / "run", *arguments) == 0
@@ -279,7 +282,7 @@ def test_the_doctor_names_every_runtime_and_device(capsys: pytest.CaptureFixture
 
 def test_listing_devices_imports_no_torch() -> None:
     program = (
-        "import sys; from dilap.cli import doctor, profile; from dilap.profilers.devices import Registry; "
+        "import sys; from dilap.cli import doctor, profile; from dilap.profilers.devices.device import Registry; "
         "list(doctor.list_devices(Registry())); sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

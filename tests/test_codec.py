@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from dilap import registry
-from dilap.codec import canonical, decode, digest, encode, file_sha256, read_json, write_json, written_aside
-from dilap.errors import InvalidInput
-from dilap.types import Budget, Fingerprint, LayerWidths, Workload
+from dilap.core import registry
+from dilap.core.codec import canonical, decode, digest, encode, file_sha256, read_json, write_json, written_aside
+from dilap.core.errors import InvalidInput
+from dilap.core.measurement import Fingerprint
+from dilap.core.shape import LayerWidths
+from dilap.core.workload import Budget, Workload
 
 WORKLOAD = Workload(phase="prefill", prompt_tokens=7)
 

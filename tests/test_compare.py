@@ -8,12 +8,12 @@ import pytest
 from fake_job import FAST, call, last_line
 
 from dilap.cli import compare
-from dilap.cli.comparison import Row, markdown, read_row
-from dilap.cli.verdict import Verdict
-from dilap.cli.workspace import held
-from dilap.codec import read_json
+from dilap.core.codec import read_json
+from dilap.job.comparison import Row, markdown, read_row
+from dilap.job.run_folder import held
+from dilap.job.verdict import Verdict
 from dilap.methods import METHODS
-from dilap.methods.method import Pruned, PruneTask
+from dilap.search.method import Pruned, PruneTask
 
 pytestmark = pytest.mark.usefixtures("fake_device")
 

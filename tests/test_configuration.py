@@ -11,13 +11,14 @@ from fake_job import FAST, call
 
 from dilap import backends
 from dilap.cli import prune
-from dilap.codec import read_json
-from dilap.errors import InvalidInput, Unsupported
-from dilap.profilers import devices
+from dilap.core.codec import read_json
+from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.measurement import Interval, Measurement
+from dilap.core.workload import Workload
 from dilap.profilers.configuration import MAX_DIVERGENCE, Configuration, MeasuredWorld, find_fastest, thread_counts
+from dilap.profilers.devices import device as devices
 from dilap.profilers.profiler import Profiler
-from dilap.profilers.table import LatencyTable
-from dilap.types import Interval, Measurement, Workload
+from dilap.profilers.tables.table import LatencyTable
 
 LLAMACPP = backends.get("llamacpp")
 PLAIN = Workload(threads=4)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from dilap.cli import console
-from dilap.errors import InvalidInput
-from dilap.printable import MAX_LINE, csv_cell, markdown, printable, printable_lines
+from dilap.core.errors import InvalidInput
+from dilap.core.printable import MAX_LINE, csv_cell, markdown, printable, printable_lines
+from dilap.job.log import Log
 
 HOSTILE = "\x1b[2J\rok   device \x9b1m\u202e\ud800\n"
 
@@ -53,9 +54,9 @@ def test_an_error_of_our_own_is_one_line_that_names_its_traceback(
 def test_the_traceback_is_in_the_runs_log_where_there_is_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    screen, error = console.Console(), ZeroDivisionError("no")
-    screen.log_to(tmp_path / "log.txt")
-    screen.keep_traceback(error)
+    log, error = Log(console.Console()), ZeroDivisionError("no")
+    log.write_to(tmp_path / "log.txt")
+    log.keep_traceback(error)
     assert ends(raising(error), capsys)[1].endswith(str(tmp_path / "log.txt"))
     assert "ZeroDivisionError" in (tmp_path / "log.txt").read_text(encoding="utf-8")
 
@@ -141,9 +142,9 @@ def test_lines_of_ours_stay_lines() -> None:
 def test_what_is_said_is_one_line_on_the_screen_and_in_the_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    screen = console.Console()
-    screen.log_to(tmp_path / "log.txt")
-    screen.say(f"device{HOSTILE}")
+    log = Log(console.Console())
+    log.write_to(tmp_path / "log.txt")
+    log.say(f"device{HOSTILE}")
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert (tmp_path / "log.txt").read_text(encoding="utf-8").count("\n") == 1
 

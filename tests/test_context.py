@@ -11,14 +11,14 @@ from tiny_gguf import needs_llamacpp
 from transformers import PreTrainedConfig
 
 from dilap import backends, export
-from dilap.anatomy import architecture_of
 from dilap.backends import readers
 from dilap.cli import compare, profile, prune
-from dilap.context import max_tokens_of, require_context
-from dilap.errors import InvalidInput, Unsupported
-from dilap.export.onnx_hyperparameters import probe_hyperparameters
-from dilap.source import save_checkpoint
-from dilap.types import Workload
+from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.workload import Workload
+from dilap.export.onnx.hyperparameters import probe_hyperparameters
+from dilap.models.anatomy import architecture_of
+from dilap.models.context import max_tokens_of, require_context
+from dilap.models.load import save_checkpoint
 
 ALL_SLIDE = {"use_sliding_window": True, "max_window_layers": 0}
 

@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
 from dilap import backends, export
-from dilap.anatomy import architecture_of, decoder_layers
+from dilap.core.workload import Workload
 from dilap.evaluation import costs
 from dilap.evaluation.subject import Subject, open_subject
-from dilap.profilers import devices
+from dilap.models.anatomy import architecture_of, decoder_layers
+from dilap.profilers.devices import device as devices
 from dilap.profilers.protocol import Protocol
-from dilap.types import Workload
 
 KEPT: dict[str, tuple[int, ...]] = {"layers.0.kv_groups": (1,), "layers.1.channels": tuple(range(32))}
 TOKENS = 24

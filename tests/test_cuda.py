@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dilap.backends import cuda
-from dilap.errors import Unavailable
+from dilap.backends.tensorrt import cuda
+from dilap.core.errors import Unavailable
 
 
 class Function:

@@ -10,14 +10,14 @@ from torch.nn import functional
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from dilap.anatomy import decoder_layers, family_of
+from dilap.core.plan import Plan
 from dilap.methods.llm_streamline import Streamline, best_window
 from dilap.methods.shortgpt import ShortGpt, block_influences, mean_cosine
 from dilap.methods.sleb import Sleb
-from dilap.shrink import shrink_
-from dilap.skipping import Stack, sublayer_skipped
-from dilap.teacher import negative_log_likelihood
-from dilap.types import Plan
+from dilap.models.anatomy import decoder_layers, family_of
+from dilap.models.cut import shrink_
+from dilap.models.reference import negative_log_likelihood
+from dilap.models.skipping import Stack, sublayer_skipped
 
 TOKENS = random_tokens(4, 24)
 

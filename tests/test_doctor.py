@@ -11,12 +11,12 @@ from fake_job import call
 
 from dilap import backends
 from dilap.cli import profile
-from dilap.cli.doctor import Check, check_device, line
-from dilap.errors import LinkLost, Unavailable
-from dilap.profilers import devices
-from dilap.profilers.client import Instrument
-from dilap.profilers.devices import Device
-from dilap.types import DeviceState, Fingerprint
+from dilap.core.errors import LinkLost, Unavailable
+from dilap.core.measurement import DeviceState, Fingerprint
+from dilap.profilers.devices import device as devices
+from dilap.profilers.devices.device import Device
+from dilap.profilers.devices.doctor import Check, check_device, line
+from dilap.profilers.instruments.agent import Instrument
 
 TOML = """\
 [[jetson_cpu]]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from dilap.codec import read_json
-from dilap.documents import MAX_DEPTH, int64, parse_json, read_text, read_toml
-from dilap.errors import InvalidInput
+from dilap.core.codec import read_json
+from dilap.core.documents import MAX_DEPTH, int64, parse_json, read_text, read_toml
+from dilap.core.errors import InvalidInput
 
 BAD_JSON = {
     "cut off": b'{"a": ',

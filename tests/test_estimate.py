@@ -11,12 +11,13 @@ from fabricated import FINGERPRINT, TINY_LAYER, tiny_llama
 from models import tiny_model, tiny_tokenizer
 
 from dilap.cli import profile, prune
-from dilap.codec import read_json
-from dilap.errors import InvalidInput
-from dilap.profilers import devices
-from dilap.profilers.estimate import estimated_fingerprint, roofline
-from dilap.source import save_checkpoint
-from dilap.types import LayerWidths, Workload
+from dilap.core.codec import read_json
+from dilap.core.errors import InvalidInput
+from dilap.core.shape import LayerWidths
+from dilap.core.workload import Workload
+from dilap.models.load import save_checkpoint
+from dilap.profilers.devices import device as devices
+from dilap.profilers.tables.roofline import estimated_fingerprint, roofline
 
 ARCHITECTURE = tiny_llama(TINY_LAYER, TINY_LAYER)
 DEVICE = replace(devices.get("s23"), bytes_per_second=1e9, flops_per_second=1e9)

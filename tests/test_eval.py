@@ -15,10 +15,10 @@ from dilap import backends, export
 from dilap.backends import readers
 from dilap.cli import eval as command
 from dilap.cli.console import Console
-from dilap.codec import read_json, write_json
+from dilap.core.codec import read_json, write_json
 from dilap.evaluation.subject import open_subject
-from dilap.source import load, save_checkpoint
-from dilap.teacher import perplexity
+from dilap.models.load import load, save_checkpoint
+from dilap.models.reference import perplexity
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM

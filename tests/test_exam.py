@@ -14,16 +14,17 @@ from tiny_gguf import pruned_model
 
 from dilap import backends
 from dilap.backends import readers
-from dilap.cli import compare, exam, prune, result
-from dilap.codec import decode, read_json, write_json
-from dilap.errors import Crashed, Unsupported
+from dilap.cli import compare, prune
+from dilap.core.codec import decode, read_json, write_json
+from dilap.core.errors import Crashed, Unsupported
+from dilap.core.measurement import Measurement
 from dilap.evaluation.scoring import beside_teacher
 from dilap.evaluation.subject import open_subject
 from dilap.evaluation.text_quality import compare as beside
 from dilap.evaluation.torch_reader import TorchReader
+from dilap.job import exam, result
+from dilap.models.reference import Teacher, head_of
 from dilap.profilers.profiler import Case
-from dilap.teacher import Teacher, head_of
-from dilap.types import Measurement
 
 pytestmark = pytest.mark.usefixtures("fake_device")
 TOKENS = random_tokens(3, 24)
@@ -94,7 +95,7 @@ def test_a_runtime_that_dies_while_it_reads_costs_the_run_its_numbers_alone(
     def dying(*_: object, **__: object) -> None:
         raise Crashed("llamacpp died of a segmentation fault")
 
-    monkeypatch.setattr("dilap.cli.exam.open_reader", dying)
+    monkeypatch.setattr("dilap.job.exam.open_reader", dying)
     assert prune_tiny(checkpoint, corpus, tmp_path / "run") == 0
     assert "not of the artifacts (llamacpp died of a segmentation fault)" in result.table(read(tmp_path / "run"))
 

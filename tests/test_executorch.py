@@ -14,17 +14,19 @@ from models import logits, plan_for, random_tokens
 from tiny_gguf import VOCAB_SIZE, byte_level_tokenizer, compensated_model, pruned_model, tiny_model
 from transformers import AutoTokenizer, PreTrainedModel
 
-from dilap import backends, codec, export
-from dilap.anatomy import architecture_of
+from dilap import backends, export
 from dilap.backends import readers
-from dilap.codec import decode, file_sha256, read_json
-from dilap.errors import InvalidInput, Unsupported, VerificationFailed
-from dilap.export.executorch import ModelValues, matrix_types
-from dilap.export.executorch_header import header_of, probe_header
-from dilap.profilers.client import AgentClient, InstrumentBench, LocalConnection
-from dilap.shrink import shrink_
-from dilap.sqnr import sqnr_db
-from dilap.types import Artifact, Workload
+from dilap.core import codec
+from dilap.core.artifact import Artifact
+from dilap.core.codec import decode, file_sha256, read_json
+from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed
+from dilap.core.sqnr import sqnr_db
+from dilap.core.workload import Workload
+from dilap.export.executorch.header import header_of, probe_header
+from dilap.export.executorch.writer import ModelValues, matrix_types
+from dilap.models.anatomy import architecture_of
+from dilap.models.cut import shrink_
+from dilap.profilers.instruments.agent import AgentClient, InstrumentBench, LocalConnection
 
 if reason := backends.get("executorch").unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -137,7 +139,7 @@ def test_four_bit_weights_cost_what_they_should(four_bits: Path) -> None:
 @torch.no_grad()
 def quantised_(model: PreTrainedModel) -> PreTrainedModel:
     """`model`, computing in torch with the weights and activations of an 8da4w program."""
-    quantisation = importlib.import_module("dilap.export.executorch_quantisation")
+    quantisation = importlib.import_module("dilap.export.executorch.quantisation")
     table, scales = quantisation.quantised_rows(model.get_input_embeddings().weight)
     model.get_input_embeddings().weight.copy_(table * scales[:, None])
     for module in list(model.modules()):
@@ -177,8 +179,8 @@ def test_logits_token_by_token_equal_those_of_one_pass(folder: str, request: pyt
 def test_a_reader_gives_in_several_runs_the_logits_of_prefixes(
     dense: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dilap.export.executorch_header.SCORED_TOKENS", 8)
-    monkeypatch.setattr("dilap.export.executorch.NUM_TOKENS", 8)  # what the export verifies in one run
+    monkeypatch.setattr("dilap.export.executorch.header.SCORED_TOKENS", 8)
+    monkeypatch.setattr("dilap.export.executorch.writer.NUM_TOKENS", 8)  # what the export verifies in one run
     exported(talking_model(tokenizer), tokenizer, tmp_path / "out")
     tokens = random_tokens(1, 24)[0].tolist()
     session = backends.get("executorch").load(dense / "model.pte", DECODE)
@@ -204,7 +206,7 @@ def contents(module: Any) -> dict[str, bytes]:
 
 
 def test_a_filled_template_is_what_lowering_that_block_gives() -> None:
-    blocks = importlib.import_module("dilap.export.executorch_blocks")
+    blocks = importlib.import_module("dilap.export.executorch.blocks")
     architecture = architecture_of(tiny_model("llama"))
     shape = blocks.BlockShape(
         kind="attention_out",
@@ -327,7 +329,7 @@ def test_a_probe_has_the_size_of_a_real_export(
     folder: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = artifact_in(request.getfixturevalue(folder))
-    monkeypatch.setattr("dilap.export.executorch_header.MAX_CONTEXT", real.details["max_context"])
+    monkeypatch.setattr("dilap.export.executorch.header.MAX_CONTEXT", real.details["max_context"])
     probe = export.get("executorch").export_probe(
         real.architecture, precision=real.precision, seed=0, out=tmp_path / "probe"
     )
@@ -397,7 +399,7 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
 
 
 def test_a_failed_export_leaves_nothing(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dilap.export.executorch.SQNR_BOUNDS_DB", {"f32": 1000.0})
+    monkeypatch.setattr("dilap.export.executorch.writer.SQNR_BOUNDS_DB", {"f32": 1000.0})
     with pytest.raises(VerificationFailed, match=r"forward of model\.pte in f32 differs"):
         exported(tiny_model("llama"), tokenizer, tmp_path / "out")
     assert not list(tmp_path.iterdir())

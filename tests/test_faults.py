@@ -36,16 +36,17 @@ from fabricated import TINY_LAYER, tiny_llama
 from flaky_link import FlakyLink
 
 from dilap import backends
-from dilap.codec import encode, file_sha256, write_json
-from dilap.errors import DilapError
-from dilap.profilers import client
-from dilap.profilers.devices import Device
+from dilap.core.artifact import Artifact
+from dilap.core.codec import encode, file_sha256, write_json
+from dilap.core.errors import DilapError
+from dilap.core.workload import Workload
+from dilap.profilers.devices.device import Device
+from dilap.profilers.instruments import agent as client
+from dilap.profilers.links.store import Store, posix_programs
+from dilap.profilers.links.transports import Transport
 from dilap.profilers.profiler import Case, Profiler
 from dilap.profilers.protocol import Protocol
-from dilap.profilers.store import Store, posix_programs
-from dilap.profilers.table import LatencyTable, TableEntry, TableHeader, runs_of
-from dilap.profilers.transports import Transport
-from dilap.types import Artifact, Workload
+from dilap.profilers.tables.table import LatencyTable, TableEntry, TableHeader, runs_of
 
 pytestmark = needs_lab
 ARCHITECTURE = tiny_llama(TINY_LAYER, TINY_LAYER)

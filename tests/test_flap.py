@@ -10,17 +10,17 @@ from models import logits, masked_, random_tokens, tiny_model, tiny_task
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from dilap.anatomy import decoder_layers, sublayers
-from dilap.errors import Unsupported
+from dilap.core.errors import Unsupported
+from dilap.core.shape import LayerWidths
+from dilap.core.space import WidthRules
 from dilap.methods.flap import Flap, global_counts, group_cost, metric_of, standardised
-from dilap.methods.method import Pruned, PruneTask
 from dilap.methods.wanda_sp import channel_scores
 from dilap.methods.wanda_sp import prune as wanda_sp
-from dilap.modeling_dilap import add_output_biases_
-from dilap.shrink import shrink_
-from dilap.space import WidthRules
-from dilap.types import LayerWidths
-from dilap.walk import InputStatistics, walk
+from dilap.models.anatomy import decoder_layers, sublayers
+from dilap.models.cut import shrink_
+from dilap.models.modeling_dilap import add_output_biases_
+from dilap.models.statistics import InputStatistics, walk
+from dilap.search.method import Pruned, PruneTask
 
 STRUCTURES = ("UL-UM", "UL-MM", "AL-MM", "AL-AM")
 METRICS = ("IFV", "WIFV", "WIFN")

@@ -13,14 +13,14 @@ import torch
 from fake_job import last_line
 from models import tiny_model
 
-from dilap.anatomy import model_digest
-from dilap.cli import arguments
 from dilap.cli.console import Console
 from dilap.cli.export import _beside
-from dilap.cli.inputs import code_sha256, inputs_of
-from dilap.cli.workspace import Workspace, tidy
-from dilap.codec import scratch_folder, write_json, written_aside
-from dilap.errors import Infeasible, InvalidInput, LinkLost
+from dilap.core.codec import scratch_folder, write_json, written_aside
+from dilap.core.errors import Infeasible, InvalidInput, LinkLost
+from dilap.job.inputs import code_sha256, inputs_of
+from dilap.job.outputs import home_of, name_of
+from dilap.job.run_folder import Workspace, tidy
+from dilap.models.anatomy import model_digest
 
 IDENTITY: dict[str, Any] = {"options": {"budget": "70%"}, "model": "abc", "inputs": {"the evaluation text": "1"}}
 
@@ -75,7 +75,7 @@ def test_a_run_killed_between_its_name_and_its_cache_is_tidied_and_not_run_again
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dilap.cli.workspace.drop", killed)
+        patch.setattr("dilap.job.run_folder.drop", killed)
         with pytest.raises(KeyboardInterrupt):
             finished(tmp_path)
     assert (tmp_path / "run" / "cache").is_dir()
@@ -170,8 +170,8 @@ def test_a_run_killed_while_it_is_discarded_starts_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead: int
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("dilap.cli.workspace.shutil.rmtree", _killed)
-        patch.setattr("dilap.codec.os.getpid", lambda: dead)
+        patch.setattr("dilap.job.run_folder.shutil.rmtree", _killed)
+        patch.setattr("dilap.core.codec.os.getpid", lambda: dead)
         with pytest.raises(KeyboardInterrupt):
             _fail(space(tmp_path), InvalidInput("bad"), None, IDENTITY)
     assert names(tmp_path) == [f"..run.unfinished.{dead}.part"]
@@ -300,7 +300,7 @@ def test_a_device_is_written_into(tmp_path: Path) -> None:
 
 def test_standard_output_in_a_file_gets_what_is_written_to_it(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from dilap.codec import written_aside\n"
+        "import sys; from pathlib import Path; from dilap.core.codec import written_aside\n"
         "print('before', flush=True)\n"
         "with written_aside(Path('/dev/stdout')) as temporary: temporary.write_text('content\\n')\n"
         "print('after')\n"
@@ -356,10 +356,10 @@ def current(folder: Path) -> Iterator[None]:
 def test_outputs_are_named_after_the_model_and_lie_outside_of_it(cwd: str, given: str, tmp_path: Path) -> None:
     (tmp_path / "llama" / "sub").mkdir(parents=True)
     with current(tmp_path / cwd):
-        assert arguments.name_of(given) == "llama"
-        places = [arguments.home_of(given).resolve(), _beside(given, "llamacpp-f16").resolve()]
+        assert name_of(given) == "llama"
+        places = [home_of(given).resolve(), _beside(given, "llamacpp-f16").resolve()]
     assert places == [tmp_path, tmp_path / "llama-llamacpp-f16"]
 
 
 def test_a_hub_id_is_named_as_it_is() -> None:
-    assert (arguments.name_of("user/model"), arguments.home_of("user/model")) == ("model", Path())
+    assert (name_of("user/model"), home_of("user/model")) == ("model", Path())

@@ -18,8 +18,8 @@ import pytest
 from fuzz_targets import answers, documents, models, texts
 from mutations import mutated
 
-from dilap.errors import DilapError, Unfit, reason_of
-from dilap.printable import printable
+from dilap.core.errors import DilapError, Unfit, reason_of
+from dilap.core.printable import printable
 
 COUNT = int(os.environ.get("DILAP_FUZZ", "500"))
 SEED = int(os.environ.get("DILAP_FUZZ_SEED", "0"))

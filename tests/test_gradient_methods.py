@@ -9,17 +9,17 @@ from fabricated import tiny_llama
 from models import tiny_model, tiny_task
 from torch.testing import assert_close
 
-from dilap.anatomy import decoder_layers, family_of
+from dilap.core.shape import Architecture, LayerWidths
+from dilap.core.space import Space
 from dilap.methods.adapters import Adapters, matrices_of
 from dilap.methods.compresso import Compresso, _Gates, lagrangian, open_probability, sampled
 from dilap.methods.llm_pruner import LlmPruner, element_scores, gradients_of, paired, reduced
 from dilap.methods.loraprune import LoraPrune, estimated_gradient, faded, removals
-from dilap.methods.method import PruneTask
-from dilap.space import Space
-from dilap.target import Target
-from dilap.teacher import next_token_loss
-from dilap.text import Calibration
-from dilap.types import Architecture, LayerWidths
+from dilap.models.anatomy import decoder_layers, family_of
+from dilap.models.reference import next_token_loss
+from dilap.models.text import Calibration
+from dilap.search.limit import Target
+from dilap.search.method import PruneTask
 
 # peft asks transformers by the old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -10,14 +10,14 @@ from test_methods import NAMES, method
 from transformers import PreTrainedModel
 
 from dilap import methods
-from dilap.methods.barber import PUBLISHED, Barber, decoder_matrices
-from dilap.methods.unstructured import RULES, sparsify_
-from dilap.recover import Mode, RecoveryOptions, distil
-from dilap.refit import refit_sequentially
-from dilap.shrink import shrink_
-from dilap.sparsity import Pattern
-from dilap.teacher import Teacher
-from dilap.text import self_generated
+from dilap.models.cut import shrink_
+from dilap.models.distil import Mode, RecoveryOptions, distil
+from dilap.models.reference import Teacher
+from dilap.models.text import self_generated
+from dilap.search.refit import refit_sequentially
+from dilap.sparsity.barber import PUBLISHED, Barber, decoder_matrices
+from dilap.sparsity.pattern import Pattern
+from dilap.sparsity.rules import RULES, sparsify_
 
 # peft asks transformers by the old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

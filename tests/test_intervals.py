@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from fabricated import FINGERPRINT
 
-from dilap import intervals
-from dilap.cli.verdict import verdict
+from dilap.core.measurement import Interval, Measurement, median_interval
+from dilap.core.workload import Budget, Statistic, Workload
+from dilap.job.verdict import verdict
+from dilap.profilers import intervals
 from dilap.profilers.profiler import budget_share, speedup
 from dilap.profilers.protocol import FINAL, collect
-from dilap.types import Budget, Interval, Measurement, Statistic, Workload, median_interval
 
 COSTS_NS = (20e6, 14e6)
 PRUNED = 1

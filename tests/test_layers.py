@@ -1,6 +1,7 @@
 """Who may import whom, and that packaging lists every folder."""
 
 import ast
+import graphlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,29 +9,29 @@ from pathlib import Path
 import pytest
 import tomllib
 
-from dilap.profilers.archive import travelling
+from dilap.profilers.instruments.archive import travelling
 
 ROOT = Path(__file__).parent.parent
-LAYERS = {
-    "dilap.cli": 5,
-    "dilap.evaluation": 4,
-    "dilap.profilers": 4,
-    "dilap.report": 5,
-    "dilap.export": 3,
-    "dilap.backends": 2,
-}
-FOLDERS = ("", "backends", "cli", "evaluation", "export", "methods", "profilers", "report")
-MODULES = sorted(path for folder in FOLDERS for path in (ROOT / "dilap" / folder).glob("*.py"))
+ROOMS = (  # from the ground up: a room imports only itself and those before it
+    "core", "backends", "models", "export", "profilers", "search", "sparsity", "methods", "evaluation", "job", "report",
+    "cli",
+)  # fmt: skip
+FACE = "dilap"  # `dilap/__init__` may import all
 TRAVELLING = travelling()
+
+
+def sources(room: str) -> list[Path]:
+    return sorted((ROOT / "dilap" / room).resolve().rglob("*.py"))
 
 
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "dilap" else ("dilap", *parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def layer_of(module: str) -> int:
-    return LAYERS.get(".".join(module.split(".")[:2]), 1)
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else FACE
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -49,24 +50,47 @@ def names(paths: list[Path]) -> list[str]:
     return [module_name(path) for path in paths]
 
 
-def test_every_layer_is_looked_at() -> None:
-    assert {layer_of(name) for name in names(MODULES)} == {1, 2, 3, 4, 5}
+def modules() -> dict[str, Path]:
+    return {module_name(path): path for room in ROOMS for path in sources(room)}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
-def test_module_imports_only_its_own_layer_or_a_lower_one(path: Path) -> None:
-    mine = layer_of(module_name(path))
-    higher = [name for name in imports(path) if name.split(".")[0] == "dilap" and layer_of(name) > mine]
-    assert higher == []
+def test_every_source_file_is_in_a_room() -> None:
+    folders = {path.name for path in (ROOT / "dilap").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(ROOMS)
+    assert [path.name for path in (ROOT / "dilap").glob("*.py")] == ["__init__.py"]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_imports_only_itself_and_the_rooms_below(room: str) -> None:
+    allowed = {FACE, *ROOMS[: ROOMS.index(room) + 1]}
+    assert [
+        f"{module_name(path)} imports {name}"
+        for path in sources(room)
+        for name in imports(path)
+        if name.split(".")[0] == "dilap" and room_of(name) not in allowed and room_of(name) in ROOMS
+    ] == []
+
+
+def test_no_circle_of_files() -> None:
+    known = modules()
+    graph = {name: {one for one in imports(path) if one in known and one != name} for name, path in known.items()}
+    for package in [name for name, path in known.items() if path.name == "__init__.py"]:
+        graph[package] -= {one for one in graph[package] if one.startswith(f"{package}.")}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(known)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_says_why_it_is_there(room: str) -> None:
+    text = ast.get_docstring(ast.parse((ROOT / "dilap" / room / "__init__.py").read_text(encoding="utf-8")))
+    assert text is not None
+    assert len(text) > 100
 
 
 @pytest.mark.parametrize("path", TRAVELLING, ids=names(TRAVELLING))
 def test_what_travels_to_devices_imports_no_torch(path: Path) -> None:
-    ours = {*names(TRAVELLING)}
     for name in imports(path):
         assert name.split(".")[0] not in {"torch", "transformers", "safetensors", "scipy", "peft"}
-        if name.split(".")[0] == "dilap" and (ROOT / Path(*name.split("."))).with_suffix(".py").exists():
-            assert name in ours, f"{name} does not travel"
+        assert name.split(".")[0] != "dilap" or room_of(name) not in ROOMS[2:], f"{name} does not travel"
 
 
 @pytest.mark.parametrize("path", TRAVELLING, ids=names(TRAVELLING))
@@ -75,7 +99,7 @@ def test_what_travels_to_devices_parses_as_python_3_10(path: Path) -> None:
 
 
 def test_modelling_file_needs_torch_and_transformers_alone() -> None:
-    roots = {name.split(".")[0] for name in imports(ROOT / "dilap" / "modeling_dilap.py")}
+    roots = {name.split(".")[0] for name in imports(ROOT / "dilap" / "models" / "modeling_dilap.py")}
     assert roots - set(sys.stdlib_module_names) == {"torch", "transformers"}
 
 
@@ -87,7 +111,7 @@ def packaging() -> dict[str, dict[str, str]]:
 
 
 def test_packaging_lists_every_package() -> None:
-    packages = {module_name(path) for path in MODULES if path.name == "__init__.py"}
+    packages = {FACE} | {name for name, path in modules().items() if path.name == "__init__.py"}
     assert set(packaging()["packages"]) == packages
 
 

@@ -9,8 +9,8 @@ from models import random_tokens, tiny_model, tiny_space
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from dilap.errors import InvalidInput
-from dilap.library import (
+from dilap.core.errors import InvalidInput
+from dilap.search.library import (
     LevelFit,
     LibraryOptions,
     Order,
@@ -24,7 +24,7 @@ from dilap.library import (
     regularised,
     wanda_scores,
 )
-from dilap.library_file import load_library, save_library
+from dilap.search.library_file import load_library, save_library
 
 TOKENS = random_tokens(8, 32)
 

@@ -8,9 +8,10 @@ import pytest
 from fabricated import TINY_LAYER, tiny_llama
 
 from dilap import backends, export
-from dilap.errors import InvalidInput, Unsupported
-from dilap.sqnr import kl_divergence
-from dilap.types import LayerWidths, Workload
+from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.shape import LayerWidths
+from dilap.core.sqnr import kl_divergence
+from dilap.core.workload import Workload
 
 if reason := backends.get("llamacpp").unavailable():
     pytest.skip(reason, allow_module_level=True)

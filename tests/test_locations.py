@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from dilap.errors import InvalidInput
-from dilap.profilers.devices import DEVICES, Registry
-from dilap.profilers.locations import read_registry
+from dilap.core.errors import InvalidInput
+from dilap.profilers.devices.device import DEVICES, Registry
+from dilap.profilers.devices.locations import read_registry
 
 TWO = """
 [[jetson_cpu]]

@@ -11,12 +11,12 @@ from models import logits, random_tokens, tiny_model, tiny_task
 from transformers import PreTrainedModel
 
 from dilap import methods
-from dilap.errors import Infeasible, InvalidInput, Unsupported
-from dilap.methods.method import Method, Pruned
-from dilap.pruned_file import load_pruned, save_pruned
-from dilap.shrink import shrink_
-from dilap.space import WidthRules
-from dilap.types import LayerWidths
+from dilap.core.errors import Infeasible, InvalidInput, Unsupported
+from dilap.core.shape import LayerWidths
+from dilap.core.space import WidthRules
+from dilap.models.cut import shrink_
+from dilap.search.method import Method, Pruned
+from dilap.search.pruned_file import load_pruned, save_pruned
 
 # peft asks transformers by the old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

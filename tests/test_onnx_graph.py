@@ -15,14 +15,14 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 ir = pytest.importorskip("onnx_ir", reason="onnx_ir is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
 
-from dilap.anatomy import architecture_of  # noqa: E402
-from dilap.errors import Unsupported  # noqa: E402
-from dilap.export.onnx_file import OnnxFile  # noqa: E402
-from dilap.export.onnx_graph import Form, build_model  # noqa: E402
-from dilap.export.onnx_hyperparameters import hyperparameters  # noqa: E402
-from dilap.export.onnx_weights import ModelWeights, quantise  # noqa: E402
+from dilap.core.errors import Unsupported  # noqa: E402
+from dilap.core.sqnr import sqnr_db  # noqa: E402
+from dilap.export.onnx.file import OnnxFile  # noqa: E402
+from dilap.export.onnx.graph import Form, build_model  # noqa: E402
+from dilap.export.onnx.hyperparameters import hyperparameters  # noqa: E402
+from dilap.export.onnx.weights import ModelWeights, quantise  # noqa: E402
 from dilap.export.verify import verify_logits  # noqa: E402
-from dilap.sqnr import sqnr_db  # noqa: E402
+from dilap.models.anatomy import architecture_of  # noqa: E402
 
 TOKENS = [5, 17, 80, 3, 3, 41, 0, 95, 250, 7, 7, 12]
 FORMS: tuple[Form, ...] = ("onnxruntime", "plain")
@@ -74,7 +74,7 @@ def test_tied_head_is_exact_and_stored_once(family: str, form: Form, tmp_path: P
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_matrices_in_panels_are_exact(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dilap.export.onnx_matrices._PANELS_FROM", 0)
+    monkeypatch.setattr("dilap.export.onnx.matrices._PANELS_FROM", 0)
     model = pruned_model("llama", PLANS["mixed widths"], tie_word_embeddings=tied)
     path = save(model, tmp_path / "m.onnx", "onnxruntime")
     shapes = {name: list(value.shape) for name, value in ir.load(path).graph.initializers.items()}
@@ -84,7 +84,7 @@ def test_matrices_in_panels_are_exact(tied: bool, tmp_path: Path, monkeypatch: p
 
 
 def test_sequences_of_a_batch_are_read_as_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dilap.export.onnx_matrices._PANELS_FROM", 0)
+    monkeypatch.setattr("dilap.export.onnx.matrices._PANELS_FROM", 0)
     path = save(tiny_model("llama"), tmp_path / "m.onnx", "onnxruntime")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 

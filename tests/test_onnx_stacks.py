@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from dilap.export.onnx_stacks import Stacks
-from dilap.export.onnx_weights import quantise
+from dilap.export.onnx.stacks import Stacks
+from dilap.export.onnx.weights import quantise
 
 ROWS = {"layer.query": 64, "layer.key": 32, "layer.value": 32}
 

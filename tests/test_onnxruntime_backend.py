@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 from fabricated import TINY_LAYER, tiny_llama
 
-from dilap import backends, codec
-from dilap.errors import InvalidInput, Mismatch, Unsupported
-from dilap.types import LayerWidths, Phase, Workload
+from dilap import backends
+from dilap.core import codec
+from dilap.core.errors import InvalidInput, Mismatch, Unsupported
+from dilap.core.shape import LayerWidths
+from dilap.core.workload import Phase, Workload
 
 if reason := backends.get("onnxruntime").unavailable():
     pytest.skip(reason, allow_module_level=True)
 pytest.importorskip("onnx_ir", reason="onnx_ir is not installed")
 
 from dilap import export
-from dilap.export.onnx_file import OnnxFile
-from dilap.profilers import devices
-from dilap.profilers.client import AgentClient
+from dilap.export.onnx.file import OnnxFile
+from dilap.profilers.devices import device as devices
+from dilap.profilers.instruments.agent import AgentClient
 from dilap.profilers.profiler import Case, Profiler
 from dilap.profilers.protocol import Protocol
 

@@ -12,19 +12,19 @@ from tiny_gguf import byte_level_tokenizer, pruned_model, tiny_model
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from dilap import backends, export
-from dilap.anatomy import architecture_of
-from dilap.codec import decode, file_sha256, read_json
-from dilap.errors import InvalidInput, Unsupported, VerificationFailed
-from dilap.types import Artifact
+from dilap.core.artifact import Artifact
+from dilap.core.codec import decode, file_sha256, read_json
+from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed
+from dilap.models.anatomy import architecture_of
 
 if reason := backends.get("onnxruntime").unavailable():
     pytest.skip(reason, allow_module_level=True)
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 
 from dilap.export import hf_tokenizer  # noqa: E402
-from dilap.export.onnx_file import OnnxFile  # noqa: E402
-from dilap.export.onnx_weights import ModelWeights  # noqa: E402
-from dilap.export.onnxruntime import OnnxRuntimeExporter  # noqa: E402
+from dilap.export.onnx.file import OnnxFile  # noqa: E402
+from dilap.export.onnx.onnxruntime import OnnxRuntimeExporter  # noqa: E402
+from dilap.export.onnx.weights import ModelWeights  # noqa: E402
 from dilap.export.text_samples import SAMPLES  # noqa: E402
 
 PROMPT = (5, 17, 80, 3, 3, 41)
@@ -153,7 +153,7 @@ def test_a_wrong_layout_is_noticed_before_it_is_quantised(
             found = super().values(name, shape)
             return found[::-1].copy() if name.endswith("layers.1.self_attn.q_proj.weight") else found
 
-    monkeypatch.setattr("dilap.export.onnxruntime.ModelWeights", Misordered)
+    monkeypatch.setattr("dilap.export.onnx.onnxruntime.ModelWeights", Misordered)
     with pytest.raises(VerificationFailed, match=r"model\.onnx in f32 differs"):
         write(tiny_model("llama"), words, tmp_path / "out", "int4")
     assert not (tmp_path / "out").exists()

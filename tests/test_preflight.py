@@ -2,10 +2,10 @@
 
 import pytest
 
-from dilap.errors import Unfit
-from dilap.profilers import devices
-from dilap.profilers.preflight import find_problems, require_fit, settled_state
-from dilap.types import DeviceState
+from dilap.core.errors import Unfit
+from dilap.core.measurement import DeviceState
+from dilap.profilers.devices import device as devices
+from dilap.profilers.devices.preflight import find_problems, require_fit, settled_state
 
 STATES = {
     "hot": ("jetson_cpu", DeviceState(temperatures_celsius={"cpu": 50.0, "tj": 61.0}), "61 °C warm, 60 are allowed"),

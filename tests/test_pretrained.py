@@ -13,10 +13,10 @@ import pytest
 from tiny_gguf import byte_level_tokenizer, tiny_model
 from transformers import AutoConfig
 
-from dilap.errors import InvalidInput
-from dilap.gguf_header import read_header
-from dilap.pretrained import from_pretrained, require_sound_gguf
-from dilap.source import load
+from dilap.backends.llamacpp.gguf_header import read_header
+from dilap.core.errors import InvalidInput
+from dilap.models.load import load
+from dilap.models.pretrained import from_pretrained, require_sound_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,8 +49,9 @@ def test_every_load_goes_through_the_one_door() -> None:
         for line in path.read_text(encoding="utf-8").splitlines()
         if re.search(r"\.from_pretrained\(", line)
     }
-    assert {call.partition(":")[0] for call in calls} == {"dilap/pretrained.py", "dilap/modeling_dilap.py"}
-    assert "trust_remote_code=False" in next(call for call in calls if call.startswith("dilap/pretrained.py"))
+    door, copied = "dilap/models/pretrained.py", "dilap/models/modeling_dilap.py"
+    assert {call.partition(":")[0] for call in calls} == {door, copied}
+    assert "trust_remote_code=False" in next(call for call in calls if call.startswith(door))
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])

@@ -12,14 +12,19 @@ import pytest
 from fabricated import FINGERPRINT, TINY_LAYER, tiny_llama
 from filelock import FileLock
 
-from dilap import backends, codec, export
-from dilap.errors import LinkLost, Mismatch
-from dilap.profilers import devices, probes
-from dilap.profilers.filling import Progress
+from dilap import backends, export
+from dilap.core import codec
+from dilap.core.artifact import Artifact
+from dilap.core.errors import LinkLost, Mismatch
+from dilap.core.measurement import Fingerprint, Interval, Measurement
+from dilap.core.shape import Architecture
+from dilap.core.workload import Budget, Workload
+from dilap.profilers.devices import device as devices
 from dilap.profilers.profiler import Case, Profiler, budget_share, is_shown, speedup
 from dilap.profilers.protocol import Protocol
-from dilap.profilers.table import LatencyTable
-from dilap.types import Architecture, Artifact, Budget, Fingerprint, Interval, Measurement, Workload
+from dilap.profilers.tables import probes
+from dilap.profilers.tables.filling import Progress
+from dilap.profilers.tables.table import LatencyTable
 
 WORKLOAD = Workload(precision="f32", context=16)
 QUICK = Protocol(warm_up_seconds=0.0, warm_up_cap_seconds=0.0, max_seconds=0.0, back_off_seconds=0.0)

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 from fabricated import FINGERPRINT
 
+from dilap.core.measurement import Measurement
+from dilap.core.workload import Workload
 from dilap.profilers.profiler import is_shown, speedup
 from dilap.profilers.protocol import Protocol, Trace, collect, judge
-from dilap.types import Measurement, Workload
 
 MS = 1_000_000
 QUICK = Protocol(warm_up_seconds=0.0)

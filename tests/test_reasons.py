@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dilap.errors import DilapError, InvalidInput, Unsupported, reason_of
-from dilap.source import load
+from dilap.core.errors import DilapError, InvalidInput, Unsupported, reason_of
+from dilap.models.load import load
 
 
 @pytest.mark.parametrize(

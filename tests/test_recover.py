@@ -8,10 +8,10 @@ from models import FAMILIES, logits, plan_for, random_tokens, tiny_model, tiny_t
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from dilap.recover import Mode, RecoveryOptions, distil
-from dilap.shrink import shrink_
-from dilap.source import load, save_checkpoint
-from dilap.teacher import Teacher
+from dilap.models.cut import shrink_
+from dilap.models.distil import Mode, RecoveryOptions, distil
+from dilap.models.load import load, save_checkpoint
+from dilap.models.reference import Teacher
 
 # peft reads an attribute that transformers 5.23 renames.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -49,7 +49,7 @@ def test_distillation_lowers_the_kl_on_its_text(family: str, mode: Mode) -> None
 def test_a_step_does_not_depend_on_how_many_tokens_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = []
     for tokens_at_once in (1, 10_000):
-        monkeypatch.setattr("dilap.recover._TOKENS_AT_ONCE", tokens_at_once)
+        monkeypatch.setattr("dilap.models.distil._TOKENS_AT_ONCE", tokens_at_once)
         losses.append(distil(pruned("llama"), Teacher.of(tiny_model("llama"), TOKENS), options("full", steps=4)))
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 

@@ -5,10 +5,10 @@ import torch
 from models import FAMILIES, logits, plan_at, projections, random_tokens, tiny_model, tiny_net
 from torch.testing import assert_close
 
-from dilap.library import LibraryOptions
-from dilap.refit import RefitOptions, best_refit, refit_sequentially
-from dilap.shrink import shrink_
-from dilap.teacher import Teacher
+from dilap.models.cut import shrink_
+from dilap.models.reference import Teacher
+from dilap.search.library import LibraryOptions
+from dilap.search.refit import RefitOptions, best_refit, refit_sequentially
 
 TOKENS = random_tokens(32, 32)  # 1,024 positions for at most 96 unknowns a row
 CONFIG = (1, 1, 1, 2, 0, 1)

@@ -12,13 +12,14 @@ from models import tiny_model, tiny_tokenizer
 
 from dilap import backends
 from dilap.cli import profile, prune
-from dilap.codec import decode, read_json
-from dilap.profilers import client
-from dilap.profilers.probes import build_table
+from dilap.core.artifact import Artifact
+from dilap.core.codec import decode, read_json
+from dilap.core.measurement import Measurement
+from dilap.models.load import save_checkpoint
+from dilap.profilers.instruments import agent as client
 from dilap.profilers.protocol import Protocol
-from dilap.profilers.table import LatencyTable
-from dilap.source import save_checkpoint
-from dilap.types import Artifact, Measurement
+from dilap.profilers.tables.probes import build_table
+from dilap.profilers.tables.table import LatencyTable
 
 pytestmark = needs_lab
 # One round, whatever else this machine does meanwhile: the seconds are made up.
@@ -51,10 +52,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_devices(tmp_path / "devices.toml")
     monkeypatch.setenv("DILAP_DEVICES", str(tmp_path / "devices.toml"))
-    monkeypatch.setattr("dilap.cli.bench.TABLE", ONCE)
-    monkeypatch.setattr("dilap.cli.bench.FINAL", ONCE)
+    monkeypatch.setattr("dilap.job.bench.TABLE", ONCE)
+    monkeypatch.setattr("dilap.job.bench.FINAL", ONCE)
     few = functools.partial(build_table, num_measured=3, num_random=3, num_holdout=2)
-    monkeypatch.setattr("dilap.cli.bench.build_table", few)
+    monkeypatch.setattr("dilap.job.bench.build_table", few)
     (tmp_path / "corpus.txt").write_text(" ".join(f"the {word} of line {word * 7}" for word in range(4000)))
     return tmp_path
 
@@ -79,7 +80,7 @@ def measurement(side: str) -> Measurement:
 
 @pytest.mark.skipif(backends.get("onnxruntime").unavailable() is not None, reason="ONNX Runtime is needed to export")
 def test_the_main_job_runs_on_a_device_over_ssh(here: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = agent_archive(name="dilap/backends/onnxruntime.py", replaced=CLOCK)
+    content = agent_archive(name="dilap/backends/onnxruntime/runtime.py", replaced=CLOCK)
     monkeypatch.setattr(client, "agent_archive", lambda: content)
     assert (
         prune_on(

@@ -14,10 +14,10 @@ from fabricated import TEXT_QUALITY, costs, evaluation
 from fake_job import FinishedJob, call, last_line
 
 from dilap.cli import prune, report
-from dilap.cli.result import PruneResult
-from dilap.cli.stages import JobOptions
-from dilap.codec import decode, encode, read_json, write_json
-from dilap.profilers import devices
+from dilap.core.codec import decode, encode, read_json, write_json
+from dilap.job.result import PruneResult
+from dilap.job.stages import JobOptions
+from dilap.profilers.devices import device as devices
 from dilap.report import inputs, summary, tables
 from dilap.report.figures import figures
 

@@ -9,8 +9,8 @@ from tiny_gguf import needs_llamacpp
 
 from dilap.cli import eval as evaluation
 from dilap.cli import export, prune, report
-from dilap.codec import read_json
-from dilap.source import load
+from dilap.core.codec import read_json
+from dilap.models.load import load
 
 
 @pytest.fixture

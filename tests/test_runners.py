@@ -4,10 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from dilap.errors import InvalidInput, LinkLost, Unsupported
-from dilap.profilers.android import parse_state
-from dilap.profilers.runners import Job, LlamaBench, LlamaMain, find_runner, parse_llama_bench, parse_llama_main
-from dilap.types import DeviceState, Workload
+from dilap.core.errors import InvalidInput, LinkLost, Unsupported
+from dilap.core.measurement import DeviceState
+from dilap.core.workload import Workload
+from dilap.profilers.instruments.phone import parse_state
+from dilap.profilers.instruments.runners import (
+    Job,
+    LlamaBench,
+    LlamaMain,
+    find_runner,
+    parse_llama_bench,
+    parse_llama_main,
+)
 
 DECODE = Workload(context=16, precision="q4_0", threads=5)
 PREFILL = Workload(phase="prefill", prompt_tokens=24, precision="q4_0", threads=5)

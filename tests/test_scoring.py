@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dilap import backends, export
 from dilap.backends import MAX_READ_TOKENS, Reader, readers
-from dilap.errors import DilapError
+from dilap.core.errors import DilapError
 from dilap.evaluation.scoring import Request, log_probabilities, score
 from dilap.evaluation.torch_reader import TorchReader
 

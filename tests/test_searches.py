@@ -9,15 +9,15 @@ import pytest
 import torch
 from models import random_tokens, tiny_model, tiny_net
 
-from dilap import registry
-from dilap.allocation import RelaxationOptions
-from dilap.errors import Infeasible, InvalidInput
-from dilap.evaluator import Evaluator
+from dilap.core import registry
+from dilap.core.errors import Infeasible, InvalidInput
 from dilap.methods import SEARCHES
-from dilap.methods.dilap import linear_model, polish, search
-from dilap.methods.task import Search, SearchOptions, SearchResult, SearchTask
-from dilap.supernet import Curvature
-from dilap.teacher import Teacher
+from dilap.models.reference import Teacher
+from dilap.search.allocation import RelaxationOptions
+from dilap.search.dilap import linear_model, polish, search
+from dilap.search.journal import Evaluator
+from dilap.search.supernet import Curvature
+from dilap.search.task import Search, SearchOptions, SearchResult, SearchTask
 
 OPTIONS = SearchOptions(step=0.15, evaluations=12, restarts=3, relaxation=RelaxationOptions(steps=80))
 

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from dilap.allocation import solve
-from dilap.anatomy import decoder_layers, family_of, sublayers
-from dilap.errors import Mismatch, Unsupported
+from dilap.core.errors import Mismatch, Unsupported
+from dilap.core.space import WidthRules
 from dilap.methods.puzzle import Puzzle, contribution
 from dilap.methods.sprint import Sprint, _Run, distance, saved_seconds, tuned_projection
 from dilap.methods.ziplm import ZipLm
-from dilap.shrink import shrink_
-from dilap.space import WidthRules
+from dilap.models.anatomy import decoder_layers, family_of, sublayers
+from dilap.models.cut import shrink_
+from dilap.search.allocation import solve
 
 TOKENS = random_tokens(2, 12, seed=3)
 

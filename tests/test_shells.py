@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from dilap.errors import InvalidInput, LinkLost
-from dilap.profilers.shells import posix, powershell
-from dilap.profilers.transports import Completed, PipedProcess, run_marked
+from dilap.core.errors import InvalidInput, LinkLost
+from dilap.profilers.links.shells import posix, powershell
+from dilap.profilers.links.transports import Completed, PipedProcess, run_marked
 
 HOSTILE = ["a b", "'", '"', "$(touch owned)", "`id`", "line\nbreak", "; rm -rf x", "-n", "", "*", "ünïcödé ☃", "\\"]
 

@@ -8,11 +8,11 @@ from models import FAMILIES, Kept, logits, logits_with_cache, masked_, plan_for,
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
-from dilap.anatomy import architecture_of, decoder_layers, sublayers
-from dilap.errors import Mismatch
-from dilap.modeling_dilap import PRUNED_CLASSES, NoAttention, NoFeedForward
-from dilap.shrink import shrink_
-from dilap.types import Plan
+from dilap.core.errors import Mismatch
+from dilap.core.plan import Plan
+from dilap.models.anatomy import architecture_of, decoder_layers, sublayers
+from dilap.models.cut import shrink_
+from dilap.models.modeling_dilap import PRUNED_CLASSES, NoAttention, NoFeedForward
 
 ODD = tuple(range(1, 96, 2))
 CASES: dict[str, Kept] = {

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dilap.errors import LinkLost
-from dilap.profilers.ssh import SshAddress, SshTransport
+from dilap.core.errors import LinkLost
+from dilap.profilers.links.ssh import SshAddress, SshTransport
 
 LONGEST = 103  # bytes on macOS, with the end of the text; Linux has 107
 
@@ -48,6 +48,6 @@ def test_ssh_gets_as_far_as_the_network_where_temporary_files_are_far_away() -> 
 
 @pytest.mark.usefixtures("long_folder")
 def test_without_a_short_folder_every_command_connects_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dilap.profilers.ssh._MAX_SOCKET_FOLDER", 0)
+    monkeypatch.setattr("dilap.profilers.links.ssh._MAX_SOCKET_FOLDER", 0)
     with closing(SshTransport(SshAddress(destination="nobody@127.0.0.1", port=1))) as transport:
         assert not any("Control" in option for option in transport._options)

@@ -7,10 +7,10 @@ import torch
 from models import FAMILIES, random_tokens, tiny_model, tiny_net
 from torch.testing import assert_close
 
-from dilap.anatomy import decoder_layers
-from dilap.stitch import Stitcher
-from dilap.supernet import Supernet
-from dilap.teacher import Teacher
+from dilap.models.anatomy import decoder_layers
+from dilap.models.reference import Teacher
+from dilap.search.stitcher import Stitcher
+from dilap.search.supernet import Supernet
 
 TOKENS = random_tokens(4, 12)
 OTHERS = random_tokens(3, 12, seed=1)

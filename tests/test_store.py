@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from dilap.codec import file_sha256
-from dilap.errors import InvalidInput, LinkLost, Unavailable
-from dilap.profilers import store as stores
-from dilap.profilers.shells import powershell
-from dilap.profilers.store import Programs, Store, posix_programs, python_programs
-from dilap.profilers.transports import Completed, LocalTransport
+from dilap.core.codec import file_sha256
+from dilap.core.errors import InvalidInput, LinkLost, Unavailable
+from dilap.profilers.links import store as stores
+from dilap.profilers.links.shells import powershell
+from dilap.profilers.links.store import Programs, Store, posix_programs, python_programs
+from dilap.profilers.links.transports import Completed, LocalTransport
 
 PROGRAMS = {"posix": posix_programs(), "python": python_programs(sys.executable)}
 

@@ -9,9 +9,9 @@ from torch.nn import functional
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from dilap.shrink import shrink_
-from dilap.supernet import Supernet, linearise
-from dilap.teacher import Teacher, final_hidden, next_token_loss, perplexity
+from dilap.models.cut import shrink_
+from dilap.models.reference import Teacher, final_hidden, next_token_loss, perplexity
+from dilap.search.supernet import Supernet, linearise
 
 TOKENS = random_tokens(4, 12)
 OTHERS = random_tokens(3, 12, seed=1)

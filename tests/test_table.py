@@ -12,12 +12,13 @@ import pytest
 from fabricated import FINGERPRINT, tiny_llama
 
 from dilap.backends import Capabilities
-from dilap.errors import InvalidInput, Mismatch, Unsupported
-from dilap.profilers.fit import attention_work
-from dilap.profilers.probes import default_levels, list_probes, probe_architecture, spread
+from dilap.core.errors import InvalidInput, Mismatch, Unsupported
+from dilap.core.shape import LayerWidths
+from dilap.core.workload import Workload
 from dilap.profilers.protocol import TABLE
-from dilap.profilers.table import LatencyTable, Role, TableEntry, TableHeader, runs_of
-from dilap.types import LayerWidths, Workload
+from dilap.profilers.tables.fit import attention_work
+from dilap.profilers.tables.probes import default_levels, list_probes, probe_architecture, spread
+from dilap.profilers.tables.table import LatencyTable, Role, TableEntry, TableHeader, runs_of
 
 DENSE = LayerWidths(num_heads=6, num_kv_heads=3, num_channels=768)
 ARCHITECTURE = replace(tiny_llama(*[DENSE] * 8), hidden_size=256, head_dim=32, vocab_size=1000)

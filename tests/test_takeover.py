@@ -9,11 +9,11 @@ import pytest
 from fake_job import FAST, FakeBench, call, last_line
 
 from dilap.cli import compare, export, prune
-from dilap.codec import read_json, write_json
-from dilap.export.gguf import GgufExporter
+from dilap.core.codec import read_json, write_json
+from dilap.core.measurement import Measurement
+from dilap.export.gguf.writer import GgufExporter
+from dilap.models.load import load, save_checkpoint
 from dilap.profilers.profiler import Case
-from dilap.source import load, save_checkpoint
-from dilap.types import Measurement
 
 pytestmark = pytest.mark.usefixtures("fake_device")
 Run = Callable[..., int]
@@ -39,7 +39,7 @@ def stop(*_: object, **__: object) -> None:
 def stopped(prune_tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a run that was interrupted before its claim."""
     with monkeypatch.context() as patch:
-        patch.setattr("dilap.cli.claim._measured", stop)
+        patch.setattr("dilap.job.proof._measured", stop)
         assert prune_tiny() == 130
     return tmp_path / ".run.unfinished"
 
@@ -128,7 +128,7 @@ def test_a_comparison_goes_on_from_the_result_of_a_run_that_has_no_row(
     assert compare_tiny(checkpoint, corpus, out, "magnitude") == 0
     before = read_json(out / "compare.json")
     (out / "runs" / "ratio-0.3" / "magnitude" / "row.json").unlink()
-    monkeypatch.setattr("dilap.cli.job.prune", stop)
+    monkeypatch.setattr("dilap.job.prune.prune", stop)
     assert compare_tiny(checkpoint, corpus, out, "magnitude") == 0
     assert read_json(out / "compare.json") == before
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 from fabricated import TINY_LAYER, tiny_llama
 
-from dilap.errors import Infeasible
-from dilap.target import Target
-from dilap.types import Architecture, LayerWidths, Plan, full_plan
+from dilap.core.errors import Infeasible
+from dilap.core.plan import Plan, full_plan
+from dilap.core.shape import Architecture, LayerWidths
+from dilap.search.limit import Target
 
 ARCHITECTURE = tiny_llama(*(TINY_LAYER,) * 10)
 

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import pytest
 import simulated_tensorrt as device
 
-from dilap import backends, tensorrt_build
-from dilap.backends import cuda, tensorrt, trtexec
-from dilap.errors import Unavailable
-from dilap.tensorrt_build import Api, layers_of_inspector
+from dilap import backends
+from dilap.backends.tensorrt import builder as tensorrt_build
+from dilap.backends.tensorrt import cuda, trtexec
+from dilap.backends.tensorrt import runtime as tensorrt
+from dilap.backends.tensorrt.builder import Api, layers_of_inspector
+from dilap.core.errors import Unavailable
 
 NONE = ("no_such_module",)
 

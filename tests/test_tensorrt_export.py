@@ -11,19 +11,21 @@ from fabricated import tiny_llama
 from tiny_gguf import byte_level_tokenizer, pruned_model, tiny_model
 from transformers import AutoTokenizer, PreTrainedModel
 
-from dilap import backends, tensorrt_build
+from dilap import backends
 from dilap import export as exporters
-from dilap.anatomy import architecture_of
-from dilap.codec import decode, encode, file_sha256, read_json
-from dilap.errors import InvalidInput, Unavailable, Unsupported
-from dilap.tensorrt_build import Api, Built
-from dilap.tensorrt_recipe import read_recipe
-from dilap.types import Architecture, Artifact, LayerWidths
+from dilap.backends.tensorrt import builder as tensorrt_build
+from dilap.backends.tensorrt.builder import Api, Built
+from dilap.backends.tensorrt.recipe import read_recipe
+from dilap.core.artifact import Artifact
+from dilap.core.codec import decode, encode, file_sha256, read_json
+from dilap.core.errors import InvalidInput, Unavailable, Unsupported
+from dilap.core.shape import Architecture, LayerWidths
+from dilap.models.anatomy import architecture_of
 
 pytest.importorskip("onnx_ir", reason="onnx_ir is not installed: nothing can be exported to ONNX")
 
-from dilap.export import tensorrt as exporter
-from dilap.export import tensorrt_report
+from dilap.export.onnx import tensorrt as exporter
+from dilap.export.onnx import tensorrt_report
 
 MIXED = {"layers.0.kv_groups": (1,), "layers.1.query_slots": (0,), "layers.1.channels": tuple(range(0, 80, 2))}
 
@@ -261,8 +263,8 @@ def test_the_report_survives_a_round_trip() -> None:
 
 
 def test_without_its_libraries_the_exporter_is_unavailable_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "dilap.export.tensorrt")
-    monkeypatch.delitem(sys.modules, "dilap.export.onnx_graph")
+    monkeypatch.delitem(sys.modules, "dilap.export.onnx.tensorrt")
+    monkeypatch.delitem(sys.modules, "dilap.export.onnx.graph")
     monkeypatch.setitem(sys.modules, "onnx_ir", None)
     with pytest.raises(Unavailable, match=r"needs onnx_ir; pip install 'dilap\[tensorrt\]'"):
         exporters.get("tensorrt")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dilap.codec import encode, file_sha256, write_json
-from dilap.errors import Mismatch, Unsupported
-from dilap.tensorrt_recipe import RECIPE_FILE, CacheInput, InputRange, Recipe, read_recipe
-from dilap.types import Workload
+from dilap.backends.tensorrt.recipe import RECIPE_FILE, CacheInput, InputRange, Recipe, read_recipe
+from dilap.core.codec import encode, file_sha256, write_json
+from dilap.core.errors import Mismatch, Unsupported
+from dilap.core.workload import Workload
 
 RECIPE = Recipe(
     precision="f16",

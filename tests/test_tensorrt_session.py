@@ -11,20 +11,23 @@ from fabricated import TINY_LAYER, tiny_llama
 from tiny_gguf import byte_level_tokenizer, pruned_model
 from transformers import PreTrainedModel
 
-from dilap import tensorrt_build
-from dilap.codec import decode, file_sha256, read_json
-from dilap.errors import InvalidInput, Mismatch, Unsupported, VerificationFailed
-from dilap.types import LayerWidths, Workload
+from dilap.backends.tensorrt import builder as tensorrt_build
+from dilap.core.codec import decode, file_sha256, read_json
+from dilap.core.errors import InvalidInput, Mismatch, Unsupported, VerificationFailed
+from dilap.core.shape import LayerWidths
+from dilap.core.workload import Workload
 
 pytest.importorskip("onnx_ir", reason="onnx_ir is not installed: nothing can be exported to ONNX")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: it executes simulated engines")
 
-from dilap.backends import cuda, tensorrt, tensorrt_session
-from dilap.export import tensorrt as exporter
+from dilap.backends.tensorrt import cuda
+from dilap.backends.tensorrt import runtime as tensorrt
+from dilap.backends.tensorrt import session as tensorrt_session
+from dilap.backends.tensorrt.builder import Api, Built
+from dilap.backends.tensorrt.recipe import read_recipe
+from dilap.core.sqnr import sqnr_db
+from dilap.export.onnx import tensorrt as exporter
 from dilap.export.verify import torch_logits
-from dilap.sqnr import sqnr_db
-from dilap.tensorrt_build import Api, Built
-from dilap.tensorrt_recipe import read_recipe
 
 MIXED = {  # other heads, KV heads and channels in every layer, and a layer without attention
     "layers.0.kv_groups": (1,),

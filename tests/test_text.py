@@ -8,8 +8,8 @@ import torch
 from models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from dilap.errors import InvalidInput
-from dilap.text import (
+from dilap.core.errors import InvalidInput
+from dilap.models.text import (
     OPENINGS,
     Calibration,
     CalibrationOptions,

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from dilap.errors import InvalidInput, Unavailable
-from dilap.text_files import COLUMNS, read_text
+from dilap.core.errors import InvalidInput, Unavailable
+from dilap.models.text_files import COLUMNS, read_text
 
 TEXTS = ("one, 'two'\nthree", "two\u2028lines\x85here", "vier äöü")
 Record = dict[str, Any]

@@ -9,12 +9,12 @@ import pytest
 from device_lab import adb_transport, needs_lab, orphans, private_lab, processes, ssh_transport
 from test_shells import HOSTILE
 
-from dilap.codec import file_sha256
-from dilap.errors import InvalidInput, LinkLost
-from dilap.profilers.adb import AdbTransport
-from dilap.profilers.ssh import SshAddress, SshTransport
-from dilap.profilers.store import Store, posix_programs
-from dilap.profilers.transports import LocalTransport, Transport
+from dilap.core.codec import file_sha256
+from dilap.core.errors import InvalidInput, LinkLost
+from dilap.profilers.links.adb import AdbTransport
+from dilap.profilers.links.ssh import SshAddress, SshTransport
+from dilap.profilers.links.store import Store, posix_programs
+from dilap.profilers.links.transports import LocalTransport, Transport
 
 pytestmark = needs_lab
 WAYS: dict[str, tuple[Callable[[], Transport], str]] = {

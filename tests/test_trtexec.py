@@ -11,9 +11,10 @@ import pytest
 import simulated_tensorrt as device
 from test_tensorrt_recipe import RECIPE
 
-from dilap.backends import cuda, tensorrt, trtexec
-from dilap.errors import InvalidInput, Unsupported
-from dilap.types import Workload
+from dilap.backends.tensorrt import cuda, trtexec
+from dilap.backends.tensorrt import runtime as tensorrt
+from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.workload import Workload
 
 DECODE = Workload(context=256)
 # as samples/common/sampleReporting.cpp of TensorRT 10.3 to 11.1 prints it

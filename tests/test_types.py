@@ -11,23 +11,14 @@ from models import FAMILIES, Kept, plan_for, random_tokens, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from dilap.anatomy import architecture_of
-from dilap.codec import decode, encode
-from dilap.errors import InvalidInput
-from dilap.shrink import shrink_
-from dilap.types import (
-    Architecture,
-    Budget,
-    Fingerprint,
-    LayerWidths,
-    Measurement,
-    Plan,
-    Workload,
-    full_plan,
-    groups_of,
-    median_interval,
-    quantile,
-)
+from dilap.core.codec import decode, encode
+from dilap.core.errors import InvalidInput
+from dilap.core.measurement import Fingerprint, Measurement, median_interval, quantile
+from dilap.core.plan import Plan, full_plan, groups_of
+from dilap.core.shape import Architecture, LayerWidths
+from dilap.core.workload import Budget, Workload
+from dilap.models.anatomy import architecture_of
+from dilap.models.cut import shrink_
 
 
 def architecture(*layers: tuple[int, int, int]) -> Architecture:

@@ -5,12 +5,12 @@ import torch
 from models import FAMILIES, random_tokens, tiny_model
 from torch.testing import assert_close
 
-from dilap.anatomy import decoder_layers, family_of
-from dilap.errors import InvalidInput, VerificationFailed
-from dilap.methods.unstructured import ROLES, Magnitude, Rule, SparseGpt, Wanda, sparsify_
-from dilap.modeling_dilap import linear_at
-from dilap.sparsity import Pattern, keep_best
-from dilap.walk import InputStatistics, paths_of
+from dilap.core.errors import InvalidInput, VerificationFailed
+from dilap.models.anatomy import decoder_layers, family_of
+from dilap.models.modeling_dilap import linear_at
+from dilap.models.statistics import InputStatistics, paths_of
+from dilap.sparsity.pattern import Pattern, keep_best
+from dilap.sparsity.rules import ROLES, Magnitude, Rule, SparseGpt, Wanda, sparsify_
 
 HALF, TWO_OF_FOUR = Pattern.parse("0.5"), Pattern.parse("2:4")
 PATTERNS = ("0.5", "2:4", "4:8", "0.3")

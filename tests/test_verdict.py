@@ -11,13 +11,15 @@ from fabricated import FINGERPRINT, TINY_LAYER, tiny_llama
 from fake_job import FAST, FakeBench, call
 
 from dilap.cli import prune, report
-from dilap.cli.result import PruneResult, table
-from dilap.cli.stages import AIM
-from dilap.cli.verdict import percent, verdict, words
-from dilap.codec import decode, read_json, write_json
+from dilap.core.codec import decode, read_json, write_json
+from dilap.core.measurement import Interval, Measurement
+from dilap.core.shape import Architecture
+from dilap.core.workload import Budget, Workload
+from dilap.job.result import PruneResult, table
+from dilap.job.stages import AIM
+from dilap.job.verdict import percent, verdict, words
 from dilap.profilers.profiler import Case, budget_share
-from dilap.target import Target
-from dilap.types import Architecture, Budget, Interval, Measurement, Workload
+from dilap.search.limit import Target
 
 
 def around(value: float, half: float) -> Interval:

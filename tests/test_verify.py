@@ -10,12 +10,12 @@ import torch
 from tiny_gguf import tiny_model, tokenizer
 from transformers import PreTrainedModel
 
-from dilap.anatomy import architecture_of
-from dilap.errors import InvalidInput, Unavailable, VerificationFailed
-from dilap.export import llamacpp
-from dilap.export.gguf import SQNR_BOUNDS_DB, GgufExporter, verify_gguf
-from dilap.export.llamacpp import validate
-from dilap.sqnr import sqnr_db
+from dilap.core.errors import InvalidInput, Unavailable, VerificationFailed
+from dilap.core.sqnr import sqnr_db
+from dilap.export.gguf import library as llamacpp
+from dilap.export.gguf.library import validate
+from dilap.export.gguf.writer import SQNR_BOUNDS_DB, GgufExporter, verify_gguf
+from dilap.models.anatomy import architecture_of
 
 __all__ = ["tokenizer"]
 

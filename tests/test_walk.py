@@ -7,10 +7,10 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from dilap.anatomy import decoder_layers, family_of
-from dilap.compute import compute_precision
-from dilap.modeling_dilap import linear_at
-from dilap.walk import InputStatistics, Role, first_of, paths_of, walk
+from dilap.models.anatomy import decoder_layers, family_of
+from dilap.models.compute import compute_precision
+from dilap.models.modeling_dilap import linear_at
+from dilap.models.statistics import InputStatistics, Role, first_of, paths_of, walk
 
 TOKENS = random_tokens(6, 20)
 ROLES: tuple[Role, ...] = ("attention_in", "attention_out", "ffn_in", "ffn_out")

@@ -22,9 +22,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from dilap.anatomy import architecture_of, sublayers
-from dilap.shrink import shrink_
-from dilap.types import Plan, full_plan
+from dilap.core.plan import Plan, full_plan
+from dilap.models.anatomy import architecture_of, sublayers
+from dilap.models.cut import shrink_
 
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),

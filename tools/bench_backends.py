@@ -24,19 +24,24 @@ from typing import Any
 
 import torch
 
-from dilap import backends, export, intervals
-from dilap.anatomy import architecture_of
+from dilap import backends, export
 from dilap.backends import host
-from dilap.builtin import DEFAULT_MODEL
 from dilap.cli.console import Console, run
-from dilap.codec import decode, file_sha256, read_json
-from dilap.profilers.client import InstrumentBench
+from dilap.core.artifact import Artifact
+from dilap.core.codec import decode, file_sha256, read_json
+from dilap.core.measurement import Interval
+from dilap.core.plan import Plan
+from dilap.core.shape import PRECISION_BITS, Architecture
+from dilap.core.workload import Phase, Workload
+from dilap.models.anatomy import architecture_of
+from dilap.models.builtin import DEFAULT_MODEL
+from dilap.models.load import load
+from dilap.profilers import intervals
 from dilap.profilers.configuration import MeasuredWorld, find_fastest
-from dilap.profilers.devices import get
+from dilap.profilers.devices.device import get
+from dilap.profilers.instruments.agent import InstrumentBench
 from dilap.profilers.profiler import Case, Profiler
 from dilap.profilers.protocol import TABLE, Bench, Trace, collect, judge
-from dilap.source import load
-from dilap.types import PRECISION_BITS, Architecture, Artifact, Interval, Phase, Plan, Workload
 
 PRECISIONS: Mapping[str, tuple[str, ...]] = {  # the best of each runtime, and floats
     "llamacpp": ("q4_0", "f16"),

@@ -14,17 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from dilap import backends, export
-from dilap.anatomy import architecture_of
-from dilap.builtin import DEFAULT_MODEL
-from dilap.cli.bench import Bench
 from dilap.cli.console import Console, run
-from dilap.profilers.devices import get
-from dilap.profilers.probes import default_levels, list_probes, probe_architecture
+from dilap.core.shape import Architecture, LayerWidths
+from dilap.core.workload import Workload
+from dilap.job.bench import Bench
+from dilap.models.anatomy import architecture_of
+from dilap.models.builtin import DEFAULT_MODEL
+from dilap.models.load import load
+from dilap.profilers.devices.device import get
 from dilap.profilers.profiler import Case, speedup
 from dilap.profilers.protocol import TABLE
-from dilap.profilers.table import LatencyTable
-from dilap.source import load
-from dilap.types import Architecture, LayerWidths, Workload
+from dilap.profilers.tables.probes import default_levels, list_probes, probe_architecture
+from dilap.profilers.tables.table import LatencyTable
 
 _SEED = 20261122  # not the tables' seed
 
@@ -76,7 +77,7 @@ def _ratios(
                 found.append((1 / ratio.value, ratio.half_width))
             for path in paths:
                 path.unlink()
-            bench.console.say(f"measured {min(start + 4, len(plans))} of {len(plans)} plans ({dense.status})")
+            bench.progress.say(f"measured {min(start + 4, len(plans))} of {len(plans)} plans ({dense.status})")
     return found
 
 

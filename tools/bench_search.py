@@ -20,29 +20,29 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dilap import registry
-from dilap.anatomy import architecture_of
-from dilap.builtin import DEFAULT_MODEL
 from dilap.cli.arguments import Several
-from dilap.cli.bench import Bench
 from dilap.cli.console import Console, run
-from dilap.codec import written_aside
-from dilap.errors import InvalidInput
-from dilap.evaluator import Evaluator
-from dilap.library import LevelFit, LibraryOptions, build_library
-from dilap.library_file import load_library, save_library
+from dilap.core import registry
+from dilap.core.codec import written_aside
+from dilap.core.errors import InvalidInput
+from dilap.core.space import Space
+from dilap.core.workload import Workload
+from dilap.job.bench import Bench
 from dilap.methods import SEARCHES
-from dilap.methods.task import SearchOptions, SearchTask
-from dilap.profilers.devices import get
-from dilap.profilers.probes import default_levels
-from dilap.profilers.search_space import build_space
-from dilap.refit import best_refit
-from dilap.source import Source, load
-from dilap.space import Space
-from dilap.supernet import Supernet
-from dilap.teacher import Teacher
-from dilap.text import CalibrationOptions, calibration, evaluation_text
-from dilap.types import Workload
+from dilap.models.anatomy import architecture_of
+from dilap.models.builtin import DEFAULT_MODEL
+from dilap.models.load import Source, load
+from dilap.models.reference import Teacher
+from dilap.models.text import CalibrationOptions, calibration, evaluation_text
+from dilap.profilers.devices.device import get
+from dilap.profilers.tables.probes import default_levels
+from dilap.search.journal import Evaluator
+from dilap.search.layouts import build_space
+from dilap.search.library import LevelFit, LibraryOptions, build_library
+from dilap.search.library_file import load_library, save_library
+from dilap.search.refit import best_refit
+from dilap.search.supernet import Supernet
+from dilap.search.task import SearchOptions, SearchTask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dilap.builtin import DEFAULT_MODEL
 from dilap.cli.arguments import Several
 from dilap.cli.console import run
 from dilap.cli.eval import TASKS
-from dilap.codec import decode, read_json
-from dilap.errors import InvalidInput
+from dilap.core.codec import decode, read_json
+from dilap.core.errors import InvalidInput
 from dilap.evaluation.document import Evaluation
+from dilap.models.builtin import DEFAULT_MODEL
 
 F32 = ("llamacpp:f32", "onnxruntime:f32", "executorch:f32")
 _COMMAND = "import sys; from dilap.cli.{} import main; main()"

@@ -22,12 +22,12 @@ from tiny_gguf import byte_level_tokenizer, pruned_model
 from tqdm import tqdm
 
 from dilap import backends, export
-from dilap.anatomy import architecture_of
 from dilap.cli.console import run
-from dilap.codec import read_json
-from dilap.errors import DilapError, Unsupported, VerificationFailed
-from dilap.modeling_dilap import FAMILIES
-from dilap.types import Artifact
+from dilap.core.artifact import Artifact
+from dilap.core.codec import read_json
+from dilap.core.errors import DilapError, Unsupported, VerificationFailed
+from dilap.models.anatomy import architecture_of
+from dilap.models.modeling_dilap import FAMILIES
 
 RUNTIMES = ("llamacpp", "onnxruntime", "executorch", "tensorrt")
 _KEPT: Mapping[str, Mapping[str, tuple[int, ...]]] = {

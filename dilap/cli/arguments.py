@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from dilap import __version__
-from dilap.builtin import DEFAULT_MODEL
 from dilap.cli.console import EXIT_CODES
-from dilap.documents import int64
-from dilap.errors import InvalidInput
+from dilap.core.bounds import MAX_THREADS, MAX_TOKENS
+from dilap.core.documents import int64
+from dilap.core.errors import InvalidInput
+from dilap.core.workload import Workload
+from dilap.models.builtin import DEFAULT_MODEL
 from dilap.profilers.configuration import thread_counts
-from dilap.profilers.devices import Device, Registry
-from dilap.profilers.locations import read_registry
-from dilap.profilers.runners import RUNNERS
-from dilap.types import MAX_THREADS, MAX_TOKENS, Workload
+from dilap.profilers.devices.device import Device, Registry
+from dilap.profilers.devices.locations import read_registry
+from dilap.profilers.instruments.runners import RUNNERS
 
 
 def parser(description: str, examples: str) -> argparse.ArgumentParser:
@@ -184,18 +185,6 @@ def threads_tried(arguments: argparse.Namespace, *, device: Device) -> tuple[int
 def backend_of(arguments: argparse.Namespace, *, device: Device) -> str:
     """The chosen runtime, or the device's first."""
     return str(arguments.backend or next(iter(device.backends)))
-
-
-def name_of(model: str) -> str:
-    """What the outputs of a model are named after: `.` has a name too."""
-    path = Path(model)
-    return (path.resolve() if path.exists() else path).name.removesuffix(".gguf")
-
-
-def home_of(model: str) -> Path:
-    """Where outputs go by default: the current folder, or, where that is the model's own, the one that holds it."""
-    folder = Path(model).resolve()
-    return folder.parent if folder.is_dir() and Path.cwd().is_relative_to(folder) else Path()
 
 
 def new_path(text: str) -> Path:

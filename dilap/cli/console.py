@@ -6,60 +6,34 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from dilap.codec import to_json
-from dilap.documents import words_of
-from dilap.errors import DilapError, InvalidInput, reason_of
-from dilap.printable import printable, printable_lines
+from dilap.core.codec import to_json
+from dilap.core.documents import words_of
+from dilap.core.errors import TRACEBACK_KEPT, DilapError, InvalidInput, reason_of
+from dilap.core.printable import printable, printable_lines
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 the result misses its budget, 2 bad input, 70 an error of DiLAP's own, 130 interrupted, "
     "141 nobody reads the output"
 )
-_KEPT = "the traceback is kept in "  # a note on an error that is in a log already
 _MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory")  # torch's, in a RuntimeError
 
 
 class Console:
-    """Writes to standard error, and to a log file once there is one."""
-
-    def __init__(self) -> None:
-        self._log: Path | None = None
-
-    def log_to(self, path: Path | None) -> None:
-        self._log = path
+    """Progress on standard error."""
 
     def say(self, text: str) -> None:
         """One line; what a device or a file says in it cannot look like another line of ours."""
-        line = printable(text)
-        tqdm.write(line, file=sys.stderr)
-        if self._log is not None:
-            self._write(self._log, line)
-
-    def say_all(self, text: str) -> None:
-        """A text of ours of several lines."""
-        for line in text.split("\n"):
-            self.say(line)
-
-    def keep_traceback(self, error: BaseException) -> None:
-        """Into the log, if `error` is none that a user can mend; a note on the error says where."""
-        if self._log is not None and not isinstance(error, DilapError | OSError | KeyboardInterrupt):
-            self._write(self._log, "".join(traceback.format_exception(error)))
-            error.add_note(f"{_KEPT}{self._log}")
+        tqdm.write(printable(text), file=sys.stderr)
 
     def bar(self, title: str, *, total: int | None, unit: str) -> Any:
         """A progress bar, used as a context manager; `update(n)` moves it."""
         return tqdm(
             desc=title, total=total, unit=unit, unit_scale=True, file=sys.stderr, leave=False, dynamic_ncols=True
         )
-
-    def _write(self, log: Path, text: str) -> None:
-        with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text + "\n")
 
 
 def show(text: str) -> None:
@@ -124,7 +98,9 @@ def _words_of_system_error(error: OSError) -> str:
 
 def _where_it_is_told(error: BaseException) -> str:
     """The file that holds the traceback: the run's log, or one of its own."""
-    places = [note.removeprefix(_KEPT) for note in getattr(error, "__notes__", ()) if note.startswith(_KEPT)]
+    places = [
+        note.removeprefix(TRACEBACK_KEPT) for note in getattr(error, "__notes__", ()) if note.startswith(TRACEBACK_KEPT)
+    ]
     if not places:
         text = "".join(traceback.format_exception(error))
         try:

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from dilap.cli import console
-from dilap.printable import joined
-from dilap.profilers.estimate import METHOD as ESTIMATED
-from dilap.profilers.fit import LatencyModel
+from dilap.core.printable import joined
+from dilap.profilers.tables.fit import LatencyModel
+from dilap.profilers.tables.roofline import METHOD as ESTIMATED
 
 
 def show(model: LatencyModel, *, as_json: bool, table: Path | None) -> None:

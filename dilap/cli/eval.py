@@ -6,17 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dilap import intervals
 from dilap.backends import host
 from dilap.cli import arguments, console
 from dilap.cli.console import Console
-from dilap.cli.result import versions
-from dilap.codec import decode, encode, read_json, write_json
-from dilap.errors import InvalidInput, Unavailable
+from dilap.core.bounds import MAX_THREADS, MAX_TOKENS
+from dilap.core.codec import decode, encode, read_json, write_json
+from dilap.core.errors import InvalidInput, Unavailable
+from dilap.core.printable import joined
+from dilap.core.workload import Workload
 from dilap.evaluation.document import Costs, Evaluation, identity
-from dilap.printable import joined
-from dilap.profilers.devices import Device
-from dilap.types import MAX_THREADS, MAX_TOKENS, Workload
+from dilap.job.result import versions
+from dilap.profilers import intervals
+from dilap.profilers.devices.device import Device
 
 if TYPE_CHECKING:
     from dilap.evaluation.subject import Subject

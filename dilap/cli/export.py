@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dilap import backends, export
 from dilap.cli import arguments, console
-from dilap.codec import read_json
-from dilap.errors import InvalidInput
+from dilap.core.codec import read_json
+from dilap.core.errors import InvalidInput
 
 _EXAMPLES = """\
   dilap-export --backend llamacpp runs/smollm2-135m-host_cpu-70pct/checkpoint
@@ -43,8 +43,8 @@ def _command() -> int:
     tokenizer = Path(given.tokenizer) if given.tokenizer else None
     if tokenizer is not None and not tokenizer.exists():
         raise InvalidInput(f"no tokenizer {given.tokenizer!r}: give a Hugging Face folder or a GGUF file")
-    from dilap.anatomy import architecture_of  # torch and transformers: seconds that bad input should not cost
-    from dilap.source import checkpoint_of, load
+    from dilap.models.anatomy import architecture_of  # torch and transformers: seconds that bad input should not cost
+    from dilap.models.load import checkpoint_of, load
 
     screen = console.Console()
     source = load(given.checkpoint)

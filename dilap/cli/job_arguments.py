@@ -4,18 +4,18 @@ import argparse
 from typing import TYPE_CHECKING
 
 from dilap.cli import arguments
-from dilap.errors import InvalidInput
-from dilap.profilers.devices import Device
-from dilap.profilers.search_space import LAYOUTS
-from dilap.types import Budget
+from dilap.core.errors import InvalidInput
+from dilap.core.workload import Budget
+from dilap.profilers.devices.device import Device
+from dilap.search.layouts import LAYOUTS
 
 if TYPE_CHECKING:
-    from dilap.cli.stages import JobOptions
+    from dilap.job.stages import JobOptions
 
 
 def add_search(made: argparse.ArgumentParser) -> None:
-    from dilap.library import LibraryOptions
-    from dilap.methods.task import SearchOptions
+    from dilap.search.library import LibraryOptions
+    from dilap.search.task import SearchOptions
 
     search, library = SearchOptions(), LibraryOptions()
     group = made.add_argument_group("the search")
@@ -45,8 +45,8 @@ def add_search(made: argparse.ArgumentParser) -> None:
 
 def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", steps: int | None = None) -> None:
     """`mode` and `steps` are the defaults of this command's recovery."""
-    from dilap.recover import RecoveryOptions
-    from dilap.text import CalibrationOptions
+    from dilap.models.distil import RecoveryOptions
+    from dilap.models.text import CalibrationOptions
 
     text, steps = CalibrationOptions(), steps or RecoveryOptions().steps
     group = made.add_argument_group("text and recovery")
@@ -80,12 +80,12 @@ def job_options(
     """Raises InvalidInput for impossible values."""
     backend = arguments.backend_of(given, device=device)
     workload = arguments.workload_of(given, device=device, backend=backend)
-    from dilap.cli.stages import JobOptions  # torch and transformers: seconds that bad input should not cost
-    from dilap.library import LibraryOptions
-    from dilap.methods.method import LevelOptions
-    from dilap.methods.task import SearchOptions
-    from dilap.recover import RecoveryOptions
-    from dilap.text import CalibrationOptions
+    from dilap.job.stages import JobOptions  # torch and transformers: seconds that bad input should not cost
+    from dilap.models.distil import RecoveryOptions
+    from dilap.models.text import CalibrationOptions
+    from dilap.search.library import LibraryOptions
+    from dilap.search.method import LevelOptions
+    from dilap.search.task import SearchOptions
 
     if given.step == 0:
         raise InvalidInput("--step is a share of the dense latency above 0")

@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 
 from dilap import backends
-from dilap.cli import arguments, console, costs, doctor
-from dilap.errors import InvalidInput
-from dilap.profilers.devices import DEVICES
+from dilap.cli import arguments, console, costs
+from dilap.core.errors import InvalidInput
+from dilap.profilers.devices import doctor
+from dilap.profilers.devices.device import DEVICES
 
 _EXAMPLES = """\
   dilap-profile --doctor
@@ -55,13 +56,13 @@ def _command() -> int:
     devices = arguments.devices_of(given, given.device)
     backend = arguments.backend_of(given, device=devices[0])
     workload = arguments.workload_of(given, device=devices[0], backend=backend)
-    from dilap.anatomy import architecture_of  # torch and transformers: seconds that bad input should not cost
-    from dilap.cli.bench import Bench, kept_configuration
-    from dilap.cli.estimated_bench import EstimatedBench
-    from dilap.context import require_context
-    from dilap.profilers.search_space import describe
-    from dilap.profilers.table import LatencyTable
-    from dilap.source import load
+    from dilap.job.bench import Bench, kept_configuration
+    from dilap.job.estimated_bench import EstimatedBench
+    from dilap.models.anatomy import architecture_of  # torch and transformers: seconds that bad input should not cost
+    from dilap.models.context import require_context
+    from dilap.models.load import load
+    from dilap.profilers.tables.table import LatencyTable
+    from dilap.search.layouts import describe
 
     screen = console.Console()
     kind = EstimatedBench if given.estimate else Bench

@@ -5,16 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dilap.cli import arguments, console, result
+from dilap.cli import arguments, console
 from dilap.cli.job_arguments import add_search, add_text_and_recovery, job_options
-from dilap.codec import encode
-from dilap.errors import InvalidInput
+from dilap.core.codec import encode
+from dilap.core.errors import InvalidInput
+from dilap.core.workload import Budget
+from dilap.job import result
+from dilap.job.outputs import home_of, name_of
 from dilap.methods import METHODS
-from dilap.profilers.devices import DEVICES, Device
-from dilap.types import Budget
+from dilap.profilers.devices.device import DEVICES, Device
 
 if TYPE_CHECKING:
-    from dilap.cli.stages import JobOptions
+    from dilap.job.stages import JobOptions
 
 _EXAMPLES = """\
   dilap-prune --target host_cpu --budget 70%
@@ -79,8 +81,8 @@ def _add_sparse(made: argparse.ArgumentParser) -> None:
 
 def _sparse(given: argparse.Namespace) -> int:
     """The job for a pattern of zeros."""
-    from dilap.cli import sparse_job  # torch and transformers: seconds that bad input should not cost
-    from dilap.text import CalibrationOptions
+    from dilap.job import sparsify as sparse_job  # torch and transformers: seconds that bad input should not cost
+    from dilap.models.text import CalibrationOptions
 
     options = sparse_job.SparseOptions(
         pattern=given.pattern,
@@ -95,9 +97,9 @@ def _sparse(given: argparse.Namespace) -> int:
         evaluation_text=given.eval_text,
     )
     pattern, method = given.pattern.replace(":", "of"), options.method.replace(":", ".")
-    name = f"{arguments.name_of(given.model)}-{method}-{pattern}{'-barber' * options.rebuild}"
-    out = arguments.new_path(given.out) if given.out else arguments.home_of(given.model) / "runs" / name
-    done = sparse_job.sparsify(options, out=out, console=console.Console())
+    name = f"{name_of(given.model)}-{method}-{pattern}{'-barber' * options.rebuild}"
+    out = arguments.new_path(given.out) if given.out else home_of(given.model) / "runs" / name
+    done = sparse_job.sparsify(options, out=out, progress=console.Console())
     if given.json:
         console.show_json(encode(done) | {"out": str(out)})
     else:
@@ -114,10 +116,10 @@ def _command() -> int:
     budget = _budget(given)
     devices = arguments.devices_of(given, given.target)
     options = options_of(given, device=devices[0])
-    from dilap.cli.job import prune  # torch and transformers: seconds that bad input should not cost
+    from dilap.job.prune import prune  # torch and transformers: seconds that bad input should not cost
 
     out = arguments.new_path(given.out) if given.out else _default_out(given, budget)
-    done = prune(options, devices=devices, out=out, console=console.Console())
+    done = prune(options, devices=devices, out=out, progress=console.Console())
     if done is None:
         if given.json:
             console.show_json({"status": "already met"})
@@ -149,10 +151,10 @@ def _settings(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _default_out(given: argparse.Namespace, budget: Budget) -> Path:
-    name = arguments.name_of(given.model)
+    name = name_of(given.model)
     method = "" if given.method in (None, "dilap") else f"-{given.method.replace(':', '.')}"
     amount = str(budget).replace("%", "pct").replace(" ", "")
-    return arguments.home_of(given.model) / "runs" / f"{name}-{given.target}-{amount}{method}"
+    return home_of(given.model) / "runs" / f"{name}-{given.target}-{amount}{method}"
 
 
 def main() -> None:

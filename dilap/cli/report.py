@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dilap.cli import arguments, console
-from dilap.codec import written_aside
-from dilap.errors import InvalidInput
+from dilap.core.codec import written_aside
+from dilap.core.errors import InvalidInput
 
 if TYPE_CHECKING:
     from dilap.report.inputs import Contents

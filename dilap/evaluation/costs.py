@@ -3,13 +3,14 @@
 from dataclasses import replace
 
 from dilap import backends
-from dilap.errors import InvalidInput
+from dilap.core.errors import InvalidInput
+from dilap.core.shape import PRECISION_BITS, Architecture
+from dilap.core.workload import Workload
 from dilap.evaluation.document import Costs, PhaseCosts
 from dilap.evaluation.subject import Subject
-from dilap.profilers.devices import Device
+from dilap.profilers.devices.device import Device
 from dilap.profilers.profiler import Case, Profiler, Progress
 from dilap.profilers.protocol import FINAL
-from dilap.types import PRECISION_BITS, Architecture, Workload
 
 
 def count(subject: Subject, workload: Workload) -> Costs:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dilap.types import Measurement, Workload
+from dilap.core.measurement import Measurement
+from dilap.core.workload import Workload
 
 SEED = 1234  # lm-eval's own, of the examples drawn
 

@@ -8,7 +8,7 @@ from typing import Any
 import lm_eval
 from lm_eval.utils import handle_non_serializable, hash_string
 
-from dilap.codec import digest
+from dilap.core.codec import digest
 from dilap.evaluation.document import TaskFacts
 from dilap.evaluation.lm import Bar, ReaderLM
 from dilap.evaluation.plain_text import TEXTS, WINDOW_TOKENS, window_perplexity

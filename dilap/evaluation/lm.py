@@ -8,7 +8,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dilap.backends import Reader
-from dilap.errors import InvalidInput, Unsupported
+from dilap.core.errors import InvalidInput, Unsupported
 from dilap.evaluation.scoring import Request, score
 from dilap.evaluation.words import Words
 

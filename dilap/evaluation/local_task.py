@@ -8,8 +8,8 @@ from typing import Any
 import datasets
 from lm_eval.api.task import ConfigurableTask
 
-from dilap.documents import content_of
-from dilap.errors import InvalidInput, reason_of
+from dilap.core.documents import content_of
+from dilap.core.errors import InvalidInput, reason_of
 
 _SPLITS = ("test", "validation", "train")  # what is scored, where the task's own split is not there
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dilap.backends import Reader
-from dilap.errors import InvalidInput
+from dilap.core.errors import InvalidInput
 from dilap.evaluation.scoring import log_probabilities
 from dilap.evaluation.words import Words
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from dilap.backends import MAX_READ_TOKENS, Reader
-from dilap.errors import Unsupported
-from dilap.teacher import Scores, Teacher
+from dilap.core.errors import Unsupported
+from dilap.models.reference import Scores, Teacher
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,16 +5,17 @@ from pathlib import Path
 
 import torch
 
-from dilap.anatomy import architecture_of
 from dilap.backends import Reader
 from dilap.backends.readers import open_reader
-from dilap.codec import decode, file_sha256, read_json
-from dilap.documents import value_at
-from dilap.errors import InvalidInput, Mismatch
+from dilap.core.artifact import Artifact, HowToRun
+from dilap.core.codec import decode, file_sha256, read_json
+from dilap.core.documents import value_at
+from dilap.core.errors import InvalidInput, Mismatch
+from dilap.core.shape import Architecture
 from dilap.evaluation.torch_reader import TorchReader
 from dilap.evaluation.words import GgufWords, HuggingFaceWords, Words
-from dilap.source import load
-from dilap.types import Architecture, Artifact, HowToRun
+from dilap.models.anatomy import architecture_of
+from dilap.models.load import load
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -41,7 +42,7 @@ class Subject:
 
 
 def open_subject(name: str, *, backend: str | None = None, precision: str | None = None, threads: int = 1) -> Subject:
-    """A run's or an artifact's folder, a GGUF file (through llama.cpp), or what `dilap.source.load` takes (in torch).
+    """A run's or an artifact's folder, a GGUF file (through llama.cpp), or what `dilap.models.load` loads (in torch).
 
     `backend="torch"` takes a run's checkpoint instead of its artifact; `precision` (f32, bf16, f16) is for torch alone.
     Raises InvalidInput, Unavailable, Unsupported, and Mismatch where a file is not the one that its sidecar describes.

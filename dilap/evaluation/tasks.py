@@ -12,7 +12,7 @@ import datasets
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 
-from dilap.errors import InvalidInput, Unavailable
+from dilap.core.errors import InvalidInput, Unavailable
 from dilap.evaluation.document import SEED
 from dilap.evaluation.local_task import LocalTask
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from dilap.backends import Reader
-from dilap.errors import InvalidInput, Mismatch
+from dilap.core.errors import InvalidInput, Mismatch
 from dilap.evaluation.document import TextQuality
 from dilap.evaluation.scoring import log_probabilities
 from dilap.evaluation.subject import Subject
 from dilap.evaluation.words import Words
-from dilap.text_files import read_text
+from dilap.models.text_files import read_text
 
 
 def compare(

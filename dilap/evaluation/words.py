@@ -6,9 +6,9 @@ from typing import Protocol
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dilap.backends.child import opened
-from dilap.errors import InvalidInput
-from dilap.export.llamacpp import Gguf
-from dilap.pretrained import from_pretrained
+from dilap.core.errors import InvalidInput
+from dilap.export.gguf.library import Gguf
+from dilap.models.pretrained import from_pretrained
 
 
 class Words(Protocol):

@@ -6,14 +6,14 @@ from dataclasses import Field, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any
 
-from dilap import registry
-from dilap.errors import InvalidInput
+from dilap.core import registry
+from dilap.core.errors import InvalidInput
 
 METHODS = {
-    "dilap": "dilap.methods.dilap:prune",
-    "equal_widths": "dilap.methods.equal_widths:prune",
-    "uniform": "dilap.methods.uniform:prune",
-    "layer_error": "dilap.methods.layer_error:prune",
+    "dilap": "dilap.search.dilap:prune",
+    "equal_widths": "dilap.search.equal_widths:prune",
+    "uniform": "dilap.search.uniform:prune",
+    "layer_error": "dilap.search.layer_error:prune",
     "magnitude": "dilap.methods.magnitude:prune",
     "wanda_sp": "dilap.methods.wanda_sp:prune",
     "flap": "dilap.methods.flap:Flap",
@@ -28,10 +28,10 @@ METHODS = {
     "llm_streamline": "dilap.methods.llm_streamline:Streamline",
 }
 SEARCHES = {
-    "dilap": "dilap.methods.dilap:search",
-    "equal_widths": "dilap.methods.equal_widths:search",
-    "uniform": "dilap.methods.uniform:search",
-    "layer_error": "dilap.methods.layer_error:search",
+    "dilap": "dilap.search.dilap:search",
+    "equal_widths": "dilap.search.equal_widths:search",
+    "uniform": "dilap.search.uniform:search",
+    "layer_error": "dilap.search.layer_error:search",
 }
 # What each does, where it comes from, and the licence of its authors' code where that is known. No line of theirs is
 # here: all methods are written from their descriptions.

@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from dilap.anatomy import decoder_layers, family_of
-from dilap.methods.method import PruneTask
-from dilap.modeling_dilap import Family
+from dilap.models.anatomy import decoder_layers, family_of
+from dilap.models.modeling_dilap import Family
+from dilap.search.method import PruneTask
 
 
 class Adapters:

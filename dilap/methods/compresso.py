@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dilap.anatomy import family_of, sublayers
+from dilap.core.plan import Plan
 from dilap.methods.adapters import Adapters, shuffled
-from dilap.methods.method import Pruned, PruneTask
 from dilap.methods.units import unit_group
-from dilap.teacher import next_token_loss
-from dilap.types import Plan
+from dilap.models.anatomy import family_of, sublayers
+from dilap.models.reference import next_token_loss
+from dilap.search.method import Pruned, PruneTask
 
 _LOW, _HIGH, _TEMPERATURE = -0.1, 1.1, 2 / 3
 _SHARPNESS = 0.8  # of the gates kept at the end

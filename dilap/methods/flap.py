@@ -7,13 +7,14 @@ from typing import Literal
 
 import torch
 
-from dilap.anatomy import Sublayer, sublayers
-from dilap.errors import Unsupported
-from dilap.methods.method import Pruned, PruneTask
+from dilap.core.errors import Unsupported
+from dilap.core.plan import Plan
+from dilap.core.shape import Architecture
 from dilap.methods.units import by_unit, out_statistics, removed_columns, unit_group
-from dilap.tensor_file import Tensors
-from dilap.types import Architecture, Plan
-from dilap.walk import InputStatistics, walk
+from dilap.models.anatomy import Sublayer, sublayers
+from dilap.models.statistics import InputStatistics, walk
+from dilap.models.tensor_file import Tensors
+from dilap.search.method import Pruned, PruneTask
 
 Metric = Literal["IFV", "WIFV", "WIFN"]
 Structure = Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"]

@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from dilap.anatomy import decoder_layers, family_of
-from dilap.methods.method import Pruned, PruneTask
-from dilap.modeling_dilap import linear_at
-from dilap.teacher import next_token_loss
-from dilap.types import group_name
+from dilap.core.plan import group_name
+from dilap.models.anatomy import decoder_layers, family_of
+from dilap.models.modeling_dilap import linear_at
+from dilap.models.reference import next_token_loss
+from dilap.search.method import Pruned, PruneTask
 
 Variant = Literal["first", "second", "mixed", "vectorize", "l1", "l2"]
 Reduce = Literal["sum", "mean", "max", "prod", "first"]

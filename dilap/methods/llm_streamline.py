@@ -11,15 +11,15 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from dilap.anatomy import decoder_layers, family_of
-from dilap.compute import batches, compute_precision
-from dilap.methods.method import Pruned, PruneTask
+from dilap.core.plan import Plan
 from dilap.methods.shortgpt import mean_cosine
-from dilap.skipping import layers_replaced
-from dilap.teacher import next_token_loss
-from dilap.tensor_file import Tensors
-from dilap.types import Plan
-from dilap.walk import LayerCall, State, first_of, layer_calls, walk
+from dilap.models.anatomy import decoder_layers, family_of
+from dilap.models.compute import batches, compute_precision
+from dilap.models.reference import next_token_loss
+from dilap.models.skipping import layers_replaced
+from dilap.models.statistics import LayerCall, State, first_of, layer_calls, walk
+from dilap.models.tensor_file import Tensors
+from dilap.search.method import Pruned, PruneTask
 
 _BATCH_TOKENS = 2048
 

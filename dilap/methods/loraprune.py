@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dilap.anatomy import family_of
+from dilap.core.plan import Group
 from dilap.methods.adapters import Adapters, shuffled
-from dilap.methods.method import Pruned, PruneTask
 from dilap.methods.units import num_units
-from dilap.teacher import next_token_loss
-from dilap.types import Group
+from dilap.models.anatomy import family_of
+from dilap.models.reference import next_token_loss
+from dilap.search.method import Pruned, PruneTask
 
 _DECAY = 0.9  # of the moving average of importance
 

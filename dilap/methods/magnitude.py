@@ -1,8 +1,8 @@
 """Magnitude, structured (mag_sp): units whose output projection is small go first, equally many in every layer."""
 
-from dilap.anatomy import sublayers
-from dilap.methods.method import Pruned, PruneTask
 from dilap.methods.units import by_unit, unit_group
+from dilap.models.anatomy import sublayers
+from dilap.search.method import Pruned, PruneTask
 
 
 def prune(task: PruneTask) -> Pruned:

@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dilap.allocation import Config, solve
-from dilap.anatomy import sublayers
-from dilap.codec import checked, read_json, write_json
-from dilap.compute import batches
-from dilap.evaluator import Evaluator
-from dilap.library import LevelFit, head_columns
-from dilap.methods.levels import Library, level_library, prune_by_library
-from dilap.methods.method import Pruned, PruneTask
+from dilap.core.codec import checked, read_json, write_json
+from dilap.core.space import Choice, Level, Units
 from dilap.methods.shortgpt import mean_cosine
-from dilap.methods.task import SearchResult, SearchTask
-from dilap.space import Choice, Level, Units
-from dilap.teacher import final_hidden
-from dilap.walk import OUTPUTS, walk
+from dilap.models.anatomy import sublayers
+from dilap.models.compute import batches
+from dilap.models.reference import final_hidden
+from dilap.models.statistics import OUTPUTS, walk
+from dilap.search.allocation import Config, solve
+from dilap.search.journal import Evaluator
+from dilap.search.levels import Library, level_library, prune_by_library
+from dilap.search.library import LevelFit, head_columns
+from dilap.search.method import Pruned, PruneTask
+from dilap.search.task import SearchResult, SearchTask
 
 Objective = Literal["kl", "cosine"]
 

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
-from dilap.methods.method import Pruned, PruneTask
-from dilap.tensor_file import Tensors
-from dilap.types import Plan
-from dilap.walk import State, walk
+from dilap.core.plan import Plan
+from dilap.models.statistics import State, walk
+from dilap.models.tensor_file import Tensors
+from dilap.search.method import Pruned, PruneTask
 
 Score = Literal["influence", "angular"]
 

@@ -6,10 +6,10 @@ from functools import cached_property
 
 import torch
 
-from dilap.methods.method import Pruned, PruneTask
-from dilap.skipping import Stack
-from dilap.tensor_file import Tensors
-from dilap.types import Plan
+from dilap.core.plan import Plan
+from dilap.models.skipping import Stack
+from dilap.models.tensor_file import Tensors
+from dilap.search.method import Pruned, PruneTask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,15 +9,15 @@ from typing import Literal
 
 import torch
 
-from dilap.anatomy import Sublayer, decoder_layers, sublayers
-from dilap.codec import digest
-from dilap.errors import Mismatch, Unsupported
-from dilap.methods.method import Pruned, PruneTask
+from dilap.core.codec import digest
+from dilap.core.errors import Mismatch, Unsupported
+from dilap.core.plan import Plan
 from dilap.methods.units import restored
-from dilap.skipping import sublayer_skipped
-from dilap.tensor_file import Tensors
-from dilap.types import Plan
-from dilap.walk import LayerCall, State, layer_calls, run_layer
+from dilap.models.anatomy import Sublayer, decoder_layers, sublayers
+from dilap.models.skipping import sublayer_skipped
+from dilap.models.statistics import LayerCall, State, layer_calls, run_layer
+from dilap.models.tensor_file import Tensors
+from dilap.search.method import Pruned, PruneTask
 
 Distance = Literal["l1", "l2", "cos"]
 Norm = Literal["sentence", "token", "channel", "element", "none"]

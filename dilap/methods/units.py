@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from dilap.anatomy import Sublayer
-from dilap.shrink import out_columns
-from dilap.types import Plan, group_name
-from dilap.walk import OUTPUTS, InputStatistics, Step
+from dilap.core.plan import Plan, group_name
+from dilap.models.anatomy import Sublayer
+from dilap.models.cut import out_columns
+from dilap.models.statistics import OUTPUTS, InputStatistics, Step
 
 
 def unit_group(sublayer: Sublayer) -> str:

@@ -2,10 +2,10 @@
 
 import torch
 
-from dilap.anatomy import sublayers
-from dilap.methods.method import Pruned, PruneTask
 from dilap.methods.units import by_unit, num_units, out_statistics, removed_columns, restored, unit_group, zero_columns_
-from dilap.walk import walk
+from dilap.models.anatomy import sublayers
+from dilap.models.statistics import walk
+from dilap.search.method import Pruned, PruneTask
 
 
 def channel_scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dilap.allocation import Config, solve
-from dilap.methods.levels import compensated_library, prune_by_library
-from dilap.methods.method import Pruned, PruneTask
-from dilap.methods.task import SearchResult, SearchTask
+from dilap.search.allocation import Config, solve
+from dilap.search.levels import compensated_library, prune_by_library
+from dilap.search.method import Pruned, PruneTask
+from dilap.search.task import SearchResult, SearchTask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dilap.cli.result import PruneResult, read_result
-from dilap.codec import decode, encode, read_json
-from dilap.errors import InvalidInput
+from dilap.core.codec import decode, encode, read_json
+from dilap.core.errors import InvalidInput
+from dilap.core.printable import joined
 from dilap.evaluation.document import Evaluation
-from dilap.printable import joined
+from dilap.job.result import PruneResult, read_result
 
 _RAW = ("samples_ns", "rounds", "dropped_ns", "layers", "stage_seconds", "choices")  # seen through what is made of them
 

@@ -9,10 +9,10 @@ import jinja2
 from markupsafe import Markup
 
 from dilap import __version__
-from dilap.cli.result import PruneResult
-from dilap.cli.verdict import percent
-from dilap.codec import to_json
-from dilap.errors import Unavailable
+from dilap.core.codec import to_json
+from dilap.core.errors import Unavailable
+from dilap.job.result import PruneResult
+from dilap.job.verdict import percent
 from dilap.report.figure import Figure
 from dilap.report.inputs import Run
 from dilap.report.tables import Table, command, facts_table, figure_table

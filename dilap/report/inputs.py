@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dilap.cli.comparison import read_row
-from dilap.cli.result import PruneResult, read_result
-from dilap.codec import checked, decode, read_json
-from dilap.errors import InvalidInput
+from dilap.core.codec import checked, decode, read_json
+from dilap.core.errors import InvalidInput
+from dilap.core.plan import Plan
+from dilap.core.shape import LayerWidths
 from dilap.evaluation.document import Evaluation
-from dilap.profilers.table import LatencyTable
-from dilap.types import LayerWidths, Plan
+from dilap.job.comparison import read_row
+from dilap.job.result import PruneResult, read_result
+from dilap.profilers.tables.table import LatencyTable
 
 
 @dataclass(frozen=True, kw_only=True)

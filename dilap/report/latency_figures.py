@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dilap.codec import digest
-from dilap.errors import InvalidInput
-from dilap.profilers.fit import LatencyModel
-from dilap.profilers.table import LatencyTable
+from dilap.core.codec import digest
+from dilap.core.errors import InvalidInput
+from dilap.profilers.tables.fit import LatencyModel
+from dilap.profilers.tables.table import LatencyTable
 from dilap.report.figure import Figure, field, tooltip
 from dilap.report.inputs import Run
 

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dilap import backends
-from dilap.cli.result import PruneResult, Side
 from dilap.evaluation.document import Evaluation
+from dilap.job.result import PruneResult, Side
 from dilap.report.inputs import Contents, Run
 
 

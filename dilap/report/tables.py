@@ -6,15 +6,15 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
-from dilap import intervals
-from dilap.cli.result import PruneResult
-from dilap.documents import value_at
+from dilap.core.documents import value_at
+from dilap.core.measurement import Interval, Measurement
+from dilap.core.printable import csv_cell, markdown
 from dilap.evaluation.document import Evaluation, PhaseCosts
-from dilap.printable import csv_cell, markdown
+from dilap.job.result import PruneResult
+from dilap.profilers import intervals
 from dilap.report.figure import Cell, Figure
 from dilap.report.inputs import Contents, Run
 from dilap.report.summary import SummaryRow
-from dilap.types import Interval, Measurement
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dilap.errors import InvalidInput
+from dilap.core.errors import InvalidInput
 
 
 class Fragile:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dilap.backends import Capabilities
-from dilap.types import Workload
+from dilap.core.workload import Workload
 
 
 class StandIn:

@@ -1,0 +1,200 @@
+"""ExecuTorch on the CPU: its XNNPACK delegate, through the Python bindings of its wheel.
+
+The bindings are linked against libtorch and load nothing without it (the torch-free runtime on PyPI is of an older
+ExecuTorch and lacks the attention and cache operators that our programs call), so torch is imported here after all:
+by the runtime, when it is first asked for, and never by this module.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import platform
+import random
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dilap.backends import Capabilities
+from dilap.backends.executorch.bindings import MAX_CONTEXT, bindings
+from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.workload import Workload
+
+_PACKAGES = ("executorch", "torch")
+_FAMILIES = ("llama", "mistral", "opt", "qwen2", "qwen3")
+_open_sessions: set[int] = set()  # the thread pool is the process's, and must not change under a loaded program
+
+
+class ExecuTorch:
+    """Programs (.pte) through ExecuTorch's runtime."""
+
+    name = "executorch"
+    format = "pte"
+    load_seconds = 300.0
+    shares_threads = True
+    lossy_switches: frozenset[str] = frozenset()
+
+    def unavailable(self) -> str | None:
+        """By the packages alone: importing torch takes seconds, and torchao, which comes with it, lists at length the
+        GPU libraries that it did not find."""
+        missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"ExecuTorch is not usable here (no {' and no '.join(missing)}); pip install executorch"
+        return None
+
+    def version(self) -> str:
+        return importlib.metadata.version("executorch")
+
+    def build(self) -> str:
+        """The delegates that the runtime was built with; XNNPACK chooses its kernels by the processor at run time."""
+        return ", ".join([platform.machine(), *sorted(bindings()._get_registered_backend_names())])
+
+    def precisions(self) -> tuple[str, ...]:
+        return ("8da4w", "f32")
+
+    def switches(self) -> Mapping[str, tuple[str, ...]]:
+        """None beside its threads."""
+        return {}
+
+    def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:
+        threads = f"--cpu_threads={workload.threads}"
+        return {
+            "llama_main": f"llama_main --model_path={file} --tokenizer_path=tokenizer.json {threads}",
+            "executor_runner": f"executor_runner --model_path={file} {threads}",
+            "python": "import executorch.extension.llm.custom_ops.custom_ops, executorch.kernels.quantized, "
+            "executorch.runtime; executorch.extension.pybindings.portable_lib._unsafe_reset_threadpool"
+            f'({workload.threads}); executorch.runtime.Runtime.get().load_program("{file}")',
+        }
+
+    def cache_bits(self, workload: Workload) -> float:  # noqa: ARG002  (the exported graphs keep floats)
+        return 32.0
+
+    def after_a_crash(self) -> str:
+        return "try another version of it: pip install --upgrade executorch"
+
+    def capabilities(self, family: str, *, precision: str) -> Capabilities:
+        if precision not in self.precisions():
+            raise InvalidInput(f"ExecuTorch precision {precision!r} is unknown; use {', '.join(self.precisions())}")
+        if family not in _FAMILIES:
+            return Capabilities(unsupported=f"DiLAP writes no ExecuTorch program for the family {family!r} yet")
+        # 32: a group of 4-bit weights; one step for every precision keeps plans portable between them
+        return Capabilities(ffn_multiple=32, hidden_multiple=1 if precision == "f32" else 32, max_tokens=MAX_CONTEXT)
+
+    def load(self, path: Path, workload: Workload) -> "ExecuTorchSession":
+        return ExecuTorchSession(path, workload)
+
+
+class ExecuTorchSession:
+    """One loaded program. A run names the position that it writes, so every sample sees the same context."""
+
+    def __init__(self, path: Path, workload: Workload) -> None:
+        if workload.batch != 1:
+            raise Unsupported(f"ExecuTorch is timed with batch 1, got batch {workload.batch}")
+        _use_threads(workload.threads)
+        self._workload = workload
+        self._program, self._method = _load(path, "forward")
+        num_tokens = workload.context if workload.phase == "decode" else workload.prompt_tokens
+        needed = num_tokens + (workload.phase == "decode")
+        room, vocab_size = (_constant(self._program, name) for name in ("get_max_context_len", "get_vocab_size"))
+        if needed > room:
+            raise Unsupported(f"{path}: it has room for {room} tokens, {workload.describe()} needs {needed}")
+        _open_sessions.add(id(self))
+        prompt = _random_tokens(num_tokens, vocab_size=vocab_size)
+        if workload.phase == "decode":
+            self._run(prompt, position=0)
+            self._inputs = _inputs(prompt[:1], position=num_tokens)
+        else:
+            self._inputs = _inputs(prompt, position=0)
+
+    def sample(self) -> int:
+        start = time.perf_counter_ns()
+        self._method(self._inputs, clone_outputs=False)
+        return time.perf_counter_ns() - start
+
+    def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
+        # A program gives the last position's logits, as deployed ones do: one pass is one for each prefix. What
+        # this leaves in the cache changes no later sample: a run costs the same whatever the cache holds.
+        ids = list(token_ids)
+        if incremental:
+            return np.concatenate([self._run([token], position=at) for at, token in enumerate(ids)])
+        return np.concatenate([self._run(ids[: at + 1], position=0) for at in range(len(ids))])
+
+    def close(self) -> None:
+        _open_sessions.discard(id(self))
+        self._method = self._program = None
+
+    def _run(self, tokens: Sequence[int], *, position: int) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = self._method(_inputs(tokens, position=position))[0].numpy()
+        return array
+
+
+class ExecuTorchReader:
+    """A program's method `score`, which gives every position's logits, and the KV cache inside it; see
+    `dilap.backends.Reader`."""
+
+    def __init__(self, path: Path, *, threads: int) -> None:
+        _use_threads(threads)
+        self._program, self._method = _load(path, "score")
+        self.max_tokens = _constant(self._program, "get_max_context_len")
+        self.vocab_size = _constant(self._program, "get_vocab_size")
+        self._max_scored = _constant(self._program, "get_max_scored_len")
+        _open_sessions.add(id(self))
+
+    def reserve(self, num_tokens: int) -> None:
+        assert num_tokens <= self.max_tokens  # the room is the program's own
+
+    def read(self, token_ids: Sequence[int], *, start: int, num_rows: int) -> NDArray[np.float32]:
+        rows: list[NDArray[np.float32]] = []
+        for at in range(0, len(token_ids), self._max_scored):
+            tokens = token_ids[at : at + self._max_scored]
+            logits = self._method(_inputs(tokens, position=start + at))[0].numpy()
+            rows.append(logits[max(0, len(token_ids) - num_rows - at) :])
+        return np.concatenate(rows)
+
+    def close(self) -> None:
+        _open_sessions.discard(id(self))
+        self._method = self._program = None
+
+
+def _use_threads(count: int) -> None:
+    """Size the thread pool. Raises Unsupported where an open program runs in another number of threads."""
+    library = bindings()
+    if library._threadpool_get_thread_count() == count:
+        return
+    if _open_sessions:
+        have = library._threadpool_get_thread_count()
+        raise Unsupported(f"models with {have} threads are open, {count} were asked for: close them first")
+    library._unsafe_reset_threadpool(count)  # unsafe for programs that hold the old pool: there are none
+
+
+def _load(path: Path, method: str) -> tuple[Any, Any]:
+    """A program and one of its methods. Raises InvalidInput."""
+    if not path.is_file():
+        raise InvalidInput(f"{path}: no such file")
+    try:
+        program = bindings()._load_program(str(path))
+        names = {program.get_method_name(index) for index in range(program.num_methods())}
+        if method not in names:
+            raise InvalidInput(f"{path}: it has no method {method!r}; an earlier DiLAP wrote it: export it again")
+        return program, program.load_method(method)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise InvalidInput(f"{path}: ExecuTorch cannot load it: {reason}") from error
+
+
+def _constant(program: Any, name: str) -> int:
+    return int(program.load_method(name)([])[0])
+
+
+def _inputs(tokens: Sequence[int], *, position: int) -> tuple[Any, Any]:
+    """`tokens` (1 x count) and `input_pos` (1): torch tensors, which is all that the bindings take."""
+    torch = importlib.import_module("torch")
+    return torch.tensor([list(tokens)]), torch.tensor([position])
+
+
+def _random_tokens(count: int, *, vocab_size: int) -> list[int]:
+    draw = random.Random(0)
+    return [draw.randrange(vocab_size) for _ in range(count)]

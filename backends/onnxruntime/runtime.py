@@ -1,0 +1,267 @@
+"""ONNX Runtime on the CPU: decoders with the KV cache as inputs and outputs."""
+
+import importlib
+import importlib.metadata
+import json
+import os
+import random
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dilap.backends import Capabilities
+from dilap.core.bounds import MAX_TOKENS
+from dilap.core.codec import read_json
+from dilap.core.documents import value_at
+from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.workload import Workload
+
+_FATAL_LEVEL = 4  # what it logs below that it raises too
+_PAST, _PRESENT = "past_key_values.", "present."
+# One token's attention in ONNX Runtime 1.31 on x86-64: 40 us a layer of SmolLM2-135M with 256 tokens before it, 23 us
+# without flash attention (306 and 191 us with 2048); a prompt is read faster with it from 1024 tokens on. Threads that
+# do not spin while they wait for work are woken for every operator.
+_SWITCHES = {"flash_attention": ("on", "off"), "spinning": ("on", "off")}
+_NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+_SPINNING = "session.intra_op.allow_spinning"
+_MAX_TOKENS = 4096  # what the rotary tables of the models hold that a latency table is measured on
+
+
+class OnnxRuntime:
+    """ONNX files of DiLAP's exporter."""
+
+    name = "onnxruntime"
+    format = "onnx"
+    load_seconds = 300.0
+    shares_threads = False
+    lossy_switches: frozenset[str] = frozenset()
+
+    def unavailable(self) -> str | None:
+        try:
+            _library()
+        except (ImportError, OSError) as error:
+            return f"ONNX Runtime is not usable here ({error}); pip install onnxruntime"
+        return None
+
+    def version(self) -> str:
+        return str(_library().__version__)
+
+    def build(self) -> str:
+        """Kernels are chosen by the processor at run time; what differs between builds are the providers."""
+        return f"{_library().get_build_info()}, providers {', '.join(_library().get_available_providers())}"
+
+    def precisions(self) -> tuple[str, ...]:
+        return ("f32", "int8", "int4")
+
+    def switches(self) -> Mapping[str, tuple[str, ...]]:
+        return _SWITCHES
+
+    def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:
+        lines = ["options = onnxruntime.SessionOptions()", f"options.intra_op_num_threads = {workload.threads}"]
+        options = {"intra_op_num_threads": str(workload.threads)}
+        if _setting(workload, "spinning") == "off":
+            lines.append(f'options.add_session_config_entry("{_SPINNING}", "0")')
+            options[_SPINNING] = "0"
+        lines.append(f'onnxruntime.InferenceSession("{file}", options)')
+        found = {"python": "; ".join(lines), "genai_config.json": f"session_options: {json.dumps(options)}"}
+        if _setting(workload, "flash_attention") == "off":
+            found["environment"] = f"{_NO_FLASH}=1"
+        return found
+
+    def cache_bits(self, workload: Workload) -> float:  # noqa: ARG002  (the exported graphs keep floats)
+        return 32.0
+
+    def after_a_crash(self) -> str:
+        return "try another version of it: pip install --upgrade onnxruntime"
+
+    def capabilities(self, family: str, *, precision: str) -> Capabilities:
+        if precision not in self.precisions():
+            raise InvalidInput(f"ONNX Runtime precision {precision!r} is unknown; use {', '.join(self.precisions())}")
+        if family in ("llama", "mistral", "qwen2", "qwen3", "opt"):
+            return Capabilities(
+                # 32: a quantisation block; one step for every precision keeps plans portable between them
+                ffn_multiple=32,
+                # GroupQueryAttention takes heads in steps of 8, and turns them (rotary) in steps of 16
+                head_dim_multiple=8 if family == "opt" else 16,
+                # a quantised embedding (GatherBlockQuantized) has whole blocks only
+                hidden_multiple=1 if precision == "f32" else 32,
+                max_tokens=_MAX_TOKENS,
+            )
+        return Capabilities(unsupported=f"DiLAP writes no ONNX for the family {family!r} yet")
+
+    def load(self, path: Path, workload: Workload) -> "OnnxRuntimeSession":
+        return OnnxRuntimeSession(path, workload)
+
+
+class OnnxRuntimeSession:
+    """One model, bound to one KV cache that every sample finds as the workload wants it.
+
+    Past and present are the same buffers: the attention operator writes the new rows in place, so nothing is copied,
+    and a sample that is run again overwrites its own rows.
+    """
+
+    def __init__(self, path: Path, workload: Workload) -> None:
+        if workload.batch != 1:
+            raise Unsupported(f"ONNX Runtime is timed with batch 1, got batch {workload.batch}")
+        self._model = _Model(
+            path,
+            threads=workload.threads,
+            flash_attention=_setting(workload, "flash_attention"),
+            spinning=_setting(workload, "spinning"),
+        )
+        num_tokens = workload.context if workload.phase == "decode" else workload.prompt_tokens
+        prompt = _random_tokens(num_tokens, vocab_size=self._model.vocab_size)
+        cache = self._model.new_cache(num_tokens + 1)
+        self._binding, _ = self._model.bind(cache, prompt, start=0, num_rows=1)
+        if workload.phase == "decode":
+            self._model.run(self._binding)
+            self._binding, _ = self._model.bind(cache, prompt[:1], start=num_tokens, num_rows=1)
+
+    def sample(self) -> int:
+        start = time.perf_counter_ns()
+        self._model.run(self._binding)
+        return time.perf_counter_ns() - start
+
+    def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
+        rows: list[NDArray[np.float32]] = []
+        cache = self._model.new_cache(len(token_ids))
+        for chunk in [[token] for token in token_ids] if incremental else [list(token_ids)]:
+            binding, logits = self._model.bind(cache, chunk, start=len(rows), num_rows=len(chunk))
+            self._model.run(binding)
+            rows.extend(logits.numpy()[0].copy())
+        return np.stack(rows)
+
+    def close(self) -> None:
+        self._binding = None
+        self._model.close()
+
+
+class OnnxRuntimeReader:
+    """One model and one KV cache; see `dilap.backends.Reader`."""
+
+    def __init__(self, path: Path, *, threads: int) -> None:
+        self._model = _Model(path, threads=threads)
+        self._cache: dict[str, Any] = {}
+        self.vocab_size = self._model.vocab_size
+        self.max_tokens = _context_length(path)
+
+    def reserve(self, num_tokens: int) -> None:
+        self._cache = self._model.new_cache(num_tokens)
+
+    def read(self, token_ids: Sequence[int], *, start: int, num_rows: int) -> NDArray[np.float32]:
+        binding, logits = self._model.bind(self._cache, token_ids, start=start, num_rows=num_rows)
+        self._model.run(binding)
+        rows: NDArray[np.float32] = logits.numpy()[0].copy()
+        return rows
+
+    def close(self) -> None:
+        self._cache = {}
+        self._model.close()
+
+
+class _Model:
+    """An inference session of a decoder, and how its inputs and outputs are bound."""
+
+    def __init__(self, path: Path, *, threads: int, flash_attention: str = "on", spinning: str = "on") -> None:
+        self._session: Any = _open(path, threads, flash_attention=flash_attention, spinning=spinning)
+        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        self.vocab_size = self._read_vocab_size(path)
+
+    def close(self) -> None:
+        self._session = None
+
+    def run(self, binding: Any) -> None:
+        self._session.run_with_iobinding(binding)
+
+    def _read_vocab_size(self, path: Path) -> int:
+        """Raises InvalidInput for what is no decoder of DiLAP's exporter."""
+        outputs = {value.name: value for value in self._session.get_outputs()}
+        names = {*self._inputs, *outputs, *(value.name for value in self._session.get_overridable_initializers())}
+        if missing := sorted({"input_ids", "attention_mask", "logits_to_keep", "logits"} - names):
+            raise InvalidInput(f"{path}: not a decoder that DiLAP exported: it has no {missing[0]}")
+        return int(outputs["logits"].shape[2])
+
+    def new_cache(self, capacity: int) -> dict[str, Any]:
+        """Zeros for `capacity` tokens, by input name."""
+        return {
+            name: _tensor(np.zeros((1, value.shape[1], capacity, value.shape[3]), np.float32))
+            for name, value in self._inputs.items()
+            if name.startswith(_PAST)
+        }
+
+    def bind(self, cache: dict[str, Any], token_ids: Sequence[int], *, start: int, num_rows: int) -> tuple[Any, Any]:
+        """Tokens that follow `start` others, with the logits of the last `num_rows` (1 x rows x vocabulary)."""
+        end = start + len(token_ids)
+        feed = {
+            "input_ids": np.array([token_ids], np.int64),
+            "attention_mask": np.ones((1, end), np.int64),
+            "logits_to_keep": np.array([num_rows], np.int64),
+        }
+        if "position_ids" in self._inputs:
+            feed["position_ids"] = np.arange(start, end, dtype=np.int64)[None]
+        binding = self._session.io_binding()
+        for name, array in feed.items():
+            binding.bind_ortvalue_input(name, _tensor(array))
+        for name, buffer in cache.items():
+            binding.bind_ortvalue_input(name, buffer)
+            binding.bind_ortvalue_output(name.replace(_PAST, _PRESENT), buffer)
+        logits = _tensor(np.zeros((1, num_rows, self.vocab_size), np.float32))
+        binding.bind_ortvalue_output("logits", logits)
+        return binding, logits
+
+
+def _context_length(path: Path) -> int:
+    """What the model was trained for, as the exporter says beside it. Raises InvalidInput."""
+    config = path.with_name("genai_config.json")
+    length = value_at(read_json(config), "model", "context_length")
+    if type(length) is not int or not 0 < length <= MAX_TOKENS:
+        raise InvalidInput(f"{config}: it has no model.context_length")
+    return length
+
+
+def _library() -> Any:
+    return importlib.import_module("onnxruntime")
+
+
+def _setting(workload: Workload, switch: str) -> str:
+    """The value of a switch, ONNX Runtime's own default where the workload does not name it."""
+    return workload.switches.get(switch, _SWITCHES[switch][0])
+
+
+def _open(path: Path, threads: int, *, flash_attention: str, spinning: str) -> Any:
+    """An inference session whose switches are `on` or `off`.
+
+    Raises InvalidInput, in one line, where the file or its data is damaged.
+    """
+    if not path.is_file():
+        raise InvalidInput(f"{path}: no such file")
+    options = _library().SessionOptions()
+    options.log_severity_level = _FATAL_LEVEL
+    options.intra_op_num_threads = threads
+    # Threads spin while a model runs, not between two samples, when another model is being timed.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry(_SPINNING, str(int(spinning == "on")))
+    os.environ[_NO_FLASH] = str(int(flash_attention == "off"))  # read by the attention operators when they are made
+    try:
+        return _library().InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # it has a dozen types, which share no base of their own
+        raise InvalidInput(f"{path}: ONNX Runtime cannot load it: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Its own words: `[ONNXRuntimeError] : 1 : FAIL : words`."""
+    return " ".join(str(error).split()).split(" : ", 3)[-1]
+
+
+def _tensor(array: NDArray[np.generic]) -> Any:
+    """Shares the array's memory."""
+    return _library().OrtValue.ortvalue_from_numpy(array)
+
+
+def _random_tokens(count: int, *, vocab_size: int) -> list[int]:
+    draw = random.Random(0)
+    return [draw.randrange(vocab_size) for _ in range(count)]

@@ -1,0 +1,1 @@
+"""TensorRT: engines are built where they run, from ONNX."""

@@ -1,0 +1,238 @@
+"""TensorRT on a Jetson's GPU: engines are built there, from ONNX, compared with torch once, and kept.
+
+An engine lies in `engines/` beside its model, with a sidecar that binds it to the model's content, the shapes, the
+TensorRT version and the GPU; anything else is built anew. What TensorRT measures while it builds is kept in the user's
+cache, so that the next build of a like model is quick.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dilap.backends import Capabilities, Session
+from dilap.backends.tensorrt import builder as tensorrt_build
+from dilap.backends.tensorrt import cuda, trtexec
+from dilap.backends.tensorrt.builder import Api, PhaseSummary
+from dilap.backends.tensorrt.recipe import MAX_TOKENS, Profile, Recipe, read_recipe
+from dilap.backends.tensorrt.session import EngineSession
+from dilap.core import codec
+from dilap.core.errors import InvalidInput, Unavailable, Unsupported, VerificationFailed
+from dilap.core.sqnr import sqnr_db
+from dilap.core.workload import Workload
+
+_PRECISIONS = ("f16", "bf16")
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
+_CACHE = Path(".cache") / "dilap"  # in the user's home
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSidecar:
+    """What an engine is bound to, and what became of the model in it.
+
+    `sqnr_db` is its distance from torch, None where it was not compared (a probe, or a device with trtexec alone).
+    """
+
+    key: str
+    files: dict[str, str]
+    runtime: str
+    gpu: str
+    profiles: tuple[Profile, ...]
+    phases: tuple[PhaseSummary, ...]
+    device_memory_bytes: int | None
+    sqnr_db: float | None
+
+
+class TensorRT:
+    """ONNX files through engines that are built on the device."""
+
+    name = "tensorrt"
+    format = "onnx"
+    load_seconds = trtexec.BUILD_SECONDS + 300.0  # the first load builds the engine
+    shares_threads = False
+    lossy_switches: frozenset[str] = frozenset()
+
+    def unavailable(self) -> str | None:
+        try:
+            cuda.load()
+            self.version()
+        except Unavailable as error:
+            return f"TensorRT is not usable here: {error}"
+        return None
+
+    def version(self) -> str:
+        """Of the Python module, or of trtexec, which does not tell its number."""
+        try:
+            return tensorrt_build.find_api().version
+        except Unavailable:
+            if trtexec.find() is None:
+                raise
+            return f"TensorRT through trtexec {_package_version()}"
+
+    def build(self) -> str:
+        return cuda.load().gpu()
+
+    def precisions(self) -> tuple[str, ...]:
+        return _PRECISIONS
+
+    def switches(self) -> Mapping[str, tuple[str, ...]]:
+        """None: its builder tries the kernels itself."""
+        return {}
+
+    def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:  # noqa: ARG002
+        return {"trtexec": f"trtexec --onnx={file}, with the shapes and precisions of recipe.json"}
+
+    def cache_bits(self, workload: Workload) -> float:  # noqa: ARG002  (as the weights, in f16 and bf16 alike)
+        return 16.0
+
+    def after_a_crash(self) -> str:
+        return "look at the device with: dilap-profile --check"
+
+    def capabilities(self, family: str, *, precision: str) -> Capabilities:
+        if precision not in _PRECISIONS:
+            raise InvalidInput(f"TensorRT precision {precision!r} is unknown; use {', '.join(_PRECISIONS)}")
+        if family not in _FAMILIES:
+            return Capabilities(unsupported=f"DiLAP writes no ONNX for the family {family!r} yet")
+        # 8: tensor cores multiply blocks of 8 x 8 f16 or bf16; other widths run, padded or on slower kernels
+        return Capabilities(ffn_multiple=8, max_tokens=MAX_TOKENS)
+
+    def load(self, path: Path, workload: Workload) -> Session:
+        """Open the model's engine for the workload, built and compared with torch first where there is none yet.
+
+        Raises VerificationFailed where the engine does not compute what torch does; it is not kept then.
+        """
+        if not path.is_file():
+            raise InvalidInput(f"{path}: no such file")
+        recipe = read_recipe(path.parent)
+        recipe.require_files(path.parent)
+        profiles = recipe.profiles(workload)
+        job = _Job(path=path, recipe=recipe, profiles=profiles, workload=workload, runtime=self.version())
+        try:
+            api = tensorrt_build.find_api()
+        except Unavailable:
+            return job.through_trtexec()
+        return job.through_python(api)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One model under one workload on this device."""
+
+    path: Path
+    recipe: Recipe
+    profiles: tuple[Profile, ...]
+    workload: Workload
+    runtime: str
+
+    def through_python(self, api: Api) -> Session:
+        device = cuda.load()
+        engine_file, sidecar = self._files(device.gpu())
+        runtime = api.module.Runtime(api.module.Logger(api.module.Logger.ERROR))
+        if sidecar.exists():
+            return self._session(_deserialised(runtime, engine_file.read_bytes(), engine_file), device)
+        cache = _timing_cache(self.runtime, device.gpu())
+        built = tensorrt_build.build(self.path, self.profiles, api=api, timing_cache=cache)
+        engine = _deserialised(runtime, built.plan, engine_file)
+        session = self._session(engine, device)
+        compared = compare(session, self.path.parent, self.recipe)
+        with codec.written_aside(engine_file) as temporary:
+            temporary.write_bytes(memoryview(built.plan))
+        self._bind(sidecar, device.gpu(), engine=engine, api=api, compared=compared)
+        return session
+
+    def through_trtexec(self) -> Session:
+        """Without Python there are no logits: the engine is not compared, and its sidecar says so."""
+        gpu = cuda.load().gpu()
+        engine_file, sidecar = self._files(gpu)
+        if not sidecar.exists():
+            cache = _timing_cache(self.runtime, gpu)
+            trtexec.build(self.path, self.profiles, engine=engine_file, timing_cache=cache)
+            self._bind(sidecar, gpu)
+        return trtexec.TrtexecSession(engine_file, self.recipe, self.profiles, self.workload)
+
+    def _files(self, gpu: str) -> tuple[Path, Path]:
+        """The engine and its sidecar, named after what they are bound to."""
+        key = self.recipe.engine_key(self.profiles, runtime=self.runtime, gpu=gpu)
+        folder = self.path.parent / "engines"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{key[:16]}.engine", folder / f"{key[:16]}.json"
+
+    def _session(self, engine: Any, device: cuda.Cuda) -> EngineSession:
+        return EngineSession(engine, device, self.recipe, self.profiles, self.workload)
+
+    def _bind(
+        self, sidecar: Path, gpu: str, *, engine: Any = None, api: Api | None = None, compared: float | None = None
+    ) -> None:
+        """Written last: an engine without its sidecar is built again."""
+        phases: tuple[PhaseSummary, ...] = ()
+        memory = None
+        if api is not None:
+            layers = tensorrt_build.inspect(engine, api=api)
+            phases = tensorrt_build.summarise(layers, [profile.phase for profile in self.profiles])
+            memory = api.device_memory_bytes(engine)
+        bound = EngineSidecar(
+            key=self.recipe.engine_key(self.profiles, runtime=self.runtime, gpu=gpu),
+            files=self.recipe.files,
+            runtime=self.runtime,
+            gpu=gpu,
+            profiles=self.profiles,
+            phases=phases,
+            device_memory_bytes=memory,
+            sqnr_db=compared,
+        )
+        codec.write_json(sidecar, codec.encode(bound))
+
+
+def compare(session: Session, folder: Path, recipe: Recipe) -> float | None:
+    """The worse SQNR in dB of one pass and of decoding through the cache, against torch's logits in the folder.
+
+    TensorRT's fusions have been wrong without a word (10.13 joined q, k and v wrongly at batch 1), so no engine of a
+    real model is used unseen. None for probes, which have nothing to compare with. Raises VerificationFailed.
+    """
+    if recipe.reference is None:
+        return None
+    with np.load(folder / recipe.reference, allow_pickle=False) as stored:
+        token_ids, expected = [int(token) for token in stored["token_ids"]], stored["logits"]
+    together, one_by_one = (
+        sqnr_db(expected, session.logits(token_ids, incremental=incremental)) for incremental in (False, True)
+    )
+    worst = min(together, one_by_one)
+    if not worst >= recipe.bound_db:
+        raise VerificationFailed(
+            f"the TensorRT engine differs from the torch model: SQNR {together:.1f} dB in one pass, {one_by_one:.1f} dB"
+            f" token by token; {recipe.bound_db:g} dB expected. TensorRT miscompiled it: try --precision bf16, or"
+            " a JetPack with another TensorRT"
+        )
+    return worst
+
+
+def _deserialised(runtime: Any, plan: Any, path: Path) -> Any:
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise Unsupported(f"{path}: TensorRT cannot open the engine; remove it and it is built again")
+    return engine
+
+
+def _timing_cache(runtime: str, gpu: str) -> Path:
+    name = "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in f"{runtime}-{gpu}")
+    folder = Path.home() / _CACHE
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.timings"
+
+
+def _package_version() -> str:
+    """Of the Debian package that trtexec comes from: engines are bound to it."""
+    status = Path("/var/lib/dpkg/status")
+    text = status.read_text(encoding="utf-8", errors="replace") if status.exists() else ""
+    return package_version(text, "libnvinfer-bin")
+
+
+def package_version(status: str, package: str) -> str:
+    """The version of an installed package in dpkg's status file; `unknown` where it is not there."""
+    for paragraph in status.split("\n\n"):
+        fields: Sequence[str] = paragraph.splitlines()
+        if f"Package: {package}" in fields:
+            return next((line.partition(": ")[2] for line in fields if line.startswith("Version: ")), "unknown")
+    return "unknown"

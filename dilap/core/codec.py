@@ -1,0 +1,334 @@
+"""Frozen dataclasses to JSON and back, and files that are either whole or absent."""
+
+import ctypes
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import sys
+import tempfile
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dilap.core.documents import parse_object, read_text
+from dilap.core.errors import DilapError, InvalidInput
+
+T = TypeVar("T")
+_MAY_ASK, _NO_SUCH_PROCESS = 0x1000, 87  # of Windows: PROCESS_QUERY_LIMITED_INFORMATION, ERROR_INVALID_PARAMETER
+VERSION = 1  # of every JSON document; raised when an old reader would misread a new file
+
+
+def encode(value: Any) -> dict[str, Any]:
+    """The JSON object of a dataclass: its fields, `type` and `version`."""
+    return {"type": type(value).__name__, "version": VERSION, **dataclasses.asdict(value)}
+
+
+def decode(cls: type[T], document: Any, *, source: str) -> T:
+    """The dataclass that `encode` wrote; `source` names the file in the error. Raises InvalidInput."""
+    if not isinstance(document, Mapping):
+        raise InvalidInput(f"{source}: expected a {cls.__name__}, got {document!r:.80}")
+    if document.get("type") != cls.__name__:
+        raise InvalidInput(f"{source}: expected a {cls.__name__}, got type {document.get('type')!r:.80}")
+    if document.get("version") != VERSION:
+        raise InvalidInput(
+            f"{source}: {cls.__name__} has version {document.get('version')!r:.80}, this DiLAP reads {VERSION}"
+        )
+    fields = {name: value for name, value in document.items() if name not in ("type", "version")}
+    return checked(cls, fields, source=f"{source}: damaged {cls.__name__}")
+
+
+def checked(hint: type[T], value: Any, *, source: str) -> T:
+    """A JSON value as the type `hint`, which every part of it must be of; `source` begins the error.
+
+    Raises InvalidInput.
+    """
+    try:
+        return typing.cast(T, _build(hint, value))
+    except DilapError as error:
+        raise InvalidInput(f"{source}: {error}") from error
+    except (TypeError, ValueError, KeyError, ArithmeticError, AttributeError) as error:  # of a value's own check
+        raise InvalidInput(f"{source}: {error}") from error
+
+
+def _build(hint: Any, value: Any) -> Any:
+    """`value` as the type `hint`, for the types that our dataclasses use."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _build(next(a for a in arguments if a is not type(None)), value)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ValueError(f"{value!r:.80} is none of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple:
+        return _build_tuple(arguments, value)
+    return _build_object(hint, origin or hint, arguments, value)
+
+
+def _build_object(hint: Any, kind: Any, arguments: tuple[Any, ...], value: Any) -> Any:
+    """Dictionaries, dataclasses and plain values."""
+    if kind in (dict, Mapping):
+        return {key: _build(arguments[1] if arguments else Any, item) for key, item in _mapping(value).items()}
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        fields = {field.name for field in dataclasses.fields(hint)}
+        if unknown := sorted(set(_mapping(value)) - fields):
+            raise ValueError(f"unknown field {unknown[0]!r:.80}")
+        return typing.cast(Any, hint)(**{name: _build_field(name, hints[name], item) for name, item in value.items()})
+    if hint is float and type(value) in (int, float):
+        return _finite(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise TypeError(f"expected {hint.__name__}, got {value!r:.80}")
+    return value
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"expected a finite number, got {number}")
+    return number
+
+
+def _build_field(name: str, hint: Any, value: Any) -> Any:
+    try:
+        return _build(hint, value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _build_tuple(arguments: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"expected a list, got {value!r:.80}")
+    if arguments[-1] is Ellipsis:
+        return tuple(_build(arguments[0], item) for item in value)
+    if len(value) != len(arguments):
+        raise ValueError(f"expected {len(arguments)} values, got {value!r:.80}")
+    return tuple(_build(hint, item) for hint, item in zip(arguments, value, strict=True))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"expected an object, got {value!r:.80}")
+    return value
+
+
+def canonical(document: Any) -> str:
+    """The one JSON text of `document`, for digests."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"))
+
+
+def digest(document: Any) -> str:
+    """SHA-256, in hex, of the canonical JSON of `document`."""
+    return hashlib.sha256(canonical(document).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256, in hex, of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: typing.BinaryIO) -> str:
+    """For Python 3.10, which devices may have."""
+    hasher = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises InvalidInput, naming the file, where it is absent or damaged."""
+    return parse_object(read_text(path), source=str(path))
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write `document` to `path`, whole or not at all."""
+    with written_aside(path) as temporary:
+        temporary.write_text(to_json(document) + "\n", encoding="utf-8")
+
+
+def to_json(document: Any, *, indent: int | None = 1) -> str:
+    """The JSON text of `document` for people and programs.
+
+    JSON has no infinity, which the perplexity of a ruined model is: the largest number there is stands for it.
+    """
+    try:
+        return json.dumps(document, indent=indent, allow_nan=False)
+    except ValueError:  # an infinity, or NaN
+        return json.dumps(_in_range(document), indent=indent, allow_nan=False)
+
+
+def _in_range(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _in_range(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_range(item) for item in value]
+    if isinstance(value, float) and math.isnan(value):
+        raise InvalidInput("a result is not a number (NaN): what the model computes overflows")
+    if isinstance(value, float) and math.isinf(value):
+        return math.copysign(sys.float_info.max, value)
+    return value
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, a file or a folder; renamed to `path` at the end, removed on failure.
+
+    A file replaces the one that is there, a link stays and the file behind it is replaced, and into a device or a pipe
+    (`/dev/stdout`) the content is written. A folder replaces nothing but an empty folder: InvalidInput where another
+    has appeared. What the system refuses (a full disk, a folder that is read-only) becomes InvalidInput, naming `path`.
+    """
+    if _is_stream(path):
+        with _written_into(path) as temporary:
+            yield temporary
+        return
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else path
+    temporary = part_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        remove(temporary)
+        yield temporary
+        if temporary.is_dir():
+            rename_folder(temporary, path)
+        else:
+            os.replace(temporary, path)
+    except Exception as error:
+        if (reason := _refusal(error, temporary)) is not None:
+            raise InvalidInput(f"{path} cannot be written: {reason}; choose another --out") from error
+        raise
+    finally:
+        with suppress(OSError):
+            remove(temporary)
+
+
+def _refusal(error: Exception, written: Path) -> str | None:
+    """Why the system did not let `written`, or a file in it, be written; None for errors about anything else.
+
+    safetensors has no OSError, but a text that ends in its number; numpy has one without a number for half a write,
+    which nothing but a full disk causes.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(found[1])
+    elif type(error) is OSError and number is None and "written" in str(error):
+        number = errno.ENOSPC
+    named = getattr(error, "filename", None)
+    if number is None or (named is not None and not str(named).startswith(str(written.parent))):
+        return None
+    if number == errno.ENOSPC:
+        return f"no space left ({shutil.disk_usage(written.parent).free / 1e6:.0f} MB free), free some"
+    return os.strerror(number)
+
+
+def part_of(path: Path) -> Path:
+    """The temporary name of what becomes `path`, or was it; `is_leftover` knows it once this process is gone."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, on its disk, for what is needed to make it; the next one removes what a kill left."""
+    folder = part_of(path.with_name(f"{path.name}.scratch"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.with_name(f"{path.name}.scratch"))
+    remove(folder)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        remove(folder)
+
+
+def rename_folder(folder: Path, path: Path) -> None:
+    """Give `folder` the name `path`, in one step. Raises InvalidInput where anything but an empty folder is there."""
+    try:
+        os.rename(folder, path)
+    except OSError as error:
+        if not os.path.lexists(path):
+            raise
+        raise InvalidInput(
+            f"{path} was made by somebody else in the meantime and is left as it is; move it away and run again"
+        ) from error
+
+
+def remove(path: Path) -> None:
+    """A file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """What processes left that died while they wrote `path`; those of living ones stay."""
+    prefix = f".{path.name}."
+    for one in list(path.parent.iterdir()):
+        if one.name.startswith(prefix) and is_leftover(one):
+            remove(one)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether this is the temporary file or folder of a process that died."""
+    found = re.fullmatch(r"\..+\.(\d+)\.part", path.name)
+    return found is not None and not _is_alive(int(found[1]))
+
+
+def _is_alive(process: int) -> bool:
+    if sys.platform == "win32":  # where signal 0 would end it
+        return _is_alive_on_windows(process)
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _is_alive_on_windows(process: int) -> bool:
+    kernel = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined, unused-ignore]
+    handle = kernel.OpenProcess(_MAY_ASK, False, process)
+    error = ctypes.get_last_error()  # type: ignore[attr-defined, unused-ignore]
+    if handle:
+        kernel.CloseHandle(handle)
+    return bool(handle) or error != _NO_SUCH_PROCESS
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether `path` is a device or a pipe, or stands for an open file of this process, directly or through links."""
+    for _ in range(40):  # as many links as Linux follows
+        if path.absolute().parts[:3] in (("/", "dev", "fd"), ("/", "proc", "self")) or _is_special(path):
+            return True
+        if not os.path.islink(path):
+            return False
+        path = path.parent / path.readlink()
+    return False
+
+
+def _is_special(path: Path) -> bool:
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))
+
+
+@contextmanager
+def _written_into(path: Path) -> Iterator[Path]:
+    """A temporary file whose content goes into the device or pipe `path` at the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder) / "content"
+        yield temporary
+        # Appended, because the open file that /dev/stdout stands for may hold something already.
+        with temporary.open("rb") as content, open(os.open(path, os.O_WRONLY | os.O_APPEND), "wb") as stream:
+            shutil.copyfileobj(content, stream)

@@ -1,0 +1,33 @@
+"""Names to objects, imported on use."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dilap.core.errors import InvalidInput, reason_of
+
+
+def get(table: Mapping[str, str], name: str, *, kind: str) -> Any:
+    """The object that `table` names as "module:attribute". Raises InvalidInput with what `kind` offers."""
+    if name not in table:
+        close = difflib.get_close_matches(name, table, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise InvalidInput(f"unknown {kind} {name!r}{hint} Known: {', '.join(sorted(table))}")
+    module, attribute = table[name].split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def own(name: str, *, kind: str) -> Any:
+    """The object that a user names as "module:attribute". Raises InvalidInput."""
+    module, _, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # where a user's own lies; behind all libraries, so that it hides none
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise InvalidInput(f"{kind} {name!r} cannot be imported: {reason_of(error)}") from error
+    except AttributeError:
+        raise InvalidInput(f"{kind} {name!r}: module {module} has no {attribute!r}") from None

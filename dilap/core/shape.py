@@ -1,0 +1,144 @@
+"""The widths of a network, without its weights, and what follows from them: parameters, FLOPs, bytes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dilap.core.bounds import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH
+
+# Bits a weight takes, its share of the scales included: 32 weights have one, in f16 (GGUF, ExecuTorch) or f32 (ONNX).
+PRECISION_BITS: Mapping[str, float] = {
+    "f32": 32,
+    "f16": 16,
+    "bf16": 16,
+    "q8_0": 8.5,
+    "q4_0": 4.5,
+    "8da4w": 4.5,
+    "int8": 9,
+    "int4": 5,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWidths:
+    """Widths of one decoder layer. 0 heads: no attention; 0 channels: no feed-forward network."""
+
+    num_heads: int
+    num_kv_heads: int
+    num_channels: int
+
+    def __post_init__(self) -> None:
+        widths = (self.num_heads, self.num_kv_heads, self.num_channels)
+        if min(widths) < 0 or max(widths) > MAX_WIDTH:
+            raise ValueError(f"a width is between 0 and {MAX_WIDTH:,}, got {self}")
+        if (self.num_heads == 0) != (self.num_kv_heads == 0):
+            raise ValueError(f"heads without KV heads, or the reverse, in {self}")
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads is no multiple of num_kv_heads in {self}")
+
+    @property
+    def is_empty(self) -> bool:
+        return self.num_heads == 0 and self.num_channels == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The shape of a decoder-only model, without its weights.
+
+    `num_positions` counts learned position rows (0 with rotary embeddings); `norm_vectors` the vectors of
+    one norm (1: RMSNorm, 2: LayerNorm); `ffn_matrices` is 3 with a gate, else 2; `ffn_bias` is that of the matrices
+    before the activation, `ffn_out_bias` that of the one after it.
+    """
+
+    family: str
+    hidden_size: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool
+    ffn_matrices: int
+    norm_vectors: int
+    qkv_bias: bool
+    out_bias: bool
+    ffn_bias: bool
+    ffn_out_bias: bool = False
+    qk_norm: bool
+    num_positions: int
+    layers: tuple[LayerWidths, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "head_dim", "vocab_size"):
+            if not 0 < getattr(self, name) <= MAX_WIDTH:
+                raise ValueError(f"{name} is from 1 to {MAX_WIDTH:,}, got {getattr(self, name)}")
+        if self.ffn_matrices not in (2, 3) or self.norm_vectors not in (0, 1, 2):
+            raise ValueError(f"{self.ffn_matrices} feed-forward matrices, {self.norm_vectors} norm vectors")
+        if not 0 <= self.num_positions <= MAX_TOKENS or len(self.layers) > MAX_LAYERS:
+            raise ValueError(f"{self.num_positions} positions, {len(self.layers)} layers")
+
+    def attention_parameters(self, layer: LayerWidths) -> int:
+        """Weights and biases of a layer's attention sublayer, its norm included."""
+        if layer.num_heads == 0:
+            return 0
+        query, key_value = layer.num_heads * self.head_dim, 2 * layer.num_kv_heads * self.head_dim
+        return (
+            (2 * query + key_value) * self.hidden_size
+            + (query + key_value) * self.qkv_bias
+            + self.hidden_size * self.out_bias
+            + 2 * self.head_dim * self.qk_norm
+            + self.norm_vectors * self.hidden_size
+        )
+
+    def ffn_parameters(self, layer: LayerWidths) -> int:
+        """Weights and biases of a layer's feed-forward sublayer, its norm included."""
+        if layer.num_channels == 0:
+            return 0
+        return (
+            self.ffn_matrices * self.hidden_size * layer.num_channels
+            + (self.ffn_matrices - 1) * layer.num_channels * self.ffn_bias
+            + self.hidden_size * self.ffn_out_bias
+            + self.norm_vectors * self.hidden_size
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters, a tied head counted once."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        layers = sum(self.attention_parameters(layer) + self.ffn_parameters(layer) for layer in self.layers)
+        return embeddings + layers + (self.num_positions + self.norm_vectors) * self.hidden_size
+
+    def decode_flops(self, *, context: int) -> int:
+        """Multiply-adds counted twice, for one token that attends to `context` tokens."""
+        weights = self.vocab_size * self.hidden_size + sum(
+            self.attention_parameters(layer) + self.ffn_parameters(layer) for layer in self.layers
+        )
+        heads = sum(layer.num_heads for layer in self.layers)
+        return 2 * weights + 4 * heads * self.head_dim * context
+
+    def decode_bytes(self, *, context: int, precision: str, cache_bits: float) -> int:
+        """Read or written for one token after `context` others: every weight, the cache of all tokens, one row of it.
+
+        A table of embeddings is read as the head, tied or not; activations stay in caches and are not counted.
+        """
+        return self._weight_bytes(precision) + round((context + 1) * self._cache_row_bits(cache_bits) / 8)
+
+    def prefill_bytes(self, *, prompt_tokens: int, precision: str, cache_bits: float) -> int:
+        """Read or written for a prompt: every weight once, an embedding a token, the cache written and read."""
+        embeddings = int(prompt_tokens * self.hidden_size * PRECISION_BITS[precision] / 8)
+        cached = round(2 * prompt_tokens * self._cache_row_bits(cache_bits) / 8)
+        return self._weight_bytes(precision) + embeddings + cached
+
+    def _weight_bytes(self, precision: str) -> int:
+        weights = self.vocab_size * self.hidden_size + sum(
+            self.attention_parameters(layer) + self.ffn_parameters(layer) for layer in self.layers
+        )
+        return int(weights * PRECISION_BITS[precision] / 8)
+
+    def _cache_row_bits(self, cache_bits: float) -> float:
+        """Of one token's keys and values in all layers."""
+        return 2 * cache_bits * self.head_dim * sum(layer.num_kv_heads for layer in self.layers)
+
+    def prefill_flops(self, *, prompt_tokens: int) -> int:
+        """Multiply-adds counted twice, for a prompt, with causal attention and the head at the last token."""
+        head = self.vocab_size * self.hidden_size
+        weights = sum(self.attention_parameters(layer) + self.ffn_parameters(layer) for layer in self.layers)
+        heads = sum(layer.num_heads for layer in self.layers)
+        pairs = prompt_tokens * (prompt_tokens + 1) // 2
+        return 2 * (weights * prompt_tokens + head) + 4 * heads * self.head_dim * pairs

@@ -1,0 +1,184 @@
+"""Every method at the same measured latency, before and after the same recovery."""
+
+import copy
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from dilap import __version__
+from dilap.core.codec import decode, digest, encode, read_json, write_json
+from dilap.core.errors import InvalidInput, reason_of
+from dilap.core.progress import Progress
+from dilap.core.workload import Budget
+from dilap.job import comparison
+from dilap.job.comparison import Row
+from dilap.job.prune import named_inputs, prune, require_possible
+from dilap.job.result import PruneResult
+from dilap.job.run_folder import changes, held, remove_leftovers_below, tidy
+from dilap.job.stages import JobOptions
+from dilap.models.load import Source, load
+from dilap.profilers.devices.device import Device
+
+_LARGE = ("checkpoint", "artifact")  # of a run's folder, dropped when its numbers are known
+
+
+def compare(
+    base: JobOptions,
+    *,
+    budgets: Sequence[Budget],
+    settings: Mapping[str, Mapping[str, str]],
+    devices: Sequence[Device],
+    out: Path,
+    progress: Progress,
+    keep_models: bool = False,
+) -> list[Row]:
+    """Prune with every method that `settings` has settings for, at every budget; one row each, `base` says the rest.
+
+    `out` keeps what is done, also of methods that fail: the same call goes on in it. Raises InvalidInput for a folder
+    that no comparison of these options began.
+    """
+    jobs = [
+        replace(base, budget=budget, method=method, settings=dict(chosen))
+        for budget in budgets
+        for method, chosen in settings.items()
+    ]
+    runs = _Runs(model=base.model, devices=devices, out=out, progress=progress, keep_models=keep_models)
+    _require_ours(out)
+    with held(out / "shared"):
+        _open(out, base, settings)
+        return runs.rows(jobs)
+
+
+def _require_ours(out: Path) -> None:
+    """Raises InvalidInput for a folder with content that no comparison began."""
+    shared = out / "shared"
+    begun = {shared, shared / "lock", *shared.glob(".identity.json.*.part")}  # killed before it said what it is
+    if out.exists() and not (shared / "identity.json").exists():
+        strange = [one for one in out.rglob("*") if one not in begun]
+        if strange or not out.is_dir():
+            raise InvalidInput(f"{out} exists and is no comparison; move it away or choose another --out")
+
+
+def _open(out: Path, base: JobOptions, settings: Mapping[str, Mapping[str, str]]) -> None:
+    """Start, or go on with a comparison of the same options, other budgets and methods perhaps.
+
+    Raises InvalidInput for another's folder.
+    """
+    options = {key: value for key, value in asdict(base).items() if key not in ("budget", "method", "settings")}
+    options["settings"] = {name: chosen for name, chosen in settings.items() if chosen}
+    path = out / "shared" / "identity.json"
+    if not path.exists():
+        write_json(path, options)
+    elif digest(read_json(path)) != digest(options):
+        raise InvalidInput(f"{out} holds a comparison with other options; remove it or choose another --out")
+    remove_leftovers_below(out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Runs:
+    """The runs of a comparison, in folders below `out`; what they have in common is in `out`/shared."""
+
+    model: str
+    devices: Sequence[Device]
+    out: Path
+    progress: Progress
+    keep_models: bool
+
+    @cached_property
+    def _dense(self) -> Source:
+        return load(self.model)
+
+    def rows(self, jobs: Sequence[JobOptions]) -> list[Row]:
+        """All rows, those of earlier sittings included; the tables are written anew after each."""
+        rows: list[Row] = []
+        known = sum(self._row_file(options).exists() for options in jobs)
+        if known:
+            self.progress.say(f"going on: {known} of {len(jobs)} runs are done")
+        if known < len(jobs):
+            self._require_possible(jobs[0])
+            self._require_same_inputs(jobs)
+        with self.progress.bar("compare", total=len(jobs), unit="run") as bar:
+            bar.initial = known  # for the time that is left: known rows take none
+            for number, options in enumerate(jobs, start=1):
+                if not self._row_file(options).exists():
+                    self.progress.say(f"=== {number} of {len(jobs)}: {options.method} at {options.budget} ===")
+                rows.append(self._row(options))
+                comparison.write(self.out, rows)
+                bar.update(1)
+        if all(row.error is None for row in rows) and not self.keep_models:
+            shutil.rmtree(self.out / "shared" / "methods", ignore_errors=True)  # gigabytes that no run will ask for
+        return rows
+
+    def _require_possible(self, options: JobOptions) -> None:
+        """What no method could do is told once, not by every row."""
+        require_possible(options, self._dense)
+
+    def _require_same_inputs(self, jobs: Sequence[JobOptions]) -> None:
+        """Raises InvalidInput where something that the rows and shared files came from has another content now.
+
+        A user's own method may be mended as long as it has no rows.
+        """
+        path = self.out / "shared" / "inputs.json"
+        begun = read_json(path) if path.exists() else {}
+        now = {"DiLAP": __version__, "the model": self._dense.digest}
+        for options in jobs:
+            now |= named_inputs(options, self._dense)
+        mended = {
+            f"the code of {options.method}"
+            for options in jobs
+            if not any(self.out.glob(f"runs/*/{self._row_file(options).parent.name}/row.json"))
+        }
+        if changed := changes({name: one for name, one in begun.items() if name not in mended}, now):
+            raise InvalidInput(
+                f"{changed} changed since the comparison in {self.out} began; put it back as it was, or choose another "
+                "--out"
+            )
+        write_json(path, begun | now)
+
+    def _row_file(self, options: JobOptions) -> Path:
+        budget = str(options.budget).replace("%", "pct").replace(" ", "-")
+        return self.out / "runs" / budget / options.method.replace(":", ".") / "row.json"
+
+    def _row(self, options: JobOptions) -> Row:
+        path = self._row_file(options)
+        if path.exists():
+            return comparison.read_row(read_json(path), source=str(path))
+        row = self._run(options, path.parent)
+        if row.error is not None:
+            self.progress.say(f"{options.method} failed: {row.error}")
+            return row
+        for name in () if self.keep_models else _LARGE:
+            shutil.rmtree(path.with_name(name), ignore_errors=True)
+        write_json(path, encode(row))  # at last, so that a kill leaves nothing that is dropped
+        return row
+
+    def _result(self, options: JobOptions, folder: Path) -> PruneResult:
+        """Of a run that is whole. Raises InvalidInput for a folder that is anything else than this very run."""
+        path = folder / "result.json"
+        if not path.is_file():
+            raise InvalidInput(f"{folder} exists and is no run of this comparison; move it away and run again")
+        result = decode(PruneResult, read_json(path), source=str(path))
+        if (digest(result.options), result.model_digest) != (digest(asdict(options)), self._dense.digest):
+            raise InvalidInput(f"{folder} is another run's, of other options or another model; move it away")
+        tidy(folder)
+        return result
+
+    def _run(self, options: JobOptions, folder: Path) -> Row:
+        try:
+            if folder.exists():  # killed between the result and its row
+                return comparison.row_of(self._result(options, folder))
+            result = prune(
+                options,
+                devices=self.devices,
+                out=folder,
+                progress=self.progress,
+                shared=self.out / "shared",
+                source=replace(self._dense, model=copy.deepcopy(self._dense.model)),  # the run will shrink it
+            )
+        except Exception as error:  # one method's failure, a user's own included, must not lose the others
+            return Row(method=options.method, budget=str(options.budget), error=reason_of(error))
+        if result is None:
+            return Row(method=options.method, budget=str(options.budget), error="the dense model keeps this budget")
+        return comparison.row_of(result)

@@ -1,0 +1,239 @@
+"""The rows of a comparison, and the tables made of them."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dilap.core.codec import decode, write_json, written_aside
+from dilap.core.measurement import Interval
+from dilap.core.printable import csv_cell
+from dilap.core.printable import markdown as in_markdown
+from dilap.job.result import PruneResult
+from dilap.job.verdict import Verdict, percent, words
+from dilap.methods import PUBLISHED_TOKENS, TRAINED
+
+# Rows of earlier versions know the torch model's quality alone, under names that did not say so.
+_OLD_NAMES = {
+    "kl": "torch_kl_before",
+    "perplexity": "torch_perplexity_before",
+    "kl_recovered": "torch_kl",
+    "perplexity_recovered": "torch_perplexity",
+    "dense_perplexity": "dense_torch_perplexity",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method at one budget; only `error` where it failed.
+
+    `torch_*` is of the torch model in floats: `*_before` as the method left it, the others after the recovery that all
+    rows share. `artifact_*` is of the file that ships, read through its runtime; none where that cannot be read here.
+    """
+
+    method: str
+    budget: str
+    error: str | None = None
+    status: Verdict | None = None
+    measurement: str | None = None
+    seconds: float | None = None
+    seconds_ci: tuple[float, float] | None = None
+    dense_seconds: float | None = None
+    budget_used: float | None = None
+    torch_kl_before: float | None = None
+    torch_perplexity_before: float | None = None
+    torch_kl: float | None = None
+    torch_perplexity: float | None = None
+    dense_torch_perplexity: float | None = None
+    artifact_kl: float | None = None
+    artifact_perplexity: float | None = None
+    dense_artifact_kl: float | None = None
+    dense_artifact_perplexity: float | None = None
+    artifact_reader: str | None = None
+    parameters: int | None = None
+    flops: int | None = None
+    peak_memory_bytes: int | None = None
+    pruning_seconds: float | None = None
+    pruning_peak_memory_bytes: int | None = None
+    calibration_tokens: int | None = None
+    notes: tuple[str, ...] = ()
+    budget_used_ci: tuple[float, float] | None = None
+
+    @property
+    def kl(self) -> float:
+        """The one to compare: of the file that ships, where it can be read."""
+        return self.torch_kl or 0.0 if self.artifact_kl is None else self.artifact_kl
+
+
+def row_of(result: PruneResult) -> Row:
+    pruned, text = result.pruned, result.options["calibration"]
+    return Row(
+        method=result.method,
+        budget=str(result.budget),
+        status=result.status,
+        measurement=pruned.measurement.words,
+        seconds=pruned.seconds,
+        seconds_ci=None if pruned.interval is None else (pruned.interval.low, pruned.interval.high),
+        dense_seconds=result.dense.seconds,
+        budget_used=result.budget_used,
+        **_qualities(result),
+        parameters=pruned.parameters,
+        flops=pruned.flops,
+        peak_memory_bytes=pruned.measurement.peak_memory_bytes,
+        pruning_seconds=result.pruning_seconds,
+        pruning_peak_memory_bytes=result.pruning_peak_memory_bytes,
+        calibration_tokens=text["train_sequences"] * text["sequence_length"],
+        notes=result.all_notes,
+        budget_used_ci=(result.share.low, result.share.high),
+    )
+
+
+def _qualities(result: PruneResult) -> dict[str, Any]:
+    dense, pruned = result.dense, result.pruned
+    found: dict[str, Any] = {
+        "torch_kl_before": result.kl_without_recovery,
+        "torch_perplexity_before": result.perplexity_without_recovery,
+        "torch_kl": pruned.in_torch.kl,
+        "torch_perplexity": pruned.in_torch.perplexity,
+        "dense_torch_perplexity": dense.in_torch.perplexity,
+    }
+    if pruned.quality.through == "torch":
+        return found
+    return found | {
+        "artifact_kl": pruned.quality.kl,
+        "artifact_perplexity": pruned.quality.perplexity,
+        "dense_artifact_kl": dense.quality.kl,
+        "dense_artifact_perplexity": dense.quality.perplexity,
+        "artifact_reader": pruned.quality.through,
+    }
+
+
+def read_row(document: Mapping[str, Any], *, source: str) -> Row:
+    """Rows of earlier versions too. Raises InvalidInput."""
+    if "torch_kl" not in document and document.get("kl_recovered") is None:  # without recovery the two are one
+        document = {**document, "kl_recovered": document.get("kl"), "perplexity_recovered": document.get("perplexity")}
+    return decode(Row, {_OLD_NAMES.get(name, name): value for name, value in document.items()}, source=source)
+
+
+def document(rows: Sequence[Row]) -> dict[str, Any]:
+    return {"rows": [asdict(row) for row in rows]}
+
+
+def write(out: Path, rows: Sequence[Row]) -> None:
+    """compare.json, compare.csv and compare.md in the folder `out`."""
+    write_json(out / "compare.json", document(rows))
+    for name, text in (("compare.csv", _csv(rows)), ("compare.md", markdown(rows))):
+        with written_aside(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    table = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    table.writeheader()
+    for row in rows:
+        found = {name: getattr(row, name) for name in ("seconds_ci", "budget_used_ci")}
+        texts = {name: None if ends is None else f"{ends[0]}-{ends[1]}" for name, ends in found.items()}
+        cells = {**asdict(row), **texts, "notes": "; ".join(row.notes)}
+        table.writerow({name: csv_cell(value) for name, value in cells.items()})
+    return text.getvalue()
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """One table a budget, the best KL after recovery first; methods that failed at the end, with the reason."""
+    budgets = list(dict.fromkeys(row.budget for row in rows))
+    tables = [_table(budget, [row for row in rows if row.budget == budget]) for budget in budgets]
+    return "\n".join([*tables, *_notes(rows)])
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """What a reader has to know to compare the rows."""
+    shared = "What does not depend on the budget is computed once: its seconds are in the row that asked first."
+    shared = f"{_quality_note(rows)} {shared}"
+    sizes = {row.calibration_tokens for row in rows if row.calibration_tokens}
+    if len(sizes) != 1:
+        return [shared]
+    (tokens,), names = sizes, dict.fromkeys(row.method for row in rows)
+    fewer = [f"{name} ({PUBLISHED_TOKENS[name]:,})" for name in names if PUBLISHED_TOKENS.get(name, 0) > tokens]
+    trained = [name for name in names if name in TRAINED]
+    text = f"Calibrated on the same {tokens:,} tokens"
+    text += f"; published with more: {', '.join(fewer)}" if fewer else ""
+    text += f"; trained on them instead of a corpus: {', '.join(trained)}" if trained else ""
+    return [f"{shared} {text}."]
+
+
+def _quality_note(rows: Sequence[Row]) -> str:
+    """What the columns of quality are of."""
+    torch = "torch KL is of the torch model in floats, the only one that is known before recovery"
+    read = next((row for row in rows if row.artifact_reader is not None), None)
+    if read is None:
+        return f"KL and perplexity are of the torch models in floats, not of the artifacts; {torch}."
+    return (
+        f"KL and perplexity are of the artifacts, read through {read.artifact_reader} (dense: "
+        f"{_number(read.dense_artifact_kl, 3)} and {_number(read.dense_artifact_perplexity, 2)}); {torch}."
+    )
+
+
+def _table(budget: str, rows: Sequence[Row]) -> str:
+    done = sorted((row for row in rows if row.error is None), key=_rank)
+    lines = [
+        f"Budget {in_markdown(budget)}",
+        "",
+        "| method | ms | 95 % interval | budget used | torch KL before recovery | torch KL | KL | perplexity "
+        "| parameters | FLOPs | peak memory | pruning took | and memory |",
+        "|---|" + "--:|" * 12,
+        *(_line(row) for row in done),
+    ]
+    failed = [f"{row.method} failed: {row.error}" for row in rows if row.error is not None]
+    caveats = [f"{row.method}: {note}" for row in done for note in row.notes]
+    return "\n".join([*lines, "", *(f"{in_markdown(line)}\n" for line in (*failed, *caveats))])
+
+
+def _rank(row: Row) -> tuple[float, float]:
+    return (row.kl, row.torch_kl_before or 0.0)
+
+
+def _line(row: Row) -> str:
+    mark = "" if row.measurement in (None, "ok", "estimated") else f" ({row.measurement})"
+    cells = [
+        row.method,
+        _scaled(row.seconds, 1e-3, 2) + mark,
+        "" if row.seconds_ci is None else "-".join(_scaled(bound, 1e-3, 2) for bound in row.seconds_ci),
+        _used(row),
+        _number(row.torch_kl_before, 3),
+        _number(row.torch_kl, 3),
+        *_quality_cells(row),
+        _scaled(row.parameters, 1e6, 1, " M"),
+        _scaled(row.flops, 1e6, 1, " M"),
+        _scaled(row.peak_memory_bytes or None, 1e6, 0, " MB"),
+        _scaled(row.pruning_seconds, 1, 0, " s"),
+        _scaled(row.pruning_peak_memory_bytes, 1e9, 2, " GB"),
+    ]
+    return f"| {' | '.join(map(in_markdown, cells))} |"
+
+
+def _quality_cells(row: Row) -> list[str]:
+    """Of the artifact; of the torch model, marked, where that is all there is."""
+    if row.artifact_reader is None:
+        return [f"{one} (torch)" for one in (_number(row.torch_kl, 3), _number(row.torch_perplexity, 2))]
+    return [_number(row.artifact_kl, 3), _number(row.artifact_perplexity, 2)]
+
+
+def _scaled(value: float | None, unit: float, digits: int, name: str = "") -> str:
+    """Empty where it is not known."""
+    return "" if value is None else f"{value / unit:.{digits}f}{name}"
+
+
+def _used(row: Row) -> str:
+    """The share of the budget, and how it stands where it was not shown to be kept."""
+    used = row.budget_used or 0.0
+    low, high = row.budget_used_ci or (used, used)
+    share = Interval(value=used, low=low, high=high)
+    remarks = {"missed": " MISSED", "estimated": " ESTIMATED", "uncertain": f" ({words('uncertain', share)})"}
+    return f"{percent(share)}{remarks.get(row.status or '', '')}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,96 @@
+"""How good the models of a job are: the torch model in floats, and the artifacts through their own runtime."""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from dilap.backends import host
+from dilap.backends.readers import open_reader
+from dilap.core.artifact import Artifact
+from dilap.core.codec import decode, digest, encode, read_json, write_json
+from dilap.core.errors import Crashed, Unavailable, Unsupported
+from dilap.evaluation.scoring import beside_teacher
+from dilap.evaluation.subject import require_unchanged
+from dilap.job.result import Quality, versions
+from dilap.job.stages import Stages
+from dilap.models.reference import Scores, Teacher, head_of
+from dilap.models.text import Calibration, EvaluationText, evaluation_text
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exam:
+    """Text that no search saw, with what the dense torch model says about it and about the validation split."""
+
+    text: EvaluationText
+    reference: Teacher
+    validation: Teacher
+
+    @classmethod
+    def of(cls, stages: Stages, calibration: Calibration) -> "Exam":
+        options = stages.options
+        text = evaluation_text(
+            options.evaluation_text,
+            stages.source.tokenizer,
+            num_sequences=options.evaluation_sequences,
+            length=options.calibration.sequence_length,
+        )
+        return cls(
+            text=text,
+            reference=stages.teacher("unseen-states", text.tokens, keep_states=True),
+            validation=stages.teacher("validation", calibration.validation),
+        )
+
+    @property
+    def dense(self) -> Quality:
+        """Of the dense torch model, which all others are compared with."""
+        return self._quality(kl=0.0, perplexity=self.reference.perplexity)
+
+    def of_torch(self, model: PreTrainedModel) -> Quality:
+        return self._scored(self.reference.scores(model))
+
+    def of_artifact(self, stages: Stages, folder: Path, artifact: Artifact, *, in_torch: Quality) -> Quality:
+        """Of the very file that ships, read through its runtime on this machine; asked once for each file.
+
+        A file that only its device can read, or of which the runtime dies, has the torch model's numbers instead, with
+        the reason: hours of pruning are not lost for it.
+        """
+        require_unchanged(folder, artifact)
+        path = stages.workspace.common / f"quality-{self._key(stages, artifact)}.json"
+        if not path.exists():
+            try:
+                write_json(path, encode(self._read(stages, folder, artifact)))
+            except (Crashed, Unavailable, Unsupported) as error:
+                return replace(in_torch, reason=str(error), artifact_sha256=artifact.sha256)
+        return decode(Quality, read_json(path), source=str(path))
+
+    def _read(self, stages: Stages, folder: Path, artifact: Artifact) -> Quality:
+        total, head = self.text.tokens.numel(), head_of(stages.source.model)
+        reader = open_reader(
+            artifact.backend,
+            folder / artifact.path,
+            threads=host.num_physical_cores(),
+            switches=stages.bench.workload.switches,
+        )
+        with closing(reader), stages.workspace.log.bar(f"read {folder.name}", total=total, unit="tok") as bar:
+            scores = beside_teacher(reader, self.reference, head, progress=bar.update)
+        return replace(self._scored(scores), through=artifact.backend, artifact_sha256=artifact.sha256)
+
+    def _key(self, stages: Stages, artifact: Artifact) -> str:
+        """Of everything that the numbers come from."""
+        switches = stages.bench.workload.switches
+        made_of = [artifact.sha256, artifact.companions, switches, self.text.sha256, stages.source.digest, versions()]
+        return digest(made_of)[:16]
+
+    def _scored(self, scores: Scores) -> Quality:
+        return self._quality(kl=scores.kl, perplexity=scores.perplexity)
+
+    def _quality(self, *, kl: float, perplexity: float) -> Quality:
+        text = self.text
+        return Quality(
+            text=text.name, text_sha256=text.sha256, tokens=text.tokens.numel(), kl=kl, perplexity=perplexity
+        )

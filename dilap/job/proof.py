@@ -1,0 +1,198 @@
+"""The end of a prune job: from the plan to a measured artifact and what can be claimed of it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from dilap.core.artifact import Artifact
+from dilap.core.codec import encode, remove, write_json
+from dilap.core.measurement import Interval, Measurement
+from dilap.core.plan import Plan
+from dilap.evaluation.subject import require_unchanged
+from dilap.job.exam import Exam
+from dilap.job.result import PlainDefaults, PruneResult, Quality, Side, caveats, flops_of, versions
+from dilap.job.stages import Goal, Stages, require_measured
+from dilap.job.verdict import verdict
+from dilap.models.cut import shrink_
+from dilap.models.distil import distil
+from dilap.models.load import save_checkpoint
+from dilap.models.reference import Teacher
+from dilap.models.text import Calibration
+from dilap.profilers import intervals
+from dilap.profilers.profiler import Case, budget_share, is_shown, speedup
+from dilap.search.method import Pruned
+
+
+def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration) -> PruneResult:
+    """Shrink, recover, export, score on text that no stage has seen, and measure with fresh starts.
+
+    The source's model becomes the pruned one on the way, so what is asked of the dense one is asked first.
+    """
+    source, workspace, plan = stages.source, stages.workspace, pruned.plan
+    write_json(workspace.folder / "plan.json", encode(plan))
+    with workspace.stage("score the dense model"):
+        exam = Exam.of(stages, text)
+        lessons = stages.teacher("training", text.train) if stages.options.recovery.mode != "none" else None
+    shrink_(source.model, plan, parameters=pruned.parameters)
+    source.model.config.dilap_plan = plan.digest
+    with workspace.stage("score the pruned model"):
+        validation_kl = exam.validation.kl(source.model)
+        shrunk = exam.of_torch(source.model)
+    stages.workspace.log.say(
+        f"shrunk, the torch model in floats: KL {shrunk.kl:.3f} on {exam.text.name}, {validation_kl:.3f} on the "
+        "validation split"
+    )
+    recovered = shrunk
+    recovery_kls: tuple[float, ...] = ()
+    if lessons is not None:
+        recovery_kls = _recover_(stages, lessons)
+        recovered = exam.of_torch(source.model)
+    with workspace.stage("save the checkpoint"):
+        remove(workspace.folder / "checkpoint")  # of an earlier start
+        save_checkpoint(source.model, source.tokenizer, workspace.folder / "checkpoint")
+    dense, side, plain = _sides(stages, plan, exam, recovered)
+    result = _result(stages, goal, pruned, text, dense=dense, side=side, shrunk=shrunk, validation_kl=validation_kl)
+    return replace(result, recovery_kls=recovery_kls, plain=plain)
+
+
+def _sides(stages: Stages, plan: Plan, exam: Exam, recovered: Quality) -> tuple[Side, Side, PlainDefaults | None]:
+    """Both artifacts, read through their runtime and then measured together.
+
+    Raises Mismatch where a file is replaced on the way: what is claimed is of what was exported.
+    """
+    workspace, bench = stages.workspace, stages.bench
+    folders = workspace.dense, workspace.folder / "artifact"
+    stages.artifact(folders[1], plan)
+    for folder in folders:
+        bench.note_how_to_run_(folder)
+    artifacts = bench.read_artifact(folders[0]), bench.read_artifact(folders[1])
+    in_torch = exam.dense, recovered
+    with workspace.stage("score the artifacts"):
+        qualities = [
+            exam.of_artifact(stages, folder, artifact, in_torch=quality)
+            for folder, artifact, quality in zip(folders, artifacts, in_torch, strict=True)
+        ]
+    with workspace.stage("latency for the claim"):
+        paths = [folder / one.path for folder, one in zip(folders, artifacts, strict=True)]
+        measurements, plain = _measured(stages, paths)
+    for folder, artifact, measurement in zip(folders, artifacts, measurements, strict=True):
+        require_measured(measurement, artifact, source=str(folder))
+        require_unchanged(folder, artifact)
+    dense, pruned = (_side(stages, *parts) for parts in zip(artifacts, measurements, qualities, in_torch, strict=True))
+    return dense, pruned, plain
+
+
+def _measured(stages: Stages, paths: Sequence[Path]) -> tuple[list[Measurement], PlainDefaults | None]:
+    """Both models in the configuration found, and, beside them, in the runtime's plain defaults where those differ."""
+    found = stages.configuration
+    if found is None or found.is_plain:
+        return stages.bench.measure(paths, final=True), None
+    cases = [Case(path=path, workload=workload) for workload in (found.workload, found.plain) for path in paths]
+    *measured, dense, pruned = stages.bench.measure_cases(cases, final=True)
+    budget = stages.options.budget
+    plain = PlainDefaults(
+        dense=dense,
+        pruned=pruned,
+        speedup=speedup(dense, pruned, budget.statistic),
+        budget_used=budget_share(budget, dense, pruned) if budget.ratio is None else None,
+    )
+    return measured, plain
+
+
+def _recover_(stages: Stages, lessons: Teacher) -> tuple[float, ...]:
+    """Distil in place; the KL of every step."""
+    options = stages.options.recovery
+    with (
+        stages.workspace.stage("recover"),
+        stages.workspace.log.bar("recover", total=options.steps, unit="step") as bar,
+    ):
+
+        def show(kl: float) -> None:
+            bar.set_postfix(kl=f"{kl:.3f}")
+            bar.update(1)
+
+        losses = distil(stages.source.model, lessons, options, progress=show)
+    stages.workspace.log.say(f"recovery ({options.mode}): KL on its own text {losses[0]:.3f} -> {losses[-1]:.3f}")
+    return tuple(losses)
+
+
+def _side(
+    stages: Stages, artifact: Artifact, measurement: Measurement, quality: Quality, torch_quality: Quality
+) -> Side:
+    return Side(
+        artifact=artifact,
+        measurement=measurement,
+        seconds=measurement.seconds(stages.options.budget.statistic),
+        interval=(
+            None
+            if measurement.status == "estimated"
+            else intervals.latency(measurement, stages.options.budget.statistic)
+        ),
+        parameters=artifact.architecture.num_parameters,
+        flops=flops_of(artifact.architecture, stages.bench.workload),
+        quality=quality,
+        torch_quality=torch_quality,
+    )
+
+
+def _result(
+    stages: Stages,
+    goal: Goal,
+    pruned: Pruned,
+    text: Calibration,
+    *,
+    dense: Side,
+    side: Side,
+    shrunk: Quality,
+    validation_kl: float,
+) -> PruneResult:
+    options = stages.options
+    budget, statuses = options.budget, {dense.measurement.status, side.measurement.status}
+    is_estimate = "estimated" in statuses
+    ratio = None if is_estimate else speedup(dense.measurement, side.measurement, budget.statistic)
+    cost, dense_cost = goal.target.cost(pruned.plan), goal.target.predict(pruned.plan.architecture.layers)
+    if budget.ratio is None:
+        used = budget_share(budget, dense.measurement, side.measurement)
+        limit: float | None = budget.limit_seconds(dense_seconds=dense.seconds)
+        predicted: float | None = cost / dense_cost * dense.seconds
+    else:
+        share = cost / goal.target.limit
+        used, limit, predicted = Interval(value=share, low=share, high=share), None, None
+    return PruneResult(
+        status=verdict(used, statuses if budget.ratio is None else statuses - {"contended"}),  # weights are counted
+        budget_used=used.value,
+        budget_interval=used if budget.ratio is None and not is_estimate else None,
+        target=options.target,
+        backend=options.backend,
+        model=stages.source.name,
+        model_digest=stages.source.digest,
+        method=options.method,
+        layout=goal.layout,
+        budget=budget,
+        workload=stages.bench.workload,
+        limit_seconds=limit,
+        floor_seconds=goal.floor_seconds,
+        fastest_seconds=goal.fastest_seconds,
+        predicted_seconds=predicted,
+        dense=dense,
+        pruned=side,
+        speedup=ratio,
+        speedup_shown=ratio is not None and is_shown(ratio) and "contended" not in statuses,
+        plan_digest=side.artifact.plan_digest,
+        validation_kl=validation_kl,
+        kl_without_recovery=shrunk.kl,
+        perplexity_without_recovery=shrunk.perplexity,
+        recovery=options.recovery.mode,
+        calibration=text.name,
+        calibration_sha256=text.sha256,
+        calibration_sequences=len(text.train) + len(text.validation),
+        calibration_sequence_length=text.train.shape[1],
+        pruning_seconds=float(pruned.facts["seconds"]),
+        pruning_peak_memory_bytes=int(pruned.facts["peak_memory_bytes"]),
+        method_facts={k: v for k, v in pruned.facts.items() if k not in ("seconds", "peak_memory_bytes")},
+        options=asdict(options),
+        stage_seconds=dict(stages.workspace.stage_seconds),
+        versions=versions(),
+        seed=options.seed,
+        notes=(*caveats(dense.measurement, side.measurement), *goal.caveats),
+    )

@@ -1,0 +1,107 @@
+"""The main job: model and budget in, a measured smaller model out."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from dilap import __version__, backends, methods
+from dilap.backends import Backend
+from dilap.core.codec import encode, write_json
+from dilap.core.progress import Progress
+from dilap.job.bench import Bench
+from dilap.job.estimated_bench import EstimatedBench
+from dilap.job.inputs import inputs_of
+from dilap.job.proof import claim
+from dilap.job.result import PruneResult
+from dilap.job.run_folder import Workspace
+from dilap.job.stages import JobOptions, Stages
+from dilap.models.anatomy import architecture_of
+from dilap.models.context import require_context, require_sequences
+from dilap.models.load import Source, load
+from dilap.models.text import require_texts
+from dilap.profilers.devices.device import Device
+from dilap.search.layouts import Layout, default_layout, describe, require_layout
+from dilap.search.method import Method
+
+
+def prune(
+    options: JobOptions,
+    *,
+    devices: Sequence[Device],
+    out: Path,
+    progress: Progress,
+    shared: Path | None = None,
+    source: Source | None = None,
+) -> PruneResult | None:
+    """Run the whole job into `out`; None where the dense model already keeps the budget (nothing is written).
+
+    The first of `devices` is the target; the others are of its kind and share the work of the latency table. `shared`
+    is a folder for what several jobs have in common; `source` the model of the options, if it is loaded already: the
+    job changes it.
+    """
+    workspace = Workspace(out, progress, shared=shared)
+    kind = EstimatedBench if options.estimate else Bench
+    bench = kind.of(devices, options.backend, options.workload, workspace.log, force=options.force)
+    with workspace.stage("load the model"):
+        source = source or load(options.model)
+    architecture = architecture_of(source.model)
+    layout = _layout(options, bench.backend, architecture.family)
+    method = _method(options, layout)
+    require_possible(options, source)
+    identity = {"options": asdict(options), "model": source.digest, "dilap": __version__}
+    with workspace.opened({**identity, "inputs": named_inputs(options, source)}):
+        workspace.log.say(f"{source.name}: {describe(architecture)}")
+        stages = Stages(options=options, workspace=workspace, bench=bench, source=source)
+        result = _run(stages, method, layout)
+        if result is None:
+            workspace.discard()
+        else:
+            write_json(workspace.folder / "result.json", encode(result))
+            workspace.finish()
+    return result
+
+
+def named_inputs(options: JobOptions, source: Source) -> dict[str, str]:
+    """Digests of what the options name."""
+    return inputs_of(
+        source.tokenizer,
+        calibration=options.calibration.source,
+        evaluation=options.evaluation_text,
+        method=options.method,
+        table=options.table,
+    )
+
+
+def require_possible(options: JobOptions, source: Source) -> None:
+    """Raises for what can be known before anything runs: a model, a context or a text that will not do."""
+    backend, workload, config = backends.get(options.backend), options.workload, source.model.config
+    architecture = architecture_of(source.model)
+    backends.require_loadable(backend, architecture, precision=workload.precision)
+    held = backend.capabilities(architecture.family, precision=workload.precision).max_tokens
+    require_context(config, workload, runtime=options.backend, runtime_tokens=held)
+    require_sequences(config, options.calibration.sequence_length)
+    require_texts(options.text, options.evaluation_text, source.tokenizer)
+
+
+def _run(stages: Stages, method: Method, layout: Layout) -> PruneResult | None:
+    dense = stages.dense_artifact()
+    stages = stages.configured(dense)
+    goal = stages.goal(dense, layout)
+    if goal is None:
+        return None
+    text = stages.calibration()
+    return claim(stages, goal, stages.prune(method, goal, text), text)
+
+
+def _method(options: JobOptions, layout: Layout) -> Method:
+    """The method asked for; DiLAP's has a search of its own for equal widths. Raises InvalidInput."""
+    name = "equal_widths" if layout == "uniform" and options.method == "dilap" else options.method
+    method: Method = methods.get(name, options.settings)
+    return method
+
+
+def _layout(options: JobOptions, backend: Backend, family: str) -> Layout:
+    capabilities = backend.capabilities(family, precision=options.workload.precision)
+    layout = options.layout or default_layout(capabilities)
+    require_layout(layout, capabilities)
+    return layout

@@ -1,0 +1,206 @@
+"""The folder in which a run grows: beside the output, under another name, until it is whole."""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dilap.core.codec import (
+    checked,
+    digest,
+    is_leftover,
+    part_of,
+    read_json,
+    remove,
+    remove_leftovers,
+    rename_folder,
+    write_json,
+)
+from dilap.core.errors import DilapError, Infeasible, InvalidInput, Unsupported
+from dilap.core.progress import Progress
+from dilap.job.log import Log
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[FileLock]:
+    """Keep other processes out of `folder`, which is made if need be. Raises InvalidInput where one is in it.
+
+    The system gives the lock back when a process dies, whatever it dies of.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InvalidInput(f"another process is at work in {folder}; let it end, or choose another --out") from None
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+class Workspace:
+    """A killed run leaves its folder behind; the same run started again goes on in it.
+
+    `FOLDER/cache/identity.json` says which run a folder is of; nothing else does.
+
+    Runs of one comparison have a `shared` folder for what is the same in all of them: calibration text, the dense model
+    and what it says, whatever of the methods does not depend on the budget.
+    """
+
+    def __init__(self, out: Path, progress: Progress, *, shared: Path | None = None) -> None:
+        tidy(out)
+        self.folder = out.with_name(f".{out.name}.unfinished")
+        if out.parent.is_dir():
+            remove_leftovers(self.folder)  # a run killed while it was discarded
+        if os.path.lexists(out):
+            raise InvalidInput(f"{out} already exists; remove it or choose another --out")
+        self.out, self.log = out, Log(progress)
+        self.cache = self.folder / "cache"  # what only a later stage of the same run reads
+        self.common = shared or self.cache
+        self.methods = self.common / "methods"
+        self.dense = (shared or self.folder) / "dense"
+        self.stage_seconds: dict[str, float] = {}
+        self.is_continued = False
+        self._is_open = False
+        self._has_kept = False
+
+    @contextmanager
+    def opened(self, identity: dict[str, Any]) -> Iterator[None]:
+        """Start, or go on where a run with the same `identity` stopped. Raises InvalidInput for another's folder.
+
+        A run that ends with an error keeps its folder, so that the same command goes on in it; but for a new one that
+        has nothing worth keeping yet, or whose options can never work.
+        """
+        self._require_ours()
+        with held(self.cache) as self._lock:
+            self._open(identity)
+            try:
+                yield
+            except DilapError as error:
+                self._leave(error)
+                raise
+            except Exception as error:
+                self.log.keep_traceback(error)
+                raise
+            finally:
+                self.log.write_to(None)
+
+    def _require_ours(self) -> None:
+        """Raises InvalidInput for a folder with content that no run of ours began."""
+        if not self.folder.exists() or self._identity.exists():
+            return
+        begun = [self.cache / "lock", *self.cache.glob(".identity.json.*.part")]  # killed before it said what it is
+        strange = [one for one in self.folder.rglob("*") if one != self.cache and one not in begun]
+        if strange or not self.folder.is_dir():
+            raise InvalidInput(
+                f"{self.folder} holds {strange[0].name if strange else 'a file'} and does not say which run it is of: "
+                "move it away or choose another --out"
+            )
+
+    def _open(self, identity: dict[str, Any]) -> None:
+        if self._identity.exists():
+            self._require_same(read_json(self._identity), identity)
+            if self._stages.exists():
+                earlier = checked(dict[str, float], read_json(self._stages), source=str(self._stages))
+                self.stage_seconds = {**earlier, **self.stage_seconds}
+            self.is_continued = True
+            self.log.say(f"going on with the unfinished run in {self.folder}")
+        else:
+            write_json(self._identity, identity)
+        remove_leftovers_below(self.folder)
+        self._is_open = True
+        self.log.write_to(self.folder / "log.txt")
+
+    def _require_same(self, begun: dict[str, Any], identity: dict[str, Any]) -> None:
+        if changed := changes(begun.get("inputs", {}), identity.get("inputs", {})):
+            raise InvalidInput(
+                f"{changed} changed since the unfinished run in {self.folder} began; put it back as it was, or remove "
+                "that folder"
+            )
+        if begun.get("model") != identity.get("model") and digest(begun["options"]) == digest(identity["options"]):
+            raise InvalidInput(
+                f"the model's weights changed since the unfinished run in {self.folder} began; put them back as they "
+                "were, or remove that folder"
+            )
+        if digest(begun) != digest(identity):
+            raise InvalidInput(
+                f"{self.folder} holds an unfinished run with other options; remove it or choose another --out"
+            )
+
+    def _leave(self, error: DilapError) -> None:
+        if self.is_continued or (self._has_kept and not isinstance(error, Infeasible | Unsupported)):
+            self.log.say(f"what is done so far is kept in {self.folder}: the same command, given again, goes on")
+        else:
+            self.discard()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage; its seconds survive a kill between stages."""
+        start = time.monotonic()
+        yield
+        seconds = self.stage_seconds.get(name, 0.0) + time.monotonic() - start
+        self.stage_seconds[name] = round(seconds, 3)
+        self.log.say(f"[{seconds:6.1f} s] {name}")
+        if self._is_open:  # not before what an earlier run left there has been read
+            self._has_kept = True
+            write_json(self._stages, self.stage_seconds)
+
+    def finish(self) -> None:
+        """Give the folder its name, in one step, and then drop what only the run itself needed.
+
+        A kill in between leaves the whole run and a folder too many, which `tidy` removes.
+        """
+        self.log.write_to(None)
+        remove_leftovers_below(self.folder)
+        self._let_go()
+        rename_folder(self.folder, self.out)
+        drop(self.out / "cache")
+
+    def discard(self) -> None:
+        self.log.write_to(None)
+        self._let_go()
+        drop(self.folder)
+
+    def _let_go(self) -> None:
+        if os.name == "nt":  # which neither renames nor removes a folder with an open file
+            self._lock.release()
+
+    @property
+    def _identity(self) -> Path:
+        return self.cache / "identity.json"
+
+    @property
+    def _stages(self) -> Path:
+        return self.cache / "stages.json"
+
+
+def tidy(run: Path) -> None:
+    """Drop what a kill at the very end left in a finished run; anybody else's folder stays as it is."""
+    if (run / "result.json").is_file():
+        if (run / "cache" / "identity.json").is_file():
+            drop(run / "cache")
+        remove_leftovers(run / "cache")
+
+
+def drop(folder: Path) -> None:
+    """Remove a folder of ours, so that no kill leaves a part of it under its name."""
+    gone = part_of(folder)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def remove_leftovers_below(folder: Path) -> None:
+    """What killed processes left, in a folder that only this process works in."""
+    for one in [one for one in folder.rglob(".*.part") if is_leftover(one)]:
+        remove(one)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What is named in both and differs, in words."""
+    return " and ".join(name for name in before if name in now and before[name] != now[name])

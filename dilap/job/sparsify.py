@@ -1,0 +1,200 @@
+"""Zeros inside matrices: the job behind `dilap-prune --pattern`. No latency is claimed for it."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from dilap import __version__, methods
+from dilap.core.codec import encode, remove, write_json
+from dilap.core.errors import VerificationFailed
+from dilap.core.printable import joined
+from dilap.core.progress import Progress
+from dilap.job.inputs import inputs_of
+from dilap.job.result import Quality, versions
+from dilap.job.run_folder import Workspace
+from dilap.models.anatomy import decoder_layers
+from dilap.models.builtin import DEFAULT_MODEL
+from dilap.models.context import require_sequences
+from dilap.models.load import Source, load, save_checkpoint
+from dilap.models.reference import Teacher, perplexity
+from dilap.models.statistics import Propagate
+from dilap.models.text import Calibration, CalibrationOptions, calibration, evaluation_text, require_texts
+from dilap.sparsity.barber import OWN, PUBLISHED, Barber, Granularity, decoder_matrices
+from dilap.sparsity.pattern import Pattern
+from dilap.sparsity.rules import RULES, Rule, require_matrices, sparsify_
+
+NO_CLAIM = (
+    "no latency is claimed: llama.cpp, ONNX Runtime and ExecuTorch have no kernels for zeros inside matrices, so size, "
+    "memory and speed stay those of the dense model"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseOptions:
+    """What a run depends on. `rebuild` swaps zeros after the first pass; granularity and threshold are the published
+    ones of the method unless they are given."""
+
+    pattern: str
+    method: str = "wanda"
+    settings: dict[str, str] = field(default_factory=dict)
+    model: str = DEFAULT_MODEL
+    propagate: Propagate = "pruned"
+    rebuild: bool = False
+    granularity: Granularity | None = None
+    threshold: float | None = None
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    evaluation_text: str = "python-docs"
+    evaluation_sequences: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseResult:
+    """What came out. `linear_sparsity` is over the decoder layers' matrices, `model_sparsity` over all parameters."""
+
+    pattern: str
+    method: str
+    model: str
+    model_digest: str
+    linear_sparsity: float
+    model_sparsity: float
+    dense: Quality
+    sparse: Quality
+    claim: str
+    calibration: str
+    calibration_sha256: str
+    options: dict[str, Any]
+    stage_seconds: dict[str, float]
+    versions: dict[str, str]
+
+
+def sparsify(options: SparseOptions, *, out: Path, progress: Progress) -> SparseResult:
+    """Run the whole job into `out`. Raises InvalidInput for a pattern that does not fit the model."""
+    pattern, rule = Pattern.parse(options.pattern), _rule(options)
+    workspace = Workspace(out, progress)
+    with workspace.stage("load the model"):
+        source = load(options.model)
+    require_matrices(source.model, pattern)
+    require_sequences(source.model.config, options.calibration.sequence_length)
+    require_texts(options.calibration, options.evaluation_text, source.tokenizer)
+    inputs = inputs_of(
+        source.tokenizer,
+        calibration=options.calibration.source,
+        evaluation=options.evaluation_text,
+        method=options.method,
+    )
+    identity = {"options": asdict(options), "model": source.digest, "dilap": __version__, "inputs": inputs}
+    with workspace.opened(identity):
+        result = _run(options, source, pattern, rule, workspace)
+        write_json(workspace.folder / "result.json", encode(result))
+        workspace.finish()
+    return result
+
+
+def _rule(options: SparseOptions) -> Rule:
+    rule: Rule = methods.get(options.method, options.settings, table=RULES)
+    return rule
+
+
+def _run(options: SparseOptions, source: Source, pattern: Pattern, rule: Rule, workspace: Workspace) -> SparseResult:
+    model, progress = source.model, workspace.log
+    text = _calibration(options, source, workspace)
+    unseen = evaluation_text(
+        options.evaluation_text,
+        source.tokenizer,
+        num_sequences=options.evaluation_sequences,
+        length=options.calibration.sequence_length,
+    )
+
+    def quality(kl: float) -> Quality:
+        return Quality(
+            text=unseen.name,
+            text_sha256=unseen.sha256,
+            tokens=unseen.tokens.numel(),
+            kl=kl,
+            perplexity=perplexity(model, unseen.tokens),
+        )
+
+    with workspace.stage("score the dense model"):
+        reference, dense = Teacher.of(model, unseen.tokens), quality(0.0)
+    before = decoder_matrices(model) if options.rebuild else {}
+    total = len(decoder_layers(model)) * text.train.numel()
+    with workspace.stage("prune"), progress.bar(options.method, total=total, unit="tok") as bar:
+        sparsify_(model, text.train, rule, pattern, propagate=options.propagate, progress=bar.update)
+    progress.say(f"{options.method}: KL {reference.kl(model):.3f} on {unseen.name}")
+    if options.rebuild:
+        with workspace.stage("rebuild"), progress.bar("barber", total=total, unit="tok") as bar:
+            _barber(options).rebuild_(model, before, text.train, pattern, progress=bar.update)
+    _require_pattern(model, pattern)
+    with workspace.stage("score the sparse model"):
+        sparse = quality(reference.kl(model))
+    with workspace.stage("save the checkpoint"):
+        remove(workspace.folder / "checkpoint")  # of an earlier start
+        save_checkpoint(model, source.tokenizer, workspace.folder / "checkpoint")
+    return SparseResult(
+        pattern=str(pattern),
+        method=options.method,
+        model=source.name,
+        model_digest=source.digest,
+        linear_sparsity=_share_of_zeros(list(decoder_matrices(model).values())),
+        model_sparsity=_share_of_zeros([p.detach() for p in model.parameters()]),
+        dense=dense,
+        sparse=sparse,
+        claim=NO_CLAIM,
+        calibration=text.name,
+        calibration_sha256=text.sha256,
+        options=asdict(options),
+        stage_seconds=dict(workspace.stage_seconds),
+        versions=versions(),
+    )
+
+
+def _calibration(options: SparseOptions, source: Source, workspace: Workspace) -> Calibration:
+    wanted = options.calibration
+    total = (wanted.train_sequences + wanted.validation_sequences) * wanted.sequence_length
+    with workspace.stage("calibration text"), workspace.log.bar("calibration", total=total, unit="tok") as bar:
+        return calibration(source.model, source.tokenizer, wanted, progress=bar.update)
+
+
+def _barber(options: SparseOptions) -> Barber:
+    granularity, threshold = PUBLISHED.get(options.method, OWN)
+    if ":" in options.pattern:  # the only one that keeps N:M
+        granularity = "output1"
+    return Barber(
+        granularity=options.granularity or granularity,
+        threshold=threshold if options.threshold is None else options.threshold,
+    )
+
+
+def _require_pattern(model: PreTrainedModel, pattern: Pattern) -> None:
+    """Every N:M group has its zeros; the others, which a rebuild may move between matrices, are all there."""
+    matrices = decoder_matrices(model)
+    if pattern.group:
+        for name, weight in matrices.items():
+            pattern.require(weight, name=name)
+        return
+    zeros = sum(int((weight == 0).sum()) for weight in matrices.values())
+    wanted = sum(len(weight) * pattern.num_zeros(weight.shape[1]) for weight in matrices.values())
+    if zeros < wanted:
+        raise VerificationFailed(f"the model has {zeros} zeros where the pattern {pattern} asks for {wanted}")
+
+
+def _share_of_zeros(tensors: list[Any]) -> float:
+    return float(sum(int((one == 0).sum()) for one in tensors) / sum(one.numel() for one in tensors))
+
+
+def table(result: SparseResult) -> str:
+    """The result in a few lines."""
+    rows = (("dense", result.dense), ("sparse", result.sparse))
+    return joined(
+        [
+            f"{result.model}, {result.method}, pattern {result.pattern}: {result.linear_sparsity:.2%} zeros in the "
+            f"decoder layers' matrices, {result.model_sparsity:.2%} in the model",
+            *(
+                f"{name:>6}: KL {one.kl:.3f}, perplexity {one.perplexity:.2f} on {one.text}, scored in torch"
+                for name, one in rows
+            ),
+            result.claim,
+        ]
+    )

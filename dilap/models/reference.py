@@ -1,0 +1,249 @@
+"""The dense model as reference: KL divergence to it, cheaply, and perplexity."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from dilap.models.compute import batches, compute_precision, product_type
+from dilap.models.tensor_file import Tensors, computed_once
+
+ROWS = 128  # positions whose logits are held at once: 128 x 49152 in f32 is 25 MB, which malloc reuses
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtHead:
+    """Losses of a model under test at every position, as its final hidden states see them.
+
+    `kls` is the KL (positions), `slope` its gradient and `scores` the gradients of the log-likelihood of labels drawn
+    from the model's own distribution, one for each sample (positions x hidden).
+    """
+
+    kls: torch.Tensor
+    slope: torch.Tensor
+    scores: list[torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """A model on the teacher's text: mean KL(dense || model) per position, in nats, and mean negative log-likelihood of
+    all tokens but the first, both of every sequence (sequences)."""
+
+    kls: torch.Tensor
+    losses: torch.Tensor
+
+    @property
+    def kl(self) -> float:
+        return float(self.kls.double().mean())
+
+    @property
+    def perplexity(self) -> float:
+        return float(self.losses.double().mean().exp())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """What the dense model says about `tokens` (sequences x length), without its logits.
+
+    KL_t = logsumexp(E h_t) - <E' p_t, h_t> - constant_t, with p_t the dense model's probabilities, h_t the final
+    hidden state of the model under test and E the head, which pruning leaves alone. So a hidden-sized vector a
+    position (`mean_embedding`, E' p_t) is all that has to be kept, not a vocabulary-sized one. `losses` are the dense
+    model's own, as in `Scores` (sequences).
+
+    An artifact gives logits and no hidden states: beside it the whole distributions are needed, which the head makes of
+    the dense model's own final states. `states` (sequences x length x hidden) keeps those where they are asked for.
+    """
+
+    tokens: torch.Tensor
+    mean_embedding: torch.Tensor
+    constant: torch.Tensor
+    losses: torch.Tensor
+    states: torch.Tensor | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """The dense model's."""
+        return float(self.losses.double().mean().exp())
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, model: PreTrainedModel, tokens: torch.Tensor, *, keep_states: bool = False, batch_tokens: int = 2048
+    ) -> "Teacher":
+        head = head_of(model)
+        vectors, constants, losses, states = [], [], [], []
+        for batch in batches(tokens, batch_tokens=batch_tokens):
+            hidden = final_hidden(model, batch)
+            if keep_states:
+                states.append(hidden.reshape(*batch.shape, -1))
+            for rows, labels in zip(hidden.split(ROWS), _next_tokens(batch).split(ROWS), strict=True):
+                logits = logits_of(rows, head).float()
+                normaliser = logits.logsumexp(-1)
+                losses.append(normaliser - logits.gather(1, labels[:, None]).squeeze(1))
+                vector = (logits.sub_(normaliser[:, None]).exp_().to(head.dtype) @ head).float()
+                vectors.append(vector)
+                constants.append(normaliser - (vector * rows.float()).sum(-1))
+        shape = tokens.shape
+        return cls(
+            tokens=tokens,
+            mean_embedding=torch.cat(vectors).reshape(*shape, -1),
+            constant=torch.cat(constants).reshape(shape),
+            losses=torch.cat(losses).reshape(shape)[:, :-1].mean(1),
+            states=torch.cat(states) if keep_states else None,
+        )
+
+    @classmethod
+    def once(
+        cls, path: Path | None, model: PreTrainedModel, tokens: torch.Tensor, *, keep_states: bool = False
+    ) -> "Teacher":
+        """The one kept in `path`, made where it is missing."""
+
+        def make() -> Tensors:
+            made = cls.of(model, tokens, keep_states=keep_states)
+            tensors = {one.name: getattr(made, one.name) for one in fields(cls)}
+            return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+        return cls(**computed_once(path, make))
+
+    def log_probabilities(self, row: int, head: torch.Tensor) -> torch.Tensor:
+        """The dense model's distributions over one sequence (length x vocabulary); `head` is that of any model cut from
+        it."""
+        assert self.states is not None
+        return logits_of(self.states[row], head).float().log_softmax(-1)
+
+    @torch.no_grad()
+    def at_head(
+        self,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        *,
+        rows: slice | torch.Tensor,
+        samples: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> AtHead:
+        """Losses and gradients for the sequences `rows`, given their final hidden states (positions x hidden).
+
+        With p the model's probabilities the gradient of the KL is E'p - E'p_dense and that of the log-likelihood of a
+        label E[label] - E'p: one pass over the vocabulary serves them all, and no logits are kept.
+        """
+        normalisers, means, labels = [], [], []
+        for part in hidden.split(ROWS):
+            logits = logits_of(part, head).float()
+            normalisers.append(logits.logsumexp(-1))
+            probabilities = logits.sub_(normalisers[-1][:, None]).exp_()
+            means.append((probabilities.to(head.dtype) @ head).float())
+            if samples:
+                labels.append(draw(probabilities, num_samples=samples, generator=generator))
+        mean = torch.cat(means)
+        drawn = torch.cat(labels) if samples else torch.empty(len(hidden), 0, dtype=torch.long)
+        scores = [head[labels].float() - mean for labels in drawn.T]
+        slope = mean - self.mean_embedding[rows].reshape(hidden.shape)
+        return AtHead(kls=self._kls(torch.cat(normalisers), hidden, rows), slope=slope, scores=scores)
+
+    @torch.no_grad()
+    def scores(self, model: PreTrainedModel, *, batch_tokens: int = 2048) -> Scores:
+        """What a model of the dense one's head says about the same text."""
+        head, kls, losses, start = head_of(model), [], [], 0
+        for batch in batches(self.tokens, batch_tokens=batch_tokens):
+            rows = slice(start, start + len(batch))
+            start += len(batch)
+            hidden, labels = final_hidden(model, batch), _next_tokens(batch)
+            normalisers, chosen = [], []
+            for part, wanted in zip(hidden.split(ROWS), labels.split(ROWS), strict=True):
+                logits = logits_of(part, head).float()
+                normalisers.append(logits.logsumexp(-1))
+                chosen.append(logits.gather(1, wanted[:, None]).squeeze(1))
+            normaliser = torch.cat(normalisers)
+            kls.append(self._kls(normaliser, hidden, rows).reshape(batch.shape).mean(1))
+            losses.append((normaliser - torch.cat(chosen)).reshape(batch.shape)[:, :-1].mean(1))
+        return Scores(kls=torch.cat(kls), losses=torch.cat(losses))
+
+    def kls(self, model: PreTrainedModel) -> torch.Tensor:
+        """Mean KL(dense || model) per position of every sequence, in nats."""
+        return self.scores(model).kls
+
+    def _kls(self, normaliser: torch.Tensor, hidden: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
+        wanted = self.mean_embedding[rows].reshape(hidden.shape)
+        return normaliser - (wanted * hidden.float()).sum(-1) - self.constant[rows].reshape(-1)
+
+    def kl(self, model: PreTrainedModel) -> float:
+        """Mean KL(dense || model) per position, in nats."""
+        return float(self.kls(model).double().mean())
+
+
+def final_hidden(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """The states that the head reads, (positions x hidden)."""
+    with compute_precision():
+        hidden: torch.Tensor = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def _next_tokens(batch: torch.Tensor) -> torch.Tensor:
+    """The label of every position, flat; that of the last one of a sequence is of no use."""
+    return batch.roll(-1, 1).reshape(-1)
+
+
+def head_of(model: PreTrainedModel) -> torch.Tensor:
+    """The output embeddings, in the type of the fastest products: converted once a pass, not once a few positions."""
+    head: torch.Tensor = model.get_output_embeddings().weight.detach()
+    return head.to(product_type(head.dtype))
+
+
+def logits_of(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    return functional.linear(hidden.to(head.dtype), head)
+
+
+class NextTokenLoss(torch.autograd.Function):
+    """Mean cross entropy of labels (positions), given final hidden states (positions x hidden) and the head, which gets
+    no gradient: no more than a few positions' logits are ever held."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        total, slopes = torch.zeros(()), []
+        for part, wanted in zip(hidden.split(ROWS), labels.split(ROWS), strict=True):
+            logits = logits_of(part, head).float()
+            total += functional.cross_entropy(logits, wanted, reduction="sum")
+            slopes.append((logits.softmax(-1).to(head.dtype) @ head).float() - head[wanted].float())
+        ctx.save_for_backward(torch.cat(slopes).div_(len(labels)).to(hidden.dtype))
+        return total / len(labels)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return gradient * slope, None, None
+
+
+def next_token_loss(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of the next token over a batch (sequences x length), with its graph below the head."""
+    hidden = final_hidden(model, batch).reshape(*batch.shape, -1)[:, :-1]
+    arguments = hidden.flatten(0, 1), head_of(model), batch[:, 1:].flatten()
+    loss: torch.Tensor = NextTokenLoss.apply(*arguments)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def draw(probabilities: torch.Tensor, *, num_samples: int = 1, generator: torch.Generator | None) -> torch.Tensor:
+    """Indices (rows x samples) by inverting the distribution function: a fifth of torch.multinomial's time."""
+    cumulative = probabilities.cumsum(-1)
+    level = torch.rand(len(probabilities), num_samples, generator=generator) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, level, right=True).clamp_max(probabilities.shape[1] - 1)
+
+
+def perplexity(model: PreTrainedModel, tokens: torch.Tensor) -> float:
+    """exp of the mean negative log-likelihood."""
+    return float(torch.tensor(negative_log_likelihood(model, tokens)).exp())
+
+
+@torch.no_grad()
+def negative_log_likelihood(model: PreTrainedModel, tokens: torch.Tensor) -> float:
+    """Mean over every token but the first of each sequence, in nats."""
+    head = head_of(model)
+    total, count = 0.0, 0
+    for batch in batches(tokens, batch_tokens=2048):
+        hidden = final_hidden(model, batch).reshape(*batch.shape, -1)[:, :-1].reshape(-1, head.shape[1])
+        for rows, labels in zip(hidden.split(ROWS), batch[:, 1:].reshape(-1).split(ROWS), strict=True):
+            total += float(functional.cross_entropy(logits_of(rows, head).float(), labels, reduction="sum"))
+            count += len(labels)
+    return total / count

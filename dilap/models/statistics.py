@@ -1,0 +1,218 @@
+"""Walk calibration text through a model layer by layer: the one statistics collector of all methods.
+
+Only one layer's inputs and statistics are alive at a time, and hidden states rest on the CPU: pruning a model needs its
+own memory, two buffers of hidden states and one layer's statistics. With a `device`, a layer at a time is moved to it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dilap.models.anatomy import decoder_layers, family_of
+from dilap.models.compute import batches, compute_precision
+from dilap.models.modeling_dilap import Family, linear_at
+
+Propagate = Literal["dense", "pruned"]
+Role = Literal["attention_in", "attention_out", "ffn_in", "ffn_out"]
+State = torch.Tensor
+OUTPUTS: tuple[tuple[str, Role], ...] = (("attention", "attention_out"), ("ffn", "ffn_out"))  # by sublayer kind
+
+
+@dataclass(kw_only=True)
+class InputStatistics:
+    """Sums over the tokens that entered a projection, in f32 or better; one instance serves all that share the input.
+
+    The mean and the variance are merged batch by batch in f64 (Chan et al.): a sum of squares minus a squared mean
+    cancels where a channel's mean is large. `covariance_sum` is X'X and
+    `kept` the inputs themselves (tokens x channels), both only where they are asked for.
+    """
+
+    num_tokens: int = 0
+    num_sequences: int = 0
+    mean: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    squared_deviations: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    sum_squares: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    covariance_sum: torch.Tensor | None = None
+    kept: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, inputs: torch.Tensor, *, covariance: bool = False, keep: bool = False) -> None:
+        """Inputs (sequences x tokens x channels), or flat where the family flattens them."""
+        x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        if keep:
+            self.kept.append(x)
+        count, mean = len(x), x.double().mean(0)
+        deviations = (x - mean.float()).square().double().sum(0)
+        squares = x.square().double().sum(0)
+        if self.num_tokens == 0:
+            self.mean, self.squared_deviations, self.sum_squares = mean, deviations, squares
+        else:
+            total, shift = self.num_tokens + count, mean - self.mean
+            self.mean = self.mean + shift * count / total
+            self.squared_deviations += deviations + shift.square() * self.num_tokens * count / total
+            self.sum_squares += squares
+        if covariance:
+            with torch.autocast(x.device.type, enabled=False):
+                product = x.T @ x  # rounded to bf16 it would no longer be positive definite
+            self.covariance_sum = product if self.covariance_sum is None else self.covariance_sum.add_(product)
+        self.num_tokens += count
+        self.num_sequences += inputs.shape[0] if inputs.dim() == 3 else 1
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """Sample variance of every channel (channels)."""
+        return (self.squared_deviations / max(1, self.num_tokens - 1)).float()
+
+    @property
+    def norms(self) -> torch.Tensor:
+        """Root mean square of every channel over the tokens: Wanda's norm up to a constant (channels)."""
+        return (self.sum_squares / max(1, self.num_tokens)).sqrt().float()
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """X'X over the number of tokens (channels x channels)."""
+        assert self.covariance_sum is not None, "walk was not asked for covariances"
+        return self.covariance_sum / self.num_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One layer on the walk: its statistics by role, and the hidden states that enter and (dense) leave it."""
+
+    index: int
+    layer: nn.Module
+    statistics: dict[Role, InputStatistics]
+    inputs: Sequence[State]
+    outputs: Sequence[State]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCall:
+    """The hidden states that enter the first layer for one batch, and the other arguments of every layer."""
+
+    hidden: State
+    arguments: dict[str, Any]
+
+
+def paths_of(family: Family, role: Role) -> tuple[str, ...]:
+    """The matrices in a layer that read the input of that role."""
+    return {
+        "attention_in": (family.query, family.key, family.value),
+        "attention_out": (family.attention_out,),
+        "ffn_in": family.ffn_in,
+        "ffn_out": (family.ffn_out,),
+    }[role]
+
+
+@torch.no_grad()
+def walk(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    *,
+    roles: Sequence[Role] = ("attention_out", "ffn_out"),
+    covariance: bool = False,
+    keep_inputs: bool = False,
+    propagate: Propagate = "dense",
+    batch_tokens: int = 2048,
+    device: torch.device | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Iterator[Step]:
+    """Every layer with the statistics of its inputs on `tokens` (sequences x length).
+
+    The body of the loop may change `step.layer` in place; `propagate="pruned"` then runs the layer once more, so that
+    the next one sees what the changed layer gives. Padding is not supported: calibration sequences are full.
+    """
+    family = family_of(model.config)
+    calls = layer_calls(model, tokens, batch_tokens=batch_tokens)
+    states = [call.hidden for call in calls]
+    for index, layer in enumerate(decoder_layers(model)):
+        home = next(layer.parameters()).device
+        layer.to(device or home)
+        statistics: dict[Role, InputStatistics] = {role: InputStatistics() for role in roles}
+        with _Hooks(layer, family, statistics, covariance=covariance, keep=keep_inputs):
+            outputs = [run_layer(layer, call, state, device) for call, state in zip(calls, states, strict=True)]
+        yield Step(index=index, layer=layer, statistics=statistics, inputs=states, outputs=outputs)
+        if propagate == "pruned":
+            outputs = [run_layer(layer, call, state, device) for call, state in zip(calls, states, strict=True)]
+        layer.to(home)
+        states = outputs
+        progress(tokens.numel())
+
+
+def run_layer(layer: nn.Module, call: LayerCall, state: State, device: torch.device | None = None) -> State:
+    """What a layer makes of `state`; computed on `device`, returned where `state` is."""
+    if device is None:
+        with compute_precision():
+            return first_of(layer(state, **call.arguments))
+    arguments = {name: _moved(value, device) for name, value in call.arguments.items()}
+    return first_of(layer(state.to(device), **arguments)).to(state.device)
+
+
+def first_of(result: Any) -> State:
+    """The hidden states a layer gives: families return a tensor, or a tuple that starts with it."""
+    state: State = result[0] if isinstance(result, tuple) else result
+    return state
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return tuple(_moved(one, device) for one in value) if isinstance(value, tuple) else value
+
+
+class _Hooks:
+    """Collects statistics while it is entered."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        family: Family,
+        statistics: dict[Role, InputStatistics],
+        *,
+        covariance: bool,
+        keep: bool,
+    ) -> None:
+        self.covariance, self.keep, self.handles = covariance, keep, []
+        for role, collected in statistics.items():
+            matrix = linear_at(layer, paths_of(family, role)[0])  # the others read the same input
+            if matrix is not None:
+                self.handles.append(matrix.register_forward_pre_hook(self._collect(collected)))
+
+    def _collect(self, statistics: InputStatistics) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda _, inputs: statistics.add(inputs[0], covariance=self.covariance, keep=self.keep)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+class _Recorder(nn.Module):
+    """Stands in for the layers, so that one cheap pass yields what they are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[LayerCall] = []
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        self.calls.append(LayerCall(hidden=hidden_states, arguments=arguments))
+        return hidden_states
+
+
+@torch.no_grad()
+def layer_calls(model: PreTrainedModel, tokens: torch.Tensor, *, batch_tokens: int) -> list[LayerCall]:
+    """What the first layer is called with for every batch of `tokens` (sequences x length)."""
+    path, layers, recorder = family_of(model.config).layers, decoder_layers(model), _Recorder()
+    model.set_submodule(path, nn.ModuleList([recorder]))
+    try:
+        for batch in batches(tokens, batch_tokens=batch_tokens):
+            with compute_precision():
+                model.model(input_ids=batch, use_cache=False)
+    finally:
+        model.set_submodule(path, layers)
+    return recorder.calls

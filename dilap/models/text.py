@@ -1,0 +1,186 @@
+"""Calibration and evaluation text, as token ids."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.func import functional_call
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
+
+from dilap.core.errors import InvalidInput
+from dilap.models.compute import product_type
+from dilap.models.context import require_sequences
+from dilap.models.reference import draw
+from dilap.models.text_files import read_text
+
+_ANY = -1  # a token that is to be sampled
+_SEQUENCES_AT_ONCE = 32  # their keys and values in a 7B model without grouped heads: 4 GiB
+# How documents of many kinds begin: prose, letters, news, papers, notes, lists, tables, questions, mathematics, code.
+OPENINGS = (
+    "The", "In", "Once upon a time", "Chapter 1\n\n", '"', "Dear", "Breaking news:", "According to", "Review:",
+    "Abstract\n\n", "#", "## Introduction\n\n", "Table of Contents\n\n", "Note:", "1.", "-", "|", "Ingredients:\n",
+    "Q:", "How to", "What is", "Step 1:", "Theorem 1.", "Let x be",
+    "def", "class", "import", "#include <", "function", "SELECT", "<html>", "{\n",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """`source` is `self` or what `dilap.models.text_files.read_text` takes; lengths are in tokens."""
+
+    source: str = "self"
+    sequence_length: int = 256
+    train_sequences: int = 128
+    validation_sequences: int = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Token ids (sequences x length) of the two splits, which share no sequence."""
+
+    name: str
+    train: torch.Tensor
+    validation: torch.Tensor
+
+    @property
+    def sha256(self) -> str:
+        return _ids_sha256(torch.cat([self.train, self.validation]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationText:
+    """Token ids (sequences x length) that no search saw, with the name and digest of their text."""
+
+    name: str
+    tokens: torch.Tensor
+
+    @property
+    def sha256(self) -> str:
+        return _ids_sha256(self.tokens)
+
+
+def _ids_sha256(tokens: torch.Tensor) -> str:
+    return hashlib.sha256(tokens.to(torch.int32).numpy().tobytes()).hexdigest()
+
+
+def calibration(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: CalibrationOptions,
+    *,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Calibration:
+    """The two splits, from the source that `options` names. Raises InvalidInput where the text is too short."""
+    length = options.sequence_length
+    require_sequences(model.config, length)
+    count = options.train_sequences + options.validation_sequences
+    if options.source == "self":
+        tokens = self_generated(
+            model, tokenizer, num_sequences=count, length=length, seed=options.seed, progress=progress
+        )
+    else:
+        tokens = _file_sequences(options, tokenizer)
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(options.seed))
+        tokens = tokens[order[:count]]
+    return Calibration(
+        name=options.source, train=tokens[: options.train_sequences], validation=tokens[options.train_sequences :]
+    )
+
+
+def require_texts(options: CalibrationOptions, evaluation: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InvalidInput, before hours are spent, where a text cannot be read or is too short."""
+    if options.source != "self":
+        _file_sequences(options, tokenizer)
+    evaluation_text(evaluation, tokenizer, num_sequences=1, length=options.sequence_length)
+
+
+def _file_sequences(options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    length, count = options.sequence_length, options.train_sequences + options.validation_sequences
+    tokens = sequences(read_text(options.source), tokenizer, length=length, name=options.source)
+    if len(tokens) < count:
+        raise InvalidInput(
+            f"{options.source}: {len(tokens)} sequences of {length} tokens, but {count} are needed; "
+            "give more text, or take a smaller --calib-length"
+        )
+    return tokens
+
+
+@torch.no_grad()
+def self_generated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_sequences: int,
+    length: int,
+    seed: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> torch.Tensor:
+    """Text that the model samples from itself, which needs no data and is what the model knows: half of the sequences
+    from a random first token (LLM-QAT, arXiv 2305.17888), half from how a document of some kind begins.
+
+    The distribution is not sharpened. SmolLM2-135M at 85 %, 64 sequences, KL on Python's documentation and
+    WikiText-2: temperature 0.8 0.669 and 0.749, 1.0 0.596 and 0.627, 1.2 0.612 and 0.630, 1.5 0.688 and 0.671.
+    At 70 %, 128 sequences: random first tokens alone 1.157 and 1.061, half openings 0.982 and 1.021.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    special = set(tokenizer.all_special_ids)
+    ordinary = torch.tensor([t for t in range(min(len(tokenizer), model.config.vocab_size)) if t not in special])
+    banned = torch.ones(model.config.vocab_size, dtype=torch.bool)  # special tokens, and rows that no token has
+    banned[ordinary] = False
+    starts = _starts(tokenizer, ordinary, shape=(num_sequences, length), generator=generator)
+    # Converted once, not once a token; all of one type, as a cache that does not grow wants it.
+    weights = {name: weight.to(product_type(weight.dtype)) for name, weight in model.named_parameters()}
+
+    def sample(tokens: torch.Tensor, cache: StaticCache) -> torch.Tensor:
+        inputs = {"input_ids": tokens, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        logits = functional_call(model, weights, kwargs=inputs).logits[:, -1].float()
+        logits[:, banned] = -torch.inf  # an end-of-text token would only be followed by another document
+        progress(len(tokens))
+        return draw(logits.softmax(-1), generator=generator)
+
+    finished = []
+    for few in starts.split(_SEQUENCES_AT_ONCE):
+        cache, steps = StaticCache(config=model.config, max_cache_len=length), [few[:, :1]]
+        for given in few[:, 1:].split(1, dim=1):
+            steps.append(torch.where(given == _ANY, sample(steps[-1], cache), given))
+        finished.append(torch.cat(steps, 1))
+    return torch.cat(finished)
+
+
+def _starts(
+    tokenizer: PreTrainedTokenizerBase, ordinary: torch.Tensor, *, shape: tuple[int, int], generator: torch.Generator
+) -> torch.Tensor:
+    """How each sequence begins, start token included, (sequences x length), `_ANY` behind it."""
+    known = set(ordinary.tolist())
+    openings = [
+        [token for token in tokenizer.encode(text, add_special_tokens=False) if token in known] for text in OPENINGS
+    ]
+    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    starts = torch.full(shape, _ANY)
+    for number, row in enumerate(starts):
+        kind = int(torch.randint(len(openings), (1,), generator=generator))
+        token = int(ordinary[torch.randint(len(ordinary), (1,), generator=generator)])
+        opening = openings[kind] if number % 2 else []
+        start = torch.tensor([*before, *(opening or [token])])[: len(row)]
+        row[: len(start)] = start
+    return starts
+
+
+def sequences(text: str, tokenizer: PreTrainedTokenizerBase, *, length: int, name: str) -> torch.Tensor:
+    """`text` as consecutive sequences of `length` tokens; the rest is dropped."""
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
+    count = len(ids) // length
+    if count == 0:
+        raise InvalidInput(f"{name}: {len(ids)} tokens are fewer than one sequence of {length}")
+    tokens: torch.Tensor = ids[: count * length].reshape(count, length)
+    return tokens
+
+
+def evaluation_text(
+    name: str, tokenizer: PreTrainedTokenizerBase, *, num_sequences: int, length: int
+) -> EvaluationText:
+    """`python-docs` (the language reference that every CPython carries) or a file; the first `num_sequences`."""
+    tokens = sequences(read_text(name)[: num_sequences * length * 16], tokenizer, length=length, name=name)
+    return EvaluationText(name=name, tokens=tokens[:num_sequences])

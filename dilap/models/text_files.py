@@ -1,0 +1,141 @@
+"""Text as people keep it: plain files, tables and records (by the `datasets` library's readers), hub data sets."""
+
+import importlib
+import logging
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dilap.core.documents import content_of
+from dilap.core.errors import DilapError, InvalidInput, Unavailable, reason_of
+
+PLAIN = (".txt", ".text", ".md")
+# What the `datasets` library calls the reader of a suffix, and the options that the reader needs.
+READERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}),
+}
+COLUMNS = ("text", "content", "page", "document", "passage", "article", "body", "sentence")  # the first there is
+KNOWN = (
+    f"files read are plain text ({' '.join(PLAIN)}) and records ({' '.join(READERS)}), of these the column "
+    f"{', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}, or the only one of strings; each may end in .gz"
+)
+_HUB_RECORDS = 2000
+
+
+def read_text(name: str) -> str:
+    """The text of a file, `python-docs` (the language reference that every CPython carries) or a hub data set.
+
+    Records are joined by blank lines, in the order of the file. Raises InvalidInput, Unavailable.
+    """
+    if name == "python-docs":
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+        return "\n\n".join(topics[key] for key in sorted(topics))
+    path = Path(name).expanduser()
+    if path.is_file():
+        text = _file_text(path)
+    elif name.count("/") == 1 and not path.suffix and not path.exists():
+        text = _hub_text(name)
+    else:
+        what = "is no file" if path.exists() else "does not exist"
+        raise InvalidInput(f"text {name!r} {what}: give a file or a hub data set (user/name); {KNOWN}")
+    if not text.strip():
+        raise InvalidInput(f"{name}: it holds no text; {KNOWN}")
+    return text
+
+
+def _file_text(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    is_packed = suffixes[-1:] == [".gz"]
+    suffix = "".join(suffixes[:-1][-1:] if is_packed else suffixes[-1:])
+    if suffix not in (*PLAIN, *READERS):
+        raise InvalidInput(f"{path}: {suffix or 'a name without a suffix'} is not read; {KNOWN}")
+    try:
+        if suffix in PLAIN:
+            return _plain_text(content_of(path))
+        with tempfile.TemporaryDirectory() as temporary:
+            # Under a plain name, because the library reads brackets and stars in a name as a pattern.
+            plain = Path(temporary) / f"records{suffix}"
+            if is_packed:
+                plain.write_bytes(content_of(path))
+            else:
+                plain.symlink_to(path.resolve())
+            return _records_text(plain, suffix)
+    except DilapError as error:
+        raise type(error)(f"{path}: {error}") from error
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise InvalidInput(f"{path}: not readable text ({reason_of(error)}); {KNOWN}") from error
+
+
+def _plain_text(content: bytes) -> str:
+    text = content.decode("utf-8-sig")
+    if "\0" in text:
+        raise ValueError("it holds zero bytes")
+    return text
+
+
+def _records_text(path: Path, suffix: str) -> str:
+    """Of a file of records with the library's own reader, and nothing left in its cache."""
+    datasets = _library(f"reading {suffix}")
+    kind, options = READERS[suffix]
+    if not path.stat().st_size:
+        raise InvalidInput(f"it is empty; {KNOWN}")
+    cache = str(path.with_name("cache"))
+    try:
+        builder = datasets.load_dataset_builder(kind, data_files=str(path), cache_dir=cache, **options)
+        builder.download_and_prepare()
+    except Exception as error:  # pyarrow's and pandas' types, in one of the library's own
+        reason = reason_of(error.__cause__ or error).replace(str(path.parent), "")
+        raise InvalidInput(f"not readable as {suffix} ({reason}); {KNOWN}") from error
+    if not builder.info.splits["train"].num_examples:
+        raise InvalidInput(f"it has no records; {KNOWN}")
+    return _joined(builder.as_dataset("train"))
+
+
+def _hub_text(name: str) -> str:
+    datasets = _library("hub data sets")
+    try:
+        records = datasets.load_dataset(name, split="train", streaming=True).take(_HUB_RECORDS)
+        return _joined(datasets.Dataset.from_list(list(records)))
+    except DilapError as error:
+        raise type(error)(f"data set {name!r}: {error}") from error
+    except Exception as error:  # the hub client raises many types
+        raise Unavailable(f"data set {name!r} cannot be read: {reason_of(error)}") from error
+
+
+def _library(purpose: str) -> Any:
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise Unavailable(f"{purpose} needs the datasets package; run: pip install datasets") from None
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs, it raises
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _joined(records: Any) -> str:
+    column = _text_column({name: _is_text(kind) for name, kind in records.features.items()})
+    return "\n\n".join(text for text in records[column] if text is not None)
+
+
+def _is_text(kind: Any) -> bool:
+    return getattr(kind, "dtype", None) in ("string", "large_string", "string_view")
+
+
+def _text_column(is_text: Mapping[str, bool]) -> str:
+    """The column that holds the text. Raises InvalidInput with those that there are."""
+    strings = [name for name, yes in is_text.items() if yes]
+    for usual in COLUMNS:
+        for name in strings:
+            if name.strip().lower() == usual:
+                return name
+    if len(strings) == 1 and not set(strings[0]) & {";", "\t", "|"}:
+        return strings[0]
+    found = ", ".join(f"{name} (strings)" if yes else name for name, yes in is_text.items())
+    raise InvalidInput(f"no column can be told to be the text, it has {found:.200}; {KNOWN}")

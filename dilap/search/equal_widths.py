@@ -1,0 +1,90 @@
+"""DiLAP's search for runtimes that need equal widths in all layers: one pair of widths, and whole layers removed."""
+
+from collections.abc import Iterator
+
+from dilap.core.errors import Infeasible
+from dilap.core.space import Space
+from dilap.search.allocation import Config, Quadratic
+from dilap.search.dilap import linear_model
+from dilap.search.levels import prune_by_levels
+from dilap.search.method import Pruned, PruneTask
+from dilap.search.task import SearchResult, SearchTask
+
+_CANDIDATES = 12  # of the quadratic's best width pairs, scored on the real KL
+
+
+def prune(task: PruneTask) -> Pruned:
+    """This search over measured levels, then a closed-form refit."""
+    return prune_by_levels(task, search)
+
+
+def search(task: SearchTask) -> SearchResult:
+    """The best width pair and set of removed layers within the limit. Raises Infeasible.
+
+    For every width pair the layers that the quadratic model around the dense model misses least are removed until the
+    limit is kept; the best pairs are compared on the real KL, and then removed layers are exchanged on it.
+    """
+    quadratic = linear_model(task, task.space.dense, number=0)
+    candidates = sorted((quadratic.value(config), config) for config in _candidates(quadratic, task))
+    if not candidates:
+        raise Infeasible("no equal widths keep the limit, whole layers removed included: take a larger one")
+    value, config = min((task.evaluator.kl(config), config) for _, config in candidates[:_CANDIDATES])
+    task.report(f"equal widths: {len(candidates)} width pairs keep the limit, the best has KL {value:.3f}")
+    return _exchange(task, quadratic, SearchResult(config=config, kl=value))
+
+
+def _candidates(quadratic: Quadratic, task: SearchTask) -> Iterator[Config]:
+    first_attention, first_ffn = task.space.choices[0], task.space.choices[1]
+    for attention, level in enumerate(first_attention.levels):
+        for ffn, channels in enumerate(first_ffn.levels):
+            if not level.is_removed and not channels.is_removed:
+                config = (attention, ffn) * len(task.space.architecture.layers)
+                config = _remove_layers(quadratic, task, config)
+                if task.space.seconds(config) <= task.limit:
+                    yield config
+
+
+def _remove_layers(quadratic: Quadratic, task: SearchTask, config: Config) -> Config:
+    """Remove the layer that the quadratic misses least, again and again, until the limit is kept."""
+    while task.space.seconds(config) > task.limit:
+        shorter = [_without(task.space, config, layer) for layer in _present(task.space, config)]
+        if not shorter:
+            break
+        config = min(shorter, key=lambda one: (quadratic.value(one), one))
+    return config
+
+
+def _exchange(task: SearchTask, quadratic: Quadratic, result: SearchResult) -> SearchResult:
+    """Put one removed layer back for another while that lowers the real KL, the most promising exchange first."""
+    config, value, space = result.config, result.kl, task.space
+    present = _present(space, config)
+    widths = config[2 * present[0] : 2 * present[0] + 2] if present else config[:2]
+    absent = [layer for layer in range(1, len(space.architecture.layers)) if layer not in present]
+    tried = {config}
+    for _ in range(task.options.evaluations):
+        neighbours = {
+            _without(space, (*config[: 2 * back], *widths, *config[2 * back + 2 :]), layer)
+            for back in absent
+            for layer in present
+        } - tried
+        if not neighbours:
+            break
+        candidate = min(neighbours, key=lambda one: (quadratic.value(one), one))
+        tried.add(candidate)
+        if (kl := task.evaluator.kl(candidate)) < value:
+            config, value = candidate, kl
+            present = _present(space, config)
+            absent = [layer for layer in range(1, len(space.architecture.layers)) if layer not in present]
+    return SearchResult(config=config, kl=value)
+
+
+def _present(space: Space, config: Config) -> list[int]:
+    """The layers that can still be removed: all that are there but the first."""
+    layers = range(1, len(space.architecture.layers))
+    return [layer for layer in layers if not space.choices[2 * layer].levels[config[2 * layer]].is_removed]
+
+
+def _without(space: Space, config: Config, layer: int) -> Config:
+    """`config` with a whole layer removed: the last level of both its sublayers."""
+    removed = tuple(len(choice.levels) - 1 for choice in space.choices[2 * layer : 2 * layer + 2])
+    return (*config[: 2 * layer], *removed, *config[2 * layer + 2 :])

@@ -1,0 +1,82 @@
+"""What a search asks of the model: the real KL of a config and the curvature around one, each computed once.
+
+With a `journal` folder every answer is kept on disk. A search is deterministic given the answers, so a killed one
+that is started again replays what it knows and goes on to the identical plan.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from dilap.core.codec import checked, digest, write_json, written_aside
+from dilap.core.documents import parse_json, read_text
+from dilap.core.errors import InvalidInput
+from dilap.models.reference import Teacher
+from dilap.search.supernet import Curvature, Supernet, linearise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """Answers for one model, library and validation text."""
+
+    net: Supernet
+    teacher: Teacher
+    journal: Path | None = None
+
+    def kl(self, config: Sequence[int]) -> float:
+        """Mean KL(dense || config) per position of the validation split, in nats."""
+        return float(self.kls(config).double().mean())
+
+    def kls(self, config: Sequence[int]) -> torch.Tensor:
+        """The same for every sequence of the validation split."""
+        path = self._entry("kl", [list(config)], suffix=".json")
+        if path is not None and path.exists():
+            return _read_kls(path)
+        values = self.net.kls(self.teacher, config)
+        if path is not None:
+            write_json(path, values.tolist())
+        return values
+
+    def curvature(self, config: Sequence[int], *, samples: int, seed: int) -> Curvature:
+        """The quadratic model of the KL around `config`, from one Fisher pass."""
+        path = self._entry("curvature", [list(config), samples, seed], suffix=".safetensors")
+        if path is not None and path.exists():
+            return _read_curvature(path)
+        self.net.set(config)
+        curvature = linearise(self.net, self.teacher, samples=samples, seed=seed)
+        if path is not None:
+            with written_aside(path) as temporary:
+                metadata = {"value": repr(curvature.value), "num_rows": str(curvature.num_rows)}
+                tensors = {"b": curvature.b, "b_error": curvature.b_error, "Q": curvature.Q}
+                save_file(tensors, temporary, metadata=metadata)
+        return curvature
+
+    def _entry(self, kind: str, key: list[object], *, suffix: str) -> Path | None:
+        return None if self.journal is None else self.journal / f"{kind}-{digest(key)[:16]}{suffix}"
+
+
+def _read_kls(path: Path) -> torch.Tensor:
+    try:
+        found = parse_json(read_text(path), source=str(path))
+        return torch.tensor(checked(tuple[float, ...], found, source=str(path)))
+    except InvalidInput as error:
+        raise InvalidInput(f"damaged journal entry ({error}); remove the file and run again") from error
+
+
+def _read_curvature(path: Path) -> Curvature:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            return Curvature(
+                value=float(metadata["value"]),
+                b=file.get_tensor("b"),
+                b_error=file.get_tensor("b_error"),
+                Q=file.get_tensor("Q"),
+                num_rows=int(metadata["num_rows"]),
+            )
+    except Exception as error:  # safetensors raises its own type for damaged files
+        raise InvalidInput(f"{path}: damaged journal entry ({error}); remove the file and run again") from error

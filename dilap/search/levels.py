@@ -1,0 +1,109 @@
+"""Methods that choose one measured level per sublayer: a library, a search over it, a closed-form refit at the end."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+from dilap.core.codec import digest
+from dilap.core.plan import Plan
+from dilap.core.shape import Architecture
+from dilap.core.space import plan_of
+from dilap.models.reference import Teacher
+from dilap.search.allocation import Config
+from dilap.search.journal import Evaluator
+from dilap.search.library import LevelFit, LibraryOptions, build_library
+from dilap.search.library_file import load_library, save_library
+from dilap.search.method import Pruned, PruneTask
+from dilap.search.refit import best_refit
+from dilap.search.supernet import Supernet
+from dilap.search.task import Search, SearchResult, SearchTask
+
+Library = list[list[LevelFit]]
+
+
+def prune_by_levels(task: PruneTask, search: Search) -> Pruned:
+    """The config that `search` finds, corrected by its measured latency, every projection refitted in order."""
+    library, name = compensated_library(task, task.levels.library)
+    net, teacher = Supernet(task.model, library), validation_teacher(task)
+    found = search_levels(task, search, net, teacher, journal=f"journal-{name}")
+    with task.bar("refit", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
+        refit = best_refit(
+            net, found.config, task.text.train, teacher=teacher, options=task.levels.refit, progress=bar.update
+        )
+    task.report(f"refit: KL on the validation split {found.kl:.3f} -> {refit.kl:.3f}")
+    parameters = {f"{one.path}.weight": refit.weights[one.name] for one in net.sublayers if one.name in refit.weights}
+    return Pruned(plan=plan_at(task, library, found.config), parameters=parameters)
+
+
+def prune_by_library(task: PruneTask, search: Search, library: Library, *, name: str) -> Pruned:
+    """The config that `search` finds, with the library's own projections; `name` is the library's."""
+    net = Supernet(task.model, library)
+    found = search_levels(task, search, net, validation_teacher(task), journal=f"journal-{name}")
+    fits = {one.path: levels[level] for one, levels, level in zip(net.sublayers, library, found.config, strict=True)}
+    parameters = {f"{path}.weight": fit.weight for path, fit in fits.items() if len(fit.columns)}
+    return Pruned(plan=plan_at(task, library, found.config), parameters=parameters)
+
+
+def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teacher, *, journal: str) -> SearchResult:
+    """What `search` finds within the target's limit; `net` is left dense. `journal` names the library's answers.
+
+    A corrected limit starts from the result before it and is not polished again: of 10 more moves at most one was kept.
+    """
+    first = SearchTask(
+        evaluator=Evaluator(net=net, teacher=teacher, journal=None if task.cache is None else task.cache / journal),
+        space=task.space,
+        limit=task.target.limit,
+        options=task.levels.search,
+        report=task.report,
+    )
+    results: list[SearchResult] = []
+
+    def choose(limit: float) -> SearchResult:
+        asked = first
+        if results:
+            limit = max(limit, task.space.seconds(task.space.fastest))
+            options = replace(first.options, evaluations=0)
+            asked = replace(first, limit=limit, previous=results[-1], options=options)
+        results.append(search(asked))
+        return results[-1]
+
+    def architecture(result: SearchResult) -> Architecture:
+        widths = tuple(layer for layer in task.space.widths(result.config) if not layer.is_empty)
+        return replace(task.architecture, layers=widths)
+
+    found = task.target.meet(choose, cost=lambda one: task.space.seconds(one.config), architecture=architecture)
+    net.close()
+    return found
+
+
+def level_library(task: PruneTask, build: Callable[[PruneTask], Library], *, name: str) -> tuple[Library, str]:
+    """Every level made concrete by `build`, and the name under which the task's cache has it: `name` and the levels."""
+    name = f"{name}-{digest([[asdict(level) for level in choice.levels] for choice in task.space.choices])[:8]}"
+    path = None if task.cache is None else task.cache / f"{name}.safetensors"
+    if path is not None and path.exists():
+        return load_library(path), name
+    library = build(task)
+    if path is not None:
+        save_library(path, library)
+    return library, name
+
+
+def compensated_library(task: PruneTask, options: LibraryOptions) -> tuple[Library, str]:
+    """The library of these options, built on the training split, and its name: methods of equal options share it."""
+
+    def build(task: PruneTask) -> Library:
+        with task.bar("library", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
+            return build_library(task.model, task.space, task.text.train, options=options, progress=bar.update)
+
+    return level_library(task, build, name=f"library-{digest(asdict(options))[:8]}")
+
+
+def validation_teacher(task: PruneTask) -> Teacher:
+    """What the dense model says about the validation split."""
+    path = None if task.cache is None else task.cache / "teacher-validation.safetensors"
+    return Teacher.once(path, task.model, task.text.validation)
+
+
+def plan_at(task: PruneTask, library: Library, config: Config) -> Plan:
+    """The library's units at `config`."""
+    units = [levels[level].units for levels, level in zip(library, config, strict=True)]
+    return plan_of(task.space, units, base=task.base)

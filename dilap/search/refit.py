@@ -1,0 +1,170 @@
+"""Closed-form recovery: refit every kept output projection, in order, on what it receives in the pruned model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dilap.models.anatomy import decoder_layers
+from dilap.models.compute import compute_precision
+from dilap.models.reference import Teacher
+from dilap.models.statistics import LayerCall, layer_calls
+from dilap.search.allocation import Config
+from dilap.search.supernet import Supernet
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitOptions:
+    """A correction is the share of the error already in the residual stream that a sublayer is asked to undo; they are
+    tried in turn until one helps on validation text. `ridge` pulls towards the library's projection, relative to the
+    mean diagonal of the input covariance.
+
+    SmolLM2-135M at 70 %, KL on unseen prose (two texts): without the refit 1.72 and 1.81; correction 0.5: 1.44 and
+    1.57; correction 1: 1.38 and 1.55. Correction 0 is worse than no refit (1.16 against 0.97, another calibration), and
+    1 ruins plans that lose whole early layers (1.22 to 3.17), which is why another is tried. A ridge of 0.1 fits 64
+    sequences too closely: at 85 % 0.617 on Python's documentation and 0.649 on WikiText-2, with 0.3 0.596 and 0.627.
+    """
+
+    corrections: tuple[float, ...] = (1.0, 0.5)
+    ridge: float = 0.3
+    batch_tokens: int = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refit:
+    """New projections by sublayer name, and their KL on validation text; no correction: the library's are best."""
+
+    weights: dict[str, torch.Tensor]
+    correction: float | None
+    kl: float
+
+
+def best_refit(
+    net: Supernet,
+    config: Config,
+    tokens: torch.Tensor,
+    *,
+    teacher: Teacher,
+    options: RefitOptions = RefitOptions(),
+    progress: Callable[[int], None] = lambda _: None,
+) -> Refit:
+    """The first refit on `tokens` that brings the teacher's other text nearer to the dense model, or the library's
+    projections where none does. `net` is left dense."""
+    library = {one.name: net.library[i][config[i]].weight for i, one in enumerate(net.sublayers)}
+    kept = {name: weight for name, weight in library.items() if weight.shape[1]}
+    found = Refit(weights=kept, correction=None, kl=net.kl(teacher, config))
+    for correction in options.corrections:
+        weights = refit_sequentially(net, config, tokens, correction=correction, options=options, progress=progress)
+        kl = net.kl(teacher, config, weights=weights)
+        if kl < found.kl:
+            found = Refit(weights=weights, correction=correction, kl=kl)
+            break
+    net.close()
+    return found
+
+
+@torch.no_grad()
+def refit_sequentially(
+    net: Supernet,
+    config: Config,
+    tokens: torch.Tensor,
+    *,
+    correction: float,
+    options: RefitOptions = RefitOptions(),
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, torch.Tensor]:
+    """New projections over the kept columns, by sublayer name, for `config` on `tokens` (sequences x length).
+
+    Dense and pruned hidden states run side by side, layer by layer. For a sublayer with pruned inputs x, dense output
+    y and residual streams r (dense) and r' (pruned), the projection minimises |W x - (y + correction (r - r'))|^2 +
+    ridge |W - W_library|^2: later sublayers make up for earlier ones, which the library, fitted on dense inputs,
+    cannot know. `net` is left dense.
+    """
+    net.close()
+    calls = layer_calls(net.model, tokens, batch_tokens=options.batch_tokens)
+    dense_states = [call.hidden for call in calls]
+    pruned_states = [call.hidden for call in calls]
+    weights: dict[str, torch.Tensor] = {}
+    for number, layer in enumerate(decoder_layers(net.model)):
+        indices = [i for i, sublayer in enumerate(net.sublayers) if sublayer.layer == number]
+        traces = [_trace(layer, call, state, net, indices) for call, state in zip(calls, dense_states, strict=True)]
+        for i in indices:
+            fit = net.library[i][config[i]]
+            net.write(i, fit.columns, fit.weight)
+        results = pruned_states  # of a layer that loses both sublayers
+        for i in indices:
+            fit = net.library[i][config[i]]
+            if len(fit.columns) == 0:
+                continue
+            problem = _Problem(fit.weight, fit.columns, net.biases[i], ridge=options.ridge)
+            found = [_trace(layer, call, state, net, indices) for call, state in zip(calls, pruned_states, strict=True)]
+            for here, trace in zip(found, traces, strict=True):
+                gap = trace.residuals[i] - here.residuals[i]
+                problem.add(here.inputs[i], trace.outputs[i].float() + correction * gap.float())
+            weights[net.sublayers[i].name] = solved = problem.solve()
+            net.write(i, fit.columns, solved)
+            # What the layer would give now: every family adds its sublayers' outputs to the residual stream.
+            with compute_precision():
+                results = [here.residuals[i] + net.outs[i](here.inputs[i]).reshape(here.result.shape) for here in found]
+        dense_states = [trace.result for trace in traces]
+        pruned_states = results
+        for i in indices:
+            net.write(i, net.library[i][0].columns, net.library[i][0].weight)
+        progress(tokens.numel())
+    return weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trace:
+    """One layer on one batch, by choice: inputs of the projections, their outputs, the residual stream before."""
+
+    inputs: dict[int, torch.Tensor]
+    outputs: dict[int, torch.Tensor]
+    residuals: dict[int, torch.Tensor]
+    result: torch.Tensor
+
+
+def _trace(layer: nn.Module, call: LayerCall, state: torch.Tensor, net: Supernet, indices: Sequence[int]) -> _Trace:
+    inputs: dict[int, torch.Tensor] = {}
+    outputs: dict[int, torch.Tensor] = {}
+
+    def record(index: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            inputs[index], outputs[index] = arguments[0], output.reshape(state.shape)
+
+        return hook
+
+    hooks = [net.outs[index].register_forward_hook(record(index)) for index in indices]
+    try:
+        with compute_precision():
+            result = layer(state, **call.arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    residuals, stream = {}, state
+    for index in indices:  # attention first: its output joins the stream that the FFN reads
+        residuals[index] = stream
+        stream = stream + outputs[index]
+    return _Trace(inputs=inputs, outputs=outputs, residuals=residuals, result=result)
+
+
+class _Problem:
+    """A least squares problem for one projection (hidden x kept columns), accumulated over batches."""
+
+    def __init__(self, weight: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None, *, ridge: float) -> None:
+        self.weight, self.columns, self.ridge = weight, columns, ridge
+        self.bias = torch.zeros(weight.shape[0]) if bias is None else bias.float()
+        self.H = torch.zeros(len(columns), len(columns))
+        self.R = torch.zeros(len(columns), weight.shape[0])
+
+    def add(self, inputs: torch.Tensor, output: torch.Tensor) -> None:
+        """Inputs (... x all columns) with the output (... x hidden) that is wanted for them, bias included."""
+        x = inputs.reshape(-1, inputs.shape[-1])[:, self.columns].float()
+        self.H += x.T @ x
+        self.R += x.T @ (output.float() - self.bias).reshape(-1, self.weight.shape[0])
+
+    def solve(self) -> torch.Tensor:
+        damping = self.ridge * self.H.diagonal().mean()
+        H = self.H + damping * torch.eye(len(self.columns))
+        return torch.cholesky_solve(self.R + damping * self.weight.T, torch.linalg.cholesky(H)).T.contiguous()

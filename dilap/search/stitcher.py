@@ -1,0 +1,139 @@
+"""Run one config after another on the same text: layers are cut, not masked, and what configs share is run once.
+
+A masked model computes all that the dense one does. Here the layers of a config are as narrow as they will be, and
+those before the first one that differs from a config of late are not run again: what entered every layer is kept.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dilap.models.anatomy import decoder_layers, family_of, head_dim_of
+from dilap.models.modeling_dilap import Family, linear_at
+from dilap.models.skipping import Known, absent, layers_replaced
+from dilap.models.statistics import State
+from dilap.search.library import LevelFit
+
+_PATHS = 3  # kept at a time: the config that others branch off, and the latest ones
+Level = tuple[int, ...]  # of a layer's sublayers
+
+
+class Skipped(nn.Module):
+    """A layer that is not there."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
+        return hidden_states
+
+
+@dataclass(frozen=True, eq=False)
+class _Path:
+    """What entered every layer at a config, by batch; nothing is kept for the first one, whose input is the text."""
+
+    levels: tuple[Level, ...]
+    entering: list[list[State]]
+
+    def num_shared(self, levels: Sequence[Level]) -> int:
+        """How many of the first layers are the same."""
+        pairs = enumerate(zip(self.levels, levels, strict=True))
+        return next((number for number, (a, b) in pairs if a != b), len(levels))
+
+
+class Stitcher:
+    """Runs a model at any levels of its layers; `build` makes a layer at its level, which must not change the model."""
+
+    def __init__(self, model: PreTrainedModel, build: Callable[[int, Level], nn.Module]) -> None:
+        self.model, self.build = model, build
+        self._paths: list[_Path] = []
+        self._text: object = None
+
+    @contextmanager
+    def stitched(self, levels: Sequence[Level], *, text: object) -> Iterator[None]:
+        """The model at `levels`, for one pass over `text` from start to end, always in the same batches."""
+        if text is not self._text:
+            self.forget()
+            self._text = text
+        path, first = self._known(levels)
+        layers = [self.build(index, levels[index]) for index in range(first, len(levels))]
+        with ExitStack() as stack:
+            for layer, states in zip(layers[1:], path.entering[first + 1 :], strict=True):
+                stack.callback(layer.register_forward_pre_hook(_keeping(states), with_kwargs=True).remove)
+            known = [Known(path.entering[first])] if first else []
+            stack.enter_context(layers_replaced(self.model, [*known, *layers]))
+            yield
+        self._paths = [*self._paths[:1], path, *self._paths[1 : _PATHS - 1]]
+
+    def _known(self, levels: Sequence[Level]) -> tuple[_Path, int]:
+        """A path for `levels` with what is known of it, and the first layer to run. Of the paths kept, the one that is
+        of use comes first, and stays longest: neighbours of one config all branch off it."""
+        first = 0
+        shared: list[list[State]] = [[]]
+        if self._paths:
+            best = max(self._paths, key=lambda path: path.num_shared(levels))  # of equal ones, the one kept longest
+            self._paths.sort(key=lambda path: path is not best)
+            first = min(best.num_shared(levels), len(levels) - 1)
+            shared = best.entering[: first + 1]
+        rest: list[list[State]] = [[] for _ in range(len(levels) - len(shared))]
+        return _Path(tuple(levels), [*shared, *rest]), first
+
+    def forget(self) -> None:
+        """Drop what is known: the weights have changed, or memory is needed."""
+        self._paths, self._text = [], None
+
+
+def _keeping(states: list[State]) -> Callable[[nn.Module, tuple[State, ...], dict[str, Any]], None]:
+    def hook(_: nn.Module, arguments: tuple[State, ...], named: dict[str, Any]) -> None:
+        states.append(arguments[0] if arguments else named["hidden_states"])
+
+    return hook
+
+
+def cut_layer(model: PreTrainedModel, index: int, fits: Mapping[str, LevelFit]) -> nn.Module:
+    """A layer of a dense model with the sublayers in `fits`, by kind, at their levels; the model is left as it is."""
+    family, own = family_of(model.config), decoder_layers(model)[index]
+    if not fits:
+        return own
+    same = {id(one): one for one in (*own.parameters(), *own.buffers(), model.config)}
+    layer: nn.Module = copy.deepcopy(own, same)  # new modules around the same tensors
+    for kind, fit in fits.items():
+        if len(fit.columns) == 0:
+            for path, module in absent(family, kind).items():
+                layer.set_submodule(path, module)
+            continue
+        if kind == "attention":
+            _narrow_heads_(layer, family, fit, head_dim=head_dim_of(model.config))
+        else:
+            for path in family.ffn_in:
+                _keep_rows_(layer, path, fit.columns)
+        out = linear_at(layer, family.attention_out if kind == "attention" else family.ffn_out)
+        assert out is not None
+        out.weight = _constant(fit.weight.to(out.weight.dtype))
+    return layer
+
+
+def _narrow_heads_(layer: nn.Module, family: Family, fit: LevelFit, *, head_dim: int) -> None:
+    groups = torch.tensor(fit.units["kv_groups"])
+    rows = (groups[:, None] * head_dim + torch.arange(head_dim)).reshape(-1)
+    for path, kept in ((family.query, fit.columns), (family.key, rows), (family.value, rows)):
+        _keep_rows_(layer, path, kept)
+    attention: Any = layer.get_submodule(family.attention)
+    num_heads = len(fit.columns) // head_dim
+    attention.num_key_value_groups = num_heads // len(groups)
+    if hasattr(attention, "num_heads"):
+        attention.num_heads = num_heads
+
+
+def _keep_rows_(layer: nn.Module, path: str, rows: torch.Tensor) -> None:
+    matrix = layer.get_submodule(path)
+    for name, value in list(matrix.named_parameters()):
+        if len(rows) < len(value):
+            setattr(matrix, name, _constant(value.detach()[rows]))
+
+
+def _constant(value: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)

@@ -1,0 +1,236 @@
+"""A dense model whose sublayers can be set to any level, and the curvature of its loss over all levels at once."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dilap.models.anatomy import decoder_layers, sublayers
+from dilap.models.compute import batches, compute_precision, product_type
+from dilap.models.reference import Teacher, head_of
+from dilap.search.allocation import Config
+from dilap.search.library import LevelFit
+from dilap.search.stitcher import Level, Skipped, Stitcher, cut_layer
+
+_NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
+
+
+class Supernet:
+    """Stitches a model together from library levels; `config` holds the level of every choice.
+
+    A level is set by writing its projection into the dense matrix with zeros at the removed inputs, which computes
+    what the shrunk model computes, and lets gradients reach all levels. `close` restores the dense model. Scoring a
+    config sets nothing: that runs layers which are cut.
+    """
+
+    def __init__(self, model: PreTrainedModel, library: Sequence[Sequence[LevelFit]]) -> None:
+        self.model, self.library = model, library
+        self.sublayers = list(sublayers(model))
+        self.outs = [sublayer.out for sublayer in self.sublayers]
+        assert len(self.outs) == len(library)
+        for out, levels in zip(self.outs, library, strict=True):
+            assert torch.equal(out.weight.float(), levels[0].weight.float()), "another supernet was left open"
+        self.config: Config = (0,) * len(library)
+        self.biases = [None if out.bias is None else out.bias.detach().clone() for out in self.outs]
+        self._stitcher = Stitcher(model, self._layer)
+        model.requires_grad_(False)
+
+    def set(self, config: Sequence[int]) -> None:
+        for index, (old, new) in enumerate(zip(self.config, config, strict=True)):
+            if old != new:
+                fit = self.library[index][new]
+                self.write(index, fit.columns, fit.weight)
+        self.config = tuple(config)
+
+    @torch.no_grad()
+    def write(self, index: int, columns: torch.Tensor, weight: torch.Tensor) -> None:
+        """Give one sublayer a projection over `columns`, zeros elsewhere."""
+        out = self.outs[index]
+        out.weight.zero_()
+        out.weight[:, columns] = weight.to(out.weight.dtype)
+        bias = self.biases[index]
+        if bias is not None:
+            out.bias.copy_(bias if len(columns) else torch.zeros_like(bias))
+
+    def kl(
+        self, teacher: Teacher, config: Sequence[int], *, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> float:
+        """Mean KL(dense || config) in nats on the teacher's tokens; `weights` replace the library's projections."""
+        return float(self.kls(teacher, config, weights=weights).double().mean())
+
+    def kls(
+        self, teacher: Teacher, config: Sequence[int], *, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The same for every sequence. Leaves the net dense."""
+        with self.cut(config, text=teacher, weights=weights):
+            return teacher.kls(self.model)
+
+    @contextmanager
+    def cut(
+        self, config: Sequence[int], *, text: object, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> Iterator[None]:
+        """The model with its layers cut to `config`, for one pass over `text`, always in the same batches."""
+        self.close()
+        levels: list[Level] = [() for _ in decoder_layers(self.model)]
+        for sublayer, level in zip(self.sublayers, config, strict=True):
+            levels[sublayer.layer] += (level,)
+        build = self._layer if weights is None else partial(self._layer, weights=weights)
+        stitcher = self._stitcher if weights is None else Stitcher(self.model, build)
+        with stitcher.stitched(levels, text=text):
+            yield
+
+    def _layer(self, index: int, level: Level, weights: Mapping[str, torch.Tensor] = _NONE) -> nn.Module:
+        """A layer with its sublayers at their levels, or with other projections of the same widths."""
+        fits: dict[str, LevelFit] = {}
+        own = [i for i, sublayer in enumerate(self.sublayers) if sublayer.layer == index]
+        for i, chosen in zip(own, level, strict=True):
+            fit, name = self.library[i][chosen], self.sublayers[i].name
+            if chosen or name in weights:
+                fits[self.sublayers[i].kind] = replace(fit, weight=weights.get(name, fit.weight))
+        is_gone = len(fits) == len(own) and not any(len(fit.columns) for fit in fits.values())
+        return Skipped() if is_gone else cut_layer(self.model, index, fits)
+
+    def forget(self) -> None:
+        """Free what scoring keeps of the configs of late."""
+        self._stitcher.forget()
+
+    def close(self) -> None:
+        self.set((0,) * len(self.library))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curvature:
+    """KL(dense || config) near the current config: value + b'c + c'Qc/2, c the change in one-hot levels.
+
+    `b` (levels) and `Q` (levels x levels) are over the concatenated levels of all choices, relative to the current
+    level of each choice, whose entries are zero. `b_error` is the standard error of `b` over sequences.
+    """
+
+    value: float
+    b: torch.Tensor
+    b_error: torch.Tensor
+    Q: torch.Tensor
+    num_rows: int
+
+
+def linearise(
+    net: Supernet,
+    teacher: Teacher,
+    *,
+    samples: int,
+    seed: int,
+    batch_tokens: int = 1024,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Curvature:
+    """One Fisher pass at the current config (sota and search, C2).
+
+    A[r, (s,k)] = sum over the positions t of sequence r of <g_st, delta_skt>: the gradient at sublayer s's output times
+    the change that level k makes there. b comes from the gradient of KL(dense || current), Q = A'A/T from gradients of
+    log-likelihoods of labels that are sampled from the current model itself: without bias the Fisher matrix, which is
+    the curvature of the KL at the dense model. Rows of single positions would miss how positions add up.
+    """
+    net.forget()
+    generator = torch.Generator().manual_seed(seed)
+    size = sum(len(levels) for levels in net.library)
+    slopes = torch.zeros(len(teacher.tokens), size)
+    Q, value, start = torch.zeros(size, size), 0.0, 0
+    head = head_of(net.model)
+    with _Tap(net) as tap:
+        for batch in batches(teacher.tokens, batch_tokens=batch_tokens):
+            rows = slice(start, start + len(batch))
+            start += len(batch)
+            hidden = tap.forward(batch)
+            at_head = teacher.at_head(hidden.detach(), head, rows=rows, samples=samples, generator=generator)
+            value += float(at_head.kls.sum())
+            if any(net.config):  # at the dense model the KL has its minimum: no gradient
+                slopes[rows] = tap.backward(hidden, at_head.slope) / batch.shape[1]
+            for gradient in at_head.scores:
+                products = tap.backward(hidden, gradient)
+                Q += products.T @ products
+            progress(batch.numel())
+    total = teacher.tokens.numel()
+    return Curvature(
+        value=value / total,
+        b=slopes.mean(0),
+        b_error=slopes.std(0, correction=0) / len(slopes) ** 0.5,
+        Q=Q / (total * samples),
+        num_rows=len(teacher.tokens) * samples,
+    )
+
+
+class _Tap:
+    """Keeps the inputs of the projections in the forward pass and turns the gradients at their outputs into rows of A
+    in the backward passes; nothing is held for more than one batch."""
+
+    def __init__(self, net: Supernet) -> None:
+        self.net = net
+        self.dtype = product_type(torch.float32)
+        self.changes = [self._weight_changes(index) for index in range(len(net.library))]
+        self.offsets = [0]
+        for levels in net.library:
+            self.offsets.append(self.offsets[-1] + len(levels))
+        self.products = torch.zeros(0)
+        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def _weight_changes(self, index: int) -> torch.Tensor:
+        """Every level's projection minus the current one, (levels x hidden * inputs)."""
+        out, levels = self.net.outs[index], self.net.library[index]
+        changes = (-out.weight.detach().float()).repeat(len(levels), 1, 1)
+        for level, fit in enumerate(levels):
+            changes[level][:, fit.columns] += fit.weight
+        changes[self.net.config[index]] = 0
+        return changes.reshape(len(levels), -1).to(self.dtype)
+
+    def _bias_changes(self, index: int) -> torch.Tensor | None:
+        """The same for the bias, (levels x hidden): a removed sublayer has none."""
+        bias, levels = self.net.biases[index], self.net.library[index]
+        if bias is None:
+            return None
+        has_bias = torch.tensor([float(len(fit.columns) > 0) for fit in levels])
+        return (has_bias - has_bias[self.net.config[index]])[:, None] * bias.float()
+
+    def __enter__(self) -> "_Tap":
+        for index, out in enumerate(self.net.outs):
+            self.hooks.append(out.register_forward_hook(self._record(index)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Final hidden states (positions x hidden), with a graph from the outputs of the projections on."""
+        model = self.net.model
+        embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
+        with compute_precision():
+            hidden: torch.Tensor = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        self.products = torch.zeros(len(tokens), self.offsets[-1])
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    def backward(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Rows of A (sequences x levels) for a loss with that `gradient` in the final hidden states."""
+        hidden.backward(gradient.to(hidden.dtype), retain_graph=True)
+        return self.products
+
+    def _record(self, index: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            x = inputs[0].detach().to(self.dtype)
+            output.register_hook(lambda gradient: self._multiply(index, x, gradient))
+
+        return hook
+
+    @torch.no_grad()
+    def _multiply(self, index: int, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        """<g_t, change x_t> summed over the positions of a sequence is <sum of g_t x_t', change>."""
+        g = gradient.to(self.dtype).reshape(len(self.products), -1, gradient.shape[-1])
+        outer = torch.bmm(g.mT, x.reshape(*g.shape[:2], -1))
+        products = (outer.reshape(len(g), -1) @ self.changes[index].T).float()
+        bias = self._bias_changes(index)
+        if bias is not None:
+            products += g.float().sum(1) @ bias.T
+        self.products[:, self.offsets[index] : self.offsets[index + 1]] = products

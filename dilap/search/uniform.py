@@ -1,0 +1,46 @@
+"""Equal ratios everywhere: every sublayer keeps the same share, the baseline that any search has to beat."""
+
+from dilap.core.errors import Infeasible
+from dilap.core.space import Space
+from dilap.search.allocation import Config
+from dilap.search.levels import prune_by_levels
+from dilap.search.method import Pruned, PruneTask
+from dilap.search.task import SearchResult, SearchTask
+
+
+def prune(task: PruneTask) -> Pruned:
+    """This allocation of measured levels, then a closed-form refit."""
+    return prune_by_levels(task, search)
+
+
+def search(task: SearchTask) -> SearchResult:
+    """The largest equal share within the limit; what is left of it widens evenly spread sublayers by one level."""
+    config = equal_shares(task.space, limit=task.limit)
+    return SearchResult(config=config, kl=task.evaluator.kl(config))
+
+
+def equal_shares(space: Space, *, limit: float) -> Config:
+    """The largest share whose config keeps `limit`, then single widenings, the sublayers in bit-reversed order.
+
+    Raises Infeasible.
+    """
+    if (fastest := space.seconds(space.fastest)) > limit:
+        raise Infeasible(
+            f"the smallest levels take {fastest / limit:.1%} of what is allowed: take a larger budget or smaller ratio"
+        )
+    shares = sorted({level.seconds / c.levels[0].seconds for c in space.choices for level in c.levels}, reverse=True)
+    fitting = (config for share in shares if space.seconds(config := _at_share(space, share)) <= limit)
+    config = next(fitting, space.fastest)
+    for index in sorted(range(len(config)), key=lambda index: int(f"{index:016b}"[::-1], 2)):
+        wider = (*config[:index], max(config[index] - 1, 0), *config[index + 1 :])
+        if space.seconds(wider) <= limit:
+            config = wider
+    return config
+
+
+def _at_share(space: Space, share: float) -> Config:
+    """The widest level of every choice that costs at most `share` of the full width."""
+    return tuple(
+        next((k for k, level in enumerate(c.levels) if level.seconds <= share * c.levels[0].seconds), len(c.levels) - 1)
+        for c in space.choices
+    )

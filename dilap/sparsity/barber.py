@@ -1,0 +1,228 @@
+"""LLM-Barber: swap a few pruned and kept weights after looking at the error of a whole block, attention or network."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from dilap.core.errors import InvalidInput
+from dilap.models.anatomy import decoder_layers, family_of
+from dilap.models.modeling_dilap import Family, linear_at
+from dilap.models.statistics import LayerCall, State, first_of, layer_calls
+from dilap.sparsity.pattern import Pattern
+
+Granularity = Literal["block", "layer", "output1", "input1"]
+# The published granularity and share of swaps by the method that made the first mask.
+PUBLISHED: Mapping[str, tuple[Granularity, float]] = {
+    "magnitude": ("block", 0.1),
+    "sparsegpt": ("layer", 0.1),
+    "wanda": ("output1", 0.01),
+}
+OWN: tuple[Granularity, float] = PUBLISHED["wanda"]  # for the first mask of a user's own rule
+Weights = dict[str, torch.Tensor]
+
+
+def swapped(kept: torch.Tensor, scores: torch.Tensor, *, threshold: float, group: int | None = None) -> torch.Tensor:
+    """The mask after swapping, inside every row of `kept` (groups x entries), the best pruned for the worst kept ones.
+
+    Of the K swaps that would raise the row's score, floor(K * threshold) are made. With `group`, a grown weight takes
+    the place of the worst kept one of its own N:M group, where it is better than that.
+    """
+    grows = _lowest_ranks(torch.where(kept, torch.inf, -scores))
+    falls = _lowest_ranks(torch.where(kept, scores, torch.inf))
+    pruned_down = torch.where(kept, -torch.inf, scores).sort(-1, descending=True).values
+    kept_up = torch.where(kept, scores, torch.inf).sort(-1).values
+    swaps = ((pruned_down > kept_up).sum(-1, keepdim=True) * threshold).floor()
+    grown = ~kept & (grows < swaps)
+    if group is None:
+        return (kept & (falls >= swaps)) | grown
+    shape = (*kept.shape[:-1], -1, group)
+    inner_grown, inner_kept, inner = grown.reshape(shape), kept.reshape(shape), scores.reshape(shape)
+    down = torch.where(inner_grown, inner, -torch.inf).sort(-1, descending=True).values
+    up = torch.where(inner_kept, inner, torch.inf).sort(-1).values
+    count = (down > up).sum(-1, keepdim=True)
+    rises = _lowest_ranks(torch.where(inner_grown, -inner, torch.inf)) < count
+    drops = _lowest_ranks(torch.where(inner_kept, inner, torch.inf)) < count
+    return ((inner_kept & ~drops) | (inner_grown & rises)).reshape(kept.shape)
+
+
+def _lowest_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Rank of every entry in its row, the lowest 0."""
+    return values.argsort(dim=-1, stable=True).argsort(dim=-1)
+
+
+def rebuilt_masks(
+    kept: Weights, scores: Weights, *, granularity: Granularity, threshold: float, group: int | None = None
+) -> Weights:
+    """Masks of a block's matrices after swaps inside the groups that `granularity` says."""
+    if granularity == "block":
+        names = list(kept)
+        flat_kept = torch.cat([kept[name].flatten() for name in names])
+        flat = torch.cat([scores[name].flatten() for name in names])
+        parts = swapped(flat_kept[None], flat[None], threshold=threshold)[0].split([kept[n].numel() for n in names])
+        return {name: part.reshape(kept[name].shape) for name, part in zip(names, parts, strict=True)}
+    found = {}
+    for name, mask in kept.items():
+        match granularity:
+            case "layer":
+                new = swapped(mask.reshape(1, -1), scores[name].reshape(1, -1), threshold=threshold)
+            case "output1":
+                new = swapped(mask, scores[name], threshold=threshold, group=group)
+            case "input1":
+                new = swapped(mask.T.contiguous(), scores[name].T.contiguous(), threshold=threshold).T
+        found[name] = new.reshape(mask.shape).contiguous()
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Barber:
+    """Scores are |dense weight| times the root mean square over sequences of the gradient, at the dense weights, of a
+    block's squared error on the sparse stream. Kept weights are the dense ones again; `retain` keeps what SparseGPT
+    made of them."""
+
+    granularity: Granularity = "output1"
+    threshold: float = 0.01
+    retain: bool = False
+
+    def rebuild_(
+        self,
+        model: PreTrainedModel,
+        dense: Mapping[str, torch.Tensor],
+        tokens: torch.Tensor,
+        pattern: Pattern,
+        *,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Swap in the model, block by block; `dense` are the decoder layers' dense matrices by `layer.path`.
+
+        Each block sees the stream of the sparse layers before it, rebuilt already. Raises InvalidInput for N:M with
+        a granularity other than output1.
+        """
+        if pattern.group and self.granularity != "output1":
+            raise InvalidInput(f"N:M patterns are rebuilt inside output rows only: output1, not {self.granularity}")
+        family = family_of(model.config)
+        calls = layer_calls(model, tokens, batch_tokens=1)  # one sequence at a time: their gradients are squared
+        states = [call.hidden for call in calls]
+        for index, layer in enumerate(decoder_layers(model)):
+            reference = copy.deepcopy(layer).float()
+            with torch.no_grad():
+                for path, matrix in _matrices(reference):
+                    matrix.weight.copy_(dense[f"{index}.{path}"])
+            for kind in ("attention", "ffn"):
+                block = Block(sparse=layer, dense=reference, family=family, kind=kind)
+                if block.paths:
+                    self._rebuild_(block, calls, states, pattern)
+            with torch.no_grad():
+                states = [first_of(layer(state, **call.arguments)) for call, state in zip(calls, states, strict=True)]
+            progress(tokens.numel())
+
+    def _rebuild_(self, block: "Block", calls: list[LayerCall], states: list[State], pattern: Pattern) -> None:
+        squares = {path: torch.zeros_like(weight) for path, weight in block.weights(block.dense).items()}
+        for call, state in zip(calls, states, strict=True):
+            for path, gradient in block.gradients(call, state).items():
+                squares[path] += gradient.square() / len(calls)
+        sparse, dense = block.weights(block.sparse), block.weights(block.dense)
+        scores = {path: weight.detach().abs() * squares[path].sqrt() for path, weight in dense.items()}
+        kept = {path: weight != 0 for path, weight in sparse.items()}
+        masks = rebuilt_masks(kept, scores, granularity=self.granularity, threshold=self.threshold, group=pattern.group)
+        with torch.no_grad():
+            for path, weight in sparse.items():
+                values = dense[path].to(weight.dtype)
+                if self.retain:
+                    values = torch.where(kept[path], weight, values)
+                weight.data = values * masks[path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Attention or feed-forward network of one layer, in the sparse model and with its dense weights, in f32."""
+
+    sparse: nn.Module
+    dense: nn.Module
+    family: Family
+    kind: str
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The block's matrices; none where its sublayer was removed."""
+        family = self.family
+        attention = (family.query, family.key, family.value, family.attention_out)
+        paths = attention if self.kind == "attention" else (*family.ffn_in, family.ffn_out)
+        return tuple(path for path in paths if linear_at(self.sparse, path) is not None)
+
+    def weights(self, layer: nn.Module) -> dict[str, nn.Parameter]:
+        return {path: layer.get_parameter(f"{path}.weight") for path in self.paths}
+
+    def gradients(self, call: LayerCall, state: State) -> Weights:
+        """Gradient of mean((sparse - dense output)^2) with respect to the dense weights, on the sparse stream."""
+        given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        outputs: list[torch.Tensor] = []
+        first, last = self._ends
+        hooks = [
+            first.register_forward_pre_hook(lambda _, args, keywords: given.append((args, keywords)), with_kwargs=True),
+            last.register_forward_hook(lambda _, __, output: outputs.append(first_of(output))),
+        ]
+        with torch.no_grad():
+            self.sparse(state, **call.arguments)
+        for hook in hooks:
+            hook.remove()
+        arguments, keywords = given[0]
+        weights = self.weights(self.dense)
+        self.dense.requires_grad_(False)
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        with torch.enable_grad():
+            found = self._dense_output(_in_f32(arguments), _in_f32(keywords))
+            loss = functional.mse_loss(found, outputs[0].reshape(found.shape).float())
+            gradients = torch.autograd.grad(loss, list(weights.values()))
+        return dict(zip(weights, gradients, strict=True))
+
+    @property
+    def _ends(self) -> tuple[nn.Module, nn.Module]:
+        """The modules of the sparse layer whose input and output are the block's."""
+        family = self.family
+        if self.kind == "attention":
+            first = last = family.attention
+        else:
+            first, last = family.ffn or family.ffn_in[0], family.ffn or family.ffn_out
+        return self.sparse.get_submodule(first), self.sparse.get_submodule(last)
+
+    def _dense_output(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
+        family = self.family
+        if self.kind == "attention":
+            return first_of(self.dense.get_submodule(family.attention)(*arguments, **keywords))
+        if family.ffn is not None:
+            return first_of(self.dense.get_submodule(family.ffn)(*arguments, **keywords))
+        activation: Any = self.dense.activation_fn  # OPT's network lies in the layer itself
+        hidden = activation(self.dense.get_submodule(family.ffn_in[0])(arguments[0]))
+        return first_of(self.dense.get_submodule(family.ffn_out)(hidden))
+
+
+def decoder_matrices(model: PreTrainedModel) -> Weights:
+    """The decoder layers' matrices by `layer.path`, not copied: pruning and rebuilding put new ones in their place, so
+    that these stay what they were, and the dense ones of a large model may stay in its file's memory map."""
+    return {
+        f"{index}.{path}": matrix.weight.detach()
+        for index, layer in enumerate(decoder_layers(model))
+        for path, matrix in _matrices(layer)
+    }
+
+
+def _in_f32(value: Any) -> Any:
+    """The tensors in what a block is called with, where they are of a narrower floating type."""
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return tuple(_in_f32(one) for one in value)
+    return {name: _in_f32(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+
+def _matrices(layer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for path, module in layer.named_modules():
+        if isinstance(module, nn.Linear):
+            yield path, module

@@ -1,0 +1,310 @@
+"""A decoder as an ExecuTorch program: `forward(tokens, input_pos)` with its KV cache inside, and `score` to judge it.
+
+`forward` gives the last position's logits, as deployed programs do: all positions' would make a prefill of
+SmolLM2-135M a quarter slower. `score` gives all of at most SCORED_TOKENS, so that evaluation needs no run for every
+token. It has the same weights, stored once, and the same kernels, but a cache of its own, and takes no memory where it
+is not loaded.
+
+This is our own module and not `executorch.examples.models.llama`: that one has scalar widths, no LayerNorm and not
+every bias, is an example and no interface, and can only be lowered as a whole, which takes minutes for 30 layers. Here
+what lies around ExecuTorch's `update_cache` and `custom_sdpa` are blocks that are lowered once a shape
+(`executorch_blocks`). The graph between them is traced with placeholder operators, which become calls of the
+blocks' delegates at the end: tracing through the delegates of 30 layers would take four times as long.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, ExecutorchProgramManager, to_edge
+from executorch.exir.delegate import executorch_call_delegate, get_lowered_module_name
+from executorch.exir.passes import MemoryPlanningPass, _quant_patterns_and_replacements
+from executorch.extension.llm.custom_ops import custom_ops
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.nn import functional
+
+from dilap.core.shape import Architecture, LayerWidths
+from dilap.export.executorch.blocks import EDGE, BlockShape, Delegate, Kind, template
+from dilap.export.executorch.header import POSITION_OFFSET, Header
+from dilap.export.executorch.quantisation import quantised_rows
+from dilap.models.modeling_dilap import FAMILIES
+
+Values = Callable[[str, tuple[int, ...]], torch.Tensor]  # a tensor's name and shape -> its content in f32
+REGISTERED = (custom_ops, _quant_patterns_and_replacements)  # imported for the operators that they define
+
+
+@torch.no_grad()
+def build(header: Header, values: Values) -> ExecutorchProgramManager:
+    """The program, ready to be written."""
+    decoder = Decoder(header, values)
+    methods = {
+        "forward": _lowered(decoder, decoder.delegates, max_tokens=header.max_context),
+        "score": _lowered(Score(decoder), decoder.delegates, max_tokens=header.max_scored),
+    }
+    manager = EdgeProgramManager(methods, header.metadata(), EDGE)
+    # The caller's tensors serve as they are: planned inputs would be copied before every run.
+    planning = MemoryPlanningPass(alloc_graph_input=False)
+    return manager.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
+
+
+def _lowered(module: nn.Module, delegates: Sequence[Delegate], *, max_tokens: int) -> ExportedProgram:
+    # two tokens: one would be taken for a constant
+    example = (torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    tokens = torch.export.Dim("tokens", min=1, max=max_tokens)
+    traced = torch.export.export(module, example, dynamic_shapes=({1: tokens}, None), strict=False)
+    program: ExportedProgram = to_edge(traced, compile_config=EDGE).exported_program()
+    _call_delegates_(program, delegates)
+    return program
+
+
+@torch.library.custom_op("dilap::attention_in", mutates_args=())
+def attention_in(inputs: list[torch.Tensor], block: int, heads: list[int], head_dim: int) -> list[torch.Tensor]:
+    """Placeholder for block number `block` with outputs (1 x tokens x count x head_dim) for every count of heads."""
+    raise NotImplementedError
+
+
+@attention_in.register_fake
+def _(inputs: list[torch.Tensor], _: int, heads: list[int], head_dim: int) -> list[torch.Tensor]:
+    return [inputs[0].new_empty(1, inputs[0].shape[1], count, head_dim) for count in heads]
+
+
+@torch.library.custom_op("dilap::block", mutates_args=())
+def block_of_width(inputs: list[torch.Tensor], block: int, width: int) -> list[torch.Tensor]:
+    """Placeholder for block number `block` with one output (1 x tokens x width)."""
+    raise NotImplementedError
+
+
+@block_of_width.register_fake
+def _(inputs: list[torch.Tensor], _: int, width: int) -> list[torch.Tensor]:
+    return [inputs[0].new_empty(1, inputs[0].shape[1], width)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """A block as the decoder calls it: its number and the buffers that hold its vectors."""
+
+    block: int
+    vectors: tuple[str, ...]
+
+
+class Decoder(nn.Module):
+    """The graph between the blocks. `forward` gives the logits (1 x vocabulary) of the last token."""
+
+    embedding: torch.Tensor
+    embedding_scales: torch.Tensor
+    positions: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(self, header: Header, values: Values) -> None:
+        super().__init__()
+        self.header = header
+        self.delegates: list[Delegate] = []
+        self._values = values
+        self._family = FAMILIES[header.architecture.family]
+        self._stack = self._family.layers.rpartition(".")[0]
+        self._make_embedding_()
+        self._make_positions_()
+        self._layers = [tuple(self._layer(index)) for index in range(len(header.architecture.layers))]
+        self._head = self._make_head_(max_tokens=1)
+        self._wide_head = self._make_head_(max_tokens=header.max_scored)
+
+    def _make_embedding_(self) -> None:
+        model = self.header.architecture
+        table = self._values(f"{self._stack}.embed_tokens.weight", (model.vocab_size, model.hidden_size))
+        if self.header.precision == "8da4w":
+            table, scales = quantised_rows(table)
+            self.register_buffer("embedding_scales", scales)
+        self.register_buffer("embedding", table)
+
+    def _make_positions_(self) -> None:
+        header, model = self.header, self.header.architecture
+        if model.num_positions:
+            name = f"{self._stack}.embed_positions.weight"
+            rows = self._values(name, (model.num_positions, model.hidden_size))[POSITION_OFFSET:]
+            self.register_buffer("positions", rows[: header.max_context].clone())
+        else:
+            angles = torch.outer(torch.arange(header.max_context), torch.tensor(header.frequencies)).repeat(1, 2)
+            self.register_buffer("cos", angles.cos() * header.magnitude)
+            self.register_buffer("sin", angles.sin() * header.magnitude)
+
+    def _layer(self, index: int) -> Iterator[_Call]:
+        """The blocks of a layer: two for attention, one for the feed-forward network, none for what it lacks."""
+        model, family, prefix = self.header.architecture, self._family, f"{self._family.layers}.{index}"
+        widths = model.layers[index]
+        if widths.num_heads:
+            norms = self._norm(f"{prefix}.{family.attention_norm}")
+            if model.qk_norm:
+                names = (f"{prefix}.{family.attention}.{name}.weight" for name in ("q_norm", "k_norm"))
+                norms += [(name, model.head_dim) for name in names]
+            paths = {"query": family.query, "key": family.key, "value": family.value}
+            for name in ("keys", "values"):
+                cache = torch.zeros(1, self.header.max_context, widths.num_kv_heads, model.head_dim)
+                self.register_buffer(f"{name}_{index}", cache, persistent=False)
+            matrices = {name: f"{prefix}.{path}" for name, path in paths.items()}
+            yield self._block("attention_in", replace(widths, num_channels=0), matrices, norms)
+            out = LayerWidths(num_heads=widths.num_heads, num_kv_heads=widths.num_heads, num_channels=0)
+            yield self._block("attention_out", out, {"out": f"{prefix}.{family.attention_out}"}, [])
+        if widths.num_channels:
+            *gate, up = (f"{prefix}.{path}" for path in family.ffn_in)
+            matrices = {"gate": gate[0]} if gate else {}
+            matrices |= {"up": up, "down": f"{prefix}.{family.ffn_out}"}
+            ffn = LayerWidths(num_heads=0, num_kv_heads=0, num_channels=widths.num_channels)
+            yield self._block("ffn", ffn, matrices, self._norm(f"{prefix}.{family.ffn_norm}"))
+
+    def _make_head_(self, *, max_tokens: int) -> _Call:
+        model = self.header.architecture
+        none = LayerWidths(num_heads=0, num_kv_heads=0, num_channels=0)
+        matrix = f"{self._stack}.embed_tokens" if model.tied_embeddings else "lm_head"
+        norm = "norm" if model.norm_vectors == 1 else "final_layer_norm"
+        vectors = self._norm(f"{self._stack}.{norm}")
+        return self._block("head", none, {"out": matrix}, vectors, max_tokens=max_tokens)
+
+    def _norm(self, path: str) -> list[tuple[str, int]]:
+        """Names and sizes of a norm's vectors."""
+        model = self.header.architecture
+        return [(f"{path}.{name}", model.hidden_size) for name in ("weight", "bias")[: model.norm_vectors]]
+
+    def _block(
+        self,
+        kind: Kind,
+        widths: LayerWidths,
+        matrices: dict[str, str],
+        vectors: Sequence[tuple[str, int]],
+        *,
+        max_tokens: int | None = None,
+    ) -> _Call:
+        """Lower a block with the model's matrices, and keep its vectors as buffers."""
+        header = self.header
+        shape = BlockShape(
+            kind=kind,
+            precision=header.precision,
+            style=header.style,
+            architecture=_relevant(header.architecture, kind),
+            widths=widths,
+            max_tokens=max_tokens or header.max_context,
+        )
+        block = shape.build()
+        for name, linear in block.linears().items():
+            linear.weight = nn.Parameter(
+                self._values(f"{matrices[name]}.weight", tuple(linear.weight.shape)), requires_grad=False
+            )
+            if linear.bias is not None:
+                bias = self._values(f"{matrices[name]}.bias", tuple(linear.bias.shape))
+                linear.bias = nn.Parameter(bias, requires_grad=False)
+        block.quantise_()
+        self.delegates.append(template(shape).filled(block))
+        number = len(self.delegates) - 1
+        names = tuple(f"vector_{number}_{index}" for index in range(len(vectors)))
+        for name, (source, size) in zip(names, vectors, strict=True):
+            self.register_buffer(name, self._values(source, (size,)).clone())
+        return _Call(block=number, vectors=names)
+
+    def forward(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
+        return self._logits(self._head, self._hidden(tokens, input_pos)[:, -1:])[:, 0]
+
+    def score(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
+        """Logits (tokens x vocabulary) of at most SCORED_TOKENS."""
+        return self._logits(self._wide_head, self._hidden(tokens, input_pos))[0]
+
+    def _hidden(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
+        """The residual stream (1 x tokens x hidden) behind the last layer."""
+        start, count = input_pos[0].item(), tokens.shape[1]
+        torch._check(start >= 0)
+        torch._check(start < self.header.max_context)
+        torch._check(start + count <= self.header.max_context)
+        x, angles = self._embed(tokens, start)
+        for index, (widths, calls) in enumerate(zip(self.header.architecture.layers, self._layers, strict=True)):
+            if widths.num_heads:
+                x = self._attention(x, angles, index, start)
+            if widths.num_channels:
+                x = self._run(calls[-1], [x], width=x.shape[-1])
+        return x
+
+    def _logits(self, head: _Call, x: torch.Tensor) -> torch.Tensor:
+        return self._run(head, [x], width=self.header.architecture.vocab_size)
+
+    def _run(self, call: _Call, inputs: list[torch.Tensor], *, width: int) -> torch.Tensor:
+        found: list[torch.Tensor] = block_of_width([*inputs, *self._vectors(call)], call.block, width)
+        return found[0]
+
+    def _vectors(self, call: _Call) -> list[torch.Tensor]:
+        return [getattr(self, name) for name in call.vectors]
+
+    def _embed(self, tokens: torch.Tensor, start: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The residual stream; cosines and sines (1 x tokens x 1 x head_dim) where positions are rotary."""
+        count = tokens.shape[1]
+        if self.header.precision == "f32":
+            x: torch.Tensor = functional.embedding(tokens, self.embedding)
+        else:
+            embedding_byte: Any = torch.ops.quantized_decomposed.embedding_byte
+            x = embedding_byte.dtype(
+                self.embedding, self.embedding_scales, None, -128, 127, tokens, dtype=torch.float32
+            )
+        if self.header.architecture.num_positions:
+            return x + self.positions.narrow(0, start, count), []
+        tables = [table.narrow(0, start, count) for table in (self.cos, self.sin)]
+        return x, [table.view(1, -1, 1, self.header.architecture.head_dim) for table in tables]
+
+    def _attention(self, x: torch.Tensor, angles: list[torch.Tensor], index: int, start: Any) -> torch.Tensor:
+        widths, (before, after, *_) = self.header.architecture.layers[index], self._layers[index]
+        keys, values = getattr(self, f"keys_{index}"), getattr(self, f"values_{index}")
+        counts = [widths.num_heads, widths.num_kv_heads, widths.num_kv_heads]
+        inputs = [x, *self._vectors(before), *angles]
+        query, key, value = attention_in(inputs, before.block, counts, self.header.architecture.head_dim)
+        torch.ops.llama.update_cache(key, keys, start)
+        torch.ops.llama.update_cache(value, values, start)
+        heads = torch.ops.llama.custom_sdpa(query, keys, values, start, None, 0.0, True)
+        return self._run(after, [x, heads], width=x.shape[-1])
+
+
+class Score(nn.Module):
+    """The decoder's `score` as a module, which is what can be traced."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
+        return self.decoder.score(tokens, input_pos)
+
+
+def _relevant(architecture: Architecture, kind: Kind) -> Architecture:
+    """An architecture without what the code of a block does not depend on, so that models share lowered blocks."""
+    found = replace(architecture, family="", layers=(), tied_embeddings=False)
+    return found if kind == "attention_in" else replace(found, qkv_bias=False, qk_norm=False)
+
+
+def _call_delegates_(program: ExportedProgram, delegates: Sequence[Delegate]) -> None:
+    """Turn every placeholder operator into a call of its block's delegate."""
+    module, graph = program.graph_module, program.graph
+    for node in list(graph.nodes):
+        name = str(getattr(node.target, "_op", node.target))
+        if node.op == "call_function" and name in ("dilap.attention_in.default", "dilap.block.default"):
+            delegate = delegates[node.args[1]]
+            with graph.inserting_before(node):
+                lowered = graph.get_attr(get_lowered_module_name(module, delegate.module))
+                arguments = (node.args[0][index] for index in delegate.arguments)
+                call = graph.call_function(executorch_call_delegate, (lowered, *arguments))
+                _take_results_(node, call, delegate.results)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+
+
+def _take_results_(node: Node, call: Node, results: tuple[int, ...]) -> None:
+    """Give the users of a placeholder operator, each of which takes one output, the delegate's."""
+    by_output = dict(zip(results, node.meta["val"], strict=True))
+    call.meta["val"] = tuple(by_output[index] for index in range(len(results)))
+    for user in list(node.users):
+        result = results[cast(int, user.args[1])]
+        with node.graph.inserting_before(node):
+            item = node.graph.call_function(operator.getitem, (call, result))
+            item.meta["val"] = by_output[result]
+        user.replace_all_uses_with(item)
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)

@@ -1,0 +1,276 @@
+"""A tokenizer as GGUF metadata, from a Hugging Face folder or another GGUF file."""
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gguf
+from gguf import GGUFValueType, TokenType
+
+from dilap.backends.child import opened
+from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed, reason_of
+from dilap.export.gguf.library import Gguf
+from dilap.export.text_samples import SAMPLES
+from dilap.models.pretrained import from_pretrained, require_sound_gguf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PREFIX = "tokenizer."
+PER_TOKEN = {  # arrays with one value a token, and what a token without text gets
+    "tokenizer.ggml.scores": 0.0,
+    "tokenizer.ggml.token_type": int(TokenType.UNUSED),
+}
+# llama.cpp's names for pre-tokenizers, one for each behaviour, the usual ones first; qwen2 before llama-bpe, which
+# splits Qwen's vocabulary alike (no token has two digits) but takes whole words past the merges.
+PRE_TOKENIZERS = (
+    *("qwen2", "llama-bpe", "smollm", "gpt-2", "gpt-4o", "tekken", "deepseek-llm", "deepseek-coder", "deepseek-v3"),
+    *("falcon", "starcoder", "command-r", "olmo", "stablelm2", "dbrx", "refact", "glm4", "mpt", "bloom", "viking"),
+    *("exaone", "superbpe", "seed-coder", "hunyuan", "bailingmoe", "qwen35", "default"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """One metadata entry; `item_kind` for arrays."""
+
+    key: str
+    value: Any
+    kind: GGUFValueType
+    item_kind: GGUFValueType | None = None
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The `tokenizer.*` entries of a GGUF file."""
+
+    fields: tuple[Field, ...]
+
+    def write(self, writer: gguf.GGUFWriter) -> None:
+        for field in self.fields:
+            writer.add_key_value(field.key, field.value, field.kind, sub_type=field.item_kind)
+
+    def padded(self, vocab_size: int) -> "Tokenizer":
+        """With unused tokens up to the rows of the embedding. Raises InvalidInput where there are fewer rows."""
+        tokens = next(field.value for field in self.fields if field.key == "tokenizer.ggml.tokens")
+        if len(tokens) > vocab_size:
+            raise InvalidInput(f"the tokenizer has {len(tokens)} tokens, the model {vocab_size} embedding rows")
+        known = set(tokens)
+        if len(known) < len(tokens):  # llama.cpp aborts the process on one
+            twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
+            raise InvalidInput(f"the tokenizer has the token {twice!r} twice; llama.cpp cannot hold it")
+        names = (f"[PAD{i}]" for i in range(2 * vocab_size))
+        unused = [next(name for name in names if name not in known) for _ in range(vocab_size - len(tokens))]
+        fill: dict[str, Sequence[Any]] = {key: [value] * len(unused) for key, value in PER_TOKEN.items()}
+        fill["tokenizer.ggml.tokens"] = unused
+        return Tokenizer(tuple(replace(f, value=[*f.value, *fill[f.key]]) if f.key in fill else f for f in self.fields))
+
+
+NO_TOKENIZER = Tokenizer((Field(key="tokenizer.ggml.model", value="no_vocab", kind=GGUFValueType.STRING),))
+
+
+def read_tokenizer(source: Path, *, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder or of a GGUF file, padded to `vocab_size` tokens."""
+    if source.is_file():
+        return _from_gguf(source).padded(vocab_size)
+    reference = _transformers_tokenizer(source)
+    document = json.loads(reference.backend_tokenizer.to_str())
+    model = document["model"]
+    if model["type"] != "BPE":
+        raise Unsupported(f"{source}: a {model['type']} tokenizer cannot be written to GGUF; BPE only")
+    last = max([*model["vocab"].values(), *(token["id"] for token in document["added_tokens"])], default=0)
+    if last >= vocab_size:
+        raise InvalidInput(f"the tokenizer has {last + 1} tokens, the model {vocab_size} embedding rows")
+    if model.get("byte_fallback"):
+        return _sentencepiece(document, reference).padded(vocab_size)
+    return _with_pre_tokenizer(_byte_level(document, reference).padded(vocab_size), reference)
+
+
+def verify_tokenizer(path: Path, source: Path) -> None:
+    """Raises VerificationFailed at the first text that llama.cpp and the source split differently."""
+    with opened(Gguf, path, runtime="llamacpp", vocab_only=True) as file:
+        if source.is_file():
+            with opened(Gguf, source, runtime="llamacpp", vocab_only=True) as original:
+                expected = [(text, original.tokens(text)) for text in SAMPLES]
+        else:
+            reference = _transformers_tokenizer(source)
+            expected = [(text, reference(text)["input_ids"]) for text in _texts(reference)]
+        for text, ids in expected:
+            if (got := file.tokens(text)) != ids:
+                raise VerificationFailed(_difference(file, text, ids, got))
+
+
+def _difference(file: Gguf, text: str, expected: list[int], got: list[int]) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
+    theirs, ours = (
+        f"{ids[at]} {file.token_text(ids[at])!r}" if at < len(ids) else "nothing more" for ids in (expected, got)
+    )
+    return f"the exported tokenizer differs: {text!r} at token {at}: expected {theirs}, llama.cpp gives {ours}"
+
+
+def _transformers_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    try:
+        reference: PreTrainedTokenizerFast = from_pretrained(AutoTokenizer, folder, local_files_only=True)
+    except InvalidInput as error:
+        line = str(error)
+        if not (folder / "tokenizer.json").exists():
+            line += " (there is no tokenizer.json; a tokenizer.model alone needs protobuf)"
+        raise InvalidInput(f"{folder}: transformers cannot load a tokenizer from it: {line}") from error
+    if not hasattr(reference, "backend_tokenizer"):
+        raise Unsupported(f"{folder}: {type(reference).__name__} has no tokenizer.json form")
+    return reference
+
+
+def _texts(reference: "PreTrainedTokenizerFast") -> Iterator[str]:
+    """The samples, with special tokens at the end, and where GGUF can say what happens there also at the start.
+
+    SentencePiece puts a space before a text. Around special tokens and before a leading space, tokenizers with
+    Metaspace "first" do not, llama.cpp does, and GGUF has no field for it.
+    """
+    yield from SAMPLES
+    anywhere = not reference.backend_tokenizer.model.byte_fallback
+    if anywhere:
+        yield " leading space"
+    for token in dict.fromkeys((reference.bos_token, reference.eos_token)):
+        if token:
+            yield f"user\nHello{token}"
+        if token and anywhere:
+            yield f"{token}user\nHello, world{token}\nassistant"
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    require_sound_gguf(path)
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, OSError) as error:
+        raise InvalidInput(f"{path}: not a GGUF file ({reason_of(error)})") from error
+    found = [field for name, field in reader.fields.items() if name.startswith(PREFIX)]
+    if not any(field.name == "tokenizer.ggml.tokens" for field in found):
+        raise InvalidInput(f"{path}: it holds no tokenizer")
+    return Tokenizer(
+        tuple(
+            Field(
+                key=field.name,
+                value=field.contents(),
+                kind=field.types[0],
+                item_kind=field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None,
+            )
+            for field in found
+        )
+    )
+
+
+def _byte_level(document: dict[str, Any], reference: "PreTrainedTokenizerFast") -> Tokenizer:
+    """Tokens and merges in the byte alphabet that both sides use."""
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in document["model"]["merges"]]
+    tokens, types = _tokens(document)
+    return Tokenizer(
+        (
+            _text("model", "gpt2"),
+            _list("tokens", tokens, GGUFValueType.STRING),
+            _list("token_type", types, GGUFValueType.INT32),
+            _list("merges", merges, GGUFValueType.STRING),
+            *_special(reference),
+        )
+    )
+
+
+def _sentencepiece(document: dict[str, Any], reference: "PreTrainedTokenizerFast") -> Tokenizer:
+    """llama.cpp joins the pair whose union scores highest: minus the rank of the first merge that makes it."""
+    tokens, types = _tokens(document)
+    rank: dict[str, int] = {}
+    for index, merge in enumerate(document["model"]["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        rank.setdefault(left + right, index)
+    starts_with_space = reference.tokenize("x", add_special_tokens=False)[0].startswith("▁")
+    return Tokenizer(
+        (
+            _text("model", "llama"),
+            _list("tokens", tokens, GGUFValueType.STRING),
+            _list("token_type", types, GGUFValueType.INT32),
+            _list("scores", [-float(rank.get(token, 0)) for token in tokens], GGUFValueType.FLOAT32),
+            Field(key="tokenizer.ggml.add_space_prefix", value=starts_with_space, kind=GGUFValueType.BOOL),
+            *_special(reference),
+        )
+    )
+
+
+def _tokens(document: dict[str, Any]) -> tuple[list[str], list[int]]:
+    """Token texts by id, and their types; a gap in the ids is an unused token."""
+    added = {token["id"]: token for token in document["added_tokens"]}
+    texts = {index: text for text, index in document["model"]["vocab"].items()}
+    texts |= {index: token["content"] for index, token in added.items()}
+    unknown = document["model"].get("unk_token")
+    byte_tokens = {f"<0x{byte:02X}>" for byte in range(256)} if document["model"].get("byte_fallback") else set()
+
+    def type_of(index: int) -> TokenType:
+        if index not in texts:
+            return TokenType.UNUSED
+        if texts[index] == unknown:
+            return TokenType.UNKNOWN
+        if index in added:
+            return TokenType.CONTROL if added[index]["special"] else TokenType.USER_DEFINED
+        return TokenType.BYTE if texts[index] in byte_tokens else TokenType.NORMAL
+
+    ids = range(max(texts) + 1)
+    return [texts.get(i, f"[UNUSED{i}]") for i in ids], [int(type_of(i)) for i in ids]
+
+
+def _special(reference: "PreTrainedTokenizerFast") -> Iterator[Field]:
+    """Special ids, what the tokenizer adds around a text (seen on a text), and the chat template."""
+    bos = reference.eos_token_id if reference.bos_token_id is None else reference.bos_token_id
+    special = {
+        "bos": bos,  # without one llama.cpp assumes token 11
+        "eos": reference.eos_token_id,
+        "unknown": reference.unk_token_id,
+        "padding": reference.pad_token_id,
+    }
+    for name, index in special.items():
+        if index is not None:
+            yield Field(key=f"tokenizer.ggml.{name}_token_id", value=index, kind=GGUFValueType.UINT32)
+    bare, full = reference("x", add_special_tokens=False)["input_ids"], reference("x")["input_ids"]
+    adds_bos = len(full) > len(bare) and full[0] == bos
+    adds_eos = len(full) > len(bare) + adds_bos and full[-1] == reference.eos_token_id
+    yield Field(key="tokenizer.ggml.add_bos_token", value=adds_bos, kind=GGUFValueType.BOOL)
+    yield Field(key="tokenizer.ggml.add_eos_token", value=adds_eos, kind=GGUFValueType.BOOL)
+    if isinstance(reference.chat_template, str):
+        yield Field(key="tokenizer.chat_template", value=reference.chat_template, kind=GGUFValueType.STRING)
+
+
+def _text(name: str, value: str) -> Field:
+    return Field(key=f"tokenizer.ggml.{name}", value=value, kind=GGUFValueType.STRING)
+
+
+def _list(name: str, values: Sequence[Any], kind: GGUFValueType) -> Field:
+    return Field(key=f"tokenizer.ggml.{name}", value=values, kind=GGUFValueType.ARRAY, item_kind=kind)
+
+
+def _with_pre_tokenizer(tokenizer: Tokenizer, reference: "PreTrainedTokenizerFast") -> Tokenizer:
+    """The first of llama.cpp's pre-tokenizers under which all texts agree, else the one with the most."""
+    expected = [(text, reference(text)["input_ids"]) for text in _texts(reference)]
+    best, most = tokenizer, -1
+    with tempfile.TemporaryDirectory() as folder:
+        for name in PRE_TOKENIZERS:
+            candidate = Tokenizer((*tokenizer.fields, _text("pre", name)))
+            agreeing = _num_agreeing(candidate, expected, Path(folder) / "vocabulary.gguf")
+            if agreeing > most:
+                best, most = candidate, agreeing
+            if agreeing == len(expected):
+                break
+    return best
+
+
+def _num_agreeing(tokenizer: Tokenizer, expected: Sequence[tuple[str, list[int]]], path: Path) -> int:
+    writer = gguf.GGUFWriter(path, "llama")
+    tokenizer.write(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with opened(Gguf, path, runtime="llamacpp", vocab_only=True) as file:
+        return sum(file.tokens(text) == ids for text, ids in expected)

@@ -1,0 +1,225 @@
+"""Export to GGUF, the format of llama.cpp."""
+
+import collections
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dilap.backends.child import called, opened
+from dilap.core.artifact import Artifact
+from dilap.core.codec import encode, file_sha256, write_json, written_aside
+from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.shape import Architecture
+from dilap.export.gguf import library as llamacpp
+from dilap.export.gguf.layout import Hyperparameters, Layout, TensorSpec, hyperparameters, layout_of
+from dilap.export.gguf.tokenizer import NO_TOKENIZER, Tokenizer, read_tokenizer, verify_tokenizer
+from dilap.export.random_weights import RandomWeights
+from dilap.export.text_samples import SAMPLES
+from dilap.export.verify import NUM_TOKENS, verify_logits
+from dilap.models.anatomy import architecture_of
+from dilap.models.context import max_tokens_of, window_notes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Values = Callable[[TensorSpec, "np.dtype[np.floating]"], NDArray[np.floating]]  # one tensor's content
+Verify = Callable[[Path, str], float | None]  # a written file in a precision -> SQNR in dB where there is a reference
+
+# Measured, in dB (f32, f16, q8_0, q4_0):
+#   tiny random models of four families, the worst   120    56    28    7.1
+#   SmolLM2-135M                                      114    56    26    7.5
+#   SmolLM2-135M pruned at random, best of four       112    56    24    5.4
+#   SmolLM2-135M pruned at random, worst of four       87    27   2.1   -1.4
+#   SmolLM2-135M, query rows of one layer misordered  6.3   6.3
+# A damaged model amplifies rounding, so the bounds leave it room; f32 and f16 still tell it from a wrong layout.
+# The quantised bounds only tell it from unrelated logits (-3): their layout is verified in f16 before.
+SQNR_BOUNDS_DB = {"f32": 60.0, "f16": 20.0, "q8_0": 0.0, "q4_0": -2.5}
+
+
+class GgufExporter:
+    """Writes `model.gguf` and `artifact.json`."""
+
+    backend = "llamacpp"
+
+    def export(
+        self, model: "PreTrainedModel", *, tokenizer: Path, precision: str, plan_digest: str, out: Path
+    ) -> Artifact:
+        """Write `model` into the folder `out`, verified, or leave nothing behind."""
+        architecture = architecture_of(model)
+        layout = layout_of(architecture, hyperparameters(model.config, head_dim=architecture.head_dim))
+        values = ModelValues(tensors=model.state_dict(), layout=layout)
+        words = read_tokenizer(tokenizer, vocab_size=architecture.vocab_size)
+
+        def verify(path: Path, precision: str) -> float:
+            verify_tokenizer(path, tokenizer)
+            return verify_gguf(model, path, precision=precision)
+
+        with written_aside(out) as folder:
+            artifact = _write_folder(folder, layout, values, tokenizer=words, precision=precision, verify=verify)
+            details = {
+                **artifact.details,
+                "torch_dtype": str(model.dtype),
+                "notes": window_notes(model.config),
+            }
+            artifact = replace(artifact, plan_digest=plan_digest, details=details)
+            write_json(folder / "artifact.json", encode(artifact))
+        return artifact
+
+    def export_probe(self, architecture: Architecture, *, precision: str, seed: int, out: Path) -> Artifact:
+        """Write a model of that shape with random weights and no tokenizer, for timing only."""
+        layout = layout_of(architecture, Hyperparameters())
+
+        def verify(path: Path, _: str) -> None:
+            called(llamacpp.validate, path, runtime="llamacpp")
+
+        random = RandomWeights(seed)
+
+        def values(spec: TensorSpec, dtype: "np.dtype[np.floating]") -> NDArray[np.floating]:
+            return random.weights(spec.name, spec.shape, dtype)
+
+        with written_aside(out) as folder:
+            artifact = _write_folder(folder, layout, values, tokenizer=NO_TOKENIZER, precision=precision, verify=verify)
+            write_json(folder / "artifact.json", encode(artifact))
+        return artifact
+
+
+def verify_gguf(model: "PreTrainedModel", path: Path, *, precision: str) -> float:
+    """The SQNR in dB of a file's logits against `model`. Raises VerificationFailed below the bound of the precision."""
+    with opened(llamacpp.Gguf, path, runtime="llamacpp", num_tokens=NUM_TOKENS) as file:
+        token_ids = _token_ids(file, min(NUM_TOKENS, max_tokens_of(model.config)))
+        bound, name = SQNR_BOUNDS_DB[precision], f"{path.name} in {precision}"
+        half = torch.float16 if precision == "f16" else None
+        return verify_logits(model, file, token_ids, bound_db=bound, name=name, half=half)
+
+
+def _token_ids(file: llamacpp.Gguf, count: int) -> list[int]:
+    """Real text where the file has a tokenizer, as a trained model's logits are only typical there."""
+    if file.has_vocabulary:
+        return file.tokens("\n".join(SAMPLES))[:count]
+    return [int(token) for token in np.random.default_rng(0).integers(0, file.vocab_size, count)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelValues:
+    """Tensors of a torch model, converted one at a time."""
+
+    tensors: dict[str, torch.Tensor]
+    layout: Layout
+
+    def __call__(self, spec: TensorSpec, dtype: "np.dtype[np.floating]") -> NDArray[np.floating]:
+        """Raises InvalidInput, naming the tensor, for a missing one, another shape, NaN or infinity."""
+        if spec.source not in self.tensors:
+            raise InvalidInput(f"the model has no tensor {spec.source}")
+        tensor = self.tensors[spec.source].detach()
+        if tuple(tensor.shape) != spec.shape:
+            raise InvalidInput(f"{spec.source} is {tuple(tensor.shape)}, the architecture needs {spec.shape}")
+        values = tensor.to(device="cpu", dtype=torch.float16 if dtype == np.float16 else torch.float32)
+        if not torch.isfinite(values).all():
+            raise InvalidInput(f"{spec.source} holds NaN, infinity or a value too large for {dtype}")
+        if spec.rotary_heads:
+            values = _neighbouring(values, num_heads=spec.rotary_heads)
+        array: NDArray[np.floating] = values.contiguous().numpy()
+        return array
+
+
+def _neighbouring(rows: torch.Tensor, *, num_heads: int) -> torch.Tensor:
+    """Every head's row i and row i + head_dim / 2 side by side (llama.cpp's NORM rotary order)."""
+    return rows.reshape(num_heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _write_folder(
+    folder: Path, layout: Layout, values: Values, *, tokenizer: Tokenizer, precision: str, verify: Verify
+) -> Artifact:
+    """`folder/model.gguf`; q8_0 and q4_0 go through an f16 file and llama.cpp's own quantiser.
+
+    The f16 file is verified too: four bits cost as many decibels (7 left) as a misordered matrix does (6 left).
+    """
+    if precision not in SQNR_BOUNDS_DB:
+        raise Unsupported(f"precision {precision!r} is not known; llama.cpp runs {', '.join(SQNR_BOUNDS_DB)}")
+    folder.mkdir()
+    path = folder / "model.gguf"
+    quantised = precision in llamacpp.FILE_TYPES
+    floats, written = (folder / "f16.gguf", "f16") if quantised else (path, precision)
+    _write_floats(floats, layout, values, tokenizer=tokenizer, precision=written)
+    sqnr_db = verify(floats, written)
+    if quantised:
+        file_type = llamacpp.FILE_TYPES[precision]
+        called(llamacpp.quantise, floats, path, runtime="llamacpp", precision=precision, file_type=file_type)
+        floats.unlink()
+        sqnr_db = verify(path, precision)
+    return _describe(path, layout, precision=precision, sqnr_db=sqnr_db)
+
+
+def _write_floats(path: Path, layout: Layout, values: Values, *, tokenizer: Tokenizer, precision: str) -> None:
+    """Header first, then one tensor at a time: never a second copy of the model."""
+    writer = gguf.GGUFWriter(path, layout.name)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if precision == "f16" else gguf.LlamaFileType.ALL_F32)
+    for key, value in layout.metadata().items():
+        _add(writer, f"{layout.name}.{key}", value)
+    tokenizer.write(writer)
+    specs = [(spec, _dtype(spec, precision)) for spec in layout.tensors()]
+    for spec, dtype in specs:
+        writer.add_tensor_info(spec.name, spec.shape, dtype, int(np.prod(spec.shape)) * dtype.itemsize)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for spec, dtype in specs:
+            _write(writer, _content(spec, dtype, layout, values))
+    finally:
+        writer.close()
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: int | float | list[int]) -> None:
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    else:
+        writer.add_float32(key, value)
+
+
+def _dtype(spec: TensorSpec, precision: str) -> "np.dtype[np.floating]":
+    """llama.cpp's operators need vectors (norms, biases, rotary factors) in f32 whatever the matrices are."""
+    return np.dtype(np.float16 if precision == "f16" and len(spec.shape) > 1 else np.float32)
+
+
+def _content(spec: TensorSpec, dtype: "np.dtype[np.floating]", layout: Layout, values: Values) -> NDArray[np.floating]:
+    if spec.name == "rope_freqs.weight":
+        return np.array(layout.hyperparameters.rope_factors, dtype)
+    return values(spec, dtype) if spec.source else np.full(spec.shape, spec.constant, dtype)
+
+
+def _write(writer: gguf.GGUFWriter, array: NDArray[np.floating]) -> None:
+    try:
+        writer.write_tensor_data(array)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # numpy reports a short write without an errno, and nothing but a full disk causes one.
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+
+
+def _describe(path: Path, layout: Layout, *, precision: str, sqnr_db: float | None) -> Artifact:
+    """The sidecar, without a plan. Types are read back: llama.cpp keeps f16 where a row does not fill a block."""
+    types = collections.Counter(tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(path).tensors)
+    return Artifact(
+        path=path.name,
+        format="gguf",
+        backend=GgufExporter.backend,
+        precision=precision,
+        plan_digest="",
+        architecture=layout.architecture,
+        sha256=file_sha256(path),
+        num_bytes=path.stat().st_size,
+        sqnr_db=sqnr_db,
+        details={"architecture": layout.name, "tensor_types": dict(sorted(types.items()))},
+    )

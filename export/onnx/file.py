@@ -1,0 +1,78 @@
+"""An ONNX file in ONNX Runtime, as far as an exporter needs it; without torch, for it runs in a process of its own."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dilap.core.errors import InvalidInput, Unavailable, reason_of
+
+_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class OnnxFile:
+    """An exported file in ONNX Runtime on the CPU, as any user of its names would run it."""
+
+    def __init__(self, path: Path, *, optimised: bool = True) -> None:
+        """Raises InvalidInput, in one line, where ONNX Runtime refuses the file."""
+        try:
+            import onnxruntime  # noqa: PLC0415
+        except ImportError as error:
+            raise Unavailable("ONNX Runtime is needed to check a file; pip install 'dilap[onnxruntime]'") from error
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what it logs, it raises
+        options.intra_op_num_threads = max(1, (os.cpu_count() or 2) // 2)
+        if not optimised:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        try:
+            self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # it has a dozen types, which share no base of their own
+            raise InvalidInput(f"{path}: ONNX Runtime cannot load it: {reason_of(error)}") from error
+
+    def __enter__(self) -> "OnnxFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._session = None
+
+    def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
+        """Logits (tokens x vocabulary): one pass, or its last quarter token by token through the KV cache."""
+        cache = {
+            value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), _NUMPY_TYPES[value.type])
+            for value in self._session.get_inputs()
+            if value.name.startswith("past_key_values.")
+        }
+        together = len(token_ids) - (-(-len(token_ids) // 4) if incremental else 0)
+        rows, start = [], 0
+        for end in range(together, len(token_ids) + 1):
+            logits, cache = self._run(token_ids[start:end], start, cache)
+            rows.append(logits)
+            start = end
+        return np.concatenate(rows)
+
+    def _run(
+        self, token_ids: Sequence[int], start: int, cache: dict[str, NDArray[np.floating]]
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.floating]]]:
+        end = start + len(token_ids)
+        feed = {
+            "input_ids": np.array([token_ids], np.int64),
+            "attention_mask": np.ones((1, end), np.int64),
+            "position_ids": np.arange(start, end)[None],
+            "logits_to_keep": np.array([len(token_ids)]),
+        }
+        wanted = {value.name for value in self._session.get_inputs()}
+        feed = {name: value for name, value in feed.items() if name in wanted}
+        names = [value.name for value in self._session.get_outputs()]
+        outputs = dict(zip(names, self._session.run(names, feed | cache), strict=True))
+        grown = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
+        return outputs["logits"][0].astype(np.float32), grown

@@ -1,0 +1,367 @@
+"""The ONNX graph of a decoder-only model of any widths, one for prefill and decode.
+
+The graph is emitted from the Architecture, not sliced out of an exporter's graph of the dense model. transformers'
+OnnxExporter (5.23, tried on Llama and Mistral) took more than a minute for three tiny layers on a busy machine, and
+names its cache `input.past_key_values.layers.0.keys` and its constants `val_45`: slicing it would mean to recognise
+head counts and reshapes by position, again for every version of three libraries. Emitting takes about twenty operators
+and a tenth of a second, leaves nothing to cache, and is checked in the same way: logits against torch after every
+export.
+
+Inputs and outputs have the names of the ecosystem (B batch, S new tokens, P past tokens, N key-value heads):
+
+    input_ids                  B x S            int64
+    attention_mask             B x (P + S)      int64 ones, in the form `onnxruntime`; P tokens are used of a cache
+                                                that may have room for more
+    position_ids               B x S            int64, in the form `plain`, and for learned positions in either form
+    logits_to_keep             1                int64, how many rows of logits are wanted, from the end; in the form
+                                                `onnxruntime` optional (all)
+    past_key_values.I.key      B x N x P x head_dim, and .value
+    logits                     B x kept x vocabulary
+    present.I.key              B x N x (P + S) x head_dim, and .value
+
+In the form `onnxruntime` rotated keys carry half of the attention's scale, so that a cache belongs to the graph that
+wrote it.
+
+Heads and head_dim of every cache tensor are concrete numbers, because ONNX Runtime GenAI sizes its caches by them. I
+counts the layers that have attention, without gaps: GenAI 0.18 finds gaps by itself, older ones and whoever makes the
+names from a number of layers do not.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from dilap.core.shape import Architecture, LayerWidths
+from dilap.export.onnx.emitter import MICROSOFT, Emitter, Values
+from dilap.export.onnx.hyperparameters import POSITION_OFFSET, Hyperparameters
+from dilap.export.onnx.matrices import HEAD, BlockMatrices, Blocks, FloatMatrices, Matrices, PanelMatrices, Storage
+from dilap.export.onnx.stacks import Stacks
+from dilap.models.modeling_dilap import FAMILIES
+
+# `onnxruntime` uses its contrib operators, `plain` standard operators alone (TensorRT takes those).
+Form = Literal["onnxruntime", "plain"]
+
+_DTYPES = {"f32": ir.DataType.FLOAT, "f16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+_ALL_ROWS = np.iinfo(np.int64).max
+
+
+def build_model(
+    architecture: Architecture,
+    numbers: Hyperparameters,
+    values: Values,
+    *,
+    form: Form,
+    dtype: str = "f32",
+    storage: Storage = "float",
+    blocks: Blocks | None = None,
+) -> ir.Model:
+    """The graph, its weights being lazy tensors, which `onnx_ir.save` reads one at a time.
+
+    `dtype` is f32, f16 or bf16; `storage` other than float needs f32, the form `onnxruntime` and `blocks`.
+    """
+    fused, stacks = form == "onnxruntime", Stacks()
+    emitter = Emitter(dtype=_DTYPES[dtype], values=stacks.of_values(values), contrib=fused)
+    matrices: Matrices = PanelMatrices(emitter) if fused else FloatMatrices(emitter)
+    if storage != "float":
+        assert fused and dtype == "f32" and blocks is not None  # noqa: PT018
+        matrices = BlockMatrices(emitter, stacks.of_blocks(blocks), bits=8 if storage == "int8" else 4)
+    return _Builder(architecture, numbers, emitter, matrices, stacks, fused=fused).build()
+
+
+class _Builder:
+    """Emits one graph. `_residual` is the residual stream, `_update` what the last sublayer has yet to add to it."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        numbers: Hyperparameters,
+        emitter: Emitter,
+        matrices: Matrices,
+        stacks: Stacks,
+        *,
+        fused: bool,
+    ) -> None:
+        self._architecture, self._numbers, self._fused = architecture, numbers, fused
+        self._emitter, self._matrices, self._stacks, self._op = emitter, matrices, stacks, emitter.op
+        self._family = FAMILIES[architecture.family]
+        self._stack = self._family.layers.rpartition(".")[0]
+        self._embeddings = (f"{self._stack}.embed_tokens.weight", (architecture.vocab_size, architecture.hidden_size))
+        self._update: ir.Value | None = None
+
+    def build(self) -> ir.Model:
+        self._declare_inputs()
+        self._residual = self._embedding()
+        positions = self._fused_positions() if self._fused else self._plain_positions()
+        present: list[tuple[Sequence[ir.Value], int]] = []
+        for index, widths in enumerate(self._architecture.layers):
+            layer = f"{self._family.layers}.{index}"
+            if widths.num_heads:
+                self._update, cache = self._attention(layer, widths, positions, len(present))
+                present.append((cache, widths.num_kv_heads))
+            if widths.num_channels:
+                self._update = self._ffn(layer, widths.num_channels)
+        self._emitter.output(self._logits(), "logits", ("batch", "kept", self._architecture.vocab_size))
+        for index, (cache, num_kv_heads) in enumerate(present):
+            shape = ("batch", num_kv_heads, "total_sequence", self._architecture.head_dim)
+            for part, tensor in zip(("key", "value"), cache, strict=True):
+                self._emitter.output(tensor, f"present.{index}.{part}", shape)
+        return self._emitter.model()
+
+    def _declare_inputs(self) -> None:
+        emitter = self._emitter
+        self._ids = emitter.input("input_ids", ("batch", "sequence"))
+        if self._fused:
+            self._mask = emitter.input("attention_mask", ("batch", "total_sequence"))
+        if not self._fused or self._architecture.num_positions:
+            self._position_ids = emitter.input("position_ids", ("batch", "sequence"))
+        self._rows = emitter.input("logits_to_keep", (1,))
+        if self._fused:  # a default makes it optional: stock consumers, which do not know it, get every row
+            self._rows.const_value = ir.tensor(np.array([_ALL_ROWS]), name=self._rows.name)
+            emitter.graph.register_initializer(self._rows)
+
+    def _embedding(self) -> ir.Value:
+        hidden = self._matrices.gather(self._ids, *self._embeddings)
+        if not self._architecture.num_positions:
+            return hidden
+        shape = (self._architecture.num_positions, self._architecture.hidden_size)
+        table = self._emitter.weight(f"{self._stack}.embed_positions.weight", shape)
+        rows = self._op("Add", self._position_ids, self._emitter.integers(POSITION_OFFSET))
+        return self._op("Add", hidden, self._op("Gather", table, rows))
+
+    def _logits(self) -> ir.Value:
+        hidden = self._norm(f"{self._stack}.{'final_layer_norm' if self._architecture.num_positions else 'norm'}")
+        first = self._op("Neg", self._rows)
+        rows = self._op("Slice", hidden, first, self._emitter.integers(_ALL_ROWS), self._emitter.integers(1))
+        if self._architecture.tied_embeddings:
+            return self._matrices.tied_matmul(rows, *self._embeddings)
+        return self._matrices.matmul(rows, HEAD, self._embeddings[1])
+
+    # sublayers
+
+    def _attention(
+        self, layer: str, widths: LayerWidths, positions: Sequence[ir.Value], cache_index: int
+    ) -> tuple[ir.Value, Sequence[ir.Value]]:
+        """What attention adds to the stream, and the grown cache."""
+        architecture, family = self._architecture, self._family
+        x = self._norm(f"{layer}.{family.attention_norm}")
+        inputs = self._projections(x, layer, widths)
+        past = [self._past(cache_index, part, widths.num_kv_heads) for part in ("key", "value")]
+        attend = self._fused_attention if self._fused else self._plain_attention
+        mixed, *present = attend(inputs, past, positions, widths)
+        shape = (architecture.hidden_size, widths.num_heads * architecture.head_dim)
+        return self._linear(mixed, f"{layer}.{family.attention_out}", shape, bias=architecture.out_bias), present
+
+    def _projections(self, x: ir.Value, layer: str, widths: LayerWidths) -> Sequence[ir.Value]:
+        """Query, key and value; or one value that holds all, as GroupQueryAttention takes it."""
+        architecture, family = self._architecture, self._family
+        heads = {family.query: widths.num_heads, family.key: widths.num_kv_heads, family.value: widths.num_kv_heads}
+        rows = {f"{layer}.{path}": count * architecture.head_dim for path, count in heads.items()}
+        if self._fused and not architecture.qk_norm:
+            return (self._stacked_linear(x, f"{layer}.self_attn.qkv_proj", rows, bias=architecture.qkv_bias),)
+        query, key, value = self._linears(x, rows, bias=architecture.qkv_bias)
+        if architecture.qk_norm:
+            query = self._head_norm(query, f"{layer}.self_attn.q_norm", widths.num_heads)
+            key = self._head_norm(key, f"{layer}.self_attn.k_norm", widths.num_kv_heads)
+        return query, key, value
+
+    def _past(self, index: int, part: str, num_kv_heads: int) -> ir.Value:
+        shape = ("batch", num_kv_heads, "past_sequence", self._architecture.head_dim)
+        return self._emitter.input(f"past_key_values.{index}.{part}", shape, self._emitter.dtype)
+
+    def _ffn(self, layer: str, num_channels: int) -> ir.Value:
+        architecture, family = self._architecture, self._family
+        x = self._norm(f"{layer}.{family.ffn_norm}")
+        rows = {f"{layer}.{path}": num_channels for path in family.ffn_in}
+        first, *up = self._ffn_inputs(x, layer, rows)
+        y = self._activation(first)
+        if up:
+            y = self._op("Mul", y, up[0])
+        shape = (architecture.hidden_size, num_channels)
+        return self._linear(y, f"{layer}.{family.ffn_out}", shape, bias=architecture.ffn_out_bias)
+
+    def _ffn_inputs(self, x: ir.Value, layer: str, rows: Mapping[str, int]) -> Sequence[ir.Value]:
+        """Gate and up, or the one product of an FFN without a gate."""
+        bias = self._architecture.ffn_bias
+        if self._fused and len(rows) > 1:
+            stacked = self._stacked_linear(x, f"{layer}.mlp.gate_up_proj", rows, bias=bias)
+            return self._emitter.ops("Split", stacked, axis=-1, num_outputs=len(rows))
+        return self._linears(x, rows, bias=bias)
+
+    def _activation(self, x: ir.Value) -> ir.Value:
+        kind = self._numbers.activation
+        if kind == "silu":
+            return self._op("Mul", x, self._op("Sigmoid", x))
+        return self._op("Relu" if kind == "relu" else "Gelu", x)
+
+    # attention on ONNX Runtime
+
+    def _fused_positions(self) -> tuple[ir.Value, ...]:
+        """What every GroupQueryAttention reads: last positions, total length, cosines and sines of every position."""
+        mask = self._mask
+        lengths = self._op("ReduceSum", mask, self._emitter.integers(1), keepdims=0)
+        last = self._op("Cast", self._op("Sub", lengths, self._emitter.integers(1)), to=ir.DataType.INT32)
+        total = self._op("Squeeze", self._op("Shape", mask, start=1, end=2))
+        return last, self._op("Cast", total, to=ir.DataType.INT32), *self._rotations()
+
+    def _fused_attention(
+        self,
+        inputs: Sequence[ir.Value],
+        past: Sequence[ir.Value],
+        positions: Sequence[ir.Value],
+        widths: LayerWidths,
+    ) -> Sequence[ir.Value]:
+        rotary = bool(self._numbers.rope_frequencies)
+        return self._emitter.ops(
+            "GroupQueryAttention",
+            *inputs,
+            *[None] * (3 - len(inputs)),
+            *past,
+            *positions,
+            num_outputs=3,
+            domain=MICROSOFT,
+            num_heads=widths.num_heads,
+            kv_num_heads=widths.num_kv_heads,
+            scale=1.0 if rotary else self._scale(),
+            do_rotary=int(rotary),
+        )
+
+    # attention in standard operators
+
+    def _plain_positions(self) -> tuple[ir.Value, ...]:
+        """The additive mask (B x 1 x S x (P + S)); cosines and sines of the new tokens (B x 1 x S x head_dim / 2)."""
+        positions = self._position_ids
+        first = next(widths for widths in self._architecture.layers if widths.num_heads)
+        past = self._op("Shape", self._past(0, "key", first.num_kv_heads), start=2, end=3)
+        new = self._op("Shape", self._ids, start=1, end=2)
+        total = self._op("Squeeze", self._op("Add", past, new))
+        keys = self._op("Range", self._emitter.integer(0), total, self._emitter.integer(1))
+        queries = self._op("Unsqueeze", positions, self._emitter.integers(1, 3))
+        visible = self._op("LessOrEqual", keys, queries)
+        lowest = np.finfo(np.float16 if self._emitter.dtype == ir.DataType.FLOAT16 else np.float32).min
+        mask = self._op(
+            "Where", visible, self._emitter.number("visible", 0.0), self._emitter.number("hidden", float(lowest))
+        )
+        rotations = [
+            self._op("Unsqueeze", self._op("Gather", table, positions), self._emitter.integers(1))
+            for table in self._rotations()
+        ]
+        return mask, *rotations
+
+    def _plain_attention(
+        self, inputs: Sequence[ir.Value], past: Sequence[ir.Value], positions: Sequence[ir.Value], widths: LayerWidths
+    ) -> Sequence[ir.Value]:
+        counts = (widths.num_heads, widths.num_kv_heads, widths.num_kv_heads)
+        query, key, value = (self._split_heads(x, count) for x, count in zip(inputs, counts, strict=True))
+        mask, *rotations = positions
+        if rotations:
+            query, key = self._rotate(query, *rotations), self._rotate(key, *rotations)
+        key, value = (self._op("Concat", old, new, axis=2) for old, new in zip(past, (key, value), strict=True))
+        query = self._op("Mul", query, self._emitter.number("attention_scale", self._scale()))
+        keys, values = (self._repeat_heads(x, widths) for x in (key, value))
+        scores = self._op("MatMul", query, self._op("Transpose", keys, perm=[0, 1, 3, 2]))
+        weights = self._op("Softmax", self._op("Add", scores, mask), axis=-1)
+        mixed = self._op("Transpose", self._op("MatMul", weights, values), perm=[0, 2, 1, 3])
+        width = widths.num_heads * self._architecture.head_dim
+        return self._op("Reshape", mixed, self._emitter.integers(0, 0, width)), key, value
+
+    def _split_heads(self, x: ir.Value, num_heads: int) -> ir.Value:
+        """B x S x (heads * head_dim) to B x heads x S x head_dim."""
+        split = self._op("Reshape", x, self._emitter.integers(0, 0, num_heads, self._architecture.head_dim))
+        return self._op("Transpose", split, perm=[0, 2, 1, 3])
+
+    def _repeat_heads(self, x: ir.Value, widths: LayerWidths) -> ir.Value:
+        """Every key-value head once for each of its query heads."""
+        ratio = widths.num_heads // widths.num_kv_heads
+        if ratio == 1:
+            return x
+        repeated = self._op(
+            "Expand", self._op("Unsqueeze", x, self._emitter.integers(2)), self._emitter.integers(1, 1, ratio, 1, 1)
+        )
+        return self._op(
+            "Reshape", repeated, self._emitter.integers(0, widths.num_heads, -1, self._architecture.head_dim)
+        )
+
+    def _rotate(self, x: ir.Value, cosines: ir.Value, sines: ir.Value) -> ir.Value:
+        """The two halves of every head turned against one another."""
+        first, second = self._emitter.ops("Split", x, axis=-1, num_outputs=2)
+        turned_first = self._op("Sub", self._op("Mul", first, cosines), self._op("Mul", second, sines))
+        turned_second = self._op("Add", self._op("Mul", second, cosines), self._op("Mul", first, sines))
+        return self._op("Concat", turned_first, turned_second, axis=-1)
+
+    # norms
+
+    def _norm(self, path: str) -> ir.Value:
+        """The norm of the residual stream, the last sublayer's output added to it first."""
+        names = ("weight", "bias")[: self._architecture.norm_vectors]
+        vectors = [self._emitter.weight(f"{path}.{name}", (self._architecture.hidden_size,)) for name in names]
+        layer_norm = len(vectors) == 2
+        if self._fused and self._update is not None:
+            normed, _, _, self._residual = self._emitter.ops(
+                "SkipLayerNormalization" if layer_norm else "SkipSimplifiedLayerNormalization",
+                self._residual,
+                self._update,
+                *vectors,
+                num_outputs=4,
+                domain=MICROSOFT,
+                epsilon=self._numbers.norm_eps,
+            )
+            self._update = None
+            return normed
+        if self._update is not None:
+            self._residual, self._update = self._op("Add", self._residual, self._update), None
+        if layer_norm:
+            return self._op("LayerNormalization", self._residual, *vectors, epsilon=self._numbers.norm_eps)
+        return self._rms_norm(self._residual, *vectors)
+
+    def _rms_norm(self, x: ir.Value, weight: ir.Value) -> ir.Value:
+        """Over the last axis, in f32 as torch does it; ONNX Runtime fuses these nodes when it loads them."""
+        wide = x if self._emitter.dtype == ir.DataType.FLOAT else self._op("Cast", x, to=ir.DataType.FLOAT)
+        two, eps = (
+            self._emitter.constant(name, np.array(number, np.float32))
+            for name, number in (("two", 2.0), ("norm_eps", self._numbers.norm_eps))
+        )
+        mean = self._op("ReduceMean", self._op("Pow", wide, two), self._emitter.integers(-1), keepdims=1)
+        normed = self._op("Div", wide, self._op("Sqrt", self._op("Add", mean, eps)))
+        if self._emitter.dtype != ir.DataType.FLOAT:
+            normed = self._op("Cast", normed, to=self._emitter.dtype)
+        return self._op("Mul", normed, weight)
+
+    def _head_norm(self, x: ir.Value, path: str, num_heads: int) -> ir.Value:
+        """RMSNorm of every head by itself (Qwen3); B x S x (heads * head_dim) in and out."""
+        head_dim = self._architecture.head_dim
+        split = self._op("Reshape", x, self._emitter.integers(0, 0, num_heads, head_dim))
+        normed = self._rms_norm(split, self._emitter.weight(f"{path}.weight", (head_dim,)))
+        return self._op("Reshape", normed, self._emitter.integers(0, 0, num_heads * head_dim))
+
+    # numbers
+
+    def _scale(self) -> float:
+        return float(self._architecture.head_dim**-0.5)
+
+    def _rotations(self) -> tuple[ir.Value, ...]:
+        """Tables of cosines and sines, context x head_dim / 2; none for learned positions."""
+        if not self._numbers.rope_frequencies:
+            return ()
+        positions = np.arange(self._numbers.context_length, dtype=np.float32)
+        angles = np.outer(positions, np.array(self._numbers.rope_frequencies, np.float32))
+        tables = {"cosines": np.cos(angles), "sines": np.sin(angles)}
+        # Queries and keys take half of the scale each: only by a scale of 1 does MLAS multiply one row at once.
+        magnitude = self._numbers.rope_magnitude * (self._scale() ** 0.5 if self._fused else 1)
+        return tuple(self._emitter.number(name, table * magnitude) for name, table in tables.items())
+
+    def _stacked_linear(self, x: ir.Value, path: str, rows: Mapping[str, int], *, bias: bool) -> ir.Value:
+        """Several of torch's Linears on the stream as one, called `path`, with so many rows of each."""
+        shape = (sum(rows.values()), self._architecture.hidden_size)
+        return self._linear(x, self._stacks.add(path, rows), shape, bias=bias)
+
+    def _linears(self, x: ir.Value, rows: Mapping[str, int], *, bias: bool) -> list[ir.Value]:
+        """Torch's Linears on the stream one by one, by path with the rows of each."""
+        hidden_size = self._architecture.hidden_size
+        return [self._linear(x, path, (count, hidden_size), bias=bias) for path, count in rows.items()]
+
+    def _linear(self, x: ir.Value, path: str, shape: tuple[int, int], *, bias: bool) -> ir.Value:
+        """Torch's Linear at `path`, its weight of that shape."""
+        y = self._matrices.matmul(x, f"{path}.weight", shape)
+        return self._op("Add", y, self._emitter.weight(f"{path}.bias", shape[:1])) if bias else y

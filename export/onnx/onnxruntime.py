@@ -1,0 +1,202 @@
+"""Export to the folder that ONNX Runtime and ONNX Runtime GenAI load."""
+
+import collections
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from dilap.backends.child import opened
+from dilap.core.artifact import Artifact
+from dilap.core.codec import encode, file_sha256, write_json, written_aside
+from dilap.core.errors import Unsupported
+from dilap.core.shape import Architecture
+from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
+from dilap.export.onnx.file import OnnxFile
+from dilap.export.onnx.graph import build_model
+from dilap.export.onnx.hyperparameters import Hyperparameters, hyperparameters, probe_hyperparameters
+from dilap.export.onnx.matrices import Storage
+from dilap.export.onnx.weights import ModelWeights, ProbeWeights
+from dilap.export.text_samples import SAMPLES
+from dilap.export.verify import NUM_TOKENS, verify_logits
+from dilap.models.anatomy import architecture_of
+from dilap.models.context import max_tokens_of, window_notes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+STORAGE: dict[str, Storage] = {"f32": "float", "int8": "int8", "int4": "int4"}
+_MAX_LENGTH = 4096  # GenAI allocates the cache for this many tokens unless it is told another number
+
+# Measured, in dB (f32, int8, int4):
+#   tiny random models of five families, the worst   121    27   7.8
+#   SmolLM2-135M                                      112    25   7.5
+#   SmolLM2-135M pruned at random, best of four       112    25   7.1
+#   SmolLM2-135M pruned at random, worst of four       91   6.9   1.4
+#   SmolLM2-135M, query rows of one layer misordered   13    13   6.5
+# A damaged model amplifies rounding, so the bounds leave it room (see export/gguf/writer.py); f32 still tells it from a
+# wrong layout, and the quantised bounds only from unrelated logits (-3).
+SQNR_BOUNDS_DB = {"f32": 60.0, "int8": 0.0, "int4": -2.5}
+
+
+class OnnxRuntimeExporter:
+    """Writes `model.onnx` with its data, config, tokenizer and `artifact.json`."""
+
+    backend = "onnxruntime"
+
+    def export(
+        self, model: "PreTrainedModel", *, tokenizer: Path, precision: str, plan_digest: str, out: Path
+    ) -> Artifact:
+        """Write `model` into the folder `out`, verified, or leave nothing behind."""
+        _require_known(precision)
+        architecture = architecture_of(model)
+        numbers = hyperparameters(model, architecture)
+        weights = ModelWeights(model.state_dict())
+        words = read_tokenizer(tokenizer, vocab_size=architecture.vocab_size)
+        with written_aside(out) as folder:
+            folder.mkdir()
+            # The f32 file is verified too: four bits cost as many decibels as a misordered matrix does.
+            for written in dict.fromkeys(("f32", precision)):
+                _write_model(folder, architecture, numbers, weights, written)
+                sqnr_db = verify_onnx(model, folder / MODEL, words, precision=written)
+            save_tokenizer(words, folder)
+            write_json(folder / "config.json", model.config.to_diff_dict())
+            write_json(folder / "genai_config.json", _genai_config(model, architecture, numbers, words))
+            artifact = _describe(
+                folder,
+                architecture,
+                precision=precision,
+                plan_digest=plan_digest,
+                sqnr_db=sqnr_db,
+                details={"torch_dtype": str(model.dtype), "notes": window_notes(model.config)},
+            )
+            write_json(folder / "artifact.json", encode(artifact))
+        return artifact
+
+    def export_probe(self, architecture: Architecture, *, precision: str, seed: int, out: Path) -> Artifact:
+        """Write a model of that shape with random weights and no tokenizer, for timing only."""
+        _require_known(precision)
+        with written_aside(out) as folder:
+            folder.mkdir()
+            numbers = probe_hyperparameters(architecture)
+            _write_model(folder, architecture, numbers, ProbeWeights(seed), precision)
+            opened(OnnxFile, folder / MODEL, runtime="onnxruntime", optimised=False).close()
+            artifact = _describe(folder, architecture, precision=precision, plan_digest="", sqnr_db=None, details={})
+            write_json(folder / "artifact.json", encode(artifact))
+        return artifact
+
+
+def _require_known(precision: str) -> None:
+    if precision not in STORAGE:
+        raise Unsupported(f"precision {precision!r} is not known; ONNX Runtime runs {', '.join(STORAGE)}")
+
+
+def _write_model(
+    folder: Path,
+    architecture: Architecture,
+    numbers: Hyperparameters,
+    weights: ModelWeights | ProbeWeights,
+    precision: str,
+) -> None:
+    model = build_model(
+        architecture,
+        numbers,
+        weights.values,
+        form="onnxruntime",
+        storage=STORAGE[precision],
+        blocks=weights.blocks,
+    )
+    ir.save(model, folder / MODEL, external_data=DATA)
+    # The graph alone is the same for every model of a shape: with this its digest stands for the weights as well.
+    graph = ir.load(folder / MODEL)
+    graph.metadata_props[DATA] = file_sha256(folder / DATA)
+    ir.save(graph, folder / MODEL)
+
+
+def verify_onnx(model: "PreTrainedModel", path: Path, tokenizer: "PreTrainedTokenizerBase", *, precision: str) -> float:
+    """The SQNR in dB of a file's logits against `model`. Raises VerificationFailed below the bound of the precision."""
+    # Real text, as a trained model's logits are only typical there.
+    token_ids = tokenizer("\n".join(SAMPLES))["input_ids"][: min(NUM_TOKENS, max_tokens_of(model.config))]
+    name = f"{path.name} in {precision}"
+    with opened(OnnxFile, path, runtime="onnxruntime") as file:
+        return verify_logits(model, file, token_ids, bound_db=SQNR_BOUNDS_DB[precision], name=name)
+
+
+def _genai_config(
+    model: "PreTrainedModel",
+    architecture: Architecture,
+    numbers: Hyperparameters,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> dict[str, Any]:
+    """What ONNX Runtime GenAI wants to know; widths are those of the first layer with attention.
+
+    It takes the true ones, layer by layer, from the graph.
+    """
+    layers = [widths for widths in architecture.layers if widths.num_heads]
+    eos = model.config.eos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": MODEL,
+        "head_size": architecture.head_dim,
+        "hidden_size": architecture.hidden_size,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "position_ids": "position_ids",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+        "num_attention_heads": layers[0].num_heads,
+        "num_hidden_layers": len(layers),
+        "num_key_value_heads": layers[0].num_kv_heads,
+    }
+    return {
+        "model": {
+            "bos_token_id": bos,
+            "context_length": numbers.context_length,
+            "decoder": decoder,
+            "eos_token_id": eos,
+            "pad_token_id": pad,
+            "type": "llama",  # its name for a decoder without a peculiarity
+            "vocab_size": architecture.vocab_size,
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": min(numbers.context_length, _MAX_LENGTH),
+            "past_present_share_buffer": True,
+        },
+    }
+
+
+def _describe(
+    folder: Path,
+    architecture: Architecture,
+    *,
+    precision: str,
+    plan_digest: str,
+    sqnr_db: float | None,
+    details: dict[str, Any],
+) -> Artifact:
+    model = ir.load(folder / MODEL)
+    operators = collections.Counter(node.op_type for node in model.graph)
+    return Artifact(
+        path=MODEL,
+        format="onnx",
+        backend=OnnxRuntimeExporter.backend,
+        precision=precision,
+        plan_digest=plan_digest,
+        architecture=architecture,
+        sha256=file_sha256(folder / MODEL),
+        companions={DATA: model.metadata_props[DATA]},
+        num_bytes=sum((folder / name).stat().st_size for name in (MODEL, DATA)),
+        sqnr_db=sqnr_db,
+        details={"operators": dict(sorted(operators.items())), **details},
+    )

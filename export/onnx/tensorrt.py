@@ -1,0 +1,237 @@
+"""Export for TensorRT: an ONNX file and the recipe by which a device builds its engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from dilap.backends.child import called, opened
+from dilap.backends.tensorrt.builder import CHECKED_TARGETS
+from dilap.backends.tensorrt.recipe import MAX_TOKENS, RECIPE_FILE, CacheInput, Recipe
+from dilap.core.artifact import Artifact
+from dilap.core.codec import decode, encode, file_sha256, write_json, written_aside
+from dilap.core.errors import Crashed, InvalidInput, Unavailable, Unsupported
+from dilap.core.shape import Architecture
+from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
+from dilap.export.onnx.emitter import Values
+from dilap.export.onnx.file import OnnxFile
+from dilap.export.onnx.graph import build_model
+from dilap.export.onnx.hyperparameters import Hyperparameters, hyperparameters, probe_hyperparameters
+from dilap.export.onnx.tensorrt_report import CompileReport, compiled, one_layer_a_width
+from dilap.export.onnx.weights import ModelWeights, ProbeWeights
+from dilap.export.text_samples import SAMPLES
+from dilap.export.verify import NUM_TOKENS, torch_logits, verify_logits
+from dilap.models.anatomy import architecture_of
+from dilap.models.context import window_notes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_MODEL, _WEIGHTS, _REFERENCE, _REPORT = "model.onnx", "model.onnx.data", "reference.npz", "compile_report.json"
+_TESTED = ("TensorRT 10.3 (JetPack 6)", "TensorRT 10.16 (JetPack 7.2)", "TensorRT 11", "TensorRT for RTX 1.7")
+# Measured in dB on tiny random models of five families, pruned: f16 53 to 66, bf16 38 to 51; SmolLM2-135M: f16 56.
+# A damaged model amplifies rounding (llama.cpp's f16 then has 27), an engine rounds in places of its own.
+SQNR_BOUNDS_DB = {"f16": 20.0, "bf16": 10.0}
+
+
+class TensorRTExporter:
+    """Writes `model.onnx` with its weights beside it, the recipe, the tokenizer and what was checked."""
+
+    backend = "tensorrt"
+
+    def export(
+        self, model: "PreTrainedModel", *, tokenizer: Path, precision: str, plan_digest: str, out: Path
+    ) -> Artifact:
+        """Write `model` into the folder `out`, verified as far as this machine can, or leave nothing behind."""
+        architecture = architecture_of(model)
+        numbers = hyperparameters(model, architecture)
+        values = RoundedValues(ModelWeights(model.state_dict()).values, precision)
+        words = read_tokenizer(tokenizer, vocab_size=architecture.vocab_size)
+        token_ids = words("\n".join(SAMPLES))["input_ids"][: min(NUM_TOKENS, numbers.context_length)]
+        with written_aside(out) as folder:
+            folder.mkdir()
+            save_tokenizer(words, folder)
+            files = _write_model(folder, architecture, numbers, values, dtype=precision)
+            np.savez(folder / _REFERENCE, token_ids=np.array(token_ids), logits=torch_logits(model, token_ids))
+            recipe = _recipe(architecture, numbers, precision=precision, files=files, reference=_REFERENCE)
+            write_json(folder / RECIPE_FILE, encode(recipe))
+            job = _Check(model, architecture, numbers, values, recipe, folder)
+            sqnr_db, verified = job.verify(token_ids)
+            notes = [verified, job.compile(), _REMAINING, *window_notes(model.config)]
+            artifact = _describe(folder, recipe, architecture, sqnr_db=sqnr_db)
+            details = {**artifact.details, "torch_dtype": str(model.dtype), "notes": notes}
+            artifact = replace(artifact, plan_digest=plan_digest, details=details)
+            write_json(folder / "artifact.json", encode(artifact))
+        return artifact
+
+    def export_probe(self, architecture: Architecture, *, precision: str, seed: int, out: Path) -> Artifact:
+        """Write a model of that shape with random weights, for timing only."""
+        numbers = probe_hyperparameters(architecture)
+        with written_aside(out) as folder:
+            folder.mkdir()
+            files = _write_model(folder, architecture, numbers, ProbeWeights(seed).values, dtype=precision)
+            recipe = _recipe(architecture, numbers, precision=precision, files=files, reference=None)
+            write_json(folder / RECIPE_FILE, encode(recipe))
+            artifact = _describe(folder, recipe, architecture, sqnr_db=None)
+            write_json(folder / "artifact.json", encode(artifact))
+        return artifact
+
+
+_REMAINING = (
+    "on the device: the first run builds the engine with JetPack's TensorRT, compares its logits with torch's "
+    f"({_REFERENCE}) and keeps it in engines/; nothing here was run on a GPU"
+)
+
+
+@dataclass(frozen=True)
+class RoundedValues:
+    """Numbers in f32 with no more digits than `precision` has: what is checked is what is written."""
+
+    values: Values
+    precision: str
+
+    def __call__(self, name: str, shape: tuple[int, ...]) -> NDArray[np.floating]:
+        """Raises InvalidInput, naming the tensor, for a value too large."""
+        exact = torch.from_numpy(self.values(name, shape))
+        rounded = exact.to(torch.bfloat16 if self.precision == "bf16" else torch.float16)
+        if not torch.isfinite(rounded).all():
+            raise InvalidInput(f"{name} holds a value too large for {self.precision}; try --precision bf16")
+        array: NDArray[np.floating] = rounded.float().numpy()
+        return array
+
+
+def _write_model(
+    folder: Path, architecture: Architecture, numbers: Hyperparameters, values: Values, *, dtype: str
+) -> dict[str, str]:
+    """The ONNX file and its weights; their SHA-256 by name. Raises Unsupported for another precision."""
+    if dtype not in SQNR_BOUNDS_DB:
+        raise Unsupported(f"precision {dtype!r} is not known; TensorRT runs {', '.join(SQNR_BOUNDS_DB)}")
+    _save(folder / _MODEL, architecture, numbers, values, dtype=dtype)
+    weights = file_sha256(folder / _WEIGHTS)
+    model = ir.load(folder / _MODEL)
+    model.metadata_props["weights_sha256"] = weights  # so that the digest of the graph's file tells weights apart
+    ir.save(model, folder / _MODEL)
+    return {_MODEL: file_sha256(folder / _MODEL), _WEIGHTS: weights}
+
+
+def _save(path: Path, architecture: Architecture, numbers: Hyperparameters, values: Values, *, dtype: str) -> None:
+    model = build_model(architecture, numbers, values, form="plain", dtype=dtype)
+    for value in (*model.graph.inputs, *model.graph.outputs):  # batch 1: TensorRT plans better with fixed numbers
+        assert value.shape is not None
+        value.shape = ir.Shape([1 if str(size) == "batch" else size for size in value.shape])
+    ir.save(model, path, external_data=path.name + ".data")
+
+
+def _recipe(
+    architecture: Architecture,
+    numbers: Hyperparameters,
+    *,
+    precision: str,
+    files: dict[str, str],
+    reference: str | None,
+) -> Recipe:
+    with_attention = [layer for layer in architecture.layers if layer.num_heads]
+    cache = (
+        CacheInput(name=f"past_key_values.{index}.{part}", num_kv_heads=layer.num_kv_heads)
+        for index, layer in enumerate(with_attention)
+        for part in ("key", "value")
+    )
+    most = min(numbers.context_length, MAX_TOKENS)
+    return Recipe(
+        precision=precision,
+        head_dim=architecture.head_dim,
+        vocab_size=architecture.vocab_size,
+        cache=tuple(cache),
+        max_past=most - 1,
+        max_prompt=most,
+        files=files,
+        reference=reference,
+        bound_db=SQNR_BOUNDS_DB[precision],
+        tested=_TESTED,
+    )
+
+
+def _describe(folder: Path, recipe: Recipe, architecture: Architecture, *, sqnr_db: float | None) -> Artifact:
+    """The sidecar, without a plan."""
+    companions = {name: file_sha256(folder / name) for name in (RECIPE_FILE, recipe.reference) if name}
+    return Artifact(
+        path=_MODEL,
+        format="onnx",
+        backend=TensorRTExporter.backend,
+        precision=recipe.precision,
+        plan_digest="",
+        architecture=architecture,
+        sha256=recipe.files[_MODEL],
+        companions={_WEIGHTS: recipe.files[_WEIGHTS], **companions},
+        num_bytes=sum((folder / name).stat().st_size for name in recipe.files),
+        sqnr_db=sqnr_db,
+    )
+
+
+@dataclass(frozen=True)
+class _Check:
+    """What this machine can check of a written folder."""
+
+    model: "PreTrainedModel"
+    architecture: Architecture
+    numbers: Hyperparameters
+    values: Values
+    recipe: Recipe
+    folder: Path
+
+    def verify(self, token_ids: Sequence[int]) -> tuple[float | None, str]:
+        """The SQNR in dB of the ONNX file in ONNX Runtime against torch, and a line that says so.
+
+        ONNX Runtime's CPU kernels know no bf16: there the same graph is run in f32 with the weights' bf16 values.
+        Raises VerificationFailed.
+        """
+        precision = self.recipe.precision
+        path, computed = self.folder / _MODEL, precision
+        if precision == "bf16":
+            path, computed = self.folder / "check.onnx", "f32"
+            _save(path, self.architecture, self.numbers, self.values, dtype=computed)
+        try:
+            bound, name = SQNR_BOUNDS_DB[precision], f"{_MODEL} in {precision}"
+            with opened(OnnxFile, path, runtime="onnxruntime") as file:
+                sqnr = verify_logits(self.model, file, token_ids, bound_db=bound, name=name)
+        except Unavailable as error:
+            return None, f"not verified against torch: {error}"
+        finally:
+            _remove_check(self.folder)
+        how = f"computed in {computed}" + (f" on {precision} weights" if computed != precision else "")
+        return sqnr, f"verified against torch in ONNX Runtime, {how}: {sqnr:.1f} dB"
+
+    def compile(self) -> str:
+        """Write the compile report; a line that says what it says, or why there is none."""
+        shallow = one_layer_a_width(self.architecture)
+        path = self.folder / "check.onnx"
+        recipe = _recipe(shallow, self.numbers, precision=self.recipe.precision, files={}, reference=None)
+        _save(path, shallow, self.numbers, ProbeWeights(0).values, dtype=recipe.precision)
+        try:
+            document = called(
+                compiled,
+                self.folder / _MODEL,
+                path,
+                runtime=TensorRTExporter.backend,
+                recipe=encode(recipe),
+                targets=CHECKED_TARGETS,
+            )
+        except (Crashed, Unavailable, Unsupported) as error:
+            return f"not compiled: {error}"
+        finally:
+            _remove_check(self.folder)
+        found = decode(CompileReport, document, source=_REPORT)
+        depth, built = len(self.architecture.layers), len(shallow.layers)
+        report = replace(found, files=self.recipe.files, num_layers=depth, num_layers_built=built)
+        write_json(self.folder / _REPORT, encode(report))
+        return f"{report.describe()} ({_REPORT})"
+
+
+def _remove_check(folder: Path) -> None:
+    for path in folder.glob("check.onnx*"):
+        path.unlink()

@@ -1,0 +1,98 @@
+"""What TensorRT for RTX makes of a model without a GPU."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dilap.backends.tensorrt import builder as tensorrt_build
+from dilap.backends.tensorrt.builder import PhaseSummary
+from dilap.backends.tensorrt.recipe import Profile, Recipe
+from dilap.core.codec import decode, encode
+from dilap.core.errors import DilapError, Unsupported
+from dilap.core.shape import Architecture, LayerWidths
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledTarget:
+    """What became of the model on one GPU generation; `reason` says why nothing did."""
+
+    target: str
+    built: bool
+    reason: str = ""
+    seconds: float = 0.0
+    engine_bytes: int = 0
+    phases: tuple[PhaseSummary, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileReport:
+    """Compiled by TensorRT for RTX without a GPU. The whole file was parsed; one layer of every width was built."""
+
+    runtime: str
+    files: dict[str, str]
+    parsed: bool
+    num_layers: int
+    num_layers_built: int
+    targets: tuple[CompiledTarget, ...]
+
+    def describe(self) -> str:
+        """One line."""
+        built = [one for one in self.targets if one.built]
+        failed = [f"{one.target}: {one.reason}" for one in self.targets if not one.built]
+        unfused = sorted({node for one in built for phase in one.phases for node in phase.unfused_attention})
+        text = f"compiled by {self.runtime} for {', '.join(one.target for one in built) or 'no target'}"
+        text += f"; attention that is not one kernel: {', '.join(unfused)}" if unfused else "; all attention fused"
+        return text + "".join(f"; failed for {reason}" for reason in failed)
+
+
+def compiled(whole: Path, shallow: Path, *, recipe: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+    """The document of a CompileReport: `whole` is parsed, `shallow` is built for every GPU generation.
+
+    `recipe` is the document of the shallow model's Recipe. It travels to a process of its own, as TensorRT is native
+    code. Raises Unavailable without TensorRT, Unsupported for one that builds for this machine's GPU only.
+    """
+    api = tensorrt_build.find_api()
+    if not api.for_rtx:
+        raise Unsupported(f"{api.version} builds for this machine's GPU only")
+    tensorrt_build.parse(whole, api=api)
+    profiles = decode(Recipe, recipe, source="the recipe").profiles()
+    built = tuple(_compile_for(shallow, profiles, api, target) for target in targets)
+    return encode(
+        CompileReport(runtime=api.version, files={}, parsed=True, num_layers=0, num_layers_built=0, targets=built)
+    )
+
+
+def _compile_for(path: Path, profiles: Sequence[Profile], api: tensorrt_build.Api, target: str) -> CompiledTarget:
+    """Build the model in `path` for one GPU generation; a failure is part of the result."""
+    try:
+        built = tensorrt_build.build(path, profiles, api=api, target=target)
+    except DilapError as error:
+        return CompiledTarget(target=target, built=False, reason=str(error))
+    return CompiledTarget(
+        target=target,
+        built=True,
+        seconds=round(built.seconds, 1),
+        engine_bytes=built.num_bytes,
+        phases=tensorrt_build.summarise(
+            built.layers, [profile.phase for profile in profiles], activation_bytes=built.activation_bytes
+        ),
+    )
+
+
+def one_layer_a_width(architecture: Architecture) -> Architecture:
+    """The same model with every width of attention and of FFN once.
+
+    Layers of equal widths get equal kernels, and a builder takes minutes for thirty layers.
+    """
+    attention = list(dict.fromkeys((layer.num_heads, layer.num_kv_heads) for layer in architecture.layers))
+    ffn = list(dict.fromkeys(layer.num_channels for layer in architecture.layers))
+    attention.sort(reverse=True)
+    ffn.sort()  # a layer of none is paired with one of many
+    layers = []
+    for heads, channels in itertools.zip_longest(attention, ffn):
+        num_heads, num_kv_heads = attention[0] if heads is None else heads
+        width = ffn[-1] if channels is None else channels
+        layers.append(LayerWidths(num_heads=num_heads, num_kv_heads=num_kv_heads, num_channels=width))
+    return replace(architecture, layers=tuple(layer for layer in layers if not layer.is_empty))

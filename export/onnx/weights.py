@@ -1,0 +1,73 @@
+"""The numbers of an ONNX graph: a model's own, or random ones for timing."""
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dilap.core.errors import InvalidInput, Unavailable
+from dilap.export.onnx.matrices import BLOCK
+from dilap.export.random_weights import RandomWeights
+
+_Quantised = tuple[NDArray[np.uint8], NDArray[np.float32]]
+
+
+class ModelWeights:
+    """A torch model's tensors, converted one at a time; what was quantised is kept, as bytes and scales are read apart.
+
+    `values` and `blocks` are what `build_model` asks for.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+        self.blocks = functools.cache(self._quantise)
+
+    def values(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Raises InvalidInput, naming the tensor, for a missing one, another shape, NaN or infinity."""
+        if name not in self._tensors:
+            raise InvalidInput(f"the model has no tensor {name}")
+        tensor = self._tensors[name].detach()
+        if tuple(tensor.shape) != shape:
+            raise InvalidInput(f"{name} is {tuple(tensor.shape)}, the architecture needs {shape}")
+        tensor = tensor.to(device="cpu", dtype=torch.float32)
+        if not torch.isfinite(tensor).all():
+            raise InvalidInput(f"{name} holds NaN or infinity")
+        array: NDArray[np.float32] = tensor.numpy()
+        return array
+
+    def _quantise(self, name: str, shape: tuple[int, int], bits: int) -> _Quantised:
+        return quantise(self.values(name, shape), bits=bits)
+
+
+class ProbeWeights:
+    """Random ones, for timing; `values` and `blocks` as in `ModelWeights`."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = RandomWeights(seed)
+
+    def values(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        return self._random.weights(name, shape)
+
+    def blocks(self, name: str, shape: tuple[int, int], bits: int) -> _Quantised:
+        rows, num_blocks = shape[0], -(-shape[1] // BLOCK)
+        scales = np.full((rows, num_blocks), 0.06 / (1 << bits), np.float32)  # their largest weight: 0.03
+        return self._random.bytes(name, (rows, num_blocks, BLOCK * bits // 8)), scales
+
+
+def quantise(matrix: NDArray[np.float32], *, bits: int) -> _Quantised:
+    """Bytes and scales of symmetric blocks, one matrix at a time, as ONNX Runtime's MatMulNBitsQuantizer makes them of
+    a whole model, which it wants in memory twice. Raises Unavailable without ONNX Runtime."""
+    values, scales, _ = _quantiser(bits).qbits_block_quant(np.ascontiguousarray(matrix.T))
+    return values, scales
+
+
+@functools.cache
+def _quantiser(bits: int) -> Any:
+    try:
+        from onnxruntime.quantization import matmul_nbits_quantizer as library  # noqa: PLC0415 - slow, and not needed in f32
+    except ImportError as error:
+        raise Unavailable("ONNX Runtime is needed to quantise; pip install 'dilap[onnxruntime]'") from error
+    config = library.DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, bits=bits)
+    return library.DefaultWeightOnlyQuantizer(config)

@@ -1,0 +1,298 @@
+"""The host's end of the agent's protocol."""
+
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+from dilap import backends
+from dilap.backends.child import obituary, python_environment
+from dilap.core import codec, errors
+from dilap.core.documents import parse_object
+from dilap.core.errors import DilapError, InvalidInput, LinkLost
+from dilap.core.measurement import DeviceState, Fingerprint
+from dilap.core.printable import printable_values
+from dilap.core.workload import Workload
+from dilap.profilers.instruments.archive import agent_archive
+from dilap.profilers.links.store import Files
+from dilap.profilers.links.transports import LocalTransport, Process, Transport
+
+T = TypeVar("T")
+_TIMEOUT_SECONDS = 300.0  # of all but a load, which has its runtime's own: TensorRT may build an engine for an hour
+_SESSION_SECONDS = 24 * 3600.0  # of one agent, where the link is lost without a word
+_MAX_NOISE_LINES = 200  # that a login shell may print before the agent speaks
+_THROTTLING = 2  # Android's thermal status: moderate, where clocks are lowered
+# /proc/stat counts in ticks of 10 ms per core: less than this is indistinguishable from nothing
+_TICK_SLACK_SECONDS = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model that a device holds open."""
+
+    handle: int
+    load_seconds: float
+    peak_memory_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.load_seconds < 0 or self.peak_memory_bytes < 0:
+            raise ValueError(f"negative seconds or bytes in {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """Timed runs, and the CPU seconds that other processes took in the `seconds` they lasted.
+
+    `host_ns` are the host's times of the same runs, where `samples_ns` are a GPU's.
+    """
+
+    samples_ns: tuple[int, ...]
+    seconds: float
+    other_seconds: float | None
+    host_ns: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if min((*self.samples_ns, *self.host_ns), default=1) <= 0 or self.seconds < 0:
+            raise ValueError("times that are not positive")
+
+
+class Instrument(Protocol):
+    """A device that is ready to time models in one runtime."""
+
+    fingerprint: Fingerprint
+
+    def load(
+        self, path: Path, *, sha256: str, workload: Workload, companions: Mapping[str, str] | None = None
+    ) -> Loaded:
+        """Bring a model to the device and open it; `companions` lie beside it (name -> SHA-256)."""
+
+    def sample(self, handle: int, count: int) -> Sampled:
+        """Time a model `count` times."""
+
+    def average_memory(self, handle: int, runs: int) -> int | None:
+        """Bytes that a model takes while it runs `runs` times, on average; None where that cannot be seen."""
+
+    def divergence(self, handle: int, other: int, tokens: Sequence[int]) -> float | None:
+        """Mean KL in nats of another model's next token from a model's; None where logits cannot be seen."""
+
+    def state(self) -> DeviceState:
+        """Clocks, temperatures and power now."""
+
+    def close(self) -> None:
+        """Leave the device."""
+
+
+class Connection(Protocol):
+    """A way to a machine with a Python: its files, and DiLAP's agent there."""
+
+    files: Files
+
+    def start_agent(self) -> Process:
+        """Start the agent."""
+
+    def close(self) -> None:
+        """Leave the machine."""
+
+
+class InPlace:
+    """Files of this machine are where they are."""
+
+    def place(self, path: Path, *, sha256: str, companions: Mapping[str, str]) -> str:  # noqa: ARG002
+        return str(path.resolve())
+
+
+class LocalConnection:
+    """The machine DiLAP runs on."""
+
+    files: Files = InPlace()
+
+    def start_agent(self) -> Process:
+        transport = LocalTransport(environment=python_environment())
+        return transport.start([sys.executable, "-m", "dilap.backends.agent"], seconds=_SESSION_SECONDS)
+
+    def close(self) -> None:
+        pass
+
+
+class RemoteConnection:
+    """A machine that a transport leads to; the agent travels there as one file."""
+
+    def __init__(self, transport: Transport, *, files: Files, python: str) -> None:
+        self._transport, self._python = transport, python
+        self.files = files
+
+    def start_agent(self) -> Process:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "dilap-agent.pyz"
+            path.write_bytes(agent_archive())
+            place = self.files.place(path, sha256=codec.file_sha256(path), companions={})
+        return self._transport.start([self._python, place], seconds=_SESSION_SECONDS)
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+class AgentClient:
+    """A running agent. Its failures are raised here as the error they were there."""
+
+    def __init__(self, connection: Connection, *, backend: str, device: str, affinity: str | None = None) -> None:
+        self._connection = connection
+        self._seq = itertools.count(1)
+        self._backend = backend
+        self._load_seconds = backends.get(backend).load_seconds
+        self._heard = False
+        try:
+            self._process = connection.start_agent()
+        except DilapError:
+            connection.close()
+            raise
+        try:
+            hello = self.call("hello", backend=backend, device=device, affinity=affinity)
+            self.fingerprint = _document(Fingerprint, hello, "fingerprint")
+        except DilapError:
+            self.close()
+            raise
+
+    def load(
+        self, path: Path, *, sha256: str, workload: Workload, companions: Mapping[str, str] | None = None
+    ) -> Loaded:
+        beside = dict(companions or {})
+        place = self._connection.files.place(path, sha256=sha256, companions=beside)
+        fields = {"path": place, "sha256": sha256, "companions": beside}
+        answer = self.call("load", timeout=self._load_seconds, workload=codec.encode(workload), **fields)
+        return _checked(Loaded, answer)
+
+    def unload(self, handle: int) -> None:
+        self.call("unload", handle=handle)
+
+    def sample(self, handle: int, count: int) -> Sampled:
+        return _checked(Sampled, self.call("sample", handle=handle, n=count))
+
+    def average_memory(self, handle: int, runs: int) -> int | None:
+        return _checked(int, self.call("watch_memory", handle=handle, n=runs).get("average_bytes"))
+
+    def divergence(self, handle: int, other: int, tokens: Sequence[int]) -> float | None:
+        return _checked(float, self.call("divergence", handle=handle, other=other, tokens=list(tokens)).get("kl"))
+
+    def state(self) -> DeviceState:
+        return _document(DeviceState, self.call("state"), "state")
+
+    def call(self, operation: str, *, timeout: float = _TIMEOUT_SECONDS, **fields: Any) -> dict[str, Any]:
+        """One request and its response. Raises what the agent raised, and LinkLost where it is gone."""
+        seq = next(self._seq)
+        try:
+            self._process.write(json.dumps({"seq": seq, "op": operation, **fields}) + "\n")
+            response = self._response(seq, timeout=timeout)
+        except LinkLost:
+            if (status := self._process.status_of_death()) is None:
+                raise
+            doing = f"its agent answered {operation!r}"
+            raise obituary(self._backend, status, doing) from None
+        if "error" in response:
+            raise _as_error(response["error"])
+        return response
+
+    def close(self) -> None:
+        self._process.close()
+        self._connection.close()
+
+    def __enter__(self) -> "AgentClient":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _response(self, seq: int, *, timeout: float) -> dict[str, Any]:
+        """The answer to request `seq`. A login shell may print before the first; anything odd later is an error."""
+        for _ in range(_MAX_NOISE_LINES):
+            line = self._process.read_line(timeout=timeout)
+            response = _object(line)
+            if type(number := response.pop("seq", None)) is int and number == seq:
+                self._heard = True
+                return response
+            if self._heard:
+                break
+        raise LinkLost(f"the device sent {line[:80]!r}, which is not an answer of the agent; try again")
+
+
+def _object(line: str) -> dict[str, Any]:
+    """What a line says, with no text in it that could be mistaken for ours; nothing where it is no JSON object."""
+    try:
+        found: dict[str, Any] = printable_values(parse_object(line, source="the line"))
+    except InvalidInput:
+        return {}
+    return found
+
+
+def _checked(hint: type[T], answer: Any) -> T:
+    """Raises LinkLost where a device answered something else."""
+    try:
+        return codec.checked(hint, answer, source="the device sent another answer than the agent gives")
+    except InvalidInput as error:
+        raise LinkLost(f"{error}; try again") from error
+
+
+def _document(kind: type[T], answer: Mapping[str, Any], name: str) -> T:
+    try:
+        return codec.decode(kind, answer.get(name), source="the agent's answer")
+    except InvalidInput as error:
+        raise LinkLost(f"{error}; try again") from error
+
+
+def _as_error(said: Any) -> DilapError:
+    error = _checked(dict[str, str], said)
+    kind = getattr(errors, error.get("type", ""), DilapError)
+    is_ours = isinstance(kind, type) and issubclass(kind, DilapError)
+    message = error.get("message", "the agent gave no reason")
+    return kind(message) if is_ours else DilapError(message)
+
+
+class InstrumentBench:
+    """The models that an instrument holds, as the measuring loop wants them."""
+
+    def __init__(self, instrument: Instrument, handles: Sequence[int]) -> None:
+        self._instrument, self._handles = instrument, handles
+        self._seconds = self._other_seconds = 0.0
+        self._host_ns: list[list[int]] = [[] for _ in handles]
+        state = instrument.state()
+        self._throttle_events, self._pinned_khz = state.throttle_events or 0, state.pinned_khz
+
+    def sample(self, case: int, count: int) -> Sequence[int]:
+        sampled = self._instrument.sample(self._handles[case], count)
+        if len(sampled.samples_ns) != count:
+            raise LinkLost(f"the device took {len(sampled.samples_ns)} samples where {count} were asked; try again")
+        self._seconds += sampled.seconds
+        self._other_seconds += sampled.other_seconds or 0.0
+        self._host_ns[case].extend(sampled.host_ns)
+        return sampled.samples_ns
+
+    def host_seconds(self, case: int) -> float | None:
+        """The median of the host's times, warm-up included; None where the samples are the host's times."""
+        return statistics.median(self._host_ns[case]) / 1e9 if self._host_ns[case] else None
+
+    def other_load(self) -> float:
+        load = max(0.0, self._other_seconds - _TICK_SLACK_SECONDS) / self._seconds if self._seconds else 0.0
+        self._seconds = self._other_seconds = 0.0
+        return load
+
+    def throttles(self) -> bool:
+        state = self._instrument.state()
+        events, before = state.throttle_events or 0, self._throttle_events
+        self._throttle_events = events
+        is_slowed = (state.thermal_status or 0) >= _THROTTLING or bool(state.slow_clocks(self._pinned_khz))
+        return events > before or is_slowed
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)

@@ -1,0 +1,336 @@
+"""Timing programs that the user builds for a device without Python, and what they print.
+
+executor_runner   ExecuTorch's; kept running in server mode, one inference a line that it is sent
+llama_main        ExecuTorch's language-model runner; needs the tokenizer, so it times models but no probes
+llama-bench       llama.cpp's
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dilap.core.bounds import MAX_TOKENS
+from dilap.core.codec import checked, read_json
+from dilap.core.documents import parse_object, value_at
+from dilap.core.errors import DilapError, InvalidInput, LinkLost, Unsupported
+from dilap.core.workload import Workload
+from dilap.profilers.links.transports import Process, Transport
+
+_SECONDS = 600.0  # a start, the loading of a model and one answer
+_SESSION_SECONDS = 24 * 3600.0
+_MAX_LOG_LINES = 100_000  # before the one that is waited for: a runner logs a dozen a run
+_GENERATED = 32  # tokens a start: llama_main's clock counts milliseconds
+# By switch and value, as `dilap.backends.llamacpp.runtime` names them; what is llama.cpp's default needs none.
+_LLAMA_BENCH_FLAGS: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("flash_attention", "auto"): (),
+    ("flash_attention", "off"): ("-fa", "0"),
+    ("repack", "on"): (),
+    ("repack", "off"): ("--repack", "0"),
+    ("kv_cache", "f16"): (),
+    ("kv_cache", "q8_0"): ("-ctk", "q8_0", "-ctv", "q8_0"),
+    ("kv_cache", "f32"): ("-ctk", "f32", "-ctv", "f32"),
+}
+_TOKENS_A_SAMPLE = 8  # llama-bench times so many at once; decoding them moves the context by less than 3 %
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A model on the device, and how to time it. `prefix` is what pins the program to its cores."""
+
+    model: str
+    local: Path
+    workload: Workload
+    prefix: tuple[str, ...]
+    put: Callable[[str, bytes], str]  # a small file's name and content to its path on the device
+
+
+class RunnerSession(Protocol):
+    """One model in one program."""
+
+    @property
+    def load_seconds(self) -> float:
+        """What loading took, as far as the program says."""
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Of the program; 0 where it is not running between samples."""
+
+    def sample(self, count: int) -> list[int]:
+        """Time the workload `count` times; nanoseconds."""
+
+    def close(self) -> None:
+        """End the program."""
+
+
+class Runner(Protocol):
+    """A program; `name` is its file's, `backend` the runtime that it has inside."""
+
+    name: str
+    backend: str
+
+    def check(self, transport: Transport, program: str) -> str:
+        """Its version, as far as it says. Raises Unsupported for one that is too old."""
+
+    def open(self, transport: Transport, program: str, job: Job) -> RunnerSession:
+        """Load a model."""
+
+
+def find_runner(path: Path) -> Runner:
+    """The runner that a file is, by what its name begins with. Raises InvalidInput."""
+    runner = next((one for name, one in RUNNERS.items() if path.name.startswith(name)), None)
+    if runner is None:
+        raise InvalidInput(f"{path}: not a runner that DiLAP knows; a file's name begins with {', '.join(RUNNERS)}")
+    if not path.is_file():
+        raise InvalidInput(f"{path}: no such runner; build it for the device and give its path with --runner")
+    return runner
+
+
+class ExecutorRunner:
+    """Its log has a clock of its own, in microseconds: a run is what lies between two lines of it."""
+
+    name = "executor_runner"
+    backend = "executorch"
+    _FLAGS = ("server_mode", "input_shapes", "cpu_threads")
+
+    def check(self, transport: Transport, program: str) -> str:
+        # gflags prints its help and exits with 1
+        said = transport.run([program, "--help"], seconds=_SECONDS)
+        missing = [flag for flag in self._FLAGS if f"-{flag} " not in said.stdout + said.stderr]
+        if missing:
+            raise Unsupported(
+                f"this executor_runner has no --{missing[0]}: build it from ExecuTorch of September 2026 or later"
+            )
+        return "server mode"
+
+    def open(self, transport: Transport, program: str, job: Job) -> "ExecutorRunnerSession":
+        return ExecutorRunnerSession(transport, program, job)
+
+
+class ExecutorRunnerSession:
+    """A program in server mode."""
+
+    # `I 00:00:01.234567 executorch:executor_runner.cpp:716] SERVER MODE DONE`
+    _LINE = re.compile(r"[DIEF] ([0-9]{1,6}):([0-9]{1,2}):([0-9]{1,2})\.([0-9]{6}) executorch:[^\]]*\] (.*)")
+
+    def __init__(self, transport: Transport, program: str, job: Job) -> None:
+        workload = job.workload
+        count, position = (1, workload.context) if workload.phase == "decode" else (workload.prompt_tokens, 0)
+        room = _max_context(job.local)
+        if position + count > room:
+            raise Unsupported(f"{job.local}: it has room for {room} tokens, {workload.describe()} needs more")
+        # input files have the shape's upper bound; what is beyond --input_shapes is not read
+        tokens = job.put("tokens.bin", bytes(8 * room))
+        start = job.put("position.bin", position.to_bytes(8, "little"))
+        argv = [
+            *job.prefix,
+            program,
+            f"--model_path={job.model}",
+            f"--inputs={tokens},{start}",
+            f"--input_shapes=1x{count},1",
+            f"--cpu_threads={workload.threads}",
+            f"--output_file={tokens}.out",
+            "--print_output=none",
+            "--server_mode",
+        ]
+        self._transport = transport
+        self._process: Process = transport.start(
+            ["sh", "-c", 'echo "pid $$"; exec "$@" 2>&1', "dilap-runner", *argv], seconds=_SESSION_SECONDS
+        )
+        try:
+            self._pid = self._process.read_line(timeout=_SECONDS).strip().removeprefix("pid ")
+            self.load_seconds = self._until("Running in server mode") / 1e6  # its clock starts with it
+            self.sample(1)
+        except DilapError:
+            self._process.close()
+            raise
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        status = self._transport.run(["cat", f"/proc/{self._pid}/status"], seconds=60).stdout
+        found = re.search(r"VmHWM:\s*([0-9]{1,12}) kB", status)
+        return int(found[1]) * 1024 if found else 0
+
+    def sample(self, count: int) -> list[int]:
+        """The first run of a batch is not timed: it waits for its line, and wakes the threads."""
+        self._process.write("\n" * (count + 1))
+        self._until("SERVER MODE DONE")
+        samples, last = [], self._last
+        for _ in range(count):
+            done = self._until("Writing output to file")  # before it writes
+            samples.append((done - last) * 1000)
+            last = self._until("SERVER MODE DONE")
+        if min(samples) <= 0:
+            raise LinkLost(f"executor_runner's clock went backwards: {samples}; try again")
+        return samples
+
+    def close(self) -> None:
+        self._process.close()
+
+    def _until(self, words: str) -> int:
+        """Read to the log line that says so; its microseconds."""
+        for _ in range(_MAX_LOG_LINES):
+            line = self._process.read_line(timeout=_SECONDS)
+            found = self._LINE.match(line)
+            if found is None:
+                if words in line:
+                    raise Unsupported(
+                        "executor_runner logs no times: build it with -DEXECUTORCH_PAL_DEFAULT=posix and "
+                        "-DEXECUTORCH_ENABLE_LOGGING=ON"
+                    )
+                continue
+            hours, minutes, seconds, micros = map(int, found.groups()[:4])
+            self._last = ((hours * 60 + minutes) * 60 + seconds) * 1_000_000 + micros
+            if words in found[5]:
+                return self._last
+        raise LinkLost(f"executor_runner logged {_MAX_LOG_LINES:,} lines, and {words!r} in none of them; try again")
+
+
+def _max_context(path: Path) -> int:
+    """Of a program that DiLAP exported, from its sidecar. Raises InvalidInput."""
+    sidecar = path.with_name("artifact.json")
+    found = value_at(read_json(sidecar), "details", "max_context")
+    if type(found) is not int or not 0 < found <= MAX_TOKENS:
+        raise InvalidInput(f"{sidecar}: it does not say the program's max_context; export it with dilap-export")
+    return found
+
+
+class _Starts:
+    """A program that times in one start and ends: a sample is a start, or several of one."""
+
+    load_seconds = 0.0
+    peak_memory_bytes = 0
+
+    def __init__(self, transport: Transport, argv_of: Callable[[int], list[str]], parse: Callable[[str], list[int]]):
+        self._transport, self._argv_of, self._parse = transport, argv_of, parse
+        self.sample(1)
+
+    def sample(self, count: int) -> list[int]:
+        samples: list[int] = []
+        while len(samples) < count:
+            done = self._transport.run(self._argv_of(count - len(samples)), seconds=_SECONDS)
+            if not (found := self._parse(done.checked("the runner"))):
+                raise LinkLost("the runner printed no sample; try again")
+            samples += found
+        if min(samples) <= 0:
+            raise LinkLost(f"the runner's clock went backwards: {samples}; try again")
+        return samples
+
+    def close(self) -> None:
+        """Nothing runs between two starts."""
+
+
+class LlamaBench:
+    """llama.cpp's own benchmark: JSON lines with raw samples."""
+
+    name = "llama-bench"
+    backend = "llamacpp"
+
+    def check(self, transport: Transport, program: str) -> str:
+        said = transport.run([program, "--help"], seconds=_SECONDS)
+        if "--n-depth" not in said.stdout + said.stderr:
+            raise Unsupported("this llama-bench has no --n-depth: build it from llama.cpp of May 2025 or later")
+        return "jsonl"
+
+    def open(self, transport: Transport, program: str, job: Job) -> _Starts:
+        return _Starts(transport, lambda count: self.argv(program, job, count), parse_llama_bench)
+
+    def argv(self, program: str, job: Job, count: int) -> list[str]:
+        workload = job.workload
+        work = (
+            ["-p", "0", "-n", str(_TOKENS_A_SAMPLE), "-d", str(workload.context)]
+            if workload.phase == "decode"
+            else ["-p", str(workload.prompt_tokens), "-n", "0"]
+        )
+        threads = ["-t", str(workload.threads)]
+        switches = [word for name, value in workload.switches.items() for word in _LLAMA_BENCH_FLAGS[name, value]]
+        return [*job.prefix, program, "-m", job.model, *work, *threads, *switches, "-r", str(count), "-o", "jsonl"]
+
+
+def parse_llama_bench(output: str) -> list[int]:
+    """Nanoseconds a decoded token, or a prompt. Raises LinkLost for anything but one test's line."""
+    for line in output.splitlines():
+        if line.startswith("{"):
+            try:
+                test = parse_object(line, source="its result")
+                tokens = checked(int, test.get("n_gen"), source="n_gen") or 1  # of a prefill, the prompt as a whole
+                samples = checked(tuple[int, ...], test.get("samples_ns"), source="samples_ns")
+            except InvalidInput as error:
+                raise LinkLost(f"llama-bench printed {line[:80]!r} ({error}); try again") from error
+            return [round(sample / tokens) for sample in samples]
+    raise LinkLost(f"llama-bench printed no result but {output[-80:]!r}; try again")
+
+
+class LlamaMain:
+    """ExecuTorch's language-model runner: `PyTorchObserver {json}` with milliseconds of every stage."""
+
+    name = "llama_main"
+    backend = "executorch"
+    _FLAGS = ("num_bos", "max_new_tokens", "ignore_eos", "warmup")
+
+    def check(self, transport: Transport, program: str) -> str:
+        said = transport.run([program, "--help"], seconds=_SECONDS)
+        missing = [flag for flag in self._FLAGS if f"-{flag} " not in said.stdout + said.stderr]
+        if missing:
+            raise Unsupported(f"this llama_main has no --{missing[0]}: build it from ExecuTorch 1.1 or later")
+        return "PyTorchObserver"
+
+    def open(self, transport: Transport, program: str, job: Job) -> _Starts:
+        return _Starts(
+            transport, lambda _: self.argv(program, job), lambda said: [parse_llama_main(said, job.workload)]
+        )
+
+    def argv(self, program: str, job: Job) -> list[str]:
+        tokenizer = job.local.with_name("tokenizer.json")
+        if not tokenizer.exists():
+            raise Unsupported(
+                f"llama_main needs a tokenizer, and {tokenizer} is not there (probe models have none): "
+                "build tables with executor_runner"
+            )
+        workload = job.workload
+        tokens = workload.context if workload.phase == "decode" else workload.prompt_tokens
+        folder = job.model.rpartition("/")[0]
+        return [
+            *job.prefix,
+            program,
+            f"--model_path={job.model}",
+            f"--tokenizer_path={folder}/tokenizer.json",
+            "--prompt=a",
+            f"--num_bos={tokens - 1}",  # with the prompt's one token: a prompt of any length without any text
+            f"--max_new_tokens={_GENERATED if workload.phase == 'decode' else 2}",
+            "--temperature=0",
+            "--ignore_eos",
+            "--warmup",
+            f"--cpu_threads={workload.threads}",
+        ]
+
+
+def parse_llama_main(output: str, workload: Workload) -> int:
+    """Nanoseconds a generated token, or the prompt. Raises LinkLost for other output than it prints."""
+    lines = [line for line in output.splitlines() if line.startswith("PyTorchObserver ")]
+    if not lines:
+        raise LinkLost(f"llama_main printed no PyTorchObserver line but {output[-80:]!r}; try again")
+    try:
+        stats = parse_object(lines[-1].removeprefix("PyTorchObserver "), source="its statistics")
+
+        def number(name: str) -> int:
+            return checked(int, stats.get(name), source=name)
+
+        wanted = workload.context if workload.phase == "decode" else workload.prompt_tokens
+        if abs(number("prompt_tokens") - wanted) > max(2, wanted // 50):
+            raise Unsupported(f"llama_main made {number('prompt_tokens')} tokens of a prompt of {wanted}")
+        if workload.phase == "prefill":
+            return (number("prompt_eval_end_ms") - number("inference_start_ms")) * 1_000_000
+        milliseconds = number("inference_end_ms") - number("prompt_eval_end_ms")
+        return round(milliseconds * 1e6 / number("generated_tokens"))
+    except (InvalidInput, ZeroDivisionError) as error:
+        raise LinkLost(f"llama_main printed {lines[-1][:80]!r} ({error}); try again") from error
+
+
+RUNNERS: Mapping[str, Runner] = {one.name: one for one in (ExecutorRunner(), LlamaMain(), LlamaBench())}
+
+
+def pinned(mask: str | None) -> Sequence[str]:
+    """What starts a program on the cores of a mask; Android's taskset wants hexadecimal without 0x."""
+    return () if mask is None else ("taskset", mask)

@@ -1,0 +1,115 @@
+"""95 % confidence intervals of what was measured, from what differs between its independent parts.
+
+Samples of one process are not independent, and neither are their rounds. Seen on a two-core virtual machine
+(SmolLM2-135M, llama.cpp, f16, decode at context 256, dense and with narrower FFNs, 10 fresh starts of 50 rounds): ranks
+of samples in a row are correlated by 0.4 to 0.8, of the medians of rounds in a row by 0.2 to 0.9, of their paired
+ratios by 0.0 to 0.3. Every start has a level of its own beside that: medians of starts differ by 6.7 % (standard
+deviation; 5.9 % beyond the noise inside them), their paired ratios by 0.9 % (0.7 %). So the parts are fresh starts,
+each of which counts once, however many samples it has; Student's t makes up for their small number. A measurement with
+one start is parted into blocks of rounds instead: its intervals are about this start, and do not know of its level.
+"""
+
+import math
+import statistics
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from scipy.special import stdtrit
+
+from dilap.core.measurement import Interval, quantile
+from dilap.core.workload import FRACTIONS, Statistic
+
+_BLOCKS = 8  # of rounds in a row, where there is one start; as many as a final measurement has starts
+_NORMAL = statistics.NormalDist()
+
+
+class Sampled(Protocol):
+    """What is asked of a measurement: its samples, the round of each, and the first round of every fresh start."""
+
+    @property
+    def samples_ns(self) -> Sequence[int]: ...
+    @property
+    def rounds(self) -> Sequence[int]: ...
+    @property
+    def first_rounds(self) -> Sequence[int]: ...
+
+
+def latency(measurement: Sampled, statistic: Statistic = "p50") -> Interval:
+    """Seconds, by Woodruff's method for quantiles of clustered samples.
+
+    The share of samples below the quantile has an interval over the parts; the quantiles at its ends are the bounds. It
+    is never narrower than that of as many independent samples, nor than that of the same quantile of as many normal
+    numbers as there are parts, which spread like their medians: 8 starts have no sample beyond their own highest level.
+    """
+    samples, fraction = measurement.samples_ns, FRACTIONS[statistic]
+    value = quantile(samples, fraction)
+    parts = _grouped(samples, _parts(measurement.rounds, measurement.first_rounds))
+    below = [sum(one <= value for one in part) / len(part) for part in parts]
+    error = math.sqrt(fraction * (1 - fraction))
+    half = max(_half_width(below), 1.96 * error / math.sqrt(len(samples)))
+    low, high = (quantile(samples, min(1.0, max(0.0, fraction + side * half))) for side in (-1, 1))
+    density = _NORMAL.pdf(_NORMAL.inv_cdf(fraction))
+    levels = math.exp(error / density * _half_width([math.log(statistics.median(part)) for part in parts]))
+    return Interval(value=value / 1e9, low=min(low, value / levels) / 1e9, high=max(high, value * levels) / 1e9)
+
+
+def ratio(first: Sampled, second: Sampled, statistic: Statistic = "p50") -> Interval:
+    """`first`'s latency over `second`'s, of two measurements that share rounds.
+
+    A part's ratio of medians is paired: the median over its rounds of the ratio of both medians in the round. That of
+    p90 is the ratio of the quantiles of all its samples. Of several starts the geometric mean is taken.
+    """
+    by_round = [samples_by_round(one) for one in (first, second)]
+    shared = sorted(by_round[0].keys() & by_round[1].keys())
+    parts = _grouped(shared, _parts(shared, first.first_rounds))
+    logs = [_log_ratio(by_round, part, statistic) for part in parts]
+    is_one_start = _num_starts(shared, first.first_rounds) == 1
+    middle = _log_ratio(by_round, shared, statistic) if is_one_start else statistics.fmean(logs)
+    half = _half_width(logs)
+    return Interval(value=math.exp(middle), low=math.exp(middle - half), high=math.exp(middle + half))
+
+
+def samples_by_round(measurement: Sampled) -> dict[int, list[int]]:
+    """Nanoseconds."""
+    found: dict[int, list[int]] = {}
+    for number, sample in zip(measurement.rounds, measurement.samples_ns, strict=True):
+        found.setdefault(number, []).append(sample)
+    return found
+
+
+def _log_ratio(by_round: Sequence[Mapping[int, list[int]]], rounds: Sequence[int], statistic: Statistic) -> float:
+    first, second = by_round
+    if statistic == "p50":
+        medians = ((statistics.median(first[number]), statistics.median(second[number])) for number in rounds)
+        return statistics.median(math.log(one / other) for one, other in medians)
+    one, other = (quantile([ns for number in rounds for ns in taken[number]], 0.9) for taken in by_round)
+    return math.log(one / other)
+
+
+def _num_starts(rounds: Iterable[int], first_rounds: Sequence[int]) -> int:
+    return len({bisect_right(first_rounds, number) for number in rounds})
+
+
+def _parts(rounds: Sequence[int], first_rounds: Sequence[int]) -> list[int]:
+    """The part that each of the rounds belongs to: its start, or a block of rounds where all are of one start."""
+    if _num_starts(rounds, first_rounds) > 1:
+        return [bisect_right(first_rounds, number) for number in rounds]
+    distinct = sorted(set(rounds))
+    blocks = min(_BLOCKS, len(distinct))
+    block_of = {number: index * blocks // len(distinct) for index, number in enumerate(distinct)}
+    return [block_of[number] for number in rounds]
+
+
+def _grouped(values: Sequence[int], labels: Sequence[int]) -> list[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for value, label in zip(values, labels, strict=True):
+        groups.setdefault(label, []).append(value)
+    return [groups[label] for label in sorted(groups)]
+
+
+def _half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of the mean of independent values; 0 for a single one, which tells nothing of it."""
+    if len(values) < 2:
+        return 0.0
+    return float(stdtrit(len(values) - 1, 0.975) * statistics.stdev(values) / math.sqrt(len(values)))

@@ -1,0 +1,88 @@
+"""Android devices over adb: the system's client, which owns USB, Wi-Fi pairing and keys."""
+
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from dilap.core.errors import InvalidInput, LinkLost, Unavailable
+from dilap.profilers.links.shells import posix
+from dilap.profilers.links.transports import Completed, PipedProcess, Process, run_client, run_marked
+
+_CALLS = 3
+_PAUSE_SECONDS = 0.5
+_BYTES_PER_SECOND = 2e6  # the slowest link worth waiting for
+
+
+class AdbTransport:
+    """One device of the local adb server. A serial `host:port` is connected to first."""
+
+    def __init__(self, serial: str) -> None:
+        if not serial or any(ord(sign) < 32 for sign in serial):
+            raise InvalidInput(f"{serial!r} is no adb serial; `adb devices` lists them")
+        if shutil.which("adb") is None:
+            raise Unavailable("adb is not installed here; run: apt-get install adb")
+        self._serial = serial
+        if re.fullmatch(r"[\w.-]+:\d+", serial) and not self._answers():
+            self._connect()
+
+    def run(self, argv: Sequence[str], *, seconds: float) -> Completed:
+        return run_marked(
+            lambda mark: self._adb("shell", "-T", posix(argv, seconds=seconds, mark=mark)),
+            seconds=seconds,
+            device=self._serial,
+            explain=self._explain,
+        )
+
+    def start(self, argv: Sequence[str], *, seconds: float) -> Process:
+        command = posix(argv, seconds=seconds, passes_input=True)
+        return PipedProcess(self._adb("shell", "-T", command), name=f"the program on {self._serial}")
+
+    def push(self, path: Path, remote: str, *, resume: bool = False) -> None:  # noqa: ARG002  (adb starts again)
+        self._copy(["push", str(path.resolve()), remote], num_bytes=path.stat().st_size)
+
+    def pull(self, remote: str, path: Path) -> None:
+        self._copy(["pull", remote, str(path.resolve())], num_bytes=1 << 32)
+
+    def close(self) -> None:
+        pass
+
+    def _connect(self) -> None:
+        """A busy phone, or one that just woke, may miss the first call; what is wrong then, the first command says."""
+        for _ in range(_CALLS):
+            # first apart: adb calls a network device that went away `already connected`
+            run_client(["adb", "disconnect", self._serial], seconds=15, device=self._serial)
+            if "connected to" in run_client(["adb", "connect", self._serial], seconds=15, device=self._serial).stdout:
+                return
+            time.sleep(_PAUSE_SECONDS)
+
+    def _answers(self) -> bool:
+        """Whether the device itself does: `adb get-state` says what the server remembers of a link that just broke."""
+        try:
+            return run_client(self._adb("shell", "-T", "true"), seconds=15, device=self._serial).status == 0
+        except LinkLost:
+            return False
+
+    def _adb(self, *words: str) -> list[str]:
+        return ["adb", "-s", self._serial, *words]
+
+    def _copy(self, words: Sequence[str], *, num_bytes: int) -> None:
+        done = run_client(self._adb(*words), seconds=60 + num_bytes / _BYTES_PER_SECOND, device=self._serial)
+        if done.status != 0:
+            complaint = self._explain(done.stderr.strip() or done.stdout.strip())
+            raise LinkLost(f"copying to or from {self._serial} failed: {complaint}")
+
+    def _explain(self, complaint: str) -> str:
+        """The client's last line, or the last that calls itself an error, and what mends it."""
+        lines = complaint.splitlines() or ["the connection ended without a word"]
+        last = next((line for line in reversed(lines) if "error" in line), lines[-1]).strip()
+        for sign, advice in (
+            ("unauthorized", "unlock the phone and allow this computer"),
+            ("offline", "plug it in again, or run: adb reconnect"),
+            ("not found", "`adb devices` lists the serials; is USB debugging on?"),
+            ("more than one", "give the serial in devices.toml"),
+        ):
+            if sign in complaint:
+                return f"{last}; {advice}"
+        return last

@@ -1,0 +1,281 @@
+"""Whole-model measurements to the cost of every sublayer width.
+
+Seconds of a model = fixed part + the sum over layers of an attention and a feed-forward cost, each a monotone
+piecewise-linear curve over the sublayer's *work*: channels for the feed-forward network, and for attention the bytes
+that a decode streams (weights and KV cache) or the operations of a prefill. A layer that keeps neither costs nothing.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression, nnls
+
+from dilap.core.errors import InvalidInput
+from dilap.core.shape import PRECISION_BITS, Architecture, LayerWidths
+from dilap.core.workload import Workload
+
+Vector = NDArray[np.float64]
+Level = TypeVar("Level")
+Work = Callable[[LayerWidths], float]
+_RIDGE = 0.01  # towards the slopes: moving a cost by 10 % of the latency weighs like missing a model by 1 %
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A monotone cost over work, from (0, cost of none) on; beyond its ends it goes on as the nearest piece."""
+
+    work: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def __call__(self, work: float) -> float:
+        if work <= self.work[-1] or len(self.work) == 1:
+            return float(np.interp(work, self.work, self.seconds))
+        slope = (self.seconds[-1] - self.seconds[-2]) / (self.work[-1] - self.work[-2])
+        return self.seconds[-1] + slope * (work - self.work[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """One measured model: its drift-corrected seconds, and the half-width of their interval."""
+
+    role: str
+    widths: tuple[LayerWidths, ...]
+    seconds: float
+    half_width: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyModel:
+    """Seconds of any plan on one device. `method` is the fit that had the lower cross-validated error, `caveats` what a
+    reader must know of how the probes were measured."""
+
+    architecture: Architecture
+    workload: Workload
+    cache_bits: float  # of a number in the KV cache
+    method: str
+    fixed_seconds: float
+    attention: Curve
+    ffn: Curve
+    cross_validation: dict[str, float]
+    noise_seconds: float
+    holdout: tuple[Observation, ...]
+    caveats: tuple[str, ...] = ()
+
+    def attention_seconds(self, num_heads: int, num_kv_heads: int) -> float:
+        """Of one layer; 0 without heads. An unmeasured level costs what its work costs on the curve."""
+        if num_heads == 0:
+            return 0.0
+        level = LayerWidths(num_heads=num_heads, num_kv_heads=num_kv_heads, num_channels=0)
+        # below the narrowest measured level nothing is promised to be faster than it
+        least = self.attention.work[1] if len(self.attention.work) > 1 else 0.0
+        work = attention_work(self.architecture, self.workload, cache_bits=self.cache_bits)
+        return self.attention(max(least, work(level)))
+
+    def ffn_seconds(self, num_channels: int) -> float:
+        """Of one layer that keeps attention; 0 channels may still cost (llama.cpp gets 32 zero ones)."""
+        return self.ffn(num_channels)
+
+    def predict(self, widths: Sequence[LayerWidths]) -> float:
+        """Seconds of a whole model."""
+        return self.fixed_seconds + sum(
+            self.attention_seconds(layer.num_heads, layer.num_kv_heads) + self.ffn_seconds(layer.num_channels)
+            for layer in widths
+            if not layer.is_empty
+        )
+
+    def holdout_errors(self) -> list[float]:
+        """Absolute relative errors on the plans that took no part in the fit."""
+        return [abs(self.predict(one.widths) / one.seconds - 1) for one in self.holdout]
+
+    def measurable_attention_levels(self, levels: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The levels that are measurably faster than the next larger one kept, largest first."""
+        work = attention_work(self.architecture, self.workload, cache_bits=self.cache_bits)
+        ordered = sorted(levels, key=lambda level: (-work(_attention_only(*level)), level))
+        return self._measurable(ordered, [self.attention_seconds(*level) for level in ordered])
+
+    def measurable_ffn_levels(self, levels: Sequence[int]) -> list[int]:
+        """As for attention."""
+        ordered = sorted(levels, reverse=True)
+        return self._measurable(ordered, [self.ffn_seconds(level) for level in ordered])
+
+    def _measurable(self, levels: list[Level], seconds: list[float]) -> list[Level]:
+        kept: list[int] = []
+        for index, cost in enumerate(seconds):
+            step = max(self.noise_seconds, 0.005 * seconds[0])
+            if not kept or seconds[kept[-1]] - cost > step:
+                kept.append(index)
+        return [levels[index] for index in kept]
+
+
+def attention_work(architecture: Architecture, workload: Workload, *, cache_bits: float) -> Work:
+    """Bytes that a decoded token streams for a layer's attention, `cache_bits` for a number in the KV cache;
+    operations, for a prompt."""
+
+    def streamed(layer: LayerWidths) -> float:
+        weights = architecture.attention_parameters(layer) * PRECISION_BITS[workload.precision] / 8
+        return weights + 2 * layer.num_kv_heads * architecture.head_dim * cache_bits / 8 * workload.context
+
+    def computed(layer: LayerWidths) -> float:
+        tokens = workload.prompt_tokens
+        pairs = tokens * (tokens + 1) / 2
+        return (
+            2 * architecture.attention_parameters(layer) * tokens + 4 * layer.num_heads * architecture.head_dim * pairs
+        )
+
+    return streamed if workload.phase == "decode" else computed
+
+
+def fit(
+    observations: Sequence[Observation], *, architecture: Architecture, workload: Workload, cache_bits: float
+) -> LatencyModel:
+    """The better of slopes and least squares under cross-validation on the observations of role `random`."""
+    used = [one for one in observations if one.role != "holdout"]
+    work = attention_work(architecture, workload, cache_bits=cache_bits)
+    _require_anchors(used)
+    grid = _Grid.of(used, work)
+    slopes = _slopes(used, grid, work)
+    random = [one for one in used if one.role == "random"]
+    errors = {"slopes": _mean_error(grid, slopes, random)}
+    if random:
+        left_out = []
+        for fold in range(min(5, len(random))):
+            tested = random[fold::5]
+            trained = [one for one in used if one not in tested]
+            left_out.extend([_mean_error(grid, _least_squares(grid, trained, slopes), tested)] * len(tested))
+        errors["least squares"] = statistics.fmean(left_out)
+    method = min(errors, key=lambda name: errors[name])
+    costs = slopes if method == "slopes" else _least_squares(grid, used, slopes)
+    dense = next(one for one in used if one.role == "dense")
+    noise = statistics.median(one.half_width * one.seconds for one in used)
+    attention, ffn = grid.curves(costs)
+    return LatencyModel(
+        architecture=architecture,
+        workload=workload,
+        cache_bits=cache_bits,
+        method=method,
+        fixed_seconds=float(costs[0]),
+        attention=attention,
+        ffn=ffn,
+        cross_validation=errors,
+        noise_seconds=2**0.5 * noise / len(dense.widths),  # of a difference, spread over the layers
+        holdout=tuple(one for one in observations if one.role == "holdout"),
+    )
+
+
+def _require_anchors(observations: Sequence[Observation]) -> None:
+    """Raises InvalidInput without the two probes from which all others are told."""
+    if not {"dense", "depth"} <= {one.role for one in observations}:
+        raise InvalidInput(
+            "the latency table has no dense or no depth probe yet that was measured without other load on the cores; "
+            "stop other programs and resume its measurement with dilap-profile"
+        )
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The knots of both curves; a model is linear in (fixed, attention rises, first ffn cost, ffn rises)."""
+
+    attention: tuple[float, ...]  # starts with 0, which costs nothing
+    ffn: tuple[float, ...]
+    work: Work
+
+    @classmethod
+    def of(cls, observations: Sequence[Observation], work: Work) -> "_Grid":
+        probes = [one for one in observations if one.role in ("dense", "attention", "ffn")]
+        layers = [layer for one in probes for layer in one.widths if not layer.is_empty]
+        attention = {0.0} | {work(layer) for layer in layers}
+        return cls(tuple(sorted(attention)), tuple(sorted({float(layer.num_channels) for layer in layers})), work)
+
+    def features(self, widths: Sequence[LayerWidths]) -> Vector:
+        total = np.zeros(1 + len(self.attention) - 1 + len(self.ffn))
+        total[0] = 1
+        for layer in widths:
+            if not layer.is_empty:
+                attention = max(self.work(layer), self.attention[1]) if layer.num_heads else 0.0
+                total[1:] += np.concatenate(
+                    [_rises(self.attention, attention), [1.0], _rises(self.ffn, layer.num_channels)]
+                )
+        return total
+
+    def curves(self, costs: Vector) -> tuple[Curve, Curve]:
+        split = len(self.attention)
+        attention = np.concatenate([[0.0], np.cumsum(costs[1:split])])
+        ffn = np.cumsum(costs[split:])
+        return (
+            Curve(work=self.attention, seconds=tuple(map(float, attention))),
+            Curve(work=self.ffn, seconds=tuple(map(float, ffn))),
+        )
+
+
+def _rises(knots: Sequence[float], work: float) -> Vector:
+    """How much of the way between each two knots lies below `work`."""
+    low, high = np.array(knots[:-1]), np.array(knots[1:])
+    return np.asarray(np.clip((work - low) / (high - low), 0, 1), dtype=np.float64)
+
+
+def _slopes(observations: Sequence[Observation], grid: _Grid, work: Work) -> Vector:
+    """Every width's cost from the probes alone: what is saved in all layers, shared out to one."""
+    dense, shallow = (next(one for one in observations if one.role == role) for role in ("dense", "depth"))
+    per_layer = (dense.seconds - shallow.seconds) / (len(dense.widths) - len(shallow.widths))
+    per_layer = min(max(per_layer, 0.0), dense.seconds / len(dense.widths))
+    saved_attention, saved_ffn = _savings(observations, dense, work)
+    full, narrowest = max(saved_attention), min(saved_attention)
+    share = full / (full - narrowest) if full > narrowest else 0.0
+    attention = min(max(saved_attention[narrowest] * share, 0.0), per_layer)
+    fixed = dense.seconds - per_layer * len(dense.widths)
+    return np.concatenate(
+        [
+            [fixed],
+            np.diff(_monotone(grid.attention, saved_attention, attention), prepend=0.0)[1:],
+            np.diff(_monotone(grid.ffn, saved_ffn, per_layer - attention), prepend=0.0),
+        ]
+    )
+
+
+def _savings(
+    observations: Sequence[Observation], dense: Observation, work: Work
+) -> tuple[dict[float, float], dict[float, float]]:
+    """Seconds a layer saves at each attention work and at each number of channels; the dense widths save none."""
+    layer = dense.widths[-1]
+    attention, ffn = {work(layer): 0.0}, {float(layer.num_channels): 0.0}
+    for one in observations:
+        if one.role in ("attention", "ffn"):
+            # the first layer may have to keep its attention, so the last one shows the level
+            changed = sum(a != b for a, b in zip(one.widths, dense.widths, strict=True))
+            level, store = (
+                (work(one.widths[-1]), attention)
+                if one.role == "attention"
+                else (float(one.widths[-1].num_channels), ffn)
+            )
+            store[level] = (dense.seconds - one.seconds) / changed
+    return attention, ffn
+
+
+def _monotone(knots: Sequence[float], saved: dict[float, float], full: float) -> Vector:
+    """Costs at the knots that never fall with work; a knot at 0 work that was not probed costs nothing."""
+    costs = [full - saved[knot] if knot in saved else 0.0 for knot in knots]
+    return np.asarray(np.maximum(isotonic_regression(costs).x, 0.0), dtype=np.float64)
+
+
+def _least_squares(grid: _Grid, observations: Sequence[Observation], prior: Vector) -> Vector:
+    """Non-negative costs with the least relative errors, drawn a little towards `prior`."""
+    seconds = np.array([one.seconds for one in observations])
+    rows = np.stack([grid.features(one.widths) for one in observations]) / seconds[:, None]
+    dense = next(one for one in observations if one.role == "dense")
+    pull = _RIDGE**0.5 * np.diag(grid.features(dense.widths) / dense.seconds)
+    solution, _ = nnls(np.concatenate([rows, pull]), np.concatenate([np.ones(len(rows)), pull @ prior]))
+    return np.asarray(solution, dtype=np.float64)
+
+
+def _mean_error(grid: _Grid, costs: Vector, observations: Sequence[Observation]) -> float:
+    if not observations:
+        return 0.0
+    return statistics.fmean(abs(float(grid.features(one.widths) @ costs) / one.seconds - 1) for one in observations)
+
+
+def _attention_only(num_heads: int, num_kv_heads: int) -> LayerWidths:
+    return LayerWidths(num_heads=num_heads, num_kv_heads=num_kv_heads, num_channels=0)

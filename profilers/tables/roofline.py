@@ -1,0 +1,82 @@
+"""What a device would do at best: a roofline of its published bandwidth and compute. No device is asked.
+
+Such a model says which parts weigh most; no budget is kept or missed by it.
+"""
+
+from dilap.core.errors import InvalidInput
+from dilap.core.measurement import Fingerprint
+from dilap.core.shape import PRECISION_BITS, Architecture, LayerWidths
+from dilap.core.workload import Workload
+from dilap.profilers.devices.device import Device
+from dilap.profilers.tables.fit import Curve, LatencyModel, attention_work
+
+METHOD = "estimated"  # stands wherever a measured number would say how it was got
+
+
+def roofline(architecture: Architecture, workload: Workload, device: Device, *, cache_bits: float) -> LatencyModel:
+    """Seconds linear in every width, each part bound by what it reads or by what it computes, whichever is slower."""
+    layer = architecture.layers[0]
+    tokens = 1 if workload.phase == "decode" else workload.prompt_tokens
+    byte = PRECISION_BITS[workload.precision] / 8
+    attention, ffn = architecture.attention_parameters(layer), architecture.ffn_parameters(layer)
+    work = attention_work(architecture, workload, cache_bits=cache_bits)
+    narrowest = work(LayerWidths(num_heads=1, num_kv_heads=1, num_channels=0)) / work(layer)
+    pairs = workload.context if workload.phase == "decode" else tokens * (tokens + 1) // 2
+    head = architecture.vocab_size * architecture.hidden_size
+    attention_seconds = _seconds(
+        device,
+        num_bytes=work(layer) if workload.phase == "decode" else attention * byte,
+        flops=2 * attention * tokens + 4 * layer.num_heads * architecture.head_dim * pairs,
+    )
+    return LatencyModel(
+        architecture=architecture,
+        workload=workload,
+        cache_bits=cache_bits,
+        method=METHOD,
+        fixed_seconds=_seconds(device, num_bytes=head * byte, flops=2 * head),
+        attention=Curve(
+            work=(0.0, narrowest * work(layer), work(layer)),
+            seconds=(0.0, narrowest * attention_seconds, attention_seconds),
+        ),
+        ffn=Curve(
+            work=(0.0, float(layer.num_channels)),
+            seconds=(0.0, _seconds(device, num_bytes=ffn * byte, flops=2 * ffn * tokens)),
+        ),
+        cross_validation={},
+        noise_seconds=0.0,
+        holdout=(),
+    )
+
+
+def estimated_fingerprint(device: Device, *, backend: str) -> Fingerprint:
+    """Of no machine: it differs from every measured one."""
+    return Fingerprint(
+        device=device.name,
+        machine=METHOD,
+        processor=METHOD,
+        num_cores=device.default_threads(),
+        memory_bytes=0,
+        last_level_cache_bytes=device.last_level_cache_bytes,
+        power_mode=METHOD,
+        runtime=backend,
+        runtime_version=METHOD,
+        runtime_build=describe(device),
+    )
+
+
+def describe(device: Device) -> str:
+    """The two numbers that an estimate rests on. Raises InvalidInput for a device without them."""
+    if device.bytes_per_second is None or device.flops_per_second is None:
+        raise InvalidInput(f"no bandwidth and compute are published for {device.name}: it cannot be estimated")
+    return f"a roofline of {device.bytes_per_second / 1e9:.0f} GB/s and {device.flops_per_second / 1e9:.0f} GFLOP/s"
+
+
+def predict_ns(model: LatencyModel, widths: tuple[LayerWidths, ...]) -> int:
+    return max(1, round(1e9 * model.predict(widths)))
+
+
+def _seconds(device: Device, *, num_bytes: float, flops: float) -> float:
+    describe(device)  # raises where the numbers are missing
+    assert device.bytes_per_second is not None
+    assert device.flops_per_second is not None
+    return max(num_bytes / device.bytes_per_second, flops / device.flops_per_second)
