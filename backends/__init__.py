@@ -6,14 +6,13 @@ reason, or None), `capabilities` (what it can hold, as data) and `load` (an arti
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from dilap.core import registry
 from dilap.core.errors import InvalidInput, Unsupported
-from dilap.core.plan import GroupKind, group_name
-from dilap.core.shape import Architecture, LayerWidths
+from dilap.core.rules import Capabilities
+from dilap.core.shape import Architecture
 from dilap.core.workload import Workload
 
 if TYPE_CHECKING:
@@ -27,65 +26,6 @@ BACKENDS = {
     "tensorrt": "dilap.backends.tensorrt.runtime:TensorRT",
 }
 MAX_READ_TOKENS = 512  # at once: their logits, for a vocabulary of 50k, are 100 MB
-
-
-@dataclass(frozen=True, kw_only=True)
-class Capabilities:
-    """The models that a runtime loads; the search space is cut by it before the search.
-
-    `unsupported` is the reason why the family cannot be held at all. `head_dim_multiple` and `hidden_multiple` are what
-    its kernels and quantised tables need. `ffn_multiple` is the step of FFN widths that fills kernels and quantisation
-    blocks: other widths load, but run no faster than the next multiple, so a search is not offered them.
-    `output_biases` says whether output projections may have a bias that the family lacks. `max_tokens` is the longest
-    sequence that artifacts for it hold, whatever the model does.
-    """
-
-    unsupported: str | None = None
-    per_layer_widths: bool = True
-    attention_removal: bool = True
-    ffn_removal: bool = True
-    ffn_multiple: int = 1
-    head_dim_multiple: int = 1
-    hidden_multiple: int = 1
-    output_biases: bool = True
-    max_tokens: int | None = None
-
-    def refusal(self, architecture: Architecture) -> str | None:
-        """Why no model of that shape is loaded, by group and rule; None where it is."""
-        if self.unsupported:
-            return self.unsupported
-        sizes = (
-            ("head_dim", architecture.head_dim, self.head_dim_multiple),
-            ("hidden_size", architecture.hidden_size, self.hidden_multiple),
-        )
-        for name, size, multiple in sizes:
-            if size % multiple:
-                return f"{name} is {size}, and it needs a multiple of {multiple}"
-        refusals = (
-            self._layer_refusal(index, layer, architecture.layers[0]) for index, layer in enumerate(architecture.layers)
-        )
-        return next(filter(None, refusals), None)
-
-    def _layer_refusal(self, index: int, layer: LayerWidths, first: LayerWidths) -> str | None:
-        if not layer.num_heads and not self.attention_removal:
-            return f"{group_name(index, 'kv_groups')} is removed, and it needs attention in every layer"
-        if not layer.num_channels and not self.ffn_removal:
-            return f"{group_name(index, 'channels')} is removed, and it needs a feed-forward network in every layer"
-        if self.per_layer_widths:
-            return None
-        kinds: tuple[tuple[GroupKind, int, int], ...] = (
-            ("kv_groups", layer.num_kv_heads, first.num_kv_heads),
-            ("query_slots", layer.num_heads, first.num_heads),
-            ("channels", layer.num_channels, first.num_channels),
-        )
-        for kind, width, wanted in kinds:
-            if width != wanted:
-                heads = " query heads" if kind == "query_slots" else ""
-                return (
-                    f"{group_name(index, kind)} keeps {width}{heads} where layer 0 keeps {wanted}, and it needs equal"
-                    " widths in every layer"
-                )
-        return None
 
 
 class Session(Protocol):
@@ -156,8 +96,8 @@ class Backend(Protocol):
         """How the stock runtime runs `file` in the workload's configuration: commands, calls and environment variables
         by the name of the program or language."""
 
-    def capabilities(self, family: str, *, precision: str) -> Capabilities:
-        """What it can hold of a model family."""
+    def capabilities(self, architecture: Architecture, *, precision: str) -> Capabilities:
+        """What it can hold of models that compute as `architecture` does, in any widths."""
 
     def cache_bits(self, workload: Workload) -> float:
         """Bits that a number in the KV cache takes in the workload's configuration."""
@@ -192,5 +132,5 @@ def require_switches(backend: Backend, workload: Workload) -> None:
 
 def require_loadable(backend: Backend, architecture: Architecture, *, precision: str) -> None:
     """Raises Unsupported, by group and rule, where the backend's runtime does not load models of that shape."""
-    if reason := backend.capabilities(architecture.family, precision=precision).refusal(architecture):
+    if reason := backend.capabilities(architecture, precision=precision).refusal(architecture):
         raise Unsupported(f"{backend.name} cannot hold this model in {precision}: {reason}")

@@ -13,12 +13,13 @@ from dilap.backends import Backend
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, read_json
 from dilap.core.measurement import Measurement
+from dilap.core.rules import spread
 from dilap.core.shape import Architecture, LayerWidths
 from dilap.core.workload import Workload
 from dilap.job.bench import Bench
 from dilap.profilers.profiler import Case
 from dilap.profilers.protocol import TABLE
-from dilap.profilers.tables.probes import default_levels, list_probes, spread
+from dilap.profilers.tables.probes import default_levels, list_probes
 from dilap.profilers.tables.table import LatencyTable, TableEntry, TableHeader, runs_of
 
 LLAMACPP = backends.get("llamacpp")
@@ -87,7 +88,7 @@ class FakeBench(Bench):
 
 
 def fabricated_table(architecture: Architecture, workload: Workload, backend: Backend = LLAMACPP) -> LatencyTable:
-    capabilities = backend.capabilities(architecture.family, precision=workload.precision)
+    capabilities = backend.capabilities(architecture, precision=workload.precision)
     attention, ffn = default_levels(architecture, capabilities)
     header = TableHeader(
         fingerprint=FINGERPRINT,

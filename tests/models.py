@@ -12,14 +12,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dilap.core.plan import Plan, full_plan
 from dilap.core.shape import LayerWidths
-from dilap.core.space import Choice, Level, Space, Units, plan_of
-from dilap.models.anatomy import architecture_of, decoder_layers, family_of, sublayers
-from dilap.models.cut import out_columns
+from dilap.core.space import Choice, Level, Space, plan_of
+from dilap.models.anatomy import architecture_of, sublayers
 from dilap.models.text import Calibration
 from dilap.search.library import LibraryOptions, build_library
 from dilap.search.limit import Target
 from dilap.search.method import PruneTask
 from dilap.search.supernet import Supernet
+from dilap.search.weights import WeightCosts
 
 __all__ = ["CLASSES", "FAMILIES", "VOCAB_SIZE", "tiny_model"]
 FAMILIES = tuple(CLASSES)
@@ -44,16 +44,12 @@ def plan_for(model: PreTrainedModel, kept: Kept) -> Plan:
 @torch.no_grad()
 def masked_(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """`model` in its dense shape with the output projections of removed units set to zero."""
-    family = family_of(model.config)
-    for index, layer in enumerate(decoder_layers(model)):
-        for kind, path in (("attention", family.attention_out), ("ffn", family.ffn_out)):
-            out, columns = layer.get_submodule(path), out_columns(plan, index, kind)
-            assert isinstance(out, torch.nn.Linear)
-            mask = torch.zeros(out.in_features)
-            mask[columns] = 1
-            out.weight.mul_(mask)
-            if len(columns) == 0 and out.bias is not None:
-                out.bias.zero_()
+    for one in sublayers(model):
+        mask, columns = torch.zeros(one.out.in_features), one.columns(plan.kept)
+        mask[columns] = 1
+        one.out.weight.mul_(mask)
+        if len(columns) == 0 and one.out.bias is not None:
+            one.out.bias.zero_()
     return model
 
 
@@ -77,31 +73,16 @@ def logits_with_cache(model: PreTrainedModel, tokens: torch.Tensor, *, prompt: i
 def tiny_space(model: PreTrainedModel, *, fractions: tuple[float, ...] = (1.0, 0.5, 0.25)) -> Space:
     """Every grid of KV groups and query slots, some shares of the channels, and removal; a microsecond a parameter."""
     architecture = architecture_of(model)
-    choices = []
-    for index, layer in enumerate(architecture.layers):
-        ratio = layer.num_heads // layer.num_kv_heads
-        attention = [
-            Level(num_kv_groups=groups, num_query_slots=slots, seconds=seconds)
-            for groups, slots in product(range(1, layer.num_kv_heads + 1), range(1, ratio + 1))
-            if (
-                seconds := 1e-6
-                * architecture.attention_parameters(
-                    LayerWidths(num_heads=groups * slots, num_kv_heads=groups, num_channels=0)
-                )
-            )
-        ]
-        ffn = [
-            Level(
-                num_channels=channels,
-                seconds=1e-6
-                * architecture.ffn_parameters(LayerWidths(num_heads=0, num_kv_heads=0, num_channels=channels)),
-            )
-            for channels in (round(layer.num_channels * fraction) for fraction in fractions)
-        ]
-        for kind, levels in (("attention", attention), ("ffn", ffn)):
-            ordered = sorted([*levels, Level(seconds=0.0)], key=lambda level: -level.seconds)
-            choices.append(Choice(layer=index, kind=kind, levels=tuple(ordered)))  # type: ignore[arg-type]
-    return Space(architecture=architecture, choices=tuple(choices), fixed_seconds=0.01)
+    weights, choices = WeightCosts(architecture=architecture), []
+    for block in architecture.blocks:
+        sizes = [group.num_units for group in block.groups]
+        if block.kind == "attention":
+            counts = list(product(*(range(1, size + 1) for size in sizes)))
+        else:
+            counts = [(round(sizes[0] * fraction),) for fraction in fractions]
+        levels = [Level(counts=one, cost=1e-6 * weights.block(block, one)) for one in [*counts, (0,) * len(sizes)]]
+        choices.append(Choice(block=block, levels=tuple(sorted(levels, key=lambda level: -level.cost))))
+    return Space(architecture=architecture, choices=tuple(choices), fixed_cost=0.01)
 
 
 def tiny_net(
@@ -118,7 +99,7 @@ def tiny_task(model: PreTrainedModel, *, share: float = 0.7, **changes: Any) -> 
 
     def predict(widths: Sequence[LayerWidths]) -> float:
         weights = (space.architecture.attention_parameters(w) + space.architecture.ffn_parameters(w) for w in widths)
-        return space.fixed_seconds + 1e-6 * sum(weights)
+        return space.fixed_cost + 1e-6 * sum(weights)
 
     train, validation = random_tokens(8, 24), random_tokens(4, 24, seed=1)
     task = PruneTask(
@@ -137,5 +118,5 @@ def projections(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dic
 
 
 def plan_at(space: Space, net: Supernet, config: tuple[int, ...]) -> Plan:
-    units: list[Units] = [levels[index].units for levels, index in zip(net.library, config, strict=True)]
+    units = [levels[index].units for levels, index in zip(net.library, config, strict=True)]
     return plan_of(space, units, base="base")

@@ -14,10 +14,12 @@ from fabricated import FINGERPRINT, TINY_LAYER, tiny_llama
 from numpy.typing import NDArray
 
 from dilap import backends, export
-from dilap.backends import Capabilities, agent, host
+from dilap.backends import agent, host
 from dilap.core import codec
 from dilap.core.errors import InvalidInput, LinkLost, Mismatch, Unavailable
 from dilap.core.measurement import DeviceState, Fingerprint
+from dilap.core.rules import Capabilities
+from dilap.core.shape import Architecture
 from dilap.core.workload import Workload
 from dilap.profilers.devices import device as devices
 from dilap.profilers.instruments.agent import AgentClient, InstrumentBench, LocalConnection, Sampled
@@ -73,7 +75,7 @@ class FakeBackend:
     def after_a_crash(self) -> str:
         return "try another"
 
-    def capabilities(self, family: str, *, precision: str) -> Capabilities:
+    def capabilities(self, architecture: Architecture, *, precision: str) -> Capabilities:
         return Capabilities()
 
     def load(self, path: Path, workload: Workload) -> FakeSession:

@@ -9,6 +9,7 @@ from models import tiny_model
 from numpy.typing import NDArray
 
 from dilap.core.errors import Infeasible
+from dilap.core.groups import Block, Group
 from dilap.core.space import Choice, Level, Space
 from dilap.models.anatomy import architecture_of
 from dilap.search.allocation import Config, Quadratic, RelaxationOptions, move, move_gains, project, relax, solve, swap
@@ -21,17 +22,15 @@ SEEDS = range(8)
 Table = list[tuple[float, ...]]
 
 
-def space_of(table: Table, *, fixed_seconds: float = 0.0) -> Space:
-    """A space whose choices have only seconds."""
-    choices = tuple(
-        Choice(
-            layer=index,
-            kind="ffn",
-            levels=tuple(Level(num_channels=len(row) - k, seconds=s) for k, s in enumerate(row)),
-        )
-        for index, row in enumerate(table)
-    )
-    return Space(architecture=architecture_of(tiny_model("llama")), choices=choices, fixed_seconds=fixed_seconds)
+def space_of(table: Table, *, fixed_cost: float = 0.0) -> Space:
+    """A space whose choices have only costs."""
+    choices = []
+    for index, row in enumerate(table):
+        group = Group(name=f"layers.{index}.channels", num_units=len(row))
+        levels = tuple(Level(counts=(len(row) - k,), cost=cost) for k, cost in enumerate(row))
+        block = Block(name=f"layers.{index}.ffn", layer=index, kind="ffn", groups=(group,))
+        choices.append(Choice(block=block, levels=levels))
+    return Space(architecture=architecture_of(tiny_model("llama")), choices=tuple(choices), fixed_cost=fixed_cost)
 
 
 def random_table(seed: int, *, choices: int = 5, levels: int = 4) -> Table:
@@ -55,12 +54,12 @@ def every_config(table: Table) -> list[Config]:
 
 
 def feasible(space: Space, table: Table, limit: float) -> list[Config]:
-    return [config for config in every_config(table) if space.seconds(config) <= limit]
+    return [config for config in every_config(table) if space.cost(config) <= limit]
 
 
 def middle(space: Space) -> float:
     """A limit half-way between the slowest and the fastest config."""
-    return (space.seconds(space.dense) + space.seconds(space.fastest)) / 2
+    return (space.cost(space.dense) + space.cost(space.fastest)) / 2
 
 
 def random_costs(seed: int, table: Table) -> list[NDArray[np.float64]]:
@@ -86,10 +85,10 @@ def test_solution_is_the_best_where_seconds_fill_buckets(seed: int) -> None:
 def test_solution_is_no_worse_than_the_best_with_rounding_taken_off(seed: int, share: float) -> None:
     table = random_table(seed)
     space, costs = space_of(table), random_costs(seed, table)
-    fastest, slowest = space.seconds(space.fastest), space.seconds(space.dense)
+    fastest, slowest = space.cost(space.fastest), space.cost(space.dense)
     limit = fastest + share * (slowest - fastest)
     config = solve(costs, table, limit=limit)
-    assert space.seconds(config) <= limit * (1 + 1e-12)
+    assert space.cost(config) <= limit * (1 + 1e-12)
     rounded = limit - len(table) * limit / BUCKETS
     assert cost_of(costs, config) <= min(cost_of(costs, c) for c in feasible(space, table, rounded)) + 1e-12
 
@@ -103,7 +102,7 @@ def test_slack_of_rounding_is_filled() -> None:
 def test_limit_of_the_fastest_config_is_feasible() -> None:
     table = random_table(0)
     space = space_of(table)
-    assert solve(random_costs(0, table), table, limit=space.seconds(space.fastest)) == space.fastest
+    assert solve(random_costs(0, table), table, limit=space.cost(space.fastest)) == space.fastest
 
 
 def test_limit_of_nothing_allows_only_free_levels() -> None:
@@ -123,7 +122,7 @@ def test_impossible_limit_is_infeasible(limit: float) -> None:
 
 
 def test_fixed_seconds_count_towards_the_limit() -> None:
-    space = space_of([(2.0, 1.0)], fixed_seconds=5.0)
+    space = space_of([(2.0, 1.0)], fixed_cost=5.0)
     quadratic = Quadratic(b=torch.tensor([0.0, 1.0]), Q=torch.zeros(2, 2), sizes=(2,))
     assert project(quadratic, space, limit=6.5) == (1,)
     assert project(quadratic, space, limit=7.0) == (0,)
@@ -159,7 +158,7 @@ def test_move_gains_are_differences_of_the_value(seed: int) -> None:
     for index, gain in enumerate(gains.reshape(-1).tolist()):
         i, j = divmod(index, len(owner))
         moved = move(quadratic, config, index)
-        if owner[i] == owner[j] or moved == config or space.seconds(moved) > limit + 1e-12:
+        if owner[i] == owner[j] or moved == config or space.cost(moved) > limit + 1e-12:
             assert gain == float("inf")
         else:
             assert gain == pytest.approx(quadratic.value(moved) - quadratic.value(config), abs=1e-5)
@@ -172,15 +171,15 @@ def test_swap_keeps_the_limit_and_ends_in_an_optimum_of_pairs(seed: int) -> None
     limit = middle(space)
     start = project(quadratic.diagonal_only(), space, limit=limit)
     found = swap(quadratic, space, start, limit=limit)
-    assert space.seconds(found) <= limit * (1 + 1e-12)
+    assert space.cost(found) <= limit * (1 + 1e-12)
     assert quadratic.value(found) <= quadratic.value(start) + 1e-6
     neighbours = [c for c in feasible(space, table, limit) if sum(a != b for a, b in zip(c, found, strict=True)) <= 2]
     assert quadratic.value(found) <= min(map(quadratic.value, neighbours)) + 1e-5
 
 
 def expectation(space: Space, p: torch.Tensor) -> float:
-    seconds = torch.tensor([level.seconds for choice in space.choices for level in choice.levels])
-    return space.fixed_seconds + float(p @ seconds)
+    seconds = torch.tensor([level.cost for choice in space.choices for level in choice.levels])
+    return space.fixed_cost + float(p @ seconds)
 
 
 def test_relaxation_gives_a_distribution_for_every_choice() -> None:
@@ -195,7 +194,7 @@ def test_relaxation_keeps_the_limit_in_expectation() -> None:
     excess = []
     for seed in SEEDS:
         table = random_table(seed)
-        space = space_of(table, fixed_seconds=1e-3)
+        space = space_of(table, fixed_cost=1e-3)
         limit, starts = middle(space), [(), space.dense, space.fastest]
         found = relax(random_quadratic(seed, table), space, limit=limit, starts=starts, options=RelaxationOptions())
         excess.append(max(expectation(space, p) for p in found) / limit - 1)
@@ -233,7 +232,7 @@ def test_allocation_is_the_best_by_brute_force(seed: int) -> None:
     quadratic, space = random_quadratic(seed, table), space_of(table)
     limit = middle(space)
     config = allocate(quadratic, space, limit=limit, previous=space.dense, options=SearchOptions())
-    assert space.seconds(config) <= limit * (1 + 1e-12)
+    assert space.cost(config) <= limit * (1 + 1e-12)
     assert quadratic.value(config) <= min(map(quadratic.value, feasible(space, table, limit))) + 1e-5
 
 

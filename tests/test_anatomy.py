@@ -8,7 +8,6 @@ from models import FAMILIES, plan_for, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from dilap.core.errors import InvalidInput, Unsupported
-from dilap.core.plan import groups_of
 from dilap.core.shape import LayerWidths
 from dilap.models.anatomy import architecture_of, model_digest, require_finite, sublayers
 from dilap.models.cut import shrink_
@@ -17,9 +16,9 @@ from dilap.models.cut import shrink_
 @pytest.mark.parametrize("family", FAMILIES)
 def test_groups_are_found_in_every_layer(family: str) -> None:
     slots = 1 if family == "opt" else 2
-    groups = groups_of(architecture_of(tiny_model(family)))
-    assert [(group.layer, group.kind, group.num_units) for group in groups] == [
-        (layer, kind, units)
+    blocks = architecture_of(tiny_model(family)).blocks
+    assert [(group.name, group.num_units) for block in blocks for group in block.groups] == [
+        (f"layers.{layer}.{kind}", units)
         for layer in range(3)
         for kind, units in (("kv_groups", 4 // slots), ("query_slots", slots), ("channels", 96))
     ]

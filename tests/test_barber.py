@@ -13,9 +13,9 @@ from torch.testing import assert_close
 from dilap.cli import prune
 from dilap.core.codec import read_json
 from dilap.core.errors import InvalidInput
-from dilap.models.anatomy import family_of
+from dilap.models.families import family_of
+from dilap.models.families.family import Family
 from dilap.models.load import save_checkpoint
-from dilap.models.modeling_dilap import Family
 from dilap.models.statistics import LayerCall
 from dilap.sparsity.barber import Barber, Block, Granularity, decoder_matrices, rebuilt_masks, swapped
 from dilap.sparsity.pattern import Pattern
@@ -139,7 +139,7 @@ def test_b6_gradient_of_a_linear_block_is_the_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     dense, x = torch.randn(3, 5, generator=generator), torch.randn(7, 5, generator=generator)
     sparse = dense * (torch.rand(3, 5, generator=generator) > 0.5)
-    family = Family(ffn="mlp", ffn_in=(), ffn_out="mlp")
+    family = Family(name="plain", ffn="mlp", ffn_in=(), ffn_out="mlp")
     block = Block(sparse=Plain(sparse), dense=Plain(dense.clone()), family=family, kind="ffn")
     found = block.gradients(LayerCall(hidden=x, arguments={}), x)["mlp"]
     assert_close(found, 2 / (7 * 3) * (x @ (dense - sparse).T).T @ x)

@@ -8,8 +8,9 @@ import pytest
 from fabricated import TINY_LAYER, tiny_llama
 
 from dilap import backends, export
-from dilap.backends import Capabilities, require_loadable
+from dilap.backends import require_loadable
 from dilap.core.errors import Unsupported
+from dilap.core.rules import Capabilities
 from dilap.core.shape import Architecture, LayerWidths
 from dilap.core.workload import Workload
 
@@ -90,7 +91,7 @@ def test_onnxruntime_takes_the_heads_that_its_capabilities_say(
 ) -> None:
     needs("onnxruntime")
     shape = replace(dense, head_dim=head_dim)
-    refused = backends.get("onnxruntime").capabilities(shape.family, precision="f32").refusal(shape)
+    refused = backends.get("onnxruntime").capabilities(shape, precision="f32").refusal(shape)
     assert runs("onnxruntime", shape, "f32", tmp_path / "probe") == (refused is None)
 
 
@@ -101,7 +102,7 @@ def test_onnxruntime_takes_the_hidden_sizes_that_its_capabilities_say(
 ) -> None:
     needs("onnxruntime")
     shape = replace(LLAMA, hidden_size=hidden_size)
-    refused = backends.get("onnxruntime").capabilities("llama", precision=precision).refusal(shape)
+    refused = backends.get("onnxruntime").capabilities(shape, precision=precision).refusal(shape)
     assert runs("onnxruntime", shape, precision, tmp_path / "probe") == (refused is None)
 
 
@@ -112,7 +113,7 @@ def test_llamacpp_takes_any_head_and_hidden_size(
 ) -> None:
     needs("llama_cpp")
     shape = replace(LLAMA, head_dim=head_dim, hidden_size=hidden_size)
-    assert backends.get("llamacpp").capabilities("llama", precision=precision).refusal(shape) is None
+    assert backends.get("llamacpp").capabilities(shape, precision=precision).refusal(shape) is None
     assert runs("llamacpp", shape, precision, tmp_path / "probe")
 
 
@@ -126,5 +127,5 @@ def test_widths_of_their_own_and_missing_sublayers_are_held(
 ) -> None:
     needs(package)
     shape = tiny_llama(TINY_LAYER, second)
-    assert backends.get(backend).capabilities("llama", precision=precision).refusal(shape) is None
+    assert backends.get(backend).capabilities(shape, precision=precision).refusal(shape) is None
     assert runs(backend, shape, precision, tmp_path / "probe")

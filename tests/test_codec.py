@@ -177,4 +177,4 @@ def test_unknown_name_suggests_a_close_one() -> None:
 
 
 def test_registry_imports_what_it_names() -> None:
-    assert registry.get({"budget": "dilap.types:Budget"}, "budget", kind="value") is Budget
+    assert registry.get({"budget": "dilap.core.workload:Budget"}, "budget", kind="value") is Budget

@@ -105,7 +105,7 @@ def test_work_that_is_too_long_is_refused_with_the_number_that_would_do(
 def test_timed_contexts_are_those_that_probe_models_hold() -> None:
     """A longer one would fail on the first probe of a table."""
     architecture = architecture_of(tiny_model("llama"))
-    capabilities = backends.get("onnxruntime").capabilities("llama", precision="int4")
+    capabilities = backends.get("onnxruntime").capabilities(architecture, precision="int4")
     assert capabilities.max_tokens == probe_hyperparameters(architecture).context_length
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fabricated import tiny_llama
 from models import logits, plan_for, random_tokens
 from tiny_gguf import VOCAB_SIZE, byte_level_tokenizer, compensated_model, pruned_model, tiny_model
 from transformers import AutoTokenizer, PreTrainedModel
@@ -408,17 +409,13 @@ def test_a_failed_export_leaves_nothing(tokenizer: Path, tmp_path: Path, monkeyp
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "opt"])
 @pytest.mark.parametrize("precision", ["f32", "8da4w"])
 def test_every_family_may_have_widths_of_its_own_in_every_layer(family: str, precision: str) -> None:
-    capabilities = backends.get("executorch").capabilities(family, precision=precision)
+    capabilities = backends.get("executorch").capabilities(architecture_of(tiny_model(family)), precision=precision)
     assert (capabilities.unsupported, capabilities.per_layer_widths, capabilities.ffn_multiple) == (None, True, 32)
-
-
-def test_an_unknown_family_is_unsupported_with_the_reason() -> None:
-    assert "'gpt2'" in str(backends.get("executorch").capabilities("gpt2", precision="f32").unsupported)
 
 
 def test_an_unknown_precision_of_the_runtime_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InvalidInput, match="8da4w"):
-        backends.get("executorch").capabilities("llama", precision="int3")
+        backends.get("executorch").capabilities(tiny_llama(), precision="int3")
 
 
 def test_the_build_names_its_delegates() -> None:

@@ -11,13 +11,14 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from dilap.core.errors import Unsupported
+from dilap.core.rules import WidthRules
 from dilap.core.shape import LayerWidths
-from dilap.core.space import WidthRules
 from dilap.methods.flap import Flap, global_counts, group_cost, metric_of, standardised
 from dilap.methods.wanda_sp import channel_scores
 from dilap.methods.wanda_sp import prune as wanda_sp
 from dilap.models.anatomy import decoder_layers, sublayers
 from dilap.models.cut import shrink_
+from dilap.models.families import family_of
 from dilap.models.modeling_dilap import add_output_biases_
 from dilap.models.statistics import InputStatistics, walk
 from dilap.search.method import Pruned, PruneTask
@@ -70,7 +71,7 @@ def test_f1_bias_is_the_mean_output_of_what_is_removed(family: str) -> None:
     task, found = flap(model)
     for one in sublayers(model):
         x, _ = inputs_and_outputs(model, task.text.train, one.path)
-        kept = set(found.plan.units(one.layer, "channels"))
+        kept = set(found.plan.kept[f"layers.{one.layer}.channels"])
         if one.kind == "ffn":
             removed = [unit for unit in range(96) if unit not in kept]
             added = found.parameters[f"{one.path}.bias"] - (0 if one.out.bias is None else one.out.bias)
@@ -98,8 +99,8 @@ def test_f2_constant_channels_go_first_and_without_loss(metric: Any) -> None:
                 layer.get_parameter(f"mlp.{path}.bias")[[3, 5, 50, 90]] = 0.5
     before, task = logits(model, random_tokens(2, 12)), tiny_task(model)
     findings = Flap(metric=metric, structure="UL-UM")._findings(task)
-    plan = task.keep(findings.sums(task), ratio=4.5 / 96)
-    assert set(plan.units(0, "channels")) == set(range(96)) - {3, 5, 50, 90}
+    plan = task.keep(findings.sums(), ratio=4.5 / 96)
+    assert set(plan.kept["layers.0.channels"]) == set(range(96)) - {3, 5, 50, 90}
     assert [widths.num_kv_heads for widths in plan.all_widths()] == [2, 2, 2]
     shrink_(model, plan, parameters=findings.biases(plan))
     assert_close(logits(model, random_tokens(2, 12)), before, rtol=1e-3, atol=2e-2)
@@ -111,7 +112,7 @@ def test_f3_sliced_equals_masked_with_biases(kind: dict[str, int]) -> None:
     _, found = flap(model)
     sliced = shrink_(tiny_model("llama", **kind), found.plan, parameters=found.parameters)
     masked_(model, found.plan)
-    add_output_biases_(model)
+    add_output_biases_(model, family_of(model.config))
     with torch.no_grad():
         for name, value in found.parameters.items():
             model.get_parameter(name).copy_(value)
@@ -216,7 +217,7 @@ def test_wanda_sp_scores_a_layer_on_what_the_pruned_ones_give() -> None:
             out, width = outs[i, kind], {"attention": 32, "ffn": 1}[kind]
             norms = step.statistics[f"{kind}_out"].norms  # type: ignore[index]
             scores = (out.weight.abs().mean(0) * norms).reshape(-1, width).sum(1)
-            kept = found.units(i, "kv_groups" if kind == "attention" else "channels")
+            kept = found.kept[f"layers.{i}.{'kv_groups' if kind == 'attention' else 'channels'}"]
             assert set(kept) == set(scores.topk(len(kept)).indices.tolist())
             mask = torch.zeros(len(scores)).index_fill_(0, torch.tensor(kept), 1.0)
             with torch.no_grad():

@@ -103,7 +103,7 @@ def test_output_biases_of_qwen2_need_deci(tokenizer: Path, tmp_path: Path) -> No
 
 
 def test_output_biases_of_qwen3_are_refused_as_its_capabilities_say(tokenizer: Path, tmp_path: Path) -> None:
-    assert not LlamaCpp().capabilities("qwen3", precision="f16").output_biases
+    assert not LlamaCpp().capabilities(architecture_of(tiny_model("qwen3")), precision="f16").output_biases
     with pytest.raises(Unsupported, match="without output biases"):
         export(compensated_model("qwen3", {}), tokenizer, tmp_path / "out")
 

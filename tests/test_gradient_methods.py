@@ -9,13 +9,15 @@ from fabricated import tiny_llama
 from models import tiny_model, tiny_task
 from torch.testing import assert_close
 
+from dilap.core.groups import Member
 from dilap.core.shape import Architecture, LayerWidths
 from dilap.core.space import Space
 from dilap.methods.adapters import Adapters, matrices_of
 from dilap.methods.compresso import Compresso, _Gates, lagrangian, open_probability, sampled
-from dilap.methods.llm_pruner import LlmPruner, element_scores, gradients_of, paired, reduced
+from dilap.methods.llm_pruner import LlmPruner, aligned, element_scores, gradients_of, reduced
 from dilap.methods.loraprune import LoraPrune, estimated_gradient, faded, removals
-from dilap.models.anatomy import decoder_layers, family_of
+from dilap.models.anatomy import decoder_layers, sublayers
+from dilap.models.families import family_of
 from dilap.models.reference import next_token_loss
 from dilap.models.text import Calibration
 from dilap.search.limit import Target
@@ -35,7 +37,7 @@ def arithmetic_task(architecture: Architecture) -> PruneTask:
         base="base",
         text=Calibration(name="none", train=nothing, validation=nothing),
         target=Target(limit=1.0, predict=lambda _: 0.0),
-        space=Space(architecture=architecture, choices=(), fixed_seconds=0.0),
+        space=Space(architecture=architecture, choices=(), fixed_cost=0.0),
     )
 
 
@@ -67,9 +69,7 @@ def test_published_parameter_counts(architecture: Architecture, layers: range, d
     """A quarter of the KV groups and channels of these layers, as the authors' tables count."""
     task = arithmetic_task(architecture)
     scores = {
-        group.name: torch.zeros(group.num_units)
-        for group in task.groups
-        if group.layer in layers and group.kind != "query_slots"
+        block.main.name: torch.zeros(block.main.num_units) for block in architecture.blocks if block.layer in layers
     }
     assert architecture.num_parameters == dense
     assert task.keep(scores, ratio=0.25).pruned_architecture().num_parameters == expected
@@ -114,8 +114,9 @@ def test_c_signed_sums_are_no_larger_than_sums_of_absolute_values() -> None:
 def test_query_heads_are_paired_with_the_kv_head_that_they_read() -> None:
     """4 query heads of 1 channel on 2 KV heads: 0 and 1 read 0, 2 and 3 read 1; the authors' fold pairs 0 with 2."""
     scores = torch.tensor([1.0, 10.0, 100.0, 1000.0])
-    assert paired(scores, num_kv_heads=2, head_dim=1, folded=False).tolist() == [11, 1100]
-    assert paired(scores, num_kv_heads=2, head_dim=1, folded=True).tolist() == [101, 1010]
+    member = Member(tensor="query.weight", axis=0, grid=(2, 2, 1))
+    assert aligned(scores, member, folded=False).flatten().tolist() == [11, 1100]
+    assert aligned(scores, member, folded=True).flatten().tolist() == [101, 1010]
 
 
 @pytest.mark.parametrize(("reduce", "expected"), [("sum", 6), ("mean", 3), ("max", 4), ("prod", 8), ("first", 2)])
@@ -129,10 +130,16 @@ def test_gradients_are_those_of_the_mean_loss(per_sequence: bool) -> None:
     found = gradients_of(task, per_sequence=per_sequence)
     weight = decoder_layers(task.model)[1].get_parameter("mlp.up_proj.weight").requires_grad_(True)
     (expected,) = torch.autograd.grad(next_token_loss(task.model, task.text.train), [weight])
-    assert_close(found.means["1.mlp.up_proj"], expected, rtol=1e-3, atol=1e-6)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert_close(found.means[name], expected, rtol=1e-3, atol=1e-6)
     if per_sequence:
         parts = [torch.autograd.grad(next_token_loss(task.model, row[None]), [weight])[0] for row in task.text.train]
-        assert_close(found.squares["1.mlp.up_proj"], torch.stack(parts).square().mean(0), rtol=1e-3, atol=1e-8)
+        assert_close(
+            found.squares[name],
+            torch.stack(parts).square().mean(0),
+            rtol=1e-3,
+            atol=1e-8,
+        )
 
 
 @pytest.mark.parametrize("variant", ["first", "second", "mixed", "vectorize", "l1", "l2"])
@@ -228,7 +235,8 @@ def test_compresso_c_folded_gates_compute_what_gated_ones_do() -> None:
 
 def test_compresso_gates_start_open() -> None:
     task = tiny_task(tiny_model("llama"))
+    outs = list(sublayers(task.model))
     with Adapters(task, rank=2, alpha=2, dropout=0.0) as adapted:
-        gates = _Gates(Compresso(), task, adapted)
+        gates = _Gates(Compresso(), task, adapted, outs)
         assert float(gates.sparsity().detach()) < 0.01
         assert task.target.cost(gates.plan(0.0)) == task.target.predict(task.architecture.layers)

@@ -10,13 +10,13 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from dilap.core.errors import InvalidInput
+from dilap.models.anatomy import sublayers
 from dilap.search.library import (
     LevelFit,
     LibraryOptions,
     Order,
     build_library,
     channel_order,
-    head_columns,
     input_covariances,
     obs_order,
     output_error,
@@ -150,10 +150,6 @@ def test_inactive_inputs_leave_the_covariance_invertible() -> None:
     assert_close(regularised(covariance, ridge=0.0).diagonal(), torch.tensor([4.0, 1.0, 2.0]))
 
 
-def test_head_columns_follow_the_query_layout() -> None:
-    assert head_columns([1], [0, 2], ratio=3, head_dim=2).tolist() == [6, 7, 10, 11]
-
-
 @pytest.fixture(scope="module", params=["wanda", "obs"])
 def library(request: pytest.FixtureRequest) -> list[list[LevelFit]]:
     order: Order = request.param
@@ -182,14 +178,15 @@ def test_error_does_not_fall_as_channels_do(library: list[list[LevelFit]]) -> No
 
 def test_columns_belong_to_the_units(library: list[list[LevelFit]]) -> None:
     for fit in library[0]:
-        groups, slots = fit.units["kv_groups"], fit.units["query_slots"]
-        assert fit.columns.tolist() == head_columns(groups, slots, ratio=2, head_dim=16).tolist()
+        groups, slots = fit.units["layers.0.kv_groups"], fit.units["layers.0.query_slots"]
+        heads = [2 * group + slot for group in groups for slot in slots]
+        assert fit.columns.tolist() == [16 * head + channel for head in heads for channel in range(16)]
         assert fit.weight.shape == (64, len(fit.columns))
 
 
 def test_narrower_channels_are_a_subset(library: list[list[LevelFit]]) -> None:
     for wide, narrow in combinations(library[3], 2):
-        assert set(narrow.units["channels"]) <= set(wide.units["channels"])
+        assert set(narrow.units["layers.1.channels"]) <= set(wide.units["layers.1.channels"])
 
 
 def test_obs_heads_are_the_best_combination() -> None:
@@ -197,13 +194,14 @@ def test_obs_heads_are_the_best_combination() -> None:
     space = tiny_space(model)
     library = build_library(model, space, TOKENS, options=LibraryOptions(order="obs"))
     H = regularised(dict(input_covariances(model, TOKENS, batch_tokens=256))["layers.0.attention"], ridge=0.01)
-    weight = model.model.layers[0].self_attn.o_proj.weight.detach()
+    first = next(sublayers(model))
+    weight = first.out.weight.detach()
     for level, fit in zip(space.choices[0].levels[1:-1], library[0][1:-1], strict=True):
         errors = [
             output_error(weight, refit(weight, H, columns), columns, H)
-            for groups in combinations(range(2), level.num_kv_groups)
-            for slots in combinations(range(2), level.num_query_slots)
-            for columns in [head_columns(groups, slots, ratio=2, head_dim=16)]
+            for groups in combinations(range(2), level.counts[0])
+            for slots in combinations(range(2), level.counts[1])
+            for columns in [first.columns({"layers.0.kv_groups": groups, "layers.0.query_slots": slots})]
         ]
         assert output_error(weight, fit.weight, fit.columns, H) == pytest.approx(min(errors), rel=1e-4)
 

@@ -96,7 +96,7 @@ def test_batches_are_unsupported(model: Path) -> None:
 
 
 def test_llama_may_have_widths_of_its_own_in_every_layer() -> None:
-    capabilities = backends.get("llamacpp").capabilities("llama", precision="f16")
+    capabilities = backends.get("llamacpp").capabilities(tiny_llama(), precision="f16")
     assert (capabilities.per_layer_widths, capabilities.attention_removal, capabilities.ffn_multiple) == (
         True,
         True,
@@ -105,18 +105,20 @@ def test_llama_may_have_widths_of_its_own_in_every_layer() -> None:
 
 
 def test_qwen3_keeps_equal_widths_and_both_sublayers() -> None:
-    capabilities = backends.get("llamacpp").capabilities("qwen3", precision="q8_0")
+    capabilities = backends.get("llamacpp").capabilities(replace(tiny_llama(), qk_norm=True), precision="q8_0")
     offered = (capabilities.per_layer_widths, capabilities.attention_removal, capabilities.ffn_removal)
     assert offered == (False, False, False)
 
 
 def test_opt_is_unsupported_with_the_reason() -> None:
-    assert "no OPT architecture" in str(backends.get("llamacpp").capabilities("opt", precision="f16").unsupported)
+    assert "no OPT architecture" in str(
+        backends.get("llamacpp").capabilities(replace(tiny_llama(), num_positions=64), precision="f16").unsupported
+    )
 
 
 def test_an_unknown_precision_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InvalidInput, match="q4_0"):
-        backends.get("llamacpp").capabilities("llama", precision="int3")
+        backends.get("llamacpp").capabilities(tiny_llama(), precision="int3")
 
 
 def test_the_build_names_its_instruction_sets() -> None:

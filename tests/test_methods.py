@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from dilap import methods
 from dilap.core.errors import Infeasible, InvalidInput, Unsupported
+from dilap.core.rules import WidthRules
 from dilap.core.shape import LayerWidths
-from dilap.core.space import WidthRules
 from dilap.models.cut import shrink_
 from dilap.search.method import Method, Pruned
 from dilap.search.pruned_file import load_pruned, save_pruned
@@ -119,7 +119,7 @@ def test_readmes_own_method_is_found_by_module_and_name(tmp_path: Path, monkeypa
     task = tiny_task(model_of("gqa"), share=0.8)
     found = methods.get("my_module:SmallestGates", {"power": "1"})(task)
     assert task.target.cost(found.plan) <= task.target.limit
-    kept = found.plan.units(0, "channels")
+    kept = found.plan.kept["layers.0.channels"]
     gates = task.model.model.layers[0].mlp.gate_proj.weight.detach().abs().sum(1)
     assert set(kept) == set(gates.topk(len(kept)).indices.tolist())
 
@@ -143,11 +143,10 @@ def test_wrong_names_and_settings_are_one_line(name: str, settings: dict[str, st
 
 def test_kept_units_are_the_best_and_rounded_to_what_loads() -> None:
     task = tiny_task(model_of("gqa"), rules=WidthRules(ffn_multiple=32, head_pruning=False))
-    names = [group.name for group in task.groups if group.kind != "query_slots"]
-    scores = {group.name: torch.arange(group.num_units) for group in task.groups if group.name in names}
+    scores = {block.main.name: torch.arange(block.main.num_units) for block in task.blocks}
     plan = task.keep(scores, ratio=0.45)
-    assert plan.units(0, "channels") == tuple(range(32, 96))
-    assert plan.units(0, "kv_groups") == (0, 1)
+    assert plan.kept["layers.0.channels"] == tuple(range(32, 96))
+    assert plan.kept["layers.0.kv_groups"] == (0, 1)
 
 
 def test_no_group_loses_all_units() -> None:

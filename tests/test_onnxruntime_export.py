@@ -255,7 +255,7 @@ def test_genai_splits_text_as_the_source_does(words: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("family", FAMILIES)
 def test_capabilities_hold_what_they_promise(family: str, precision: str, words: Path, tmp_path: Path) -> None:
     """Widths of its own in every layer, at the step of the precision, and each kind of hole."""
-    capabilities = backends.get("onnxruntime").capabilities(family, precision=precision)
+    capabilities = backends.get("onnxruntime").capabilities(architecture_of(tiny_model(family)), precision=precision)
     assert capabilities == replace(capabilities, unsupported=None, per_layer_widths=True, attention_removal=True)
     step = capabilities.ffn_multiple
     kept: Kept = {"layers.0.channels": tuple(range(step)), "layers.1.kv_groups": (), "layers.2.channels": ()}

@@ -145,7 +145,8 @@ def build(
     helpers: Sequence[Any] = (),
     progress: Progress | None = None,
 ) -> LatencyTable:
-    attention, ffn = probes.default_levels(ARCHITECTURE, backends.get(backend).capabilities("llama", precision="f32"))
+    capabilities = backends.get(backend).capabilities(ARCHITECTURE, precision="f32")
+    attention, ffn = probes.default_levels(ARCHITECTURE, capabilities)
     return probes.build_table(
         ARCHITECTURE,
         profiler=make_profiler(backend),

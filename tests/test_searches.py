@@ -28,12 +28,12 @@ def base_task() -> SearchTask:
     model = tiny_model("llama")
     space, net = tiny_net(model, random_tokens(8, 24))
     evaluator = Evaluator(net=net, teacher=Teacher.of(model, random_tokens(4, 24, seed=1)))
-    return SearchTask(evaluator=evaluator, space=space, limit=0.6 * space.seconds(space.dense), options=OPTIONS)
+    return SearchTask(evaluator=evaluator, space=space, limit=0.6 * space.cost(space.dense), options=OPTIONS)
 
 
 def task(*, share: float = 0.6) -> SearchTask:
     space = base_task().space
-    return replace(base_task(), limit=share * space.seconds(space.dense))
+    return replace(base_task(), limit=share * space.cost(space.dense))
 
 
 def method(name: str) -> Search:
@@ -46,7 +46,7 @@ def method(name: str) -> Search:
 def test_config_keeps_the_limit(name: str, share: float) -> None:
     asked = task(share=share)
     result = method(name)(asked)
-    assert asked.space.seconds(result.config) <= asked.limit * (1 + 1e-9)
+    assert asked.space.cost(result.config) <= asked.limit * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -62,7 +62,7 @@ def test_method_is_deterministic_for_a_seed(name: str) -> None:
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_impossible_limit_is_infeasible(name: str) -> None:
-    asked = replace(task(), limit=0.5 * task().space.fixed_seconds)
+    asked = replace(task(), limit=0.5 * task().space.fixed_cost)
     with pytest.raises(Infeasible):
         method(name)(asked)
 
@@ -77,7 +77,7 @@ def test_uniform_gives_every_sublayer_the_same_share() -> None:
     asked = task(share=1.0)
     assert method("uniform")(asked).config == asked.space.dense
     levels = [
-        choice.levels[k].seconds / choice.levels[0].seconds
+        choice.levels[k].cost / choice.levels[0].cost
         for choice, k in zip(asked.space.choices, method("uniform")(task(share=0.6)).config, strict=True)
     ]
     attention, ffn = levels[::2], levels[1::2]
@@ -95,7 +95,7 @@ def test_diagonal_search_of_one_round_is_the_best_by_brute_force() -> None:
     best = min(
         sum(table[level] for table, level in zip(tables, config, strict=True))
         for config in configs
-        if asked.space.seconds(config) <= asked.limit
+        if asked.space.cost(config) <= asked.limit
     )
     assert quadratic.value(search(asked).config) == pytest.approx(best, rel=1e-5)
 
@@ -103,8 +103,8 @@ def test_diagonal_search_of_one_round_is_the_best_by_brute_force() -> None:
 def test_rounds_go_down_to_the_limit_in_equal_steps() -> None:
     """With others between them where the trust region halves a step."""
     asked = task(share=0.5)
-    dense = asked.space.seconds(asked.space.dense)
-    limits = [one.limit_seconds / dense for one in search(asked).rounds]
+    dense = asked.space.cost(asked.space.dense)
+    limits = [one.limit / dense for one in search(asked).rounds]
     assert limits[-1] == pytest.approx(0.5)
     assert {0.85, 0.7, 0.55, 0.5} <= {round(limit, 9) for limit in limits}
 
@@ -184,7 +184,7 @@ def test_polish_never_worsens_the_real_kl(seed: int) -> None:
     polished = polish(asked, start)
     assert polished.kl <= start.kl
     assert polished.kl == asked.evaluator.kl(polished.config)
-    assert asked.space.seconds(polished.config) <= asked.limit * (1 + 1e-9)
+    assert asked.space.cost(polished.config) <= asked.limit * (1 + 1e-9)
 
 
 def test_polish_improves_a_bad_start() -> None:
@@ -204,7 +204,7 @@ def test_finished_search_moves_to_a_nearby_limit(share: float) -> None:
     previous = search(task())
     asked = replace(task(share=share), previous=previous)
     result = search(asked)
-    assert asked.space.seconds(result.config) <= asked.limit * (1 + 1e-9)
+    assert asked.space.cost(result.config) <= asked.limit * (1 + 1e-9)
     assert result.config != previous.config
     assert result.kl == asked.evaluator.kl(result.config)
     assert result.rounds == previous.rounds

@@ -14,12 +14,13 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from dilap.core.errors import Mismatch, Unsupported
-from dilap.core.space import WidthRules
+from dilap.core.rules import WidthRules
 from dilap.methods.puzzle import Puzzle, contribution
 from dilap.methods.sprint import Sprint, _Run, distance, saved_seconds, tuned_projection
 from dilap.methods.ziplm import ZipLm
-from dilap.models.anatomy import decoder_layers, family_of, sublayers
+from dilap.models.anatomy import decoder_layers, sublayers
 from dilap.models.cut import shrink_
+from dilap.models.families import family_of
 from dilap.search.allocation import solve
 
 TOKENS = random_tokens(2, 12, seed=3)
@@ -283,7 +284,7 @@ def test_sensitivity_is_the_error_behind_the_next_ffn() -> None:
     run = _Run(Sprint(), task, list(sublayers(task.model)))
     run._score_all(lambda _: None)
     streams = []
-    for plan in (task.without([]), task.without([(1, "attention")])):
+    for plan in (task.without([]), task.without([task.blocks[2]])):
         model = shrink_(deep_model(), plan)
         found: list[torch.Tensor] = []
         hook = decoder_layers(model)[1].register_forward_hook(

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from fabricated import FINGERPRINT, tiny_llama
 
-from dilap.backends import Capabilities
 from dilap.core.errors import InvalidInput, Mismatch, Unsupported
+from dilap.core.rules import Capabilities, spread
 from dilap.core.shape import LayerWidths
 from dilap.core.workload import Workload
 from dilap.profilers.protocol import TABLE
 from dilap.profilers.tables.fit import attention_work
-from dilap.profilers.tables.probes import default_levels, list_probes, probe_architecture, spread
+from dilap.profilers.tables.probes import default_levels, list_probes, probe_architecture
 from dilap.profilers.tables.table import LatencyTable, Role, TableEntry, TableHeader, runs_of
 
 DENSE = LayerWidths(num_heads=6, num_kv_heads=3, num_channels=768)
@@ -374,12 +374,14 @@ def test_a_table_without_its_dense_probe_cannot_be_used_yet() -> None:
 
 def test_widths_that_are_not_measurably_faster_are_dropped() -> None:
     model = measured_table().model()
-    assert model.measurable_ffn_levels([768, 767, 384, 383, 0]) == [768, 384, 0]
+    _, ffn = ARCHITECTURE.blocks[:2]
+    assert model.cheaper(ffn, [(768,), (767,), (384,), (383,), (0,)]) == [(768,), (384,), (0,)]
 
 
 def test_attention_levels_are_offered_from_the_slowest_down() -> None:
-    levels = measured_table().model().measurable_attention_levels(ATTENTION_LEVELS)
-    assert (levels[0], levels[-1]) == ((6, 3), (0, 0))
+    attention = ARCHITECTURE.blocks[0]
+    levels = measured_table().model().cheaper(attention, Capabilities().levels(attention))
+    assert (levels[0], levels[-1]) == ((3, 2), (0, 0))
 
 
 def test_default_levels_combine_kv_groups_and_query_slots() -> None:

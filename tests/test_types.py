@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dilap.core.codec import decode, encode
 from dilap.core.errors import InvalidInput
 from dilap.core.measurement import Fingerprint, Measurement, median_interval, quantile
-from dilap.core.plan import Plan, full_plan, groups_of
+from dilap.core.plan import Plan, full_plan
 from dilap.core.shape import Architecture, LayerWidths
 from dilap.core.workload import Budget, Workload
 from dilap.models.anatomy import architecture_of
@@ -71,7 +71,8 @@ def test_impossible_widths_are_refused(widths: tuple[int, int, int]) -> None:
 
 
 def test_groups_are_kv_heads_query_slots_and_channels() -> None:
-    assert [(group.name, group.num_units) for group in groups_of(architecture((4, 2, 96), (0, 0, 8)))] == [
+    blocks = architecture((4, 2, 96), (0, 0, 8)).blocks
+    assert [(group.name, group.num_units) for block in blocks for group in block.groups] == [
         ("layers.0.kv_groups", 2),
         ("layers.0.query_slots", 2),
         ("layers.0.channels", 96),

@@ -6,7 +6,8 @@ from models import FAMILIES, random_tokens, tiny_model
 from torch.testing import assert_close
 
 from dilap.core.errors import InvalidInput, VerificationFailed
-from dilap.models.anatomy import decoder_layers, family_of
+from dilap.models.anatomy import decoder_layers
+from dilap.models.families import family_of
 from dilap.models.modeling_dilap import linear_at
 from dilap.models.statistics import InputStatistics, paths_of
 from dilap.sparsity.pattern import Pattern, keep_best

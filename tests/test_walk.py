@@ -7,8 +7,9 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from dilap.models.anatomy import decoder_layers, family_of
+from dilap.models.anatomy import decoder_layers
 from dilap.models.compute import compute_precision
+from dilap.models.families import family_of
 from dilap.models.modeling_dilap import linear_at
 from dilap.models.statistics import InputStatistics, Role, first_of, paths_of, walk
 

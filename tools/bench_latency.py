@@ -41,7 +41,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _plans(architecture: Architecture, bench: Bench, count: int) -> list[tuple[LayerWidths, ...]]:
-    capabilities = bench.backend.capabilities(architecture.family, precision=bench.workload.precision)
+    capabilities = bench.backend.capabilities(architecture, precision=bench.workload.precision)
     levels = default_levels(architecture, capabilities)
     probes = list_probes(
         architecture,

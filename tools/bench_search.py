@@ -35,7 +35,6 @@ from dilap.models.load import Source, load
 from dilap.models.reference import Teacher
 from dilap.models.text import CalibrationOptions, calibration, evaluation_text
 from dilap.profilers.devices.device import get
-from dilap.profilers.tables.probes import default_levels
 from dilap.search.journal import Evaluator
 from dilap.search.layouts import build_space
 from dilap.search.library import LevelFit, LibraryOptions, build_library
@@ -93,11 +92,10 @@ def _space(given: argparse.Namespace, source: Source, console: Console) -> Space
     workload = Workload(threads=get("host_cpu").default_threads())
     bench = Bench.of([get("host_cpu")], "llamacpp", workload, console)
     architecture = architecture_of(source.model)
-    capabilities = bench.backend.capabilities(architecture.family, precision=workload.precision)
-    attention_levels, ffn_levels = default_levels(architecture, capabilities)
+    capabilities = bench.backend.capabilities(architecture, precision=workload.precision)
     table = bench.build_table(architecture, given.table or bench.table_path(given.model, architecture))
     model = table.model()
-    return build_space(model, attention_levels=attention_levels, ffn_levels=ffn_levels, layout="free")
+    return build_space(model, architecture, capabilities, layout="free")
 
 
 class Study:
@@ -143,7 +141,7 @@ class Study:
     def _score(self, variant: Variant, budget: int) -> dict[str, float]:
         net = self.net
         evaluator = Evaluator(net=net, teacher=self.teacher, journal=self.folder / "journal")
-        limit = budget / 100 * self.space.seconds(self.space.dense)
+        limit = budget / 100 * self.space.cost(self.space.dense)
         start = time.monotonic()
         task = SearchTask(evaluator=evaluator, space=self.space, limit=limit, options=variant.options)
         found = registry.get(SEARCHES, variant.method, kind="method")(task)
@@ -151,7 +149,7 @@ class Study:
         scores = {
             "kl": net.kl(self.exam, found.config),
             "validation": found.kl,
-            "latency": self.space.seconds(found.config) / self.space.seconds(self.space.dense),
+            "latency": self.space.cost(found.config) / self.space.cost(self.space.dense),
             "search_seconds": seconds,
         }
         if self.given.refit:

@@ -27,7 +27,7 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import read_json
 from dilap.core.errors import DilapError, Unsupported, VerificationFailed
 from dilap.models.anatomy import architecture_of
-from dilap.models.modeling_dilap import FAMILIES
+from dilap.models.families import families
 
 RUNTIMES = ("llamacpp", "onnxruntime", "executorch", "tensorrt")
 _KEPT: Mapping[str, Mapping[str, tuple[int, ...]]] = {
@@ -58,7 +58,7 @@ class Pair:
 
 def declared(family: str, backend: str, precision: str) -> Pair:
     """What the backend's capabilities say."""
-    capabilities = backends.get(backend).capabilities(family, precision=precision)
+    capabilities = backends.get(backend).capabilities(architecture_of(tiny_model(family)), precision=precision)
     held = "any plan" if capabilities.per_layer_widths else "equal widths, whole layers"
     plans = "no" if capabilities.unsupported else held
     return Pair(family=family, backend=backend, precision=precision, plans=plans, reason=capabilities.unsupported or "")
@@ -69,7 +69,7 @@ def declared_pairs() -> list[Pair]:
         declared(family, backend, precision)
         for backend in RUNTIMES
         for precision in backends.get(backend).precisions()
-        for family in FAMILIES
+        for family in families()
     ]
 
 

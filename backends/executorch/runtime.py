@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dilap.backends import Capabilities
 from dilap.backends.executorch.bindings import MAX_CONTEXT, bindings
 from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.rules import Capabilities
+from dilap.core.shape import Architecture
 from dilap.core.workload import Workload
 
 _PACKAGES = ("executorch", "torch")
-_FAMILIES = ("llama", "mistral", "opt", "qwen2", "qwen3")
 _open_sessions: set[int] = set()  # the thread pool is the process's, and must not change under a loaded program
 
 
@@ -75,11 +75,9 @@ class ExecuTorch:
     def after_a_crash(self) -> str:
         return "try another version of it: pip install --upgrade executorch"
 
-    def capabilities(self, family: str, *, precision: str) -> Capabilities:
+    def capabilities(self, architecture: Architecture, *, precision: str) -> Capabilities:  # noqa: ARG002
         if precision not in self.precisions():
             raise InvalidInput(f"ExecuTorch precision {precision!r} is unknown; use {', '.join(self.precisions())}")
-        if family not in _FAMILIES:
-            return Capabilities(unsupported=f"DiLAP writes no ExecuTorch program for the family {family!r} yet")
         # 32: a group of 4-bit weights; one step for every precision keeps plans portable between them
         return Capabilities(ffn_multiple=32, hidden_multiple=1 if precision == "f32" else 32, max_tokens=MAX_CONTEXT)
 

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dilap.backends import MAX_READ_TOKENS, Capabilities
+from dilap.backends import MAX_READ_TOKENS
 from dilap.backends.llamacpp.build import cmake_args_here
 from dilap.backends.llamacpp.gguf_header import read_header
 from dilap.core.errors import InvalidInput, Unsupported
-from dilap.core.shape import PRECISION_BITS
+from dilap.core.rules import Capabilities
+from dilap.core.shape import PRECISION_BITS, Architecture
 from dilap.core.workload import Workload
 
 # Its flash attention takes 18 % longer for a token of SmolLM2-135M with 256 before it (AMX Xeon, two threads); repacked
@@ -92,13 +93,12 @@ class LlamaCpp:
             return f"try another version: {again}"
         return f"a build with AMX does so: build it again with CMAKE_ARGS='{built}' {again}"
 
-    def capabilities(self, family: str, *, precision: str) -> Capabilities:
+    def capabilities(self, architecture: Architecture, *, precision: str) -> Capabilities:
         if precision not in self.precisions():
             raise InvalidInput(f"llama.cpp precision {precision!r} is unknown; use {', '.join(self.precisions())}")
-        if family in ("llama", "mistral", "qwen2"):
-            # 32: a quantisation block; one step for every precision keeps plans portable between them
-            return Capabilities(ffn_multiple=32)
-        if family == "qwen3":  # its q/k norms do not fit llama.cpp's only architecture with widths per layer, `deci`
+        if architecture.num_positions:
+            return Capabilities(unsupported="llama.cpp has no OPT architecture; use --backend onnxruntime")
+        if architecture.qk_norm:  # which llama.cpp's only architecture with widths per layer, `deci`, has no place for
             return Capabilities(
                 per_layer_widths=False,
                 attention_removal=False,
@@ -106,9 +106,8 @@ class LlamaCpp:
                 ffn_multiple=32,
                 output_biases=False,  # its graph of Qwen3 adds none
             )
-        if family == "opt":
-            return Capabilities(unsupported="llama.cpp has no OPT architecture; use --backend onnxruntime")
-        return Capabilities(unsupported=f"DiLAP writes no GGUF for the family {family!r} yet")
+        # 32: a quantisation block; one step for every precision keeps plans portable between them
+        return Capabilities(ffn_multiple=32)
 
     def load(self, path: Path, workload: Workload) -> "LlamaCppSession":
         return LlamaCppSession(path, workload)

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dilap.backends import Capabilities
 from dilap.core.bounds import MAX_TOKENS
 from dilap.core.codec import read_json
 from dilap.core.documents import value_at
 from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.rules import Capabilities
+from dilap.core.shape import Architecture
 from dilap.core.workload import Workload
 
 _FATAL_LEVEL = 4  # what it logs below that it raises too
@@ -78,20 +79,18 @@ class OnnxRuntime:
     def after_a_crash(self) -> str:
         return "try another version of it: pip install --upgrade onnxruntime"
 
-    def capabilities(self, family: str, *, precision: str) -> Capabilities:
+    def capabilities(self, architecture: Architecture, *, precision: str) -> Capabilities:
         if precision not in self.precisions():
             raise InvalidInput(f"ONNX Runtime precision {precision!r} is unknown; use {', '.join(self.precisions())}")
-        if family in ("llama", "mistral", "qwen2", "qwen3", "opt"):
-            return Capabilities(
-                # 32: a quantisation block; one step for every precision keeps plans portable between them
-                ffn_multiple=32,
-                # GroupQueryAttention takes heads in steps of 8, and turns them (rotary) in steps of 16
-                head_dim_multiple=8 if family == "opt" else 16,
-                # a quantised embedding (GatherBlockQuantized) has whole blocks only
-                hidden_multiple=1 if precision == "f32" else 32,
-                max_tokens=_MAX_TOKENS,
-            )
-        return Capabilities(unsupported=f"DiLAP writes no ONNX for the family {family!r} yet")
+        return Capabilities(
+            # 32: a quantisation block; one step for every precision keeps plans portable between them
+            ffn_multiple=32,
+            # GroupQueryAttention takes heads in steps of 8, and turns them (rotary) in steps of 16
+            head_dim_multiple=8 if architecture.num_positions else 16,
+            # a quantised embedding (GatherBlockQuantized) has whole blocks only
+            hidden_multiple=1 if precision == "f32" else 32,
+            max_tokens=_MAX_TOKENS,
+        )
 
     def load(self, path: Path, workload: Workload) -> "OnnxRuntimeSession":
         return OnnxRuntimeSession(path, workload)

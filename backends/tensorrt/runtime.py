@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dilap.backends import Capabilities, Session
+from dilap.backends import Session
 from dilap.backends.tensorrt import builder as tensorrt_build
 from dilap.backends.tensorrt import cuda, trtexec
 from dilap.backends.tensorrt.builder import Api, PhaseSummary
@@ -20,11 +20,12 @@ from dilap.backends.tensorrt.recipe import MAX_TOKENS, Profile, Recipe, read_rec
 from dilap.backends.tensorrt.session import EngineSession
 from dilap.core import codec
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported, VerificationFailed
+from dilap.core.rules import Capabilities
+from dilap.core.shape import Architecture
 from dilap.core.sqnr import sqnr_db
 from dilap.core.workload import Workload
 
 _PRECISIONS = ("f16", "bf16")
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
 _CACHE = Path(".cache") / "dilap"  # in the user's home
 
 
@@ -90,11 +91,9 @@ class TensorRT:
     def after_a_crash(self) -> str:
         return "look at the device with: dilap-profile --check"
 
-    def capabilities(self, family: str, *, precision: str) -> Capabilities:
+    def capabilities(self, architecture: Architecture, *, precision: str) -> Capabilities:  # noqa: ARG002
         if precision not in _PRECISIONS:
             raise InvalidInput(f"TensorRT precision {precision!r} is unknown; use {', '.join(_PRECISIONS)}")
-        if family not in _FAMILIES:
-            return Capabilities(unsupported=f"DiLAP writes no ONNX for the family {family!r} yet")
         # 8: tensor cores multiply blocks of 8 x 8 f16 or bf16; other widths run, padded or on slower kernels
         return Capabilities(ffn_multiple=8, max_tokens=MAX_TOKENS)
 

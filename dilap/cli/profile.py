@@ -70,7 +70,7 @@ def _command() -> int:
     source = load(given.model)
     architecture = architecture_of(source.model)
     backends.require_loadable(bench.backend, architecture, precision=workload.precision)
-    held = bench.backend.capabilities(architecture.family, precision=workload.precision).max_tokens
+    held = bench.backend.capabilities(architecture, precision=workload.precision).max_tokens
     require_context(source.model.config, workload, runtime=backend, runtime_tokens=held)
     screen.say(f"{given.model}: {describe(architecture)}")
     screen.say(f"{workload.describe()} on {given.device}, {backend}")

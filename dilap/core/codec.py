@@ -24,12 +24,12 @@ from dilap.core.errors import DilapError, InvalidInput
 
 T = TypeVar("T")
 _MAY_ASK, _NO_SUCH_PROCESS = 0x1000, 87  # of Windows: PROCESS_QUERY_LIMITED_INFORMATION, ERROR_INVALID_PARAMETER
-VERSION = 1  # of every JSON document; raised when an old reader would misread a new file
+VERSION = 1  # of a JSON document whose class names no other; raised when an old reader would misread a new file
 
 
 def encode(value: Any) -> dict[str, Any]:
     """The JSON object of a dataclass: its fields, `type` and `version`."""
-    return {"type": type(value).__name__, "version": VERSION, **dataclasses.asdict(value)}
+    return {"type": type(value).__name__, "version": _version(type(value)), **dataclasses.asdict(value)}
 
 
 def decode(cls: type[T], document: Any, *, source: str) -> T:
@@ -38,12 +38,18 @@ def decode(cls: type[T], document: Any, *, source: str) -> T:
         raise InvalidInput(f"{source}: expected a {cls.__name__}, got {document!r:.80}")
     if document.get("type") != cls.__name__:
         raise InvalidInput(f"{source}: expected a {cls.__name__}, got type {document.get('type')!r:.80}")
-    if document.get("version") != VERSION:
+    known = range(1, _version(cls) + 1)  # what a later version added has a default
+    if document.get("version") not in known:
         raise InvalidInput(
-            f"{source}: {cls.__name__} has version {document.get('version')!r:.80}, this DiLAP reads {VERSION}"
+            f"{source}: {cls.__name__} has version {document.get('version')!r:.80}, this DiLAP reads "
+            f"{' and '.join(map(str, known))}"
         )
     fields = {name: value for name, value in document.items() if name not in ("type", "version")}
     return checked(cls, fields, source=f"{source}: damaged {cls.__name__}")
+
+
+def _version(cls: type) -> int:
+    return int(getattr(cls, "VERSION", VERSION))
 
 
 def checked(hint: type[T], value: Any, *, source: str) -> T:

@@ -1,101 +1,66 @@
-"""What can be removed from a network, and which of it a plan keeps."""
+"""Which units of a network a plan keeps, and in which precision."""
 
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import ClassVar
 
 from dilap.core.codec import digest
+from dilap.core.groups import Group
 from dilap.core.shape import Architecture, LayerWidths
-
-GroupKind = Literal["kv_groups", "query_slots", "channels"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Units that can be removed one by one from one layer; `name` is like `layers.3.channels`."""
-
-    layer: int
-    kind: GroupKind
-    num_units: int
-
-    @property
-    def name(self) -> str:
-        return group_name(self.layer, self.kind)
-
-
-def group_name(layer: int, kind: GroupKind) -> str:
-    return f"layers.{layer}.{kind}"
-
-
-def groups_of(architecture: Architecture) -> tuple[Group, ...]:
-    """The prunable groups, layer by layer.
-
-    KV groups are a KV head with its query heads; query slots the same query head of every KV group; single
-    query heads are no unit, because every runtime maps query head h to KV head h // ratio.
-    """
-    groups: list[Group] = []
-    for index, layer in enumerate(architecture.layers):
-        if layer.num_heads:
-            ratio = layer.num_heads // layer.num_kv_heads
-            groups.append(Group(layer=index, kind="kv_groups", num_units=layer.num_kv_heads))
-            groups.append(Group(layer=index, kind="query_slots", num_units=ratio))
-        if layer.num_channels:
-            groups.append(Group(layer=index, kind="channels", num_units=layer.num_channels))
-    return tuple(groups)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Which units every group of a dense model keeps, as ascending indices; `base` is that model's digest.
 
-    An attention sublayer is removed by keeping no KV group, a feed-forward one by keeping no channel; a layer
-    that keeps neither is deleted.
+    A block is removed by keeping no unit of its first group; a layer that loses all its blocks is deleted.
+    `precisions` are those of blocks that are not written in the precision of the artifact, by the block's name.
     """
+
+    VERSION: ClassVar[int] = 2  # 1 had no precisions: every block was in the artifact's
 
     base: str
     architecture: Architecture
     kept: dict[str, tuple[int, ...]]
+    precisions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        groups = {group.name: group for group in groups_of(self.architecture)}
-        if set(groups) != set(self.kept):
-            odd = sorted(set(groups) ^ set(self.kept))[0]
-            raise ValueError(f"the plan and its architecture disagree about group {odd}")
+        blocks = self.architecture.blocks
+        groups = {group.name: group for block in blocks for group in block.groups}
+        if odd := sorted(set(groups) ^ set(self.kept)):
+            raise ValueError(f"the plan and its architecture disagree about group {odd[0]}")
         for name, units in self.kept.items():
-            if list(units) != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < groups[name].num_units):
-                raise ValueError(f"{name}: kept units are not ascending indices below {groups[name].num_units}")
-            if not units and groups[name].kind == "query_slots":
-                raise ValueError(f"{name}: an attention sublayer is removed through its kv_groups, not its slots")
-        if not any(layer.num_heads for layer in self.all_widths()):
-            raise ValueError("no layer keeps attention: the tokens could not see one another")
+            _require_units(groups[name], units)
+        if odd := sorted(set(self.precisions) - {block.name for block in blocks}):
+            raise ValueError(f"the plan gives a precision to {odd[0]}, which its architecture does not have")
+        self.architecture.require_network(self._counts)
 
     @property
     def digest(self) -> str:
-        return digest(asdict(self))
+        """SHA-256 of what the plan says; one without precisions of its own has the digest that version 1 gave it."""
+        document = asdict(self)
+        return digest(document if self.precisions else {k: v for k, v in document.items() if k != "precisions"})
 
-    def units(self, layer: int, kind: GroupKind) -> tuple[int, ...]:
-        """The kept units of one group; none where the dense layer has no such group."""
-        return self.kept.get(group_name(layer, kind), ())
+    @property
+    def _counts(self) -> dict[str, int]:
+        return {name: len(units) for name, units in self.kept.items()}
 
     def all_widths(self) -> tuple[LayerWidths, ...]:
         """The widths of every dense layer, the deleted ones included."""
-        widths = []
-        for index in range(len(self.architecture.layers)):
-            num_kv_heads = len(self.units(index, "kv_groups"))
-            widths.append(
-                LayerWidths(
-                    num_heads=num_kv_heads * len(self.units(index, "query_slots")),
-                    num_kv_heads=num_kv_heads,
-                    num_channels=len(self.units(index, "channels")),
-                )
-            )
-        return tuple(widths)
+        return self.architecture.widths_at(self._counts)
 
     def pruned_architecture(self) -> Architecture:
         """The architecture after shrinking, without the deleted layers."""
         return replace(self.architecture, layers=tuple(w for w in self.all_widths() if not w.is_empty))
 
 
+def _require_units(group: Group, units: Sequence[int]) -> None:
+    """Raises ValueError."""
+    if list(units) != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < group.num_units):
+        raise ValueError(f"{group.name}: kept units are not ascending indices below {group.num_units}")
+
+
 def full_plan(architecture: Architecture, *, base: str) -> Plan:
     """The plan that keeps everything."""
-    kept = {group.name: tuple(range(group.num_units)) for group in groups_of(architecture)}
-    return Plan(base=base, architecture=architecture, kept=kept)
+    groups = (group for block in architecture.blocks for group in block.groups)
+    return Plan(base=base, architecture=architecture, kept={one.name: tuple(range(one.num_units)) for one in groups})

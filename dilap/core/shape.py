@@ -1,9 +1,10 @@
 """The widths of a network, without its weights, and what follows from them: parameters, FLOPs, bytes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dilap.core.bounds import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH
+from dilap.core.groups import Block, Group
 
 # Bits a weight takes, its share of the scales included: 32 weights have one, in f16 (GGUF, ExecuTorch) or f32 (ONNX).
 PRECISION_BITS: Mapping[str, float] = {
@@ -72,6 +73,58 @@ class Architecture:
             raise ValueError(f"{self.ffn_matrices} feed-forward matrices, {self.norm_vectors} norm vectors")
         if not 0 <= self.num_positions <= MAX_TOKENS or len(self.layers) > MAX_LAYERS:
             raise ValueError(f"{self.num_positions} positions, {len(self.layers)} layers")
+
+    @property
+    def envelope(self) -> "Architecture":
+        """The model of as many layers, all of equal widths, that is just wide enough to hold each of this one's."""
+        num_kv_heads = max((layer.num_kv_heads for layer in self.layers), default=0)
+        ratio = max((layer.num_heads // layer.num_kv_heads for layer in self.layers if layer.num_kv_heads), default=0)
+        widest = LayerWidths(
+            num_heads=num_kv_heads * ratio,
+            num_kv_heads=num_kv_heads,
+            num_channels=max((layer.num_channels for layer in self.layers), default=0),
+        )
+        return replace(self, layers=(widest,) * len(self.layers))
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The sublayers that can be narrowed or removed, layer by layer, attention first.
+
+        KV groups are a KV head with its query heads; query slots the same query head of every KV group; single
+        query heads are no unit, because every runtime maps query head h to KV head h // ratio.
+        """
+        found: list[Block] = []
+        for index, layer in enumerate(self.layers):
+            if layer.num_heads:
+                sizes = {"kv_groups": layer.num_kv_heads, "query_slots": layer.num_heads // layer.num_kv_heads}
+                found.append(_block(index, "attention", sizes))
+            if layer.num_channels:
+                found.append(_block(index, "ffn", {"channels": layer.num_channels}))
+        return tuple(found)
+
+    def widths_at(self, counts: Mapping[str, int]) -> tuple[LayerWidths, ...]:
+        """The widths of every layer, those that lose everything included, with so many units left of every group.
+
+        A group that `counts` does not name is one that its layer does not have.
+        """
+        return tuple(self._layer_at(f"layers.{index}", counts) for index in range(len(self.layers)))
+
+    @staticmethod
+    def _layer_at(name: str, counts: Mapping[str, int]) -> LayerWidths:
+        num_kv_heads = counts.get(f"{name}.kv_groups", 0)
+        return LayerWidths(
+            num_heads=num_kv_heads * counts.get(f"{name}.query_slots", 0),
+            num_kv_heads=num_kv_heads,
+            num_channels=counts.get(f"{name}.channels", 0),
+        )
+
+    def require_network(self, counts: Mapping[str, int]) -> None:
+        """Raises ValueError where no decoder has so many units of its groups."""
+        for name, count in counts.items():
+            if not count and name.endswith("query_slots"):
+                raise ValueError(f"{name}: an attention sublayer is removed through its kv_groups, not its slots")
+        if not any(layer.num_heads for layer in self.widths_at(counts)):
+            raise ValueError("no layer keeps attention: the tokens could not see one another")
 
     def attention_parameters(self, layer: LayerWidths) -> int:
         """Weights and biases of a layer's attention sublayer, its norm included."""
@@ -142,3 +195,8 @@ class Architecture:
         heads = sum(layer.num_heads for layer in self.layers)
         pairs = prompt_tokens * (prompt_tokens + 1) // 2
         return 2 * (weights * prompt_tokens + head) + 4 * heads * self.head_dim * pairs
+
+
+def _block(layer: int, kind: str, sizes: Mapping[str, int]) -> Block:
+    groups = tuple(Group(name=f"layers.{layer}.{name}", num_units=size) for name, size in sizes.items())
+    return Block(name=f"layers.{layer}.{kind}", layer=layer, kind=kind, groups=groups)

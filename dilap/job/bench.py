@@ -120,11 +120,7 @@ class Bench:
             measurements = self.measure([dense, folder / probe.path], final=True)
             shutil.rmtree(folder)
             write_json(path, {"measurements": [asdict(one) for one in measurements]})
-        documents = checked(tuple[dict[str, Any], ...], read_json(path).get("measurements"), source=str(path))
-        return [
-            decode(Measurement, {"type": "Measurement", "version": 1, **document}, source=str(path))
-            for document in documents
-        ]
+        return list(checked(tuple[Measurement, ...], read_json(path).get("measurements"), source=str(path)))
 
     def find_configuration(self, path: Path, *, threads: Sequence[int]) -> Configuration:
         """The fastest configuration for the model in `path`, in one of those numbers of threads."""
@@ -169,7 +165,7 @@ class Bench:
 
     def build_table(self, architecture: Architecture, path: Path) -> LatencyTable:
         """Measure what `path` lacks of the table, with a progress bar."""
-        capabilities = self.backend.capabilities(architecture.family, precision=self.workload.precision)
+        capabilities = self.backend.capabilities(architecture, precision=self.workload.precision)
         attention_levels, ffn_levels = default_levels(architecture, capabilities)
         with self.progress.bar("latency table", total=None, unit="probe") as bar:
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dilap.core.codec import decode, write_json, written_aside
+from dilap.core.codec import checked, decode, write_json, written_aside
 from dilap.core.measurement import Interval
 from dilap.core.printable import csv_cell
 from dilap.core.printable import markdown as in_markdown
@@ -111,10 +111,20 @@ def _qualities(result: PruneResult) -> dict[str, Any]:
 
 
 def read_row(document: Mapping[str, Any], *, source: str) -> Row:
-    """Rows of earlier versions too. Raises InvalidInput."""
-    if "torch_kl" not in document and document.get("kl_recovered") is None:  # without recovery the two are one
-        document = {**document, "kl_recovered": document.get("kl"), "perplexity_recovered": document.get("perplexity")}
-    return decode(Row, {_OLD_NAMES.get(name, name): value for name, value in document.items()}, source=source)
+    """The row in a file of its own, of earlier versions too. Raises InvalidInput."""
+    return decode(Row, _with_todays_names(document), source=source)
+
+
+def read_rows(found: Any, *, source: str) -> list[Row]:
+    """The rows that stand in `compare.json`, of earlier versions too. Raises InvalidInput."""
+    rows = checked(tuple[dict[str, Any], ...], found, source=source)
+    return [checked(Row, _with_todays_names(row), source=source) for row in rows]
+
+
+def _with_todays_names(row: Mapping[str, Any]) -> dict[str, Any]:
+    if "torch_kl" not in row and row.get("kl_recovered") is None:  # without recovery the two are one
+        row = {**row, "kl_recovered": row.get("kl"), "perplexity_recovered": row.get("perplexity")}
+    return {_OLD_NAMES.get(name, name): value for name, value in row.items()}
 
 
 def document(rows: Sequence[Row]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dilap import __version__, backends, methods
 from dilap.backends import Backend
 from dilap.core.codec import encode, write_json
 from dilap.core.progress import Progress
+from dilap.core.shape import Architecture
 from dilap.job.bench import Bench
 from dilap.job.estimated_bench import EstimatedBench
 from dilap.job.inputs import inputs_of
@@ -45,7 +46,7 @@ def prune(
     with workspace.stage("load the model"):
         source = source or load(options.model)
     architecture = architecture_of(source.model)
-    layout = _layout(options, bench.backend, architecture.family)
+    layout = _layout(options, bench.backend, architecture)
     method = _method(options, layout)
     require_possible(options, source)
     identity = {"options": asdict(options), "model": source.digest, "dilap": __version__}
@@ -77,7 +78,7 @@ def require_possible(options: JobOptions, source: Source) -> None:
     backend, workload, config = backends.get(options.backend), options.workload, source.model.config
     architecture = architecture_of(source.model)
     backends.require_loadable(backend, architecture, precision=workload.precision)
-    held = backend.capabilities(architecture.family, precision=workload.precision).max_tokens
+    held = backend.capabilities(architecture, precision=workload.precision).max_tokens
     require_context(config, workload, runtime=options.backend, runtime_tokens=held)
     require_sequences(config, options.calibration.sequence_length)
     require_texts(options.text, options.evaluation_text, source.tokenizer)
@@ -100,8 +101,8 @@ def _method(options: JobOptions, layout: Layout) -> Method:
     return method
 
 
-def _layout(options: JobOptions, backend: Backend, family: str) -> Layout:
-    capabilities = backend.capabilities(family, precision=options.workload.precision)
+def _layout(options: JobOptions, backend: Backend, architecture: Architecture) -> Layout:
+    capabilities = backend.capabilities(architecture, precision=options.workload.precision)
     layout = options.layout or default_layout(capabilities)
     require_layout(layout, capabilities)
     return layout

@@ -11,11 +11,13 @@ import torch
 from dilap.backends import host
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, digest, encode, read_json, write_json
+from dilap.core.costs import Costs
 from dilap.core.errors import Infeasible, Mismatch
 from dilap.core.measurement import Measurement
 from dilap.core.plan import Plan, full_plan
+from dilap.core.rules import WidthRules
 from dilap.core.shape import Architecture
-from dilap.core.space import Space, WidthRules
+from dilap.core.space import Space
 from dilap.core.workload import Budget, Workload
 from dilap.evaluation.subject import require_unchanged
 from dilap.job.bench import Bench, kept_configuration
@@ -33,13 +35,12 @@ from dilap.models.text import Calibration, CalibrationOptions, calibration
 from dilap.profilers.configuration import Configuration
 from dilap.profilers.profiler import budget_share
 from dilap.profilers.tables.fit import LatencyModel
-from dilap.profilers.tables.probes import default_levels
 from dilap.profilers.tables.table import LatencyTable
-from dilap.search.layouts import Costs, Layout, build_space, width_rules
+from dilap.search.layouts import Layout, build_space, width_rules
 from dilap.search.limit import Target
 from dilap.search.method import LevelOptions, Method, Pruned, PruneTask
-from dilap.search.parameters import ParameterCosts
 from dilap.search.pruned_file import load_pruned, save_pruned
+from dilap.search.weights import WeightCosts
 
 # Of the limit: a table is right to 1-2 %, and the upper end of the interval of what a plan uses, which has to keep the
 # budget, lies about 0.8 % above the plan's own share.
@@ -165,13 +166,10 @@ class Stages:
 
         Raises Infeasible below the fastest, Mismatch where the table cannot be trusted.
         """
-        capabilities = self.bench.backend.capabilities(
-            dense.architecture.family, precision=self.options.workload.precision
-        )
+        capabilities = self.bench.backend.capabilities(dense.architecture, precision=self.options.workload.precision)
         ratio = self.options.budget.ratio
-        costs = self._latency_model(dense) if ratio is None else ParameterCosts(architecture=dense.architecture)
-        attention_levels, ffn_levels = default_levels(dense.architecture, capabilities)
-        space = build_space(costs, attention_levels=attention_levels, ffn_levels=ffn_levels, layout=layout)
+        costs = self._latency_model(dense) if ratio is None else WeightCosts(architecture=dense.architecture)
+        space = build_space(costs, dense.architecture, capabilities, layout=layout)
         rules = width_rules(layout, capabilities)
         if ratio is None:
             return self._latency_goal(dense, costs, space, layout, rules)
@@ -186,8 +184,8 @@ class Stages:
         with self.workspace.stage("latency of the dense model"):
             measured = self._dense_measurement(dense)
         dense_seconds = measured.seconds(budget.statistic)
-        scale = dense_seconds / space.seconds(space.dense)  # the table's day against this one
-        floor, fastest = scale * space.fixed_seconds, scale * space.seconds(space.fastest)
+        scale = dense_seconds / space.cost(space.dense)  # the table's day against this one
+        floor, fastest = scale * space.fixed_cost, scale * space.cost(space.fastest)
         limit = budget.limit_seconds(dense_seconds=dense_seconds)
         self.workspace.log.say(
             f"dense {dense_seconds * 1e3:.2f} ms{measured.mark}; floor that no plan removes (embedding, head, launch) "

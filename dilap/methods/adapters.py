@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from dilap.models.anatomy import decoder_layers, family_of
-from dilap.models.modeling_dilap import Family
+from dilap.models.anatomy import decoder_layers
+from dilap.models.families import family_of
+from dilap.models.families.family import Family
 from dilap.search.method import PruneTask
 
 
@@ -34,29 +35,30 @@ class Adapters:
         self.wrapped.unload()
         self.model.eval().requires_grad_(False)
 
-    def layer(self, index: int, path: str) -> Any:
-        """The adapted matrix at `path` of a layer."""
-        return decoder_layers(self.model)[index].get_submodule(path)
+    def matrix(self, tensor: str) -> Any:
+        """The adapted matrix whose weights have that name in the model without adapters."""
+        return self.model.get_submodule(tensor.removesuffix(".weight"))
 
-    def update(self, index: int, path: str) -> torch.Tensor:
+    def update(self, tensor: str) -> torch.Tensor:
         """What the adapter adds to a matrix (outputs x inputs)."""
-        matrix = self.layer(index, path)
+        matrix = self.matrix(tensor)
         product: torch.Tensor = matrix.lora_B["default"].weight @ matrix.lora_A["default"].weight
         return self.scale * product.detach()
 
     def merged(self) -> dict[str, torch.Tensor]:
         """Every adapted matrix with its adapter folded in, by parameter name."""
-        found, family = {}, family_of(self.model.config)
+        found, layers = {}, family_of(self.model.config).layers
         for index in range(len(decoder_layers(self.model))):
             for path in self.paths:
-                matrix = self.layer(index, path)
-                weight = matrix.base_layer.weight.detach()
-                found[f"{family.layers}.{index}.{path}.weight"] = weight + self.update(index, path).to(weight.dtype)
+                name = f"{layers}.{index}.{path}.weight"
+                weight = self.matrix(name).base_layer.weight.detach()
+                found[name] = weight + self.update(name).to(weight.dtype)
         return found
 
 
 def matrices_of(family: Family) -> tuple[str, ...]:
-    return (family.query, family.key, family.value, family.attention_out, *family.ffn_in, family.ffn_out)
+    """All matrices of a layer."""
+    return tuple(path for kind in ("attention", "ffn") for path in (*family.inputs_of(kind), family.output_of(kind)))
 
 
 def shuffled(tokens: torch.Tensor, *, batch_tokens: int, seed: int) -> Iterator[torch.Tensor]:

@@ -10,10 +10,12 @@ from torch import nn
 
 from dilap.core.plan import Plan
 from dilap.methods.adapters import Adapters, shuffled
-from dilap.methods.units import unit_group
-from dilap.models.anatomy import family_of, sublayers
+from dilap.methods.units import has_heads
+from dilap.models.anatomy import Sublayer, sublayers
+from dilap.models.families import family_of
 from dilap.models.reference import next_token_loss
 from dilap.search.method import Pruned, PruneTask
+from dilap.search.weights import WeightCosts
 
 _LOW, _HIGH, _TEMPERATURE = -0.1, 1.1, 2 / 3
 _SHARPNESS = 0.8  # of the gates kept at the end
@@ -59,9 +61,9 @@ class Compresso:
 
     def __call__(self, task: PruneTask) -> Pruned:
         family = family_of(task.model.config)
-        paths = (family.query, family.value)
+        paths, outs = (family.query, family.value), list(sublayers(task.model))  # before adapters hide the matrices
         with Adapters(task, rank=self.rank, alpha=self.alpha, dropout=0.0, paths=paths) as adapted:
-            gates = _Gates(self, task, adapted)
+            gates = _Gates(self, task, adapted, outs)
             gates.train()
             parameters = adapted.merged()
         plan = task.target.bisect(gates.plan)
@@ -75,24 +77,19 @@ class _Gates:
     options: Compresso
     task: PruneTask
     adapted: Adapters
+    outs: list[Sublayer]
     log_alphas: dict[str, torch.Tensor] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.task.seed)
-        architecture = self.task.architecture
-        for group in self.task.groups:
-            if group.kind == "query_slots":
-                continue
-            layer = architecture.layers[group.layer]
-            weights = (
-                architecture.attention_parameters(layer)
-                if group.kind == "kv_groups"
-                else architecture.ffn_parameters(layer)
-            )
-            self.costs[group.name] = weights / group.num_units
+        weights = WeightCosts(architecture=self.task.architecture)
+        for one in self.outs:
+            group = one.block.main
+            full = tuple(each.num_units for each in one.block.groups)
+            self.costs[group.name] = weights.block(one.block, full) / group.num_units
             start = torch.full((group.num_units,), math.log((1 - 0.01) / 0.01))
-            if group.kind == "kv_groups":
+            if has_heads(one):
                 start = (10 + 0.01 * torch.randn(group.num_units, generator=self.generator)).clamp(_LEAST, _MOST)
             self.log_alphas[group.name] = start.requires_grad_(True)
 
@@ -140,8 +137,8 @@ class _Gates:
 
     def _hooks(self) -> Iterator[Any]:
         """Gates scale the inputs of the output projections."""
-        for one in sublayers(self.task.model):
-            name = unit_group(one)
+        for one in self.outs:
+            name = one.block.main.name
 
             def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], name: str = name) -> tuple[torch.Tensor, ...]:
                 gates = sampled(self.log_alphas[name], generator=self.generator)
@@ -163,8 +160,8 @@ class _Gates:
     def folded(self) -> dict[str, torch.Tensor]:
         """Output projections with the soft gates of their inputs folded in."""
         found = {}
-        for one in sublayers(self.task.model):
-            soft = torch.sigmoid(self.log_alphas[unit_group(one)] / _TEMPERATURE * _SHARPNESS)
+        for one in self.outs:
+            soft = torch.sigmoid(self.log_alphas[one.block.main.name] / _TEMPERATURE * _SHARPNESS)
             weight = one.out.weight.detach()
             scale = soft.repeat_interleave(weight.shape[1] // len(soft))
             found[f"{one.path}.weight"] = (weight.float() * scale).to(weight.dtype)

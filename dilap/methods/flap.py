@@ -10,7 +10,7 @@ import torch
 from dilap.core.errors import Unsupported
 from dilap.core.plan import Plan
 from dilap.core.shape import Architecture
-from dilap.methods.units import by_unit, out_statistics, removed_columns, unit_group
+from dilap.methods.units import by_unit, has_heads, out_statistics, removed_columns
 from dilap.models.anatomy import Sublayer, sublayers
 from dilap.models.statistics import InputStatistics, walk
 from dilap.models.tensor_file import Tensors
@@ -37,7 +37,7 @@ def standardised(values: torch.Tensor) -> torch.Tensor:
 
 def group_cost(architecture: Architecture) -> float:
     """Weights of a KV group in units of those of a channel: 4d/3 for multi-head attention with a gated network."""
-    layer = architecture.layers[0]
+    layer = next(layer for layer in architecture.layers if layer.num_heads)
     ratio = layer.num_heads // layer.num_kv_heads
     return (2 * ratio + 2) * architecture.head_dim / architecture.ffn_matrices
 
@@ -87,7 +87,7 @@ class Flap:
             )
         findings = self._findings(task)
         if self.structure == "UL-UM":
-            plan = task.keep_equal_shares(findings.sums(task), output_biases=self.compensate)
+            plan = task.keep_equal_shares(findings.sums(), output_biases=self.compensate)
         else:
             plan = task.target.bisect(lambda ratio: findings.plan(self, task, ratio), output_biases=self.compensate)
         return Pruned(plan=plan, parameters=findings.biases(plan) if self.compensate else {})
@@ -109,7 +109,7 @@ class Flap:
             for step in walk(task.model, task.text.train, progress=bar.update):
                 for one in (one for one in outs if one.layer == step.index):
                     statistics = out_statistics(step, one)
-                    squared = one.kind == "attention"
+                    squared = has_heads(one)
                     found[f"{one.name}.mean"] = statistics.mean.float()
                     found[f"{one.name}.metric"] = metric_of(self.metric, one.out.weight, statistics, squared=squared)
         return found
@@ -126,30 +126,33 @@ class _Findings:
     def plan(self, flap: Flap, task: PruneTask, ratio: float) -> Plan:
         """The plan of one of the structures whose knob is the share of the weights, `ratio`."""
         values = self.metrics if flap.structure == "UL-MM" else [standardised(one) for one in self.metrics]
-        scores = {name: rows.mean(1) for name, rows in self._by_unit(task, values).items()}
+        scores = {name: rows.mean(1) for name, rows in self._by_unit(values).items()}
         cost = group_cost(task.architecture)
         if flap.upstream_compatible:
             cost = math.floor(cost)
-        costs = {name: cost if name.endswith("kv_groups") else 1.0 for name in scores}
+        costs = {one.block.main.name: cost if has_heads(one) else 1.0 for one in self.sublayers}
         if flap.structure == "AL-AM":
             counts = global_counts(scores, costs, ratio=ratio, strict=flap.upstream_compatible)
         else:
-            counts = self._manual_counts(flap, scores, cost, ratio)
+            counts = self._manual_counts(flap, scores, costs, ratio)
         return task.keep(scores, counts=counts)
 
-    def sums(self, task: PruneTask) -> dict[str, torch.Tensor]:
+    def sums(self) -> dict[str, torch.Tensor]:
         """The score of UL-UM: the sum of a unit's metric."""
-        return {name: rows.sum(1) for name, rows in self._by_unit(task, self.metrics).items()}
+        return {name: rows.sum(1) for name, rows in self._by_unit(self.metrics).items()}
 
-    def _by_unit(self, task: PruneTask, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        sizes = {group.name: group.num_units for group in task.groups}
-        names = [unit_group(one) for one in self.sublayers]
-        return {name: by_unit(one, sizes[name]) for name, one in zip(names, values, strict=True)}
+    def _by_unit(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        pairs = zip(self.sublayers, values, strict=True)
+        return {one.block.main.name: by_unit(columns, one) for one, columns in pairs}
 
-    def _manual_counts(self, flap: Flap, scores: dict[str, torch.Tensor], cost: float, ratio: float) -> dict[str, int]:
+    def _manual_counts(
+        self, flap: Flap, scores: dict[str, torch.Tensor], costs: dict[str, float], ratio: float
+    ) -> dict[str, int]:
         """UL-MM and AL-MM: so many KV groups, and the channels that are then missing to `ratio`."""
-        groups = {name: values for name, values in scores.items() if name.endswith("kv_groups")}
-        channels = {name: values for name, values in scores.items() if name.endswith("channels")}
+        heads = {one.block.main.name for one in self.sublayers if has_heads(one)}
+        groups = {name: values for name, values in scores.items() if name in heads}
+        channels = {name: values for name, values in scores.items() if name not in heads}
+        cost = costs[next(iter(groups))]
         num_groups, num_channels = (sum(len(values) for values in kind.values()) for kind in (groups, channels))
         removed_groups = round(ratio * num_groups) if flap.remove_heads < 0 else min(flap.remove_heads, num_groups)
         if flap.structure == "UL-MM":

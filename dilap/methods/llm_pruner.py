@@ -6,10 +6,11 @@ from typing import Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from dilap.core.plan import group_name
-from dilap.models.anatomy import decoder_layers, family_of
-from dilap.models.modeling_dilap import linear_at
+from dilap.core.groups import Group, Member
+from dilap.models.anatomy import decoder_layers
+from dilap.models.families import family_of
 from dilap.models.reference import next_token_loss
 from dilap.search.method import Pruned, PruneTask
 
@@ -50,15 +51,17 @@ def reduced(members: Sequence[torch.Tensor], reduce: Reduce) -> torch.Tensor:
             return stacked[0]
 
 
-def paired(query: torch.Tensor, *, num_kv_heads: int, head_dim: int, folded: bool) -> torch.Tensor:
-    """Scores of query channels brought to KV channels (KV heads * head_dim), the query heads of a KV head summed.
+def aligned(scores: torch.Tensor, member: Member, *, folded: bool) -> torch.Tensor:
+    """Scores along a member's axis as (units x channels of a unit): what lies between, the query heads of a KV head, is
+    summed.
 
     `folded` adds channel c to channel c modulo the shorter length, as the authors' code does: that pairs query head h
     with KV head h % num_kv_heads, where the model pairs it with h // ratio.
     """
+    num_units, inner = member.grid[0], member.grid[-1] if len(member.grid) > 1 else 1
     if folded:
-        return query.reshape(-1, num_kv_heads * head_dim).sum(0)
-    return query.reshape(num_kv_heads, -1, head_dim).sum(1).reshape(-1)
+        return scores.reshape(-1, num_units, inner).sum(0)
+    return scores.reshape(num_units, -1, inner).sum(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,40 +88,29 @@ class LlmPruner:
         if self.variant not in ("l1", "l2"):
             found = gradients_of(task, per_sequence=self.variant in ("second", "mixed"))
         first, last = (int(share * task.num_layers) for share in (self.untouched_first, self.untouched_last))
-        scores: dict[str, torch.Tensor] = {}
-        for index in range(first, task.num_layers - last):
-            scores |= self._scores(task, index, found)
-        return scores
+        touched = range(first, task.num_layers - last)
+        groups = [block.main for block in task.blocks if block.layer in touched]
+        return {group.name: self._scores(task.model, group, found) for group in groups}
 
-    def _scores(self, task: PruneTask, index: int, found: "_Gradients") -> dict[str, torch.Tensor]:
-        family, head_dim = family_of(task.model.config), task.architecture.head_dim
-        num_kv_heads = task.architecture.layers[index].num_kv_heads
+    def _scores(self, model: PreTrainedModel, group: Group, found: "_Gradients") -> torch.Tensor:
+        """Of the units of one group, from all matrices that they are part of."""
+        members = [one for one in group.members if one.tensor.endswith(".weight")]
+        members.sort(key=lambda one: (one.axis, len(one.grid)))  # the authors' order: key, value, query, output
+        parts = [aligned(self._channels(model, one, found), one, folded=self.folded) for one in members]
+        return reduced(parts, self.reduce).sum(1)
 
-        def channels(path: str, *, dim: int) -> torch.Tensor:
-            """Score of every output (dim 0) or input (dim 1) of a matrix."""
-            matrix = linear_at(decoder_layers(task.model)[index], path)
-            assert matrix is not None
-            name = f"{index}.{path}"
-            zero = torch.zeros(())
-            weight, gradient = matrix.weight.detach().float(), found.means.get(name, zero)
-            sums = element_scores(self.variant, weight, gradient, found.squares.get(name, zero)).sum(1 - dim)
-            return sums.abs() if self.variant == "vectorize" else sums
-
-        def pair(scores: torch.Tensor) -> torch.Tensor:
-            return paired(scores, num_kv_heads=num_kv_heads, head_dim=head_dim, folded=self.folded)
-
-        heads = [channels(family.key, dim=0), channels(family.value, dim=0)]
-        heads += [pair(channels(family.query, dim=0)), pair(channels(family.attention_out, dim=1))]
-        ffn = [*(channels(path, dim=0) for path in family.ffn_in), channels(family.ffn_out, dim=1)]
-        return {
-            group_name(index, "kv_groups"): reduced(heads, self.reduce).reshape(num_kv_heads, -1).sum(1),
-            group_name(index, "channels"): reduced(ffn, self.reduce),
-        }
+    def _channels(self, model: PreTrainedModel, member: Member, found: "_Gradients") -> torch.Tensor:
+        """Score of every entry along a member's axis: of every output, or input, of a matrix."""
+        zero = torch.zeros(())
+        weight, gradient = model.get_parameter(member.tensor).detach().float(), found.means.get(member.tensor, zero)
+        curvature = found.squares.get(member.tensor, zero)
+        sums = element_scores(self.variant, weight, gradient, curvature).sum(1 - member.axis)
+        return sums.abs() if self.variant == "vectorize" else sums
 
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Of the decoder layers' matrices, by `layer.path`: of the mean loss, and the mean of single sequences' squares."""
+    """Of the decoder layers' matrices, by name: of the mean loss, and the mean of single sequences' squares."""
 
     means: dict[str, torch.Tensor] = field(default_factory=dict)
     squares: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -127,10 +119,10 @@ class _Gradients:
 def gradients_of(task: PruneTask, *, per_sequence: bool) -> _Gradients:
     """Gradients of the language-modelling loss on the training split; the model is left without any."""
     found, tokens = _Gradients(), task.text.train
+    prefix = family_of(task.model.config).layers
     weights = {
-        f"{index}.{path}": matrix.weight
-        for index, layer in enumerate(decoder_layers(task.model))
-        for path, matrix in layer.named_modules()
+        f"{prefix}.{path}.weight": matrix.weight
+        for path, matrix in decoder_layers(task.model).named_modules()
         if isinstance(matrix, nn.Linear)
     }
     task.model.requires_grad_(False)

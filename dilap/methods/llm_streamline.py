@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from dilap.core.plan import Plan
 from dilap.methods.shortgpt import mean_cosine
-from dilap.models.anatomy import decoder_layers, family_of
+from dilap.models.anatomy import decoder_layers
 from dilap.models.compute import batches, compute_precision
+from dilap.models.families import family_of
 from dilap.models.reference import next_token_loss
 from dilap.models.skipping import layers_replaced
 from dilap.models.statistics import LayerCall, State, first_of, layer_calls, walk

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dilap.core.plan import Group
+from dilap.core.groups import Group, Member
 from dilap.methods.adapters import Adapters, shuffled
 from dilap.methods.units import num_units
-from dilap.models.anatomy import family_of
 from dilap.models.reference import next_token_loss
 from dilap.search.method import Pruned, PruneTask
 
@@ -53,7 +52,7 @@ class LoraPrune:
 
     def __call__(self, task: PruneTask) -> Pruned:
         first, last = int(self.untouched_first * task.num_layers), task.num_layers - 1
-        groups = {g.name: g for g in task.groups if first <= g.layer < last and g.kind != "query_slots"}
+        groups = {block.main.name: block.main for block in task.blocks if first <= block.layer < last}
         blank = {name: torch.zeros(group.num_units) for name, group in groups.items()}
         counts = num_units(task.keep_equal_shares(blank))
         with Adapters(task, rank=self.rank, alpha=self.alpha, dropout=self.dropout) as adapted:
@@ -97,12 +96,10 @@ class _Run:
 
     def _mask_hooks(self) -> Iterator[Any]:
         """Masks act on the outputs of the matrices before attention and activation, adapters included."""
-        family = family_of(self.task.model.config)
         for name, group in self.groups.items():
-            paths = (family.query, family.key, family.value) if group.kind == "kv_groups" else family.ffn_in
-            for path in paths:
-                matrix = self.adapted.layer(group.layer, path)
-                yield matrix.register_forward_hook(self._masking(name))
+            for member in _matrices(group):
+                if member.axis == 0:
+                    yield self.adapted.matrix(member.tensor).register_forward_hook(self._masking(name))
 
     def _masking(self, name: str) -> Any:
         def hook(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
@@ -120,17 +117,14 @@ class _Run:
                 self.scores[name] = _DECAY * self.scores[name] + (1 - _DECAY) * values
 
     def _importance(self, group: Group) -> torch.Tensor:
-        """Of a sublayer's units: the sum over its matrices, each normalised to length one."""
-        family = family_of(self.task.model.config)
-        inner = (family.query, family.key, family.value) if group.kind == "kv_groups" else family.ffn_in
-        out = family.attention_out if group.kind == "kv_groups" else family.ffn_out
+        """Of a group's units: the sum over its matrices, each normalised to length one."""
         total = torch.zeros(group.num_units)
-        for path in (*inner, out):
-            matrix = self.adapted.layer(group.layer, path)
+        for member in _matrices(group):
+            matrix = self.adapted.matrix(member.tensor)
             a, b = matrix.lora_A["default"].weight, matrix.lora_B["default"].weight
             weight = matrix.base_layer.weight + self.adapted.scale * b @ a
             elements = (estimated_gradient(a, b, a.grad, b.grad) * weight).abs().float()
-            units = (elements.T if path == out else elements).reshape(group.num_units, -1).sum(1)
+            units = (elements.T if member.axis else elements).reshape(group.num_units, -1).sum(1)
             total += units / units.norm().clamp_min(1e-30)
         return total
 
@@ -142,3 +136,8 @@ class _Run:
             self.scores[name] = self.scores[name] * self.masks[name]
             self.masks[name] = torch.ones(group.num_units)
             self.masks[name][self.scores[name].argsort(stable=True)[:gone]] = 0
+
+
+def _matrices(group: Group) -> list[Member]:
+    """Where its units lie in matrices; biases have no adapters."""
+    return [one for one in group.members if one.tensor.endswith(".weight")]

@@ -10,16 +10,17 @@ import torch
 from numpy.typing import NDArray
 
 from dilap.core.codec import checked, read_json, write_json
-from dilap.core.space import Choice, Level, Units
+from dilap.core.space import Level
 from dilap.methods.shortgpt import mean_cosine
-from dilap.models.anatomy import sublayers
+from dilap.methods.units import has_heads
+from dilap.models.anatomy import Sublayer, sublayers
 from dilap.models.compute import batches
 from dilap.models.reference import final_hidden
 from dilap.models.statistics import OUTPUTS, walk
 from dilap.search.allocation import Config, solve
 from dilap.search.journal import Evaluator
 from dilap.search.levels import Library, level_library, prune_by_library
-from dilap.search.library import LevelFit, head_columns
+from dilap.search.library import LevelFit
 from dilap.search.method import Pruned, PruneTask
 from dilap.search.task import SearchResult, SearchTask
 
@@ -53,8 +54,8 @@ class Puzzle:
         def search(asked: SearchTask) -> SearchResult:
             if not costs:
                 costs.extend(np.array(one) for one in self.scores(task, asked, name=name))
-            seconds = [[level.seconds for level in choice.levels] for choice in asked.space.choices]
-            config = solve(costs, seconds, limit=asked.limit - asked.space.fixed_seconds)
+            seconds = [[level.cost for level in choice.levels] for choice in asked.space.choices]
+            config = solve(costs, seconds, limit=asked.limit - asked.space.fixed_cost)
             return SearchResult(config=config, kl=asked.evaluator.kl(config))
 
         return prune_by_library(task, search, library, name=name)
@@ -93,24 +94,20 @@ class Puzzle:
     def build(self, task: PruneTask) -> Library:
         """The library of truncated blocks: units in rank order, projections as they were."""
         ranks: dict[str, torch.Tensor] = {}
-        outs = {one.name: one.out for one in sublayers(task.model)}
+        found = {one.name: one for one in sublayers(task.model)}
         total = task.num_layers * task.text.validation.numel()
         with task.bar("block library", total=total, unit="tok") as bar:
             for step in walk(task.model, task.text.validation, keep_inputs=True, progress=bar.update):
                 for kind, role in OUTPUTS:
                     name = f"layers.{step.index}.{kind}"
-                    if name in outs:
-                        weight, inputs = outs[name].weight.detach().float(), torch.cat(step.statistics[role].kept)
+                    if name in found:
+                        one, inputs = found[name], torch.cat(step.statistics[role].kept)
+                        weight = one.out.weight.detach().float()
                         ranks[name] = (
-                            self._head_norms(task, weight, inputs)
-                            if kind == "attention"
-                            else self.channel_ranks(weight, inputs)
+                            head_norms(one, weight, inputs) if has_heads(one) else self.channel_ranks(weight, inputs)
                         )
         return [
-            [
-                _truncated(task, choice, level, outs[choice.name].weight.detach().float(), ranks[choice.name])
-                for level in choice.levels
-            ]
+            [_truncated(found[choice.name], level, ranks[choice.name]) for level in choice.levels]
             for choice in task.space.choices
         ]
 
@@ -128,34 +125,31 @@ class Puzzle:
             ranks[chosen] = torch.arange(int(removed.sum()), end, dtype=ranks.dtype)
         return ranks
 
-    def _head_norms(self, task: PruneTask, weight: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-        """Mean norm of what every KV group gives, and each of its query heads (KV groups x 1 + ratio)."""
-        dense, head_dim = task.architecture.layers[0], task.architecture.head_dim
 
-        def norms(width: int) -> torch.Tensor:
-            blocks = zip(inputs.split(width, 1), weight.split(width, 1), strict=True)
-            return torch.stack([(x @ matrix.T).norm(dim=1).mean() for x, matrix in blocks])
+def head_norms(sublayer: Sublayer, weight: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """Mean norm of what every KV group gives, and each of its query heads (KV groups x 1 + ratio)."""
+    num_groups, num_slots = (group.num_units for group in sublayer.block.groups)
 
-        groups = norms(weight.shape[1] // dense.num_kv_heads)
-        return torch.cat([groups[:, None], norms(head_dim).reshape(dense.num_kv_heads, -1)], 1)
+    def norms(count: int) -> torch.Tensor:
+        """Of `count` equal parts of the inputs."""
+        width = weight.shape[1] // count
+        blocks = zip(inputs.split(width, 1), weight.split(width, 1), strict=True)
+        return torch.stack([(x @ matrix.T).norm(dim=1).mean() for x, matrix in blocks])
+
+    return torch.cat([norms(num_groups)[:, None], norms(num_groups * num_slots).reshape(num_groups, -1)], 1)
 
 
-def _truncated(task: PruneTask, choice: Choice, level: Level, weight: torch.Tensor, scores: torch.Tensor) -> LevelFit:
+def _truncated(sublayer: Sublayer, level: Level, scores: torch.Tensor) -> LevelFit:
     """The best units of a level, with the columns of the projection as they were."""
-    if choice.kind == "ffn":
-        kept = scores.argsort(descending=True, stable=True)[: level.num_channels].sort().values
-        units: Units = {"channels": tuple(kept.tolist())}
-    else:
-        dense, head_dim = task.architecture.layers[choice.layer], task.architecture.head_dim
-        ratio = dense.num_heads // dense.num_kv_heads
-        groups = scores[:, 0].argsort(descending=True, stable=True)[: level.num_kv_groups].sort().values
-        slots = scores[groups, 1:].sum(0).argsort(descending=True, stable=True)[: level.num_query_slots].sort().values
-        units = {
-            "kv_groups": tuple(groups.tolist()),
-            "query_slots": tuple(slots.tolist()) if len(groups) else tuple(range(ratio)),
-        }
-        kept = head_columns(units["kv_groups"], units["query_slots"], ratio=ratio, head_dim=head_dim)
-    return LevelFit(units=units, columns=kept, weight=weight[:, kept].clone(), error=0.0)
+    group, *others = sublayer.block.groups
+    ranked = scores[:, 0] if others else scores
+    best = ranked.argsort(descending=True, stable=True)[: level.counts[0]].sort().values
+    units: dict[str, tuple[int, ...]] = {group.name: tuple(best.tolist())}
+    for number, slots in enumerate(others, start=1):
+        kept = scores[best, 1:].sum(0).argsort(descending=True, stable=True)[: level.counts[number]].sort().values
+        units[slots.name] = tuple(kept.tolist()) if len(best) else tuple(range(slots.num_units))
+    columns, weight = sublayer.columns(units), sublayer.out.weight.detach().float()
+    return LevelFit(units=units, columns=columns, weight=weight[:, columns].clone(), error=0.0)
 
 
 def _read_scores(path: Path) -> list[list[float]]:

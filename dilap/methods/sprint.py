@@ -148,8 +148,8 @@ class _Run:
         late = range(max(0, len(dense) - 1 - number), len(dense) - 1)
 
         def without(kind: str) -> float:
-            widths = list(self.task.without((layer, kind) for layer in late).all_widths())
-            return self.task.target.predict(widths)
+            gone = [one.block for one in self.outs if one.kind == kind and one.layer in late]
+            return self.task.target.predict(list(self.task.without(gone).all_widths()))
 
         return saved_seconds(
             dense=self.task.target.predict(dense),
@@ -188,7 +188,7 @@ class _Run:
         return found
 
     def _made(self, removed: Sequence[int], weights: dict[int, torch.Tensor]) -> Plan:
-        plan = self.task.without((self.outs[one].layer, self.outs[one].kind) for one in removed)
+        plan = self.task.without(self.outs[one].block for one in removed)
         self.made.append((plan, list(removed), dict(weights)))
         return plan
 

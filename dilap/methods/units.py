@@ -6,20 +6,20 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from dilap.core.plan import Plan, group_name
+from dilap.core.plan import Plan
 from dilap.models.anatomy import Sublayer
-from dilap.models.cut import out_columns
 from dilap.models.statistics import OUTPUTS, InputStatistics, Step
 
 
-def unit_group(sublayer: Sublayer) -> str:
-    """The group whose units the inputs of a sublayer's output projection belong to: KV groups, or channels."""
-    return group_name(sublayer.layer, "kv_groups" if sublayer.kind == "attention" else "channels")
+def by_unit(columns: torch.Tensor, sublayer: Sublayer) -> torch.Tensor:
+    """Scores of an output projection's inputs as a row per unit of the sublayer's main group (units x inputs of a
+    unit): the query heads of a KV head lie side by side."""
+    return columns.reshape(sublayer.block.main.num_units, -1)
 
 
-def by_unit(columns: torch.Tensor, num_units: int) -> torch.Tensor:
-    """Scores (inputs) as a row per unit (units x inputs of a unit): the query heads of a KV head lie side by side."""
-    return columns.reshape(num_units, -1)
+def has_heads(sublayer: Sublayer) -> bool:
+    """Whether its units are KV groups, each with query slots of its own, and not channels."""
+    return len(sublayer.block.groups) > 1
 
 
 def out_statistics(step: Step, sublayer: Sublayer) -> InputStatistics:
@@ -29,7 +29,7 @@ def out_statistics(step: Step, sublayer: Sublayer) -> InputStatistics:
 
 def removed_columns(plan: Plan, sublayer: Sublayer) -> torch.Tensor:
     """The output projection's inputs that a plan removes, ascending."""
-    kept = out_columns(plan, sublayer.layer, sublayer.kind)
+    kept = sublayer.columns(plan.kept)
     mask = torch.ones(sublayer.out.in_features, dtype=torch.bool)
     mask[kept] = False
     return mask.nonzero().squeeze(1)

@@ -2,7 +2,7 @@
 
 import torch
 
-from dilap.methods.units import by_unit, num_units, out_statistics, removed_columns, restored, unit_group, zero_columns_
+from dilap.methods.units import by_unit, num_units, out_statistics, removed_columns, restored, zero_columns_
 from dilap.models.anatomy import sublayers
 from dilap.models.statistics import walk
 from dilap.search.method import Pruned, PruneTask
@@ -18,8 +18,8 @@ def prune(task: PruneTask) -> Pruned:
 
     How many units stay does not depend on the scores, so the share is found first, and the layers are walked once.
     """
-    outs, sizes = list(sublayers(task.model)), {group.name: group.num_units for group in task.groups}
-    equal = {unit_group(one): torch.zeros(sizes[unit_group(one)]) for one in outs}
+    outs = list(sublayers(task.model))
+    equal = {one.block.main.name: torch.zeros(one.block.main.num_units) for one in outs}
     counts = num_units(task.keep_equal_shares(equal))
     scores: dict[str, torch.Tensor] = {}
     total = task.num_layers * task.text.train.numel()
@@ -27,6 +27,6 @@ def prune(task: PruneTask) -> Pruned:
         for step in walk(task.model, task.text.train, propagate="pruned", progress=bar.update):
             for one in (one for one in outs if one.layer == step.index):
                 columns = channel_scores(one.out.weight, out_statistics(step, one).norms)
-                scores[unit_group(one)] = by_unit(columns, sizes[unit_group(one)]).sum(1)
+                scores[one.block.main.name] = by_unit(columns, one).sum(1)
                 zero_columns_(one.out, removed_columns(task.keep(scores, counts=counts), one))
     return Pruned(plan=task.keep(scores, counts=counts))

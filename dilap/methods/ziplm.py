@@ -46,8 +46,8 @@ class ZipLm:
     def search(self, task: SearchTask, *, progress: Callable[[int], None] = lambda _: None) -> SearchResult:
         """SPDY: the weighting of layer errors whose exact solution has the least real KL. `progress` gets 1s."""
         errors = [np.array([fit.error for fit in levels]) for levels in task.evaluator.net.library]
-        seconds = [[level.seconds for level in choice.levels] for choice in task.space.choices]
-        limit = task.limit - task.space.fixed_seconds
+        seconds = [[level.cost for level in choice.levels] for choice in task.space.choices]
+        limit = task.limit - task.space.fixed_cost
         known: dict[Config, tuple[float, torch.Tensor]] = {}  # with the first weighting that led there
 
         def score(weights: torch.Tensor) -> tuple[float, Config]:

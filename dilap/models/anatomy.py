@@ -13,38 +13,38 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dilap.core.codec import digest
-from dilap.core.errors import InvalidInput, Unsupported
-from dilap.core.shape import Architecture, LayerWidths
-from dilap.models.modeling_dilap import FAMILIES, Family, linear_at
+from dilap.core.errors import InvalidInput
+from dilap.core.groups import Block, Kept, indices_kept
+from dilap.core.shape import Architecture
+from dilap.models.families import family_of
+from dilap.models.modeling_dilap import linear_at
 
 _OF_THE_READING = ("_name_or_path", "transformers_version", "architectures")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sublayer:
-    """One attention or feed-forward network of a model; `out` is its output projection (hidden x inputs),
-    at `path` in the model."""
+    """A block of a loaded model; `out` is its output projection (hidden x inputs), at `path` in the model."""
 
-    layer: int
-    kind: str
+    block: Block
     path: str
     out: nn.Linear
 
     @property
     def name(self) -> str:
-        return f"layers.{self.layer}.{self.kind}"
+        return self.block.name
 
+    @property
+    def layer(self) -> int:
+        return self.block.layer
 
-def family_of(config: PreTrainedConfig) -> Family:
-    """The adapter of the model's family. Raises Unsupported with the known ones."""
-    if config.model_type not in FAMILIES:
-        raise Unsupported(
-            f"architecture {config.model_type!r} is not known; DiLAP prunes: {', '.join(sorted(FAMILIES))}"
-        )
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if len(kinds) > 1:
-        raise Unsupported(f"layers of several attention types ({', '.join(sorted(kinds))}) cannot be pruned yet")
-    return FAMILIES[config.model_type]
+    @property
+    def kind(self) -> str:
+        return self.block.kind
+
+    def columns(self, kept: Kept) -> torch.Tensor:
+        """The inputs of the output projection that stay with these units, ascending."""
+        return torch.from_numpy(indices_kept(self.block.groups, kept)[f"{self.path}.weight", 1])
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -53,72 +53,24 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
-def head_dim_of(config: PreTrainedConfig) -> int:
-    """Channels of one head: heads * head_dim need not equal the hidden size."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
 def architecture_of(model: PreTrainedModel) -> Architecture:
     """The shape of a loaded model, its widths read from the tensors themselves."""
-    config, family = model.config, family_of(model.config)
-    head_dim = head_dim_of(config)
-    first = {
-        path: _first(model, path) for path in (family.query, family.attention_out, family.ffn_in[0], family.ffn_out)
-    }
-    positions = getattr(model.get_submodule(family.layers.rpartition(".")[0]), "embed_positions", None)
-    if config.hidden_size != model.get_input_embeddings().weight.shape[1]:
-        raise Unsupported("embeddings of another width than the hidden size (OPT-350m) cannot be pruned yet")
-    return Architecture(
-        family=config.model_type,
-        hidden_size=config.hidden_size,
-        head_dim=head_dim,
-        vocab_size=model.get_input_embeddings().weight.shape[0],
-        tied_embeddings=bool(config.tie_word_embeddings),
-        ffn_matrices=len(family.ffn_in) + 1,
-        norm_vectors=len(list(_final_norm(model).parameters())),
-        qkv_bias=_has_bias(first[family.query]),
-        out_bias=_has_bias(first[family.attention_out]),
-        ffn_bias=_has_bias(first[family.ffn_in[0]]),
-        ffn_out_bias=_has_bias(first[family.ffn_out]),
-        qk_norm=any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()),
-        num_positions=0 if positions is None else positions.weight.shape[0],
-        layers=tuple(_widths(layer, family, head_dim) for layer in decoder_layers(model)),
-    )
+    return family_of(model.config).architecture(model)
 
 
-def _widths(layer: nn.Module, family: Family, head_dim: int) -> LayerWidths:
-    heads, kv_heads, channels = 0, 0, 0
-    query, key = linear_at(layer, family.query), linear_at(layer, family.key)
-    if query is not None and key is not None:
-        heads, kv_heads = query.out_features // head_dim, key.out_features // head_dim
-    if (out := linear_at(layer, family.ffn_out)) is not None:
-        channels = out.in_features
-    return LayerWidths(num_heads=heads, num_kv_heads=kv_heads, num_channels=channels)
-
-
-def _first(model: PreTrainedModel, path: str) -> nn.Linear | None:
-    """The first layer's matrix at `path` that was not removed."""
-    found = (linear_at(layer, path) for layer in decoder_layers(model))
-    return next((module for module in found if module is not None), None)
-
-
-def _has_bias(module: nn.Linear | None) -> bool:
-    return module is not None and module.bias is not None
-
-
-def _final_norm(model: PreTrainedModel) -> nn.Module:
-    stack = model.get_submodule(family_of(model.config).layers.rpartition(".")[0])
-    norm = getattr(stack, "norm", None) or getattr(stack, "final_layer_norm", None)
-    return norm if isinstance(norm, nn.Module) else nn.Identity()
+def blocks_of(model: PreTrainedModel) -> tuple[Block, ...]:
+    """The sublayers that a model has, layer by layer, attention first, with the tensors in which their units lie."""
+    return family_of(model.config).blocks(model)
 
 
 def sublayers(model: PreTrainedModel) -> Iterator[Sublayer]:
-    """Every sublayer that a model has, layer by layer, attention first."""
-    family = family_of(model.config)
-    for index, layer in enumerate(decoder_layers(model)):
-        for kind, path in (("attention", family.attention_out), ("ffn", family.ffn_out)):
-            if (out := linear_at(layer, path)) is not None:
-                yield Sublayer(layer=index, kind=kind, path=f"{family.layers}.{index}.{path}", out=out)
+    """The same with their output projections."""
+    family, layers = family_of(model.config), decoder_layers(model)
+    for block in blocks_of(model):
+        path = family.output_of(block.kind)
+        out = linear_at(layers[block.layer], path)
+        assert out is not None
+        yield Sublayer(block=block, path=f"{family.layers}.{block.layer}.{path}", out=out)
 
 
 def model_digest(model: PreTrainedModel) -> str:

@@ -2,39 +2,26 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dilap.core.errors import Mismatch
+from dilap.core.groups import indices_kept
 from dilap.core.plan import Plan
-from dilap.models.anatomy import architecture_of, decoder_layers, family_of
-from dilap.models.modeling_dilap import PRUNED_CLASSES, Family, add_output_biases_, linear_at, narrow_layers_
+from dilap.models.anatomy import architecture_of, blocks_of, decoder_layers
+from dilap.models.families import family_of
+from dilap.models.modeling_dilap import add_output_biases_, narrow_layers_, pruned_class
 
 # New values of a dense model's parameters, by their names: in the dense shape, or cut to a plan already. An output
 # projection's bias may be among them where the dense model has none.
 Parameters = Mapping[str, torch.Tensor]
 _NONE: Parameters = MappingProxyType({})
-
-
-def out_columns(plan: Plan, layer: int, kind: str) -> torch.Tensor:
-    """The columns of a sublayer's output projection that a plan keeps, ascending.
-
-    Attention: head_dim columns for every kept slot of every kept KV group; query head = group * ratio + slot.
-    """
-    if kind == "ffn":
-        return torch.tensor(plan.units(layer, "channels"), dtype=torch.long)
-    dense = plan.architecture.layers[layer]
-    ratio = dense.num_heads // dense.num_kv_heads
-    heads = [g * ratio + s for g in plan.units(layer, "kv_groups") for s in plan.units(layer, "query_slots")]
-    return _rows_of(heads, plan.architecture.head_dim)
-
-
-def _rows_of(heads: list[int] | tuple[int, ...], head_dim: int) -> torch.Tensor:
-    starts = torch.tensor(heads, dtype=torch.long)[:, None] * head_dim
-    return (starts + torch.arange(head_dim)).reshape(-1)
 
 
 @torch.no_grad()
@@ -46,67 +33,68 @@ def shrink_(model: PreTrainedModel, plan: Plan, *, parameters: Parameters = _NON
     """
     if architecture_of(model) != plan.architecture:
         raise Mismatch("the plan was made for a model of another shape")
-    family, layers = family_of(model.config), decoder_layers(model)
-    _add_missing_biases_(model, family, parameters)
-    own, prefix = dict(model.named_parameters()), f"{family.layers}."
-    for name in parameters:
-        if name not in own or not name.startswith(prefix):
-            raise Mismatch(f"there is no parameter {name!r} in the decoder layers of this model")
-    cut = []
+    _add_missing_biases_(model, parameters)
+    _require_known(model, parameters)
+    prefix = f"{family_of(model.config).layers}."
+    layers, blocks = decoder_layers(model), blocks_of(model)
     for index, layer in enumerate(layers):
+        kept = [one for one in blocks if one.layer == index and plan.kept[one.main.name]]
+        groups = [group for block in kept for group in block.groups]
         start = f"{prefix}{index}."
         new = {name.removeprefix(start): value for name, value in parameters.items() if name.startswith(start)}
-        cut.append(_cut_values(layer, _cuts(family, plan, index), new))
-    narrow_layers_(model, [(w.num_heads, w.num_kv_heads, w.num_channels) for w in plan.all_widths()])
-    for layer, values in zip(layers, cut, strict=True):
-        left = dict(layer.named_parameters())
-        for path, value in values.items():
-            if path in left:  # not where its sublayer is gone
-                module, _, attribute = path.rpartition(".")
-                setattr(layer.get_submodule(module), attribute, nn.Parameter(value.to(left[path].dtype)))
-        values.clear()
+        cut_(layer, indices_kept(groups, plan.kept), prefix=start, values=new)
+    widths = [(w.num_heads, w.num_kv_heads, w.num_channels) for w in plan.all_widths()]
+    narrow_layers_(model, widths, family_of(model.config))
     _delete_empty_layers_(model, plan)
     _describe_(model, plan)
     return model
 
 
-def _add_missing_biases_(model: PreTrainedModel, family: Family, parameters: Parameters) -> None:
-    own, biases = dict(model.named_parameters()), (f".{family.attention_out}.bias", f".{family.ffn_out}.bias")
+def cut_(
+    layer: nn.Module,
+    kept: Mapping[tuple[str, int], NDArray[np.int64]],
+    *,
+    prefix: str = "",
+    values: Parameters = _NONE,
+    requires_grad: bool = True,
+) -> None:
+    """Give a layer new, narrower tensors: of every tensor and axis in `kept` (its name begins with `prefix`, which the
+    layer's own names lack) only those indices. `values` are new values by the layer's own names, which may be as narrow
+    already.
+
+    Everything else stays as it is, the old tensors too, which another model may hold.
+    """
+    axes: dict[str, dict[int, torch.Tensor]] = {}
+    for (tensor, axis), indices in kept.items():
+        axes.setdefault(tensor.removeprefix(prefix), {})[axis] = torch.from_numpy(indices)
+    for name in {**axes, **values}:
+        path, _, attribute = name.rpartition(".")
+        module = layer.get_submodule(path)
+        own = getattr(module, attribute)
+        value: torch.Tensor = values[name] if name in values else own.detach()
+        for axis, stay in axes.get(name, {}).items():
+            if value.shape[axis] != len(stay):
+                value = value.index_select(axis, stay)
+        if name in values or value.shape != own.shape:
+            value = value.to(own.dtype).contiguous()
+            setattr(module, attribute, nn.Parameter(value, requires_grad=requires_grad and own.requires_grad))
+        if isinstance(module, nn.Linear) and attribute == "weight":
+            module.out_features, module.in_features = module.weight.shape
+
+
+def _require_known(model: PreTrainedModel, parameters: Parameters) -> None:
+    """Raises Mismatch for a parameter that the decoder layers do not have."""
+    own, prefix = dict(model.named_parameters()), f"{family_of(model.config).layers}."
+    for name in parameters:
+        if name not in own or not name.startswith(prefix):
+            raise Mismatch(f"there is no parameter {name!r} in the decoder layers of this model")
+
+
+def _add_missing_biases_(model: PreTrainedModel, parameters: Parameters) -> None:
+    family, own = family_of(model.config), dict(model.named_parameters())
+    biases = tuple(f".{family.output_of(kind)}.bias" for kind in ("attention", "ffn"))
     if any(name.endswith(biases) and name not in own for name in parameters):
-        add_output_biases_(model)
-
-
-def _cuts(family: Family, plan: Plan, index: int) -> dict[str, tuple[int, torch.Tensor]]:
-    """For every matrix that a layer keeps: the dimension that is cut, and the indices that stay."""
-    widths = plan.all_widths()[index]
-    cuts: dict[str, tuple[int, torch.Tensor]] = {}
-    if widths.num_heads:
-        query = out_columns(plan, index, "attention")
-        key_value = _rows_of(plan.units(index, "kv_groups"), plan.architecture.head_dim)
-        cuts |= {family.query: (0, query), family.key: (0, key_value), family.value: (0, key_value)}
-        cuts |= {family.attention_out: (1, query)}
-    if widths.num_channels:
-        channels = out_columns(plan, index, "ffn")
-        cuts |= dict.fromkeys(family.ffn_in, (0, channels)) | {family.ffn_out: (1, channels)}
-    return cuts
-
-
-def _cut_values(
-    layer: nn.Module, cuts: Mapping[str, tuple[int, torch.Tensor]], new: Parameters
-) -> dict[str, torch.Tensor]:
-    """The new and the cut parameters of one layer, by path; what stays as it was is left out."""
-    values = dict(new)
-    for path, (dim, kept) in cuts.items():
-        matrix = linear_at(layer, path)
-        assert matrix is not None
-        is_narrowed = len(kept) < matrix.weight.shape[dim]  # then it will be a new module: its bias has to come along
-        for name, parameter in matrix.named_parameters():
-            value = new.get(f"{path}.{name}", parameter.detach())
-            if is_narrowed and dim < value.dim() and value.shape[dim] != len(kept):
-                value = value.index_select(dim, kept)
-            if is_narrowed or f"{path}.{name}" in new:
-                values[f"{path}.{name}"] = value.contiguous()
-    return values
+        add_output_biases_(model, family)
 
 
 def _delete_empty_layers_(model: PreTrainedModel, plan: Plan) -> None:
@@ -127,10 +115,17 @@ def _describe_(model: PreTrainedModel, plan: Plan) -> None:
     stock = _stock_config(config, plan) if len(set(layers)) == 1 else None
     if stock is not None:
         model.config = stock
+        model.__class__ = _stock_class(type(model))
         return
     config.layer_widths = [[w.num_heads, w.num_kv_heads, w.num_channels] for w in layers]
-    model.__class__ = PRUNED_CLASSES[config.model_type]
+    config.module_paths = family_of(config).module_paths()
+    model.__class__ = pruned_class(_stock_class(type(model)))
     config.architectures = [model.__class__.__name__]
+
+
+def _stock_class(kind: Any) -> Any:
+    """The class that `kind` is, or narrows the layers of."""
+    return next(one for one in kind.__mro__ if one.__module__.startswith("transformers."))
 
 
 def _stock_config(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig | None:
@@ -138,15 +133,17 @@ def _stock_config(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig | No
     widths = plan.pruned_architecture().layers[0]
     if widths.num_heads == 0 or widths.num_channels == 0 or getattr(config, "output_biases", False):
         return None
-    sizes = {"num_attention_heads": widths.num_heads}
-    if config.model_type == "opt":  # derives head_dim from hidden_size // heads, so it cannot lose heads
-        if widths.num_heads * plan.architecture.head_dim != config.hidden_size:
-            return None
-        sizes |= {"ffn_dim": widths.num_channels}
-    else:
-        sizes |= {"num_key_value_heads": widths.num_kv_heads, "intermediate_size": widths.num_channels}
-        sizes |= {"head_dim": plan.architecture.head_dim}
+    sizes = family_of(config).stock_sizes(widths, plan.architecture)
     try:
-        return type(config).from_dict(config.to_dict() | sizes)
+        return None if sizes is None else type(config).from_dict(_without_own_widths(config) | sizes)
     except StrictDataclassError:  # Llama demands that the heads divide the hidden size
         return None
+
+
+def _without_own_widths(config: PreTrainedConfig) -> dict[str, Any]:
+    """The config of a stock model, from that of one whose layers may have had widths of their own."""
+    document: dict[str, Any] = config.to_dict()
+    if "layer_widths" in document:
+        for name in ("layer_widths", "module_paths", "auto_map", "architectures"):
+            document.pop(name, None)
+    return document

@@ -24,9 +24,10 @@ from transformers.utils import cached_file
 from dilap.backends.llamacpp.gguf_header import read_header
 from dilap.core.codec import written_aside
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported
-from dilap.models.anatomy import family_of, model_digest, require_finite
+from dilap.models.anatomy import model_digest, require_finite
 from dilap.models.builtin import DEFAULT_MODEL, builtin_model
-from dilap.models.modeling_dilap import PRUNED_CLASSES
+from dilap.models.families import family_of
+from dilap.models.modeling_dilap import pruned_class
 from dilap.models.pretrained import from_pretrained
 
 
@@ -84,7 +85,7 @@ def _read(name: str, folder: str, arguments: dict[str, Any]) -> tuple[PreTrained
         _require_known_functions(config, name=name)
         tokenizer = load_tokenizer(folder, **keep)
         pruned = getattr(config, "layer_widths", None)
-        loader = PRUNED_CLASSES[config.model_type] if pruned else AutoModelForCausalLM
+        loader = _pruned_class_of(config) if pruned else AutoModelForCausalLM
         # tensors of other sizes are told below: the loader's own error names none of them
         arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = from_pretrained(loader, folder, **arguments)
@@ -100,6 +101,12 @@ def _read(name: str, folder: str, arguments: dict[str, Any]) -> tuple[PreTrained
         if hasattr(owner, attribute):
             delattr(owner, attribute)
     return model.eval(), tokenizer
+
+
+def _pruned_class_of(config: PreTrainedConfig) -> Any:
+    """The class that builds a model with the config's widths."""
+    config.module_paths = family_of(config).module_paths()  # checkpoints of earlier versions do not say them
+    return pruned_class(AutoModelForCausalLM._model_mapping[type(config)])
 
 
 def load_tokenizer(folder: str | Path, *, gguf_file: str | None = None, **arguments: Any) -> PreTrainedTokenizerBase:

@@ -6,29 +6,27 @@ This file is also copied beside every checkpoint that stock classes cannot hold,
 
 works where DiLAP is not installed. `config.layer_widths` has one [num_heads, num_kv_heads, num_channels] a
 layer; zeros remove the sublayer. `config.output_biases` gives every output projection a bias, which the family may
-lack: it holds the mean output of removed units. Everything else is the stock model of the family.
+lack: it holds the mean output of removed units. `config.module_paths` says where a family keeps its parts, if
+elsewhere than Llama. Everything else is the stock model: `PrunedLlamaForCausalLM` is `LlamaForCausalLM` with narrower
+layers, and so for every stock class.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    OPTForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
+
+_PREFIX = "Pruned"  # of a stock class's name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
-    """Where a family keeps its parts: dotted paths, `layers` in the model and the others in a layer.
+class Paths:
+    """Where a model keeps its parts: dotted paths, `layers` in the model and the others in a layer.
 
     `ffn` is the feed-forward module, None where its matrices lie in the layer itself.
     """
@@ -46,21 +44,12 @@ class Family:
     ffn_norm: str = "post_attention_layernorm"
 
 
-FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
-    "opt": Family(
-        layers="model.decoder.layers",
-        attention_out="self_attn.out_proj",
-        attention_norm="self_attn_layer_norm",
-        ffn=None,
-        ffn_in=("fc1",),
-        ffn_out="fc2",
-        ffn_norm="final_layer_norm",
-    ),
-}
+def paths_of(config: PreTrainedConfig) -> Paths:
+    """Where the model of `config` keeps its parts."""
+    given: dict[str, Any] = dict(getattr(config, "module_paths", None) or {})
+    if "ffn_in" in given:
+        given["ffn_in"] = tuple(given["ffn_in"])  # a list in JSON
+    return Paths(**given)
 
 
 class NoAttention(nn.Module):
@@ -77,25 +66,23 @@ class NoFeedForward(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
-def narrow_layers_(model: PreTrainedModel, layer_widths: Sequence[Sequence[int]]) -> None:
+def narrow_layers_(model: PreTrainedModel, layer_widths: Sequence[Sequence[int]], paths: Paths) -> None:
     """Give every decoder layer its own widths; changed matrices are new and hold no values yet."""
-    family = FAMILIES[model.config.model_type]
-    layers = model.get_submodule(family.layers)
+    layers = model.get_submodule(paths.layers)
     if len(layer_widths) != len(layers):
         raise ValueError(f"layer_widths has {len(layer_widths)} entries, the model {len(layers)} layers")
     cache_index = 0
     for layer, (num_heads, num_kv_heads, num_channels) in zip(layers, layer_widths, strict=True):
-        _narrow_attention_(layer, family, num_heads, num_kv_heads, cache_index)
-        _narrow_ffn_(layer, family, num_channels)
+        _narrow_attention_(layer, paths, num_heads, num_kv_heads, cache_index)
+        _narrow_ffn_(layer, paths, num_channels)
         # The cache takes its length from entry 0, so the layers that have attention are numbered without gaps.
         cache_index += num_heads > 0
 
 
-def add_output_biases_(model: PreTrainedModel) -> None:
+def add_output_biases_(model: PreTrainedModel, paths: Paths) -> None:
     """Give every output projection that has no bias one of zeros."""
-    family = FAMILIES[model.config.model_type]
-    for layer in model.get_submodule(family.layers):
-        for path in (family.attention_out, family.ffn_out):
+    for layer in model.get_submodule(paths.layers):
+        for path in (paths.attention_out, paths.ffn_out):
             out = linear_at(layer, path)
             if out is not None and out.bias is None:
                 out.bias = nn.Parameter(torch.zeros_like(out.weight[:, 0]), requires_grad=out.weight.requires_grad)
@@ -111,34 +98,39 @@ def linear_at(layer: nn.Module, path: str) -> nn.Linear | None:
     return module if isinstance(module, nn.Linear) else None
 
 
-def _narrow_attention_(layer: nn.Module, family: Family, num_heads: int, num_kv_heads: int, cache_index: int) -> None:
-    if num_heads == 0:
-        layer.set_submodule(family.attention, NoAttention())
-        _drop_norm_(layer, family.attention_norm)
-        return
-    attention: Any = layer.get_submodule(family.attention)
-    attention.layer_idx = cache_index
+def set_heads_(attention: Any, num_heads: int, num_kv_heads: int) -> None:
+    """Tell an attention module how many heads its matrices have."""
     attention.num_key_value_groups = num_heads // num_kv_heads
     if hasattr(attention, "num_heads"):
         attention.num_heads = num_heads
-    query, key_value = num_heads * attention.head_dim, num_kv_heads * attention.head_dim
-    _resize_(layer, family.query, out_features=query)
-    _resize_(layer, family.key, out_features=key_value)
-    _resize_(layer, family.value, out_features=key_value)
-    _resize_(layer, family.attention_out, in_features=query)
 
 
-def _narrow_ffn_(layer: nn.Module, family: Family, num_channels: int) -> None:
-    if num_channels == 0:
-        if family.ffn is None:
-            for path in family.ffn_in:
-                layer.set_submodule(path, nn.Identity())
-        layer.set_submodule(family.ffn or family.ffn_out, NoFeedForward())
-        _drop_norm_(layer, family.ffn_norm)
+def _narrow_attention_(layer: nn.Module, paths: Paths, num_heads: int, num_kv_heads: int, cache_index: int) -> None:
+    if num_heads == 0:
+        layer.set_submodule(paths.attention, NoAttention())
+        _drop_norm_(layer, paths.attention_norm)
         return
-    for path in family.ffn_in:
+    attention: Any = layer.get_submodule(paths.attention)
+    attention.layer_idx = cache_index
+    set_heads_(attention, num_heads, num_kv_heads)
+    query, key_value = num_heads * attention.head_dim, num_kv_heads * attention.head_dim
+    _resize_(layer, paths.query, out_features=query)
+    _resize_(layer, paths.key, out_features=key_value)
+    _resize_(layer, paths.value, out_features=key_value)
+    _resize_(layer, paths.attention_out, in_features=query)
+
+
+def _narrow_ffn_(layer: nn.Module, paths: Paths, num_channels: int) -> None:
+    if num_channels == 0:
+        if paths.ffn is None:
+            for path in paths.ffn_in:
+                layer.set_submodule(path, nn.Identity())
+        layer.set_submodule(paths.ffn or paths.ffn_out, NoFeedForward())
+        _drop_norm_(layer, paths.ffn_norm)
+        return
+    for path in paths.ffn_in:
         _resize_(layer, path, out_features=num_channels)
-    _resize_(layer, family.ffn_out, in_features=num_channels)
+    _resize_(layer, paths.ffn_out, in_features=num_channels)
 
 
 def _drop_norm_(layer: nn.Module, path: str) -> None:
@@ -162,37 +154,22 @@ class _OwnWidths(PreTrainedModel):  # type: ignore[misc]
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         if getattr(config, "layer_widths", None):
-            narrow_layers_(self, config.layer_widths)
+            narrow_layers_(self, config.layer_widths, paths_of(config))
         if getattr(config, "output_biases", False):
-            add_output_biases_(self)
+            add_output_biases_(self, paths_of(config))
 
 
-class PrunedLlamaForCausalLM(_OwnWidths, LlamaForCausalLM):  # type: ignore[misc]
-    pass
+@functools.cache
+def pruned_class(stock: Any) -> Any:
+    """The class that builds the models of `stock` with widths of their own in every layer."""
+    made: Any = type(f"{_PREFIX}{stock.__name__}", (_OwnWidths, stock), {"__module__": __name__})
+    made.register_for_auto_class("AutoModelForCausalLM")
+    return made
 
 
-class PrunedMistralForCausalLM(_OwnWidths, MistralForCausalLM):  # type: ignore[misc]
-    pass
-
-
-class PrunedQwen2ForCausalLM(_OwnWidths, Qwen2ForCausalLM):  # type: ignore[misc]
-    pass
-
-
-class PrunedQwen3ForCausalLM(_OwnWidths, Qwen3ForCausalLM):  # type: ignore[misc]
-    pass
-
-
-class PrunedOPTForCausalLM(_OwnWidths, OPTForCausalLM):  # type: ignore[misc]
-    pass
-
-
-PRUNED_CLASSES = {
-    "llama": PrunedLlamaForCausalLM,
-    "mistral": PrunedMistralForCausalLM,
-    "qwen2": PrunedQwen2ForCausalLM,
-    "qwen3": PrunedQwen3ForCausalLM,
-    "opt": PrunedOPTForCausalLM,
-}
-for _pruned in PRUNED_CLASSES.values():
-    _pruned.register_for_auto_class("AutoModelForCausalLM")
+def __getattr__(name: str) -> Any:
+    """The class of that name, which a checkpoint's config asks for."""
+    stock = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
+    if stock is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return pruned_class(stock)

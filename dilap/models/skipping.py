@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dilap.models.anatomy import decoder_layers, family_of
-from dilap.models.modeling_dilap import Family, NoAttention, NoFeedForward
+from dilap.models.anatomy import decoder_layers
+from dilap.models.families import family_of
 from dilap.models.reference import negative_log_likelihood
 from dilap.models.statistics import LayerCall, State, layer_calls, run_layer
 
@@ -81,19 +81,10 @@ def layers_replaced(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Iter
         model.set_submodule(path, own)
 
 
-def absent(family: Family, kind: str) -> dict[str, nn.Module]:
-    """What stands in a layer, by path, where a sublayer of that kind adds nothing to the stream."""
-    if kind == "attention":
-        return {family.attention: NoAttention()}
-    if family.ffn is None:
-        return {path: nn.Identity() for path in family.ffn_in} | {family.ffn_out: NoFeedForward()}
-    return {family.ffn: NoFeedForward()}
-
-
 @contextmanager
 def sublayer_skipped(layer: nn.Module, model: PreTrainedModel, kind: str) -> Iterator[None]:
     """A layer whose attention or feed-forward network adds nothing to the stream."""
-    replacements = absent(family_of(model.config), kind)
+    replacements = family_of(model.config).absent(kind)
     own = {path: layer.get_submodule(path) for path in replacements}
     try:
         for path, module in replacements.items():

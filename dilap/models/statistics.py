@@ -12,9 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dilap.models.anatomy import decoder_layers, family_of
+from dilap.models.anatomy import decoder_layers
 from dilap.models.compute import batches, compute_precision
-from dilap.models.modeling_dilap import Family, linear_at
+from dilap.models.families import family_of
+from dilap.models.families.family import Family
+from dilap.models.modeling_dilap import linear_at
 
 Propagate = Literal["dense", "pruned"]
 Role = Literal["attention_in", "attention_out", "ffn_in", "ffn_out"]
@@ -99,12 +101,8 @@ class LayerCall:
 
 def paths_of(family: Family, role: Role) -> tuple[str, ...]:
     """The matrices in a layer that read the input of that role."""
-    return {
-        "attention_in": (family.query, family.key, family.value),
-        "attention_out": (family.attention_out,),
-        "ffn_in": family.ffn_in,
-        "ffn_out": (family.ffn_out,),
-    }[role]
+    kind, _, side = role.partition("_")
+    return family.inputs_of(kind) if side == "in" else (family.output_of(kind),)
 
 
 @torch.no_grad()

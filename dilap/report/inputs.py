@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from dilap.core.codec import checked, decode, read_json
+from dilap.core.codec import decode, read_json
 from dilap.core.errors import InvalidInput
 from dilap.core.plan import Plan
 from dilap.core.shape import LayerWidths
 from dilap.evaluation.document import Evaluation
-from dilap.job.comparison import read_row
+from dilap.job.comparison import read_rows
 from dilap.job.result import PruneResult, read_result
 from dilap.profilers.tables.table import LatencyTable
 
@@ -82,8 +81,7 @@ def _run(folder: Path) -> Run:
 
 def _comparison(folder: Path) -> Contents:
     source = str(folder / "compare.json")
-    found = checked(tuple[dict[str, Any], ...], read_json(folder / "compare.json").get("rows", []), source=source)
-    rows = [read_row({"type": "Row", "version": 1, **row}, source=source) for row in found]
+    rows = read_rows(read_json(folder / "compare.json").get("rows", []), source=source)
     runs = tuple(_run(path.parent) for path in sorted(folder.glob("runs/*/*/result.json")))
     failures = tuple(f"{row.method} at {row.budget} failed: {row.error}" for row in rows if row.error is not None)
     return Contents(runs=runs, evaluations=(), failures=failures)

@@ -69,7 +69,7 @@ def relax(
     index, mask = _padded_index(quadratic.sizes)
     seconds = torch.zeros(mask.shape)
     for row, choice in enumerate(space.choices):
-        seconds[row, : len(choice.levels)] = torch.tensor([level.seconds for level in choice.levels])
+        seconds[row, : len(choice.levels)] = torch.tensor([level.cost for level in choice.levels])
     within = _within_blocks(quadratic)
     diagonal = quadratic.Q.diagonal()
     scale = 1 / max(float(diagonal.mean()) * len(quadratic.sizes), 1e-12)  # losses of any size meet h on one scale
@@ -81,7 +81,7 @@ def relax(
         temperature = _geometric(options.temperature, progress)
         penalty = _geometric(options.penalty, progress)
         p = torch.softmax((logits / temperature).masked_fill(~mask, -torch.inf), -1)
-        excess = (space.fixed_seconds + (p * seconds).sum((1, 2)) - limit) / limit
+        excess = (space.fixed_cost + (p * seconds).sum((1, 2)) - limit) / limit
         flat = p.reshape(len(starts), -1)[:, index]
         own = (flat @ diagonal) - torch.einsum("ri,ij,rj->r", flat, within, flat)
         loss = flat @ quadratic.b + 0.5 * torch.einsum("ri,ij,rj->r", flat, quadratic.Q, flat) + 0.5 * own
@@ -125,8 +125,8 @@ def project(quadratic: Quadratic, space: Space, *, limit: float, probabilities: 
         between = quadratic.Q - _within_blocks(quadratic)
         costs = costs + between @ probabilities
     parts = costs.double().split(list(quadratic.sizes))
-    seconds = [[level.seconds for level in choice.levels] for choice in space.choices]
-    return solve([part.numpy() for part in parts], seconds, limit=limit - space.fixed_seconds)
+    seconds = [[level.cost for level in choice.levels] for choice in space.choices]
+    return solve([part.numpy() for part in parts], seconds, limit=limit - space.fixed_cost)
 
 
 def solve(costs: Sequence[NDArray[np.float64]], seconds: Sequence[Sequence[float]], *, limit: float) -> Config:
@@ -192,7 +192,7 @@ def move_gains(quadratic: Quadratic, space: Space, config: Config, *, limit: flo
     move breaks `limit` or changes nothing. A pair with one level already chosen is a move of one choice."""
     offsets = torch.tensor(quadratic.offsets)
     owner = torch.repeat_interleave(torch.arange(len(quadratic.sizes)), torch.tensor(quadratic.sizes))
-    seconds = torch.tensor([level.seconds for choice in space.choices for level in choice.levels], dtype=torch.float64)
+    seconds = torch.tensor([level.cost for choice in space.choices for level in choice.levels], dtype=torch.float64)
     Q, b, every = quadratic.Q.double(), quadratic.b.double(), torch.arange(len(quadratic.b))
     chosen = offsets + torch.tensor(config)
     current = chosen[owner]  # the chosen level of every level's own choice
@@ -201,7 +201,7 @@ def move_gains(quadratic: Quadratic, space: Space, config: Config, *, limit: flo
     single = pull - pull[current] + 0.5 * (Q.diagonal() + Q.diagonal()[current]) - Q[every, current]
     interaction = Q - Q[:, current] - Q[current, :] + Q[current][:, current]
     slower = seconds - seconds[current]
-    allowed = (owner[:, None] != owner[None, :]) & (slower[:, None] + slower[None, :] <= limit - space.seconds(config))
+    allowed = (owner[:, None] != owner[None, :]) & (slower[:, None] + slower[None, :] <= limit - space.cost(config))
     unmoved = current == every
     allowed &= ~(unmoved[:, None] & unmoved[None, :])
     return torch.where(allowed, single[:, None] + single[None, :] + interaction, torch.inf)

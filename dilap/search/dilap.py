@@ -39,13 +39,13 @@ def search(task: SearchTask) -> SearchResult:
         quadratic = linear_model(task, current, number=len(rounds), scale=scale)
         config = allocate(quadratic, space, limit=target, previous=current, options=task.options)
         predicted, real = value + quadratic.value(config), evaluator.kl(config)
-        rounds.append(Round(limit_seconds=target, config=config, predicted_kl=predicted, real_kl=real))
-        share = target / space.seconds(space.dense)  # of seconds, or of weights where a ratio was asked
+        rounds.append(Round(limit=target, config=config, predicted_kl=predicted, real_kl=real))
+        share = target / space.cost(space.dense)  # of seconds, or of weights where a ratio was asked
         task.report(f"round {len(rounds)}: limit {share:.1%} of dense, KL predicted {predicted:.3f}, real {real:.3f}")
         scale *= _correction(predicted=predicted - value, real=real - value)
         # Trust region: a KL beyond twice the predicted one means that the step left the model's range.
-        halfway = (space.seconds(current) + target) / 2
-        if real - value > 2 * (predicted - value) and space.seconds(current) - halfway > task.options.step / 8 * target:
+        halfway = (space.cost(current) + target) / 2
+        if real - value > 2 * (predicted - value) and space.cost(current) - halfway > task.options.step / 8 * target:
             targets = [halfway, target, *targets]
             continue
         current, value = config, real
@@ -61,7 +61,7 @@ def _revise(task: SearchTask, result: SearchResult) -> SearchResult:
 
 def _limits(task: SearchTask) -> list[float]:
     """Limits from the dense latency down to the task's, a step apart; nearby tasks share all but the last."""
-    dense = task.space.seconds(task.space.dense)
+    dense = task.space.cost(task.space.dense)
     step = task.options.step * dense
     count = math.ceil((dense - task.limit) / step - 0.25)  # the last may be a quarter longer
     return [*(dense - step * number for number in range(1, count)), task.limit]

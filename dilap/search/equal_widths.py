@@ -40,13 +40,13 @@ def _candidates(quadratic: Quadratic, task: SearchTask) -> Iterator[Config]:
             if not level.is_removed and not channels.is_removed:
                 config = (attention, ffn) * len(task.space.architecture.layers)
                 config = _remove_layers(quadratic, task, config)
-                if task.space.seconds(config) <= task.limit:
+                if task.space.cost(config) <= task.limit:
                     yield config
 
 
 def _remove_layers(quadratic: Quadratic, task: SearchTask, config: Config) -> Config:
     """Remove the layer that the quadratic misses least, again and again, until the limit is kept."""
-    while task.space.seconds(config) > task.limit:
+    while task.space.cost(config) > task.limit:
         shorter = [_without(task.space, config, layer) for layer in _present(task.space, config)]
         if not shorter:
             break

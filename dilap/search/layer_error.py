@@ -16,6 +16,6 @@ def prune(task: PruneTask) -> Pruned:
 def search(task: SearchTask) -> SearchResult:
     """The config with the least sum of output errors, each relative to removing its sublayer, within the limit."""
     costs = [np.array([fit.error for fit in levels]) for levels in task.evaluator.net.library]
-    seconds = [[level.seconds for level in choice.levels] for choice in task.space.choices]
-    config = solve(costs, seconds, limit=task.limit - task.space.fixed_seconds)
+    seconds = [[level.cost for level in choice.levels] for choice in task.space.choices]
+    config = solve(costs, seconds, limit=task.limit - task.space.fixed_cost)
     return SearchResult(config=config, kl=task.evaluator.kl(config))

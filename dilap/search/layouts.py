@@ -1,18 +1,15 @@
 """From measured costs to what a search may choose: cut by the runtime, by the layout and by what pays."""
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
-from dilap.backends import Capabilities
+from dilap.core.costs import Costs, Counts
 from dilap.core.errors import Unsupported
+from dilap.core.groups import Block
+from dilap.core.rules import Capabilities, WidthRules
 from dilap.core.shape import Architecture
-from dilap.core.space import Choice, Level, Space, WidthRules
-from dilap.profilers.tables.fit import LatencyModel
-from dilap.profilers.tables.probes import AttentionLevel
-from dilap.search.parameters import ParameterCosts
+from dilap.core.space import Choice, Level, Space
 
-Costs = LatencyModel | ParameterCosts
 Layout = Literal["free", "portable", "uniform"]
 LAYOUTS: tuple[Layout, ...] = ("free", "portable", "uniform")
 _PORTABLE_FFN_MULTIPLE = 256
@@ -44,47 +41,35 @@ def width_rules(layout: Layout, capabilities: Capabilities) -> WidthRules:
     )
 
 
-def build_space(
-    model: Costs,
-    *,
-    attention_levels: Sequence[AttentionLevel],
-    ffn_levels: Sequence[int],
-    layout: Layout,
-) -> Space:
-    """Every sublayer with its measurably faster levels.
+def build_space(costs: Costs, architecture: Architecture, capabilities: Capabilities, *, layout: Layout) -> Space:
+    """Every sublayer with the widths that the runtime loads and that cost less.
 
     `portable` keeps heads whole and FFN widths at positive multiples of 256, which more runtimes load; `uniform` is for
-    equal widths in every layer and whole layers removed. The first layer always keeps attention: a model without any
-    is none, and several runtimes need it just there.
+    equal widths in every layer and whole layers removed. The first attention stays: a model without any is none, and
+    several runtimes need it just there.
     """
-    architecture = model.architecture
-    dense = architecture.layers[0]
-    full = (dense.num_heads, dense.num_kv_heads)
-    if layout == "portable":
-        attention_levels = [level for level in attention_levels if level in (full, (0, 0))]
-        multiples = range(_PORTABLE_FFN_MULTIPLE, dense.num_channels, _PORTABLE_FFN_MULTIPLE)
-        ffn_levels = [*multiples, dense.num_channels]
-    attention = [_attention_level(model, *level) for level in model.measurable_attention_levels(attention_levels)]
-    ffn = [
-        Level(num_channels=width, seconds=model.ffn_seconds(width)) for width in model.measurable_ffn_levels(ffn_levels)
-    ]
-    if layout == "uniform":  # a layer goes as a whole, and then costs nothing
-        attention = [*(level for level in attention if not level.is_removed), Level(seconds=0.0)]
-        ffn = [*(level for level in ffn if not level.is_removed), Level(seconds=0.0)]
+    first = next((block.name for block in architecture.blocks if block.kind == "attention"), "")
     choices = []
-    for layer in range(len(architecture.layers)):
-        kept = [level for level in attention if layer or not level.is_removed]
-        choices.append(Choice(layer=layer, kind="attention", levels=tuple(kept)))
-        choices.append(Choice(layer=layer, kind="ffn", levels=tuple(ffn)))
-    return Space(architecture=architecture, choices=tuple(choices), fixed_seconds=model.fixed_seconds)
+    for block in architecture.blocks:
+        offered = _offered(block, capabilities, layout)
+        levels = [Level(counts=one, cost=costs.block(block, one)) for one in costs.cheaper(block, offered)]
+        if layout == "uniform":  # a layer goes as a whole, and then costs nothing
+            removed = Level(counts=(0,) * len(block.groups), cost=0.0)
+            levels = [*(level for level in levels if not level.is_removed), removed]
+        kept = tuple(level for level in levels if block.name != first or not level.is_removed)
+        choices.append(Choice(block=block, levels=kept))
+    return Space(architecture=architecture, choices=tuple(choices), fixed_cost=costs.constant)
 
 
-def _attention_level(model: Costs, num_heads: int, num_kv_heads: int) -> Level:
-    return Level(
-        num_kv_groups=num_kv_heads,
-        num_query_slots=num_heads // num_kv_heads if num_kv_heads else 0,
-        seconds=model.attention_seconds(num_heads, num_kv_heads),
-    )
+def _offered(block: Block, capabilities: Capabilities, layout: Layout) -> list[Counts]:
+    levels = capabilities.levels(block)
+    if layout != "portable":
+        return levels
+    full = tuple(group.num_units for group in block.groups)
+    if block.kind == "attention":
+        return [level for level in levels if level == full or not level[0]]
+    multiples = range(_PORTABLE_FFN_MULTIPLE, full[0], _PORTABLE_FFN_MULTIPLE)
+    return [*((width,) for width in multiples), full]
 
 
 def describe(architecture: Architecture) -> str:

@@ -60,7 +60,7 @@ def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teach
     def choose(limit: float) -> SearchResult:
         asked = first
         if results:
-            limit = max(limit, task.space.seconds(task.space.fastest))
+            limit = max(limit, task.space.cost(task.space.fastest))
             options = replace(first.options, evaluations=0)
             asked = replace(first, limit=limit, previous=results[-1], options=options)
         results.append(search(asked))
@@ -70,7 +70,7 @@ def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teach
         widths = tuple(layer for layer in task.space.widths(result.config) if not layer.is_empty)
         return replace(task.architecture, layers=widths)
 
-    found = task.target.meet(choose, cost=lambda one: task.space.seconds(one.config), architecture=architecture)
+    found = task.target.meet(choose, cost=lambda one: task.space.cost(one.config), architecture=architecture)
     net.close()
     return found
 

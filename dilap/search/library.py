@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from dilap.core.space import Choice, Level, Space, Units
-from dilap.models.anatomy import sublayers
+from dilap.core.groups import Kept
+from dilap.core.space import Level, Space
+from dilap.models.anatomy import Sublayer, sublayers
 from dilap.models.statistics import OUTPUTS, walk
 
 Order = Literal["wanda", "obs"]
@@ -28,7 +29,7 @@ class LevelFit:
     `error` is the mean squared output error relative to that of removing the sublayer (0 full, 1 removed).
     """
 
-    units: Units
+    units: Kept
     columns: torch.Tensor
     weight: torch.Tensor
     error: float
@@ -68,28 +69,24 @@ def build_library(
     progress: Progress = lambda _: None,
 ) -> list[list[LevelFit]]:
     """Fit every level of every choice on `tokens` (sequences x length), in the order of `space`."""
-    outs = {sublayer.name: sublayer.out for sublayer in sublayers(model)}
+    found = {sublayer.name: sublayer for sublayer in sublayers(model)}
     choices, library = {choice.name: choice for choice in space.choices}, {}
     for name, covariance in input_covariances(model, tokens, batch_tokens=options.batch_tokens, progress=progress):
-        weight = outs[name].weight.detach().float()
-        library[name] = fit_levels(choices[name], weight, covariance, space=space, options=options)
+        library[name] = fit_levels(found[name], choices[name].levels, covariance, options=options)
     return [library[choice.name] for choice in space.choices]
 
 
 def fit_levels(
-    choice: Choice, weight: torch.Tensor, covariance: torch.Tensor, *, space: Space, options: LibraryOptions
+    sublayer: Sublayer, levels: Sequence[Level], covariance: torch.Tensor, *, options: LibraryOptions
 ) -> list[LevelFit]:
-    """Fit every level of one choice; `weight` (hidden x inputs), `covariance` (inputs x inputs)."""
+    """Fit every level of one sublayer; `covariance` is that of its output projection's inputs (inputs x inputs)."""
+    weight = sublayer.out.weight.detach().float()
     damped = regularised(covariance, ridge=options.ridge)
     reference = max(float(torch.einsum("di,ij,dj->", weight, covariance, weight)), 1e-30)
-    order = channel_order(weight, damped, order=options.order) if choice.kind == "ffn" else None
+    choose = _by_channel if len(sublayer.block.groups) == 1 else _by_head
     fits = []
-    for index, level in enumerate(choice.levels):
-        if order is not None:
-            units: Units = {"channels": _ascending(order[: level.num_channels])}
-            columns = torch.tensor(units["channels"], dtype=torch.long)
-        else:
-            units, columns = _kept_heads(choice, level, weight, damped, space=space, order=options.order)
+    for index, units in enumerate(choose(sublayer, levels, weight, damped, order=options.order)):
+        columns = sublayer.columns(units)
         kept = weight.clone() if index == 0 else refit(weight, damped, columns)
         error = output_error(weight, kept, columns, covariance) / reference
         fits.append(LevelFit(units=units, columns=columns, weight=kept, error=error))
@@ -150,35 +147,41 @@ def obs_order(weight: torch.Tensor, damped: torch.Tensor, *, step: int) -> torch
     return torch.cat(removed).flip(0)
 
 
-def _kept_heads(
-    choice: Choice, level: Level, weight: torch.Tensor, damped: torch.Tensor, *, space: Space, order: Order
-) -> tuple[Units, torch.Tensor]:
-    """KV groups and query slots of a level, and their columns."""
-    dense = space.architecture.layers[choice.layer]
-    ratio, head_dim = dense.num_heads // dense.num_kv_heads, space.architecture.head_dim
-    if level.is_removed:
-        return {"kv_groups": (), "query_slots": tuple(range(ratio))}, torch.empty(0, dtype=torch.long)
-    if order == "wanda":
-        heads = wanda_scores(weight, damped).square().reshape(dense.num_kv_heads, ratio, head_dim).sum(-1)
-        groups = _ascending(heads.sum(1).argsort(descending=True, stable=True)[: level.num_kv_groups])
-        slots = _ascending(heads[list(groups)].sum(0).argsort(descending=True, stable=True)[: level.num_query_slots])
-        return {"kv_groups": groups, "query_slots": slots}, head_columns(groups, slots, ratio=ratio, head_dim=head_dim)
+def _by_channel(
+    sublayer: Sublayer, levels: Sequence[Level], weight: torch.Tensor, damped: torch.Tensor, *, order: Order
+) -> Iterator[Kept]:
+    """The units of every level of a sublayer that has one group."""
+    ranked, group = channel_order(weight, damped, order=order), sublayer.block.main
+    for level in levels:
+        yield {group.name: _ascending(ranked[: level.counts[0]])}
+
+
+def _by_head(
+    sublayer: Sublayer, levels: Sequence[Level], weight: torch.Tensor, damped: torch.Tensor, *, order: Order
+) -> Iterator[Kept]:
+    """The KV groups and query slots of every level."""
+    groups, slots = sublayer.block.groups
+
+    def kept(chosen: Sequence[int], chosen_slots: Sequence[int]) -> Kept:
+        return {groups.name: tuple(chosen), slots.name: tuple(chosen_slots)}
 
     def error(candidate: tuple[tuple[int, ...], tuple[int, ...]]) -> float:
-        columns = head_columns(*candidate, ratio=ratio, head_dim=head_dim)
+        columns = sublayer.columns(kept(*candidate))
         return output_error(weight, refit(weight, damped, columns), columns, damped)
 
-    candidates = product(
-        combinations(range(dense.num_kv_heads), level.num_kv_groups), combinations(range(ratio), level.num_query_slots)
-    )
-    groups, slots = min(candidates, key=error)
-    return {"kv_groups": groups, "query_slots": slots}, head_columns(groups, slots, ratio=ratio, head_dim=head_dim)
-
-
-def head_columns(groups: Sequence[int], slots: Sequence[int], *, ratio: int, head_dim: int) -> torch.Tensor:
-    """Columns of the output projection that belong to `slots` of `groups`; query head = group * ratio + slot."""
-    heads = torch.tensor([group * ratio + slot for group in groups for slot in slots], dtype=torch.long)
-    return (heads[:, None] * head_dim + torch.arange(head_dim)).reshape(-1)
+    for level in levels:
+        num_groups, num_slots = level.counts
+        if level.is_removed:
+            yield kept((), range(slots.num_units))
+        elif order == "wanda":
+            heads = wanda_scores(weight, damped).square().reshape(groups.num_units, slots.num_units, -1).sum(-1)
+            best = _ascending(heads.sum(1).argsort(descending=True, stable=True)[:num_groups])
+            yield kept(best, _ascending(heads[list(best)].sum(0).argsort(descending=True, stable=True)[:num_slots]))
+        else:
+            candidates = product(
+                combinations(range(groups.num_units), num_groups), combinations(range(slots.num_units), num_slots)
+            )
+            yield kept(*min(candidates, key=error))
 
 
 def _ascending(indices: torch.Tensor) -> tuple[int, ...]:

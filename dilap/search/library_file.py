@@ -8,10 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dilap.core.codec import written_aside
+from dilap.core.codec import checked, written_aside
 from dilap.core.documents import parse_json
 from dilap.core.errors import InvalidInput, reason_of
-from dilap.core.space import Units
 from dilap.search.library import LevelFit
 
 
@@ -36,7 +35,7 @@ def load_library(path: Path) -> list[list[LevelFit]]:
             return [
                 [
                     LevelFit(
-                        units=_units(fact["units"]),
+                        units=checked(dict[str, tuple[int, ...]], fact["units"], source=str(path)),
                         columns=file.get_tensor(f"{choice}.{level}.columns"),
                         weight=file.get_tensor(f"{choice}.{level}.weight"),
                         error=fact["error"],
@@ -49,7 +48,3 @@ def load_library(path: Path) -> list[list[LevelFit]]:
         raise InvalidInput(
             f"{path}: damaged level library ({reason_of(error)}); remove the file and run again"
         ) from error
-
-
-def _units(document: dict[str, list[int]]) -> Units:
-    return {kind: tuple(indices) for kind, indices in document.items()}  # type: ignore[misc]

@@ -3,8 +3,8 @@
 A method is anything that is called with a `PruneTask` and returns a `Pruned`:
 
     def drop_narrow_channels(task: PruneTask) -> Pruned:
-        outs = {f"layers.{one.layer}.channels": one.out for one in sublayers(task.model) if one.kind == "ffn"}
-        scores = {name: out.weight.norm(dim=0) for name, out in outs.items()}
+        ones = [one for one in sublayers(task.model) if len(one.block.groups) == 1]  # channels; heads have two groups
+        scores = {one.block.main.name: one.out.weight.norm(dim=0) for one in ones}
         return Pruned(plan=task.keep_equal_shares(scores))
 
 What it may use: the dense model, calibration text, `walk` for statistics of every layer's inputs, the groups with
@@ -22,9 +22,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dilap.core.plan import Group, Plan, full_plan, group_name, groups_of
+from dilap.core.groups import Block, Group
+from dilap.core.plan import Plan, full_plan
+from dilap.core.rules import WidthRules
 from dilap.core.shape import Architecture
-from dilap.core.space import Space, WidthRules
+from dilap.core.space import Space
+from dilap.models.anatomy import blocks_of
 from dilap.models.cut import Parameters
 from dilap.models.tensor_file import Tensors, computed_once
 from dilap.models.text import Calibration
@@ -88,7 +91,13 @@ class PruneTask:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        return groups_of(self.architecture)
+        """All groups of the dense model, without their tensors."""
+        return tuple(group for block in self.architecture.blocks for group in block.groups)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The sublayers of the dense model, with all tensors in which their units lie."""
+        return blocks_of(self.model)
 
     @property
     def num_layers(self) -> int:
@@ -124,22 +133,23 @@ class PruneTask:
         """
 
         def keep(ratio: float, part: float = 1.0) -> Plan:
-            shares = {"kv_groups": ratio, "query_slots": ratio, "channels": part * ratio}
-            counts = {g.name: g.num_units - int(shares[g.kind] * g.num_units) for g in self.groups}
+            counts: dict[str, int] = {}
+            for block in self.architecture.blocks:
+                share = part * ratio if len(block.groups) == 1 else ratio
+                counts |= {group.name: group.num_units - int(share * group.num_units) for group in block.groups}
             return self.keep(scores, counts=counts)
 
         return self.target.bisect(keep, refine=keep, output_biases=output_biases)
 
-    def without(self, sublayers: Iterable[tuple[int, str]]) -> Plan:
-        """The plan that removes whole sublayers, given as (layer, "attention" or "ffn")."""
+    def without(self, blocks: Iterable[Block]) -> Plan:
+        """The plan that removes whole blocks."""
         kept = dict(full_plan(self.architecture, base=self.base).kept)
-        for layer, kind in sublayers:
-            kept[group_name(layer, "kv_groups" if kind == "attention" else "channels")] = ()
-        return Plan(base=self.base, architecture=self.architecture, kept=kept)
+        return Plan(base=self.base, architecture=self.architecture, kept=kept | {one.main.name: () for one in blocks})
 
     def without_layers(self, layers: Iterable[int]) -> Plan:
         """The plan that removes whole layers."""
-        return self.without((layer, kind) for layer in layers for kind in ("attention", "ffn"))
+        gone = set(layers)
+        return self.without(block for block in self.architecture.blocks if block.layer in gone)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ those before the first one that differs from a config of late are not run again:
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dilap.models.anatomy import decoder_layers, family_of, head_dim_of
-from dilap.models.modeling_dilap import Family, linear_at
-from dilap.models.skipping import Known, absent, layers_replaced
+from dilap.core.groups import indices_kept
+from dilap.models.anatomy import Sublayer, decoder_layers
+from dilap.models.cut import cut_
+from dilap.models.families import family_of
+from dilap.models.skipping import Known, layers_replaced
 from dilap.models.statistics import State
 from dilap.search.library import LevelFit
 
@@ -93,47 +95,21 @@ def _keeping(states: list[State]) -> Callable[[nn.Module, tuple[State, ...], dic
     return hook
 
 
-def cut_layer(model: PreTrainedModel, index: int, fits: Mapping[str, LevelFit]) -> nn.Module:
-    """A layer of a dense model with the sublayers in `fits`, by kind, at their levels; the model is left as it is."""
+def cut_layer(model: PreTrainedModel, index: int, fits: Sequence[tuple[Sublayer, LevelFit]]) -> nn.Module:
+    """A layer of a dense model with some of its sublayers at their levels; the model is left as it is."""
     family, own = family_of(model.config), decoder_layers(model)[index]
     if not fits:
         return own
     same = {id(one): one for one in (*own.parameters(), *own.buffers(), model.config)}
     layer: nn.Module = copy.deepcopy(own, same)  # new modules around the same tensors
-    for kind, fit in fits.items():
+    prefix = f"{family.layers}.{index}."
+    for sublayer, fit in fits:
         if len(fit.columns) == 0:
-            for path, module in absent(family, kind).items():
+            for path, module in family.absent(sublayer.kind).items():
                 layer.set_submodule(path, module)
             continue
-        if kind == "attention":
-            _narrow_heads_(layer, family, fit, head_dim=head_dim_of(model.config))
-        else:
-            for path in family.ffn_in:
-                _keep_rows_(layer, path, fit.columns)
-        out = linear_at(layer, family.attention_out if kind == "attention" else family.ffn_out)
-        assert out is not None
-        out.weight = _constant(fit.weight.to(out.weight.dtype))
+        kept = indices_kept(sublayer.block.groups, fit.units)
+        values = {f"{sublayer.path.removeprefix(prefix)}.weight": fit.weight}
+        cut_(layer, kept, prefix=prefix, values=values, requires_grad=False)
+        family.tell_widths_(layer, sublayer.block, fit.units)
     return layer
-
-
-def _narrow_heads_(layer: nn.Module, family: Family, fit: LevelFit, *, head_dim: int) -> None:
-    groups = torch.tensor(fit.units["kv_groups"])
-    rows = (groups[:, None] * head_dim + torch.arange(head_dim)).reshape(-1)
-    for path, kept in ((family.query, fit.columns), (family.key, rows), (family.value, rows)):
-        _keep_rows_(layer, path, kept)
-    attention: Any = layer.get_submodule(family.attention)
-    num_heads = len(fit.columns) // head_dim
-    attention.num_key_value_groups = num_heads // len(groups)
-    if hasattr(attention, "num_heads"):
-        attention.num_heads = num_heads
-
-
-def _keep_rows_(layer: nn.Module, path: str, rows: torch.Tensor) -> None:
-    matrix = layer.get_submodule(path)
-    for name, value in list(matrix.named_parameters()):
-        if len(rows) < len(value):
-            setattr(matrix, name, _constant(value.detach()[rows]))
-
-
-def _constant(value: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(value, requires_grad=False)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dilap.models.anatomy import decoder_layers, sublayers
+from dilap.models.anatomy import Sublayer, decoder_layers, sublayers
 from dilap.models.compute import batches, compute_precision, product_type
 from dilap.models.reference import Teacher, head_of
 from dilap.search.allocation import Config
@@ -86,13 +86,13 @@ class Supernet:
 
     def _layer(self, index: int, level: Level, weights: Mapping[str, torch.Tensor] = _NONE) -> nn.Module:
         """A layer with its sublayers at their levels, or with other projections of the same widths."""
-        fits: dict[str, LevelFit] = {}
+        fits: list[tuple[Sublayer, LevelFit]] = []
         own = [i for i, sublayer in enumerate(self.sublayers) if sublayer.layer == index]
         for i, chosen in zip(own, level, strict=True):
-            fit, name = self.library[i][chosen], self.sublayers[i].name
-            if chosen or name in weights:
-                fits[self.sublayers[i].kind] = replace(fit, weight=weights.get(name, fit.weight))
-        is_gone = len(fits) == len(own) and not any(len(fit.columns) for fit in fits.values())
+            fit, sublayer = self.library[i][chosen], self.sublayers[i]
+            if chosen or sublayer.name in weights:
+                fits.append((sublayer, replace(fit, weight=weights.get(sublayer.name, fit.weight))))
+        is_gone = len(fits) == len(own) and not any(len(fit.columns) for _, fit in fits)
         return Skipped() if is_gone else cut_layer(self.model, index, fits)
 
     def forget(self) -> None:

@@ -35,7 +35,7 @@ class SearchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchTask:
-    """Choose a config of `space` within `limit` seconds; `report` takes a line for the log.
+    """Choose a config of `space` that costs at most `limit`; `report` takes a line for the log.
 
     `previous` is a result for a nearby limit that a search may start from.
     """
@@ -52,7 +52,7 @@ class SearchTask:
 class Round:
     """One linearisation: the limit it aimed at, the config it chose, its KL as predicted and as it really is."""
 
-    limit_seconds: float
+    limit: float
     config: Config
     predicted_kl: float
     real_kl: float

@@ -24,16 +24,16 @@ def equal_shares(space: Space, *, limit: float) -> Config:
 
     Raises Infeasible.
     """
-    if (fastest := space.seconds(space.fastest)) > limit:
+    if (fastest := space.cost(space.fastest)) > limit:
         raise Infeasible(
             f"the smallest levels take {fastest / limit:.1%} of what is allowed: take a larger budget or smaller ratio"
         )
-    shares = sorted({level.seconds / c.levels[0].seconds for c in space.choices for level in c.levels}, reverse=True)
-    fitting = (config for share in shares if space.seconds(config := _at_share(space, share)) <= limit)
+    shares = sorted({level.cost / c.levels[0].cost for c in space.choices for level in c.levels}, reverse=True)
+    fitting = (config for share in shares if space.cost(config := _at_share(space, share)) <= limit)
     config = next(fitting, space.fastest)
     for index in sorted(range(len(config)), key=lambda index: int(f"{index:016b}"[::-1], 2)):
         wider = (*config[:index], max(config[index] - 1, 0), *config[index + 1 :])
-        if space.seconds(wider) <= limit:
+        if space.cost(wider) <= limit:
             config = wider
     return config
 
@@ -41,6 +41,6 @@ def equal_shares(space: Space, *, limit: float) -> Config:
 def _at_share(space: Space, share: float) -> Config:
     """The widest level of every choice that costs at most `share` of the full width."""
     return tuple(
-        next((k for k, level in enumerate(c.levels) if level.seconds <= share * c.levels[0].seconds), len(c.levels) - 1)
+        next((k for k, level in enumerate(c.levels) if level.cost <= share * c.levels[0].cost), len(c.levels) - 1)
         for c in space.choices
     )

@@ -11,8 +11,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from dilap.core.errors import InvalidInput
-from dilap.models.anatomy import decoder_layers, family_of
-from dilap.models.modeling_dilap import Family, linear_at
+from dilap.models.anatomy import decoder_layers
+from dilap.models.families import family_of
+from dilap.models.families.family import Family
+from dilap.models.modeling_dilap import linear_at
 from dilap.models.statistics import LayerCall, State, first_of, layer_calls
 from dilap.sparsity.pattern import Pattern
 
@@ -151,8 +153,7 @@ class Block:
     def paths(self) -> tuple[str, ...]:
         """The block's matrices; none where its sublayer was removed."""
         family = self.family
-        attention = (family.query, family.key, family.value, family.attention_out)
-        paths = attention if self.kind == "attention" else (*family.ffn_in, family.ffn_out)
+        paths = (*family.inputs_of(self.kind), family.output_of(self.kind))
         return tuple(path for path in paths if linear_at(self.sparse, path) is not None)
 
     def weights(self, layer: nn.Module) -> dict[str, nn.Parameter]:

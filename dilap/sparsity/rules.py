@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dilap.core.errors import InvalidInput
-from dilap.models.anatomy import family_of
+from dilap.models.families import family_of
 from dilap.models.modeling_dilap import linear_at
 from dilap.models.statistics import InputStatistics, Propagate, Role, paths_of, walk
 from dilap.sparsity.pattern import Pattern, keep_best

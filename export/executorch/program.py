@@ -31,7 +31,7 @@ from dilap.core.shape import Architecture, LayerWidths
 from dilap.export.executorch.blocks import EDGE, BlockShape, Delegate, Kind, template
 from dilap.export.executorch.header import POSITION_OFFSET, Header
 from dilap.export.executorch.quantisation import quantised_rows
-from dilap.models.modeling_dilap import FAMILIES
+from dilap.models.families import families
 
 Values = Callable[[str, tuple[int, ...]], torch.Tensor]  # a tensor's name and shape -> its content in f32
 REGISTERED = (custom_ops, _quant_patterns_and_replacements)  # imported for the operators that they define
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
         self.header = header
         self.delegates: list[Delegate] = []
         self._values = values
-        self._family = FAMILIES[header.architecture.family]
+        self._family = families()[header.architecture.family]
         self._stack = self._family.layers.rpartition(".")[0]
         self._make_embedding_()
         self._make_positions_()

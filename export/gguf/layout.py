@@ -193,7 +193,7 @@ def layout_of(architecture: Architecture, values: Hyperparameters) -> Layout:
 def _name(architecture: Architecture, values: Hyperparameters) -> str:
     first = architecture.layers[0]
     odd = next((i for i, w in enumerate(architecture.layers) if w != first or 0 in (w.num_heads, w.num_channels)), None)
-    if architecture.family == "qwen3":
+    if architecture.qk_norm:
         if odd is not None:
             raise Unsupported(
                 f"layer {odd}: llama.cpp holds Qwen3 (its q/k norms) only with equal widths and both sublayers in"
@@ -202,13 +202,9 @@ def _name(architecture: Architecture, values: Hyperparameters) -> str:
         if architecture.out_bias or architecture.ffn_out_bias or values.rope_factors:
             raise Unsupported("llama.cpp holds Qwen3 without output biases and without rotary scaling only")
         return "qwen3"
-    if architecture.family not in ("llama", "mistral", "qwen2"):
-        raise Unsupported(
-            f"{architecture.family} cannot be exported to llama.cpp; it holds llama, mistral, qwen2 and qwen3"
-        )
     if odd is not None:
         return "deci"
-    if architecture.family != "qwen2":
+    if architecture.family != "qwen2":  # llama.cpp computes the others as it does Llama
         return "llama"
     # llama.cpp's qwen2 declares the query projection square, and has no rotary factors and no output biases.
     square = first.num_heads * architecture.head_dim == architecture.hidden_size

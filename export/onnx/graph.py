@@ -38,7 +38,7 @@ from dilap.export.onnx.emitter import MICROSOFT, Emitter, Values
 from dilap.export.onnx.hyperparameters import POSITION_OFFSET, Hyperparameters
 from dilap.export.onnx.matrices import HEAD, BlockMatrices, Blocks, FloatMatrices, Matrices, PanelMatrices, Storage
 from dilap.export.onnx.stacks import Stacks
-from dilap.models.modeling_dilap import FAMILIES
+from dilap.models.families import families
 
 # `onnxruntime` uses its contrib operators, `plain` standard operators alone (TensorRT takes those).
 Form = Literal["onnxruntime", "plain"]
@@ -85,7 +85,7 @@ class _Builder:
     ) -> None:
         self._architecture, self._numbers, self._fused = architecture, numbers, fused
         self._emitter, self._matrices, self._stacks, self._op = emitter, matrices, stacks, emitter.op
-        self._family = FAMILIES[architecture.family]
+        self._family = families()[architecture.family]
         self._stack = self._family.layers.rpartition(".")[0]
         self._embeddings = (f"{self._stack}.embed_tokens.weight", (architecture.vocab_size, architecture.hidden_size))
         self._update: ir.Value | None = None

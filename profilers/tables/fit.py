@@ -5,21 +5,22 @@ piecewise-linear curve over the sublayer's *work*: channels for the feed-forward
 that a decode streams (weights and KV cache) or the operations of a prefill. A layer that keeps neither costs nothing.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression, nnls
 
+from dilap.core.costs import Counts
 from dilap.core.errors import InvalidInput
+from dilap.core.groups import Block
 from dilap.core.shape import PRECISION_BITS, Architecture, LayerWidths
 from dilap.core.workload import Workload
 
 Vector = NDArray[np.float64]
-Level = TypeVar("Level")
 Work = Callable[[LayerWidths], float]
 _RIDGE = 0.01  # towards the slopes: moving a cost by 10 % of the latency weighs like missing a model by 1 %
 
@@ -91,24 +92,33 @@ class LatencyModel:
         """Absolute relative errors on the plans that took no part in the fit."""
         return [abs(self.predict(one.widths) / one.seconds - 1) for one in self.holdout]
 
-    def measurable_attention_levels(self, levels: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    @property
+    def constant(self) -> float:
+        return self.fixed_seconds
+
+    def block(self, block: Block, counts: Counts) -> float:
+        """Seconds of one block with so many units left of its groups."""
+        if block.kind == "attention":
+            num_kv_heads, ratio = counts
+            return self.attention_seconds(num_kv_heads * ratio, num_kv_heads)
+        return self.ffn_seconds(counts[0])
+
+    def cheaper(self, block: Block, levels: Sequence[Counts]) -> list[Counts]:
         """The levels that are measurably faster than the next larger one kept, largest first."""
-        work = attention_work(self.architecture, self.workload, cache_bits=self.cache_bits)
-        ordered = sorted(levels, key=lambda level: (-work(_attention_only(*level)), level))
-        return self._measurable(ordered, [self.attention_seconds(*level) for level in ordered])
-
-    def measurable_ffn_levels(self, levels: Sequence[int]) -> list[int]:
-        """As for attention."""
-        ordered = sorted(levels, reverse=True)
-        return self._measurable(ordered, [self.ffn_seconds(level) for level in ordered])
-
-    def _measurable(self, levels: list[Level], seconds: list[float]) -> list[Level]:
+        ordered = sorted(levels, key=lambda level: (-self._work(block, level), math.prod(level), level))
+        seconds = [self.block(block, level) for level in ordered]
         kept: list[int] = []
         for index, cost in enumerate(seconds):
             step = max(self.noise_seconds, 0.005 * seconds[0])
             if not kept or seconds[kept[-1]] - cost > step:
                 kept.append(index)
-        return [levels[index] for index in kept]
+        return [ordered[index] for index in kept]
+
+    def _work(self, block: Block, counts: Counts) -> float:
+        if block.kind != "attention":
+            return counts[0]
+        work = attention_work(self.architecture, self.workload, cache_bits=self.cache_bits)
+        return work(LayerWidths(num_heads=math.prod(counts), num_kv_heads=counts[0], num_channels=0))
 
 
 def attention_work(architecture: Architecture, workload: Workload, *, cache_bits: float) -> Work:
@@ -275,7 +285,3 @@ def _mean_error(grid: _Grid, costs: Vector, observations: Sequence[Observation])
     if not observations:
         return 0.0
     return statistics.fmean(abs(float(grid.features(one.widths) @ costs) / one.seconds - 1) for one in observations)
-
-
-def _attention_only(num_heads: int, num_kv_heads: int) -> LayerWidths:
-    return LayerWidths(num_heads=num_heads, num_kv_heads=num_kv_heads, num_channels=0)

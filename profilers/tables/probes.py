@@ -6,13 +6,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
 from dilap import backends
-from dilap.backends import Capabilities
 from dilap.core.errors import Mismatch, Unsupported
+from dilap.core.rules import Capabilities, spread
 from dilap.core.shape import PRECISION_BITS, Architecture, LayerWidths
 from dilap.core.workload import Workload
 from dilap.profilers.profiler import Profiler
@@ -21,26 +20,15 @@ from dilap.profilers.tables.filling import Probe, Progress, Share, fill
 from dilap.profilers.tables.fit import attention_work
 from dilap.profilers.tables.table import LatencyTable, TableHeader, partner_path
 
-T = TypeVar("T")
 AttentionLevel = tuple[int, int]  # heads, KV heads; (0, 0) is none
-_MAX_ATTENTION_LEVELS = 12
 
 
 def default_levels(architecture: Architecture, capabilities: Capabilities) -> tuple[list[AttentionLevel], list[int]]:
     """Attention levels and FFN widths to choose from, the dense ones included, ascending."""
-    dense = _uniform_layer(architecture)
-    ratio = dense.num_heads // max(1, dense.num_kv_heads)
-    kv_heads, slots = list(range(1, dense.num_kv_heads + 1)), list(range(1, ratio + 1))
-    while len(kv_heads) * len(slots) > _MAX_ATTENTION_LEVELS:
-        longer = kv_heads if len(kv_heads) >= len(slots) else slots
-        longer[:] = spread(longer, len(longer) - 1)
-    attention = sorted((kv * slot, kv) for kv in kv_heads for slot in slots)
-    step = max(1, round(dense.num_channels / 12 / capabilities.ffn_multiple)) * capabilities.ffn_multiple
-    ffn = sorted({*range(step, dense.num_channels, step), dense.num_channels})
-    return (
-        [(0, 0)] * capabilities.attention_removal + attention,
-        [0] * capabilities.ffn_removal + ffn,
-    )
+    dense = replace(architecture, layers=(_uniform_layer(architecture),))
+    levels = {block.kind: capabilities.levels(block) for block in dense.blocks}
+    attention = [(groups * slots, groups) for groups, slots in levels.get("attention", [])]
+    return attention, [channels for (channels,) in levels.get("ffn", [])]
 
 
 def build_table(
@@ -73,7 +61,7 @@ def build_table(
         backend = backends.get(profiler.backend)
         work = attention_work(architecture, workload, cache_bits=backend.cache_bits(workload))
         levels = sorted(attention_levels, key=lambda level: work(_layer(level, 0))), sorted(ffn_levels)
-        capabilities = backend.capabilities(architecture.family, precision=workload.precision)
+        capabilities = backend.capabilities(architecture, precision=workload.precision)
         probes = list_probes(
             shallow,
             measured=(spread(levels[0], num_measured), spread(levels[1], num_measured)),
@@ -190,13 +178,6 @@ def list_probes(
         Probe(role="random" if index < num_fitted else "holdout", widths=plan) for index, plan in enumerate(drawn)
     )
     return probes
-
-
-def spread(values: Sequence[T], count: int) -> list[T]:
-    """At most `count` of the values, evenly spread, the first and the last included."""
-    if len(values) <= count:
-        return list(values)
-    return [values[round(index * (len(values) - 1) / (count - 1))] for index in range(count)]
 
 
 def _random_plan(

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dilap.backends import Capabilities
+from dilap.core.rules import Capabilities
+from dilap.core.shape import Architecture
 from dilap.core.workload import Workload
 
 
@@ -41,7 +42,7 @@ class StandIn:
     def after_a_crash(self) -> str:
         return "try another"
 
-    def capabilities(self, family: str, *, precision: str) -> Capabilities:
+    def capabilities(self, architecture: Architecture, *, precision: str) -> Capabilities:
         return Capabilities()
 
     def load(self, path: Path, workload: Workload) -> "StandInSession":

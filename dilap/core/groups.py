@@ -1,0 +1,85 @@
+"""What can be removed from a network: units in groups, groups in blocks, and where the units lie in the tensors.
+
+inner = Member(tensor="up.weight", axis=0, grid=(4,))
+channels = Group(name="channels", num_units=4, members=(inner, Member(tensor="down.weight", axis=1, grid=(4,))))
+indices_kept([channels], {"channels": (0, 2)})  # {("up.weight", 0): [0, 2], ("down.weight", 1): [0, 2]}
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Kept = Mapping[str, Sequence[int]]  # the units that stay, ascending, by the name of their group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One axis of one tensor on which the units of a group lie.
+
+    From `offset` on the axis is seen as a grid of this shape, last dimension fastest; a unit is one slice of the grid's
+    `dimension`. The rows of a query projection are a grid of (KV heads, query heads a KV head, head_dim): KV groups are
+    slices of dimension 0, query slots of dimension 1. Three fused projections are three members with their offsets.
+    """
+
+    tensor: str
+    axis: int
+    grid: tuple[int, ...]
+    dimension: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Units that can be removed one by one, each with its slice of every member. A shape without weights knows no
+    members."""
+
+    name: str
+    num_units: int
+    members: tuple[Member, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """What one choice of a search sets: the widths of an attention or feed-forward sublayer, or of a stage.
+
+    The first group is the one whose units methods rank; a block is removed by keeping none of them. A second one, where
+    there is one, divides the same tensors another way (query slots beside KV groups) and never loses all of its units.
+    A `layer` is what a network repeats: one whose blocks are all removed is deleted. `kind` is the shape's word for
+    blocks that have the same groups: `attention`, `ffn`.
+    """
+
+    name: str
+    layer: int
+    kind: str
+    groups: tuple[Group, ...]
+
+    @property
+    def main(self) -> Group:
+        """The group whose units methods rank."""
+        return self.groups[0]
+
+
+def indices_kept(groups: Iterable[Group], kept: Kept) -> dict[tuple[str, int], NDArray[np.int64]]:
+    """For every tensor and axis that units of `groups` lie on: the indices that stay, ascending.
+
+    A group that `kept` does not name keeps all its units.
+    """
+    grids: dict[tuple[str, int], dict[tuple[int, tuple[int, ...]], dict[int, Sequence[int]]]] = {}
+    for group in groups:
+        for one in group.members:
+            grid = grids.setdefault((one.tensor, one.axis), {}).setdefault((one.offset, one.grid), {})
+            grid[one.dimension] = kept.get(group.name, range(group.num_units))
+    return {
+        where: np.concatenate([_indices_of(offset, grid, units) for (offset, grid), units in sorted(parts.items())])
+        for where, parts in grids.items()
+    }
+
+
+def _indices_of(offset: int, grid: tuple[int, ...], units: Mapping[int, Sequence[int]]) -> NDArray[np.int64]:
+    """The part of an axis that a grid covers: what the kept slices of its dimensions have in common."""
+    kept = [np.asarray(units.get(dimension, range(size)), np.int64) for dimension, size in enumerate(grid)]
+    if not all(len(one) for one in kept):
+        return np.zeros(0, np.int64)
+    return offset + np.ravel_multi_index(np.ix_(*kept), grid).reshape(-1).astype(np.int64)

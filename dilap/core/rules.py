@@ -1,0 +1,143 @@
+"""Which widths load: in a runtime, as it says of itself, and in a layout, as a plan is asked to keep to it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TypeVar
+
+from dilap.core.costs import Counts
+from dilap.core.errors import Unsupported
+from dilap.core.groups import Block, Group
+from dilap.core.plan import Plan
+from dilap.core.shape import Architecture, LayerWidths
+
+T = TypeVar("T")
+_MAX_ATTENTION_LEVELS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """The models that a runtime loads; the search space is cut by it before the search.
+
+    `unsupported` is the reason why the family cannot be held at all. `head_dim_multiple` and `hidden_multiple` are what
+    its kernels and quantised tables need. `ffn_multiple` is the step of FFN widths that fills kernels and quantisation
+    blocks: other widths load, but run no faster than the next multiple, so a search is not offered them.
+    `output_biases` says whether output projections may have a bias that the family lacks. `max_tokens` is the longest
+    sequence that artifacts for it hold, whatever the model does.
+    """
+
+    unsupported: str | None = None
+    per_layer_widths: bool = True
+    attention_removal: bool = True
+    ffn_removal: bool = True
+    ffn_multiple: int = 1
+    head_dim_multiple: int = 1
+    hidden_multiple: int = 1
+    output_biases: bool = True
+    max_tokens: int | None = None
+
+    def refusal(self, architecture: Architecture) -> str | None:
+        """Why no model of that shape is loaded, by group and rule; None where it is."""
+        if self.unsupported:
+            return self.unsupported
+        sizes = (
+            ("head_dim", architecture.head_dim, self.head_dim_multiple),
+            ("hidden_size", architecture.hidden_size, self.hidden_multiple),
+        )
+        for name, size, multiple in sizes:
+            if size % multiple:
+                return f"{name} is {size}, and it needs a multiple of {multiple}"
+        refusals = (
+            self._layer_refusal(index, layer, architecture.layers[0]) for index, layer in enumerate(architecture.layers)
+        )
+        return next(filter(None, refusals), None)
+
+    def levels(self, block: Block) -> list[Counts]:
+        """Widths of a block that are worth offering to a search, the full one included, ascending.
+
+        Removal comes first, where it loads. Attention has at most 12 others, KV groups and query slots thinned in turn.
+        """
+        sizes = [group.num_units for group in block.groups]
+        if block.kind == "attention":
+            num_kv_heads, num_slots = (list(range(1, size + 1)) for size in sizes)
+            while len(num_kv_heads) * len(num_slots) > _MAX_ATTENTION_LEVELS:
+                longer = num_kv_heads if len(num_kv_heads) >= len(num_slots) else num_slots
+                longer[:] = spread(longer, len(longer) - 1)
+            found = sorted(product(num_kv_heads, num_slots), key=lambda level: (level[0] * level[1], level[0]))
+            return [*[(0, 0)] * self.attention_removal, *found]
+        step = max(1, round(sizes[0] / 12 / self.ffn_multiple)) * self.ffn_multiple
+        widths = sorted({*range(step, sizes[0], step), sizes[0]})
+        return [(width,) for width in [0] * self.ffn_removal + widths]
+
+    def _layer_refusal(self, index: int, layer: LayerWidths, first: LayerWidths) -> str | None:
+        if not layer.num_heads and not self.attention_removal:
+            return f"layers.{index}.kv_groups is removed, and it needs attention in every layer"
+        if not layer.num_channels and not self.ffn_removal:
+            return f"layers.{index}.channels is removed, and it needs a feed-forward network in every layer"
+        if self.per_layer_widths:
+            return None
+        kinds = (
+            ("kv_groups", layer.num_kv_heads, first.num_kv_heads),
+            ("query_slots", layer.num_heads, first.num_heads),
+            ("channels", layer.num_channels, first.num_channels),
+        )
+        for kind, width, wanted in kinds:
+            if width != wanted:
+                heads = " query heads" if kind == "query_slots" else ""
+                return (
+                    f"layers.{index}.{kind} keeps {width}{heads} where layer 0 keeps {wanted}, and it needs equal"
+                    " widths in every layer"
+                )
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthRules:
+    """The plans that a runtime and a layout load, whether every width pays or not.
+
+    Whole layers may always be removed. `output_biases`: output projections may get a bias that the family lacks.
+    """
+
+    ffn_multiple: int = 1
+    head_pruning: bool = True
+    attention_removal: bool = True
+    ffn_removal: bool = True
+    equal_widths: bool = False
+    output_biases: bool = True
+
+    def rounded(self, group: Group, wanted: int) -> int:
+        """The loadable number of units nearest to `wanted`, at least one."""
+        if group.name.endswith(".channels"):
+            wanted = max(1, round(wanted / self.ffn_multiple)) * self.ffn_multiple
+        elif not self.head_pruning:
+            wanted = group.num_units
+        return min(max(1, wanted), group.num_units)
+
+    def require(self, plan: Plan) -> None:
+        """Raises Unsupported, naming the first layer that would not load."""
+        kept = [widths for widths in plan.all_widths() if not widths.is_empty]
+        if self.equal_widths and len(set(kept)) > 1:
+            raise Unsupported("this method gives layers their own widths, the runtime or layout needs equal ones")
+        for index, (dense, widths) in enumerate(zip(plan.architecture.layers, plan.all_widths(), strict=True)):
+            if reason := self._refusal(dense, widths):
+                raise Unsupported(f"layer {index}: this runtime or layout loads no {reason}; choose another method")
+
+    def _refusal(self, dense: LayerWidths, widths: LayerWidths) -> str | None:
+        if widths.is_empty or widths == dense:
+            return None
+        if widths.num_heads == 0 and not self.attention_removal:
+            return "layer without attention"
+        if widths.num_channels == 0 and not self.ffn_removal:
+            return "layer without a feed-forward network"
+        if 0 < widths.num_heads < dense.num_heads and not self.head_pruning:
+            return "layer with fewer heads"
+        if widths.num_channels not in (0, dense.num_channels) and widths.num_channels % self.ffn_multiple:
+            return f"{widths.num_channels} channels but multiples of {self.ffn_multiple}"
+        return None
+
+
+def spread(values: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the values, evenly spread, the first and the last included."""
+    if len(values) <= count:
+        return list(values)
+    return [values[round(index * (len(values) - 1) / (count - 1))] for index in range(count)]

@@ -1,0 +1,34 @@
+"""The families of decoders that DiLAP knows, one file each; what a file adds is known without being listed.
+
+from dilap.models.families import family_of
+family_of(model.config).blocks(model)  # what can be narrowed in it, with the tensors in which it lies
+"""
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping
+
+from transformers import PreTrainedConfig
+
+from dilap.core.errors import Unsupported
+from dilap.models.families.family import Family
+
+
+@functools.cache
+def families() -> Mapping[str, Family]:
+    """By the `model_type` of their configs: every module here that has a FAMILY."""
+    modules = (importlib.import_module(f"{__name__}.{one.name}") for one in pkgutil.iter_modules(__path__))
+    found = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
+    return {family.name: family for family in found}
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a model. Raises Unsupported with the known ones."""
+    known = families()
+    if config.model_type not in known:
+        raise Unsupported(f"architecture {config.model_type!r} is not known; DiLAP prunes: {', '.join(sorted(known))}")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if len(kinds) > 1:
+        raise Unsupported(f"layers of several attention types ({', '.join(sorted(kinds))}) cannot be pruned yet")
+    return known[config.model_type]

@@ -1,0 +1,5 @@
+"""Llama."""
+
+from dilap.models.families.family import Family
+
+FAMILY = Family(name="llama")

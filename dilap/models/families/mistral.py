@@ -1,0 +1,5 @@
+"""Mistral."""
+
+from dilap.models.families.family import Family
+
+FAMILY = Family(name="mistral")
