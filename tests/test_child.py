@@ -151,14 +151,14 @@ def test_telemetry_is_off_in_every_process_that_we_start() -> None:
 
 
 def test_an_export_whose_runtime_dies_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dilap.export.gguf.library.validate", crash)
+    monkeypatch.setattr("dilap.backends.llamacpp.file.validate", crash)
     with pytest.raises(Crashed, match=r"died of SIGSEGV while working on f16\.gguf"):
         export.get("llamacpp").export_probe(tiny_llama(TINY_LAYER), precision="q8_0", seed=0, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_doctor_names_the_signal_that_a_runtime_died_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dilap.export.gguf.library.validate", crash)
+    monkeypatch.setattr("dilap.backends.llamacpp.file.validate", crash)
     monkeypatch.setattr(backends, "BACKENDS", {"llamacpp": backends.BACKENDS["llamacpp"]})
     found = next(iter(doctor.examine(Registry())))
     assert not found.usable

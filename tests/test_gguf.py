@@ -11,12 +11,12 @@ import torch
 from tiny_gguf import VOCAB_SIZE, compensated_model, pruned_model, tiny_model, tokenizer
 from transformers import PreTrainedModel
 
+from dilap.backends.llamacpp import file as llamacpp
 from dilap.backends.llamacpp.runtime import LlamaCpp
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, file_sha256, read_json
 from dilap.core.errors import InvalidInput, Unsupported
 from dilap.core.shape import Architecture, LayerWidths
-from dilap.export.gguf import library as llamacpp
 from dilap.export.gguf.layout import Hyperparameters, layout_of
 from dilap.export.gguf.writer import GgufExporter
 from dilap.models.anatomy import architecture_of

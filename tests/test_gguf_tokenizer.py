@@ -13,9 +13,9 @@ from tiny_gguf import VOCAB_SIZE, tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from dilap.backends.llamacpp.file import Gguf
 from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed
 from dilap.export.gguf import tokenizer as gguf_tokenizer
-from dilap.export.gguf.library import Gguf
 from dilap.export.gguf.tokenizer import read_tokenizer, verify_tokenizer
 from dilap.export.text_samples import SAMPLES
 from dilap.models.load import load_tokenizer

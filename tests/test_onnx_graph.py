@@ -15,9 +15,9 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 ir = pytest.importorskip("onnx_ir", reason="onnx_ir is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
 
+from dilap.backends.onnxruntime.file import OnnxFile  # noqa: E402
 from dilap.core.errors import Unsupported  # noqa: E402
 from dilap.core.sqnr import sqnr_db  # noqa: E402
-from dilap.export.onnx.file import OnnxFile  # noqa: E402
 from dilap.export.onnx.graph import Form, build_model  # noqa: E402
 from dilap.export.onnx.hyperparameters import hyperparameters  # noqa: E402
 from dilap.export.onnx.weights import ModelWeights, quantise  # noqa: E402

@@ -23,7 +23,7 @@ if reason := backends.get("onnxruntime").unavailable():
 pytest.importorskip("onnx_ir", reason="onnx_ir is not installed")
 
 from dilap import export
-from dilap.export.onnx.file import OnnxFile
+from dilap.backends.onnxruntime.file import OnnxFile
 from dilap.profilers.devices import device as devices
 from dilap.profilers.instruments.agent import AgentClient
 from dilap.profilers.profiler import Case, Profiler

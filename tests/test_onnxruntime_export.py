@@ -21,8 +21,8 @@ if reason := backends.get("onnxruntime").unavailable():
     pytest.skip(reason, allow_module_level=True)
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 
+from dilap.backends.onnxruntime.file import OnnxFile  # noqa: E402
 from dilap.export import hf_tokenizer  # noqa: E402
-from dilap.export.onnx.file import OnnxFile  # noqa: E402
 from dilap.export.onnx.onnxruntime import OnnxRuntimeExporter  # noqa: E402
 from dilap.export.onnx.weights import ModelWeights  # noqa: E402
 from dilap.export.text_samples import SAMPLES  # noqa: E402

@@ -10,10 +10,10 @@ import torch
 from tiny_gguf import tiny_model, tokenizer
 from transformers import PreTrainedModel
 
+from dilap.backends.llamacpp.file import validate
+from dilap.backends.llamacpp.library import library
 from dilap.core.errors import InvalidInput, Unavailable, VerificationFailed
 from dilap.core.sqnr import sqnr_db
-from dilap.export.gguf import library as llamacpp
-from dilap.export.gguf.library import validate
 from dilap.export.gguf.writer import SQNR_BOUNDS_DB, GgufExporter, verify_gguf
 from dilap.models.anatomy import architecture_of
 
@@ -155,7 +155,10 @@ def test_missing_tensor_is_named(exported: Path, tmp_path: Path) -> None:
 
 
 def test_missing_runtime_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    monkeypatch.setattr(llamacpp, "library", llamacpp.library.__wrapped__)  # without what it loaded before
-    with pytest.raises(Unavailable, match="pip install"):
-        validate(tmp_path / "model.gguf")
+    monkeypatch.setitem(sys.modules, "llama_cpp.llama_cpp", None)
+    library.cache_clear()  # without what it loaded before
+    try:
+        with pytest.raises(Unavailable, match="pip install"):
+            validate(tmp_path / "model.gguf")
+    finally:
+        library.cache_clear()

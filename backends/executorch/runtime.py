@@ -13,12 +13,12 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dilap.backends.executorch.bindings import MAX_CONTEXT, bindings
+from dilap.backends.executorch.program import Program, inputs_of
 from dilap.core.errors import InvalidInput, Unsupported
 from dilap.core.rules import Capabilities
 from dilap.core.shape import Architecture
@@ -93,40 +93,32 @@ class ExecuTorchSession:
             raise Unsupported(f"ExecuTorch is timed with batch 1, got batch {workload.batch}")
         _use_threads(workload.threads)
         self._workload = workload
-        self._program, self._method = _load(path, "forward")
+        self._program = Program(path, method="forward")
         num_tokens = workload.context if workload.phase == "decode" else workload.prompt_tokens
         needed = num_tokens + (workload.phase == "decode")
-        room, vocab_size = (_constant(self._program, name) for name in ("get_max_context_len", "get_vocab_size"))
+        room, vocab_size = (self._program.constant(name) for name in ("get_max_context_len", "get_vocab_size"))
         if needed > room:
             raise Unsupported(f"{path}: it has room for {room} tokens, {workload.describe()} needs {needed}")
         _open_sessions.add(id(self))
         prompt = _random_tokens(num_tokens, vocab_size=vocab_size)
         if workload.phase == "decode":
-            self._run(prompt, position=0)
-            self._inputs = _inputs(prompt[:1], position=num_tokens)
+            self._program.logits_at(prompt, position=0)
+            self._inputs = inputs_of(prompt[:1], position=num_tokens)
         else:
-            self._inputs = _inputs(prompt, position=0)
+            self._inputs = inputs_of(prompt, position=0)
 
     def sample(self) -> int:
         start = time.perf_counter_ns()
-        self._method(self._inputs, clone_outputs=False)
+        self._program.run(self._inputs)
         return time.perf_counter_ns() - start
 
     def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
-        # A program gives the last position's logits, as deployed ones do: one pass is one for each prefix. What
-        # this leaves in the cache changes no later sample: a run costs the same whatever the cache holds.
-        ids = list(token_ids)
-        if incremental:
-            return np.concatenate([self._run([token], position=at) for at, token in enumerate(ids)])
-        return np.concatenate([self._run(ids[: at + 1], position=0) for at in range(len(ids))])
+        # What this leaves in the cache changes no later sample: a run costs the same whatever the cache holds.
+        return self._program.logits(token_ids, incremental=incremental)
 
     def close(self) -> None:
         _open_sessions.discard(id(self))
-        self._method = self._program = None
-
-    def _run(self, tokens: Sequence[int], *, position: int) -> NDArray[np.float32]:
-        array: NDArray[np.float32] = self._method(_inputs(tokens, position=position))[0].numpy()
-        return array
+        self._program.close()
 
 
 class ExecuTorchReader:
@@ -135,10 +127,10 @@ class ExecuTorchReader:
 
     def __init__(self, path: Path, *, threads: int) -> None:
         _use_threads(threads)
-        self._program, self._method = _load(path, "score")
-        self.max_tokens = _constant(self._program, "get_max_context_len")
-        self.vocab_size = _constant(self._program, "get_vocab_size")
-        self._max_scored = _constant(self._program, "get_max_scored_len")
+        self._program = Program(path, method="score")
+        self.max_tokens = self._program.constant("get_max_context_len")
+        self.vocab_size = self._program.constant("get_vocab_size")
+        self._max_scored = self._program.constant("get_max_scored_len")
         _open_sessions.add(id(self))
 
     def reserve(self, num_tokens: int) -> None:
@@ -148,13 +140,13 @@ class ExecuTorchReader:
         rows: list[NDArray[np.float32]] = []
         for at in range(0, len(token_ids), self._max_scored):
             tokens = token_ids[at : at + self._max_scored]
-            logits = self._method(_inputs(tokens, position=start + at))[0].numpy()
+            logits = self._program.logits_at(tokens, position=start + at)
             rows.append(logits[max(0, len(token_ids) - num_rows - at) :])
         return np.concatenate(rows)
 
     def close(self) -> None:
         _open_sessions.discard(id(self))
-        self._method = self._program = None
+        self._program.close()
 
 
 def _use_threads(count: int) -> None:
@@ -166,31 +158,6 @@ def _use_threads(count: int) -> None:
         have = library._threadpool_get_thread_count()
         raise Unsupported(f"models with {have} threads are open, {count} were asked for: close them first")
     library._unsafe_reset_threadpool(count)  # unsafe for programs that hold the old pool: there are none
-
-
-def _load(path: Path, method: str) -> tuple[Any, Any]:
-    """A program and one of its methods. Raises InvalidInput."""
-    if not path.is_file():
-        raise InvalidInput(f"{path}: no such file")
-    try:
-        program = bindings()._load_program(str(path))
-        names = {program.get_method_name(index) for index in range(program.num_methods())}
-        if method not in names:
-            raise InvalidInput(f"{path}: it has no method {method!r}; an earlier DiLAP wrote it: export it again")
-        return program, program.load_method(method)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise InvalidInput(f"{path}: ExecuTorch cannot load it: {reason}") from error
-
-
-def _constant(program: Any, name: str) -> int:
-    return int(program.load_method(name)([])[0])
-
-
-def _inputs(tokens: Sequence[int], *, position: int) -> tuple[Any, Any]:
-    """`tokens` (1 x count) and `input_pos` (1): torch tensors, which is all that the bindings take."""
-    torch = importlib.import_module("torch")
-    return torch.tensor([list(tokens)]), torch.tensor([position])
 
 
 def _random_tokens(count: int, *, vocab_size: int) -> list[int]:

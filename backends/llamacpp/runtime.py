@@ -1,12 +1,8 @@
 """llama.cpp on the CPU, through the C interface that llama-cpp-python carries."""
 
-import ctypes
-import functools
-import importlib
 import importlib.metadata
 import random
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +12,8 @@ from numpy.typing import NDArray
 
 from dilap.backends import MAX_READ_TOKENS
 from dilap.backends.llamacpp.build import cmake_args_here
-from dilap.backends.llamacpp.gguf_header import read_header
-from dilap.core.errors import InvalidInput, Unsupported
+from dilap.backends.llamacpp.library import CACHE_TYPES, batch_of, fill_, library, load_model, new_context, reason
+from dilap.core.errors import InvalidInput, Unavailable, Unsupported
 from dilap.core.rules import Capabilities
 from dilap.core.shape import PRECISION_BITS, Architecture
 from dilap.core.workload import Workload
@@ -29,10 +25,6 @@ _SWITCHES = {
     "repack": ("on", "off"),
     "kv_cache": ("f16", "q8_0", "f32"),
 }
-_FLASH_ATTENTION = {"auto": -1, "off": 0}  # LLAMA_FLASH_ATTN_TYPE_*
-_CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # GGML_TYPE_*
-_ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
-_errors: deque[str] = deque(maxlen=20)  # llama.cpp's complaints: a load failure is otherwise a bare null pointer
 
 
 class LlamaCpp:
@@ -46,17 +38,16 @@ class LlamaCpp:
 
     def unavailable(self) -> str | None:
         try:
-            _library()
-        except (ImportError, OSError, RuntimeError) as error:
-            hint = "pip install llama-cpp-python (it compiles llama.cpp: needs cmake and a C++ compiler)"
-            return f"llama.cpp is not usable here ({error}); {hint}"
+            library()
+        except Unavailable as error:
+            return str(error)
         return None
 
     def version(self) -> str:
         return importlib.metadata.version("llama-cpp-python")
 
     def build(self) -> str:
-        text: bytes = _library().llama_print_system_info()
+        text: bytes = library().llama_print_system_info()
         return text.decode().strip()
 
     def precisions(self) -> tuple[str, ...]:
@@ -80,7 +71,7 @@ class LlamaCpp:
         if cache != "f16":
             bench.append(f"-ctk {cache} -ctv {cache}")
             command.append(f"-ctk {cache} -ctv {cache}")
-            call.append(f"type_k={_CACHE_TYPES[cache]}, type_v={_CACHE_TYPES[cache]}")
+            call.append(f"type_k={CACHE_TYPES[cache]}, type_v={CACHE_TYPES[cache]}")
         return {"llama-bench": " ".join(bench), "llama-cli": " ".join(command), "python": ", ".join(call) + ")"}
 
     def cache_bits(self, workload: Workload) -> float:
@@ -120,7 +111,7 @@ class LlamaCppSession:
         if workload.batch != 1:
             raise Unsupported(f"llama.cpp is timed with batch 1, got batch {workload.batch}")
         self._workload = workload
-        self._model = _load_model(path, repack=_setting(workload, "repack") == "on")
+        self._model = load_model(path, repack=_setting(workload, "repack") == "on")
         self._context: Any = None
         try:
             self._prepare_()
@@ -130,63 +121,63 @@ class LlamaCppSession:
 
     def _prepare_(self) -> None:
         workload = self._workload
-        self._vocab = _library().llama_model_get_vocab(self._model)
+        self._vocab = library().llama_model_get_vocab(self._model)
         num_tokens = workload.context if workload.phase == "decode" else workload.prompt_tokens
         self._context = self._new_context(num_tokens + 1, max_outputs=1)
-        self._memory = _library().llama_get_memory(self._context)
+        self._memory = library().llama_get_memory(self._context)
         prompt = _random_tokens(num_tokens, vocab_size=self._vocab_size)
         if workload.phase == "decode":
-            self._decode(self._context, _batch(prompt))
-            self._batch = _batch(prompt[:1])
+            self._decode(self._context, batch_of(prompt))
+            self._batch = batch_of(prompt[:1])
             self._first_position = num_tokens
         else:
-            self._batch = _batch(prompt)
+            self._batch = batch_of(prompt)
             self._first_position = 0
 
     def sample(self) -> int:
-        library = _library()
+        lib = library()
         start = time.perf_counter_ns()
-        status = library.llama_decode(self._context, self._batch)
-        library.llama_synchronize(self._context)
+        status = lib.llama_decode(self._context, self._batch)
+        lib.llama_synchronize(self._context)
         elapsed = time.perf_counter_ns() - start
         self._check(status)
         # back to where it was, so that every sample sees the same context length
-        library.llama_memory_seq_rm(self._memory, 0, self._first_position, -1)
+        lib.llama_memory_seq_rm(self._memory, 0, self._first_position, -1)
         return elapsed
 
     def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
-        library = _library()
+        lib = library()
         rows: list[NDArray[np.float32]] = []
         count = len(token_ids)
         context = self._new_context(count, max_outputs=count)
         try:
             for chunk in [[token] for token in token_ids] if incremental else [list(token_ids)]:
-                batch = library.llama_batch_init(len(chunk), 0, 1)
+                batch = lib.llama_batch_init(len(chunk), 0, 1)
                 try:
-                    _fill_(batch, chunk, first_position=len(rows), num_rows=len(chunk))
+                    fill_(batch, chunk, first_position=len(rows), num_rows=len(chunk))
                     self._decode(context, batch)
                 finally:
-                    library.llama_batch_free(batch)
+                    lib.llama_batch_free(batch)
                 shape = (len(chunk), self._vocab_size)
-                rows.extend(np.ctypeslib.as_array(library.llama_get_logits(context), shape=shape).copy())
+                rows.extend(np.ctypeslib.as_array(lib.llama_get_logits(context), shape=shape).copy())
         finally:
-            library.llama_free(context)
+            lib.llama_free(context)
         return np.stack(rows)
 
     def close(self) -> None:
         if self._context is not None:
-            _library().llama_free(self._context)
+            library().llama_free(self._context)
             self._context = None
         if self._model is not None:
-            _library().llama_model_free(self._model)
+            library().llama_model_free(self._model)
             self._model = None
 
     @property
     def _vocab_size(self) -> int:
-        return int(_library().llama_vocab_n_tokens(self._vocab))
+        return int(library().llama_vocab_n_tokens(self._vocab))
 
     def _new_context(self, num_tokens: int, *, max_outputs: int) -> Any:
-        return _new_context(
+        return new_context(
             self._model,
             num_tokens,
             max_outputs=max_outputs,
@@ -196,27 +187,27 @@ class LlamaCppSession:
         )
 
     def _decode(self, context: Any, batch: Any) -> None:
-        self._check(_library().llama_decode(context, batch))
+        self._check(library().llama_decode(context, batch))
 
     def _check(self, status: int) -> None:
         if status != 0:
-            raise Unsupported(f"llama.cpp failed ({status}) on {self._workload.describe()}: {_reason()}")
+            raise Unsupported(f"llama.cpp failed ({status}) on {self._workload.describe()}: {reason()}")
 
 
 class LlamaCppReader:
     """One model and one context; see `dilap.backends.Reader`."""
 
     def __init__(self, path: Path, *, threads: int, kv_cache: str = "f16") -> None:
-        self._model, self._threads, self._kv_cache = _load_model(path), threads, kv_cache
+        self._model, self._threads, self._kv_cache = load_model(path), threads, kv_cache
         self._context: Any = None
-        self._batch = _library().llama_batch_init(MAX_READ_TOKENS, 0, 1)
-        self.max_tokens = int(_library().llama_model_n_ctx_train(self._model))
-        self.vocab_size = int(_library().llama_vocab_n_tokens(_library().llama_model_get_vocab(self._model)))
+        self._batch = library().llama_batch_init(MAX_READ_TOKENS, 0, 1)
+        self.max_tokens = int(library().llama_model_n_ctx_train(self._model))
+        self.vocab_size = int(library().llama_vocab_n_tokens(library().llama_model_get_vocab(self._model)))
 
     def reserve(self, num_tokens: int) -> None:
         self._free_context_()
         at_once = min(num_tokens, MAX_READ_TOKENS)
-        self._context = _new_context(
+        self._context = new_context(
             self._model,
             num_tokens,
             max_outputs=at_once,
@@ -226,42 +217,24 @@ class LlamaCppReader:
         )
 
     def read(self, token_ids: Sequence[int], *, start: int, num_rows: int) -> NDArray[np.float32]:
-        library = _library()
-        library.llama_memory_seq_rm(library.llama_get_memory(self._context), 0, start, -1)
-        _fill_(self._batch, token_ids, first_position=start, num_rows=num_rows)
-        if (status := library.llama_decode(self._context, self._batch)) != 0:
-            raise Unsupported(f"llama.cpp failed ({status}) on {len(token_ids)} tokens at {start}: {_reason()}")
-        return np.ctypeslib.as_array(library.llama_get_logits(self._context), shape=(num_rows, self.vocab_size)).copy()
+        lib = library()
+        lib.llama_memory_seq_rm(lib.llama_get_memory(self._context), 0, start, -1)
+        fill_(self._batch, token_ids, first_position=start, num_rows=num_rows)
+        if (status := lib.llama_decode(self._context, self._batch)) != 0:
+            raise Unsupported(f"llama.cpp failed ({status}) on {len(token_ids)} tokens at {start}: {reason()}")
+        return np.ctypeslib.as_array(lib.llama_get_logits(self._context), shape=(num_rows, self.vocab_size)).copy()
 
     def close(self) -> None:
         self._free_context_()
         if self._model is not None:
-            _library().llama_batch_free(self._batch)
-            _library().llama_model_free(self._model)
+            library().llama_batch_free(self._batch)
+            library().llama_model_free(self._model)
             self._model = None
 
     def _free_context_(self) -> None:
         if self._context is not None:
-            _library().llama_free(self._context)
+            library().llama_free(self._context)
             self._context = None
-
-
-@functools.cache
-def _library() -> Any:
-    library = importlib.import_module("llama_cpp.llama_cpp")
-    library.llama_backend_init()
-    return library
-
-
-@functools.cache
-def _log_callback() -> Any:
-    """Kept for the life of the process: llama.cpp holds a bare pointer to it."""
-
-    def record(level: int, text: bytes, _: object) -> None:
-        if level == _ERROR_LEVEL:
-            _errors.append(text.decode("utf-8", "replace").strip())
-
-    return _library().llama_log_callback(record)
 
 
 def _setting(workload: Workload, switch: str) -> str:
@@ -269,70 +242,6 @@ def _setting(workload: Workload, switch: str) -> str:
     return workload.switches.get(switch, _SWITCHES[switch][0])
 
 
-def _load_model(path: Path, *, repack: bool = True) -> Any:
-    if not path.is_file():
-        raise InvalidInput(f"{path}: no such file")
-    read_header(path)  # llama.cpp takes a damaged header's word for counts
-    _library().llama_log_set(_log_callback(), None)
-    params = _library().llama_model_default_params()
-    params.load_mode = _library().LLAMA_LOAD_MODE_MMAP  # one file open twice shares its pages
-    params.n_gpu_layers = 0
-    params.use_extra_bufts = repack
-    _errors.clear()
-    model = _library().llama_model_load_from_file(str(path).encode(), params)
-    if not model:
-        raise InvalidInput(f"{path}: llama.cpp cannot load it: {_reason()}")
-    return model
-
-
-def _new_context(
-    model: Any,
-    num_tokens: int,
-    *,
-    max_outputs: int,
-    threads: int,
-    batch_tokens: int | None = None,
-    flash_attention: str = "auto",
-    kv_cache: str = "f16",
-) -> Any:
-    """`max_outputs` sizes the logits buffer; all tokens are one batch unless `batch_tokens` says less."""
-    params = _library().llama_context_default_params()
-    params.n_ctx, params.n_batch = num_tokens, batch_tokens or num_tokens
-    params.n_ubatch, params.n_outputs_max = params.n_batch, max_outputs
-    params.n_threads = params.n_threads_batch = threads
-    params.flash_attn_type = _FLASH_ATTENTION[flash_attention]
-    params.type_k = params.type_v = _CACHE_TYPES[kv_cache]
-    context = _library().llama_init_from_model(model, params)
-    if not context:
-        raise Unsupported(f"llama.cpp could not make a context of {num_tokens} tokens: {_reason()}")
-    return context
-
-
-def _reason() -> str:
-    """llama.cpp's own words: the first error is the cause, the rest say where it was noticed."""
-    first = next(iter(_errors), "it gave no reason")
-    return first.partition("error loading model: ")[2] or first
-
-
 def _random_tokens(count: int, *, vocab_size: int) -> list[int]:
     draw = random.Random(0)
     return [draw.randrange(vocab_size) for _ in range(count)]
-
-
-def _batch(tokens: Sequence[int]) -> Any:
-    """Tokens that continue sequence 0, with logits for the last one only."""
-    array = (ctypes.c_int32 * len(tokens))(*tokens)
-    batch = _library().llama_batch_get_one(array, len(tokens))
-    batch.owner = array  # the batch only points to it
-    return batch
-
-
-def _fill_(batch: Any, tokens: Sequence[int], *, first_position: int, num_rows: int) -> None:
-    """Tokens of sequence 0 with logits for the last `num_rows`."""
-    batch.n_tokens = len(tokens)
-    for index, token in enumerate(tokens):
-        batch.token[index] = token
-        batch.pos[index] = first_position + index
-        batch.n_seq_id[index] = 1
-        batch.seq_id[index][0] = 0
-        batch.logits[index] = index >= len(tokens) - num_rows

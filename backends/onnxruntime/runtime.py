@@ -1,9 +1,6 @@
 """ONNX Runtime on the CPU: decoders with the KV cache as inputs and outputs."""
 
-import importlib
-import importlib.metadata
 import json
-import os
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -13,22 +10,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dilap.backends.onnxruntime.library import NO_FLASH, SPINNING, library, open_session
 from dilap.core.bounds import MAX_TOKENS
 from dilap.core.codec import read_json
 from dilap.core.documents import value_at
-from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.errors import InvalidInput, Unavailable, Unsupported
 from dilap.core.rules import Capabilities
 from dilap.core.shape import Architecture
 from dilap.core.workload import Workload
 
-_FATAL_LEVEL = 4  # what it logs below that it raises too
 _PAST, _PRESENT = "past_key_values.", "present."
 # One token's attention in ONNX Runtime 1.31 on x86-64: 40 us a layer of SmolLM2-135M with 256 tokens before it, 23 us
 # without flash attention (306 and 191 us with 2048); a prompt is read faster with it from 1024 tokens on. Threads that
 # do not spin while they wait for work are woken for every operator.
 _SWITCHES = {"flash_attention": ("on", "off"), "spinning": ("on", "off")}
-_NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
-_SPINNING = "session.intra_op.allow_spinning"
 _MAX_TOKENS = 4096  # what the rotary tables of the models hold that a latency table is measured on
 
 
@@ -43,17 +38,17 @@ class OnnxRuntime:
 
     def unavailable(self) -> str | None:
         try:
-            _library()
-        except (ImportError, OSError) as error:
-            return f"ONNX Runtime is not usable here ({error}); pip install onnxruntime"
+            library()
+        except (Unavailable, OSError) as error:
+            return str(error)
         return None
 
     def version(self) -> str:
-        return str(_library().__version__)
+        return str(library().__version__)
 
     def build(self) -> str:
         """Kernels are chosen by the processor at run time; what differs between builds are the providers."""
-        return f"{_library().get_build_info()}, providers {', '.join(_library().get_available_providers())}"
+        return f"{library().get_build_info()}, providers {', '.join(library().get_available_providers())}"
 
     def precisions(self) -> tuple[str, ...]:
         return ("f32", "int8", "int4")
@@ -65,12 +60,12 @@ class OnnxRuntime:
         lines = ["options = onnxruntime.SessionOptions()", f"options.intra_op_num_threads = {workload.threads}"]
         options = {"intra_op_num_threads": str(workload.threads)}
         if _setting(workload, "spinning") == "off":
-            lines.append(f'options.add_session_config_entry("{_SPINNING}", "0")')
-            options[_SPINNING] = "0"
+            lines.append(f'options.add_session_config_entry("{SPINNING}", "0")')
+            options[SPINNING] = "0"
         lines.append(f'onnxruntime.InferenceSession("{file}", options)')
         found = {"python": "; ".join(lines), "genai_config.json": f"session_options: {json.dumps(options)}"}
         if _setting(workload, "flash_attention") == "off":
-            found["environment"] = f"{_NO_FLASH}=1"
+            found["environment"] = f"{NO_FLASH}=1"
         return found
 
     def cache_bits(self, workload: Workload) -> float:  # noqa: ARG002  (the exported graphs keep floats)
@@ -166,7 +161,7 @@ class _Model:
     """An inference session of a decoder, and how its inputs and outputs are bound."""
 
     def __init__(self, path: Path, *, threads: int, flash_attention: str = "on", spinning: str = "on") -> None:
-        self._session: Any = _open(path, threads, flash_attention=flash_attention, spinning=spinning)
+        self._session: Any = open_session(path, threads=threads, flash_attention=flash_attention, spinning=spinning)
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self.vocab_size = self._read_vocab_size(path)
 
@@ -222,43 +217,14 @@ def _context_length(path: Path) -> int:
     return length
 
 
-def _library() -> Any:
-    return importlib.import_module("onnxruntime")
-
-
 def _setting(workload: Workload, switch: str) -> str:
     """The value of a switch, ONNX Runtime's own default where the workload does not name it."""
     return workload.switches.get(switch, _SWITCHES[switch][0])
 
 
-def _open(path: Path, threads: int, *, flash_attention: str, spinning: str) -> Any:
-    """An inference session whose switches are `on` or `off`.
-
-    Raises InvalidInput, in one line, where the file or its data is damaged.
-    """
-    if not path.is_file():
-        raise InvalidInput(f"{path}: no such file")
-    options = _library().SessionOptions()
-    options.log_severity_level = _FATAL_LEVEL
-    options.intra_op_num_threads = threads
-    # Threads spin while a model runs, not between two samples, when another model is being timed.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry(_SPINNING, str(int(spinning == "on")))
-    os.environ[_NO_FLASH] = str(int(flash_attention == "off"))  # read by the attention operators when they are made
-    try:
-        return _library().InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # it has a dozen types, which share no base of their own
-        raise InvalidInput(f"{path}: ONNX Runtime cannot load it: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """Its own words: `[ONNXRuntimeError] : 1 : FAIL : words`."""
-    return " ".join(str(error).split()).split(" : ", 3)[-1]
-
-
 def _tensor(array: NDArray[np.generic]) -> Any:
     """Shares the array's memory."""
-    return _library().OrtValue.ortvalue_from_numpy(array)
+    return library().OrtValue.ortvalue_from_numpy(array)
 
 
 def _random_tokens(count: int, *, vocab_size: int) -> list[int]:

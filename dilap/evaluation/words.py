@@ -6,8 +6,8 @@ from typing import Protocol
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dilap.backends.child import opened
+from dilap.backends.llamacpp.file import Gguf
 from dilap.core.errors import InvalidInput
-from dilap.export.gguf.library import Gguf
 from dilap.models.pretrained import from_pretrained
 
 

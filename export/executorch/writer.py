@@ -11,12 +11,13 @@ import torch
 
 from dilap.backends.child import opened
 from dilap.backends.executorch.bindings import bindings
+from dilap.backends.executorch.program import Program
+from dilap.backends.executorch.tokenizer import ExecuTorchTokenizer
 from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, file_sha256, write_json, written_aside
 from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed
 from dilap.core.shape import Architecture
 from dilap.export.executorch.header import GROUP_SIZE, Header, header_of, probe_header
-from dilap.export.executorch.program_file import ExecuTorchTokenizer, Pte
 from dilap.export.hf_tokenizer import read_tokenizer
 from dilap.export.random_weights import RandomWeights
 from dilap.export.text_samples import SAMPLES
@@ -131,7 +132,7 @@ def _verify_method(
     path: Path, method: str, model: "PreTrainedModel", token_ids: Sequence[int], *, precision: str
 ) -> float:
     """SQNR in dB. Raises VerificationFailed below the precision's bound."""
-    with opened(Pte, path, runtime="executorch", method=method) as file:
+    with opened(Program, path, runtime="executorch", method=method) as file:
         name = f"{method} of {path.name} in {precision}"
         return verify_logits(model, file, token_ids, bound_db=SQNR_BOUNDS_DB[precision], name=name)
 

@@ -11,8 +11,8 @@ import gguf
 from gguf import GGUFValueType, TokenType
 
 from dilap.backends.child import opened
+from dilap.backends.llamacpp.file import Gguf
 from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed, reason_of
-from dilap.export.gguf.library import Gguf
 from dilap.export.text_samples import SAMPLES
 from dilap.models.pretrained import from_pretrained, require_sound_gguf
 

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from dilap.backends.child import called, opened
+from dilap.backends.llamacpp import file as llamacpp
 from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, file_sha256, write_json, written_aside
 from dilap.core.errors import InvalidInput, Unsupported
 from dilap.core.shape import Architecture
-from dilap.export.gguf import library as llamacpp
 from dilap.export.gguf.layout import Hyperparameters, Layout, TensorSpec, hyperparameters, layout_of
 from dilap.export.gguf.tokenizer import NO_TOKENIZER, Tokenizer, read_tokenizer, verify_tokenizer
 from dilap.export.random_weights import RandomWeights

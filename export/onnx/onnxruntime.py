@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from dilap.backends.child import opened
+from dilap.backends.onnxruntime.file import OnnxFile
 from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, file_sha256, write_json, written_aside
 from dilap.core.errors import Unsupported
 from dilap.core.shape import Architecture
 from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
-from dilap.export.onnx.file import OnnxFile
 from dilap.export.onnx.graph import build_model
 from dilap.export.onnx.hyperparameters import Hyperparameters, hyperparameters, probe_hyperparameters
 from dilap.export.onnx.matrices import Storage

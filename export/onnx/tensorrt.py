@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from dilap.backends.child import called, opened
+from dilap.backends.onnxruntime.file import OnnxFile
 from dilap.backends.tensorrt.builder import CHECKED_TARGETS
 from dilap.backends.tensorrt.recipe import MAX_TOKENS, RECIPE_FILE, CacheInput, Recipe
 from dilap.core.artifact import Artifact
@@ -19,7 +20,6 @@ from dilap.core.errors import Crashed, InvalidInput, Unavailable, Unsupported
 from dilap.core.shape import Architecture
 from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.onnx.emitter import Values
-from dilap.export.onnx.file import OnnxFile
 from dilap.export.onnx.graph import build_model
 from dilap.export.onnx.hyperparameters import Hyperparameters, hyperparameters, probe_hyperparameters
 from dilap.export.onnx.tensorrt_report import CompileReport, compiled, one_layer_a_width

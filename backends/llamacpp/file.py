@@ -1,8 +1,6 @@
-"""llama.cpp as far as an exporter needs it: tokens, logits and the quantiser, its log turned into our errors."""
+"""A GGUF file as an exporter checks it and a tokenizer reads it: tokens, logits, and the quantiser."""
 
-import collections
 import ctypes
-import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,79 +10,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dilap.core.errors import InvalidInput, Unavailable
+from dilap.backends.llamacpp.library import collect_errors, fill_, library, load_model, new_context, reason
+from dilap.core.errors import InvalidInput, Unsupported
 
-ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 NO_VOCABULARY = 0  # LLAMA_VOCAB_TYPE_NONE
 FILE_TYPES = {"q8_0": 7, "q4_0": 2}  # LLAMA_FTYPE_MOSTLY_*
 
-_errors: collections.deque[str] = collections.deque(maxlen=20)
-
-
-@functools.cache
-def library() -> Any:
-    """The low-level llama_cpp module. Raises Unavailable where it is not installed."""
-    try:
-        import llama_cpp  # noqa: PLC0415
-    except ImportError as error:
-        raise Unavailable("llama.cpp is needed to check a GGUF file; pip install 'dilap[llamacpp]'") from error
-    llama_cpp.llama_backend_init()
-    return llama_cpp
-
-
-@functools.cache
-def _log_callback() -> Any:
-    """Kept for the life of the process: llama.cpp holds a bare pointer to it."""
-
-    def keep(level: int, text: bytes, _: object) -> None:
-        if level == ERROR_LEVEL:
-            _errors.append(text.decode(errors="replace").strip())
-
-    return library().llama_log_callback(keep)
-
-
-def _collect_errors() -> None:
-    """Send llama.cpp's log here, and forget what it said before."""
-    library().llama_log_set(_log_callback(), None)
-    _errors.clear()
-
-
-def _reason() -> str:
-    """llama.cpp's own words: the first error, without the name of the C++ function that logged it."""
-    first = next(iter(_errors), "llama.cpp gave no reason")
-    return first.partition("error loading model: ")[2] or first.partition(": ")[2] or first
-
 
 class Gguf:
-    """A GGUF file opened by llama.cpp on the CPU; `num_tokens` is the longest input of `logits`."""
+    """A GGUF file opened by llama.cpp on the CPU; `num_tokens` is the longest input of `logits`.
+
+    With an f32 KV cache and without flash attention, so that only the weights' precision is seen in the logits.
+    """
 
     def __init__(self, path: Path, *, vocab_only: bool = False, num_tokens: int = 0) -> None:
         """Raises InvalidInput, in one line, where a tensor or a key is missing or wrong."""
         self._context: Any = None
-        self._lib = lib = library()
-        _collect_errors()
-        params = lib.llama_model_default_params()
-        params.vocab_only, params.n_gpu_layers = vocab_only, 0
-        self._model: Any = lib.llama_model_load_from_file(os.fsencode(path), params)
-        if not self._model:
-            raise InvalidInput(f"{path}: llama.cpp cannot load it: {_reason()}")
-        self._vocab = lib.llama_model_get_vocab(self._model)
+        self._lib = library()
+        self._model: Any = load_model(path, vocab_only=vocab_only)
+        self._vocab = self._lib.llama_model_get_vocab(self._model)
         self._num_tokens = num_tokens
-        if num_tokens:
-            self._context = lib.llama_init_from_model(self._model, self._context_params(num_tokens))
-            if not self._context:
-                self.close()
-                raise InvalidInput(f"{path}: llama.cpp cannot run it: {_reason()}")
-
-    def _context_params(self, num_tokens: int) -> Any:
-        """f32 KV cache and no flash attention, so that only the weights' precision is seen in the logits."""
-        params = self._lib.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = num_tokens
-        params.type_k = params.type_v = self._lib.GGML_TYPE_F32
-        params.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         # Half the cores: with all of them llama.cpp's spinning threads collapse under any other load (27 -> 730 ms).
-        params.n_threads = params.n_threads_batch = max(1, (os.cpu_count() or 2) // 2)
-        return params
+        threads = max(1, (os.cpu_count() or 2) // 2)
+        if num_tokens:
+            try:
+                self._context = new_context(
+                    self._model,
+                    num_tokens,
+                    max_outputs=num_tokens,
+                    threads=threads,
+                    flash_attention="off",
+                    kv_cache="f32",
+                )
+            except Unsupported as error:
+                self.close()
+                raise InvalidInput(f"{path}: llama.cpp cannot run it: {error}") from error
 
     def __enter__(self) -> "Gguf":
         return self
@@ -141,12 +101,9 @@ class Gguf:
     def _decode(self, token_ids: Sequence[int], *, start: int) -> NDArray[np.float32]:
         batch = self._lib.llama_batch_init(len(token_ids), 0, 1)
         try:
-            batch.n_tokens = len(token_ids)
-            for i, token in enumerate(token_ids):
-                batch.token[i], batch.pos[i], batch.logits[i] = token, start + i, True
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            fill_(batch, token_ids, first_position=start, num_rows=len(token_ids))
             if self._lib.llama_decode(self._context, batch) != 0:
-                raise InvalidInput(f"llama.cpp cannot run the model: {_reason()}")
+                raise InvalidInput(f"llama.cpp cannot run the model: {reason()}")
         finally:
             self._lib.llama_batch_free(batch)
         values = self._lib.llama_get_logits(self._context)
@@ -161,8 +118,8 @@ def validate(path: Path) -> None:
 def quantise(source: Path, target: Path, *, precision: str, file_type: int) -> None:
     """Write the f16 or f32 GGUF `source` as `precision`, llama.cpp's `file_type`, with its own quantiser."""
     lib = library()
-    _collect_errors()
+    collect_errors()
     params = lib.llama_model_quantize_default_params()
     params.ftype, params.nthread = file_type, os.cpu_count() or 1
     if lib.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)) != 0:
-        raise InvalidInput(f"llama.cpp cannot write {target.name} as {precision}: {_reason()}")
+        raise InvalidInput(f"llama.cpp cannot write {target.name} as {precision}: {reason()}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dilap.core.errors import InvalidInput, Unavailable, reason_of
+from dilap.backends.onnxruntime.library import open_session
 
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -19,20 +19,7 @@ class OnnxFile:
 
     def __init__(self, path: Path, *, optimised: bool = True) -> None:
         """Raises InvalidInput, in one line, where ONNX Runtime refuses the file."""
-        try:
-            import onnxruntime  # noqa: PLC0415
-        except ImportError as error:
-            raise Unavailable("ONNX Runtime is needed to check a file; pip install 'dilap[onnxruntime]'") from error
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what it logs, it raises
-        options.intra_op_num_threads = max(1, (os.cpu_count() or 2) // 2)
-        if not optimised:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        try:
-            self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # it has a dozen types, which share no base of their own
-            raise InvalidInput(f"{path}: ONNX Runtime cannot load it: {reason_of(error)}") from error
+        self._session: Any = open_session(path, threads=max(1, (os.cpu_count() or 2) // 2), optimised=optimised)
 
     def __enter__(self) -> "OnnxFile":
         return self
