@@ -21,6 +21,7 @@ from dilap.core.workload import Workload
 from dilap.evaluation.local_task import _read as read_rows
 from dilap.export.gguf.tokenizer import _from_gguf
 from dilap.job import comparison, result
+from dilap.job.options import command_line
 from dilap.models.load import load
 from dilap.models.pretrained import require_sound_gguf
 from dilap.models.text_files import read_text
@@ -99,7 +100,7 @@ def use_run(folder: Path) -> None:
     tables.to_csv(rows)
     for run in contents.runs:
         assert result.table(run.result)
-        assert tables.command(run.result)
+        assert command_line(run.result)
     for row in rows:
         assert row.seconds > 0
         assert row.perplexity >= 0

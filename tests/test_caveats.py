@@ -19,6 +19,7 @@ from dilap.core.measurement import Measurement
 from dilap.core.shape import Architecture
 from dilap.job import result
 from dilap.job.bench import describe_errors
+from dilap.job.options import command_line
 from dilap.profilers import intervals
 from dilap.profilers.profiler import Case, Profiler
 from dilap.report import inputs, summary, tables
@@ -183,7 +184,7 @@ def test_an_estimate_claims_nothing_that_was_not_measured(
     row = list(csv.DictReader(shown(run, capsys, "--csv", "-").splitlines()))[1]
     empty = ("seconds_low", "seconds_high", "of_dense_low", "of_dense_high", "peak_memory_bytes")
     assert {row[name] for name in empty} == {""}
-    assert "--estimate" in tables.command(found)
+    assert "--estimate" in command_line(found)
 
 
 def test_a_report_of_estimates_calls_nothing_measured(pruned: Prune, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,8 @@ from fake_job import FinishedJob, call, last_line
 
 from dilap.cli import prune, report
 from dilap.core.codec import decode, encode, read_json, write_json
+from dilap.job.options import JobOptions, command_line
 from dilap.job.result import PruneResult
-from dilap.job.stages import JobOptions
 from dilap.profilers.devices import device as devices
 from dilap.report import inputs, summary, tables
 from dilap.report.figures import figures
@@ -134,7 +134,7 @@ def test_json_on_standard_output_is_json_alone(run: Path, capsys: pytest.Capture
 
 def test_the_command_asks_for_the_same_job(finished: FinishedJob) -> None:
     result = decode(PruneResult, read_json(finished.run / "result.json"), source="result.json")
-    words = tables.command(result).split()
+    words = command_line(result).split()
     model, text = str(finished.checkpoint), str(finished.corpus)
     wanted = {"--budget": "70%", "--model": model, "--calib": text, "--recover-steps": "3"}
     assert {flag: words[words.index(flag) + 1] for flag in wanted} == wanted
@@ -154,13 +154,13 @@ def test_every_option_of_a_job_is_in_its_command(finished: FinishedJob) -> None:
     options = options_of(f"{job} {timed} {search} {text}".split())
     result = decode(PruneResult, read_json(finished.run / "result.json"), source="result.json")
     result = replace(result, target=options.target, budget=options.budget, options=asdict(options))
-    assert options_of(shlex.split(tables.command(result))[1:]) == options
+    assert options_of(shlex.split(command_line(result))[1:]) == options
 
 
 def test_the_command_of_a_job_of_defaults_asks_for_it_too(finished: FinishedJob) -> None:
     options = options_of(["--target", "host_cpu", "--budget", "70%"])
     result = decode(PruneResult, read_json(finished.run / "result.json"), source="result.json")
-    words = shlex.split(tables.command(replace(result, options=asdict(options))))[1:]
+    words = shlex.split(command_line(replace(result, options=asdict(options))))[1:]
     assert options_of(words) == options
     assert {word for word in words if word.startswith("--")} == {
         "--target",

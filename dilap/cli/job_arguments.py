@@ -1,16 +1,16 @@
 """Arguments of the commands that prune, and the job that they ask for."""
 
 import argparse
+import inspect
 from typing import TYPE_CHECKING
 
 from dilap.cli import arguments
-from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
 from dilap.profilers.devices.device import Device
 from dilap.search.layouts import LAYOUTS
 
 if TYPE_CHECKING:
-    from dilap.job.stages import JobOptions
+    from dilap.job.options import JobOptions
 
 
 def add_search(made: argparse.ArgumentParser) -> None:
@@ -78,37 +78,8 @@ def job_options(
     settings: dict[str, str] | None = None,
 ) -> "JobOptions":
     """Raises InvalidInput for impossible values."""
-    backend = arguments.backend_of(given, device=device)
-    workload = arguments.workload_of(given, device=device, backend=backend)
-    from dilap.job.stages import JobOptions  # torch and transformers: seconds that bad input should not cost
-    from dilap.models.distil import RecoveryOptions
-    from dilap.models.text import CalibrationOptions
-    from dilap.search.library import LibraryOptions
-    from dilap.search.method import LevelOptions
-    from dilap.search.task import SearchOptions
+    from dilap.job import options  # torch and transformers: seconds that bad input should not cost
 
-    if given.step == 0:
-        raise InvalidInput("--step is a share of the dense latency above 0")
-    return JobOptions(
-        budget=budget,
-        model=given.model,
-        target=given.target,
-        backend=backend,
-        workload=workload,
-        force=given.force,
-        estimate=given.estimate,
-        configuration=given.configuration,
-        threads_tried=arguments.threads_tried(given, device=device),
-        layout=given.layout,
-        method=method,
-        settings=settings or {},
-        table=given.table,
-        calibration=CalibrationOptions(source=given.calib, sequence_length=given.calib_length, seed=given.seed),
-        evaluation_text=given.eval_text,
-        levels=LevelOptions(
-            library=LibraryOptions(order=given.importance),
-            search=SearchOptions(step=given.step, evaluations=given.evaluations, seed=given.seed),
-        ),
-        recovery=RecoveryOptions(mode=given.recover, steps=given.recover_steps, seed=given.seed),
-        seed=given.seed,
-    )
+    known = set(inspect.signature(options.job_options).parameters) - {"device", "budget", "method", "settings"}
+    chosen = {name: value for name, value in vars(given).items() if name in known}
+    return options.job_options(device=device, budget=budget, method=method, settings=settings or {}, **chosen)

@@ -16,7 +16,7 @@ from dilap.methods import METHODS
 from dilap.profilers.devices.device import DEVICES, Device
 
 if TYPE_CHECKING:
-    from dilap.job.stages import JobOptions
+    from dilap.job.options import JobOptions
 
 _EXAMPLES = """\
   dilap-prune --target host_cpu --budget 70%

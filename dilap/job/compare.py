@@ -14,10 +14,10 @@ from dilap.core.progress import Progress
 from dilap.core.workload import Budget
 from dilap.job import comparison
 from dilap.job.comparison import Row
+from dilap.job.options import JobOptions
 from dilap.job.prune import named_inputs, prune, require_possible
 from dilap.job.result import PruneResult
 from dilap.job.run_folder import changes, held, remove_leftovers_below, tidy
-from dilap.job.stages import JobOptions
 from dilap.models.load import Source, load
 from dilap.profilers.devices.device import Device
 

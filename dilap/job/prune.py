@@ -12,10 +12,11 @@ from dilap.core.shape import Architecture
 from dilap.job.bench import Bench
 from dilap.job.estimated_bench import EstimatedBench
 from dilap.job.inputs import inputs_of
+from dilap.job.options import JobOptions
 from dilap.job.proof import claim
 from dilap.job.result import PruneResult
 from dilap.job.run_folder import Workspace
-from dilap.job.stages import JobOptions, Stages
+from dilap.job.stages import Stages
 from dilap.models.anatomy import architecture_of
 from dilap.models.context import require_context, require_sequences
 from dilap.models.load import Source, load

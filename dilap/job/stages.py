@@ -2,9 +2,8 @@
 
 import statistics
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -18,27 +17,25 @@ from dilap.core.plan import Plan, full_plan
 from dilap.core.rules import WidthRules
 from dilap.core.shape import Architecture
 from dilap.core.space import Space
-from dilap.core.workload import Budget, Workload
 from dilap.evaluation.subject import require_unchanged
 from dilap.job.bench import Bench, kept_configuration
 from dilap.job.estimated_bench import EstimatedBench
 from dilap.job.inputs import code_sha256
+from dilap.job.options import JobOptions
 from dilap.job.run_folder import Workspace
 from dilap.job.verdict import percent
 from dilap.models.anatomy import architecture_of
-from dilap.models.builtin import DEFAULT_MODEL
-from dilap.models.distil import RecoveryOptions
 from dilap.models.load import Source
 from dilap.models.reference import Teacher
 from dilap.models.tensor_file import load_tensors, save_tensors
-from dilap.models.text import Calibration, CalibrationOptions, calibration
+from dilap.models.text import Calibration, calibration
 from dilap.profilers.configuration import Configuration
 from dilap.profilers.profiler import budget_share
 from dilap.profilers.tables.fit import LatencyModel
 from dilap.profilers.tables.table import LatencyTable
 from dilap.search.layouts import Layout, build_space, width_rules
 from dilap.search.limit import Target
-from dilap.search.method import LevelOptions, Method, Pruned, PruneTask
+from dilap.search.method import Method, Pruned, PruneTask
 from dilap.search.pruned_file import load_pruned, save_pruned
 from dilap.search.weights import WeightCosts
 
@@ -50,42 +47,6 @@ AIM = 0.975
 _MOST_ALLOWED_FOR = 0.02
 _MAX_TABLE_ERROR = 0.10
 _MEASURE = "latency of the plans found"  # inside the pruning stage
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobOptions:
-    """What a run depends on: two runs with equal options are the same run.
-
-    The `fastest` configuration is looked for from the workload's own on, in the numbers of threads that are tried; a
-    `plain` one is the runtime's defaults.
-    """
-
-    budget: Budget
-    model: str = DEFAULT_MODEL
-    target: str = "host_cpu"
-    backend: str = "llamacpp"
-    workload: Workload = field(default_factory=Workload)
-    force: bool = False
-    estimate: bool = False
-    configuration: Literal["fastest", "plain"] = "fastest"
-    threads_tried: tuple[int, ...] = ()
-    layout: Layout | None = None
-    method: str = "dilap"
-    settings: dict[str, str] = field(default_factory=dict)
-    table: str | None = None
-    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
-    evaluation_text: str = "python-docs"
-    evaluation_sequences: int = 32
-    levels: LevelOptions = field(default_factory=LevelOptions)
-    recovery: RecoveryOptions = field(default_factory=RecoveryOptions)
-    seed: int = 0
-
-    @property
-    def text(self) -> CalibrationOptions:
-        """The calibration text, with as many more sequences to train on that recovery sees none too often."""
-        recovery, text = self.recovery, self.calibration
-        wanted = 0 if recovery.mode == "none" else recovery.steps * recovery.batch_tokens // text.sequence_length
-        return replace(text, train_sequences=max(text.train_sequences, wanted))
 
 
 @dataclass(frozen=True, kw_only=True)

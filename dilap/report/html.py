@@ -11,11 +11,12 @@ from markupsafe import Markup
 from dilap import __version__
 from dilap.core.codec import to_json
 from dilap.core.errors import Unavailable
+from dilap.job.options import command_line
 from dilap.job.result import PruneResult
 from dilap.job.verdict import percent
 from dilap.report.figure import Figure
 from dilap.report.inputs import Run
-from dilap.report.tables import Table, command, facts_table, figure_table
+from dilap.report.tables import Table, facts_table, figure_table
 
 _PAGE = Path(__file__).parent / "page"
 
@@ -52,7 +53,12 @@ def render(page: Page) -> str:
         evaluations=page.evaluations,
         devices=page.devices,
         reproductions=[
-            {"run": run.name, "command": command(run.result), "facts": facts_table(run)} for run in page.runs
+            {
+                "run": run.name,
+                "command": command_line(run.result),
+                "facts": facts_table(run),
+            }
+            for run in page.runs
         ],
         version=__version__,
         style=Markup((_PAGE / "style.css").read_text(encoding="utf-8")),  # noqa: S704 - our own file

@@ -2,15 +2,12 @@
 
 import csv
 import io
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
-from dilap.core.documents import value_at
 from dilap.core.measurement import Interval, Measurement
 from dilap.core.printable import csv_cell, markdown
 from dilap.evaluation.document import Evaluation, PhaseCosts
-from dilap.job.result import PruneResult
 from dilap.profilers import intervals
 from dilap.report.figure import Cell, Figure
 from dilap.report.inputs import Contents, Run
@@ -209,52 +206,6 @@ def _origin(measurement: Measurement) -> list[str]:
         return ["estimated", measurement.note]
     said = f"{measurement.started}, {len(measurement.samples_ns)} samples"
     return ["measured", "; ".join([said, *measurement.caveats])]
-
-
-# Options of a job by the flag that sets them; a flag at its default is left out.
-_FLAGS: Mapping[str, tuple[tuple[str, ...], Cell]] = {
-    "--model": (("model",), "smollm2-135m"),
-    "--backend": (("backend",), None),
-    "--phase": (("workload", "phase"), "decode"),
-    "--context": (("workload", "context"), 256),
-    "--prompt-tokens": (("workload", "prompt_tokens"), 128),
-    "--precision": (("workload", "precision"), None),
-    "--stat": (("budget", "statistic"), "p50"),
-    "--configuration": (("configuration",), "fastest"),
-    "--layout": (("layout",), None),
-    "--method": (("method",), "dilap"),
-    "--table": (("table",), None),
-    "--calib": (("calibration", "source"), "self"),
-    "--calib-length": (("calibration", "sequence_length"), 256),
-    "--eval-text": (("evaluation_text",), "python-docs"),
-    "--importance": (("levels", "library", "order"), "obs"),
-    "--step": (("levels", "search", "step"), 0.1),
-    "--evaluations": (("levels", "search", "evaluations"), 40),
-    "--recover": (("recovery", "mode"), "none"),
-    "--seed": (("seed",), 0),
-}
-
-
-def command(result: PruneResult) -> str:
-    """The dilap-prune that asks for the same job."""
-    words = ["dilap-prune", "--target", result.target]
-    budget = result.budget
-    asked = ["--ratio", f"{budget.ratio:g}"] if budget.ratio is not None else ["--budget", str(budget)]
-    words += asked
-    for flag, (path, default) in _FLAGS.items():
-        value = value_at(result.options, *path)
-        if value is not None and value != default:
-            words += [flag, str(value)]
-    tried = value_at(result.options, "threads_tried") or [value_at(result.options, "workload", "threads")]
-    if isinstance(tried, list | tuple) and len(tried) == 1 and tried[0] is not None:  # several are the default
-        words += ["--threads", str(tried[0])]
-    if value_at(result.options, "recovery", "mode") not in (None, "none"):
-        words += ["--recover-steps", str(value_at(result.options, "recovery", "steps"))]
-    words += [f"--{name}" for name in ("force", "estimate") if result.options.get(name)]
-    settings = value_at(result.options, "settings")
-    for name, value in settings.items() if isinstance(settings, Mapping) else ():
-        words += ["--set", f"{name}={value}"]
-    return shlex.join(words)
 
 
 def notes(contents: Contents) -> list[str]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from dilap.models.anatomy import decoder_layers
 from dilap.models.compute import compute_precision
+from dilap.models.families import family_of
 from dilap.models.reference import Teacher
 from dilap.models.statistics import LayerCall, layer_calls
 from dilap.search.allocation import Config
@@ -79,16 +81,18 @@ def refit_sequentially(
     Dense and pruned hidden states run side by side, layer by layer. For a sublayer with pruned inputs x, dense output
     y and residual streams r (dense) and r' (pruned), the projection minimises |W x - (y + correction (r - r'))|^2 +
     ridge |W - W_library|^2: later sublayers make up for earlier ones, which the library, fitted on dense inputs,
-    cannot know. `net` is left dense.
+    cannot know. `net` is left dense. Raises Unsupported for a family that does more than add its sublayers' outputs.
     """
     net.close()
+    scale = family_of(net.model.config).residual_scale(net.model.config)
     calls = layer_calls(net.model, tokens, batch_tokens=options.batch_tokens)
     dense_states = [call.hidden for call in calls]
     pruned_states = [call.hidden for call in calls]
     weights: dict[str, torch.Tensor] = {}
     for number, layer in enumerate(decoder_layers(net.model)):
         indices = [i for i, sublayer in enumerate(net.sublayers) if sublayer.layer == number]
-        traces = [_trace(layer, call, state, net, indices) for call, state in zip(calls, dense_states, strict=True)]
+        trace_of = partial(_trace, layer, net=net, indices=indices, scale=scale)
+        traces = list(map(trace_of, calls, dense_states))
         for i in indices:
             fit = net.library[i][config[i]]
             net.write(i, fit.columns, fit.weight)
@@ -98,15 +102,16 @@ def refit_sequentially(
             if len(fit.columns) == 0:
                 continue
             problem = _Problem(fit.weight, fit.columns, net.biases[i], ridge=options.ridge)
-            found = [_trace(layer, call, state, net, indices) for call, state in zip(calls, pruned_states, strict=True)]
+            found = list(map(trace_of, calls, pruned_states))
             for here, trace in zip(found, traces, strict=True):
-                gap = trace.residuals[i] - here.residuals[i]
+                gap = (trace.residuals[i] - here.residuals[i]) / scale
                 problem.add(here.inputs[i], trace.outputs[i].float() + correction * gap.float())
             weights[net.sublayers[i].name] = solved = problem.solve()
             net.write(i, fit.columns, solved)
-            # What the layer would give now: every family adds its sublayers' outputs to the residual stream.
-            with compute_precision():
-                results = [here.residuals[i] + net.outs[i](here.inputs[i]).reshape(here.result.shape) for here in found]
+            with compute_precision():  # what the layer would give now
+                results = [
+                    here.residuals[i] + scale * net.outs[i](here.inputs[i]).reshape(here.result.shape) for here in found
+                ]
         dense_states = [trace.result for trace in traces]
         pruned_states = results
         for i in indices:
@@ -125,7 +130,10 @@ class _Trace:
     result: torch.Tensor
 
 
-def _trace(layer: nn.Module, call: LayerCall, state: torch.Tensor, net: Supernet, indices: Sequence[int]) -> _Trace:
+def _trace(
+    layer: nn.Module, call: LayerCall, state: torch.Tensor, *, net: Supernet, indices: Sequence[int], scale: float
+) -> _Trace:
+    """`scale` is what multiplies a sublayer's output where it joins the residual stream."""
     inputs: dict[int, torch.Tensor] = {}
     outputs: dict[int, torch.Tensor] = {}
 
@@ -145,7 +153,7 @@ def _trace(layer: nn.Module, call: LayerCall, state: torch.Tensor, net: Supernet
     residuals, stream = {}, state
     for index in indices:  # attention first: its output joins the stream that the FFN reads
         residuals[index] = stream
-        stream = stream + outputs[index]
+        stream = stream + scale * outputs[index]
     return _Trace(inputs=inputs, outputs=outputs, residuals=residuals, result=result)
 
 

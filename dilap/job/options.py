@@ -1,0 +1,189 @@
+"""What a prune job depends on, with the defaults of the command line and of the Python interface."""
+
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Literal
+
+from dilap.core.documents import value_at
+from dilap.core.errors import InvalidInput
+from dilap.core.workload import Budget, Phase, Workload
+from dilap.job.result import PruneResult
+from dilap.models.builtin import DEFAULT_MODEL
+from dilap.models.distil import Mode, RecoveryOptions
+from dilap.models.text import CalibrationOptions
+from dilap.profilers.configuration import thread_counts
+from dilap.profilers.devices.device import Device
+from dilap.search.layouts import Layout
+from dilap.search.library import LibraryOptions, Order
+from dilap.search.method import LevelOptions
+from dilap.search.task import SearchOptions
+
+_NONE: Mapping[str, str] = MappingProxyType({})
+_TIMED, _TEXT, _LIBRARY, _SEARCH, _RECOVERY = (
+    Workload(), CalibrationOptions(), LibraryOptions(), SearchOptions(), RecoveryOptions()
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """What a run depends on: two runs with equal options are the same run.
+
+    The `fastest` configuration is looked for from the workload's own on, in the numbers of threads that are tried; a
+    `plain` one is the runtime's defaults.
+    """
+
+    budget: Budget
+    model: str = DEFAULT_MODEL
+    target: str = "host_cpu"
+    backend: str = "llamacpp"
+    workload: Workload = field(default_factory=Workload)
+    force: bool = False
+    estimate: bool = False
+    configuration: Literal["fastest", "plain"] = "fastest"
+    threads_tried: tuple[int, ...] = ()
+    layout: Layout | None = None
+    method: str = "dilap"
+    settings: dict[str, str] = field(default_factory=dict)
+    table: str | None = None
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    evaluation_text: str = "python-docs"
+    evaluation_sequences: int = 32
+    levels: LevelOptions = field(default_factory=LevelOptions)
+    recovery: RecoveryOptions = field(default_factory=RecoveryOptions)
+    seed: int = 0  # of everything that draws: text, search, methods, recovery
+
+    def __post_init__(self) -> None:
+        search = replace(self.levels.search, seed=self.seed)
+        seeded = {
+            "calibration": replace(self.calibration, seed=self.seed),
+            "levels": replace(self.levels, search=search),
+            "recovery": replace(self.recovery, seed=self.seed),
+        }
+        for name, value in seeded.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def text(self) -> CalibrationOptions:
+        """The calibration text, with as many more sequences to train on that recovery sees none too often."""
+        recovery, text = self.recovery, self.calibration
+        wanted = 0 if recovery.mode == "none" else recovery.steps * recovery.batch_tokens // text.sequence_length
+        return replace(text, train_sequences=max(text.train_sequences, wanted))
+
+
+def job_options(
+    *,
+    device: Device,
+    budget: Budget,
+    model: str = DEFAULT_MODEL,
+    method: str = "dilap",
+    settings: Mapping[str, str] = _NONE,
+    backend: str | None = None,
+    phase: Phase = "decode",
+    context: int = _TIMED.context,
+    prompt_tokens: int = _TIMED.prompt_tokens,
+    precision: str | None = None,
+    threads: int | None = None,
+    configuration: Literal["fastest", "plain"] = "fastest",
+    layout: Layout | None = None,
+    table: str | None = None,
+    importance: Order = _LIBRARY.order,
+    step: float = _SEARCH.step,
+    evaluations: int = _SEARCH.evaluations,
+    calib: str = _TEXT.source,
+    calib_length: int = _TEXT.sequence_length,
+    eval_text: str = "python-docs",
+    recover: Mode = _RECOVERY.mode,
+    recover_steps: int = _RECOVERY.steps,
+    seed: int = 0,
+    estimate: bool = False,
+    force: bool = False,
+) -> JobOptions:
+    """The job that these options of `dilap-prune` ask for on a device; `--help` says what each of them is.
+
+    What is None is what the device has by default: its first runtime, what ships there in it, all physical cores and
+    fewer tried. Raises InvalidInput for impossible values.
+    """
+    if not (math.isfinite(step) and 0 < step <= 1):
+        raise InvalidInput(f"--step is a share of the dense latency above 0, got {step:g}")
+    backend = backend or next(iter(device.backends))
+    tried = thread_counts(device.default_threads()) if threads is None else (threads,)
+    try:
+        workload = Workload(
+            phase=phase,
+            prompt_tokens=prompt_tokens,
+            context=context,
+            precision=precision or device.default_precision(backend),
+            threads=device.default_threads() if threads is None else threads,
+        )
+    except ValueError as error:
+        raise InvalidInput(str(error)) from error
+    search = SearchOptions(step=step, evaluations=evaluations)
+    return JobOptions(
+        budget=budget,
+        model=model,
+        target=device.label,
+        backend=backend,
+        workload=workload,
+        force=force,
+        estimate=estimate,
+        configuration=configuration,
+        threads_tried=tried,
+        layout=layout,
+        method=method,
+        settings=dict(settings),
+        table=table,
+        calibration=CalibrationOptions(source=calib, sequence_length=calib_length),
+        evaluation_text=eval_text,
+        levels=LevelOptions(library=LibraryOptions(order=importance), search=search),
+        recovery=RecoveryOptions(mode=recover, steps=recover_steps),
+        seed=seed,
+    )
+
+
+# Options of a job by the flag that sets them; a flag at its default is left out.
+_FLAGS: Mapping[str, tuple[tuple[str, ...], str | float | None]] = {
+    "--model": (("model",), "smollm2-135m"),
+    "--backend": (("backend",), None),
+    "--phase": (("workload", "phase"), "decode"),
+    "--context": (("workload", "context"), 256),
+    "--prompt-tokens": (("workload", "prompt_tokens"), 128),
+    "--precision": (("workload", "precision"), None),
+    "--stat": (("budget", "statistic"), "p50"),
+    "--configuration": (("configuration",), "fastest"),
+    "--layout": (("layout",), None),
+    "--method": (("method",), "dilap"),
+    "--table": (("table",), None),
+    "--calib": (("calibration", "source"), "self"),
+    "--calib-length": (("calibration", "sequence_length"), 256),
+    "--eval-text": (("evaluation_text",), "python-docs"),
+    "--importance": (("levels", "library", "order"), "obs"),
+    "--step": (("levels", "search", "step"), 0.1),
+    "--evaluations": (("levels", "search", "evaluations"), 40),
+    "--recover": (("recovery", "mode"), "none"),
+    "--seed": (("seed",), 0),
+}
+
+
+def command_line(result: PruneResult) -> str:
+    """The dilap-prune that asks for the job of a result, of earlier versions too."""
+    options, budget = result.options, result.budget
+    words = ["dilap-prune", "--target", result.target]
+    asked = ["--ratio", f"{budget.ratio:g}"] if budget.ratio is not None else ["--budget", str(budget)]
+    words += asked
+    for flag, (path, default) in _FLAGS.items():
+        value = value_at(options, *path)
+        if value is not None and value != default:
+            words += [flag, str(value)]
+    tried = value_at(options, "threads_tried") or [value_at(options, "workload", "threads")]
+    if isinstance(tried, list | tuple) and len(tried) == 1 and tried[0] is not None:  # several are the default
+        words += ["--threads", str(tried[0])]
+    if value_at(options, "recovery", "mode") not in (None, "none"):
+        words += ["--recover-steps", str(value_at(options, "recovery", "steps"))]
+    words += [f"--{name}" for name in ("force", "estimate") if options.get(name)]
+    settings = value_at(options, "settings")
+    for name, value in settings.items() if isinstance(settings, Mapping) else ():
+        words += ["--set", f"{name}={value}"]
+    return shlex.join(words)
