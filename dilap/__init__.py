@@ -1,3 +1,62 @@
-"""DiLAP: prune a network to a latency budget measured on the device that will run it."""
+"""DiLAP: prune a network to a latency budget on the device that will run it, and prove it.
+
+    import dilap
+
+    result = dilap.prune("smollm2-135m", target="host_cpu", budget="70%", out="runs/mine")
+
+What stands in `__all__` is imported when it is first asked for, because torch takes seconds. `dilap.export` and
+`dilap.report` are packages as well as functions: called, they do what `dilap-export` and `dilap-report` do.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
 
 __version__ = "0.1.0"
+_PLACES = {
+    "compare": "dilap.job.api",
+    "evaluate": "dilap.job.api",
+    "export": "dilap.job.api",
+    "load": "dilap.job.api",
+    "profile": "dilap.job.api",
+    "prune": "dilap.job.api",
+    "report": "dilap.report.report",
+    "Budget": "dilap.core.workload",
+    "DilapError": "dilap.core.errors",
+    "Workload": "dilap.core.workload",
+}
+_PACKAGES = ("export", "report")  # of these names too
+__all__ = ["__version__", *_PLACES]  # noqa: PLE0604 - names of functions and classes
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'dilap' has no attribute {name!r}")
+    if name in _PACKAGES:
+        return importlib.import_module(f"dilap.{name}")
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _CallablePackage(ModuleType):
+    """A package that does, when it is called, what the function of its name does."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        name = self.__name__.rpartition(".")[2]
+        return getattr(importlib.import_module(_PLACES[name]), name)(*arguments, **options)
+
+
+class _Face(ModuleType):
+    """This module; the import system sets a package as its attribute when the package is first imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _PACKAGES:
+            value.__class__ = _CallablePackage
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Face

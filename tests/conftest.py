@@ -73,7 +73,13 @@ def use_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def use_fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def made(
-        devices: Sequence[Device], backend: str, workload: Workload, progress: Progress, *, force: bool
+        devices: Sequence[Device],
+        backend: str,
+        workload: Workload,
+        progress: Progress,
+        *,
+        force: bool,
+        tables: Path | None,
     ) -> FakeBench:
         return FakeBench(device=devices[0], backend=backends.get(backend), workload=workload, progress=progress)
 

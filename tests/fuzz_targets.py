@@ -21,7 +21,7 @@ from dilap.core.workload import Workload
 from dilap.evaluation.local_task import _read as read_rows
 from dilap.export.gguf.tokenizer import _from_gguf
 from dilap.job import comparison, result
-from dilap.job.options import command_line
+from dilap.job.command import command_line
 from dilap.models.load import load
 from dilap.models.pretrained import require_sound_gguf
 from dilap.models.text_files import read_text

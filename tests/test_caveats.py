@@ -19,7 +19,7 @@ from dilap.core.measurement import Measurement
 from dilap.core.shape import Architecture
 from dilap.job import result
 from dilap.job.bench import describe_errors
-from dilap.job.options import command_line
+from dilap.job.command import command_line
 from dilap.profilers import intervals
 from dilap.profilers.profiler import Case, Profiler
 from dilap.report import inputs, summary, tables

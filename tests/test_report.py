@@ -15,7 +15,8 @@ from fake_job import FinishedJob, call, last_line
 
 from dilap.cli import prune, report
 from dilap.core.codec import decode, encode, read_json, write_json
-from dilap.job.options import JobOptions, command_line
+from dilap.job.command import command_line
+from dilap.job.options import JobOptions
 from dilap.job.result import PruneResult
 from dilap.profilers.devices import device as devices
 from dilap.report import inputs, summary, tables

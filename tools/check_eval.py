@@ -18,10 +18,9 @@ from pathlib import Path
 
 from dilap.cli.arguments import Several
 from dilap.cli.console import run
-from dilap.cli.eval import TASKS
 from dilap.core.codec import decode, read_json
 from dilap.core.errors import InvalidInput
-from dilap.evaluation.document import Evaluation
+from dilap.evaluation.document import TASKS, Evaluation
 from dilap.models.builtin import DEFAULT_MODEL
 
 F32 = ("llamacpp:f32", "onnxruntime:f32", "executorch:f32")

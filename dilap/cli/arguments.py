@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from dilap.core.workload import Workload
 from dilap.models.builtin import DEFAULT_MODEL
 from dilap.profilers.configuration import thread_counts
 from dilap.profilers.devices.device import Device, Registry
-from dilap.profilers.devices.locations import read_registry
+from dilap.profilers.devices.locations import default_file, known_devices
 from dilap.profilers.instruments.runners import RUNNERS
 
 
@@ -127,7 +126,7 @@ def add_device_access(to: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
     group.add_argument(
         "--devices",
         metavar="FILE",
-        help=f"where your devices are; $DILAP_DEVICES or {_default_devices()} by default",
+        help=f"where your devices are; $DILAP_DEVICES or {default_file()} by default",
     )
     group.add_argument(
         "--runner", metavar="PATH", help=f"the timing program of a device without Python: {', '.join(RUNNERS)}"
@@ -138,9 +137,7 @@ def add_device_access(to: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
 
 def registry_of(arguments: argparse.Namespace) -> Registry:
     """The user's devices; the presets alone where there is no file. Raises InvalidInput."""
-    given = arguments.devices or os.environ.get("DILAP_DEVICES")
-    path = new_path(given) if given else _default_devices()
-    return read_registry(path) if given or path.exists() else Registry()
+    return known_devices(new_path(arguments.devices) if arguments.devices else None)
 
 
 def devices_of(arguments: argparse.Namespace, name: str) -> tuple[Device, ...]:
@@ -154,12 +151,6 @@ def _with_runner(device: Device, runner: str | None) -> Device:
     if device.location is None or device.location.adb is None:
         raise InvalidInput(f"--runner is for devices that are reached over adb, {device.label} is none")
     return replace(device, location=replace(device.location, runner=runner))
-
-
-def _default_devices() -> Path:
-    """In the folder where the system keeps a user's configuration."""
-    home = os.environ.get("APPDATA" if os.name == "nt" else "XDG_CONFIG_HOME")
-    return (Path(home) if home else Path.home() / ".config") / "dilap" / "devices.toml"
 
 
 def workload_of(arguments: argparse.Namespace, *, device: Device, backend: str) -> Workload:

@@ -13,7 +13,6 @@ from dilap.job import comparison
 from dilap.job.outputs import home_of, name_of
 from dilap.methods import METHODS
 
-_NOT_COMPARED = ("equal_widths",)  # DiLAP itself where a runtime needs equal widths
 _EXAMPLES = """\
   dilap-compare --target host_cpu --budget 85% 70% 55% --methods all
   dilap-compare --target host_cpu --ratio 0.3 0.5 0.8 --methods dilap magnitude --keep-models
@@ -108,7 +107,7 @@ def _command() -> int:
 def _names(asked: Sequence[str]) -> list[str]:
     """The methods asked for. Raises InvalidInput for an unknown one, before hours are spent on the others."""
     if "all" in asked:
-        return [name for name in METHODS if name not in _NOT_COMPARED]
+        return [name for name in METHODS if name not in methods.NOT_COMPARED]
     for name in asked:
         if ":" not in name and name not in METHODS:
             raise InvalidInput(f"unknown method {name!r}; known: all, {', '.join(sorted(METHODS))}")

@@ -1,29 +1,16 @@
 """dilap-eval: lm-eval's tasks, text and costs, of a checkpoint or of the very artifact that ships."""
 
 import argparse
-from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from dilap.backends import host
 from dilap.cli import arguments, console
-from dilap.cli.console import Console
 from dilap.core.bounds import MAX_THREADS, MAX_TOKENS
-from dilap.core.codec import decode, encode, read_json, write_json
-from dilap.core.errors import InvalidInput, Unavailable
+from dilap.core.codec import encode
 from dilap.core.printable import joined
-from dilap.core.workload import Workload
-from dilap.evaluation.document import Costs, Evaluation, identity
-from dilap.job.result import versions
+from dilap.evaluation.document import TASKS, Costs, Evaluation
 from dilap.profilers import intervals
 from dilap.profilers.devices.device import Device
 
-if TYPE_CHECKING:
-    from dilap.evaluation.subject import Subject
-    from dilap.evaluation.tasks import LoadedTask
-
-TASKS = ("wikitext", "ptb", "arc_easy", "arc_challenge", "openbookqa", "piqa", "hellaswag", "winogrande", "mmlu")
 _SUMMARY = ("acc", "acc_norm", "word_perplexity", "window_perplexity")
 _EXAMPLES = """\
   dilap-eval smollm2-135m --tasks wikitext,arc_easy
@@ -83,32 +70,36 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command() -> int:
     given = _given()
-    names = list(TASKS) if "all" in given.tasks else given.tasks
-    if not (names or given.reference or given.costs):
-        raise InvalidInput("nothing to do: name --tasks or a --reference, or ask for --costs")
-    screen = Console()
     device = _device(given) if given.costs else None
-    tasks = _load_tasks(names, given)
-    from dilap.evaluation.subject import is_sparse_run
+    from dilap.job.evaluate import EvaluationOptions, evaluate  # torch: seconds that bad input should not cost
 
-    if given.backend is None and is_sparse_run(Path(given.subject)):
-        given.backend = "torch"
-        screen.say(f"{given.subject} has zeros inside matrices and so no artifact: its checkpoint is scored in torch")
-    out = _out(given)
-    subject = _open(given.subject, given)
-    with closing(subject.reader):
-        done = _evaluate(subject, tasks, given, out, screen)
-        if given.reference:
-            done = _with_reference(done, subject, given, screen)
-            _keep(done, out)
-    if device is not None:  # measured alone
-        done = _with_costs(done, subject, device, given, screen)
-        _keep(done, out)
+    options = EvaluationOptions(
+        subject=given.subject,
+        tasks=tuple(given.tasks),
+        data_dir=Path(given.data_dir) if given.data_dir else None,
+        num_fewshot=given.num_fewshot,
+        limit=given.limit,
+        max_length=given.max_length,
+        backend=given.backend,
+        precision=given.precision,
+        threads=given.threads,
+        reference=given.reference,
+        eval_text=given.eval_text,
+        costs_on=device,
+        force=given.force,
+        out=arguments.new_path(given.out) if given.out else None,
+    )
+    done = evaluate(options, progress=console.Console())
     if given.json:
         console.show_json(encode(done))
     else:
-        console.show(report(done) + (f"\n\nkept in {out}" if out else ""))
+        console.show(report(done) + (f"\n\nkept in {options.kept_in}" if options.kept_in else ""))
     return 0
+
+
+def _device(given: argparse.Namespace) -> Device:
+    """Where costs are measured. Raises InvalidInput."""
+    return arguments.devices_of(given, given.device)[0]
 
 
 def _given() -> argparse.Namespace:
@@ -119,123 +110,6 @@ def _given() -> argparse.Namespace:
     if given.subject is None:
         parser.error("name what is scored: a run, an artifact's folder, a .gguf or a model")
     return given
-
-
-def _load_tasks(names: list[str], given: argparse.Namespace) -> "list[LoadedTask]":
-    """The data first: its mistakes are found before a model is read."""
-    if not names:
-        return []
-    try:
-        from dilap.evaluation.tasks import load  # seconds that bad input should not cost
-    except ImportError as error:
-        raise Unavailable(f"tasks need lm-eval ({error}); pip install 'dilap[eval]'") from error
-    return load(names, data_dir=Path(given.data_dir) if given.data_dir else None, num_fewshot=given.num_fewshot)
-
-
-def _open(name: str, given: argparse.Namespace) -> "Subject":
-    from dilap.evaluation.subject import open_subject
-
-    threads = given.threads or host.num_physical_cores()
-    return open_subject(name, backend=given.backend, precision=given.precision, threads=threads)
-
-
-def _out(given: argparse.Namespace) -> Path | None:
-    if given.out:
-        return arguments.new_path(given.out)
-    run = Path(given.subject)
-    if not (run / "result.json").is_file():
-        return None
-    return run / ("evaluation-torch.json" if given.backend == "torch" else "evaluation.json")
-
-
-def _evaluate(
-    subject: "Subject", tasks: "list[LoadedTask]", given: argparse.Namespace, out: Path | None, screen: Console
-) -> Evaluation:
-    """Every task that `out` lacks; each is kept when it is whole."""
-    done = _started(subject, given, out, screen)
-    for number, task in enumerate(tasks, start=1):
-        from dilap.evaluation.evaluate import evaluate_task, rows_sha256
-
-        if task.name in done.tasks:
-            if rows_sha256(task, limit=given.limit) != done.facts[task.name].data_sha256:
-                raise InvalidInput(
-                    f"the rows of {task.name} changed since {out} was begun; put them back as they were, remove it or "
-                    "choose another --out"
-                )
-            screen.say(f"{task.name}: done earlier")
-            continue
-        screen.say(f"{number} of {len(tasks)}: {task.name}")
-        result = evaluate_task(subject, task, max_tokens=done.max_tokens, limit=given.limit, bar=screen.bar)
-        done = replace(
-            done, tasks=done.tasks | {task.name: result.metrics}, facts=done.facts | {task.name: result.facts}
-        )
-        _keep(done, out)
-    return done
-
-
-def _started(subject: "Subject", given: argparse.Namespace, out: Path | None, screen: Console) -> Evaluation:
-    """What `out` holds of the same evaluation, or an empty one. Raises InvalidInput for another's file."""
-    longest = subject.reader.max_tokens
-    fresh = Evaluation(
-        model=subject.name,
-        backend=subject.backend,
-        precision=subject.precision,
-        digest=subject.digest,
-        plan_digest=subject.plan_digest,
-        max_tokens=min(given.max_length or longest, longest),
-        limit=given.limit,
-        num_fewshot=given.num_fewshot,
-        threads=given.threads or host.num_physical_cores(),
-        versions=versions(),
-    )
-    if given.max_length and given.max_length > longest:
-        screen.say(f"--max-length {given.max_length}: the model holds {longest} tokens, so it reads {longest} at once")
-    if out is None or not out.exists():
-        return fresh
-    found = decode(Evaluation, read_json(out), source=str(out))
-    if differences := [name for name, value in identity(fresh).items() if identity(found)[name] != value]:
-        raise InvalidInput(f"{out} is of another {differences[0]}; remove it or choose another --out")
-    return found
-
-
-def _with_reference(done: Evaluation, subject: "Subject", given: argparse.Namespace, screen: Console) -> Evaluation:
-    from dilap.evaluation.text_quality import compare
-
-    reference = _open(given.reference, argparse.Namespace(backend=None, precision=None, threads=given.threads))
-    with closing(reference.reader), screen.bar(f"beside {reference.name}", total=None, unit="tok") as bar:
-        quality = compare(subject, reference, text=given.eval_text, progress=bar.update)
-    return replace(done, text=quality)
-
-
-def _device(given: argparse.Namespace) -> Device:
-    """Where costs are measured. Raises InvalidInput, Unavailable."""
-    device = arguments.devices_of(given, given.device)[0]
-    if reason := device.unavailable():
-        raise Unavailable(reason)
-    return device
-
-
-def _with_costs(
-    done: Evaluation, subject: "Subject", device: Device, given: argparse.Namespace, screen: Console
-) -> Evaluation:
-    from dilap.evaluation import costs
-
-    run, most = subject.run, subject.reader.max_tokens
-    threads = given.threads or (run.threads if run else done.threads)
-    workload = Workload(precision=subject.precision, threads=threads, switches=run.switches if run else {})
-    workload = replace(
-        workload, context=min(workload.context, most - 1), prompt_tokens=min(workload.prompt_tokens, most)
-    )
-    counted = costs.count(subject, workload)
-    with screen.bar("measure", total=None, unit="") as bar:
-        return replace(
-            done, costs=costs.measure(counted, subject, device, force=given.force, progress=bar.set_postfix_str)
-        )
-
-
-def _keep(done: Evaluation, out: Path | None) -> None:
-    if out is not None:
-        write_json(out, encode(done))
 
 
 def report(done: Evaluation) -> str:

@@ -5,9 +5,8 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from dilap import backends, export
+from dilap import backends
 from dilap.cli import arguments, console
-from dilap.core.codec import read_json
 from dilap.core.errors import InvalidInput
 
 _EXAMPLES = """\
@@ -43,20 +42,10 @@ def _command() -> int:
     tokenizer = Path(given.tokenizer) if given.tokenizer else None
     if tokenizer is not None and not tokenizer.exists():
         raise InvalidInput(f"no tokenizer {given.tokenizer!r}: give a Hugging Face folder or a GGUF file")
-    from dilap.models.anatomy import architecture_of  # torch and transformers: seconds that bad input should not cost
-    from dilap.models.load import checkpoint_of, load
+    from dilap.job.export import export  # torch and transformers: seconds that bad input should not cost
 
-    screen = console.Console()
-    source = load(given.checkpoint)
-    backends.require_loadable(backend, architecture_of(source.model), precision=precision)
-    screen.say(f"exporting {given.checkpoint} to {backend.name}, {precision}")
-    artifact = export.get(backend.name).export(
-        source.model,
-        tokenizer=tokenizer or source.tokenizer_path,
-        precision=precision,
-        plan_digest=_plan_digest(checkpoint_of(Path(given.checkpoint))),
-        out=out,
-    )
+    console.Console().say(f"exporting {given.checkpoint} to {backend.name}, {precision}")
+    artifact = export(given.checkpoint, backend=backend.name, precision=precision, tokenizer=tokenizer, out=out)
     if given.json:
         console.show_json(asdict(artifact))
     else:
@@ -73,12 +62,6 @@ def _beside(checkpoint: str, ending: str) -> Path:
     if path.name in ("", ".."):
         path = path.resolve()
     return path.parent / f"{path.name}-{ending}"
-
-
-def _plan_digest(checkpoint: Path) -> str:
-    """Of the plan that the checkpoint was shrunk by; empty for any other model."""
-    path = checkpoint / "config.json"
-    return str(read_json(path).get("dilap_plan", "")) if path.is_file() else ""
 
 
 def main() -> None:

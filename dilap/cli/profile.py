@@ -2,9 +2,8 @@
 
 import argparse
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
-from dilap import backends
 from dilap.cli import arguments, console, costs
 from dilap.core.errors import InvalidInput
 from dilap.profilers.devices import doctor
@@ -56,37 +55,20 @@ def _command() -> int:
     devices = arguments.devices_of(given, given.device)
     backend = arguments.backend_of(given, device=devices[0])
     workload = arguments.workload_of(given, device=devices[0], backend=backend)
-    from dilap.job.bench import Bench, kept_configuration
-    from dilap.job.estimated_bench import EstimatedBench
-    from dilap.models.anatomy import architecture_of  # torch and transformers: seconds that bad input should not cost
-    from dilap.models.context import require_context
-    from dilap.models.load import load
-    from dilap.profilers.tables.table import LatencyTable
-    from dilap.search.layouts import describe
+    from dilap.job.profile import profile  # torch and transformers: seconds that bad input should not cost
 
-    screen = console.Console()
-    kind = EstimatedBench if given.estimate else Bench
-    bench = kind.of(devices, backend, workload, screen, force=given.force)
-    source = load(given.model)
-    architecture = architecture_of(source.model)
-    backends.require_loadable(bench.backend, architecture, precision=workload.precision)
-    held = bench.backend.capabilities(architecture, precision=workload.precision).max_tokens
-    require_context(source.model.config, workload, runtime=backend, runtime_tokens=held)
-    screen.say(f"{given.model}: {describe(architecture)}")
-    screen.say(f"{workload.describe()} on {given.device}, {backend}")
-    if isinstance(bench, EstimatedBench):
-        costs.show(bench.latency_model(architecture), as_json=given.json, table=None)
-        return 0
-    path = arguments.new_path(given.out) if given.out else None
-    if path is not None and path.exists():  # begun in a configuration
-        begun = LatencyTable.read(path).header.workload
-        bench = replace(bench, workload=replace(workload, threads=begun.threads, switches=begun.switches))
-    elif given.configuration == "fastest":
-        found = kept_configuration(bench, source, threads=arguments.threads_tried(given, device=devices[0]))
-        bench = replace(bench, workload=found.workload)
-    screen.say(f"configuration: {bench.workload.configuration}")
-    path = path or bench.table_path(given.model, architecture)
-    costs.show(bench.build_table(architecture, path).model(), as_json=given.json, table=path)
+    done = profile(
+        given.model,
+        workload,
+        devices=devices,
+        backend=backend,
+        threads_tried=arguments.threads_tried(given, device=devices[0]) if given.configuration == "fastest" else (),
+        out=arguments.new_path(given.out) if given.out else None,
+        estimate=given.estimate,
+        force=given.force,
+        progress=console.Console(),
+    )
+    costs.show(done.model, as_json=given.json, table=done.table)
     return 0
 
 

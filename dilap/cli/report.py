@@ -4,14 +4,10 @@ import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dilap.cli import arguments, console
 from dilap.core.codec import written_aside
 from dilap.core.errors import InvalidInput
-
-if TYPE_CHECKING:
-    from dilap.report.inputs import Contents
 
 _EXAMPLES = """\
   dilap-report runs/quickstart                                  # report.html in the current folder
@@ -39,37 +35,17 @@ def _command() -> int:
         return _diff(given)
     if not given.inputs:
         raise InvalidInput("name at least one run, comparison or evaluation; --help has examples")
-    from dilap.report import inputs, summary, tables  # scipy and jinja2: a second that bad input should not cost
-    from dilap.report.figures import figures
+    from dilap.report.report import Report  # scipy and jinja2: a second that bad input should not cost
 
-    contents = inputs.read([Path(path) for path in given.inputs])
-    rows = summary.rows(contents)
-    title, lead = given.title or _title(contents), _lead(contents)
-    all_notes, drawn = tables.notes(contents), figures(contents, rows)
-    evaluations = tables.evaluation_tables(contents.all_evaluations)
-    devices = tables.device_tables(contents.runs)
+    made = Report.of([Path(path) for path in given.inputs], title=given.title)
     if given.out or not (given.markdown or given.csv or given.json):
-        from dilap.report.html import Page, render
-
-        page = Page(
-            title=title,
-            lead=lead,
-            summary=tables.summary_table(rows),
-            notes=all_notes,
-            figures=drawn,
-            evaluations=evaluations,
-            devices=devices,
-            runs=contents.runs,
-        )
-        _write(given.out or "report.html", render(page))
+        _write(given.out or "report.html", made.html())
     if given.markdown:
-        parts = [tables.summary_table(rows), *map(tables.figure_table, drawn), *evaluations, *devices]
-        parts += [tables.facts_table(run) for run in contents.runs]
-        _write(given.markdown, tables.to_markdown(title, lead, parts, all_notes))
+        _write(given.markdown, made.markdown())
     if given.csv:
-        _write(given.csv, tables.to_csv(rows))
+        _write(given.csv, made.csv())
     if given.json:
-        console.show_json({"title": title, "rows": summary.documents(rows), "notes": all_notes})
+        console.show_json(made.document())
     return 0
 
 
@@ -84,21 +60,6 @@ def _diff(given: argparse.Namespace) -> int:
     else:
         console.show(diff.text(found))
     return 0
-
-
-def _title(contents: "Contents") -> str:
-    models = [Path(run.result.model).name for run in contents.runs] or [one.model for one in contents.evaluations]
-    return ", ".join(dict.fromkeys(models)) + ", pruned" * bool(contents.runs)
-
-
-def _lead(contents: "Contents") -> str:
-    """What was timed, where."""
-    work = dict.fromkeys(
-        f"{run.result.workload.describe()} on {run.result.target} through {run.result.backend}"
-        + ", estimated and measured on no device" * run.result.is_estimate
-        for run in contents.runs
-    )
-    return "; ".join(work) or "evaluations alone: no latency was measured"
 
 
 def _write(name: str, text: str) -> None:

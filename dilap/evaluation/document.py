@@ -7,6 +7,8 @@ from typing import Any
 from dilap.core.measurement import Measurement
 from dilap.core.workload import Workload
 
+# The tasks that papers on pruning report; lm-eval has thousands more.
+TASKS = ("wikitext", "ptb", "arc_easy", "arc_challenge", "openbookqa", "piqa", "hellaswag", "winogrande", "mmlu")
 SEED = 1234  # lm-eval's own, of the examples drawn
 
 

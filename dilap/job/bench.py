@@ -42,6 +42,7 @@ class Bench:
     progress: Progress
     helpers: tuple[Device, ...] = ()
     force: bool = False
+    tables: Path | None = None  # where tables and configurations are kept; `tables/` by default
     measured: ClassVar[str] = "measured"  # the word for its seconds
 
     @classmethod
@@ -53,6 +54,7 @@ class Bench:
         progress: Progress,
         *,
         force: bool = False,
+        tables: Path | None = None,
     ) -> "Bench":
         """The first device is the one. Raises InvalidInput for unknown names, Unavailable for what is not here."""
         device, *helpers = devices
@@ -64,7 +66,13 @@ class Bench:
             raise Unavailable(reason)
         backends.require_precision(backend, workload.precision)
         return cls(
-            device=device, backend=backend, workload=workload, progress=progress, helpers=tuple(helpers), force=force
+            device=device,
+            backend=backend,
+            workload=workload,
+            progress=progress,
+            helpers=tuple(helpers),
+            force=force,
+            tables=tables,
         )
 
     @cached_property
@@ -161,7 +169,8 @@ class Bench:
         fingerprint = replace(self.profiler.fingerprint(), soft={})
         key = digest([asdict(fingerprint), asdict(self.workload), asdict(architecture), *more])
         stem = f"{name_of(model)}-{self.device.name}-{self.backend.name}"
-        return home_of(model) / "tables" / f"{stem}-{self.workload.phase}-{self.workload.precision}-{key[:8]}.jsonl"
+        folder = self.tables or home_of(model) / "tables"
+        return folder / f"{stem}-{self.workload.phase}-{self.workload.precision}-{key[:8]}.jsonl"
 
     def build_table(self, architecture: Architecture, path: Path) -> LatencyTable:
         """Measure what `path` lacks of the table, with a progress bar."""

@@ -33,6 +33,7 @@ def compare(
     out: Path,
     progress: Progress,
     keep_models: bool = False,
+    tables: Path | None = None,
 ) -> list[Row]:
     """Prune with every method that `settings` has settings for, at every budget; one row each, `base` says the rest.
 
@@ -44,7 +45,7 @@ def compare(
         for budget in budgets
         for method, chosen in settings.items()
     ]
-    runs = _Runs(model=base.model, devices=devices, out=out, progress=progress, keep_models=keep_models)
+    runs = _Runs(model=base.model, devices=devices, out=out, progress=progress, keep_models=keep_models, tables=tables)
     _require_ours(out)
     with held(out / "shared"):
         _open(out, base, settings)
@@ -85,6 +86,7 @@ class _Runs:
     out: Path
     progress: Progress
     keep_models: bool
+    tables: Path | None
 
     @cached_property
     def _dense(self) -> Source:
@@ -175,6 +177,7 @@ class _Runs:
                 out=folder,
                 progress=self.progress,
                 shared=self.out / "shared",
+                tables=self.tables,
                 source=replace(self._dense, model=copy.deepcopy(self._dense.model)),  # the run will shrink it
             )
         except Exception as error:  # one method's failure, a user's own included, must not lose the others

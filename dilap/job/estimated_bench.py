@@ -32,6 +32,7 @@ class EstimatedBench(Bench):
         progress: Progress,
         *,
         force: bool = False,
+        tables: Path | None = None,  # noqa: ARG003 - an estimate has none
     ) -> "EstimatedBench":
         """Raises InvalidInput for unknown names. Neither the device nor the runtime need be here."""
         device, backend = devices[0], backends.get(backend_name)

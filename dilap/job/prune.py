@@ -34,16 +34,17 @@ def prune(
     progress: Progress,
     shared: Path | None = None,
     source: Source | None = None,
+    tables: Path | None = None,
 ) -> PruneResult | None:
     """Run the whole job into `out`; None where the dense model already keeps the budget (nothing is written).
 
     The first of `devices` is the target; the others are of its kind and share the work of the latency table. `shared`
     is a folder for what several jobs have in common; `source` the model of the options, if it is loaded already: the
-    job changes it.
+    job changes it. `tables` is where latency tables are kept, `tables/` by default.
     """
     workspace = Workspace(out, progress, shared=shared)
     kind = EstimatedBench if options.estimate else Bench
-    bench = kind.of(devices, options.backend, options.workload, workspace.log, force=options.force)
+    bench = kind.of(devices, options.backend, options.workload, workspace.log, force=options.force, tables=tables)
     with workspace.stage("load the model"):
         source = source or load(options.model)
     architecture = architecture_of(source.model)

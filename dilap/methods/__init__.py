@@ -56,6 +56,7 @@ SOURCES = {
 # Tokens that the authors calibrate on, where they say so and need no training: 1,024 sequences of 128, Puzzle's 16 of
 # 8,192, SPRINT's 128 of 2,048. What the others read is in their docstrings.
 PUBLISHED_TOKENS = {"wanda_sp": 16_384, "flap": 131_072, "llm_pruner": 640, "puzzle": 131_072, "sprint": 262_144}
+NOT_COMPARED = ("equal_widths",)  # DiLAP itself where a runtime needs equal widths
 TRAINED = ("loraprune", "compresso", "llm_streamline")  # by their authors on corpora of their own
 MAX_SETTING = 1_000_000  # of a method: steps, tokens, rates
 _NO_SETTINGS: Mapping[str, str] = MappingProxyType({})

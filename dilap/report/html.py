@@ -11,7 +11,7 @@ from markupsafe import Markup
 from dilap import __version__
 from dilap.core.codec import to_json
 from dilap.core.errors import Unavailable
-from dilap.job.options import command_line
+from dilap.job.command import command_line
 from dilap.job.result import PruneResult
 from dilap.job.verdict import percent
 from dilap.report.figure import Figure

@@ -1,6 +1,7 @@
 """devices.toml: where the user's devices are."""
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,6 +25,21 @@ _KEYS: Mapping[str, type] = {
     "runner": str,
     "affinity": str,
 }
+
+
+def default_file() -> Path:
+    """In the folder where the system keeps a user's configuration."""
+    home = os.environ.get("APPDATA" if os.name == "nt" else "XDG_CONFIG_HOME")
+    return (Path(home) if home else Path.home() / ".config") / "dilap" / "devices.toml"
+
+
+def known_devices(file: Path | None = None) -> Registry:
+    """The user's devices: of `file`, of the one that $DILAP_DEVICES names, or of the default one; the presets alone
+    where that is not there. Raises InvalidInput."""
+    named = os.environ.get("DILAP_DEVICES")
+    given = file or (Path(named).expanduser() if named else None)
+    path = given or default_file()
+    return read_registry(path) if given or path.exists() else Registry()
 
 
 def read_registry(path: Path) -> Registry:

@@ -1,0 +1,251 @@
+"""The Python interface: what the commands do, as functions with the same options and the same defaults.
+
+    import dilap
+
+    result = dilap.prune("smollm2-135m", target="host_cpu", budget="70%", out="runs/mine")
+    print(result.status, result.speedup, result.pruned.quality.kl)
+
+The device comes from `target` alone. Files are written into `out`, and what is worth keeping between runs (latency
+tables, configurations) into the folder `cache`: `~/.cache/dilap`, unless another one is named. `progress` is called
+with every line, or is a `dilap.core.progress.Progress`; without it bars are shown, in a notebook as widgets.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from dilap.core.artifact import Artifact
+from dilap.core.errors import InvalidInput
+from dilap.core.progress import Progress
+from dilap.core.workload import Budget, Statistic
+from dilap.evaluation.document import Evaluation
+from dilap.job import compare as comparing
+from dilap.job import evaluate as evaluating
+from dilap.job import export as exporting
+from dilap.job import profile as profiling
+from dilap.job import prune as pruning
+from dilap.job.comparison import Row
+from dilap.job.options import job_options
+from dilap.job.profile import Profile
+from dilap.job.result import PruneResult
+from dilap.methods import METHODS, NOT_COMPARED
+from dilap.models.builtin import DEFAULT_MODEL
+from dilap.models.load import Source, load
+from dilap.profilers.devices.device import Device
+from dilap.profilers.devices.locations import known_devices
+
+__all__ = ["compare", "evaluate", "export", "load", "profile", "prune"]
+Told = Callable[[str], None] | Progress | None
+Place = str | os.PathLike[str]
+
+
+def prune(
+    model: str | Source = DEFAULT_MODEL,
+    *,
+    out: Place,
+    budget: str | Budget | None = None,
+    ratio: float | None = None,
+    stat: Statistic = "p50",
+    target: str = "host_cpu",
+    devices: Place | None = None,
+    cache: Place | None = None,
+    progress: Told = None,
+    **options: Any,
+) -> PruneResult | None:
+    """Prune `model` to a budget that is measured on `target`, and prove it; None where the dense model keeps it.
+
+    `budget` is like `"40ms"`, `"70%"` of the dense latency or `"1.4x"`; or `ratio` is the share of the decoder layers'
+    weights to remove. `options` are those of `dilap.job.options.job_options`: `method`, `precision`, `recover`, `seed`
+    and so on. A loaded model is left as it is. Raises DilapError, in one line; the same call goes on afterwards.
+    """
+    source = None if isinstance(model, str) else replace(model, model=copy.deepcopy(model.model))
+    found = _devices(target, devices)
+    asked = job_options(
+        device=found[0],
+        budget=_budget(budget, ratio, stat),
+        model=model if isinstance(model, str) else model.name,
+        **_known(options),
+    )
+    return pruning.prune(
+        asked, devices=found, out=Path(out), progress=_progress(progress), source=source, tables=_tables(cache)
+    )
+
+
+def compare(
+    model: str = DEFAULT_MODEL,
+    *,
+    out: Place,
+    budgets: Sequence[str | Budget] = (),
+    ratios: Sequence[float] = (),
+    methods: Sequence[str] = ("all",),
+    settings: Mapping[str, Mapping[str, str]] | None = None,
+    stat: Statistic = "p50",
+    target: str = "host_cpu",
+    devices: Place | None = None,
+    cache: Place | None = None,
+    keep_models: bool = False,
+    progress: Told = None,
+    **options: Any,
+) -> list[Row]:
+    """Prune with several methods at the same measured latency; one row a method and budget.
+
+    `settings` are by method. Recovery is by default that of `dilap-compare`, 16 steps of full fine-tuning. Raises
+    DilapError; what fails of one method stands in its row.
+    """
+    asked = [_budget(one, None, stat) for one in budgets] + [_budget(None, one, stat) for one in ratios]
+    if not asked:
+        raise InvalidInput("nothing to compare at: name budgets or ratios")
+    names = [name for name in METHODS if name not in NOT_COMPARED] if "all" in methods else list(methods)
+    found, chosen = _devices(target, devices), settings or {}
+    base = job_options(
+        device=found[0], budget=asked[0], model=model, **{"recover": "full", "recover_steps": 16, **_known(options)}
+    )
+    return comparing.compare(
+        base,
+        budgets=asked,
+        settings={name: chosen.get(name, {}) for name in names},
+        devices=found,
+        out=Path(out),
+        progress=_progress(progress),
+        keep_models=keep_models,
+        tables=_tables(cache),
+    )
+
+
+def profile(
+    model: str = DEFAULT_MODEL,
+    *,
+    target: str = "host_cpu",
+    out: Place | None = None,
+    devices: Place | None = None,
+    cache: Place | None = None,
+    progress: Told = None,
+    **options: Any,
+) -> Profile:
+    """The latency table of a model on `target`, fitted: what every width of every sublayer costs.
+
+    `options` are those of `prune` about what is timed: `backend`, `phase`, `context`, `precision`, `threads` and so on.
+    """
+    found = _devices(target, devices)
+    asked = job_options(device=found[0], budget=Budget(fraction=1.0), model=model, **_known(options))
+    return profiling.profile(
+        model,
+        asked.workload,
+        devices=found,
+        backend=asked.backend,
+        threads_tried=asked.threads_tried if asked.configuration == "fastest" else (),
+        out=None if out is None else Path(out),
+        tables=_tables(cache),
+        estimate=asked.estimate,
+        force=asked.force,
+        progress=_progress(progress),
+    )
+
+
+def export(
+    checkpoint: Place,
+    *,
+    backend: str,
+    out: Place,
+    precision: str | None = None,
+    tokenizer: Place | None = None,
+) -> Artifact:
+    """Write a checkpoint in a runtime's format into the new folder `out`, checked against torch."""
+    return exporting.export(
+        os.fspath(checkpoint),
+        backend=backend,
+        precision=precision,
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+        out=Path(out),
+    )
+
+
+def evaluate(
+    subject: Place,
+    *,
+    tasks: Sequence[str] = (),
+    costs_on: str | None = None,
+    data_dir: Place | None = None,
+    out: Place | None = None,
+    devices: Place | None = None,
+    progress: Told = None,
+    **options: Any,
+) -> Evaluation:
+    """Score a checkpoint in torch or an artifact through its runtime: lm-eval's `tasks`, text beside a `reference`,
+    memory and latency on the device `costs_on`. The other options are those of `EvaluationOptions`."""
+    asked = evaluating.EvaluationOptions(
+        subject=os.fspath(subject),
+        tasks=tuple(tasks),
+        costs_on=None if costs_on is None else _devices(costs_on, devices)[0],
+        data_dir=None if data_dir is None else Path(data_dir),
+        out=None if out is None else Path(out),
+        **options,
+    )
+    return evaluating.evaluate(asked, progress=_progress(progress))
+
+
+def _budget(budget: str | Budget | None, ratio: float | None, stat: Statistic) -> Budget:
+    """Raises InvalidInput."""
+    if (budget is None) == (ratio is None):
+        raise InvalidInput('give a budget, like "70%" or "40ms", or a ratio of the weights, and not both')
+    if ratio is not None:
+        return Budget.of_ratio(ratio)
+    return budget if isinstance(budget, Budget) else Budget.parse(str(budget), statistic=stat)
+
+
+def _devices(target: str, file: Place | None) -> tuple[Device, ...]:
+    """Raises InvalidInput."""
+    return known_devices(None if file is None else Path(file)).group(target)
+
+
+def _known(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Raises InvalidInput for an option that there is not."""
+    known = set(job_options.__kwdefaults__ or {}) - {"model"}
+    if odd := sorted(set(options) - known):
+        raise InvalidInput(f"there is no option {odd[0]!r}; there are: {', '.join(sorted(known))}")
+    return options
+
+
+def _tables(cache: Place | None) -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    folder = Path(cache) if cache is not None else (Path(home) if home else Path.home() / ".cache") / "dilap"
+    return folder / "tables"
+
+
+def _progress(told: Told) -> Progress:
+    if told is None:
+        return Bars()
+    return Lines(told) if callable(told) else told
+
+
+class Bars:
+    """Lines and tqdm's bars: widgets in a notebook, text on a terminal."""
+
+    def say(self, text: str) -> None:
+        from tqdm.auto import tqdm  # noqa: PLC0415 - it looks for widgets, and warns where there are none
+
+        tqdm.write(text)
+
+    def bar(self, title: str, *, total: int | None, unit: str) -> AbstractContextManager[Any]:
+        from tqdm.auto import tqdm  # noqa: PLC0415
+
+        found: AbstractContextManager[Any] = tqdm(desc=title, total=total, unit=unit, unit_scale=True, leave=False)
+        return found
+
+
+class Lines:
+    """Calls a function with every line; shows no bars."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.say = tell
+
+    def bar(self, title: str, *, total: int | None, unit: str) -> AbstractContextManager[Any]:  # noqa: ARG002
+        def ignore(*_: object, **__: object) -> None:
+            pass
+
+        return nullcontext(SimpleNamespace(update=ignore, set_postfix_str=ignore, set_postfix=ignore, n=0, total=total))

@@ -1,0 +1,179 @@
+"""lm-eval's tasks, text and costs, of a checkpoint in torch or of the very artifact that ships."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dilap.backends import host
+from dilap.core.codec import decode, encode, read_json, write_json
+from dilap.core.errors import InvalidInput, Unavailable
+from dilap.core.progress import Progress
+from dilap.core.workload import Workload
+from dilap.evaluation import costs
+from dilap.evaluation.document import TASKS, Evaluation, identity
+from dilap.evaluation.subject import Subject, is_sparse_run, open_subject
+from dilap.evaluation.text_quality import compare
+from dilap.job.result import versions
+from dilap.profilers.devices.device import Device
+
+if TYPE_CHECKING:
+    from dilap.evaluation.tasks import LoadedTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """What is scored, and how; `dilap-eval --help` says what each option is.
+
+    `costs_on` is the device where memory and latency are measured, None for no costs. `out` keeps the evaluation task
+    by task, so that a killed one goes on; by default a run's folder keeps that of its artifact.
+    """
+
+    subject: str
+    tasks: tuple[str, ...] = ()
+    data_dir: Path | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    max_length: int | None = None
+    backend: str | None = None
+    precision: str | None = None
+    threads: int | None = None
+    reference: str | None = None
+    eval_text: str = "python-docs"
+    costs_on: Device | None = None
+    force: bool = False
+    out: Path | None = None
+
+    @property
+    def num_threads(self) -> int:
+        return self.threads or host.num_physical_cores()
+
+    @property
+    def kept_in(self) -> Path | None:
+        """The file that keeps the evaluation; none for what is no run, unless one is named."""
+        run = Path(self.subject)
+        if self.out is not None or not (run / "result.json").is_file():
+            return self.out
+        return run / ("evaluation-torch.json" if self.backend == "torch" else "evaluation.json")
+
+
+def evaluate(options: EvaluationOptions, *, progress: Progress) -> Evaluation:
+    """Score every task that is not kept already, then text beside the reference, then costs, measured alone.
+
+    Raises InvalidInput for what cannot be scored or is kept of something else, Unavailable for what is not here.
+    """
+    if not (options.tasks or options.reference or options.costs_on):
+        raise InvalidInput("nothing to do: name --tasks or a --reference, or ask for --costs")
+    if options.costs_on is not None and (reason := options.costs_on.unavailable()):
+        raise Unavailable(reason)
+    tasks = _load_tasks(options)
+    if options.backend is None and is_sparse_run(Path(options.subject)):
+        options = replace(options, backend="torch")
+        progress.say(f"{options.subject} has zeros inside matrices and no artifact: its checkpoint is scored in torch")
+    subject = open_subject(
+        options.subject, backend=options.backend, precision=options.precision, threads=options.num_threads
+    )
+    with closing(subject.reader):
+        done = _with_tasks(_started(subject, options, progress), subject, tasks, options, progress)
+        if options.reference:
+            done = _with_reference(done, subject, options, progress)
+            _keep(done, options)
+    if options.costs_on is not None:
+        done = _with_costs(done, subject, options, options.costs_on, progress)
+        _keep(done, options)
+    return done
+
+
+def _load_tasks(options: EvaluationOptions) -> "Sequence[LoadedTask]":
+    """The data first: its mistakes are found before a model is read."""
+    names = TASKS if "all" in options.tasks else options.tasks
+    if not names:
+        return []
+    try:
+        from dilap.evaluation.tasks import load  # noqa: PLC0415 - lm-eval may be missing
+    except ImportError as error:
+        raise Unavailable(f"tasks need lm-eval ({error}); pip install 'dilap[eval]'") from error
+    return load(names, data_dir=options.data_dir, num_fewshot=options.num_fewshot)
+
+
+def _with_tasks(
+    done: Evaluation,
+    subject: Subject,
+    tasks: "Sequence[LoadedTask]",
+    options: EvaluationOptions,
+    progress: Progress,
+) -> Evaluation:
+    """Every task that is missing; each is kept when it is whole."""
+    for number, task in enumerate(tasks, start=1):
+        from dilap.evaluation.evaluate import evaluate_task, rows_sha256  # noqa: PLC0415 - lm-eval may be missing
+
+        if task.name in done.tasks:
+            if rows_sha256(task, limit=options.limit) != done.facts[task.name].data_sha256:
+                raise InvalidInput(
+                    f"the rows of {task.name} changed since {options.kept_in} was begun; put them back as they were, "
+                    "remove it or choose another --out"
+                )
+            progress.say(f"{task.name}: done earlier")
+            continue
+        progress.say(f"{number} of {len(tasks)}: {task.name}")
+        result = evaluate_task(subject, task, max_tokens=done.max_tokens, limit=options.limit, bar=progress.bar)
+        done = replace(
+            done, tasks=done.tasks | {task.name: result.metrics}, facts=done.facts | {task.name: result.facts}
+        )
+        _keep(done, options)
+    return done
+
+
+def _started(subject: Subject, options: EvaluationOptions, progress: Progress) -> Evaluation:
+    """What is kept of the same evaluation, or an empty one. Raises InvalidInput for another's file."""
+    longest, out = subject.reader.max_tokens, options.kept_in
+    fresh = Evaluation(
+        model=subject.name,
+        backend=subject.backend,
+        precision=subject.precision,
+        digest=subject.digest,
+        plan_digest=subject.plan_digest,
+        max_tokens=min(options.max_length or longest, longest),
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
+        threads=options.num_threads,
+        versions=versions(),
+    )
+    if options.max_length and options.max_length > longest:
+        progress.say(
+            f"--max-length {options.max_length}: the model holds {longest} tokens, so it reads {longest} at once"
+        )
+    if out is None or not out.exists():
+        return fresh
+    found = decode(Evaluation, read_json(out), source=str(out))
+    if differences := [name for name, value in identity(fresh).items() if identity(found)[name] != value]:
+        raise InvalidInput(f"{out} is of another {differences[0]}; remove it or choose another --out")
+    return found
+
+
+def _with_reference(done: Evaluation, subject: Subject, options: EvaluationOptions, progress: Progress) -> Evaluation:
+    assert options.reference is not None
+    reference = open_subject(options.reference, threads=options.num_threads)
+    with closing(reference.reader), progress.bar(f"beside {reference.name}", total=None, unit="tok") as bar:
+        return replace(done, text=compare(subject, reference, text=options.eval_text, progress=bar.update))
+
+
+def _with_costs(
+    done: Evaluation, subject: Subject, options: EvaluationOptions, device: Device, progress: Progress
+) -> Evaluation:
+    run, most = subject.run, subject.reader.max_tokens
+    threads = options.threads or (run.threads if run else done.threads)
+    workload = Workload(precision=subject.precision, threads=threads, switches=run.switches if run else {})
+    workload = replace(
+        workload, context=min(workload.context, most - 1), prompt_tokens=min(workload.prompt_tokens, most)
+    )
+    counted = costs.count(subject, workload)
+    with progress.bar("measure", total=None, unit="") as bar:
+        found = costs.measure(counted, subject, device, force=options.force, progress=bar.set_postfix_str)
+    return replace(done, costs=found)
+
+
+def _keep(done: Evaluation, options: EvaluationOptions) -> None:
+    if (out := options.kept_in) is not None:
+        write_json(out, encode(done))

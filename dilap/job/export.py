@@ -1,0 +1,44 @@
+"""A checkpoint in a runtime's format, checked against torch."""
+
+import os
+from pathlib import Path
+
+from dilap import backends
+from dilap import export as exporters
+from dilap.core.artifact import Artifact
+from dilap.core.codec import read_json
+from dilap.core.errors import InvalidInput
+from dilap.models.anatomy import architecture_of
+from dilap.models.load import checkpoint_of, load
+
+
+def export(
+    checkpoint: str, *, backend: str, precision: str | None = None, tokenizer: Path | None = None, out: Path
+) -> Artifact:
+    """Write `out`, whole or not at all: the model file and its sidecar `artifact.json`.
+
+    `checkpoint` is a run, a folder, a GGUF file, a hub id or a built-in name. Raises InvalidInput, Unavailable,
+    Unsupported where the runtime cannot hold the model, VerificationFailed where it computes something else.
+    """
+    runtime = backends.get(backend)
+    precision = precision or runtime.precisions()[0]
+    backends.require_precision(runtime, precision)
+    if os.path.lexists(out):
+        raise InvalidInput(f"{out} already exists; remove it or choose another --out")
+    if tokenizer is not None and not tokenizer.exists():
+        raise InvalidInput(f"no tokenizer {str(tokenizer)!r}: give a Hugging Face folder or a GGUF file")
+    source = load(checkpoint)
+    backends.require_loadable(runtime, architecture_of(source.model), precision=precision)
+    return exporters.get(runtime.name).export(
+        source.model,
+        tokenizer=tokenizer or source.tokenizer_path,
+        precision=precision,
+        plan_digest=_plan_digest(checkpoint_of(Path(checkpoint))),
+        out=out,
+    )
+
+
+def _plan_digest(checkpoint: Path) -> str:
+    """Of the plan that the checkpoint was shrunk by; empty for any other model."""
+    path = checkpoint / "config.json"
+    return str(read_json(path).get("dilap_plan", "")) if path.is_file() else ""

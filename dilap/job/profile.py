@@ -1,0 +1,66 @@
+"""A latency table of a model on a device, or an estimate in its place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dilap import backends
+from dilap.core.progress import Progress
+from dilap.core.workload import Workload
+from dilap.job.bench import Bench, kept_configuration
+from dilap.job.estimated_bench import EstimatedBench
+from dilap.models.anatomy import architecture_of
+from dilap.models.context import require_context
+from dilap.models.load import load
+from dilap.profilers.devices.device import Device
+from dilap.profilers.tables.fit import LatencyModel
+from dilap.profilers.tables.table import LatencyTable
+from dilap.search.layouts import describe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """The fitted costs, and the file of the table that they come from: None for an estimate."""
+
+    model: LatencyModel
+    table: Path | None
+
+
+def profile(
+    model: str,
+    workload: Workload,
+    *,
+    devices: Sequence[Device],
+    backend: str,
+    threads_tried: Sequence[int] = (),
+    out: Path | None = None,
+    tables: Path | None = None,
+    estimate: bool = False,
+    force: bool = False,
+    progress: Progress,
+) -> Profile:
+    """Measure what is missing of a model's table, and fit it.
+
+    The first of `devices` is the one; the others are of its kind and share the work. `threads_tried` are the numbers of
+    threads in which the fastest configuration is looked for; without any, the workload's own is taken. `out` is the
+    table's file, by default one for the model, device, runtime and workload in the folder `tables`.
+    """
+    kind = EstimatedBench if estimate else Bench
+    bench = kind.of(devices, backend, workload, progress, force=force, tables=tables)
+    source = load(model)
+    architecture = architecture_of(source.model)
+    backends.require_loadable(bench.backend, architecture, precision=workload.precision)
+    held = bench.backend.capabilities(architecture, precision=workload.precision).max_tokens
+    require_context(source.model.config, workload, runtime=backend, runtime_tokens=held)
+    progress.say(f"{model}: {describe(architecture)}")
+    progress.say(f"{workload.describe()} on {devices[0].label}, {backend}")
+    if isinstance(bench, EstimatedBench):
+        return Profile(model=bench.latency_model(architecture), table=None)
+    if out is not None and out.exists():  # begun in a configuration
+        begun = LatencyTable.read(out).header.workload
+        bench = replace(bench, workload=replace(workload, threads=begun.threads, switches=begun.switches))
+    elif threads_tried:
+        bench = replace(bench, workload=kept_configuration(bench, source, threads=threads_tried).workload)
+    progress.say(f"configuration: {bench.workload.configuration}")
+    path = out or bench.table_path(model, architecture)
+    return Profile(model=bench.build_table(architecture, path).model(), table=path)
