@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fabricated import evaluation
@@ -14,6 +15,7 @@ from dilap.cli import prune
 from dilap.core.codec import encode, write_json
 from dilap.core.progress import Progress
 from dilap.core.workload import Workload
+from dilap.job.bench import Bench
 from dilap.models.load import save_checkpoint
 from dilap.profilers.devices.device import Device
 
@@ -72,15 +74,13 @@ def use_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def use_fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Bench.of
+
     def made(
-        devices: Sequence[Device],
-        backend: str,
-        workload: Workload,
-        progress: Progress,
-        *,
-        force: bool,
-        tables: Path | None,
-    ) -> FakeBench:
+        devices: Sequence[Device], backend: str, workload: Workload, progress: Progress, *, estimate: bool, **rest: Any
+    ) -> Bench:
+        if estimate:
+            return real(devices, backend, workload, progress, estimate=True, **rest)
         return FakeBench(device=devices[0], backend=backends.get(backend), workload=workload, progress=progress)
 
     monkeypatch.setattr("dilap.job.prune.Bench.of", made)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from dilap import backends, export
 from dilap.backends import Backend
 from dilap.core.artifact import Artifact, HowToRun
-from dilap.core.codec import checked, decode, digest, encode, read_json, scratch_folder, write_json
+from dilap.core.codec import checked, decode, digest, encode, file_sha256, read_json, scratch_folder, write_json
 from dilap.core.errors import Unavailable
 from dilap.core.measurement import Measurement
 from dilap.core.plan import Plan, full_plan
@@ -26,7 +26,9 @@ from dilap.profilers.configuration import Configuration, MeasuredWorld, find_fas
 from dilap.profilers.devices.device import Device
 from dilap.profilers.profiler import Case, Profiler
 from dilap.profilers.protocol import FINAL, TABLE, Protocol
+from dilap.profilers.tables.fit import LatencyModel
 from dilap.profilers.tables.probes import build_table, default_levels
+from dilap.profilers.tables.roofline import describe, estimated, roofline
 from dilap.profilers.tables.table import LatencyTable
 
 _REPEATS = 2
@@ -34,7 +36,11 @@ _REPEATS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Exports to one runtime and measures on one device; `helpers` of its kind measure part of the table."""
+    """Exports to one runtime and measures on one device; `helpers` of its kind measure part of the table.
+
+    With `estimate` nothing is measured: a roofline of the device's published numbers stands for it, and whatever comes
+    of it says so.
+    """
 
     device: Device
     backend: Backend
@@ -43,7 +49,7 @@ class Bench:
     helpers: tuple[Device, ...] = ()
     force: bool = False
     tables: Path | None = None  # where tables and configurations are kept; `tables/` by default
-    measured: ClassVar[str] = "measured"  # the word for its seconds
+    estimate: bool = False
 
     @classmethod
     def of(
@@ -55,14 +61,15 @@ class Bench:
         *,
         force: bool = False,
         tables: Path | None = None,
+        estimate: bool = False,
     ) -> "Bench":
-        """The first device is the one. Raises InvalidInput for unknown names, Unavailable for what is not here."""
+        """The first device is the one. Raises InvalidInput for unknown names, Unavailable for what is not here; an
+        estimate needs neither the device nor the runtime."""
         device, *helpers = devices
         backend = backends.get(backend_name)
-        if reason := device.unavailable():
-            raise Unavailable(reason)
-        # elsewhere the runtime is looked for on the device
-        if device.location is None and (reason := backend.unavailable()):
+        if estimate:
+            progress.say(f"ESTIMATED: {describe(device)} stands for {device.name}, nothing is measured")
+        elif (reason := device.unavailable()) or (device.location is None and (reason := backend.unavailable())):
             raise Unavailable(reason)
         backends.require_precision(backend, workload.precision)
         return cls(
@@ -73,7 +80,18 @@ class Bench:
             helpers=tuple(helpers),
             force=force,
             tables=tables,
+            estimate=estimate,
         )
+
+    @property
+    def measured(self) -> str:
+        """The word for its seconds."""
+        return "estimated" if self.estimate else "measured"
+
+    def estimated_model(self, architecture: Architecture) -> LatencyModel:
+        """What stands for a latency table where nothing is measured."""
+        cache_bits = self.backend.cache_bits(self.workload)
+        return roofline(architecture, self.workload, self.device, cache_bits=cache_bits)
 
     @cached_property
     def profiler(self) -> Profiler:
@@ -107,7 +125,11 @@ class Bench:
         return self.measure_cases([Case(path=path, workload=self.workload) for path in paths], final=final)
 
     def measure_cases(self, cases: Sequence[Case], *, final: bool = False) -> list[Measurement]:
-        """The same of models under workloads of their own."""
+        """The same of models under workloads of their own; an estimate takes the first for the dense model, whose
+        roofline the others are cut from."""
+        if self.estimate:
+            shapes = [(self.read_artifact(one.path.parent).architecture, file_sha256(one.path)) for one in cases]
+            return self._estimates(shapes[0][0], shapes)
         protocol = self._protocol(FINAL if final else TABLE)
         with self.progress.bar("measure", total=None, unit="") as bar:
             found = self.profiler.measure(cases, protocol, progress=bar.set_postfix_str)
@@ -120,6 +142,9 @@ class Bench:
 
     def measure_widths(self, dense: Path, architecture: Architecture, path: Path) -> list[Measurement]:
         """The dense model and a random one of `architecture`, as for a claim; kept in `path` for a run that goes on."""
+        if self.estimate:
+            whole = self.read_artifact(dense.parent).architecture
+            return self._estimates(whole, [(whole, file_sha256(dense)), (architecture, "")])
         if not path.exists():
             folder = path.with_suffix("")
             exporter = export.get(self.backend.name)
@@ -129,6 +154,14 @@ class Bench:
             shutil.rmtree(folder)
             write_json(path, {"measurements": [asdict(one) for one in measurements]})
         return list(checked(tuple[Measurement, ...], read_json(path).get("measurements"), source=str(path)))
+
+    def _estimates(self, dense: Architecture, shapes: Sequence[tuple[Architecture, str]]) -> list[Measurement]:
+        """Of models given by their shape and the SHA-256 of their file."""
+        model = self.estimated_model(dense)
+        return [
+            estimated(model, shape.layers, device=self.device, backend=self.backend.name, artifact_sha256=sha256)
+            for shape, sha256 in shapes
+        ]
 
     def find_configuration(self, path: Path, *, threads: Sequence[int]) -> Configuration:
         """The fastest configuration for the model in `path`, in one of those numbers of threads."""

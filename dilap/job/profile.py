@@ -8,7 +8,6 @@ from dilap import backends
 from dilap.core.progress import Progress
 from dilap.core.workload import Workload
 from dilap.job.bench import Bench, kept_configuration
-from dilap.job.estimated_bench import EstimatedBench
 from dilap.models.anatomy import architecture_of
 from dilap.models.context import require_context
 from dilap.models.load import load
@@ -45,8 +44,7 @@ def profile(
     threads in which the fastest configuration is looked for; without any, the workload's own is taken. `out` is the
     table's file, by default one for the model, device, runtime and workload in the folder `tables`.
     """
-    kind = EstimatedBench if estimate else Bench
-    bench = kind.of(devices, backend, workload, progress, force=force, tables=tables)
+    bench = Bench.of(devices, backend, workload, progress, force=force, tables=tables, estimate=estimate)
     source = load(model)
     architecture = architecture_of(source.model)
     backends.require_loadable(bench.backend, architecture, precision=workload.precision)
@@ -54,8 +52,8 @@ def profile(
     require_context(source.model.config, workload, runtime=backend, runtime_tokens=held)
     progress.say(f"{model}: {describe(architecture)}")
     progress.say(f"{workload.describe()} on {devices[0].label}, {backend}")
-    if isinstance(bench, EstimatedBench):
-        return Profile(model=bench.latency_model(architecture), table=None)
+    if estimate:
+        return Profile(model=bench.estimated_model(architecture), table=None)
     if out is not None and out.exists():  # begun in a configuration
         begun = LatencyTable.read(out).header.workload
         bench = replace(bench, workload=replace(workload, threads=begun.threads, switches=begun.switches))

@@ -10,7 +10,6 @@ from dilap.core.codec import encode, write_json
 from dilap.core.progress import Progress
 from dilap.core.shape import Architecture
 from dilap.job.bench import Bench
-from dilap.job.estimated_bench import EstimatedBench
 from dilap.job.inputs import inputs_of
 from dilap.job.options import JobOptions
 from dilap.job.proof import claim
@@ -43,8 +42,15 @@ def prune(
     job changes it. `tables` is where latency tables are kept, `tables/` by default.
     """
     workspace = Workspace(out, progress, shared=shared)
-    kind = EstimatedBench if options.estimate else Bench
-    bench = kind.of(devices, options.backend, options.workload, workspace.log, force=options.force, tables=tables)
+    bench = Bench.of(
+        devices,
+        options.backend,
+        options.workload,
+        workspace.log,
+        force=options.force,
+        tables=tables,
+        estimate=options.estimate,
+    )
     with workspace.stage("load the model"):
         source = source or load(options.model)
     architecture = architecture_of(source.model)

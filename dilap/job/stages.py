@@ -19,7 +19,6 @@ from dilap.core.shape import Architecture
 from dilap.core.space import Space
 from dilap.evaluation.subject import require_unchanged
 from dilap.job.bench import Bench, kept_configuration
-from dilap.job.estimated_bench import EstimatedBench
 from dilap.job.inputs import code_sha256
 from dilap.job.options import JobOptions
 from dilap.job.run_folder import Workspace
@@ -186,8 +185,8 @@ class Stages:
         return found
 
     def _latency_model(self, dense: Artifact) -> LatencyModel:
-        if isinstance(self.bench, EstimatedBench):
-            return self.bench.latency_model(dense.architecture)
+        if self.bench.estimate:
+            return self.bench.estimated_model(dense.architecture)
         if self.options.table is not None:
             path = Path(self.options.table)
             table = self.bench.read_table(path, dense.architecture)

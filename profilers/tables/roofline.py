@@ -4,7 +4,7 @@ Such a model says which parts weigh most; no budget is kept or missed by it.
 """
 
 from dilap.core.errors import InvalidInput
-from dilap.core.measurement import Fingerprint
+from dilap.core.measurement import Fingerprint, Measurement
 from dilap.core.shape import PRECISION_BITS, Architecture, LayerWidths
 from dilap.core.workload import Workload
 from dilap.profilers.devices.device import Device
@@ -71,8 +71,22 @@ def describe(device: Device) -> str:
     return f"a roofline of {device.bytes_per_second / 1e9:.0f} GB/s and {device.flops_per_second / 1e9:.0f} GFLOP/s"
 
 
-def predict_ns(model: LatencyModel, widths: tuple[LayerWidths, ...]) -> int:
-    return max(1, round(1e9 * model.predict(widths)))
+def estimated(
+    model: LatencyModel, widths: tuple[LayerWidths, ...], *, device: Device, backend: str, artifact_sha256: str
+) -> Measurement:
+    """What a model predicts, in the place of a measurement."""
+    return Measurement(
+        artifact_sha256=artifact_sha256,
+        workload=model.workload,
+        fingerprint=estimated_fingerprint(device, backend=backend),
+        samples_ns=(max(1, round(1e9 * model.predict(widths))),),
+        rounds=(0,),
+        peak_memory_bytes=None,
+        load_seconds=0.0,
+        started="",
+        status="estimated",
+        note=f"{describe(device)}, not measured",
+    )
 
 
 def _seconds(device: Device, *, num_bytes: float, flops: float) -> float:
