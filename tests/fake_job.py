@@ -82,7 +82,7 @@ class FakeBench(Bench):
         return Path(model).with_suffix(".jsonl")
 
     def build_table(self, architecture: Architecture, path: Path) -> LatencyTable:
-        table = fabricated_table(architecture, self.workload, self.backend)
+        table = fabricated_table(architecture.envelope, self.workload, self.backend)
         table.write(path)
         return table
 

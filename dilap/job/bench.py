@@ -91,7 +91,7 @@ class Bench:
     def estimated_model(self, architecture: Architecture) -> LatencyModel:
         """What stands for a latency table where nothing is measured."""
         cache_bits = self.backend.cache_bits(self.workload)
-        return roofline(architecture, self.workload, self.device, cache_bits=cache_bits)
+        return roofline(architecture.envelope, self.workload, self.device, cache_bits=cache_bits)
 
     @cached_property
     def profiler(self) -> Profiler:
@@ -200,13 +200,17 @@ class Bench:
 
     def _kept_path(self, model: str, architecture: Architecture, more: list[Any]) -> Path:
         fingerprint = replace(self.profiler.fingerprint(), soft={})
-        key = digest([asdict(fingerprint), asdict(self.workload), asdict(architecture), *more])
+        key = digest([asdict(fingerprint), asdict(self.workload), asdict(architecture.envelope), *more])
         stem = f"{name_of(model)}-{self.device.name}-{self.backend.name}"
         folder = self.tables or home_of(model) / "tables"
         return folder / f"{stem}-{self.workload.phase}-{self.workload.precision}-{key[:8]}.jsonl"
 
     def build_table(self, architecture: Architecture, path: Path) -> LatencyTable:
-        """Measure what `path` lacks of the table, with a progress bar."""
+        """Measure what `path` lacks of the table, with a progress bar.
+
+        Costs go by widths, so the table of a model whose layers differ is that of the widest of them.
+        """
+        architecture = architecture.envelope
         capabilities = self.backend.capabilities(architecture, precision=self.workload.precision)
         attention_levels, ffn_levels = default_levels(architecture, capabilities)
         with self.progress.bar("latency table", total=None, unit="probe") as bar:
@@ -235,7 +239,7 @@ class Bench:
         table.require_usable(
             fingerprint=self.profiler.fingerprint(),
             workload=self.workload,
-            architecture=architecture,
+            architecture=architecture.envelope,
             backend=self.backend.name,
         )
         say_lines(self.progress, describe_errors(table))
