@@ -282,7 +282,8 @@ def test_the_doctor_names_every_runtime_and_device(capsys: pytest.CaptureFixture
 
 def test_listing_devices_imports_no_torch() -> None:
     program = (
-        "import sys; from dilap.cli import doctor, profile; from dilap.profilers.devices.device import Registry; "
+        "import sys; from dilap.cli import profile; from dilap.profilers.devices import doctor; "
+        "from dilap.profilers.devices.device import Registry; "
         "list(doctor.list_devices(Registry())); sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

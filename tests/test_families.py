@@ -36,7 +36,8 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def clone_model() -> PreTrainedModel:
     llama = tiny_model("llama")
-    model = LlamaForCausalLM(CloneConfig(**llama.config.to_dict())).eval()
+    settings = {name: one for name, one in llama.config.to_dict().items() if name != "model_type"}
+    model = LlamaForCausalLM(CloneConfig(**settings)).eval()
     model.load_state_dict(llama.state_dict())
     return model
 

@@ -259,7 +259,7 @@ def test_opt_is_refused(tokenizer: Path, tmp_path: Path) -> None:
 
 
 def test_probe_of_opt_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match="opt cannot be exported"):
+    with pytest.raises(Unsupported, match="OPT cannot be exported"):
         GgufExporter().export_probe(architecture_of(tiny_model("opt")), precision="f32", seed=0, out=tmp_path / "out")
 
 

@@ -117,14 +117,14 @@ def test_valid_file_passes(exported: Path) -> None:
 
 
 def test_missing_file_is_named(tmp_path: Path, tokenizer: Path) -> None:
-    with pytest.raises(InvalidInput, match=r"nowhere\.gguf: llama\.cpp cannot load it: .*No such file"):
+    with pytest.raises(InvalidInput, match=r"nowhere\.gguf: no such file"):
         validate(tmp_path / "nowhere.gguf")
 
 
 def test_other_file_is_named(tmp_path: Path, tokenizer: Path) -> None:
     path = tmp_path / "text.gguf"
     path.write_text("not a model at all")
-    with pytest.raises(InvalidInput, match="magic"):
+    with pytest.raises(InvalidInput, match=r"text\.gguf: not a whole GGUF file"):
         validate(path)
 
 

@@ -193,6 +193,8 @@ def layout_of(architecture: Architecture, values: Hyperparameters) -> Layout:
 def _name(architecture: Architecture, values: Hyperparameters) -> str:
     first = architecture.layers[0]
     odd = next((i for i, w in enumerate(architecture.layers) if w != first or 0 in (w.num_heads, w.num_channels)), None)
+    if architecture.num_positions:
+        raise Unsupported("OPT cannot be exported to llama.cpp: it has no such architecture; use another backend")
     if architecture.qk_norm:
         if odd is not None:
             raise Unsupported(
