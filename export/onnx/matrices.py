@@ -21,9 +21,9 @@ BLOCK = 32  # channels that share a scale
 # 0.94, of 64 0.98, of 96 1.13.
 _PANEL = 32  # divides every width that FFNs are cut to
 _PANELS_FROM = 1 << 19  # weights
-# Activations are rounded to 8 bits, too. It is no switch, for 1 (f32) is never faster. Of 1 beside 4, in int4 and
-# two threads, SmolLM2-135M: a decoded token takes 18.3 [17.3, 18.8] times as long, a prompt of 128 tokens 1.57 [1.54, 1.62] times
-# (AVX2, three starts); with AVX512-VNNI a token twice as long.
+# Activations are rounded to 8 bits, too. It is no switch, for 1 (f32) is never faster: beside 4, a decoded token of
+# SmolLM2-135M in int4 with two threads takes 18.3 [17.3, 18.8] times as long, a prompt of 128 tokens 1.57 [1.54, 1.62]
+# times (AVX2, three starts); with AVX512-VNNI a token twice as long.
 _ACCURACY_LEVEL = 4
 
 
