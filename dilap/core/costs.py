@@ -16,7 +16,7 @@ Counts = tuple[int, ...]  # units left of every group of a block, in the block's
 
 
 class Costs(Protocol):
-    """A constant, a term for every block, and a term for two blocks together where neighbours meet.
+    """A constant, and a term for every block.
 
     A measured table and a roofline give seconds, `WeightCosts` weights. `caveats` is what a reader must know of how
     the numbers were got.

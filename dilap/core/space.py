@@ -42,27 +42,18 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairCosts:
-    """What the levels of two choices cost together beyond what each costs: (levels of the first x of the second)."""
-
-    first: int
-    second: int
-    costs: tuple[tuple[float, ...], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Space:
     """All choices of a model. `fixed_cost` is what no plan removes: embedding, head, launch."""
 
     architecture: Architecture
     choices: tuple[Choice, ...]
     fixed_cost: float
-    pairs: tuple[PairCosts, ...] = ()
 
     def cost(self, config: Sequence[int]) -> float:
         """Of one level index per choice."""
-        alone = sum(choice.levels[index].cost for choice, index in zip(self.choices, config, strict=True))
-        return self.fixed_cost + alone + sum(one.costs[config[one.first]][config[one.second]] for one in self.pairs)
+        return self.fixed_cost + sum(
+            choice.levels[index].cost for choice, index in zip(self.choices, config, strict=True)
+        )
 
     @property
     def dense(self) -> tuple[int, ...]:

@@ -156,7 +156,7 @@ class Bench:
         return list(checked(tuple[Measurement, ...], read_json(path).get("measurements"), source=str(path)))
 
     def _estimates(self, dense: Architecture, shapes: Sequence[tuple[Architecture, str]]) -> list[Measurement]:
-        """Of models given by their shape and the SHA-256 of their file."""
+        """Estimates for models given by their shape and the SHA-256 of their file."""
         model = self.estimated_model(dense)
         return [
             estimated(model, shape.layers, device=self.device, backend=self.backend.name, artifact_sha256=sha256)

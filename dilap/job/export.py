@@ -39,6 +39,6 @@ def export(
 
 
 def _plan_digest(checkpoint: Path) -> str:
-    """Of the plan that the checkpoint was shrunk by; empty for any other model."""
+    """The digest of the plan that the checkpoint was shrunk by; empty for any other model."""
     path = checkpoint / "config.json"
     return str(read_json(path).get("dilap_plan", "")) if path.is_file() else ""

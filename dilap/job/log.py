@@ -18,7 +18,7 @@ class Log:
         self._path: Path | None = None
 
     def write_to(self, path: Path | None) -> None:
-        """From now on into this file; into none with None."""
+        """Write every further line into this file; into none with None."""
         self._path = path
 
     def say(self, text: str) -> None:

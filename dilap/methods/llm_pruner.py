@@ -93,7 +93,7 @@ class LlmPruner:
         return {group.name: self._scores(task.model, group, found) for group in groups}
 
     def _scores(self, model: PreTrainedModel, group: Group, found: "_Gradients") -> torch.Tensor:
-        """Of the units of one group, from all matrices that they are part of."""
+        """Scores of the units of one group, from all matrices that they are part of."""
         members = [one for one in group.members if one.tensor.endswith(".weight")]
         members.sort(key=lambda one: (one.axis, len(one.grid)))  # the authors' order: key, value, query, output
         parts = [aligned(self._channels(model, one, found), one, folded=self.folded) for one in members]

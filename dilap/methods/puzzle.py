@@ -131,7 +131,7 @@ def head_norms(sublayer: Sublayer, weight: torch.Tensor, inputs: torch.Tensor) -
     num_groups, num_slots = (group.num_units for group in sublayer.block.groups)
 
     def norms(count: int) -> torch.Tensor:
-        """Of `count` equal parts of the inputs."""
+        """Norms of what `count` equal parts of the inputs give."""
         width = weight.shape[1] // count
         blocks = zip(inputs.split(width, 1), weight.split(width, 1), strict=True)
         return torch.stack([(x @ matrix.T).norm(dim=1).mean() for x, matrix in blocks])

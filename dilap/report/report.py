@@ -26,7 +26,7 @@ class Report:
 
     @classmethod
     def of(cls, paths: Sequence[Path], *, title: str | None = None) -> "Report":
-        """Of the folders of runs and comparisons, and evaluation files. Raises InvalidInput."""
+        """The report of these folders of runs and comparisons, and evaluation files. Raises InvalidInput."""
         if not paths:
             raise InvalidInput("name at least one run, comparison or evaluation; --help has examples")
         contents = inputs.read(paths)
