@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fabricated import evaluation
-from fake_job import FAST, FakeBench, FinishedJob, call
-from models import tiny_model, tiny_tokenizer
+from standins.fabricated import evaluation
+from standins.fake_job import FAST, FakeBench, FinishedJob, call
+from standins.models import byte_level_tokenizer, needs_llamacpp, tiny_model, tiny_tokenizer
 
 from dilap import backends
 from dilap.cli import prune
@@ -24,6 +24,13 @@ from dilap.profilers.devices.device import Device
 def _single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """f32 products on every machine, so that tolerances are those of f32."""
     use_single_precision(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a byte-level tokenizer for tiny models."""
+    needs_llamacpp()
+    return byte_level_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture

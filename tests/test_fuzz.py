@@ -15,8 +15,8 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
-from fuzz_targets import answers, documents, models, texts
-from mutations import mutated
+from standins.fuzz_targets import answers, documents, models, texts
+from standins.mutations import mutated
 
 from dilap.core.errors import DilapError, Unfit, reason_of
 from dilap.core.printable import printable

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import tomllib
+from standins import ROOT
 
 from dilap.profilers.instruments.archive import travelling
 
-ROOT = Path(__file__).parent.parent
 ROOMS = (  # from the ground up: a room imports only itself and those before it
     "core", "backends", "models", "export", "profilers", "search", "sparsity", "methods", "evaluation", "job", "report",
     "cli",

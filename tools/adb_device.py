@@ -18,9 +18,9 @@ import subprocess
 import threading
 from pathlib import Path
 
-VERSION, MAX_DATA = 0x01000001, 1 << 20  # from this version on a zero checksum is right
+VERSION, MAX_DATA = 0x01000001, 1 << 20  # from this version on, a zero checksum is accepted
 PROPERTIES = {"ro.product.name": "dm1qxeea", "ro.product.model": "SM-S911B", "ro.product.device": "dm1q"}
-STDIN, STDOUT, STDERR, EXIT, CLOSE_STDIN = range(5)  # packets of shell,v2
+STDIN, STDOUT, STDERR, EXIT, CLOSE_STDIN = range(5)  # the kinds of packets in shell,v2
 
 
 class Connection:
@@ -58,7 +58,7 @@ class Connection:
             properties = "".join(f"{key}={value};" for key, value in PROPERTIES.items())
             self.send(b"CNXN", VERSION, MAX_DATA, f"device::{properties}features=shell_v2,cmd".encode())
         elif command == b"OPEN":
-            number = next(self._numbers)  # never again: the client still answers for streams that have ended
+            number = next(self._numbers)  # never used again: the client still answers for ended streams
             self._streams[number] = Stream(self, number, first, data.rstrip(b"\0").decode())
             threading.Thread(target=self._streams[number].run, daemon=True).start()
         elif stream is None:
@@ -163,7 +163,7 @@ class Stream:
                     outputs.unregister(key.fileobj)
         status = self._program.wait()
         with contextlib.suppress(OSError):
-            self._program.stdin.close()  # whoever else reads it, as adbd does
+            self._program.stdin.close()  # even where another process reads it still, as adbd does
         self._write(struct.pack("<BIB", EXIT, 1, status if status >= 0 else 128 - status))
 
     def _pass_stdin(self) -> None:

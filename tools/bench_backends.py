@@ -43,23 +43,23 @@ from dilap.profilers.instruments.agent import InstrumentBench
 from dilap.profilers.profiler import Case, Profiler
 from dilap.profilers.protocol import TABLE, Bench, Trace, collect, judge
 
-PRECISIONS: Mapping[str, tuple[str, ...]] = {  # the best of each runtime, and floats
+PRECISIONS: Mapping[str, tuple[str, ...]] = {  # 4-bit weights as each runtime has them, and floats
     "llamacpp": ("q4_0", "f16"),
     "onnxruntime": ("int4", "f32"),
     "executorch": ("8da4w", "f32"),
 }
 _PHASES: tuple[Phase, ...] = ("decode", "prefill")
-_SHARE = 0.7  # of the weights
-_READ_BYTES = 512 << 20  # as the f32 model: far more than any cache holds
-# The threads of a runtime that was just asked spin for a while and would slow the next one's.
+_SHARE = 0.7  # of the parameters, left in the pruned shape
+_READ_BYTES = 512 << 20  # about as many as the f32 model has, and far more than any cache holds
+# The threads of a runtime that was just used spin for a while, and would slow those of the next one.
 _PAUSE_SECONDS = 0.1
-# A visit costs a pause, so that it takes more samples.
+# Every change to another runtime costs that pause, so more samples are taken before the next one.
 _PROTOCOL = replace(TABLE, samples_per_round=10, max_seconds=10)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A written model file; `name` is `dense` or the pruned shape's."""
+    """A model file that was written for the benchmark; `name` is `dense`, or that of the pruned shape."""
 
     backend: str
     precision: str
@@ -70,7 +70,10 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One model in one phase; `samples_ns` come with the round that each was taken in. No model: reading memory."""
+    """The samples of one model in one phase, or of reading memory, where `backend` and `model` are empty.
+
+    `rounds` has the round of each sample, `first_rounds` the first round of each start.
+    """
 
     phase: Phase
     backend: str
@@ -90,7 +93,7 @@ class Result:
 
 
 class MemoryBench:
-    """Reads memory with as many threads as the models have."""
+    """A `Bench` that times reading memory, with as many threads as the models have."""
 
     def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -105,7 +108,7 @@ class MemoryBench:
         return samples
 
     def other_load(self) -> float:
-        """Left to the runtimes that are sampled in the same rounds: the clock of CPU time is too coarse for this."""
+        """Return 0: the clock of CPU time is too coarse here, and the runtimes in the same rounds notice other load."""
         return 0.0
 
     def throttles(self) -> bool:
@@ -119,7 +122,7 @@ class MemoryBench:
 
 
 class Benches:
-    """Several benches as one; `cases` are (bench, case in it)."""
+    """Several benches as one; `cases` has the number of a bench, and of a case in that bench, for every case."""
 
     def __init__(self, benches: Sequence[Bench], cases: Sequence[tuple[int, int]]) -> None:
         self._benches, self._cases = benches, cases
@@ -136,7 +139,7 @@ class Benches:
         return max(bench.other_load() for bench in self._benches)
 
     def throttles(self) -> bool:
-        told = [bench.throttles() for bench in self._benches]  # all of them: each counts since it was asked last
+        told = [bench.throttles() for bench in self._benches]  # ask all: each tells of the time since it was asked last
         return any(told)
 
     def now(self) -> float:
@@ -160,7 +163,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _shapes(architecture: Architecture, plan: Path | None) -> dict[str, Architecture]:
-    """The dense shape and a pruned one, by name."""
+    """Return the dense shape and a pruned one, by name."""
     if plan is None:
         return {"dense": architecture, "equal widths": _equal_widths(architecture)}
     path = plan / "plan.json" if plan.is_dir() else plan
@@ -168,7 +171,10 @@ def _shapes(architecture: Architecture, plan: Path | None) -> dict[str, Architec
 
 
 def _equal_widths(architecture: Architecture) -> Architecture:
-    """The widest FFN, a multiple of 32, with at most 70 % of the parameters; the same in every layer."""
+    """Return the shape with narrower FFNs, equal in all layers, that has at most 70 % of the parameters.
+
+    Their width is the largest that is left after taking away a multiple of 32 channels.
+    """
     width = architecture.layers[0].num_channels
     while width > 32:
         width -= 32
@@ -193,9 +199,9 @@ def _write(names: Sequence[str], shapes: Mapping[str, Architecture], folder: Pat
 
 
 def _fastest(models: Sequence[Model], workload: Workload, console: Console) -> dict[tuple[str, str], Workload]:
-    """The fastest configuration of every runtime and precision, found on the dense model.
+    """Return the fastest configuration of every runtime and precision, found on the dense model.
 
-    No KV cache in fewer bits is taken: what it does to a model of random weights says nothing.
+    A KV cache in fewer bits is never taken, because its effect on a model with random weights says nothing.
     """
     found = {}
     for model in (one for one in models if one.name == "dense"):
@@ -219,7 +225,7 @@ def _fastest(models: Sequence[Model], workload: Workload, console: Console) -> d
 
 
 def _measure(models: Sequence[Model], workload: Workload, *, starts: int, console: Console) -> Iterator[Result]:
-    """Every model under `workload`, each start's samples after the other's, and reading memory last."""
+    """Yield the result of every model under `workload`, with the samples of all starts, and of reading memory last."""
     fastest = _fastest(models, workload, console)
     workloads = [fastest[model.backend, model.precision] for model in models]
     traces: list[list[Trace]] = []
@@ -281,7 +287,10 @@ def _measure_once(
 
 
 def _read_bytes(model: Model, workload: Workload) -> int | None:
-    """What a decoded token reads: the KV cache, and all weights but the embedding's other rows; None in blocks."""
+    """Return the bytes that a decoded token reads: the KV cache and the weights, of the embedding only one row.
+
+    None where the weights are in quantised blocks.
+    """
     if model.precision not in ("f32", "f16"):
         return None
     shape = model.artifact.architecture
@@ -321,7 +330,7 @@ def _table(results: Sequence[Result], workloads: Mapping[Phase, Workload]) -> st
 
 
 def _reading(memory: Result, one: Result) -> tuple[str, str]:
-    """GB/s and the share of the memory's speed, paired round by round."""
+    """Format GB/s and the share of the memory's speed, paired by rounds; empty where the bytes are not known."""
     if one.read_bytes is None:
         return "", ""
     ratio = intervals.ratio(one, memory)

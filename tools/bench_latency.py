@@ -27,7 +27,7 @@ from dilap.profilers.protocol import TABLE
 from dilap.profilers.tables.probes import default_levels, list_probes, probe_architecture
 from dilap.profilers.tables.table import LatencyTable
 
-_SEED = 20261122  # not the tables' seed
+_SEED = 20261122  # another one than that of the tables
 
 
 def _arguments() -> argparse.Namespace:
@@ -58,7 +58,10 @@ def _plans(architecture: Architecture, bench: Bench, count: int) -> list[tuple[L
 def _ratios(
     bench: Bench, architecture: Architecture, plans: list[tuple[LayerWidths, ...]]
 ) -> list[tuple[float, float]]:
-    """Measured seconds of every plan over dense seconds, with the half-width of its interval; four at a time."""
+    """Return the measured seconds of every plan over those of the dense model, with the interval's relative half-width.
+
+    Plans are measured four at a time, beside the dense model.
+    """
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for start in range(0, len(plans), 4):

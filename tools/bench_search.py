@@ -46,7 +46,7 @@ from dilap.search.task import SearchOptions, SearchTask
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A way to choose the config."""
+    """A search that chooses the widths, with its options and the name that the table gives it."""
 
     name: str
     method: str
@@ -99,7 +99,7 @@ def _space(given: argparse.Namespace, source: Source, console: Console) -> Space
 
 
 class Study:
-    """One seed: its text, library and journal, all kept in a folder."""
+    """The benchmark for one seed: its text, level library and journal, which are kept in a folder."""
 
     def __init__(self, given: argparse.Namespace, source: Source, space: Space, seed: int) -> None:
         self.given, self.source, self.space, self.seed = given, source, space, seed
@@ -129,7 +129,10 @@ class Study:
         return load_library(path)
 
     def score(self, variant: Variant, budget: int) -> dict[str, float]:
-        """KL on unseen and on validation text, share of the dense latency, and the search's seconds."""
+        """Return KL on unseen and on validation text, the share of the dense latency, and the search's seconds.
+
+        Scores are kept, and made only once.
+        """
         path = self.folder / f"{budget}-{variant.name.replace(' ', '_')}{'-refitted' * self.given.refit}.json"
         if not path.exists():
             result = self._score(variant, budget)
@@ -155,7 +158,7 @@ class Study:
         if self.given.refit:
             refit = best_refit(net, found.config, self.train, teacher=self.teacher)
             scores["kl"] = net.kl(self.exam, found.config, weights=refit.weights)
-        net.close()  # the next study takes the same model for dense
+        net.close()  # makes the model dense again for the next study
         return scores
 
 

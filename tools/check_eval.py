@@ -29,7 +29,10 @@ _COMMAND = "import sys; from dilap.cli.{} import main; main()"
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """An artifact beside torch; `same` is the share of equal answers, `off` the worst perplexity's error."""
+    """How an artifact compares with torch on a task.
+
+    `same` is the share of equal answers, `off` the largest relative error of a perplexity; None where there is none.
+    """
 
     artifact: str
     task: str
@@ -43,7 +46,7 @@ class Agreement:
 
 
 def agreements(name: str, reference: Evaluation, found: Evaluation) -> Iterator[Agreement]:
-    """Task by task. Raises InvalidInput for evaluations of other rows."""
+    """Yield how `found` compares with `reference`, task by task. Raises InvalidInput where their rows differ."""
     for task, metrics in found.tasks.items():
         theirs, mine = reference.facts[task], found.facts[task]
         if theirs.data_sha256 != mine.data_sha256:
@@ -66,7 +69,7 @@ def agreements(name: str, reference: Evaluation, found: Evaluation) -> Iterator[
 
 
 def table(rows: Sequence[Agreement], judged: Sequence[str]) -> str:
-    """Markdown."""
+    """Return the agreements as a table in Markdown."""
     lines = ["| artifact | task | rows | same answer | perplexity off by | |", "|---|---|--:|--:|--:|---|"]
     for row in rows:
         verdict = "reported" if row.artifact not in judged else "ok" if row.is_close else "FAILS"

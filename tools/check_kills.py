@@ -6,7 +6,7 @@
 
 Every command runs once undisturbed. Then it is started in a fresh folder and killed with SIGKILL, its whole process
 group, at random moments, and every third time the moment a temporary file or a left-over cache can be seen; after a
-few kills it runs to its end. The exit code, the files there are and the content of all that no clock goes into must
+few kills it runs to its end. The exit code, the names of all files, and all content that does not depend on time must
 be those of the undisturbed run, and no process may live on. Exit code 1 where something differs.
 """
 
@@ -27,13 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 from dilap.cli.console import run
+from tools.tiny_models import byte_level_tokenizer, tiny_model
 
-_MARK = "DILAP_CHECK_KILLS"  # in the environment of a command, so that its processes are found
+_MARK = "DILAP_CHECK_KILLS"  # is set in the environment of a command, so that its processes are found
 _SECONDS_TO_DIE = 20.0
 _KILLS_A_JOB = 4
 _WORK = "--model tiny --threads 1 --configuration plain --context 64"
@@ -50,7 +47,7 @@ COMMANDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a command left: its exit code, and every file with a digest of what does not depend on the clock."""
+    """What a command left: its exit code, and every file with a digest of what does not depend on time."""
 
     code: int
     files: Mapping[str, str]
@@ -66,29 +63,14 @@ class Outcome:
 
 def make_inputs(folder: Path) -> None:
     """A model of 3 layers with random weights, and a text."""
-    torch.manual_seed(0)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|end|>"], show_progress=False
-    )
-    tokenizer.train_from_iterator(["the quick brown fox jumps over the other lazy dog, there and then"] * 3, trainer)
-    config = LlamaConfig(
-        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
-        vocab_size=300, max_position_embeddings=128, tie_word_embeddings=False,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "tiny")
-    ends = {"bos_token": "<|end|>", "eos_token": "<|end|>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends)
-    fast.save_pretrained(folder / "tiny")
+    tiny_model("llama").save_pretrained(folder / "tiny")
+    byte_level_tokenizer(folder / "tiny")
     text = " ".join(f"the {word} of line {word * 7}" for word in range(4000))
     (folder / "corpus.txt").write_text(text, encoding="utf-8")
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    """All files, folders and links below `folder` with the digest of what no clock goes into; empty for the rest."""
+    """Return all files, folders and links below `folder`, each with the digest of what does not depend on time."""
     found = {}
     for path in sorted(folder.rglob("*")):
         content = b"" if path.is_dir() or path.is_symlink() else _timeless(path)
@@ -119,7 +101,7 @@ def _result(document: Mapping[str, Any]) -> bytes:
 
 
 class Command:
-    """A command of DiLAP's in a folder."""
+    """A command of DiLAP with its arguments, to be run in a folder."""
 
     def __init__(self, words: str, folder: Path) -> None:
         name, *self._arguments = words.split()
@@ -146,13 +128,13 @@ class Process:
     said: int
 
     def text(self) -> str:
-        """What it said; once."""
+        """Return what it has written; this can be asked only once."""
         with open(self.said, "rb") as file:
             file.seek(0)
             return file.read().decode(errors="replace")
 
     def kill(self) -> None:
-        """The whole group, and wait until nothing of it lives. Raises RuntimeError where something lives on."""
+        """Kill the whole process group and wait until all of it is gone. Raises RuntimeError where something is not."""
         os.killpg(self.child.pid, signal.SIGKILL)
         self.child.wait()
         os.close(self.said)
@@ -164,7 +146,7 @@ class Process:
 
 
 def _processes(mark: str) -> Iterator[int]:
-    """Those with `mark` in their environment."""
+    """Yield the processes that have `mark` in their environment."""
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):  # gone, or another user's
             if entry.name.isdigit() and f"{_MARK}={mark}".encode() in (entry / "environ").read_bytes():
@@ -172,7 +154,7 @@ def _processes(mark: str) -> Iterator[int]:
 
 
 def undisturbed(words: str, folder: Path) -> tuple[Outcome, float]:
-    """What a command leaves, and its seconds."""
+    """Run a command to its end; return what it leaves, and its seconds. Raises RuntimeError where it fails."""
     start, process = time.monotonic(), Command(words, folder).start()
     code = process.child.wait()
     seconds, text = time.monotonic() - start, process.text()
@@ -182,7 +164,10 @@ def undisturbed(words: str, folder: Path) -> tuple[Outcome, float]:
 
 
 def killed(words: str, folder: Path, *, kills: int, seconds: float, draw: random.Random, reference: Outcome) -> int:
-    """Kill a command so many times, then let it end; the number of kills that met it alive. Raises RuntimeError."""
+    """Kill a command at most `kills` times, then let it end; return the number of kills that met it alive.
+
+    Raises RuntimeError where it leaves anything else than `reference`.
+    """
     met = 0
     for number in range(kills):
         process = Command(words, folder).start()
@@ -202,7 +187,7 @@ def killed(words: str, folder: Path, *, kills: int, seconds: float, draw: random
 
 
 def _until_seen(folder: Path, *, after: float) -> Callable[[float], bool]:
-    """Whether, some seconds after the start, a temporary file is there, or a cache in a finished run."""
+    """Return a test of whether, after so many seconds, a temporary file is there or a cache in a finished run."""
 
     def seen(elapsed: float) -> bool:
         if elapsed < after:
@@ -214,7 +199,7 @@ def _until_seen(folder: Path, *, after: float) -> Callable[[float], bool]:
 
 
 def _alive_after(process: Process, *, seconds: float, until: Callable[[float], bool] | None) -> bool:
-    """Wait, for the time given or until something is seen; False where the command ended before."""
+    """Wait for the time given, or until something is seen; return False where the command ended before."""
     start = time.monotonic()
     while process.child.poll() is None:
         elapsed = time.monotonic() - start
@@ -226,12 +211,12 @@ def _alive_after(process: Process, *, seconds: float, until: Callable[[float], b
 
 
 def check(name: str, *, kills: int, seed: int, inputs: Path) -> list[str]:
-    """Kill one command so many times; what differed."""
+    """Kill one command `kills` times, over several jobs, and return what differed."""
     met, draw = 0, random.Random(f"{name} {seed}")
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as top:
         reference, seconds = undisturbed(COMMANDS[name], _fresh(Path(top) / "whole", inputs))
-        for job in range(4 * kills):  # a command that ends early is met by fewer
+        for job in range(4 * kills):  # a job that ends early meets fewer kills
             if met >= kills or len(problems) > 2:
                 break
             folder = _fresh(Path(top) / str(job), inputs)

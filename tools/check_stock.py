@@ -5,8 +5,8 @@
 
 RUN/dense and RUN/artifact are opened side by side in a fresh process, by llama-cpp-python's `Llama`, onnxruntime's
 `InferenceSession` or ExecuTorch's `Runtime`, and do the workload of result.json in turns, round after round; several
-processes follow one another. The interval is of a bootstrap over processes and their rounds. Exit codes: 0 the budget
-is kept, 1 it is missed or the interval does not tell, 2 bad input.
+processes follow one another. The interval comes from a bootstrap of processes and their rounds. Exit codes: 0 the
+budget is kept, 1 it is missed or the interval does not tell, 2 bad input.
 """
 
 import argparse
@@ -35,13 +35,15 @@ _PACKAGES = {"llamacpp": "llama-cpp-python", "onnxruntime": "onnxruntime", "exec
 
 
 class BadInput(Exception):
-    """One line for the user."""
+    """What is wrong, in one line for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a process times: a token after `num_tokens` others, or a prompt of as many. `plain` leaves the threads and
-    every switch as the runtime has them."""
+    """What a process times: a token after `num_tokens` others, or a prompt of so many.
+
+    `plain` leaves the number of threads and every switch at the runtime's defaults.
+    """
 
     backend: str
     files: tuple[str, str]
@@ -58,7 +60,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run's folder, as far as it is checked: the budget as a share of the dense latency or in seconds."""
+    """What is checked of a run's folder; its budget is a share of the dense latency or a number of seconds."""
 
     work: Work
     fraction: float | None
@@ -71,7 +73,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises BadInput for what cannot be checked here."""
+    """Read what is checked of a run's folder. Raises BadInput for a run that cannot be checked here."""
     result = _document(folder / "result.json")
     if result.get("type") != "PruneResult":
         raise BadInput(f"{folder} is no run with a latency budget: result.json is a {result.get('type')}")
@@ -81,7 +83,7 @@ def read_run(folder: Path) -> Run:
     if budget.get("ratio") is not None:
         raise BadInput(f"{folder} was pruned to a share of its weights: there is no latency to keep")
     sidecars = [_document(folder / name / "artifact.json") for name in ("dense", "artifact")]
-    run = sidecars[1].get("run") or workload  # how it is to be run
+    run = sidecars[1].get("run") or workload  # how the artifact says to run it
     work = Work(
         backend=result["backend"],
         files=(str(folder / "dense" / sidecars[0]["path"]), str(folder / "artifact" / sidecars[1]["path"])),
@@ -112,7 +114,7 @@ def open_llamacpp(file: str, work: Work) -> Step:
     options: dict[str, Any] = {}
     if not work.plain:
         cache = _CACHE_TYPES[work.switches.get("kv_cache", "f16")]
-        batch = max(512, work.room)  # llama-cpp-python's own, or the whole prompt at once
+        batch = max(512, work.room)  # llama-cpp-python's default, or the whole prompt at once
         options = {
             "n_threads": work.threads,
             "n_threads_batch": work.threads,
@@ -128,7 +130,7 @@ def open_llamacpp(file: str, work: Work) -> Step:
     model.eval(before)
 
     def step() -> None:
-        model.n_tokens = len(before)  # what `eval` cuts the KV cache back to
+        model.n_tokens = len(before)  # `eval` cuts the KV cache back to this length
         model.eval(after)
         llama_cpp.llama_synchronize(model.ctx)
 
@@ -146,7 +148,7 @@ def open_onnxruntime(file: str, work: Work) -> Step:
     inputs = {value.name: value for value in session.get_inputs()}
     vocab_size = next(value.shape[2] for value in session.get_outputs() if value.name == "logits")
     tensor = onnxruntime.OrtValue.ortvalue_from_numpy
-    cache = {  # one buffer for past and present, as ONNX Runtime GenAI has it
+    cache = {  # one buffer for past and present, as in ONNX Runtime GenAI
         name: tensor(np.zeros((1, value.shape[1], work.room, value.shape[3]), np.float32))
         for name, value in inputs.items()
         if name.startswith("past_key_values.")
@@ -213,7 +215,7 @@ def _tokens(count: int, *, vocab_size: int) -> list[int]:
 
 
 def times(steps: Sequence[Step], *, rounds: int) -> list[list[list[int]]]:
-    """Nanoseconds by model, round and sample; the models take turns, and turns in who is first."""
+    """Return nanoseconds by model, round and sample; the models take turns, in an order that every round reverses."""
     for step in steps:
         for _ in range(_WARM_UP):
             step()
@@ -232,7 +234,10 @@ def _nanoseconds(step: Step) -> int:
 
 
 def in_fresh_process(work: Work, *, rounds: int) -> list[list[list[int]]]:
-    """Raises BadInput, with its last words, where the process fails or dies."""
+    """Time the work in a new process; return nanoseconds by model, round and sample.
+
+    Raises BadInput, with the last line of its errors, where the process fails or dies.
+    """
     environment = {name: value for name, value in os.environ.items() if name != _NO_FLASH}
     if work.backend == "onnxruntime" and not work.plain and work.switches.get("flash_attention") == "off":
         environment[_NO_FLASH] = "1"
@@ -257,7 +262,10 @@ def _worker(text: str, rounds: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Of dense and pruned in seconds, and of their ratio with its interval; `share` is the budget used, likewise."""
+    """What was found: the latency of both models in seconds, and two numbers as (value, low, high).
+
+    `ratio` is the pruned latency over the dense one, `share` the share of the budget that is used.
+    """
 
     dense: float
     pruned: float
@@ -271,13 +279,15 @@ class Finding:
 
 
 def finding(samples: NDArray[np.float64], run: Run, *, seed: int = 0) -> Finding:
-    """From nanoseconds (processes x models x rounds x samples). A process is one observation: its own quantiles' ratio;
-    the bootstrap draws processes, and in each of them rounds."""
+    """Return what nanoseconds (processes x models x rounds x samples) say.
+
+    A process is one observation: the ratio of its own quantiles. The bootstrap draws processes, and rounds in each.
+    """
     generator = np.random.default_rng(seed)
     num_processes, _, num_rounds, _ = samples.shape
 
     def measured(chosen: Any, rows: Any) -> tuple[float, float]:
-        """The ratio, and the share of the budget: medians over processes."""
+        """Return the ratio and the share of the budget, which are medians over processes."""
         picked = np.stack([samples[one][:, row] for one, row in zip(chosen, rows, strict=True)])
         values = np.quantile(picked.reshape(*picked.shape[:2], -1), run.quantile, axis=-1) * 1e-9
         ratio = float(np.median(values[:, 1] / values[:, 0]))
@@ -305,7 +315,7 @@ def line(name: str, found: Finding) -> str:
 
 
 def check(run: Run, *, processes: int, rounds: int) -> list[Finding]:
-    """As the artifact says, and in plain defaults; their processes take turns."""
+    """Return what is found as the artifact says to run it, and in plain defaults; their processes take turns."""
     works = [replace(run.work, plain=plain) for plain in (False, True)]
     samples = [[in_fresh_process(work, rounds=rounds) for work in works] for _ in range(processes)]
     return [finding(np.array(kept, np.float64), run) for kept in zip(*samples, strict=True)]

@@ -1,4 +1,4 @@
-"""Which family goes where in which precision: what backends declare, and a trial of every pair.
+"""Which model family runs in which runtime and precision: what backends declare, and a trial of every pair.
 
     tools/support_table              the README's table, after every pair was tried
     tools/support_table --declared   the same from the capabilities alone
@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import tiny_model
-from tiny_gguf import byte_level_tokenizer, pruned_model
 from tqdm import tqdm
 
 from dilap import backends, export
@@ -28,6 +26,7 @@ from dilap.core.codec import read_json
 from dilap.core.errors import DilapError, Unsupported, VerificationFailed
 from dilap.models.anatomy import architecture_of
 from dilap.models.families import families
+from tools.tiny_models import byte_level_tokenizer, pruned_model, tiny_model
 
 RUNTIMES = ("llamacpp", "onnxruntime", "executorch", "tensorrt")
 _KEPT: Mapping[str, Mapping[str, tuple[int, ...]]] = {
@@ -47,7 +46,7 @@ _KEPT: Mapping[str, Mapping[str, tuple[int, ...]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A family in a precision of a runtime; `plans` can be held, none for `reason`."""
+    """A model family in a precision of a runtime: which `plans` the runtime can hold, or "no" and the `reason`."""
 
     family: str
     backend: str
@@ -57,7 +56,7 @@ class Pair:
 
 
 def declared(family: str, backend: str, precision: str) -> Pair:
-    """What the backend's capabilities say."""
+    """Return what the backend's capabilities say of the pair."""
     capabilities = backends.get(backend).capabilities(architecture_of(tiny_model(family)), precision=precision)
     held = "any plan" if capabilities.per_layer_widths else "equal widths, whole layers"
     plans = "no" if capabilities.unsupported else held
@@ -74,7 +73,10 @@ def declared_pairs() -> list[Pair]:
 
 
 def try_out(pair: Pair, folder: Path) -> None:
-    """Raises VerificationFailed where the pair does not do what is declared, and what exporter or runtime raise."""
+    """Export a tiny model and open it. Raises VerificationFailed where the pair does not do what it declares.
+
+    Whatever the exporter or the runtime raises comes through.
+    """
     tokenizer = byte_level_tokenizer(folder / "tokenizer")
     exporter, out = export.get(pair.backend), folder / "out"
     if pair.plans == "no":
@@ -85,7 +87,7 @@ def try_out(pair: Pair, folder: Path) -> None:
         except Unsupported:
             return
         raise VerificationFailed(f"{pair.backend} {pair.precision} exports {pair.family}, which it says it cannot hold")
-    model = pruned_model(pair.family, dict(_KEPT[pair.plans]))
+    model = pruned_model(pair.family, _KEPT[pair.plans])
     backends.require_loadable(backends.get(pair.backend), architecture_of(model), precision=pair.precision)
     artifact = exporter.export(model, tokenizer=tokenizer, precision=pair.precision, plan_digest="", out=out)
     OPEN[pair.backend](out, artifact)
@@ -116,7 +118,7 @@ def _open_executorch(folder: Path, artifact: Artifact) -> None:
 
 
 def _open_tensorrt(folder: Path, artifact: Artifact) -> None:  # noqa: ARG001 - its report is the check
-    """TensorRT for RTX has parsed the file and built engines of it during the export."""
+    """Check in the export's report that TensorRT for RTX has parsed the file and built engines of it."""
     targets = read_json(folder / "compile_report.json")["targets"]
     if not targets or not all(target["built"] for target in targets):
         raise VerificationFailed(f"TensorRT for RTX did not build it: {targets}")
@@ -131,7 +133,7 @@ OPEN: Mapping[str, Callable[[Path, Artifact], None]] = {
 
 
 def table(pairs: Sequence[Pair]) -> str:
-    """Markdown: a row for the precisions of a runtime that hold the same, a column a family; reasons below."""
+    """Return Markdown: a row for the precisions of a runtime that hold the same, a column a family; reasons below."""
     names = list(dict.fromkeys(pair.family for pair in pairs))
     reasons = list(dict.fromkeys(pair.reason for pair in pairs if pair.reason))
     rows: dict[tuple[str, ...], list[str]] = {}

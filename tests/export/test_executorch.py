@@ -1,0 +1,433 @@
+"""ExecuTorch programs of tiny models in the real runtime, and in ExecuTorch's own LLM runner."""
+
+import importlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from standins.fabricated import tiny_llama
+from standins.models import (
+    VOCAB_SIZE,
+    byte_level_tokenizer,
+    compensated_model,
+    logits,
+    plan_for,
+    pruned_model,
+    random_tokens,
+    tiny_model,
+)
+from transformers import AutoTokenizer, PreTrainedModel
+
+from dilap import backends, export
+from dilap.backends import readers
+from dilap.core import codec
+from dilap.core.artifact import Artifact
+from dilap.core.codec import decode, file_sha256, read_json
+from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed
+from dilap.core.sqnr import sqnr_db
+from dilap.core.workload import Workload
+from dilap.export.executorch.header import Header, header_of
+from dilap.export.executorch.writer import ModelValues, matrix_types
+from dilap.models.anatomy import architecture_of, numerics_of
+from dilap.models.cut import shrink_
+from dilap.profilers.instruments.agent import AgentClient, InstrumentBench, LocalConnection
+
+if reason := backends.get("executorch").unavailable():
+    pytest.skip(reason, allow_module_level=True)
+
+# Tracing and lowering are ExecuTorch's and torch's own code: what they deprecate among themselves is not ours to mend.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:::torch"),
+    pytest.mark.filterwarnings("ignore:::executorch"),
+    pytest.mark.filterwarnings("ignore:::torchao"),
+    pytest.mark.filterwarnings("ignore:::copyreg"),
+]
+
+Kept = dict[str, tuple[int, ...]]
+CHANNELS = tuple(range(0, 96, 3))  # 32 of 96
+# Every way of being unequal at once: lowering takes a second or two a shape, so that other families share one model.
+RAGGED: Kept = {
+    "layers.0.kv_groups": (1,),
+    "layers.0.channels": CHANNELS,
+    "layers.1.query_slots": (0,),
+    "layers.1.channels": (),
+    "layers.2.kv_groups": (),
+}
+DELETED: Kept = {"layers.1.kv_groups": (), "layers.1.channels": ()}
+DECODE = Workload(precision="f32", context=16, prompt_tokens=8)
+PROMPT = "the quick brown fox"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return byte_level_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def exported(model: PreTrainedModel, tokenizer: Path, out: Path, precision: str = "f32") -> Artifact:
+    return export.get("executorch").export(model, tokenizer=tokenizer, precision=precision, plan_digest="plan", out=out)
+
+
+@torch.no_grad()
+def talking_model(tokenizer: Path) -> PreTrainedModel:
+    """A llama that only ever prefers printable text: the runner decodes every token by itself, as UTF-8."""
+    model, words = tiny_model("llama"), AutoTokenizer.from_pretrained(tokenizer)
+    silent = [token for token in range(VOCAB_SIZE) if not words.decode([token]).strip().isalnum()]
+    model.lm_head.weight[silent] = 0
+    return model
+
+
+@pytest.fixture(scope="module")
+def dense(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a dense llama in f32."""
+    out = tmp_path_factory.mktemp("dense") / "out"
+    exported(talking_model(tokenizer), tokenizer, out)
+    return out
+
+
+def four_bits_model(tokenizer: Path) -> PreTrainedModel:
+    model = talking_model(tokenizer)
+    return shrink_(model, plan_for(model, {"layers.0.channels": (), "layers.1.kv_groups": ()}))
+
+
+@pytest.fixture(scope="module")
+def four_bits(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a llama in 8da4w that lacks two sublayers."""
+    out = tmp_path_factory.mktemp("four_bits") / "out"
+    exported(four_bits_model(tokenizer), tokenizer, out, "8da4w")
+    return out
+
+
+def artifact_in(folder: Path) -> Artifact:
+    return decode(Artifact, read_json(folder / "artifact.json"), source="artifact.json")
+
+
+def assert_exact(artifact: Artifact) -> None:
+    """The export verified itself against the 60 dB bound; here that it is as good as f32 gets."""
+    assert artifact.sqnr_db is not None
+    assert artifact.sqnr_db > 100, f"{artifact.sqnr_db:.1f} dB"
+
+
+def test_a_dense_model_is_exact(dense: Path) -> None:
+    assert_exact(artifact_in(dense))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "opt"])
+def test_unequal_widths_and_missing_sublayers_are_exact(family: str, tokenizer: Path, tmp_path: Path) -> None:
+    assert_exact(exported(pruned_model(family, RAGGED), tokenizer, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"layers.1.kv_groups": (0,), "layers.2.channels": CHANNELS},
+        {"layers.0.kv_groups": ()},
+        {"layers.2.channels": ()},
+        DELETED,
+    ],
+    ids=["mixed widths", "attention-free layer", "FFN-free layer", "deleted layer"],
+)
+def test_a_pruned_llama_is_exact(kept: Kept, tokenizer: Path, tmp_path: Path) -> None:
+    assert_exact(exported(pruned_model("llama", kept), tokenizer, tmp_path / "out"))
+
+
+def test_biases_of_output_projections_alone_are_exact(tokenizer: Path, tmp_path: Path) -> None:
+    assert_exact(exported(compensated_model("llama", RAGGED), tokenizer, tmp_path / "out"))
+
+
+def test_four_bit_weights_cost_what_they_should(four_bits: Path) -> None:
+    found = artifact_in(four_bits).sqnr_db
+    assert found is not None
+    assert 3 < found < 20, f"{found:.1f} dB"  # measured on the five families: 4.8 to 17
+
+
+@torch.no_grad()
+def quantised_(model: PreTrainedModel) -> PreTrainedModel:
+    """`model`, computing in torch with the weights and activations of an 8da4w program."""
+    quantisation = importlib.import_module("dilap.export.executorch.quantisation")
+    table, scales = quantisation.quantised_rows(model.get_input_embeddings().weight)
+    model.get_input_embeddings().weight.copy_(table * scales[:, None])
+    for module in list(model.modules()):
+        if isinstance(module, torch.nn.Linear):
+            quantisation.quantise_linear_(module, is_head=module is model.lm_head)
+    return model
+
+
+def test_four_bit_weights_are_exact_against_torch_in_the_same_types(four_bits: Path, tokenizer: Path) -> None:
+    tokens = random_tokens(1, 16)
+    session = backends.get("executorch").load(four_bits / "model.pte", DECODE)
+    found = session.logits(tokens[0].tolist(), incremental=True)
+    session.close()
+    expected = logits(quantised_(four_bits_model(tokenizer)), tokens)[0].numpy()
+    assert sqnr_db(expected, found) > 60, f"{sqnr_db(expected, found):.1f} dB"  # measured 134; one rounding off: 30
+
+
+def test_rows_that_no_group_divides_stay_in_eight_bits() -> None:
+    model = pruned_model("llama", {"layers.0.channels": tuple(range(33))})
+    header = Header(architecture=architecture_of(model), numerics=numerics_of(model), precision="8da4w")
+    assert matrix_types(header) == {"int4": 20, "int8": 2}  # and the head
+
+
+@pytest.mark.parametrize("folder", ["dense", "four_bits"])
+def test_logits_token_by_token_equal_those_of_one_pass(folder: str, request: pytest.FixtureRequest) -> None:
+    path: Path = request.getfixturevalue(folder) / "model.pte"
+    session = backends.get("executorch").load(path, DECODE)
+    tokens = [5, 17, 80, 3, 3, 41, 0, 95]
+    together, one_by_one = (session.logits(tokens, incremental=way) for way in (False, True))
+    session.close()
+    assert together.shape == (len(tokens), VOCAB_SIZE)
+    # another order of summation; with 8-bit activations it may move one across a rounding boundary
+    tolerance = 1e-5 if folder == "dense" else 5e-2
+    np.testing.assert_allclose(one_by_one, together, atol=tolerance * float(np.abs(together).max()))
+
+
+def test_a_reader_gives_in_several_runs_the_logits_of_prefixes(
+    dense: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dilap.export.executorch.header.SCORED_TOKENS", 8)
+    monkeypatch.setattr("dilap.export.executorch.writer.NUM_TOKENS", 8)  # what the export verifies in one run
+    exported(talking_model(tokenizer), tokenizer, tmp_path / "out")
+    tokens = random_tokens(1, 24)[0].tolist()
+    session = backends.get("executorch").load(dense / "model.pte", DECODE)
+    expected = session.logits(tokens, incremental=False)
+    session.close()
+    reader = readers.open_reader("executorch", tmp_path / "out" / "model.pte", threads=1)
+    first, rest = reader.read(tokens[:3], start=0, num_rows=1), reader.read(tokens[3:], start=3, num_rows=14)
+    reader.close()
+    np.testing.assert_allclose(np.concatenate([first, rest]), expected[[2, *range(10, 24)]], atol=1e-5)
+
+
+def test_a_program_without_a_method_for_scores_is_refused(dense: Path, tmp_path: Path) -> None:
+    older = tmp_path / "older.pte"
+    older.write_bytes((dense / "model.pte").read_bytes().replace(b"score", b"other"))
+    with pytest.raises(InvalidInput, match=r"older\.pte: it has no method 'score'; an earlier DiLAP wrote it"):
+        readers.open_reader("executorch", older, threads=1)
+
+
+def contents(module: Any) -> dict[str, bytes]:
+    """The constants that a delegate stores, by name."""
+    stored = module.named_data_store_output
+    return {name: stored.buffers[entry.buffer_index] for name, entry in stored.pte_data.items()}
+
+
+def test_a_filled_template_is_what_lowering_that_block_gives() -> None:
+    blocks = importlib.import_module("dilap.export.executorch.blocks")
+    architecture = architecture_of(tiny_model("llama"))
+    shape = blocks.BlockShape(
+        kind="attention_out",
+        precision="8da4w",
+        norm_eps=1e-5,
+        activation="silu",
+        architecture=replace(architecture, family="", layers=(), tied_embeddings=False),
+        widths=replace(architecture.layers[0], num_kv_heads=4, num_channels=0),
+        max_tokens=128,
+    )
+    block = shape.build()
+    block.out.weight = torch.nn.Parameter(torch.randn(64, 64, generator=torch.Generator().manual_seed(9)))
+    block.quantise_()
+    filled, fresh = blocks.template(shape).filled(block).module, blocks.lower(block).module
+    assert filled.processed_bytes == fresh.processed_bytes
+    assert contents(filled) == contents(fresh)
+
+
+class Runner:
+    """ExecuTorch's own text runner on an exported folder."""
+
+    def __init__(self, folder: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.module = importlib.import_module("executorch.extension.llm.runner")
+        self.runner = self.module.TextLLMRunner(str(folder / "model.pte"), str(folder / "tokenizer.json"))
+
+    def greedy(self, prompt: str, *, count: int) -> str:
+        pieces: list[str] = []
+        config = self.module.GenerationConfig(echo=False, temperature=0.0, max_new_tokens=count)
+        self.runner.generate(prompt, config, pieces.append)
+        return "".join(pieces)
+
+
+def test_executorchs_own_runner_generates_the_tokens_of_torch(dense: Path) -> None:
+    words, model = AutoTokenizer.from_pretrained(dense), talking_model(dense)
+    ids = words(PROMPT)["input_ids"]
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
+    assert Runner(dense).greedy(PROMPT, count=12) == words.decode(expected)
+
+
+def test_the_runner_loads_a_four_bit_program(four_bits: Path) -> None:
+    assert Runner(four_bits).greedy(PROMPT, count=4)
+
+
+def test_the_constant_methods_say_what_the_runner_asks(dense: Path) -> None:
+    program = importlib.import_module("executorch.extension.pybindings.portable_lib")._load_program(
+        str(dense / "model.pte")
+    )
+    names = {program.get_method_name(index) for index in range(program.num_methods())}
+    found = {name: program.load_method(name)([]) for name in names - {"forward", "score"}}
+    assert found == {
+        "get_max_seq_len": [128],
+        "get_max_context_len": [128],
+        "get_n_layers": [3],
+        "get_vocab_size": [VOCAB_SIZE],
+        "get_bos_id": [1],
+        "get_eos_ids": [2],
+        "use_kv_cache": [True],
+        "use_sdpa_with_kv_cache": [True],
+        "enable_dynamic_shape": [True],
+        "get_max_scored_len": [128],
+    }
+
+
+def test_the_sidecar_describes_the_file(dense: Path) -> None:
+    artifact = artifact_in(dense)
+    assert (artifact.sha256, artifact.plan_digest) == (file_sha256(dense / artifact.path), "plan")
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_a_sample_is_a_positive_number_of_nanoseconds(dense: Path, phase: str) -> None:
+    workload = Workload(phase="decode" if phase == "decode" else "prefill", precision="f32", context=127)
+    session = backends.get("executorch").load(dense / "model.pte", workload)
+    samples = [session.sample() for _ in range(20)]  # more than the cache has room for, were they appended
+    session.close()
+    assert min(samples) > 0
+
+
+def test_a_context_beyond_the_cache_is_unsupported(dense: Path) -> None:
+    with pytest.raises(Unsupported, match="room for 128 tokens, decode at context 128"):
+        backends.get("executorch").load(dense / "model.pte", Workload(precision="f32", context=128))
+
+
+def test_threads_change_between_sessions_only(dense: Path) -> None:
+    first = backends.get("executorch").load(dense / "model.pte", DECODE)
+    with pytest.raises(Unsupported, match="models with 1 threads are open"):
+        backends.get("executorch").load(dense / "model.pte", Workload(precision="f32", context=16, threads=2))
+    first.close()
+    backends.get("executorch").load(dense / "model.pte", Workload(precision="f32", context=16, threads=2)).close()
+
+
+def test_batches_are_unsupported(dense: Path) -> None:
+    with pytest.raises(Unsupported, match="batch 2"):
+        backends.get("executorch").load(dense / "model.pte", Workload(batch=2))
+
+
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.95])
+def test_a_truncated_file_is_refused(dense: Path, tmp_path: Path, part: float) -> None:
+    whole = (dense / "model.pte").read_bytes()
+    damaged = tmp_path / "damaged.pte"
+    damaged.write_bytes(whole[: int(len(whole) * part)])
+    with pytest.raises(InvalidInput, match=r"damaged\.pte: "):
+        backends.get("executorch").load(damaged, DECODE)
+
+
+def test_a_file_that_is_no_program_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other.pte"
+    other.write_bytes(b"not a program, but longer than a header would be" * 4)
+    with pytest.raises(InvalidInput, match=r"other\.pte: ExecuTorch cannot load it"):
+        backends.get("executorch").load(other, DECODE)
+
+
+def test_an_absent_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="no such file"):
+        backends.get("executorch").load(tmp_path / "absent.pte", DECODE)
+
+
+@pytest.mark.parametrize("folder", ["dense", "four_bits"])
+def test_a_probe_has_the_size_of_a_real_export(
+    folder: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = artifact_in(request.getfixturevalue(folder))
+    monkeypatch.setattr("dilap.export.executorch.header.MAX_CONTEXT", real.details["max_context"])
+    probe = export.get("executorch").export_probe(
+        real.architecture, precision=real.precision, seed=0, out=tmp_path / "probe"
+    )
+    assert probe.details["matrix_types"] == real.details["matrix_types"]
+    assert probe.num_bytes == pytest.approx(real.num_bytes, abs=4096)  # alignment
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[AgentClient]:
+    with AgentClient(LocalConnection(), backend="executorch", device="host_cpu") as client:
+        yield client
+
+
+def test_the_agent_times_a_program(running: AgentClient, dense: Path) -> None:
+    path = dense / "model.pte"
+    one = running.load(path, sha256=codec.file_sha256(path), workload=DECODE)
+    samples = InstrumentBench(running, [one.handle]).sample(0, 5)
+    running.unload(one.handle)
+    assert min(samples) > 0
+
+
+def test_the_agent_outlives_a_damaged_program(running: AgentClient, dense: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.pte"
+    damaged.write_bytes((dense / "model.pte").read_bytes()[:-5000])
+    with pytest.raises(InvalidInput, match=r"damaged\.pte"):
+        running.load(damaged, sha256=codec.file_sha256(damaged), workload=DECODE)
+    assert running.call("memory")["peak_bytes"] > 0
+
+
+def header(model: PreTrainedModel, precision: str = "f32") -> Any:
+    return header_of(model, precision=precision)
+
+
+def test_a_sliding_window_bounds_the_context() -> None:
+    assert header(tiny_model("mistral", sliding_window=96)).max_context == 96
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_scaled_rotary_frequencies_are_those_of_transformers(kind: str) -> None:
+    scaling = {"rope_type": kind, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {"rope_theta": 5000.0, "original_max_position_embeddings": 32, **scaling}
+    model = tiny_model("llama", rope_parameters=rope)
+    rotary = header(model).numerics.rotary
+    assert rotary is not None
+    assert rotary.frequencies == tuple(model.model.rotary_emb.inv_freq.tolist())
+
+
+def test_unknown_rotary_scaling_is_refused() -> None:
+    model = tiny_model("llama", rope_parameters={"rope_theta": 5000.0, "rope_type": "dynamic", "factor": 2.0})
+    with pytest.raises(Unsupported, match="dynamic"):
+        header(model)
+
+
+def test_an_unknown_precision_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="q4_0"):
+        exported(tiny_model("llama"), tokenizer, tmp_path / "out", "q4_0")
+
+
+def test_groups_must_divide_the_hidden_size() -> None:
+    with pytest.raises(Unsupported, match="hidden size that 32 divides, got 48"):
+        header(tiny_model("llama", hidden_size=48), "8da4w")
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(InvalidInput, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        ModelValues(model.state_dict())("model.layers.1.mlp.up_proj.weight", (96, 64))
+
+
+def test_a_failed_export_leaves_nothing(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dilap.export.executorch.writer.SQNR_BOUNDS_DB", {"f32": 1000.0})
+    with pytest.raises(VerificationFailed, match=r"forward of model\.pte in f32 differs"):
+        exported(tiny_model("llama"), tokenizer, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize("precision", ["f32", "8da4w"])
+def test_every_family_may_have_widths_of_its_own_in_every_layer(family: str, precision: str) -> None:
+    capabilities = backends.get("executorch").capabilities(architecture_of(tiny_model(family)), precision=precision)
+    assert (capabilities.unsupported, capabilities.per_layer_widths, capabilities.ffn_multiple) == (None, True, 32)
+
+
+def test_an_unknown_precision_of_the_runtime_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(InvalidInput, match="8da4w"):
+        backends.get("executorch").capabilities(tiny_llama(), precision="int3")
+
+
+def test_the_build_names_its_delegates() -> None:
+    assert "XnnpackBackend" in backends.get("executorch").build()

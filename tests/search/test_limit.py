@@ -1,0 +1,106 @@
+"""A budget is met by any method: knobs are bisected, plans tried in turn, and limits corrected by what is measured."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+from standins.fabricated import TINY_LAYER, tiny_llama
+
+from dilap.core.errors import Infeasible
+from dilap.core.plan import Plan, full_plan
+from dilap.core.shape import Architecture, LayerWidths
+from dilap.search.limit import Target
+
+ARCHITECTURE = tiny_llama(*(TINY_LAYER,) * 10)
+
+
+def cost(widths: Sequence[LayerWidths]) -> float:
+    return float(sum(layer.num_channels for layer in widths))
+
+
+def plan_of(num_channels: int, *, layers: int = 10) -> Plan:
+    """Every layer with `num_channels`, the last ones removed."""
+    full = full_plan(ARCHITECTURE, base="base")
+    kept = dict(full.kept)
+    for layer in range(10):
+        kept[f"layers.{layer}.channels"] = tuple(range(num_channels if layer < layers else 0))
+        if layer >= layers:
+            kept[f"layers.{layer}.kv_groups"] = ()
+    return replace(full, kept=kept)
+
+
+def at(ratio: float) -> Plan:
+    return plan_of(64 - round(60 * ratio))
+
+
+def shrinking(made: list[int]) -> Iterator[Plan]:
+    for layers in range(10, 0, -1):
+        made.append(layers)
+        yield plan_of(64, layers=layers)
+
+
+def share_of(limit: float, *, factor: float) -> Target:
+    """A device on which everything takes `factor` of what the table says."""
+
+    def measure(architecture: Architecture) -> float:
+        return factor * cost(architecture.layers) / limit
+
+    return Target(limit=limit, predict=cost, measure=measure)
+
+
+def test_bisection_finds_the_largest_plan_within_the_limit() -> None:
+    target = Target(limit=333.0, predict=cost)
+    assert cost(target.bisect(at).all_widths()) == 330
+
+
+def test_bisection_keeps_everything_where_the_limit_allows_it() -> None:
+    assert Target(limit=640.0, predict=cost).bisect(at) == plan_of(64)
+
+
+def test_bisection_beyond_the_knob_is_infeasible() -> None:
+    with pytest.raises(Infeasible, match=r"the smallest plan takes 200.0% of what is allowed"):
+        Target(limit=20.0, predict=cost).bisect(at)
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.25])
+def test_limit_is_corrected_by_the_measured_gap(factor: float) -> None:
+    used = factor * cost(share_of(400.0, factor=factor).bisect(at).all_widths()) / 400
+    assert 0.95 <= used <= 1.0
+
+
+def test_first_is_the_largest_of_the_plans_within_the_limit() -> None:
+    made: list[int] = []
+    assert Target(limit=400.0, predict=cost).first(shrinking(made)) == plan_of(64, layers=6)
+    assert made == [10, 9, 8, 7, 6]
+
+
+def test_first_goes_on_where_measuring_asks_for_a_smaller_plan() -> None:
+    made: list[int] = []
+    assert share_of(400.0, factor=1.3).first(shrinking(made)) == plan_of(64, layers=4)
+    assert made[-1] == 4
+
+
+def test_first_goes_back_where_measuring_leaves_room() -> None:
+    assert share_of(400.0, factor=0.7).first(shrinking([])) == plan_of(64, layers=8)
+
+
+def test_too_few_plans_are_infeasible() -> None:
+    with pytest.raises(Infeasible, match="this method cannot prune more"):
+        Target(limit=32.0, predict=cost).first(shrinking([]))
+
+
+def test_best_attempt_is_kept_where_corrections_run_out() -> None:
+    """A device on which every plan misses: the nearest one is returned, not an error."""
+    target = Target(limit=400.0, predict=cost, measure=lambda one: 1.1 + 1e-6 * cost(one.layers))
+    assert target.cost(target.bisect(at)) < 400
+
+
+def test_added_biases_are_measured_too() -> None:
+    seen: list[Architecture] = []
+
+    def measure(architecture: Architecture) -> float:
+        seen.append(architecture)
+        return 0.99
+
+    Target(limit=400.0, predict=cost, measure=measure).bisect(at, output_biases=True)
+    assert [(one.out_bias, one.ffn_out_bias) for one in seen] == [(True, True)]

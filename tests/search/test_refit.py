@@ -1,0 +1,111 @@
+"""Closed-form recovery brings the pruned model nearer to the dense one."""
+
+import pytest
+import torch
+from standins.models import FAMILIES, logits, plan_at, projections, random_tokens, tiny_model, tiny_net
+from torch.testing import assert_close
+
+from dilap.models.cut import shrink_
+from dilap.models.reference import Teacher
+from dilap.search.library import LibraryOptions
+from dilap.search.refit import RefitOptions, best_refit, refit_sequentially
+
+TOKENS = random_tokens(32, 32)  # 1,024 positions for at most 96 unknowns a row
+CONFIG = (1, 1, 1, 2, 0, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_refit_lowers_the_kl_on_its_own_text(family: str) -> None:
+    model = tiny_model(family)
+    teacher = Teacher.of(model, TOKENS)
+    space, net = tiny_net(model, TOKENS)
+    before = net.kl(teacher, CONFIG)
+    weights = refit_sequentially(net, CONFIG, TOKENS, correction=1.0)
+    shrunk = shrink_(tiny_model(family), plan_at(space, net, CONFIG), parameters=projections(model, weights))
+    assert teacher.kl(shrunk) < before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_refit_leaves_the_supernet_dense(family: str) -> None:
+    model = tiny_model(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    _, net = tiny_net(model, TOKENS)
+    net.set(CONFIG)
+    refit_sequentially(net, CONFIG, TOKENS, correction=1.0)
+    assert net.config == (0,) * 6
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_refit_of_the_dense_config_is_the_dense_model() -> None:
+    model = tiny_model("opt")
+    dense = logits(model, TOKENS[:2])
+    space, net = tiny_net(model, TOKENS)
+    weights = refit_sequentially(net, space.dense, TOKENS, correction=1.0)
+    shrunk = shrink_(tiny_model("opt"), plan_at(space, net, space.dense), parameters=projections(model, weights))
+    # Least squares in f32 on inputs whose covariance has a condition number of about 100.
+    assert_close(logits(shrunk, TOKENS[:2]), dense, rtol=1e-3, atol=1e-3)
+
+
+def test_refit_names_the_sublayers_that_are_kept() -> None:
+    model = tiny_model("llama")
+    _, net = tiny_net(model, TOKENS)
+    weights = refit_sequentially(net, (4, 1, 0, 3, 1, 2), TOKENS, correction=1.0)
+    assert list(weights) == ["layers.0.ffn", "layers.1.attention", "layers.2.attention", "layers.2.ffn"]
+    assert weights["layers.0.ffn"].shape == (64, 48)
+
+
+def test_refit_does_not_depend_on_the_batch_size() -> None:
+    model = tiny_model("llama")
+    _, net = tiny_net(model, TOKENS)
+    whole, parts = (
+        refit_sequentially(net, CONFIG, TOKENS, correction=1.0, options=RefitOptions(batch_tokens=size))
+        for size in (10_000, 96)
+    )
+    for name, weight in whole.items():
+        assert_close(parts[name], weight, rtol=1e-3, atol=1e-4)  # f32 sums in another order, then solved
+
+
+def test_strong_ridge_keeps_the_projections_of_the_library() -> None:
+    model = tiny_model("llama")
+    _, net = tiny_net(model, TOKENS, options=LibraryOptions(ridge=0.05))
+    weights = refit_sequentially(net, CONFIG, TOKENS, correction=1.0, options=RefitOptions(ridge=1e6))
+    for index, sublayer in enumerate(net.sublayers):
+        assert_close(weights[sublayer.name], net.library[index][CONFIG[index]].weight, rtol=1e-3, atol=1e-4)
+
+
+def test_first_refit_is_the_ridge_solution() -> None:
+    """Nothing is lost before the first sublayer, so it solves |W x - y|^2 + ridge |W - W_library|^2 on dense inputs."""
+    model = tiny_model("llama")
+    out = model.model.layers[0].self_attn.o_proj
+    found: list[torch.Tensor] = []
+    hook = out.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].detach()))
+    logits(model, TOKENS)
+    hook.remove()
+    _, net = tiny_net(model, TOKENS)
+    dense, fit = out.weight.detach().double().clone(), net.library[0][1]
+    x = found[0].reshape(-1, 64).double()
+    kept = x[:, fit.columns]
+    H = kept.T @ kept
+    damping = 0.1 * H.diagonal().mean()
+    expected = ((x @ dense.T).T @ kept + damping * fit.weight) @ torch.linalg.inv(H + damping * torch.eye(len(H)))
+    weights = refit_sequentially(net, (1, 0, 0, 0, 0, 0), TOKENS, correction=1.0, options=RefitOptions(ridge=0.1))
+    assert_close(weights["layers.0.attention"].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_best_refit_keeps_the_library_where_no_refit_is_nearer() -> None:
+    model = tiny_model("llama")
+    _, net = tiny_net(model, TOKENS)
+    teacher = Teacher.of(model, TOKENS)
+    before = net.kl(teacher, CONFIG)
+    found = best_refit(net, CONFIG, TOKENS, teacher=teacher, options=RefitOptions(corrections=(-20.0,)))
+    assert found.correction is None
+    assert found.kl == before
+
+
+def test_best_refit_takes_the_first_correction_that_helps() -> None:
+    model = tiny_model("llama")
+    _, net = tiny_net(model, TOKENS)
+    teacher = Teacher.of(model, TOKENS)
+    found = best_refit(net, CONFIG, TOKENS, teacher=teacher, options=RefitOptions(corrections=(-20.0, 1.0, 0.5)))
+    assert found.correction == 1.0
+    assert found.kl == net.kl(teacher, CONFIG, weights=found.weights)

@@ -1,0 +1,132 @@
+"""A prune job on a made-up device: real exports, fabricated seconds."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dilap import backends
+from dilap.backends import Backend
+from dilap.core.artifact import Artifact
+from dilap.core.codec import decode, read_json
+from dilap.core.measurement import Measurement
+from dilap.core.rules import spread
+from dilap.core.shape import Architecture, LayerWidths
+from dilap.core.workload import Workload
+from dilap.job.bench import Bench
+from dilap.profilers.profiler import Case
+from dilap.profilers.protocol import TABLE
+from dilap.profilers.tables.probes import default_levels, list_probes
+from dilap.profilers.tables.table import LatencyTable, TableEntry, TableHeader, runs_of
+from standins.fabricated import FINGERPRINT
+
+LLAMACPP = backends.get("llamacpp")
+FAST = ["--evaluations", "3", "--step", "0.2", "--calib-length", "32", "--context", "64"]
+
+
+def seconds_of(widths: Sequence[LayerWidths]) -> float:
+    """A made-up device: 0.2 ms and a few microseconds a head and channel."""
+    per_layer = (20e-6 * one.num_heads + 30e-6 * one.num_kv_heads + 1e-6 * one.num_channels for one in widths)
+    return 0.2e-3 + sum(per_layer)
+
+
+def slowness_of(workload: Workload) -> float:
+    """Of a made-up runtime: flash attention costs a quarter, any other switch that is set or one thread a half."""
+    switches = workload.switches
+    flash = "flash_attention" in switches
+    return (1.0 if flash else 1.25) * 1.5 ** (len(switches) - flash + (workload.threads == 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedJob:
+    """A prune job on the made-up device, its model and its text."""
+
+    checkpoint: Path
+    corpus: Path
+    run: Path
+
+
+class FakeBench(Bench):
+    """Real exports, fabricated seconds."""
+
+    def measure_cases(self, cases: Sequence[Case], *, final: bool = False) -> list[Measurement]:
+        found = []
+        for case in cases:
+            sidecar = case.path.with_name("artifact.json")
+            artifact = decode(Artifact, read_json(sidecar), source=str(sidecar))
+            center = round(slowness_of(case.workload) * seconds_of(artifact.architecture.layers) * 1e9)
+            found.append(
+                Measurement(
+                    artifact_sha256=artifact.sha256,
+                    workload=case.workload,
+                    fingerprint=FINGERPRINT,
+                    samples_ns=tuple(center + 10 * step for step in range(-7, 8)),
+                    rounds=tuple(range(15)),
+                    peak_memory_bytes=artifact.num_bytes,
+                    load_seconds=0.1,
+                    started="2026-01-01T00:00:00+00:00",
+                    status="ok",
+                )
+            )
+        return found
+
+    def divergence(self, path: Path, base: Workload, other: Workload, tokens: Sequence[int]) -> float | None:
+        return 0.0
+
+    def configuration_path(self, model: str, architecture: Architecture, *, threads: Sequence[int]) -> Path:
+        return Path(model).with_suffix(".configuration.json")
+
+    def table_path(self, model: str, architecture: Architecture) -> Path:
+        return Path(model).with_suffix(".jsonl")
+
+    def build_table(self, architecture: Architecture, path: Path) -> LatencyTable:
+        table = fabricated_table(architecture.envelope, self.workload, self.backend)
+        table.write(path)
+        return table
+
+
+def fabricated_table(architecture: Architecture, workload: Workload, backend: Backend = LLAMACPP) -> LatencyTable:
+    capabilities = backend.capabilities(architecture, precision=workload.precision)
+    attention, ffn = default_levels(architecture, capabilities)
+    header = TableHeader(
+        fingerprint=FINGERPRINT,
+        workload=workload,
+        architecture=architecture,
+        backend=backend.name,
+        protocol=TABLE,
+        created="2026-01-01T00:00:00+00:00",
+    )
+    probes = list_probes(
+        architecture,
+        measured=(spread(attention, 6), spread(ffn, 6)),
+        levels=(attention, ffn),
+        uniform=not capabilities.per_layer_widths,
+        num_random=6,
+        num_holdout=3,
+        seed=0,
+    )
+    dense = round(seconds_of(architecture.layers) * 1e9)
+    return LatencyTable(header).with_entries(
+        TableEntry(
+            role=probe.role,
+            runs=runs_of(probe.widths),
+            samples_ns=(round(seconds_of(probe.widths) * 1e9),) * 15,
+            sentinel_ns=(dense,) * 15,
+            status="ok",
+        )
+        for probe in probes
+    )
+
+
+def call(main: Callable[[], None], *arguments: object) -> int:
+    """Run a command's main; its exit code."""
+    sys.argv = ["dilap", *map(str, arguments)]
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return int(stopped.value.code or 0)
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err.strip().splitlines()[-1]

@@ -1,0 +1,137 @@
+"""Tiny models, spaces with fabricated seconds and libraries for the tests of the core."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dilap.core.plan import Plan, full_plan
+from dilap.core.shape import LayerWidths
+from dilap.core.space import Choice, Level, Space, plan_of
+from dilap.models.anatomy import architecture_of, sublayers
+from dilap.models.cut import shrink_
+from dilap.models.text import Calibration
+from dilap.search.library import LibraryOptions, build_library
+from dilap.search.limit import Target
+from dilap.search.method import PruneTask
+from dilap.search.supernet import Supernet
+from dilap.search.weights import WeightCosts
+from tools.tiny_models import CLASSES, VOCAB_SIZE, byte_level_tokenizer, pruned_model, tiny_model
+
+__all__ = ["CLASSES", "FAMILIES", "VOCAB_SIZE", "byte_level_tokenizer", "pruned_model", "tiny_model"]
+FAMILIES = tuple(CLASSES)
+_DEFAULTS = LibraryOptions()
+Kept = dict[str, tuple[int, ...]]
+
+
+def needs_llamacpp() -> None:
+    if importlib.util.find_spec("llama_cpp") is None:
+        pytest.skip("llama-cpp-python is not installed")
+
+
+def compensated_model(family: str, kept: Kept) -> PreTrainedModel:
+    """`pruned_model` with random biases at the output projections, which most families lack."""
+    model, generator = tiny_model(family), torch.Generator().manual_seed(1)
+    biases = {f"{one.path}.bias": torch.randn(64, generator=generator) for one in sublayers(model)}
+    return shrink_(model, plan_for(model, kept), parameters=biases)
+
+
+def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(byte_level_tokenizer(folder))
+
+
+def random_tokens(num_sequences: int, length: int, *, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> torch.Tensor:
+    return torch.randint(vocab_size, (num_sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def plan_for(model: PreTrainedModel, kept: Kept) -> Plan:
+    """The plan that keeps everything but in the groups given."""
+    full = full_plan(architecture_of(model), base="base")
+    return replace(full, kept=full.kept | kept)
+
+
+@torch.no_grad()
+def masked_(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """`model` in its dense shape with the output projections of removed units set to zero."""
+    for one in sublayers(model):
+        mask, columns = torch.zeros(one.out.in_features), one.columns(plan.kept)
+        mask[columns] = 1
+        one.out.weight.mul_(mask)
+        if len(columns) == 0 and one.out.bias is not None:
+            one.out.bias.zero_()
+    return model
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=tokens).logits
+    return found
+
+
+@torch.no_grad()
+def logits_with_cache(model: PreTrainedModel, tokens: torch.Tensor, *, prompt: int = 5) -> torch.Tensor:
+    """The logits of all positions: a prompt first, then token by token through the KV cache."""
+    out = model(input_ids=tokens[:, :prompt], use_cache=True)
+    parts = [out.logits]
+    for position in range(prompt, tokens.shape[1]):
+        out = model(input_ids=tokens[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True)
+        parts.append(out.logits)
+    return torch.cat(parts, 1)
+
+
+def tiny_space(model: PreTrainedModel, *, fractions: tuple[float, ...] = (1.0, 0.5, 0.25)) -> Space:
+    """Every grid of KV groups and query slots, some shares of the channels, and removal; a microsecond a parameter."""
+    architecture = architecture_of(model)
+    weights, choices = WeightCosts(architecture=architecture), []
+    for block in architecture.blocks:
+        sizes = [group.num_units for group in block.groups]
+        if block.kind == "attention":
+            counts = list(product(*(range(1, size + 1) for size in sizes)))
+        else:
+            counts = [(round(sizes[0] * fraction),) for fraction in fractions]
+        levels = [Level(counts=one, cost=1e-6 * weights.block(block, one)) for one in [*counts, (0,) * len(sizes)]]
+        choices.append(Choice(block=block, levels=tuple(sorted(levels, key=lambda level: -level.cost))))
+    return Space(architecture=architecture, choices=tuple(choices), fixed_cost=0.01)
+
+
+def tiny_net(
+    model: PreTrainedModel, tokens: torch.Tensor, *, options: LibraryOptions = _DEFAULTS
+) -> tuple[Space, Supernet]:
+    """A supernet over `tiny_space`, its library fitted on `tokens`."""
+    space = tiny_space(model)
+    return space, Supernet(model, build_library(model, space, tokens, options=options))
+
+
+def tiny_task(model: PreTrainedModel, *, share: float = 0.7, **changes: Any) -> PruneTask:
+    """What a method is asked in the tests: a share of a fabricated latency, a microsecond a weight, of a tiny model."""
+    space = tiny_space(model)
+
+    def predict(widths: Sequence[LayerWidths]) -> float:
+        weights = (space.architecture.attention_parameters(w) + space.architecture.ffn_parameters(w) for w in widths)
+        return space.fixed_cost + 1e-6 * sum(weights)
+
+    train, validation = random_tokens(8, 24), random_tokens(4, 24, seed=1)
+    task = PruneTask(
+        model=model,
+        base="base",
+        text=Calibration(name="random", train=train, validation=validation),
+        target=Target(limit=share * predict(space.architecture.layers), predict=predict),
+        space=space,
+    )
+    return replace(task, **changes)
+
+
+def projections(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Output projections by sublayer name as parameters by their own names."""
+    return {f"{one.path}.weight": weights[one.name] for one in sublayers(model) if one.name in weights}
+
+
+def plan_at(space: Space, net: Supernet, config: tuple[int, ...]) -> Plan:
+    units = [levels[index].units for levels, index in zip(net.library, config, strict=True)]
+    return plan_of(space, units, base="base")

@@ -1,0 +1,20 @@
+"""Every method with settings that take a moment."""
+
+from collections.abc import Mapping
+
+from dilap import methods
+from dilap.search.method import Method
+
+# Small enough for tests where the published settings would train for minutes.
+QUICK: Mapping[str, dict[str, str]] = {
+    "llm_streamline": {"steps": "10"},
+    "loraprune": {"steps": "12"},
+    "compresso": {"steps": "12"},
+    "ziplm": {"starts": "5", "failures": "2"},
+}
+NAMES = [name for name in methods.METHODS if name != "equal_widths"]
+
+
+def method(name: str) -> Method:
+    found: Method = methods.get(name, QUICK.get(name, {}))
+    return found

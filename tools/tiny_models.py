@@ -1,0 +1,84 @@
+"""Tiny models with random weights and a tokenizer for them, on which the tools try things out."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from dilap.core.plan import full_plan
+from dilap.models.anatomy import architecture_of
+from dilap.models.cut import shrink_
+
+CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "opt": (OPTConfig, OPTForCausalLM),
+}
+VOCAB_SIZE = 300
+_END = "<|end|>"
+
+
+@torch.no_grad()
+def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
+    """3 layers, 4 heads on 2 KV heads of 16; weights large enough for attention to matter in the logits."""
+    config_class, model_class = CLASSES[family]
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCAB_SIZE}
+    sizes |= {"max_position_embeddings": 128}
+    if family == "opt":
+        sizes |= {"ffn_dim": 96, "word_embed_proj_dim": 64}
+    else:
+        sizes |= {"intermediate_size": 96, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    if family == "qwen3":
+        sizes |= {"head_dim": 16}  # its default is 128, whatever the hidden size
+    generator = torch.Generator().manual_seed(0)
+    model = model_class(config_class(**sizes | changes)).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, 0.15, generator=generator)
+        else:
+            parameter.uniform_(0.5, 1.5, generator=generator)
+            parameter.sub_(0 if "norm" in name else 1)
+    return model
+
+
+def pruned_model(family: str, kept: Mapping[str, tuple[int, ...]], **changes: Any) -> PreTrainedModel:
+    """Return `tiny_model` with some groups cut to the units given."""
+    model = tiny_model(family, **changes)
+    plan = full_plan(architecture_of(model), base="base")
+    return shrink_(model, replace(plan, kept={**plan.kept, **kept}))
+
+
+def byte_level_tokenizer(folder: Path) -> Path:
+    """Write a Hugging Face folder with a byte-level BPE tokenizer of VOCAB_SIZE tokens, split as GPT-2 splits."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[_END],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the other lazy dog, there and then"] * 3, trainer)
+    ends = {"bos_token": _END, "eos_token": _END}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends).save_pretrained(folder)
+    return folder
