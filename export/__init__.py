@@ -1,4 +1,4 @@
-"""Write an artifact in a runtime's format, and check it against the torch model it came from.
+"""Write a model as an artifact in a runtime's format, and check it against the torch model that it came from.
 
     from dilap import export
     export.get("llamacpp").export(model, tokenizer=folder, precision="q4_0", plan_digest="", out=Path("mine"))
@@ -44,7 +44,7 @@ class Exporter(Protocol):
 
 
 def get(backend: str) -> Exporter:
-    """The exporter for a backend. Raises InvalidInput with the known ones, Unavailable without its library."""
+    """Return the exporter for a backend. Raises InvalidInput, listing the known ones, Unavailable without a library."""
     try:
         exporter: Exporter = registry.get(EXPORTERS, backend, kind="backend")()
     except ImportError as error:

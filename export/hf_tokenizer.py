@@ -1,4 +1,4 @@
-"""A tokenizer as Hugging Face's files, from such a folder or from a GGUF file."""
+"""Tokenizers as Hugging Face's files: read from such a folder or from a GGUF file, and written."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 
 def read_tokenizer(source: Path, *, vocab_size: int) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a Hugging Face folder or of a GGUF file. Raises InvalidInput."""
+    """Read the tokenizer of a Hugging Face folder or of a GGUF file.
+
+    Raises InvalidInput where it cannot be read, or has more tokens than `vocab_size`.
+    """
     folder, gguf_file = (source.parent, source.name) if source.is_file() else (source, None)
     try:
         tokenizer = load_tokenizer(folder, gguf_file=gguf_file, local_files_only=True)
@@ -24,7 +27,7 @@ def read_tokenizer(source: Path, *, vocab_size: int) -> "PreTrainedTokenizerBase
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Write the files and read them back. Raises VerificationFailed at the first text that they split otherwise."""
+    """Write the files and read them back. Raises VerificationFailed at the first text that they split differently."""
     tokenizer.save_pretrained(folder)
     saved = load_tokenizer(folder, local_files_only=True)
     for text in SAMPLES:

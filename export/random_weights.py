@@ -1,4 +1,4 @@
-"""Numbers for models that are only timed."""
+"""Random weights for models that are only timed."""
 
 import zlib
 from typing import Any
@@ -10,10 +10,10 @@ _NUM_DRAWN = 1 << 16
 
 
 class RandomWeights:
-    """N(0, 0.02) from one small block repeated, so that a probe is written at the speed of the disk.
+    """Random weights, N(0, 0.02). A small block of them is repeated, so that probes are written as fast as the disk.
 
-    Each tensor starts elsewhere in the block, by its name: runtimes keep equal tensors once (ExecuTorch in the file,
-    ONNX Runtime when it packs them), and such a model would be timed out of the cache.
+    Each tensor starts at another place in the block, which depends on its name. Runtimes keep equal tensors only once
+    (ExecuTorch in the file, ONNX Runtime when it packs them), and such a model would be read from the cache when timed.
     """
 
     def __init__(self, seed: int) -> None:
@@ -22,13 +22,16 @@ class RandomWeights:
         self._bytes = draw.integers(0, 256, _NUM_DRAWN, np.uint8)
 
     def weights(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[np.floating]:
-        """A norm's are ones, and its biases zeros, which keeps the activations of a trained model's size."""
+        """Return random values for the tensor `name`; ones for a norm's weights and zeros for its biases.
+
+        Such norms keep the activations as large as those of a trained model.
+        """
         if "norm" in name:
             return np.zeros(shape, dtype) if name.endswith("bias") else np.ones(shape, dtype)
         return _repeated(self._normal.astype(dtype), name, shape)
 
     def bytes(self, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Uniform: the codes of quantised weights."""
+        """Return uniformly random bytes, as codes of quantised weights."""
         return _repeated(self._bytes, name, shape)
 
 

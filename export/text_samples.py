@@ -1,4 +1,4 @@
-"""Texts on which tokenizers are compared: each breaks some pre-tokenizer that the others do not."""
+"""Texts on which tokenizers are compared: each shows some wrong pre-tokenizer that the others do not show."""
 
 SAMPLES = (
     "The quick brown fox jumps over the lazy dog. It isn't the dog's fault, they've said; WE'LL see.",

@@ -1,4 +1,4 @@
-"""Does an exported file compute what its torch model computes?"""
+"""Check that an exported file computes what its torch model computes."""
 
 import copy
 from collections.abc import Sequence
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NUM_TOKENS = 64
-# What torch itself loses by computing in these types: dense models measure 33.7 and 53.1.
+# The least SQNR where torch itself computes in such a type, and loses by it: dense models measure 33.7 and 53.1.
 TORCH_BOUNDS_DB = {torch.bfloat16: 10.0, torch.float16: 20.0}
-# An artifact in half precision may lose this much more than torch does in it, never so much as a misordered matrix.
+# An artifact in half precision may lose the first number more than torch does in it, and must keep the second in any
+# case: a misordered matrix keeps less.
 _ROOM_DB, _LEAST_DB = 6.0, 10.0
 
 
@@ -25,7 +26,7 @@ class HasLogits(Protocol):
     """An artifact that is open in its runtime."""
 
     def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
-        """Logits (tokens x vocabulary) at every position, in one pass or through the KV cache."""
+        """Return the logits (tokens x vocabulary) at all positions, in one pass or through the KV cache."""
 
 
 def verify_logits(
@@ -37,11 +38,11 @@ def verify_logits(
     name: str,
     half: torch.dtype | None = None,
 ) -> float:
-    """The worse SQNR in dB of one pass and of decoding through the cache, against torch in the model's own dtype.
+    """Return the SQNR in dB against torch in the model's dtype: the worse of one pass and of decoding by token.
 
     `name` says in an error what was compared. `half` is the type of an artifact that computes in half precision: a
-    damaged model amplifies rounding, so one that misses the bound is measured by what torch itself loses in that type.
-    Raises VerificationFailed below `bound_db`.
+    damaged model amplifies rounding, so an artifact that misses the bound is judged by what torch itself loses in that
+    type. Raises VerificationFailed below the bound.
     """
     reference = torch_logits(model, token_ids)
     together = sqnr_db(reference, artifact.logits(token_ids, incremental=False))
@@ -66,7 +67,10 @@ def verify_logits(
 
 @torch.no_grad()
 def torch_logits(model: "PreTrainedModel", token_ids: Sequence[int]) -> NDArray[np.float32]:
-    """Logits (tokens x vocabulary) in the dtype that the model has: an f32 copy would not fit beside a large one."""
+    """Return the logits (tokens x vocabulary) that torch computes in the model's own dtype.
+
+    The model is not converted to f32, because a copy of a large one would not fit into memory beside it.
+    """
     was_training = model.training
     model.eval()
     try:

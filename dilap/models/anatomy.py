@@ -15,10 +15,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from dilap.core.codec import digest
 from dilap.core.errors import InvalidInput
 from dilap.core.groups import Block, Kept, indices_kept
+from dilap.core.numerics import Numerics
 from dilap.core.shape import Architecture
-from dilap.models.families import family_of
+from dilap.models.families import families, family_of
 from dilap.models.modeling_dilap import linear_at
 
+# Entries of a config that say how a model was read, and change nothing of what it computes.
 _OF_THE_READING = ("_name_or_path", "transformers_version", "architectures")
 
 
@@ -43,7 +45,7 @@ class Sublayer:
         return self.block.kind
 
     def columns(self, kept: Kept) -> torch.Tensor:
-        """The inputs of the output projection that stay with these units, ascending."""
+        """Return the inputs of the output projection that stay when the units `kept` stay, ascending."""
         return torch.from_numpy(indices_kept(self.block.groups, kept)[f"{self.path}.weight", 1])
 
 
@@ -54,17 +56,27 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
-    """The shape of a loaded model, its widths read from the tensors themselves."""
+    """Return the shape of a loaded model, its widths read from the tensors themselves."""
     return family_of(model.config).architecture(model)
 
 
+def numerics_of(model: PreTrainedModel) -> Numerics:
+    """Return what a loaded model computes beside its shapes. Raises Unsupported for what no exporter computes."""
+    return family_of(model.config).numerics(model)
+
+
+def stand_in_numerics(architecture: Architecture) -> Numerics:
+    """Return usual values of the family, for a model with random weights that is only timed."""
+    return families()[architecture.family].stand_in_numerics(architecture)
+
+
 def blocks_of(model: PreTrainedModel) -> tuple[Block, ...]:
-    """The sublayers that a model has, layer by layer, attention first, with the tensors in which their units lie."""
+    """Return the sublayers of a model, layer by layer, attention first, with the tensors in which their units lie."""
     return family_of(model.config).blocks(model)
 
 
 def sublayers(model: PreTrainedModel) -> Iterator[Sublayer]:
-    """The same with their output projections."""
+    """Yield the sublayers of a model with their output projections, layer by layer, attention first."""
     family, layers = family_of(model.config), decoder_layers(model)
     for block in blocks_of(model):
         path = family.output_of(block.kind)
@@ -74,9 +86,9 @@ def sublayers(model: PreTrainedModel) -> Iterator[Sublayer]:
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """SHA-256 over the configuration and the name, shape, type and every byte of every tensor.
+    """Return the SHA-256 of the configuration and of the name, shape, type and every byte of every tensor.
 
-    Tensors are hashed beside each other, because one core reads 1 to 2 GB/s.
+    Tensors are hashed in parallel, because one core reads only 1 to 2 GB/s.
     """
     tensors = sorted(model.state_dict().items())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -89,7 +101,7 @@ def model_digest(model: PreTrainedModel) -> str:
 
 
 def _configuration(config: PreTrainedConfig) -> dict[str, Any]:
-    """What the numbers depend on beside the weights (the rotary base, epsilons), not where and by what it was read."""
+    """Return what the results depend on beside the weights (the rotary base, epsilons), and not how it was read."""
     settings: dict[str, Any] = json.loads(config.to_json_string())
     return {name: value for name, value in settings.items() if name not in _OF_THE_READING}
 
@@ -100,7 +112,7 @@ def _content_sha256(tensor: torch.Tensor) -> str:
 
 
 def require_finite(model: PreTrainedModel) -> None:
-    """Raises InvalidInput naming the first tensor that holds NaN or infinity."""
+    """Raise InvalidInput, naming the first tensor that holds NaN or infinity."""
     for name, tensor in model.named_parameters():
         if not torch.isfinite(tensor).all():
             raise InvalidInput(f"tensor {name} of the model holds NaN or infinite values; the checkpoint is damaged")

@@ -26,7 +26,6 @@ from torch.nn import functional
 
 from dilap.core.errors import Unsupported
 from dilap.core.shape import Architecture, LayerWidths
-from dilap.export.executorch.header import Style
 from dilap.export.executorch.quantisation import constants, quantise_linear_
 
 Kind = Literal["attention_in", "attention_out", "ffn", "head"]
@@ -40,7 +39,8 @@ class BlockShape:
 
     kind: Kind
     precision: str
-    style: Style
+    norm_eps: float
+    activation: str
     architecture: Architecture  # without its layers
     widths: LayerWidths
     max_tokens: int  # of one run, any number up to it: XNNPACK reserves memory for as many when it loads a program
@@ -102,12 +102,12 @@ class AttentionIn(Block):
     def __init__(self, shape: BlockShape) -> None:
         super().__init__(shape)
         model, widths = shape.architecture, shape.widths
-        self.norm = Norm(model.hidden_size, eps=shape.style.norm_eps)
+        self.norm = Norm(model.hidden_size, eps=shape.norm_eps)
         self.query = nn.Linear(model.hidden_size, widths.num_heads * model.head_dim, bias=model.qkv_bias)
         self.key = nn.Linear(model.hidden_size, widths.num_kv_heads * model.head_dim, bias=model.qkv_bias)
         self.value = nn.Linear(model.hidden_size, widths.num_kv_heads * model.head_dim, bias=model.qkv_bias)
         if model.qk_norm:
-            self.head_norm = Norm(model.head_dim, eps=shape.style.norm_eps)
+            self.head_norm = Norm(model.head_dim, eps=shape.norm_eps)
         if not model.num_positions:
             self.register_buffer("half_turn", _half_turn(model.head_dim))
 
@@ -160,14 +160,14 @@ class FeedForward(Block):
     def __init__(self, shape: BlockShape) -> None:
         super().__init__(shape)
         model, channels = shape.architecture, shape.widths.num_channels
-        self.norm = Norm(model.hidden_size, eps=shape.style.norm_eps)
+        self.norm = Norm(model.hidden_size, eps=shape.norm_eps)
         if model.ffn_matrices == 3:
             self.gate = nn.Linear(model.hidden_size, channels, bias=model.ffn_bias)
         self.up = nn.Linear(model.hidden_size, channels, bias=model.ffn_bias)
         self.down = nn.Linear(channels, model.hidden_size, bias=model.ffn_out_bias)
 
     def forward(self, x: torch.Tensor, *norm: torch.Tensor) -> torch.Tensor:
-        activation = functional.silu if self.shape.style.activation == "silu" else functional.relu
+        activation = functional.silu if self.shape.activation == "silu" else functional.relu
         normed = self.norm(x, *norm)
         inner = self.up(normed)
         inner = activation(self.gate(normed)) * inner if hasattr(self, "gate") else activation(inner)
@@ -186,7 +186,7 @@ class Head(Block):
     def __init__(self, shape: BlockShape) -> None:
         super().__init__(shape)
         model = shape.architecture
-        self.norm = Norm(model.hidden_size, eps=shape.style.norm_eps)
+        self.norm = Norm(model.hidden_size, eps=shape.norm_eps)
         self.out = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
 
     def forward(self, x: torch.Tensor, *norm: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,14 @@
 """A decoder as an ExecuTorch program: `forward(tokens, input_pos)` with its KV cache inside, and `score` to judge it.
 
-`forward` gives the last position's logits, as deployed programs do: all positions' would make a prefill of
-SmolLM2-135M a quarter slower. `score` gives all of at most SCORED_TOKENS, so that evaluation needs no run for every
-token. It has the same weights, stored once, and the same kernels, but a cache of its own, and takes no memory where it
-is not loaded.
+`forward` gives only the last position's logits, as deployed programs do. `score` gives those of all positions, for at
+most SCORED_TOKENS tokens at once, so that evaluation needs no run for every token. It has the same weights, stored
+once, and the same kernels, but a cache of its own, and takes no memory where it is not loaded.
 
-This is our own module and not `executorch.examples.models.llama`: that one has scalar widths, no LayerNorm and not
-every bias, is an example and no interface, and can only be lowered as a whole, which takes minutes for 30 layers. Here
-what lies around ExecuTorch's `update_cache` and `custom_sdpa` are blocks that are lowered once a shape
-(`executorch_blocks`). The graph between them is traced with placeholder operators, which become calls of the
-blocks' delegates at the end: tracing through the delegates of 30 layers would take four times as long.
+This is our own module and not `executorch.examples.models.llama`, which has one width for all layers, no LayerNorm and
+not every bias, is an example and no interface, and can only be lowered as a whole, which takes minutes for 30 layers.
+Here, everything around ExecuTorch's `update_cache` and `custom_sdpa` is made of blocks that are lowered once for every
+shape (`dilap.export.executorch.blocks`). The graph between them is traced with placeholder operators, which become
+calls of the blocks' delegates at the end.
 """
 
 import operator
@@ -29,7 +28,7 @@ from torch.nn import functional
 
 from dilap.core.shape import Architecture, LayerWidths
 from dilap.export.executorch.blocks import EDGE, BlockShape, Delegate, Kind, template
-from dilap.export.executorch.header import POSITION_OFFSET, Header
+from dilap.export.executorch.header import Header
 from dilap.export.executorch.quantisation import quantised_rows
 from dilap.models.families import families
 
@@ -39,7 +38,7 @@ REGISTERED = (custom_ops, _quant_patterns_and_replacements)  # imported for the 
 
 @torch.no_grad()
 def build(header: Header, values: Values) -> ExecutorchProgramManager:
-    """The program, ready to be written."""
+    """Return the program, ready to be written."""
     decoder = Decoder(header, values)
     methods = {
         "forward": _lowered(decoder, decoder.delegates, max_tokens=header.max_context),
@@ -52,7 +51,7 @@ def build(header: Header, values: Values) -> ExecutorchProgramManager:
 
 
 def _lowered(module: nn.Module, delegates: Sequence[Delegate], *, max_tokens: int) -> ExportedProgram:
-    # two tokens: one would be taken for a constant
+    # two tokens, because a length of one would be taken for a constant
     example = (torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     tokens = torch.export.Dim("tokens", min=1, max=max_tokens)
     traced = torch.export.export(module, example, dynamic_shapes=({1: tokens}, None), strict=False)
@@ -63,7 +62,7 @@ def _lowered(module: nn.Module, delegates: Sequence[Delegate], *, max_tokens: in
 
 @torch.library.custom_op("dilap::attention_in", mutates_args=())
 def attention_in(inputs: list[torch.Tensor], block: int, heads: list[int], head_dim: int) -> list[torch.Tensor]:
-    """Placeholder for block number `block` with outputs (1 x tokens x count x head_dim) for every count of heads."""
+    """Placeholder for block number `block`: an output (1 x tokens x count x head_dim) for every count in `heads`."""
     raise NotImplementedError
 
 
@@ -85,7 +84,7 @@ def _(inputs: list[torch.Tensor], _: int, width: int) -> list[torch.Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Call:
-    """A block as the decoder calls it: its number and the buffers that hold its vectors."""
+    """A block as the decoder calls it: its number and the names of the buffers that hold its vectors."""
 
     block: int
     vectors: tuple[str, ...]
@@ -106,7 +105,6 @@ class Decoder(nn.Module):
         self.delegates: list[Delegate] = []
         self._values = values
         self._family = families()[header.architecture.family]
-        self._stack = self._family.layers.rpartition(".")[0]
         self._make_embedding_()
         self._make_positions_()
         self._layers = [tuple(self._layer(index)) for index in range(len(header.architecture.layers))]
@@ -115,7 +113,7 @@ class Decoder(nn.Module):
 
     def _make_embedding_(self) -> None:
         model = self.header.architecture
-        table = self._values(f"{self._stack}.embed_tokens.weight", (model.vocab_size, model.hidden_size))
+        table = self._values(f"{self._family.embeddings}.weight", (model.vocab_size, model.hidden_size))
         if self.header.precision == "8da4w":
             table, scales = quantised_rows(table)
             self.register_buffer("embedding_scales", scales)
@@ -124,22 +122,22 @@ class Decoder(nn.Module):
     def _make_positions_(self) -> None:
         header, model = self.header, self.header.architecture
         if model.num_positions:
-            name = f"{self._stack}.embed_positions.weight"
-            rows = self._values(name, (model.num_positions, model.hidden_size))[POSITION_OFFSET:]
+            name = f"{self._family.positions}.weight"
+            rows = self._values(name, (model.num_positions, model.hidden_size))[self._family.position_offset :]
             self.register_buffer("positions", rows[: header.max_context].clone())
-        else:
-            angles = torch.outer(torch.arange(header.max_context), torch.tensor(header.frequencies)).repeat(1, 2)
-            self.register_buffer("cos", angles.cos() * header.magnitude)
-            self.register_buffer("sin", angles.sin() * header.magnitude)
+        if (rotary := header.numerics.rotary) is not None:
+            angles = torch.outer(torch.arange(header.max_context), torch.tensor(rotary.frequencies)).repeat(1, 2)
+            self.register_buffer("cos", angles.cos() * rotary.magnitude)
+            self.register_buffer("sin", angles.sin() * rotary.magnitude)
 
     def _layer(self, index: int) -> Iterator[_Call]:
-        """The blocks of a layer: two for attention, one for the feed-forward network, none for what it lacks."""
+        """Make the blocks of a layer: two for attention, one for the feed-forward network, none for what it lacks."""
         model, family, prefix = self.header.architecture, self._family, f"{self._family.layers}.{index}"
         widths = model.layers[index]
         if widths.num_heads:
             norms = self._norm(f"{prefix}.{family.attention_norm}")
             if model.qk_norm:
-                names = (f"{prefix}.{family.attention}.{name}.weight" for name in ("q_norm", "k_norm"))
+                names = (f"{prefix}.{path}.weight" for path in (family.query_norm, family.key_norm))
                 norms += [(name, model.head_dim) for name in names]
             paths = {"query": family.query, "key": family.key, "value": family.value}
             for name in ("keys", "values"):
@@ -159,13 +157,12 @@ class Decoder(nn.Module):
     def _make_head_(self, *, max_tokens: int) -> _Call:
         model = self.header.architecture
         none = LayerWidths(num_heads=0, num_kv_heads=0, num_channels=0)
-        matrix = f"{self._stack}.embed_tokens" if model.tied_embeddings else "lm_head"
-        norm = "norm" if model.norm_vectors == 1 else "final_layer_norm"
-        vectors = self._norm(f"{self._stack}.{norm}")
+        matrix = self._family.embeddings if model.tied_embeddings else "lm_head"
+        vectors = self._norm(self._family.final_norm)
         return self._block("head", none, {"out": matrix}, vectors, max_tokens=max_tokens)
 
     def _norm(self, path: str) -> list[tuple[str, int]]:
-        """Names and sizes of a norm's vectors."""
+        """Return names and sizes of a norm's vectors."""
         model = self.header.architecture
         return [(f"{path}.{name}", model.hidden_size) for name in ("weight", "bias")[: model.norm_vectors]]
 
@@ -183,7 +180,8 @@ class Decoder(nn.Module):
         shape = BlockShape(
             kind=kind,
             precision=header.precision,
-            style=header.style,
+            norm_eps=header.numerics.norm_eps,
+            activation=header.numerics.activation,
             architecture=_relevant(header.architecture, kind),
             widths=widths,
             max_tokens=max_tokens or header.max_context,
@@ -205,14 +203,15 @@ class Decoder(nn.Module):
         return _Call(block=number, vectors=names)
 
     def forward(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
+        # The logits of all positions would make a prefill of SmolLM2-135M a quarter slower.
         return self._logits(self._head, self._hidden(tokens, input_pos)[:, -1:])[:, 0]
 
     def score(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
-        """Logits (tokens x vocabulary) of at most SCORED_TOKENS."""
+        """Return the logits (tokens x vocabulary) of at most SCORED_TOKENS tokens."""
         return self._logits(self._wide_head, self._hidden(tokens, input_pos))[0]
 
     def _hidden(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
-        """The residual stream (1 x tokens x hidden) behind the last layer."""
+        """Return the residual stream (1 x tokens x hidden) after the last layer."""
         start, count = input_pos[0].item(), tokens.shape[1]
         torch._check(start >= 0)
         torch._check(start < self.header.max_context)
@@ -236,7 +235,7 @@ class Decoder(nn.Module):
         return [getattr(self, name) for name in call.vectors]
 
     def _embed(self, tokens: torch.Tensor, start: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The residual stream; cosines and sines (1 x tokens x 1 x head_dim) where positions are rotary."""
+        """Return the residual stream, and cosines and sines (1 x tokens x 1 x head_dim) if positions are rotary."""
         count = tokens.shape[1]
         if self.header.precision == "f32":
             x: torch.Tensor = functional.embedding(tokens, self.embedding)
@@ -263,7 +262,7 @@ class Decoder(nn.Module):
 
 
 class Score(nn.Module):
-    """The decoder's `score` as a module, which is what can be traced."""
+    """The decoder's `score` as a module, because only modules can be traced."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
@@ -274,13 +273,14 @@ class Score(nn.Module):
 
 
 def _relevant(architecture: Architecture, kind: Kind) -> Architecture:
-    """An architecture without what the code of a block does not depend on, so that models share lowered blocks."""
+    """Return the architecture without what a block's code does not depend on, so that models share lowered blocks."""
     found = replace(architecture, family="", layers=(), tied_embeddings=False)
     return found if kind == "attention_in" else replace(found, qkv_bias=False, qk_norm=False)
 
 
 def _call_delegates_(program: ExportedProgram, delegates: Sequence[Delegate]) -> None:
     """Turn every placeholder operator into a call of its block's delegate."""
+    # Tracing through the delegates of 30 layers themselves would take four times as long.
     module, graph = program.graph_module, program.graph
     for node in list(graph.nodes):
         name = str(getattr(node.target, "_op", node.target))
@@ -297,7 +297,7 @@ def _call_delegates_(program: ExportedProgram, delegates: Sequence[Delegate]) ->
 
 
 def _take_results_(node: Node, call: Node, results: tuple[int, ...]) -> None:
-    """Give the users of a placeholder operator, each of which takes one output, the delegate's."""
+    """Replace a placeholder operator's outputs by the delegate's; each of its users takes one output."""
     by_output = dict(zip(results, node.meta["val"], strict=True))
     call.meta["val"] = tuple(by_output[index] for index in range(len(results)))
     for user in list(node.users):

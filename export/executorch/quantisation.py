@@ -1,8 +1,7 @@
-"""8da4w: 4-bit weights in groups of 32, activations in 8 bits, scaled token by token at run time.
+"""The quantisation 8da4w: 4-bit weights in groups of 32, 8-bit activations that are scaled per token at run time.
 
-The head is in 8 bits a row, as is a matrix whose rows no group divides; the embedding too, because a token reads one
-row of it, so that 4 bits would make the file smaller and nothing faster. Scales are the plain ones: torchao's
-half-quadratic ones cost SmolLM2-135M 0.15 dB (6.70 for 6.85).
+The head has 8 bits and one scale a row, and so has a matrix whose rows are no multiple of a group. The embedding has 8
+bits too: a token reads only one row of it, so that 4 bits would make the file smaller and nothing faster.
 """
 
 import hashlib
@@ -19,25 +18,26 @@ _INT4: torch.dtype = torch.int4  # type: ignore[attr-defined] # torch's stubs la
 
 
 def quantise_linear_(linear: nn.Linear, *, is_head: bool) -> None:
-    """Give a matrix its types; called in torch it computes what XNNPACK does, up to the order of summation."""
+    """Quantise a matrix in place; in torch it then computes what XNNPACK does, up to the order of summation."""
     grouped = not is_head and linear.in_features % GROUP_SIZE == 0
     config = Int8DynamicActivationIntxWeightConfig(
         weight_dtype=_INT4 if grouped else torch.int8,
         weight_granularity=PerGroup(GROUP_SIZE) if grouped else PerAxis(0),
     )
+    # The scales are the plain ones: torchao's half-quadratic ones cost SmolLM2-135M 0.15 dB (6.70 for 6.85).
     quantize_(linear, config, filter_fn=None)
     if grouped and isinstance(linear.weight, IntxUnpackedToInt8Tensor):
         linear.weight.scale.copy_(linear.weight.scale.bfloat16())  # as XNNPACK keeps them
 
 
 def quantised_rows(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A table in 8 bits, and the scale of every row."""
+    """Return a table in 8 bits, and the scale of every row."""
     scales = table.abs().amax(1).clamp(min=1e-12) / 127
     return (table / scales[:, None]).round().to(torch.int8), scales
 
 
 def constants(linear: nn.Linear) -> list[tuple[str, bytes]]:
-    """What a delegate stores for a matrix, under the names that it finds it by: weights, scales, bias."""
+    """Return what a delegate stores for a matrix (weights, scales, bias), with the names that it finds them by."""
     weight, found = linear.weight, []
     if isinstance(weight, IntxUnpackedToInt8Tensor):
         grouped = weight.target_dtype == _INT4

@@ -17,12 +17,12 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, file_sha256, write_json, written_aside
 from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed
 from dilap.core.shape import Architecture
-from dilap.export.executorch.header import GROUP_SIZE, Header, header_of, probe_header
+from dilap.export.executorch.header import GROUP_SIZE, Header, header_of
 from dilap.export.hf_tokenizer import read_tokenizer
 from dilap.export.random_weights import RandomWeights
 from dilap.export.text_samples import SAMPLES
 from dilap.export.verify import verify_logits
-from dilap.models.anatomy import architecture_of
+from dilap.models.anatomy import stand_in_numerics
 from dilap.models.context import window_notes
 
 if TYPE_CHECKING:
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
     from dilap.export.executorch.program import Values
 
-NUM_TOKENS = 32  # one pass costs a run for every prefix, so half of what other formats are compared on
+NUM_TOKENS = 32  # half of what other formats are compared on, because one pass takes a run for every prefix
 # Measured, in dB (f32, 8da4w, 8da4w against torch in the same types):
 #   tiny random models of five families, the worst   120   4.8   134
 #   SmolLM2-135M                                     110   6.9    20
 #   SmolLM2-135M pruned at random, best of four      105   5.2    16
 #   SmolLM2-135M pruned at random, worst of four      97  -0.8   3.6
 #   SmolLM2-135M, query rows of one layer misordered       6.1
-# A damaged model amplifies rounding, and in 8da4w one that moves an activation across a step of its 8 bits: there the
-# bound only tells a program from unrelated logits (-3). That its layout is right the exact tiny models show.
+# A damaged model amplifies rounding, above all in 8da4w where it moves an activation across a step of its 8 bits: there
+# the bound only tells a program from unrelated logits (-3). That the layout is right is shown by the exact tiny models.
 SQNR_BOUNDS_DB = {"f32": 60.0, "8da4w": -2.5}
 
 
@@ -51,7 +51,7 @@ class ExecuTorchExporter:
         self, model: "PreTrainedModel", *, tokenizer: Path, precision: str, plan_digest: str, out: Path
     ) -> Artifact:
         """Write `model` into the folder `out`, verified, or leave nothing behind."""
-        header = header_of(architecture_of(model), model.config, model.generation_config, precision=precision)
+        header = header_of(model, precision=precision)
         words = _read_tokenizer(tokenizer, vocab_size=header.architecture.vocab_size)
         with written_aside(out) as folder:
             folder.mkdir()
@@ -75,7 +75,7 @@ class ExecuTorchExporter:
 
     def export_probe(self, architecture: Architecture, *, precision: str, seed: int, out: Path) -> Artifact:
         """Write a model of that shape with random weights and no tokenizer, for timing only."""
-        header = probe_header(architecture, precision=precision)
+        header = Header(architecture=architecture, numerics=stand_in_numerics(architecture), precision=precision)
         random = RandomWeights(seed)
 
         def values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -91,7 +91,7 @@ class ExecuTorchExporter:
 
 
 def _write(path: Path, header: Header, values: "Values") -> None:
-    bindings()  # the one-line reason where it is not installed
+    bindings()  # raises a one-line reason where ExecuTorch is not installed
     from dilap.export.executorch.program import build  # noqa: PLC0415 - needs ExecuTorch
 
     with warnings.catch_warnings():
@@ -108,7 +108,7 @@ class ModelValues:
         self._tensors = tensors
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Raises InvalidInput, naming the tensor, for a missing one, another shape, NaN or infinity."""
+        """Return a tensor. Raises InvalidInput, naming it, where it is missing, not finite or of another shape."""
         if name not in self._tensors:
             raise InvalidInput(f"the model has no tensor {name}")
         tensor = self._tensors[name].detach()
@@ -120,7 +120,7 @@ class ModelValues:
 
 
 def _read_tokenizer(source: Path, *, vocab_size: int) -> "PreTrainedTokenizerFast":
-    """Of a Hugging Face folder or a GGUF file. Raises InvalidInput, Unsupported."""
+    """Read the tokenizer of a Hugging Face folder or a GGUF file. Raises InvalidInput, Unsupported."""
     words = read_tokenizer(source, vocab_size=vocab_size)
     if not hasattr(words, "backend_tokenizer"):
         raise Unsupported(f"{source}: {type(words).__name__} has no tokenizer.json form")
@@ -131,14 +131,14 @@ def _read_tokenizer(source: Path, *, vocab_size: int) -> "PreTrainedTokenizerFas
 def _verify_method(
     path: Path, method: str, model: "PreTrainedModel", token_ids: Sequence[int], *, precision: str
 ) -> float:
-    """SQNR in dB. Raises VerificationFailed below the precision's bound."""
+    """Return the SQNR in dB of a method's logits. Raises VerificationFailed below the precision's bound."""
     with opened(Program, path, runtime="executorch", method=method) as file:
         name = f"{method} of {path.name} in {precision}"
         return verify_logits(model, file, token_ids, bound_db=SQNR_BOUNDS_DB[precision], name=name)
 
 
 def _verify_tokenizer(path: Path, reference: "PreTrainedTokenizerFast") -> None:
-    """Raises VerificationFailed at the first text that ExecuTorch's tokenizer and transformers' split differently."""
+    """Raise VerificationFailed at the first text that ExecuTorch's tokenizer and transformers' split differently."""
     tokenizer = opened(ExecuTorchTokenizer, path, runtime="executorch")
     for text in SAMPLES:
         expected = reference(text, add_special_tokens=False)["input_ids"]
@@ -151,7 +151,7 @@ def _verify_tokenizer(path: Path, reference: "PreTrainedTokenizerFast") -> None:
 
 
 def _describe(path: Path, header: Header, *, sqnr_db: float | None) -> Artifact:
-    """The sidecar, without a plan."""
+    """Return the sidecar, without a plan."""
     return Artifact(
         path=path.name,
         format="pte",
@@ -167,7 +167,7 @@ def _describe(path: Path, header: Header, *, sqnr_db: float | None) -> Artifact:
 
 
 def matrix_types(header: Header) -> dict[str, int]:
-    """How many matrices have which type: rows that no group divides, and the head, stay in 8 bits."""
+    """Return how many matrices have each type: the head, and rows that are no multiple of a group, have 8 bits."""
     model = header.architecture
     if header.precision == "f32":
         return {"f32": sum(4 * (w.num_heads > 0) + model.ffn_matrices * (w.num_channels > 0) for w in model.layers) + 1}

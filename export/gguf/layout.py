@@ -2,33 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from dilap.core.errors import Unsupported
+from dilap.core.numerics import Numerics, Rotary
 from dilap.core.shape import Architecture, LayerWidths
-from dilap.models.context import max_tokens_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+from dilap.models.families import families
+from dilap.models.families.family import Family
 
 # deci drops the attention of a layer whose FFN width is 0, so such a layer gets an FFN of zeros: 32 channels are
 # the least that q8_0 and q4_0 blocks hold, and add nothing to the residual stream.
 ZERO_CHANNELS = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hyperparameters:
-    """What a GGUF header says beyond an Architecture.
-
-    `rope_factors` divide the default rotary frequencies and `rope_magnitude` scales their sine and cosine: this
-    holds linear, llama3 and yarn scaling alike, exactly as transformers computes them.
-    """
-
-    context_length: int = 4096
-    norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
-    rope_factors: tuple[float, ...] = ()
-    rope_magnitude: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,45 +29,23 @@ class TensorSpec:
     rotary_heads: int = 0
 
 
-def hyperparameters(config: "PreTrainedConfig", *, head_dim: int) -> Hyperparameters:
-    """Read from a transformers config. Raises Unsupported for what llama.cpp's graphs do not compute."""
-    if config.model_type == "opt":
-        raise Unsupported("OPT cannot be exported to llama.cpp: it has no such architecture; use another backend")
-    if config.hidden_act != "silu":
-        raise Unsupported(f"llama.cpp computes these families with silu only, the model has {config.hidden_act}")
-    rope = config.rope_parameters
-    factors, magnitude = _rope_scaling(config, head_dim=head_dim)
-    return Hyperparameters(
-        context_length=max_tokens_of(config),
-        norm_eps=config.rms_norm_eps,
-        rope_theta=rope["rope_theta"],
-        rope_factors=factors,
-        rope_magnitude=magnitude,
-    )
-
-
-def _rope_scaling(config: "PreTrainedConfig", *, head_dim: int) -> tuple[tuple[float, ...], float]:
-    """Divisors of the default frequencies (none without scaling) and the scale of sine and cosine."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: PLC0415
-
-    rope = config.rope_parameters
-    kind = rope.get("rope_type", "default")
-    if kind == "default" and rope.get("partial_rotary_factor", 1.0) == 1.0:
-        return (), 1.0
-    if kind not in ("linear", "llama3", "yarn") or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise Unsupported(f"rotary embedding {rope} cannot be written to GGUF; known: default, linear, llama3, yarn")
-    frequencies, magnitude = ROPE_INIT_FUNCTIONS[kind](config)
-    default = [rope["rope_theta"] ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-    return tuple(d / f for d, f in zip(default, frequencies.tolist(), strict=True)), float(magnitude)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """How one model lies in a GGUF file; `name` is llama.cpp's architecture."""
 
     name: str
     architecture: Architecture
-    hyperparameters: Hyperparameters
+    numerics: Numerics
+    rotary: Rotary
+
+    @property
+    def rope_factors(self) -> tuple[float, ...]:
+        """Divisors of the default rotary frequencies, which hold linear, llama3 and yarn scaling; none without one."""
+        rotary, head_dim = self.rotary, self.architecture.head_dim
+        if rotary.kind == "default":
+            return ()
+        default = (rotary.base ** (-2 * i / head_dim) for i in range(head_dim // 2))
+        return tuple(plain / scaled for plain, scaled in zip(default, rotary.frequencies, strict=True))
 
     @property
     def layers(self) -> tuple[LayerWidths, ...]:
@@ -93,7 +54,7 @@ class Layout:
 
     def metadata(self) -> dict[str, int | float | list[int]]:
         """Keys without their architecture prefix; widths are arrays only where llama.cpp reads arrays."""
-        architecture, values = self.architecture, self.hyperparameters
+        architecture, values, rotary = self.architecture, self.numerics, self.rotary
         columns = {
             "attention.head_count": [layer.num_heads for layer in self.layers],
             "attention.head_count_kv": [layer.num_kv_heads for layer in self.layers],
@@ -108,62 +69,73 @@ class Layout:
             "attention.key_length": architecture.head_dim,
             "attention.value_length": architecture.head_dim,
             "rope.dimension_count": architecture.head_dim,
-            "rope.freq_base": values.rope_theta,
-            "rope.scaling.attn_factor": values.rope_magnitude,
+            "rope.freq_base": rotary.base,
+            "rope.scaling.attn_factor": rotary.magnitude,
             **{key: widths if self.name == "deci" else widths[0] for key, widths in columns.items()},
         }
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor, in file order."""
-        hidden, vocab = self.architecture.hidden_size, self.architecture.vocab_size
-        yield TensorSpec(name="token_embd.weight", shape=(vocab, hidden), source="model.embed_tokens.weight")
-        if self.hyperparameters.rope_factors:
+        hidden, vocab, family = self.architecture.hidden_size, self.architecture.vocab_size, self._family
+        yield TensorSpec(name="token_embd.weight", shape=(vocab, hidden), source=f"{family.embeddings}.weight")
+        if self.rope_factors:
             yield TensorSpec(name="rope_freqs.weight", shape=(self.architecture.head_dim // 2,))
         for index, (widths, held) in enumerate(zip(self.architecture.layers, self.layers, strict=True)):
             yield from self._attention(index, held, zero=widths.num_heads == 0)
             yield from self._ffn(index, held, zero=widths.num_channels == 0)
-        yield TensorSpec(name="output_norm.weight", shape=(hidden,), source="model.norm.weight")
+        yield TensorSpec(name="output_norm.weight", shape=(hidden,), source=f"{family.final_norm}.weight")
         if not self.architecture.tied_embeddings:
             yield TensorSpec(name="output.weight", shape=(vocab, hidden), source="lm_head.weight")
+
+    @property
+    def _family(self) -> Family:
+        return families()[self.architecture.family]
 
     def _attention(self, index: int, held: LayerWidths, *, zero: bool) -> Iterator[TensorSpec]:
         if held.num_heads == 0:
             return
-        architecture, hidden, head_dim = self.architecture, self.architecture.hidden_size, self.architecture.head_dim
+        architecture, family = self.architecture, self._family
+        hidden, head_dim = architecture.hidden_size, architecture.head_dim
         query, key_value = held.num_heads * head_dim, held.num_kv_heads * head_dim
         turned = (held.num_heads, held.num_kv_heads) if self.name in ("llama", "deci") else (0, 0)
-        block = _Block(index=index, zero=zero)
-        yield block.norm("attn_norm", "input_layernorm", hidden)
-        projections = (("q", query, turned[0]), ("k", key_value, turned[1]), ("v", key_value, 0))
-        for letter, rows, heads in projections:
-            yield from block.linear(
-                f"attn_{letter}", f"self_attn.{letter}_proj", (rows, hidden), bias=architecture.qkv_bias, heads=heads
-            )
+        block = _Block(index=index, layer=f"{family.layers}.{index}", zero=zero)
+        yield block.norm("attn_norm", family.attention_norm, hidden)
+        projections = (
+            ("attn_q", family.query, query, turned[0]),
+            ("attn_k", family.key, key_value, turned[1]),
+            ("attn_v", family.value, key_value, 0),
+        )
+        for name, source, rows, heads in projections:
+            yield from block.linear(name, source, (rows, hidden), bias=architecture.qkv_bias, heads=heads)
         if architecture.qk_norm:
-            yield block.norm("attn_q_norm", "self_attn.q_norm", head_dim)
-            yield block.norm("attn_k_norm", "self_attn.k_norm", head_dim)
-        yield from block.linear("attn_output", "self_attn.o_proj", (hidden, query), bias=architecture.out_bias)
+            yield block.norm("attn_q_norm", family.query_norm, head_dim)
+            yield block.norm("attn_k_norm", family.key_norm, head_dim)
+        yield from block.linear("attn_output", family.attention_out, (hidden, query), bias=architecture.out_bias)
 
     def _ffn(self, index: int, held: LayerWidths, *, zero: bool) -> Iterator[TensorSpec]:
-        hidden, width, bias = self.architecture.hidden_size, held.num_channels, self.architecture.ffn_bias
-        out_bias = self.architecture.ffn_out_bias
-        block = _Block(index=index, zero=zero)
-        yield block.norm("ffn_norm", "post_attention_layernorm", hidden)
-        yield from block.linear("ffn_gate", "mlp.gate_proj", (width, hidden), bias=bias)
-        yield from block.linear("ffn_up", "mlp.up_proj", (width, hidden), bias=bias)
-        yield from block.linear("ffn_down", "mlp.down_proj", (hidden, width), bias=out_bias)
+        architecture, family, width = self.architecture, self._family, held.num_channels
+        hidden, bias = architecture.hidden_size, architecture.ffn_bias
+        block = _Block(index=index, layer=f"{family.layers}.{index}", zero=zero)
+        yield block.norm("ffn_norm", family.ffn_norm, hidden)
+        for name, source in zip(("ffn_gate", "ffn_up"), family.ffn_in, strict=True):
+            yield from block.linear(name, source, (width, hidden), bias=bias)
+        yield from block.linear("ffn_down", family.ffn_out, (hidden, width), bias=architecture.ffn_out_bias)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Block:
-    """Names of one layer's tensors in both worlds; `zero`: a sublayer that torch does not have."""
+    """Names of one layer's tensors in the file and in torch, where the layer is at the path `layer`.
+
+    `zero` stands for a sublayer that torch does not have.
+    """
 
     index: int
+    layer: str
     zero: bool
 
     def norm(self, name: str, source: str, size: int) -> TensorSpec:
         spec = TensorSpec(name=f"blk.{self.index}.{name}.weight", shape=(size,), constant=1.0)
-        return spec if self.zero else replace(spec, source=f"model.layers.{self.index}.{source}.weight")
+        return spec if self.zero else replace(spec, source=f"{self.layer}.{source}.weight")
 
     def linear(
         self, name: str, source: str, shape: tuple[int, int], *, bias: bool, heads: int = 0
@@ -171,7 +143,7 @@ class _Block:
         parts: dict[str, tuple[int, ...]] = {"weight": shape} | ({"bias": shape[:1]} if bias else {})
         for part, size in parts.items():
             spec = TensorSpec(name=f"blk.{self.index}.{name}.{part}", shape=size, rotary_heads=heads)
-            yield spec if self.zero else replace(spec, source=f"model.layers.{self.index}.{source}.{part}")
+            yield spec if self.zero else replace(spec, source=f"{self.layer}.{source}.{part}")
 
 
 def _held(widths: LayerWidths, *, first: bool) -> LayerWidths:
@@ -185,23 +157,28 @@ def _held(widths: LayerWidths, *, first: bool) -> LayerWidths:
     return widths if widths.num_channels else replace(widths, num_channels=ZERO_CHANNELS)
 
 
-def layout_of(architecture: Architecture, values: Hyperparameters) -> Layout:
+def layout_of(architecture: Architecture, numerics: Numerics) -> Layout:
     """The stock architecture where its loader holds the model, else deci. Raises Unsupported."""
-    return Layout(name=_name(architecture, values), architecture=architecture, hyperparameters=values)
+    rotary = numerics.rotary
+    if rotary is None:
+        raise Unsupported("OPT cannot be exported to llama.cpp: it has no such architecture; use another backend")
+    if numerics.activation != "silu":
+        raise Unsupported(f"llama.cpp computes these families with silu only, the model has {numerics.activation}")
+    name = _name(architecture, is_scaled=rotary.kind != "default")
+    return Layout(name=name, architecture=architecture, numerics=numerics, rotary=rotary)
 
 
-def _name(architecture: Architecture, values: Hyperparameters) -> str:
+def _name(architecture: Architecture, *, is_scaled: bool) -> str:
+    """llama.cpp's name of the architecture; `is_scaled` says whether the rotary frequencies are."""
     first = architecture.layers[0]
     odd = next((i for i, w in enumerate(architecture.layers) if w != first or 0 in (w.num_heads, w.num_channels)), None)
-    if architecture.num_positions:
-        raise Unsupported("OPT cannot be exported to llama.cpp: it has no such architecture; use another backend")
     if architecture.qk_norm:
         if odd is not None:
             raise Unsupported(
                 f"layer {odd}: llama.cpp holds Qwen3 (its q/k norms) only with equal widths and both sublayers in"
                 f" every layer; got {_words(architecture.layers[odd])} against {_words(first)} in layer 0"
             )
-        if architecture.out_bias or architecture.ffn_out_bias or values.rope_factors:
+        if architecture.out_bias or architecture.ffn_out_bias or is_scaled:
             raise Unsupported("llama.cpp holds Qwen3 without output biases and without rotary scaling only")
         return "qwen3"
     if odd is not None:
@@ -211,7 +188,7 @@ def _name(architecture: Architecture, values: Hyperparameters) -> str:
     # llama.cpp's qwen2 declares the query projection square, and has no rotary factors and no output biases.
     square = first.num_heads * architecture.head_dim == architecture.hidden_size
     has_bias = architecture.out_bias or architecture.ffn_out_bias
-    return "qwen2" if square and not values.rope_factors and not has_bias else "deci"
+    return "qwen2" if square and not is_scaled and not has_bias else "deci"
 
 
 def _words(widths: LayerWidths) -> str:

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PREFIX = "tokenizer."
-PER_TOKEN = {  # arrays with one value a token, and what a token without text gets
+PER_TOKEN = {  # arrays with one value per token, and the value of a token that only fills up the vocabulary
     "tokenizer.ggml.scores": 0.0,
     "tokenizer.ggml.token_type": int(TokenType.UNUSED),
 }
-# llama.cpp's names for pre-tokenizers, one for each behaviour, the usual ones first; qwen2 before llama-bpe, which
-# splits Qwen's vocabulary alike (no token has two digits) but takes whole words past the merges.
+# llama.cpp's names for pre-tokenizers, one for each behaviour, the usual ones first. qwen2 comes before llama-bpe: both
+# split Qwen's vocabulary alike (no token has two digits), but llama-bpe takes whole words without applying the merges.
 PRE_TOKENIZERS = (
     *("qwen2", "llama-bpe", "smollm", "gpt-2", "gpt-4o", "tekken", "deepseek-llm", "deepseek-coder", "deepseek-v3"),
     *("falcon", "starcoder", "command-r", "olmo", "stablelm2", "dbrx", "refact", "glm4", "mpt", "bloom", "viking"),
@@ -35,7 +35,7 @@ PRE_TOKENIZERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """One metadata entry; `item_kind` for arrays."""
+    """One metadata entry; `item_kind` is the type of an array's items."""
 
     key: str
     value: Any
@@ -54,12 +54,15 @@ class Tokenizer:
             writer.add_key_value(field.key, field.value, field.kind, sub_type=field.item_kind)
 
     def padded(self, vocab_size: int) -> "Tokenizer":
-        """With unused tokens up to the rows of the embedding. Raises InvalidInput where there are fewer rows."""
+        """Return the tokenizer filled up with unused tokens to `vocab_size`, the rows of the embedding.
+
+        Raises InvalidInput where there are fewer rows than tokens, or one token twice.
+        """
         tokens = next(field.value for field in self.fields if field.key == "tokenizer.ggml.tokens")
         if len(tokens) > vocab_size:
             raise InvalidInput(f"the tokenizer has {len(tokens)} tokens, the model {vocab_size} embedding rows")
         known = set(tokens)
-        if len(known) < len(tokens):  # llama.cpp aborts the process on one
+        if len(known) < len(tokens):  # llama.cpp aborts the process at a duplicate
             twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
             raise InvalidInput(f"the tokenizer has the token {twice!r} twice; llama.cpp cannot hold it")
         names = (f"[PAD{i}]" for i in range(2 * vocab_size))
@@ -73,7 +76,10 @@ NO_TOKENIZER = Tokenizer((Field(key="tokenizer.ggml.model", value="no_vocab", ki
 
 
 def read_tokenizer(source: Path, *, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder or of a GGUF file, padded to `vocab_size` tokens."""
+    """Read the tokenizer of a Hugging Face folder or of a GGUF file, and fill it up to `vocab_size` tokens.
+
+    Raises InvalidInput where it cannot be read or has more tokens, Unsupported where GGUF cannot hold it (BPE only).
+    """
     if source.is_file():
         return _from_gguf(source).padded(vocab_size)
     reference = _transformers_tokenizer(source)
@@ -90,7 +96,7 @@ def read_tokenizer(source: Path, *, vocab_size: int) -> Tokenizer:
 
 
 def verify_tokenizer(path: Path, source: Path) -> None:
-    """Raises VerificationFailed at the first text that llama.cpp and the source split differently."""
+    """Raise VerificationFailed at the first text that llama.cpp and the source split differently."""
     with opened(Gguf, path, runtime="llamacpp", vocab_only=True) as file:
         if source.is_file():
             with opened(Gguf, source, runtime="llamacpp", vocab_only=True) as original:
@@ -127,10 +133,11 @@ def _transformers_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
 
 
 def _texts(reference: "PreTrainedTokenizerFast") -> Iterator[str]:
-    """The samples, with special tokens at the end, and where GGUF can say what happens there also at the start.
+    """Yield the texts to compare: the samples, and texts with special tokens where GGUF can say how they are split.
 
-    SentencePiece puts a space before a text. Around special tokens and before a leading space, tokenizers with
-    Metaspace "first" do not, llama.cpp does, and GGUF has no field for it.
+    A SentencePiece tokenizer puts a space before a text. One with Metaspace "first" puts none after special tokens and
+    before a leading space; llama.cpp does, and GGUF has no field for it. So such texts are left out for SentencePiece,
+    and special tokens stand only at the end.
     """
     yield from SAMPLES
     anywhere = not reference.backend_tokenizer.model.byte_fallback
@@ -166,7 +173,7 @@ def _from_gguf(path: Path) -> Tokenizer:
 
 
 def _byte_level(document: dict[str, Any], reference: "PreTrainedTokenizerFast") -> Tokenizer:
-    """Tokens and merges in the byte alphabet that both sides use."""
+    """Return a byte-level BPE tokenizer; its tokens and merges are in the alphabet of bytes that llama.cpp uses too."""
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in document["model"]["merges"]]
     tokens, types = _tokens(document)
     return Tokenizer(
@@ -181,7 +188,11 @@ def _byte_level(document: dict[str, Any], reference: "PreTrainedTokenizerFast") 
 
 
 def _sentencepiece(document: dict[str, Any], reference: "PreTrainedTokenizerFast") -> Tokenizer:
-    """llama.cpp joins the pair whose union scores highest: minus the rank of the first merge that makes it."""
+    """Return a SentencePiece tokenizer, with scores in the place of merges.
+
+    llama.cpp joins the pair whose union has the highest score, so a token's score is minus the rank of the first merge
+    that makes it.
+    """
     tokens, types = _tokens(document)
     rank: dict[str, int] = {}
     for index, merge in enumerate(document["model"]["merges"]):
@@ -201,7 +212,7 @@ def _sentencepiece(document: dict[str, Any], reference: "PreTrainedTokenizerFast
 
 
 def _tokens(document: dict[str, Any]) -> tuple[list[str], list[int]]:
-    """Token texts by id, and their types; a gap in the ids is an unused token."""
+    """Return the token texts by id, and their types; a gap in the ids becomes an unused token."""
     added = {token["id"]: token for token in document["added_tokens"]}
     texts = {index: text for text, index in document["model"]["vocab"].items()}
     texts |= {index: token["content"] for index, token in added.items()}
@@ -222,7 +233,7 @@ def _tokens(document: dict[str, Any]) -> tuple[list[str], list[int]]:
 
 
 def _special(reference: "PreTrainedTokenizerFast") -> Iterator[Field]:
-    """Special ids, what the tokenizer adds around a text (seen on a text), and the chat template."""
+    """Yield the special ids, whether they are added around a text (found out with one), and the chat template."""
     bos = reference.eos_token_id if reference.bos_token_id is None else reference.bos_token_id
     special = {
         "bos": bos,  # without one llama.cpp assumes token 11
@@ -251,7 +262,7 @@ def _list(name: str, values: Sequence[Any], kind: GGUFValueType) -> Field:
 
 
 def _with_pre_tokenizer(tokenizer: Tokenizer, reference: "PreTrainedTokenizerFast") -> Tokenizer:
-    """The first of llama.cpp's pre-tokenizers under which all texts agree, else the one with the most."""
+    """Add the first of llama.cpp's pre-tokenizers that splits all texts like `reference`, else the best of them."""
     expected = [(text, reference(text)["input_ids"]) for text in _texts(reference)]
     best, most = tokenizer, -1
     with tempfile.TemporaryDirectory() as folder:

@@ -19,12 +19,12 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, file_sha256, write_json, written_aside
 from dilap.core.errors import InvalidInput, Unsupported
 from dilap.core.shape import Architecture
-from dilap.export.gguf.layout import Hyperparameters, Layout, TensorSpec, hyperparameters, layout_of
+from dilap.export.gguf.layout import Layout, TensorSpec, layout_of
 from dilap.export.gguf.tokenizer import NO_TOKENIZER, Tokenizer, read_tokenizer, verify_tokenizer
 from dilap.export.random_weights import RandomWeights
 from dilap.export.text_samples import SAMPLES
 from dilap.export.verify import NUM_TOKENS, verify_logits
-from dilap.models.anatomy import architecture_of
+from dilap.models.anatomy import architecture_of, numerics_of, stand_in_numerics
 from dilap.models.context import max_tokens_of, window_notes
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class GgufExporter:
     ) -> Artifact:
         """Write `model` into the folder `out`, verified, or leave nothing behind."""
         architecture = architecture_of(model)
-        layout = layout_of(architecture, hyperparameters(model.config, head_dim=architecture.head_dim))
+        layout = layout_of(architecture, numerics_of(model))
         values = ModelValues(tensors=model.state_dict(), layout=layout)
         words = read_tokenizer(tokenizer, vocab_size=architecture.vocab_size)
 
@@ -75,7 +75,7 @@ class GgufExporter:
 
     def export_probe(self, architecture: Architecture, *, precision: str, seed: int, out: Path) -> Artifact:
         """Write a model of that shape with random weights and no tokenizer, for timing only."""
-        layout = layout_of(architecture, Hyperparameters())
+        layout = layout_of(architecture, stand_in_numerics(architecture))
 
         def verify(path: Path, _: str) -> None:
             called(llamacpp.validate, path, runtime="llamacpp")
@@ -92,7 +92,7 @@ class GgufExporter:
 
 
 def verify_gguf(model: "PreTrainedModel", path: Path, *, precision: str) -> float:
-    """The SQNR in dB of a file's logits against `model`. Raises VerificationFailed below the bound of the precision."""
+    """Return the SQNR in dB of a file's logits to `model`'s. Raises VerificationFailed below the precision's bound."""
     with opened(llamacpp.Gguf, path, runtime="llamacpp", num_tokens=NUM_TOKENS) as file:
         token_ids = _token_ids(file, min(NUM_TOKENS, max_tokens_of(model.config)))
         bound, name = SQNR_BOUNDS_DB[precision], f"{path.name} in {precision}"
@@ -101,7 +101,7 @@ def verify_gguf(model: "PreTrainedModel", path: Path, *, precision: str) -> floa
 
 
 def _token_ids(file: llamacpp.Gguf, count: int) -> list[int]:
-    """Real text where the file has a tokenizer, as a trained model's logits are only typical there."""
+    """Return tokens of real text if the file has a tokenizer: a trained model's logits are only typical there."""
     if file.has_vocabulary:
         return file.tokens("\n".join(SAMPLES))[:count]
     return [int(token) for token in np.random.default_rng(0).integers(0, file.vocab_size, count)]
@@ -115,7 +115,7 @@ class ModelValues:
     layout: Layout
 
     def __call__(self, spec: TensorSpec, dtype: "np.dtype[np.floating]") -> NDArray[np.floating]:
-        """Raises InvalidInput, naming the tensor, for a missing one, another shape, NaN or infinity."""
+        """Return a tensor. Raises InvalidInput, naming it, where it is missing, not finite or of another shape."""
         if spec.source not in self.tensors:
             raise InvalidInput(f"the model has no tensor {spec.source}")
         tensor = self.tensors[spec.source].detach()
@@ -131,14 +131,14 @@ class ModelValues:
 
 
 def _neighbouring(rows: torch.Tensor, *, num_heads: int) -> torch.Tensor:
-    """Every head's row i and row i + head_dim / 2 side by side (llama.cpp's NORM rotary order)."""
+    """Put every head's rows i and i + head_dim / 2 side by side, the order of llama.cpp's NORM rotary embedding."""
     return rows.reshape(num_heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def _write_folder(
     folder: Path, layout: Layout, values: Values, *, tokenizer: Tokenizer, precision: str, verify: Verify
 ) -> Artifact:
-    """`folder/model.gguf`; q8_0 and q4_0 go through an f16 file and llama.cpp's own quantiser.
+    """Write and verify `folder/model.gguf`; for q8_0 and q4_0, llama.cpp's own quantiser makes it from an f16 file.
 
     The f16 file is verified too: four bits cost as many decibels (7 left) as a misordered matrix does (6 left).
     """
@@ -159,7 +159,7 @@ def _write_folder(
 
 
 def _write_floats(path: Path, layout: Layout, values: Values, *, tokenizer: Tokenizer, precision: str) -> None:
-    """Header first, then one tensor at a time: never a second copy of the model."""
+    """Write the header, then one tensor at a time, so that memory never holds a second copy of the model."""
     writer = gguf.GGUFWriter(path, layout.name)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if precision == "f16" else gguf.LlamaFileType.ALL_F32)
     for key, value in layout.metadata().items():
@@ -188,13 +188,13 @@ def _add(writer: gguf.GGUFWriter, key: str, value: int | float | list[int]) -> N
 
 
 def _dtype(spec: TensorSpec, precision: str) -> "np.dtype[np.floating]":
-    """llama.cpp's operators need vectors (norms, biases, rotary factors) in f32 whatever the matrices are."""
+    """Return a tensor's type. llama.cpp needs vectors (norms, biases, rotary factors) in f32, whatever matrices are."""
     return np.dtype(np.float16 if precision == "f16" and len(spec.shape) > 1 else np.float32)
 
 
 def _content(spec: TensorSpec, dtype: "np.dtype[np.floating]", layout: Layout, values: Values) -> NDArray[np.floating]:
     if spec.name == "rope_freqs.weight":
-        return np.array(layout.hyperparameters.rope_factors, dtype)
+        return np.array(layout.rope_factors, dtype)
     return values(spec, dtype) if spec.source else np.full(spec.shape, spec.constant, dtype)
 
 
@@ -209,7 +209,10 @@ def _write(writer: gguf.GGUFWriter, array: NDArray[np.floating]) -> None:
 
 
 def _describe(path: Path, layout: Layout, *, precision: str, sqnr_db: float | None) -> Artifact:
-    """The sidecar, without a plan. Types are read back: llama.cpp keeps f16 where a row does not fill a block."""
+    """Return the sidecar, without a plan.
+
+    The types are read from the file, because llama.cpp keeps f16 where a row does not fill a block.
+    """
     types = collections.Counter(tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(path).tensors)
     return Artifact(
         path=path.name,

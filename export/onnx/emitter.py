@@ -1,4 +1,4 @@
-"""ONNX nodes, constants and weights, in the order in which they are asked for."""
+"""Builds an ONNX graph: nodes, constants and weights, in the order in which they are asked for."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,7 +7,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 
-# The value of one tensor: its torch name and torch shape in, numbers out.
+# Reads one tensor: its torch name and torch shape -> its numbers.
 Values = Callable[[str, tuple[int, ...]], NDArray[np.floating]]
 Array = NDArray[np.generic]
 
@@ -17,7 +17,7 @@ _IR_VERSION = 10
 
 
 class Emitter:
-    """A graph under construction; everything with a name is made once. `dtype` is that of the activations."""
+    """A graph under construction. What has a name is made once and used again. `dtype` is that of the activations."""
 
     def __init__(self, *, dtype: ir.DataType, values: Values, contrib: bool) -> None:
         opsets = {"": OPSET, MICROSOFT: 1} if contrib else {"": OPSET}
@@ -37,7 +37,7 @@ class Emitter:
         domain: str = "",
         **attributes: float | int | Sequence[int],
     ) -> ir.Value:
-        """A node with one output."""
+        """Add a node with one output and return the output."""
         return self._tape.op(kind, inputs, attributes, domain=domain, name=name)
 
     def ops(
@@ -48,7 +48,7 @@ class Emitter:
         domain: str = "",
         **attributes: float | int | Sequence[int],
     ) -> Sequence[ir.Value]:
-        """A node with several outputs; their number is an attribute too where the operator has it."""
+        """Add a node with several outputs and return them; Split is also given their number as an attribute."""
         if kind == "Split":
             attributes["num_outputs"] = num_outputs
         return self._tape.op_multi_out(kind, inputs, attributes, num_outputs=num_outputs, domain=domain)
@@ -64,7 +64,7 @@ class Emitter:
         self.graph.outputs.append(value)
 
     def number(self, name: str, values: float | NDArray[np.floating]) -> ir.Value:
-        """A constant in the dtype of the activations."""
+        """Add a constant in the dtype of the activations."""
         return self.constant(name, np.asarray(values, np.float32).astype(self.dtype.numpy()))
 
     def integers(self, *values: int) -> ir.Value:
@@ -79,7 +79,7 @@ class Emitter:
         return self._made[name]
 
     def weight(self, name: str, shape: tuple[int, ...], *, transposed: bool = False) -> ir.Value:
-        """The torch tensor `name` of torch shape `shape`."""
+        """Add the torch tensor `name` of torch shape `shape` as a weight, `transposed` if asked."""
 
         def read() -> Array:
             array = self.values(name, shape)
@@ -88,7 +88,7 @@ class Emitter:
         return self.lazy(name, shape[::-1] if transposed else shape, self.dtype, read)
 
     def lazy(self, name: str, shape: tuple[int, ...], dtype: ir.DataType, read: Callable[[], Array]) -> ir.Value:
-        """An initializer that is read when the model is saved."""
+        """Add an initializer whose numbers are read when the model is saved."""
         if name not in self._made:
 
             def tensor() -> ir.TensorProtocol:

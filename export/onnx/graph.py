@@ -1,17 +1,12 @@
 """The ONNX graph of a decoder-only model of any widths, one for prefill and decode.
 
-The graph is emitted from the Architecture, not sliced out of an exporter's graph of the dense model. transformers'
-OnnxExporter (5.23, tried on Llama and Mistral) took more than a minute for three tiny layers on a busy machine, and
-names its cache `input.past_key_values.layers.0.keys` and its constants `val_45`: slicing it would mean to recognise
-head counts and reshapes by position, again for every version of three libraries. Emitting takes about twenty operators
-and a tenth of a second, leaves nothing to cache, and is checked in the same way: logits against torch after every
-export.
+The graph is emitted operator by operator from the Architecture, not cut out of an exporter's graph of the dense model.
 
-Inputs and outputs have the names of the ecosystem (B batch, S new tokens, P past tokens, N key-value heads):
+Inputs and outputs have the usual names (B batch, S new tokens, P past tokens, N key-value heads):
 
     input_ids                  B x S            int64
-    attention_mask             B x (P + S)      int64 ones, in the form `onnxruntime`; P tokens are used of a cache
-                                                that may have room for more
+    attention_mask             B x (P + S)      int64 ones, in the form `onnxruntime`; the cache may have room for more
+                                                than the P tokens that are used of it
     position_ids               B x S            int64, in the form `plain`, and for learned positions in either form
     logits_to_keep             1                int64, how many rows of logits are wanted, from the end; in the form
                                                 `onnxruntime` optional (all)
@@ -19,13 +14,19 @@ Inputs and outputs have the names of the ecosystem (B batch, S new tokens, P pas
     logits                     B x kept x vocabulary
     present.I.key              B x N x (P + S) x head_dim, and .value
 
-In the form `onnxruntime` rotated keys carry half of the attention's scale, so that a cache belongs to the graph that
-wrote it.
+In the form `onnxruntime` the rotated keys in the cache are already multiplied by the square root of the attention's
+scale, so that a cache can be read only by the graph that wrote it.
 
 Heads and head_dim of every cache tensor are concrete numbers, because ONNX Runtime GenAI sizes its caches by them. I
-counts the layers that have attention, without gaps: GenAI 0.18 finds gaps by itself, older ones and whoever makes the
-names from a number of layers do not.
+numbers the layers that have attention, without gaps: GenAI 0.18 copes with gaps, but older versions do not, nor do
+programs that make the names from a number of layers.
 """
+
+# Why the graph is emitted: transformers' OnnxExporter (5.23, tried on Llama and Mistral) took more than a minute for
+# three tiny layers on a busy machine, and names its cache `input.past_key_values.layers.0.keys` and its constants
+# `val_45`. Cutting widths out of its graph would mean to recognise head counts and reshapes by position, again for
+# every version of three libraries. Emitting takes about twenty operators and a tenth of a second, leaves nothing to
+# cache, and is checked in the same way: logits against torch after every export.
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -33,9 +34,10 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from dilap.core.errors import Unsupported
+from dilap.core.numerics import Numerics
 from dilap.core.shape import Architecture, LayerWidths
 from dilap.export.onnx.emitter import MICROSOFT, Emitter, Values
-from dilap.export.onnx.hyperparameters import POSITION_OFFSET, Hyperparameters
 from dilap.export.onnx.matrices import HEAD, BlockMatrices, Blocks, FloatMatrices, Matrices, PanelMatrices, Storage
 from dilap.export.onnx.stacks import Stacks
 from dilap.models.families import families
@@ -44,12 +46,13 @@ from dilap.models.families import families
 Form = Literal["onnxruntime", "plain"]
 
 _DTYPES = {"f32": ir.DataType.FLOAT, "f16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+_ACTIVATIONS = {"relu": "Relu", "gelu": "Gelu", "silu": ""}  # silu is a product of two operators
 _ALL_ROWS = np.iinfo(np.int64).max
 
 
 def build_model(
     architecture: Architecture,
-    numbers: Hyperparameters,
+    numerics: Numerics,
     values: Values,
     *,
     form: Form,
@@ -57,37 +60,40 @@ def build_model(
     storage: Storage = "float",
     blocks: Blocks | None = None,
 ) -> ir.Model:
-    """The graph, its weights being lazy tensors, which `onnx_ir.save` reads one at a time.
+    """Return the model. Its weights are lazy tensors, which `onnx_ir.save` reads one at a time.
 
-    `dtype` is f32, f16 or bf16; `storage` other than float needs f32, the form `onnxruntime` and `blocks`.
+    `dtype` is f32, f16 or bf16; `storage` other than float needs f32, the form `onnxruntime` and `blocks`. Raises
+    Unsupported for an activation that the graph does not compute.
     """
+    if numerics.activation not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise Unsupported(f"activation {numerics.activation!r} cannot be exported to ONNX yet; known: {known}")
     fused, stacks = form == "onnxruntime", Stacks()
     emitter = Emitter(dtype=_DTYPES[dtype], values=stacks.of_values(values), contrib=fused)
     matrices: Matrices = PanelMatrices(emitter) if fused else FloatMatrices(emitter)
     if storage != "float":
         assert fused and dtype == "f32" and blocks is not None  # noqa: PT018
         matrices = BlockMatrices(emitter, stacks.of_blocks(blocks), bits=8 if storage == "int8" else 4)
-    return _Builder(architecture, numbers, emitter, matrices, stacks, fused=fused).build()
+    return _Builder(architecture, numerics, emitter, matrices, stacks, fused=fused).build()
 
 
 class _Builder:
-    """Emits one graph. `_residual` is the residual stream, `_update` what the last sublayer has yet to add to it."""
+    """Emits one graph. `_residual` is the residual stream, `_update` the sublayer output not yet added to it."""
 
     def __init__(
         self,
         architecture: Architecture,
-        numbers: Hyperparameters,
+        numerics: Numerics,
         emitter: Emitter,
         matrices: Matrices,
         stacks: Stacks,
         *,
         fused: bool,
     ) -> None:
-        self._architecture, self._numbers, self._fused = architecture, numbers, fused
+        self._architecture, self._numerics, self._fused = architecture, numerics, fused
         self._emitter, self._matrices, self._stacks, self._op = emitter, matrices, stacks, emitter.op
         self._family = families()[architecture.family]
-        self._stack = self._family.layers.rpartition(".")[0]
-        self._embeddings = (f"{self._stack}.embed_tokens.weight", (architecture.vocab_size, architecture.hidden_size))
+        self._embeddings = (f"{self._family.embeddings}.weight", (architecture.vocab_size, architecture.hidden_size))
         self._update: ir.Value | None = None
 
     def build(self) -> ir.Model:
@@ -126,12 +132,12 @@ class _Builder:
         if not self._architecture.num_positions:
             return hidden
         shape = (self._architecture.num_positions, self._architecture.hidden_size)
-        table = self._emitter.weight(f"{self._stack}.embed_positions.weight", shape)
-        rows = self._op("Add", self._position_ids, self._emitter.integers(POSITION_OFFSET))
+        table = self._emitter.weight(f"{self._family.positions}.weight", shape)
+        rows = self._op("Add", self._position_ids, self._emitter.integers(self._family.position_offset))
         return self._op("Add", hidden, self._op("Gather", table, rows))
 
     def _logits(self) -> ir.Value:
-        hidden = self._norm(f"{self._stack}.{'final_layer_norm' if self._architecture.num_positions else 'norm'}")
+        hidden = self._norm(self._family.final_norm)
         first = self._op("Neg", self._rows)
         rows = self._op("Slice", hidden, first, self._emitter.integers(_ALL_ROWS), self._emitter.integers(1))
         if self._architecture.tied_embeddings:
@@ -143,7 +149,7 @@ class _Builder:
     def _attention(
         self, layer: str, widths: LayerWidths, positions: Sequence[ir.Value], cache_index: int
     ) -> tuple[ir.Value, Sequence[ir.Value]]:
-        """What attention adds to the stream, and the grown cache."""
+        """Return what attention adds to the residual stream, and the cache with the new tokens."""
         architecture, family = self._architecture, self._family
         x = self._norm(f"{layer}.{family.attention_norm}")
         inputs = self._projections(x, layer, widths)
@@ -154,7 +160,7 @@ class _Builder:
         return self._linear(mixed, f"{layer}.{family.attention_out}", shape, bias=architecture.out_bias), present
 
     def _projections(self, x: ir.Value, layer: str, widths: LayerWidths) -> Sequence[ir.Value]:
-        """Query, key and value; or one value that holds all, as GroupQueryAttention takes it."""
+        """Return query, key and value, or one tensor that holds all three, as GroupQueryAttention takes it."""
         architecture, family = self._architecture, self._family
         heads = {family.query: widths.num_heads, family.key: widths.num_kv_heads, family.value: widths.num_kv_heads}
         rows = {f"{layer}.{path}": count * architecture.head_dim for path, count in heads.items()}
@@ -162,8 +168,8 @@ class _Builder:
             return (self._stacked_linear(x, f"{layer}.self_attn.qkv_proj", rows, bias=architecture.qkv_bias),)
         query, key, value = self._linears(x, rows, bias=architecture.qkv_bias)
         if architecture.qk_norm:
-            query = self._head_norm(query, f"{layer}.self_attn.q_norm", widths.num_heads)
-            key = self._head_norm(key, f"{layer}.self_attn.k_norm", widths.num_kv_heads)
+            query = self._head_norm(query, f"{layer}.{family.query_norm}", widths.num_heads)
+            key = self._head_norm(key, f"{layer}.{family.key_norm}", widths.num_kv_heads)
         return query, key, value
 
     def _past(self, index: int, part: str, num_kv_heads: int) -> ir.Value:
@@ -182,7 +188,7 @@ class _Builder:
         return self._linear(y, f"{layer}.{family.ffn_out}", shape, bias=architecture.ffn_out_bias)
 
     def _ffn_inputs(self, x: ir.Value, layer: str, rows: Mapping[str, int]) -> Sequence[ir.Value]:
-        """Gate and up, or the one product of an FFN without a gate."""
+        """Return the products with gate and up, or the only one of an FFN without a gate."""
         bias = self._architecture.ffn_bias
         if self._fused and len(rows) > 1:
             stacked = self._stacked_linear(x, f"{layer}.mlp.gate_up_proj", rows, bias=bias)
@@ -190,15 +196,15 @@ class _Builder:
         return self._linears(x, rows, bias=bias)
 
     def _activation(self, x: ir.Value) -> ir.Value:
-        kind = self._numbers.activation
-        if kind == "silu":
+        name = self._numerics.activation
+        if name == "silu":
             return self._op("Mul", x, self._op("Sigmoid", x))
-        return self._op("Relu" if kind == "relu" else "Gelu", x)
+        return self._op(_ACTIVATIONS[name], x)
 
     # attention on ONNX Runtime
 
     def _fused_positions(self) -> tuple[ir.Value, ...]:
-        """What every GroupQueryAttention reads: last positions, total length, cosines and sines of every position."""
+        """Return what every GroupQueryAttention reads: last positions, total length, cosines and sines of positions."""
         mask = self._mask
         lengths = self._op("ReduceSum", mask, self._emitter.integers(1), keepdims=0)
         last = self._op("Cast", self._op("Sub", lengths, self._emitter.integers(1)), to=ir.DataType.INT32)
@@ -212,7 +218,7 @@ class _Builder:
         positions: Sequence[ir.Value],
         widths: LayerWidths,
     ) -> Sequence[ir.Value]:
-        rotary = bool(self._numbers.rope_frequencies)
+        rotary = self._numerics.rotary is not None
         return self._emitter.ops(
             "GroupQueryAttention",
             *inputs,
@@ -230,7 +236,10 @@ class _Builder:
     # attention in standard operators
 
     def _plain_positions(self) -> tuple[ir.Value, ...]:
-        """The additive mask (B x 1 x S x (P + S)); cosines and sines of the new tokens (B x 1 x S x head_dim / 2)."""
+        """Return the additive mask (B x 1 x S x (P + S)), and with rotary embedding the cosines and sines.
+
+        Cosines and sines are those of the new tokens (B x 1 x S x head_dim / 2).
+        """
         positions = self._position_ids
         first = next(widths for widths in self._architecture.layers if widths.num_heads)
         past = self._op("Shape", self._past(0, "key", first.num_kv_heads), start=2, end=3)
@@ -267,12 +276,12 @@ class _Builder:
         return self._op("Reshape", mixed, self._emitter.integers(0, 0, width)), key, value
 
     def _split_heads(self, x: ir.Value, num_heads: int) -> ir.Value:
-        """B x S x (heads * head_dim) to B x heads x S x head_dim."""
+        """Turn B x S x (heads * head_dim) into B x heads x S x head_dim."""
         split = self._op("Reshape", x, self._emitter.integers(0, 0, num_heads, self._architecture.head_dim))
         return self._op("Transpose", split, perm=[0, 2, 1, 3])
 
     def _repeat_heads(self, x: ir.Value, widths: LayerWidths) -> ir.Value:
-        """Every key-value head once for each of its query heads."""
+        """Repeat every key-value head once for each of its query heads."""
         ratio = widths.num_heads // widths.num_kv_heads
         if ratio == 1:
             return x
@@ -284,7 +293,7 @@ class _Builder:
         )
 
     def _rotate(self, x: ir.Value, cosines: ir.Value, sines: ir.Value) -> ir.Value:
-        """The two halves of every head turned against one another."""
+        """Apply the rotary embedding: rotate the pairs that the two halves of every head make."""
         first, second = self._emitter.ops("Split", x, axis=-1, num_outputs=2)
         turned_first = self._op("Sub", self._op("Mul", first, cosines), self._op("Mul", second, sines))
         turned_second = self._op("Add", self._op("Mul", second, cosines), self._op("Mul", first, sines))
@@ -293,7 +302,7 @@ class _Builder:
     # norms
 
     def _norm(self, path: str) -> ir.Value:
-        """The norm of the residual stream, the last sublayer's output added to it first."""
+        """Return the norm of the residual stream, to which the last sublayer's output is added first."""
         names = ("weight", "bias")[: self._architecture.norm_vectors]
         vectors = [self._emitter.weight(f"{path}.{name}", (self._architecture.hidden_size,)) for name in names]
         layer_norm = len(vectors) == 2
@@ -305,22 +314,22 @@ class _Builder:
                 *vectors,
                 num_outputs=4,
                 domain=MICROSOFT,
-                epsilon=self._numbers.norm_eps,
+                epsilon=self._numerics.norm_eps,
             )
             self._update = None
             return normed
         if self._update is not None:
             self._residual, self._update = self._op("Add", self._residual, self._update), None
         if layer_norm:
-            return self._op("LayerNormalization", self._residual, *vectors, epsilon=self._numbers.norm_eps)
+            return self._op("LayerNormalization", self._residual, *vectors, epsilon=self._numerics.norm_eps)
         return self._rms_norm(self._residual, *vectors)
 
     def _rms_norm(self, x: ir.Value, weight: ir.Value) -> ir.Value:
-        """Over the last axis, in f32 as torch does it; ONNX Runtime fuses these nodes when it loads them."""
+        """Return the RMSNorm over the last axis, in f32 as in torch; ONNX Runtime fuses its nodes on loading."""
         wide = x if self._emitter.dtype == ir.DataType.FLOAT else self._op("Cast", x, to=ir.DataType.FLOAT)
         two, eps = (
             self._emitter.constant(name, np.array(number, np.float32))
-            for name, number in (("two", 2.0), ("norm_eps", self._numbers.norm_eps))
+            for name, number in (("two", 2.0), ("norm_eps", self._numerics.norm_eps))
         )
         mean = self._op("ReduceMean", self._op("Pow", wide, two), self._emitter.integers(-1), keepdims=1)
         normed = self._op("Div", wide, self._op("Sqrt", self._op("Add", mean, eps)))
@@ -329,7 +338,7 @@ class _Builder:
         return self._op("Mul", normed, weight)
 
     def _head_norm(self, x: ir.Value, path: str, num_heads: int) -> ir.Value:
-        """RMSNorm of every head by itself (Qwen3); B x S x (heads * head_dim) in and out."""
+        """Return the RMSNorm of every head by itself (Qwen3); B x S x (heads * head_dim) in and out."""
         head_dim = self._architecture.head_dim
         split = self._op("Reshape", x, self._emitter.integers(0, 0, num_heads, head_dim))
         normed = self._rms_norm(split, self._emitter.weight(f"{path}.weight", (head_dim,)))
@@ -341,27 +350,27 @@ class _Builder:
         return float(self._architecture.head_dim**-0.5)
 
     def _rotations(self) -> tuple[ir.Value, ...]:
-        """Tables of cosines and sines, context x head_dim / 2; none for learned positions."""
-        if not self._numbers.rope_frequencies:
+        """Return tables of cosines and sines (context x head_dim / 2); none for learned positions."""
+        if (rotary := self._numerics.rotary) is None:
             return ()
-        positions = np.arange(self._numbers.context_length, dtype=np.float32)
-        angles = np.outer(positions, np.array(self._numbers.rope_frequencies, np.float32))
+        positions = np.arange(self._numerics.context_length, dtype=np.float32)
+        angles = np.outer(positions, np.array(rotary.frequencies, np.float32))
         tables = {"cosines": np.cos(angles), "sines": np.sin(angles)}
-        # Queries and keys take half of the scale each: only by a scale of 1 does MLAS multiply one row at once.
-        magnitude = self._numbers.rope_magnitude * (self._scale() ** 0.5 if self._fused else 1)
+        # Queries and keys take the square root of the scale each: MLAS multiplies one row at once only by a scale of 1.
+        magnitude = rotary.magnitude * (self._scale() ** 0.5 if self._fused else 1)
         return tuple(self._emitter.number(name, table * magnitude) for name, table in tables.items())
 
     def _stacked_linear(self, x: ir.Value, path: str, rows: Mapping[str, int], *, bias: bool) -> ir.Value:
-        """Several of torch's Linears on the stream as one, called `path`, with so many rows of each."""
+        """Apply several of torch's Linears to `x` as one, called `path`; `rows` are the rows of each, by path."""
         shape = (sum(rows.values()), self._architecture.hidden_size)
         return self._linear(x, self._stacks.add(path, rows), shape, bias=bias)
 
     def _linears(self, x: ir.Value, rows: Mapping[str, int], *, bias: bool) -> list[ir.Value]:
-        """Torch's Linears on the stream one by one, by path with the rows of each."""
+        """Apply torch's Linears to `x` one by one; `rows` are the rows of each, by path."""
         hidden_size = self._architecture.hidden_size
         return [self._linear(x, path, (count, hidden_size), bias=bias) for path, count in rows.items()]
 
     def _linear(self, x: ir.Value, path: str, shape: tuple[int, int], *, bias: bool) -> ir.Value:
-        """Torch's Linear at `path`, its weight of that shape."""
+        """Apply torch's Linear at `path`, whose weight has that shape, to `x`."""
         y = self._matrices.matmul(x, f"{path}.weight", shape)
         return self._op("Add", y, self._emitter.weight(f"{path}.bias", shape[:1])) if bias else y

@@ -11,37 +11,41 @@ from dilap.core.errors import Unsupported
 from dilap.export.onnx.emitter import MICROSOFT, Emitter
 
 Storage = Literal["float", "int8", "int4"]
-# One quantised matrix: its torch name, torch shape and bits in; bytes (rows x blocks x bytes of a block) and scales
-# (rows x blocks) out.
+# Reads one quantised matrix: its torch name, torch shape and bits -> its bytes (rows x blocks x bytes of a block) and
+# its scales (rows x blocks).
 Blocks = Callable[[str, tuple[int, int], int], tuple[NDArray[np.uint8], NDArray[np.float32]]]
 
 HEAD = "lm_head.weight"
 BLOCK = 32  # channels that share a scale
-# SmolLM2-135M's decode in f32, beside whole matrices: panels of 16 columns take 0.97 of the time, of 32 and 48 0.93 to
-# 0.94, of 64 0.98, of 96 1.13.
+# Columns of a panel. SmolLM2-135M's decode in f32, relative to whole matrices: panels of 16 columns take 0.97 of the
+# time, of 32 and 48 0.93 to 0.94, of 64 0.98, of 96 1.13. With 32, products are as fast as memory is read; a prefill of
+# 128 tokens takes 1.15 of the time.
 _PANEL = 32  # divides every width that FFNs are cut to
-_PANELS_FROM = 1 << 19  # weights
-# Activations are rounded to 8 bits, too. It is no switch, for 1 (f32) is never faster: beside 4, a decoded token of
-# SmolLM2-135M in int4 with two threads takes 18.3 [17.3, 18.8] times as long, a prompt of 128 tokens 1.57 [1.54, 1.62]
-# times (AVX2, three starts); with AVX512-VNNI a token twice as long.
+_PANELS_FROM = 1 << 19  # weights of the smallest matrix that is stored in panels
+# 4 rounds the activations to 8 bits, too. It is no switch, because 1 (f32) is never faster: with it, a decoded token of
+# SmolLM2-135M in int4 with two threads takes 18.3 [17.3, 18.8] times as long as with 4, a prompt of 128 tokens 1.57
+# [1.54, 1.62] times (AVX2, three starts); with AVX512-VNNI a token takes twice as long.
 _ACCURACY_LEVEL = 4
 
 
 class Matrices(Protocol):
-    """Torch's Linear and Embedding without bias; a matrix is named as in torch and has torch's shape."""
+    """How matrices are stored and multiplied: what Linear (without bias) and Embedding do in torch.
+
+    A matrix has the name and the shape (rows x columns) that it has in torch.
+    """
 
     def matmul(self, x: ir.Value, name: str, shape: tuple[int, int]) -> ir.Value:
-        """`x` times the transposed matrix."""
+        """Return `x` times the transposed matrix."""
 
     def gather(self, rows: ir.Value, name: str, shape: tuple[int, int]) -> ir.Value:
-        """Some rows of a matrix."""
+        """Return some rows of a matrix."""
 
     def tied_matmul(self, x: ir.Value, name: str, shape: tuple[int, int]) -> ir.Value:
-        """`matmul` with a matrix that `gather` reads as well: stored once, turned when a runtime loads it."""
+        """Do as `matmul` for a matrix that `gather` reads as well: it is stored once, and transposed when loaded."""
 
 
 class FloatMatrices:
-    """Stored transposed, as MatMul reads them."""
+    """Matrices as floats, stored transposed, as MatMul reads them."""
 
     def __init__(self, emitter: Emitter) -> None:
         self._emitter = emitter
@@ -58,10 +62,9 @@ class FloatMatrices:
 
 
 class PanelMatrices(FloatMatrices):
-    """Large ones in panels of 32 columns, which are multiplied as a batch and turned back into rows.
+    """Large matrices in panels of 32 columns, which are multiplied as a batch and then put together again.
 
-    A batch is shared out piece by piece, a single matrix in halves, of which one thread finishes late. SmolLM2-135M in
-    f32 decodes in 0.93 of the time with them, its products as fast as memory is read; a prefill of 128 takes 1.15.
+    ONNX Runtime gives a batch to its threads piece by piece, but a single matrix in halves, one of which is ready late.
     """
 
     def matmul(self, x: ir.Value, name: str, shape: tuple[int, int]) -> ir.Value:
@@ -84,7 +87,7 @@ class PanelMatrices(FloatMatrices):
         return self._product(x, self._emitter.op("Transpose", panels, perm=[0, 2, 1]), name, rows)
 
     def _product(self, x: ir.Value, panels: ir.Value, name: str, rows: int) -> ir.Value:
-        """B x S x columns by panels x columns x 32 to B x S x rows."""
+        """Multiply `x` (B x S x columns) by the panels (panels x columns x 32); return B x S x rows."""
         batch = self._emitter.op("Unsqueeze", x, self._emitter.integers(1))
         products = self._emitter.op("MatMul", batch, panels, name=name)
         turned = self._emitter.op("Transpose", products, perm=[0, 2, 1, 3])
@@ -92,17 +95,19 @@ class PanelMatrices(FloatMatrices):
 
 
 def _has_panels(shape: tuple[int, int]) -> bool:
-    """Smaller ones gain less than the three nodes around their product cost."""
+    """Return whether panels pay: a small matrix gains less than the three nodes around its product cost."""
     return shape[0] % _PANEL == 0 and shape[0] * shape[1] >= _PANELS_FROM
 
 
 class BlockMatrices:
-    """MatMulNBits: symmetric blocks of 32 weights; embedding and head at 8 bits, as llama.cpp keeps them for its 4.
+    """Matrices quantised in symmetric blocks of 32 weights, which the operator MatMulNBits multiplies.
 
-    Dynamic 8-bit quantisation (`quantize_dynamic`) decodes as fast, and is two to six times as fast in a prefill of
-    128. But it gives all activations of a prompt one scale, and SmolLM2-135M does not survive that: KL to torch 0.85
-    (SQNR 6 dB) against 0.007 (25 dB) with blocks of 8 bits.
+    The embedding and the head have 8 bits even where the others have 4, as in llama.cpp's 4-bit files.
     """
+
+    # Why no dynamic 8-bit quantisation (`quantize_dynamic`): it decodes as fast, and is two to six times as fast in a
+    # prefill of 128, but it gives all activations of a prompt one scale, and SmolLM2-135M does not survive that: KL to
+    # torch 0.85 (SQNR 6 dB) against 0.007 (25 dB) with blocks of 8 bits.
 
     def __init__(self, emitter: Emitter, blocks: Blocks, bits: int) -> None:
         self._emitter, self._blocks, self._bits = emitter, blocks, bits

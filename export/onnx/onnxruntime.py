@@ -11,15 +11,15 @@ from dilap.backends.onnxruntime.file import OnnxFile
 from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, file_sha256, write_json, written_aside
 from dilap.core.errors import Unsupported
+from dilap.core.numerics import Numerics
 from dilap.core.shape import Architecture
 from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.onnx.graph import build_model
-from dilap.export.onnx.hyperparameters import Hyperparameters, hyperparameters, probe_hyperparameters
 from dilap.export.onnx.matrices import Storage
 from dilap.export.onnx.weights import ModelWeights, ProbeWeights
 from dilap.export.text_samples import SAMPLES
 from dilap.export.verify import NUM_TOKENS, verify_logits
-from dilap.models.anatomy import architecture_of
+from dilap.models.anatomy import architecture_of, numerics_of, stand_in_numerics
 from dilap.models.context import max_tokens_of, window_notes
 
 if TYPE_CHECKING:
@@ -51,18 +51,18 @@ class OnnxRuntimeExporter:
         """Write `model` into the folder `out`, verified, or leave nothing behind."""
         _require_known(precision)
         architecture = architecture_of(model)
-        numbers = hyperparameters(model, architecture)
+        numerics = numerics_of(model)
         weights = ModelWeights(model.state_dict())
         words = read_tokenizer(tokenizer, vocab_size=architecture.vocab_size)
         with written_aside(out) as folder:
             folder.mkdir()
             # The f32 file is verified too: four bits cost as many decibels as a misordered matrix does.
             for written in dict.fromkeys(("f32", precision)):
-                _write_model(folder, architecture, numbers, weights, written)
+                _write_model(folder, architecture, numerics, weights, written)
                 sqnr_db = verify_onnx(model, folder / MODEL, words, precision=written)
             save_tokenizer(words, folder)
             write_json(folder / "config.json", model.config.to_diff_dict())
-            write_json(folder / "genai_config.json", _genai_config(model, architecture, numbers, words))
+            write_json(folder / "genai_config.json", _genai_config(model, architecture, numerics, words))
             artifact = _describe(
                 folder,
                 architecture,
@@ -79,8 +79,8 @@ class OnnxRuntimeExporter:
         _require_known(precision)
         with written_aside(out) as folder:
             folder.mkdir()
-            numbers = probe_hyperparameters(architecture)
-            _write_model(folder, architecture, numbers, ProbeWeights(seed), precision)
+            numerics = stand_in_numerics(architecture)
+            _write_model(folder, architecture, numerics, ProbeWeights(seed), precision)
             opened(OnnxFile, folder / MODEL, runtime="onnxruntime", optimised=False).close()
             artifact = _describe(folder, architecture, precision=precision, plan_digest="", sqnr_db=None, details={})
             write_json(folder / "artifact.json", encode(artifact))
@@ -95,27 +95,27 @@ def _require_known(precision: str) -> None:
 def _write_model(
     folder: Path,
     architecture: Architecture,
-    numbers: Hyperparameters,
+    numerics: Numerics,
     weights: ModelWeights | ProbeWeights,
     precision: str,
 ) -> None:
     model = build_model(
         architecture,
-        numbers,
+        numerics,
         weights.values,
         form="onnxruntime",
         storage=STORAGE[precision],
         blocks=weights.blocks,
     )
     ir.save(model, folder / MODEL, external_data=DATA)
-    # The graph alone is the same for every model of a shape: with this its digest stands for the weights as well.
+    # The graph alone is the same for all models of a shape: with this, its digest stands for the weights as well.
     graph = ir.load(folder / MODEL)
     graph.metadata_props[DATA] = file_sha256(folder / DATA)
     ir.save(graph, folder / MODEL)
 
 
 def verify_onnx(model: "PreTrainedModel", path: Path, tokenizer: "PreTrainedTokenizerBase", *, precision: str) -> float:
-    """The SQNR in dB of a file's logits against `model`. Raises VerificationFailed below the bound of the precision."""
+    """Return the SQNR in dB of a file's logits to `model`'s. Raises VerificationFailed below the precision's bound."""
     # Real text, as a trained model's logits are only typical there.
     token_ids = tokenizer("\n".join(SAMPLES))["input_ids"][: min(NUM_TOKENS, max_tokens_of(model.config))]
     name = f"{path.name} in {precision}"
@@ -126,12 +126,12 @@ def verify_onnx(model: "PreTrainedModel", path: Path, tokenizer: "PreTrainedToke
 def _genai_config(
     model: "PreTrainedModel",
     architecture: Architecture,
-    numbers: Hyperparameters,
+    numerics: Numerics,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> dict[str, Any]:
-    """What ONNX Runtime GenAI wants to know; widths are those of the first layer with attention.
+    """Return the configuration that ONNX Runtime GenAI reads.
 
-    It takes the true ones, layer by layer, from the graph.
+    Its widths are those of the first layer with attention; GenAI takes the true ones, layer by layer, from the graph.
     """
     layers = [widths for widths in architecture.layers if widths.num_heads]
     eos = model.config.eos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
@@ -161,16 +161,16 @@ def _genai_config(
     return {
         "model": {
             "bos_token_id": bos,
-            "context_length": numbers.context_length,
+            "context_length": numerics.context_length,
             "decoder": decoder,
             "eos_token_id": eos,
             "pad_token_id": pad,
-            "type": "llama",  # its name for a decoder without a peculiarity
+            "type": "llama",  # GenAI's name for an ordinary decoder
             "vocab_size": architecture.vocab_size,
         },
         "search": {
             "do_sample": False,
-            "max_length": min(numbers.context_length, _MAX_LENGTH),
+            "max_length": min(numerics.context_length, _MAX_LENGTH),
             "past_present_share_buffer": True,
         },
     }

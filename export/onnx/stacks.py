@@ -1,4 +1,12 @@
-"""Matrices that are multiplied with the same vector, as one with the rows of all: one product takes less time."""
+"""Matrices that are multiplied with the same vector, stacked into one: one product takes less time than several.
+
+    stacks = Stacks()
+    path = stacks.add("layers.0.mlp.gate_up_proj", {"layers.0.mlp.gate_proj": 1536, "layers.0.mlp.up_proj": 1536})
+    values = stacks.of_values(read)
+    values(f"{path}.weight", (3072, 576))  # the rows of gate_proj.weight, then those of up_proj.weight
+
+`of_blocks` does the same for quantised matrices.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,17 +19,22 @@ from dilap.export.onnx.matrices import Blocks
 
 
 class Stacks:
-    """Names for stacked tensors, and readers that know them. A path is a torch tensor's name without its last word."""
+    """Remembers which tensors are stacked under which name, and extends readers of tensors to those names.
+
+    A path is a torch tensor's name without its last word: `layers.0.mlp.up_proj` for `layers.0.mlp.up_proj.weight`.
+    """
 
     def __init__(self) -> None:
         self._rows: dict[str, Mapping[str, int]] = {}
 
     def add(self, path: str, rows: Mapping[str, int]) -> str:
-        """`path`, which from now on stands for those paths, with so many rows of each."""
+        """Let `path` stand for the paths in `rows`, stacked in this order with so many rows of each; return `path`."""
         self._rows[path] = rows
         return path
 
     def of_values(self, read: Values) -> Values:
+        """Return a reader of tensors like `read` that also knows the stacked ones."""
+
         def values(name: str, shape: tuple[int, ...]) -> NDArray[np.floating]:
             if parts := self._parts(name, shape):
                 return np.concatenate([read(*part) for part in parts])
@@ -30,7 +43,10 @@ class Stacks:
         return values
 
     def of_blocks(self, read: Blocks) -> Blocks:
-        """Every row is quantised by itself, so that stacking comes to the same before and after."""
+        """Return a reader of quantised matrices like `read` that also knows the stacked ones.
+
+        Every row is quantised by itself, so it makes no difference that matrices are stacked after quantisation.
+        """
 
         def blocks(name: str, shape: tuple[int, int], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
             if parts := self._parts(name, shape):
@@ -41,6 +57,6 @@ class Stacks:
         return blocks
 
     def _parts(self, name: str, shape: tuple[int, ...]) -> list[tuple[str, Any]]:
-        """Name and shape of each tensor in a stacked one."""
+        """Return name and shape of each tensor in a stacked one; none for a tensor that is not stacked."""
         path, _, word = name.rpartition(".")
         return [(f"{part}.{word}", (rows, *shape[1:])) for part, rows in self._rows.get(path, {}).items()]

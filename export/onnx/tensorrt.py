@@ -17,16 +17,16 @@ from dilap.backends.tensorrt.recipe import MAX_TOKENS, RECIPE_FILE, CacheInput, 
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, encode, file_sha256, write_json, written_aside
 from dilap.core.errors import Crashed, InvalidInput, Unavailable, Unsupported
+from dilap.core.numerics import Numerics
 from dilap.core.shape import Architecture
 from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.onnx.emitter import Values
 from dilap.export.onnx.graph import build_model
-from dilap.export.onnx.hyperparameters import Hyperparameters, hyperparameters, probe_hyperparameters
 from dilap.export.onnx.tensorrt_report import CompileReport, compiled, one_layer_a_width
 from dilap.export.onnx.weights import ModelWeights, ProbeWeights
 from dilap.export.text_samples import SAMPLES
 from dilap.export.verify import NUM_TOKENS, torch_logits, verify_logits
-from dilap.models.anatomy import architecture_of
+from dilap.models.anatomy import architecture_of, numerics_of, stand_in_numerics
 from dilap.models.context import window_notes
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _MODEL, _WEIGHTS, _REFERENCE, _REPORT = "model.onnx", "model.onnx.data", "reference.npz", "compile_report.json"
 _TESTED = ("TensorRT 10.3 (JetPack 6)", "TensorRT 10.16 (JetPack 7.2)", "TensorRT 11", "TensorRT for RTX 1.7")
 # Measured in dB on tiny random models of five families, pruned: f16 53 to 66, bf16 38 to 51; SmolLM2-135M: f16 56.
-# A damaged model amplifies rounding (llama.cpp's f16 then has 27), an engine rounds in places of its own.
+# A damaged model amplifies rounding (llama.cpp's f16 then has 27), and an engine rounds at other places than torch.
 SQNR_BOUNDS_DB = {"f16": 20.0, "bf16": 10.0}
 
 
@@ -49,18 +49,18 @@ class TensorRTExporter:
     ) -> Artifact:
         """Write `model` into the folder `out`, verified as far as this machine can, or leave nothing behind."""
         architecture = architecture_of(model)
-        numbers = hyperparameters(model, architecture)
+        numerics = numerics_of(model)
         values = RoundedValues(ModelWeights(model.state_dict()).values, precision)
         words = read_tokenizer(tokenizer, vocab_size=architecture.vocab_size)
-        token_ids = words("\n".join(SAMPLES))["input_ids"][: min(NUM_TOKENS, numbers.context_length)]
+        token_ids = words("\n".join(SAMPLES))["input_ids"][: min(NUM_TOKENS, numerics.context_length)]
         with written_aside(out) as folder:
             folder.mkdir()
             save_tokenizer(words, folder)
-            files = _write_model(folder, architecture, numbers, values, dtype=precision)
+            files = _write_model(folder, architecture, numerics, values, dtype=precision)
             np.savez(folder / _REFERENCE, token_ids=np.array(token_ids), logits=torch_logits(model, token_ids))
-            recipe = _recipe(architecture, numbers, precision=precision, files=files, reference=_REFERENCE)
+            recipe = _recipe(architecture, numerics, precision=precision, files=files, reference=_REFERENCE)
             write_json(folder / RECIPE_FILE, encode(recipe))
-            job = _Check(model, architecture, numbers, values, recipe, folder)
+            job = _Check(model, architecture, numerics, values, recipe, folder)
             sqnr_db, verified = job.verify(token_ids)
             notes = [verified, job.compile(), _REMAINING, *window_notes(model.config)]
             artifact = _describe(folder, recipe, architecture, sqnr_db=sqnr_db)
@@ -71,11 +71,11 @@ class TensorRTExporter:
 
     def export_probe(self, architecture: Architecture, *, precision: str, seed: int, out: Path) -> Artifact:
         """Write a model of that shape with random weights, for timing only."""
-        numbers = probe_hyperparameters(architecture)
+        numerics = stand_in_numerics(architecture)
         with written_aside(out) as folder:
             folder.mkdir()
-            files = _write_model(folder, architecture, numbers, ProbeWeights(seed).values, dtype=precision)
-            recipe = _recipe(architecture, numbers, precision=precision, files=files, reference=None)
+            files = _write_model(folder, architecture, numerics, ProbeWeights(seed).values, dtype=precision)
+            recipe = _recipe(architecture, numerics, precision=precision, files=files, reference=None)
             write_json(folder / RECIPE_FILE, encode(recipe))
             artifact = _describe(folder, recipe, architecture, sqnr_db=None)
             write_json(folder / "artifact.json", encode(artifact))
@@ -90,13 +90,13 @@ _REMAINING = (
 
 @dataclass(frozen=True)
 class RoundedValues:
-    """Numbers in f32 with no more digits than `precision` has: what is checked is what is written."""
+    """Numbers rounded to `precision` but held in f32, so that what is checked is what is written."""
 
     values: Values
     precision: str
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> NDArray[np.floating]:
-        """Raises InvalidInput, naming the tensor, for a value too large."""
+        """Return a tensor. Raises InvalidInput, naming it, where a value is too large."""
         exact = torch.from_numpy(self.values(name, shape))
         rounded = exact.to(torch.bfloat16 if self.precision == "bf16" else torch.float16)
         if not torch.isfinite(rounded).all():
@@ -106,21 +106,21 @@ class RoundedValues:
 
 
 def _write_model(
-    folder: Path, architecture: Architecture, numbers: Hyperparameters, values: Values, *, dtype: str
+    folder: Path, architecture: Architecture, numerics: Numerics, values: Values, *, dtype: str
 ) -> dict[str, str]:
-    """The ONNX file and its weights; their SHA-256 by name. Raises Unsupported for another precision."""
+    """Write the ONNX file and its weights; return their SHA-256 by name. Raises Unsupported for other precisions."""
     if dtype not in SQNR_BOUNDS_DB:
         raise Unsupported(f"precision {dtype!r} is not known; TensorRT runs {', '.join(SQNR_BOUNDS_DB)}")
-    _save(folder / _MODEL, architecture, numbers, values, dtype=dtype)
+    _save(folder / _MODEL, architecture, numerics, values, dtype=dtype)
     weights = file_sha256(folder / _WEIGHTS)
     model = ir.load(folder / _MODEL)
-    model.metadata_props["weights_sha256"] = weights  # so that the digest of the graph's file tells weights apart
+    model.metadata_props["weights_sha256"] = weights  # so that other weights change the graph file's digest
     ir.save(model, folder / _MODEL)
     return {_MODEL: file_sha256(folder / _MODEL), _WEIGHTS: weights}
 
 
-def _save(path: Path, architecture: Architecture, numbers: Hyperparameters, values: Values, *, dtype: str) -> None:
-    model = build_model(architecture, numbers, values, form="plain", dtype=dtype)
+def _save(path: Path, architecture: Architecture, numerics: Numerics, values: Values, *, dtype: str) -> None:
+    model = build_model(architecture, numerics, values, form="plain", dtype=dtype)
     for value in (*model.graph.inputs, *model.graph.outputs):  # batch 1: TensorRT plans better with fixed numbers
         assert value.shape is not None
         value.shape = ir.Shape([1 if str(size) == "batch" else size for size in value.shape])
@@ -129,7 +129,7 @@ def _save(path: Path, architecture: Architecture, numbers: Hyperparameters, valu
 
 def _recipe(
     architecture: Architecture,
-    numbers: Hyperparameters,
+    numerics: Numerics,
     *,
     precision: str,
     files: dict[str, str],
@@ -141,7 +141,7 @@ def _recipe(
         for index, layer in enumerate(with_attention)
         for part in ("key", "value")
     )
-    most = min(numbers.context_length, MAX_TOKENS)
+    most = min(numerics.context_length, MAX_TOKENS)
     return Recipe(
         precision=precision,
         head_dim=architecture.head_dim,
@@ -157,7 +157,7 @@ def _recipe(
 
 
 def _describe(folder: Path, recipe: Recipe, architecture: Architecture, *, sqnr_db: float | None) -> Artifact:
-    """The sidecar, without a plan."""
+    """Return the sidecar, without a plan."""
     companions = {name: file_sha256(folder / name) for name in (RECIPE_FILE, recipe.reference) if name}
     return Artifact(
         path=_MODEL,
@@ -175,26 +175,26 @@ def _describe(folder: Path, recipe: Recipe, architecture: Architecture, *, sqnr_
 
 @dataclass(frozen=True)
 class _Check:
-    """What this machine can check of a written folder."""
+    """Checks a written folder as far as this machine can."""
 
     model: "PreTrainedModel"
     architecture: Architecture
-    numbers: Hyperparameters
+    numerics: Numerics
     values: Values
     recipe: Recipe
     folder: Path
 
     def verify(self, token_ids: Sequence[int]) -> tuple[float | None, str]:
-        """The SQNR in dB of the ONNX file in ONNX Runtime against torch, and a line that says so.
+        """Return the SQNR in dB of the ONNX file in ONNX Runtime against torch, and a line that says so.
 
-        ONNX Runtime's CPU kernels know no bf16: there the same graph is run in f32 with the weights' bf16 values.
-        Raises VerificationFailed.
+        The SQNR is None without ONNX Runtime. Its CPU kernels know no bf16: for bf16 the same graph is run in f32 with
+        weights rounded to bf16. Raises VerificationFailed.
         """
         precision = self.recipe.precision
         path, computed = self.folder / _MODEL, precision
         if precision == "bf16":
             path, computed = self.folder / "check.onnx", "f32"
-            _save(path, self.architecture, self.numbers, self.values, dtype=computed)
+            _save(path, self.architecture, self.numerics, self.values, dtype=computed)
         try:
             bound, name = SQNR_BOUNDS_DB[precision], f"{_MODEL} in {precision}"
             with opened(OnnxFile, path, runtime="onnxruntime") as file:
@@ -207,11 +207,11 @@ class _Check:
         return sqnr, f"verified against torch in ONNX Runtime, {how}: {sqnr:.1f} dB"
 
     def compile(self) -> str:
-        """Write the compile report; a line that says what it says, or why there is none."""
+        """Write the compile report; return a line that sums it up, or says why there is none."""
         shallow = one_layer_a_width(self.architecture)
         path = self.folder / "check.onnx"
-        recipe = _recipe(shallow, self.numbers, precision=self.recipe.precision, files={}, reference=None)
-        _save(path, shallow, self.numbers, ProbeWeights(0).values, dtype=recipe.precision)
+        recipe = _recipe(shallow, self.numerics, precision=self.recipe.precision, files={}, reference=None)
+        _save(path, shallow, self.numerics, ProbeWeights(0).values, dtype=recipe.precision)
         try:
             document = called(
                 compiled,

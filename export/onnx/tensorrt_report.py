@@ -1,4 +1,4 @@
-"""What TensorRT for RTX makes of a model without a GPU."""
+"""A report on how TensorRT for RTX compiles a model, made without a GPU."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from dilap.core.shape import Architecture, LayerWidths
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledTarget:
-    """What became of the model on one GPU generation; `reason` says why nothing did."""
+    """The model compiled for one GPU generation; `reason` says why it could not be built."""
 
     target: str
     built: bool
@@ -28,7 +28,7 @@ class CompiledTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class CompileReport:
-    """Compiled by TensorRT for RTX without a GPU. The whole file was parsed; one layer of every width was built."""
+    """What TensorRT for RTX made of a model: the whole file was parsed, and one layer of every width was built."""
 
     runtime: str
     files: dict[str, str]
@@ -38,7 +38,7 @@ class CompileReport:
     targets: tuple[CompiledTarget, ...]
 
     def describe(self) -> str:
-        """One line."""
+        """Return the report in one line."""
         built = [one for one in self.targets if one.built]
         failed = [f"{one.target}: {one.reason}" for one in self.targets if not one.built]
         unfused = sorted({node for one in built for phase in one.phases for node in phase.unfused_attention})
@@ -48,10 +48,10 @@ class CompileReport:
 
 
 def compiled(whole: Path, shallow: Path, *, recipe: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
-    """The document of a CompileReport: `whole` is parsed, `shallow` is built for every GPU generation.
+    """Parse the file `whole`, build `shallow` for every GPU generation, and return a CompileReport as JSON values.
 
-    `recipe` is the document of the shallow model's Recipe. It travels to a process of its own, as TensorRT is native
-    code. Raises Unavailable without TensorRT, Unsupported for one that builds for this machine's GPU only.
+    `recipe` is the shallow model's Recipe as JSON values, because this function runs in a process of its own (TensorRT
+    is native code). Raises Unavailable without TensorRT, Unsupported for one that builds for this machine's GPU only.
     """
     api = tensorrt_build.find_api()
     if not api.for_rtx:
@@ -82,14 +82,14 @@ def _compile_for(path: Path, profiles: Sequence[Profile], api: tensorrt_build.Ap
 
 
 def one_layer_a_width(architecture: Architecture) -> Architecture:
-    """The same model with every width of attention and of FFN once.
+    """Return the model with just enough layers that every width of attention and of FFN occurs.
 
     Layers of equal widths get equal kernels, and a builder takes minutes for thirty layers.
     """
     attention = list(dict.fromkeys((layer.num_heads, layer.num_kv_heads) for layer in architecture.layers))
     ffn = list(dict.fromkeys(layer.num_channels for layer in architecture.layers))
     attention.sort(reverse=True)
-    ffn.sort()  # a layer of none is paired with one of many
+    ffn.sort()  # narrow FFNs meet wide attention, so that hardly a layer lacks both
     layers = []
     for heads, channels in itertools.zip_longest(attention, ffn):
         num_heads, num_kv_heads = attention[0] if heads is None else heads

@@ -15,9 +15,9 @@ _Quantised = tuple[NDArray[np.uint8], NDArray[np.float32]]
 
 
 class ModelWeights:
-    """A torch model's tensors, converted one at a time; what was quantised is kept, as bytes and scales are read apart.
+    """A torch model's tensors, converted one at a time; `values` and `blocks` are the readers that `build_model` takes.
 
-    `values` and `blocks` are what `build_model` asks for.
+    Quantised matrices are kept, because their bytes and their scales are read separately.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -25,7 +25,7 @@ class ModelWeights:
         self.blocks = functools.cache(self._quantise)
 
     def values(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Raises InvalidInput, naming the tensor, for a missing one, another shape, NaN or infinity."""
+        """Return a tensor. Raises InvalidInput, naming it, where it is missing, not finite or of another shape."""
         if name not in self._tensors:
             raise InvalidInput(f"the model has no tensor {name}")
         tensor = self._tensors[name].detach()
@@ -42,7 +42,7 @@ class ModelWeights:
 
 
 class ProbeWeights:
-    """Random ones, for timing; `values` and `blocks` as in `ModelWeights`."""
+    """Random weights for timing, with the same two readers as `ModelWeights`."""
 
     def __init__(self, seed: int) -> None:
         self._random = RandomWeights(seed)
@@ -52,13 +52,15 @@ class ProbeWeights:
 
     def blocks(self, name: str, shape: tuple[int, int], bits: int) -> _Quantised:
         rows, num_blocks = shape[0], -(-shape[1] // BLOCK)
-        scales = np.full((rows, num_blocks), 0.06 / (1 << bits), np.float32)  # their largest weight: 0.03
+        scales = np.full((rows, num_blocks), 0.06 / (1 << bits), np.float32)  # so that the largest weight is 0.03
         return self._random.bytes(name, (rows, num_blocks, BLOCK * bits // 8)), scales
 
 
 def quantise(matrix: NDArray[np.float32], *, bits: int) -> _Quantised:
-    """Bytes and scales of symmetric blocks, one matrix at a time, as ONNX Runtime's MatMulNBitsQuantizer makes them of
-    a whole model, which it wants in memory twice. Raises Unavailable without ONNX Runtime."""
+    """Quantise a matrix in symmetric blocks; return its bytes and scales. Raises Unavailable without ONNX Runtime.
+
+    They are those of ONNX Runtime's MatMulNBitsQuantizer, which takes a whole model and needs it in memory twice.
+    """
     values, scales, _ = _quantiser(bits).qbits_block_quant(np.ascontiguousarray(matrix.T))
     return values, scales
 

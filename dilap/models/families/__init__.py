@@ -1,7 +1,7 @@
-"""The families of decoders that DiLAP knows, one file each; what a file adds is known without being listed.
+"""The families of decoder models that DiLAP knows, one file each. A new file is found without being listed anywhere.
 
 from dilap.models.families import family_of
-family_of(model.config).blocks(model)  # what can be narrowed in it, with the tensors in which it lies
+family_of(model.config).blocks(model)  # the sublayers that can be narrowed, with the tensors in which they lie
 """
 
 import functools
@@ -17,14 +17,14 @@ from dilap.models.families.family import Family
 
 @functools.cache
 def families() -> Mapping[str, Family]:
-    """By the `model_type` of their configs: every module here that has a FAMILY."""
+    """Return the known families by the `model_type` of their configs: the FAMILY of every module in this folder."""
     modules = (importlib.import_module(f"{__name__}.{one.name}") for one in pkgutil.iter_modules(__path__))
     found = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
     return {family.name: family for family in found}
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a model. Raises Unsupported with the known ones."""
+    """Return the family of a model. Raises Unsupported for an unknown one, or for layers of several attention types."""
     known = families()
     if config.model_type not in known:
         raise Unsupported(f"architecture {config.model_type!r} is not known; DiLAP prunes: {', '.join(sorted(known))}")

@@ -1,4 +1,4 @@
-"""A family of decoders: where its parts are, which units they have, and how they join the residual stream."""
+"""A family of decoder models: where its parts are, which units they have, and how they join the residual stream."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -9,34 +9,47 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dilap.core.errors import Unsupported
 from dilap.core.groups import Block, Group, Kept, Member
+from dilap.core.numerics import Numerics, Rotary
 from dilap.core.shape import Architecture, LayerWidths
+from dilap.models.context import max_tokens_of
 from dilap.models.modeling_dilap import NoAttention, NoFeedForward, Paths, linear_at, set_heads_
+
+_ROTARY_KINDS = ("default", "linear", "llama3", "yarn")  # whose frequencies are the same for every length of text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family(Paths):
-    """Llama and its like: a family that differs in nothing else needs a file with its name.
+    """A family of models, by default built like Llama; a family that differs only in its name only has to name it.
 
-    `name` is the `model_type` of its configs.
+    `name` is the `model_type` of its configs. Paths beyond those of a layer's matrices: `embeddings`, `final_norm` and
+    `rotary` in the model, `query_norm` and `key_norm` in a layer. `position_offset` is how many rows of a learned table
+    of positions, at `positions` in the model, come before that of position 0.
     """
 
     name: str
+    embeddings: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    rotary: str = "model.rotary_emb"
+    query_norm: str = "self_attn.q_norm"
+    key_norm: str = "self_attn.k_norm"
+    positions: str = ""
+    position_offset: int = 0
 
     def module_paths(self) -> dict[str, Any]:
-        """The paths that differ from Llama's, as a checkpoint's config keeps them."""
+        """Return the paths that differ from Llama's, as a checkpoint's config keeps them."""
         own = {field.name: getattr(self, field.name) for field in fields(Paths)}
         return {name: path for name, path in own.items() if path != getattr(Paths(), name)}
 
     def inputs_of(self, kind: str) -> tuple[str, ...]:
-        """The matrices of an `attention` or `ffn` sublayer that read the residual stream."""
+        """Return the paths of the matrices of an `attention` or `ffn` sublayer that read the residual stream."""
         return (self.query, self.key, self.value) if kind == "attention" else self.ffn_in
 
     def output_of(self, kind: str) -> str:
-        """The matrix of a sublayer that writes into the residual stream."""
+        """Return the path of the matrix of a sublayer that writes into the residual stream."""
         return self.attention_out if kind == "attention" else self.ffn_out
 
     def absent(self, kind: str) -> dict[str, nn.Module]:
-        """What stands in a layer, by path, where a sublayer of that kind adds nothing to the stream."""
+        """Return the modules, by path, to put into a layer so that its sublayer of that kind adds nothing."""
         if kind == "attention":
             return {self.attention: NoAttention()}
         if self.ffn is None:
@@ -44,14 +57,14 @@ class Family(Paths):
         return {self.ffn: NoFeedForward()}
 
     def residual_scale(self, config: PreTrainedConfig) -> float:  # noqa: ARG002
-        """What a sublayer's output is multiplied by where it is added to the residual stream.
+        """Return the factor of a sublayer's output where it is added to the residual stream.
 
-        Raises Unsupported where something else than an addition joins the two, a norm behind the sublayer for one.
+        Raises Unsupported where the two are joined by more than an addition, such as a norm behind the sublayer.
         """
         return 1.0
 
     def stock_sizes(self, widths: LayerWidths, architecture: Architecture) -> dict[str, int] | None:
-        """The config of a stock model whose layers all have these widths; None where its class cannot hold them."""
+        """Return config entries of a stock model with these widths in all layers; None where its class has none."""
         return {
             "num_attention_heads": widths.num_heads,
             "num_key_value_heads": widths.num_kv_heads,
@@ -60,13 +73,11 @@ class Family(Paths):
         }
 
     def architecture(self, model: PreTrainedModel) -> Architecture:
-        """The shape of a loaded model, its widths read from the tensors themselves. Raises Unsupported."""
+        """Return the shape of a loaded model, its widths read from the tensors themselves. Raises Unsupported."""
         config, head_dim = model.config, head_dim_of(model.config)
         layers = list(model.get_submodule(self.layers))
         paths = (self.query, self.attention_out, self.ffn_in[0], self.ffn_out)
         has_bias = {path: _has_bias(layers, path) for path in paths}
-        stack = model.get_submodule(self.layers.rpartition(".")[0])
-        positions = getattr(stack, "embed_positions", None)
         if config.hidden_size != model.get_input_embeddings().weight.shape[1]:
             raise Unsupported("embeddings of another width than the hidden size (OPT-350m) cannot be pruned yet")
         return Architecture(
@@ -76,15 +87,31 @@ class Family(Paths):
             vocab_size=model.get_input_embeddings().weight.shape[0],
             tied_embeddings=bool(config.tie_word_embeddings),
             ffn_matrices=len(self.ffn_in) + 1,
-            norm_vectors=len(list(_final_norm(stack).parameters())),
+            norm_vectors=_num_vectors(model, self.final_norm),
             qkv_bias=has_bias[self.query],
             out_bias=has_bias[self.attention_out],
             ffn_bias=has_bias[self.ffn_in[0]],
             ffn_out_bias=has_bias[self.ffn_out],
-            qk_norm=any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()),
-            num_positions=0 if positions is None else positions.weight.shape[0],
+            qk_norm=any(name.endswith(f"{self.query_norm}.weight") for name, _ in model.named_parameters()),
+            num_positions=len(model.get_parameter(f"{self.positions}.weight")) if self.positions else 0,
             layers=tuple(self._widths(layer, head_dim) for layer in layers),
         )
+
+    def numerics(self, model: PreTrainedModel) -> Numerics:
+        """Return what a loaded model computes beside its shapes. Raises Unsupported for what no exporter computes."""
+        config = model.config
+        return Numerics(
+            context_length=max_tokens_of(config),
+            norm_eps=config.rms_norm_eps,
+            activation=config.hidden_act,
+            rotary=_rotary(model, self.rotary),
+        )
+
+    def stand_in_numerics(self, architecture: Architecture) -> Numerics:
+        """Return usual values of the family, for a model with random weights that is only timed."""
+        frequencies = (10_000.0 ** (-i / architecture.head_dim) for i in range(0, architecture.head_dim, 2))
+        rotary = Rotary(frequencies=tuple(frequencies))
+        return Numerics(context_length=4096, norm_eps=1e-5, activation="silu", rotary=rotary)
 
     def _widths(self, layer: nn.Module, head_dim: int) -> LayerWidths:
         heads, kv_heads, channels = 0, 0, 0
@@ -96,7 +123,7 @@ class Family(Paths):
         return LayerWidths(num_heads=heads, num_kv_heads=kv_heads, num_channels=channels)
 
     def blocks(self, model: PreTrainedModel) -> tuple[Block, ...]:
-        """The sublayers of a loaded model, with all tensors in which their units lie."""
+        """Return the sublayers of a loaded model, with all tensors in which their units lie."""
         architecture, layers = self.architecture(model), model.get_submodule(self.layers)
         assert isinstance(layers, nn.ModuleList)
         return tuple(self._with_members(block, layers[block.layer], architecture) for block in architecture.blocks)
@@ -108,11 +135,11 @@ class Family(Paths):
         for dimension, group in enumerate(block.groups):
             members: list[Member] = []
             for path in (*self.inputs_of(block.kind), self.output_of(block.kind)):
-                grid = tuple(sizes)  # channels, or (KV heads, query heads a KV head)
+                grid = tuple(sizes)  # channels, or (KV heads, query heads per KV head)
                 if block.kind == "attention":
                     grid = (sizes[0], head_dim) if path in (self.key, self.value) else (*sizes, head_dim)
                     if dimension and path in (self.key, self.value):
-                        continue  # all query heads of a KV head read the same ones
+                        continue  # all query heads of a KV head read the same keys and values
                 members += _members(layer, prefix, path, grid, dimension, is_output=path == self.output_of(block.kind))
             groups.append(Group(name=group.name, num_units=group.num_units, members=tuple(members)))
         return Block(name=block.name, layer=block.layer, kind=block.kind, groups=tuple(groups))
@@ -125,14 +152,14 @@ class Family(Paths):
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:
-    """Channels of one head: heads * head_dim need not equal the hidden size."""
+    """Return the number of channels of one head; heads * head_dim need not equal the hidden size."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _members(
     layer: nn.Module, prefix: str, path: str, grid: tuple[int, ...], dimension: int, *, is_output: bool
 ) -> Iterator[Member]:
-    """The inputs of an output matrix; the outputs of any other one, and its bias."""
+    """Yield the axes on which units lie: the inputs of an output matrix, or the outputs and the bias of another one."""
     matrix = linear_at(layer, path)
     assert matrix is not None
     axis = 1 if is_output else 0
@@ -142,12 +169,29 @@ def _members(
 
 
 def _has_bias(layers: list[nn.Module], path: str) -> bool:
-    """Of the first layer's matrix at `path` that was not removed."""
+    """Return whether the matrix at `path` has a bias, in the first layer where it was not removed."""
     found = (linear_at(layer, path) for layer in layers)
     first = next((module for module in found if module is not None), None)
     return first is not None and first.bias is not None
 
 
-def _final_norm(stack: nn.Module) -> nn.Module:
-    norm = getattr(stack, "norm", None) or getattr(stack, "final_layer_norm", None)
-    return norm if isinstance(norm, nn.Module) else nn.Identity()
+def _num_vectors(model: PreTrainedModel, path: str) -> int:
+    """Number of vectors of the final norm at `path`; 0 for a model without one (OPT-350m)."""
+    stack, _, name = path.rpartition(".")
+    norm = getattr(model.get_submodule(stack), name)
+    return 0 if norm is None else len(list(norm.parameters()))
+
+
+def _rotary(model: PreTrainedModel, path: str) -> Rotary:
+    """The rotary embedding at `path`. Raises Unsupported for one that depends on the length of the text."""
+    config, rope = model.config, model.config.rope_parameters
+    # Made afresh, because the frequencies of a model in half precision are rounded.
+    made: Any = type(model.get_submodule(path))(config)
+    frequencies, kind = tuple(made.inv_freq.tolist()), rope.get("rope_type", "default")
+    if kind not in _ROTARY_KINDS or 2 * len(frequencies) != head_dim_of(config):
+        raise Unsupported(
+            f"rotary embedding {rope} cannot be exported yet; known, on whole heads: {', '.join(_ROTARY_KINDS)}"
+        )
+    return Rotary(
+        frequencies=frequencies, magnitude=float(made.attention_scaling), kind=kind, base=float(rope["rope_theta"])
+    )

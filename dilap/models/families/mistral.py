@@ -1,4 +1,4 @@
-"""Mistral."""
+"""The Mistral family, which is built like Llama."""
 
 from dilap.models.families.family import Family
 

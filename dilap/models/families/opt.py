@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from dilap.core.errors import Unsupported
+from dilap.core.numerics import Numerics
 from dilap.core.shape import Architecture, LayerWidths
+from dilap.models.context import max_tokens_of
 from dilap.models.families.family import Family
+
+_NORM_EPS = 1e-5  # of torch's LayerNorm, which the stock class takes as it is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,15 +21,30 @@ class _Opt(Family):
         return 1.0
 
     def stock_sizes(self, widths: LayerWidths, architecture: Architecture) -> dict[str, int] | None:
-        """The stock class derives head_dim from hidden_size // heads, so it cannot lose heads."""
+        """Return None for fewer heads, because the stock class derives head_dim from hidden_size // heads."""
         if widths.num_heads * architecture.head_dim != architecture.hidden_size:
             return None
         return {"num_attention_heads": widths.num_heads, "ffn_dim": widths.num_channels}
+
+    def numerics(self, model: PreTrainedModel) -> Numerics:
+        config = model.config
+        if not config.do_layer_norm_before or config._remove_final_layer_norm:
+            raise Unsupported("OPT with norms behind its sublayers (OPT-350m) cannot be exported yet")
+        context, activation = max_tokens_of(config), config.activation_function
+        return Numerics(context_length=context, norm_eps=_NORM_EPS, activation=activation, rotary=None)
+
+    def stand_in_numerics(self, architecture: Architecture) -> Numerics:
+        context = architecture.num_positions - self.position_offset
+        return Numerics(context_length=context, norm_eps=_NORM_EPS, activation="relu", rotary=None)
 
 
 FAMILY = _Opt(
     name="opt",
     layers="model.decoder.layers",
+    embeddings="model.decoder.embed_tokens",
+    final_norm="model.decoder.final_layer_norm",
+    positions="model.decoder.embed_positions",
+    position_offset=2,  # its table starts with two rows that no token uses
     attention_out="self_attn.out_proj",
     attention_norm="self_attn_layer_norm",
     ffn=None,

@@ -1,4 +1,4 @@
-"""Qwen2."""
+"""The Qwen2 family; its biases are found in the tensors, all else is as in Llama."""
 
 from dilap.models.families.family import Family
 
