@@ -1,4 +1,4 @@
-"""A model file in a runtime's format, as its sidecar describes it."""
+"""The description of a model file in a runtime's format, which is kept beside the file as JSON (its sidecar)."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +9,11 @@ from dilap.core.shape import Architecture
 
 @dataclass(frozen=True, kw_only=True)
 class HowToRun:
-    """The configuration in which a model file was measured, and how the stock runtime runs it in that configuration:
-    commands, calls and environment variables by the name of the program or language."""
+    """The configuration in which a model file was measured, and how the stock runtime runs it in that configuration.
+
+    `work` describes the workload in words; `commands` has commands, calls and environment variables by the name of the
+    program or language.
+    """
 
     work: str
     threads: int
@@ -20,10 +23,11 @@ class HowToRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """A model file in a runtime's format; written beside it as a JSON sidecar. `path` is relative to the sidecar.
+    """A model file in a runtime's format, with what has to be known of it; written beside the file as a JSON sidecar.
 
-    `companions` are the files beside it that the runtime reads too, by name, with their SHA-256; `sha256` is that of
-    `path` alone, `num_bytes` counts all of them. `run` is there where the file's latency was measured.
+    `path` is relative to the sidecar. `companions` are other files beside it that the runtime reads, by name, with
+    their SHA-256; `sha256` is that of `path` alone, `num_bytes` counts all files. `run` is set only where the latency
+    of the file was measured.
     """
 
     path: str

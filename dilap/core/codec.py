@@ -1,4 +1,4 @@
-"""Frozen dataclasses to JSON and back, and files that are either whole or absent."""
+"""Convert frozen dataclasses to JSON and back, and write files so that they are either whole or absent."""
 
 import ctypes
 import dataclasses
@@ -23,22 +23,22 @@ from dilap.core.documents import parse_object, read_text
 from dilap.core.errors import DilapError, InvalidInput
 
 T = TypeVar("T")
-_MAY_ASK, _NO_SUCH_PROCESS = 0x1000, 87  # of Windows: PROCESS_QUERY_LIMITED_INFORMATION, ERROR_INVALID_PARAMETER
-VERSION = 1  # of a JSON document whose class names no other; raised when an old reader would misread a new file
+_MAY_ASK, _NO_SUCH_PROCESS = 0x1000, 87  # Windows: PROCESS_QUERY_LIMITED_INFORMATION, ERROR_INVALID_PARAMETER
+VERSION = 1  # of documents whose class has no VERSION; to be raised when an old reader would misread a new file
 
 
 def encode(value: Any) -> dict[str, Any]:
-    """The JSON object of a dataclass: its fields, `type` and `version`."""
+    """Return a dataclass as a JSON object: its fields, `type` and `version`."""
     return {"type": type(value).__name__, "version": _version(type(value)), **dataclasses.asdict(value)}
 
 
 def decode(cls: type[T], document: Any, *, source: str) -> T:
-    """The dataclass that `encode` wrote; `source` names the file in the error. Raises InvalidInput."""
+    """Return the dataclass that `encode` wrote; `source` names the file in errors. Raises InvalidInput."""
     if not isinstance(document, Mapping):
         raise InvalidInput(f"{source}: expected a {cls.__name__}, got {document!r:.80}")
     if document.get("type") != cls.__name__:
         raise InvalidInput(f"{source}: expected a {cls.__name__}, got type {document.get('type')!r:.80}")
-    known = range(1, _version(cls) + 1)  # what a later version added has a default
+    known = range(1, _version(cls) + 1)  # fields that a later version added have defaults
     if document.get("version") not in known:
         raise InvalidInput(
             f"{source}: {cls.__name__} has version {document.get('version')!r:.80}, this DiLAP reads "
@@ -53,20 +53,20 @@ def _version(cls: type) -> int:
 
 
 def checked(hint: type[T], value: Any, *, source: str) -> T:
-    """A JSON value as the type `hint`, which every part of it must be of; `source` begins the error.
+    """Return a JSON value as the type `hint`, after checking all its parts.
 
-    Raises InvalidInput.
+    Raises InvalidInput, whose text begins with `source`.
     """
     try:
         return typing.cast(T, _build(hint, value))
     except DilapError as error:
         raise InvalidInput(f"{source}: {error}") from error
-    except (TypeError, ValueError, KeyError, ArithmeticError, AttributeError) as error:  # of a value's own check
+    except (TypeError, ValueError, KeyError, ArithmeticError, AttributeError) as error:  # a dataclass's own checks
         raise InvalidInput(f"{source}: {error}") from error
 
 
 def _build(hint: Any, value: Any) -> Any:
-    """`value` as the type `hint`, for the types that our dataclasses use."""
+    """Return `value` as the type `hint`, for the types that our dataclasses use."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -82,7 +82,7 @@ def _build(hint: Any, value: Any) -> Any:
 
 
 def _build_object(hint: Any, kind: Any, arguments: tuple[Any, ...], value: Any) -> Any:
-    """Dictionaries, dataclasses and plain values."""
+    """Return `value` as a dictionary, a dataclass or a plain value."""
     if kind in (dict, Mapping):
         return {key: _build(arguments[1] if arguments else Any, item) for key, item in _mapping(value).items()}
     if dataclasses.is_dataclass(hint):
@@ -128,23 +128,23 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def canonical(document: Any) -> str:
-    """The one JSON text of `document`, for digests."""
+    """Return JSON with sorted keys and without spaces, so that equal documents have equal digests."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"))
 
 
 def digest(document: Any) -> str:
-    """SHA-256, in hex, of the canonical JSON of `document`."""
+    """Return the SHA-256, in hex, of the canonical JSON of `document`."""
     return hashlib.sha256(canonical(document).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256, in hex, of a file's content."""
+    """Return the SHA-256, in hex, of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
 
 
 def _sha256(file: typing.BinaryIO) -> str:
-    """For Python 3.10, which devices may have."""
+    """Hash an open file on Python 3.10, which devices may have and which lacks `hashlib.file_digest`."""
     hasher = hashlib.sha256()
     while chunk := file.read(1 << 20):
         hasher.update(chunk)
@@ -152,7 +152,7 @@ def _sha256(file: typing.BinaryIO) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises InvalidInput, naming the file, where it is absent or damaged."""
+    """Read the JSON object in `path`. Raises InvalidInput, naming the file, where it is absent or damaged."""
     return parse_object(read_text(path), source=str(path))
 
 
@@ -163,9 +163,9 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def to_json(document: Any, *, indent: int | None = 1) -> str:
-    """The JSON text of `document` for people and programs.
+    """Return `document` as JSON for people and programs. Raises InvalidInput for NaN.
 
-    JSON has no infinity, which the perplexity of a ruined model is: the largest number there is stands for it.
+    JSON has no infinity, but the perplexity of a ruined model is infinite: the largest float is written instead.
     """
     try:
         return json.dumps(document, indent=indent, allow_nan=False)
@@ -187,11 +187,12 @@ def _in_range(value: Any) -> Any:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, a file or a folder; renamed to `path` at the end, removed on failure.
+    """Yield a temporary path for a file or a folder; rename it to `path` at the end, remove it on failure.
 
-    A file replaces the one that is there, a link stays and the file behind it is replaced, and into a device or a pipe
-    (`/dev/stdout`) the content is written. A folder replaces nothing but an empty folder: InvalidInput where another
-    has appeared. What the system refuses (a full disk, a folder that is read-only) becomes InvalidInput, naming `path`.
+    It lies beside `path`. A file replaces an older one at `path`. Where `path` is a link, the file that it leads to is
+    replaced. Where it is a device or a pipe (`/dev/stdout`), the content is written into it. A folder replaces only an
+    empty folder. Raises InvalidInput where `path` has become anything else meanwhile, or where the system refuses to
+    write (a full disk, a read-only folder).
     """
     if _is_stream(path):
         with _written_into(path) as temporary:
@@ -218,10 +219,10 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def _refusal(error: Exception, written: Path) -> str | None:
-    """Why the system did not let `written`, or a file in it, be written; None for errors about anything else.
+    """Return why the system refused to write `written`, or a file in it; None for an error about anything else.
 
-    safetensors has no OSError, but a text that ends in its number; numpy has one without a number for half a write,
-    which nothing but a full disk causes.
+    safetensors raises no OSError, but an error whose text has the number of one. numpy raises an OSError without a
+    number for an incomplete write, which only a full disk causes.
     """
     number = error.errno if isinstance(error, OSError) else None
     if found := re.search(r"\(os error (\d+)\)", str(error)):
@@ -237,13 +238,19 @@ def _refusal(error: Exception, written: Path) -> str | None:
 
 
 def part_of(path: Path) -> Path:
-    """The temporary name of what becomes `path`, or was it; `is_leftover` knows it once this process is gone."""
+    """Return a temporary name for what will become `path`, or for what was `path` and will be removed.
+
+    It holds the number of this process, so that `is_leftover` recognises it once the process has ended.
+    """
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path`, on its disk, for what is needed to make it; the next one removes what a kill left."""
+    """Yield a folder beside `path`, on the same disk, for files that are needed to make it; remove it at the end.
+
+    Folders that killed processes left are removed first.
+    """
     folder = part_of(path.with_name(f"{path.name}.scratch"))
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.with_name(f"{path.name}.scratch"))
@@ -256,7 +263,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 
 def rename_folder(folder: Path, path: Path) -> None:
-    """Give `folder` the name `path`, in one step. Raises InvalidInput where anything but an empty folder is there."""
+    """Rename `folder` to `path` in one step. Raises InvalidInput where anything but an empty folder is there."""
     try:
         os.rename(folder, path)
     except OSError as error:
@@ -268,7 +275,7 @@ def rename_folder(folder: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, a link or a whole folder, if it is there."""
+    """Remove a file, a link or a whole folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -276,7 +283,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """What processes left that died while they wrote `path`; those of living ones stay."""
+    """Remove the temporary files of processes that died while they wrote `path`; those of running ones stay."""
     prefix = f".{path.name}."
     for one in list(path.parent.iterdir()):
         if one.name.startswith(prefix) and is_leftover(one):
@@ -284,13 +291,13 @@ def remove_leftovers(path: Path) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether this is the temporary file or folder of a process that died."""
+    """Return whether `path` is the temporary file or folder of a process that has died."""
     found = re.fullmatch(r"\..+\.(\d+)\.part", path.name)
     return found is not None and not _is_alive(int(found[1]))
 
 
 def _is_alive(process: int) -> bool:
-    if sys.platform == "win32":  # where signal 0 would end it
+    if sys.platform == "win32":  # there, signal 0 would end the process
         return _is_alive_on_windows(process)
     try:
         os.kill(process, 0)
@@ -311,7 +318,7 @@ def _is_alive_on_windows(process: int) -> bool:
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether `path` is a device or a pipe, or stands for an open file of this process, directly or through links."""
+    """Return whether `path` is, directly or through links, a device, a pipe or an open file of this process."""
     for _ in range(40):  # as many links as Linux follows
         if path.absolute().parts[:3] in (("/", "dev", "fd"), ("/", "proc", "self")) or _is_special(path):
             return True
@@ -331,7 +338,7 @@ def _is_special(path: Path) -> bool:
 
 @contextmanager
 def _written_into(path: Path) -> Iterator[Path]:
-    """A temporary file whose content goes into the device or pipe `path` at the end."""
+    """Yield a temporary path; write the content of its file into the device or pipe `path` at the end."""
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / "content"
         yield temporary

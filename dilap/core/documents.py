@@ -1,7 +1,7 @@
-"""JSON and TOML from elsewhere: the one parser. What it takes it gives as it is written, and all else is refused.
+"""Parse JSON and TOML files strictly: a document is read exactly as it is written, or refused with InvalidInput.
 
-Python's own parsers take more than a document may say (two values of one key, NaN, numbers without end) and answer the
-rest with exceptions of many types, RecursionError among them.
+Python's own parsers accept more than a document should hold (two values of one key, NaN, numbers of any length), and
+refuse the rest with exceptions of many types, RecursionError among them.
 """
 
 import gzip
@@ -17,13 +17,13 @@ from dilap.core.errors import InvalidInput
 
 MAX_BYTES = 256 << 20  # of a file: a table of 10,000 probes with 200 samples each has 40 MB
 MAX_TEXT_BYTES = 2 << 30  # of text to calibrate or evaluate on
-MAX_DEPTH = 64  # lists and objects inside one another: a result has 10
+MAX_DEPTH = 64  # levels of nested lists and objects: a result has 10
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")  # what Windows PowerShell writes behind `>`
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
-    """A file of UTF-8. Raises InvalidInput, naming it, where it is absent, too large or in another encoding."""
+    """Read a file of UTF-8 text. Raises InvalidInput where it is absent, too large or in another encoding."""
     try:
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)  # and no more, because /dev/zero has no end
@@ -42,9 +42,10 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
 
 
 def content_of(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
-    """Of a file, unpacked if its name ends in .gz. Raises ValueError where that is too much: 10 MB can unpack to 10 GB.
+    """Return the bytes of a file, unpacked if its name ends in .gz.
 
-    Also OSError, and EOFError and zlib.error for a damaged archive.
+    Raises ValueError where they are more than `max_bytes` (10 MB can unpack to 10 GB), OSError where the file cannot be
+    read, and EOFError or zlib.error for a damaged archive.
     """
     with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
         data: bytes = file.read(max_bytes + 1)
@@ -54,12 +55,12 @@ def content_of(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
 
 
 def words_of(error: OSError | ValueError) -> str:
-    """What went wrong with a file, without its name."""
+    """Return what went wrong with a file, without the file's name."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The table in `path`. Raises InvalidInput, naming the file, where it is absent or damaged."""
+    """Read the TOML file `path`. Raises InvalidInput, naming the file, where it is absent or damaged."""
     import tomllib  # noqa: PLC0415 - Python 3.10, which devices may have, is without it
 
     document = _parsed(tomllib.loads, read_text(path, max_bytes=1 << 20), source=str(path), kind="TOML")
@@ -68,7 +69,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_object(text: str, *, source: str) -> dict[str, Any]:
-    """The JSON object that `text` is; `source` names where it is from. Raises InvalidInput."""
+    """Parse a JSON object; `source` says in errors where `text` comes from. Raises InvalidInput."""
     document = parse_json(text, source=source)
     if not isinstance(document, dict):
         raise InvalidInput(f"{source}: expected a JSON object, got {_kind(document)}")
@@ -76,7 +77,7 @@ def parse_object(text: str, *, source: str) -> dict[str, Any]:
 
 
 def parse_json(text: str, *, source: str) -> Any:
-    """The value that `text` is in JSON, with finite numbers and integers of 64 bits. Raises InvalidInput."""
+    """Parse JSON whose numbers are finite and whose integers have at most 64 bits. Raises InvalidInput."""
     document = _parsed(_DECODER.decode, text, source=source, kind="JSON")
     _require_shallow(document, source=source)
     if _HALF_CHARACTER.search(text):
@@ -89,7 +90,7 @@ def _parsed(parse: Callable[[str], Any], text: str, *, source: str, kind: str) -
         return parse(text)
     except RecursionError:
         raise InvalidInput(_too_deep(source)) from None
-    except ValueError as error:  # of either library, and those below
+    except ValueError as error:  # from json or tomllib, or from the hooks below
         raise InvalidInput(f"{source}: not readable {kind} ({error})") from error
 
 
@@ -102,7 +103,7 @@ def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def int64(text: str) -> int:
-    """The whole number that a text is. Raises ValueError, also for one of more than 64 bits."""
+    """Return the whole number that `text` is. Raises ValueError, also for one of more than 64 bits."""
     value = int(text) if len(text) <= 20 else None  # int() of thousands of digits is slow, and then refused
     if value is None or not -(2**63) <= value < 2**63:
         raise ValueError(f"the integer {text:.24}... has more than 64 bits")
@@ -121,7 +122,7 @@ _DECODER = json.JSONDecoder(
 
 
 def _require_shallow(document: Any, *, source: str) -> None:
-    """All later code walks documents by recursion."""
+    """Raise InvalidInput for a document that is nested too deeply for the recursion of all later code."""
     level = [document]
     for _ in range(MAX_DEPTH + 1):
         inner = [value for value in level if isinstance(value, dict | list)]
@@ -136,7 +137,7 @@ def _too_deep(source: str) -> str:
 
 
 def _require_whole_characters(document: Any, *, source: str) -> None:
-    """Half a character (an escape such as \\ud800 alone) can be neither printed nor written."""
+    """Raise InvalidInput for half a character (such as \\ud800 alone), which can be neither printed nor written."""
     try:
         json.dumps(document, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -148,12 +149,12 @@ def _kind(value: Any) -> str:
 
 
 def value_at(document: Any, *names: str) -> Any:
-    """What lies in objects inside one another; None where one of them is absent, or something else."""
+    """Return the value under `names` in nested objects; None where one of them is absent or no object."""
     for name in names:
         document = document.get(name) if isinstance(document, Mapping) else None
     return document
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a text names a file in a folder, and nothing outside it."""
+    """Return whether `name` names a file directly in a folder, and nothing outside it."""
     return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"} and os.path.basename(name) == name

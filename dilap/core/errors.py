@@ -4,19 +4,19 @@ DilapError              one line for the user; the commands print it and exit wi
 ├── InvalidInput        the caller's words or files are wrong: a name, a budget, a damaged file
 ├── Unsupported         correct input that this architecture, layout or runtime cannot hold
 ├── Unavailable         a runtime, a device or a model is not here; the text says how to get it
-│   └── LinkLost        a device went away while in use: the same command, given again, goes on
-├── Crashed             a native runtime died in the process that ran it: which one, of what, what to try
+│   └── LinkLost        a device went away while in use; the same command, given again, continues the work
+├── Crashed             a native runtime died in the process that ran it; the text says which, why and what to try
 ├── Unfit               a device is in no state to be measured: hot, busy, on battery
 ├── Mismatch            two things that must agree do not: a table and a device, a plan and a model
 ├── Infeasible          no plan can keep the budget
 └── VerificationFailed  an artifact does not compute what its torch model computes
 """
 
-TRACEBACK_KEPT = "the traceback is kept in "  # begins a note on an error whose traceback is in a log already
+TRACEBACK_KEPT = "the traceback is kept in "  # first words of a note on an error whose traceback is in a log already
 
 
 class DilapError(Exception):
-    """What was wrong, what was got, and what to do, in one line."""
+    """Base of all errors. Its text says in one line what was wrong, what was found and what to do."""
 
 
 class InvalidInput(DilapError):
@@ -32,7 +32,7 @@ class Unavailable(DilapError):
 
 
 class LinkLost(Unavailable):
-    """A device, or the way to it, went away while in use; the same command, given again, goes on."""
+    """A device, or the connection to it, was lost while in use; the same command, given again, continues the work."""
 
 
 class Crashed(DilapError):
@@ -59,9 +59,10 @@ _MAX_REASON = 400  # characters: some libraries print whole files
 
 
 def reason_of(error: BaseException) -> str:
-    """What any exception says, in one line: our own errors their text, those of libraries their type before all of it.
+    """Return what an exception says, in one line; errors of libraries have their type in front.
 
-    The first line alone is often a heading ("Validation error for field 'x':") and that of a KeyError a bare key.
+    All lines of a text are joined, because the first one is often only a heading ("Validation error for field 'x':").
+    The text of a KeyError is often only the key; a sentence is made of it.
     """
     text = " ".join(str(error).split())
     if isinstance(error, DilapError):

@@ -1,4 +1,4 @@
-"""What can be removed from a network: units in groups, groups in blocks, and where the units lie in the tensors.
+"""What can be removed from a network: blocks of groups of units, and where the units lie in the tensors.
 
 inner = Member(tensor="up.weight", axis=0, grid=(4,))
 channels = Group(name="channels", num_units=4, members=(inner, Member(tensor="down.weight", axis=1, grid=(4,))))
@@ -18,9 +18,10 @@ Kept = Mapping[str, Sequence[int]]  # the units that stay, ascending, by the nam
 class Member:
     """One axis of one tensor on which the units of a group lie.
 
-    From `offset` on the axis is seen as a grid of this shape, last dimension fastest; a unit is one slice of the grid's
-    `dimension`. The rows of a query projection are a grid of (KV heads, query heads a KV head, head_dim): KV groups are
-    slices of dimension 0, query slots of dimension 1. Three fused projections are three members with their offsets.
+    Starting at `offset`, the entries of the axis are read as an array of the shape `grid`, the last dimension varying
+    fastest; a unit is one slice of its dimension `dimension`. For example, the rows of a query projection are a grid of
+    (KV heads, query heads per KV head, head_dim): KV groups are slices of dimension 0, query slots of dimension 1.
+    Three projections that are fused into one tensor are three members with different offsets.
     """
 
     tensor: str
@@ -32,8 +33,10 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Units that can be removed one by one, each with its slice of every member. A shape without weights knows no
-    members."""
+    """Units that can be removed one by one; a unit is its slice of every member.
+
+    `members` is empty where only the shape of a network is known, and not its tensors.
+    """
 
     name: str
     num_units: int
@@ -42,12 +45,12 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """What one choice of a search sets: the widths of an attention or feed-forward sublayer, or of a stage.
+    """A part of a network whose widths a search chooses together, such as an attention or a feed-forward sublayer.
 
-    The first group is the one whose units methods rank; a block is removed by keeping none of them. A second one, where
-    there is one, divides the same tensors another way (query slots beside KV groups) and never loses all of its units.
-    A `layer` is what a network repeats: one whose blocks are all removed is deleted. `kind` is the shape's word for
-    blocks that have the same groups: `attention`, `ffn`.
+    The first group is the one whose units methods rank; keeping none of them removes the block. A second group, where
+    there is one, divides the same tensors in another way (query slots beside KV groups) and never loses all its units.
+    `layer` is the index of the decoder layer; a layer whose blocks are all removed is deleted. Blocks of the same
+    `kind`, `attention` or `ffn`, have the same groups.
     """
 
     name: str
@@ -62,7 +65,7 @@ class Block:
 
 
 def indices_kept(groups: Iterable[Group], kept: Kept) -> dict[tuple[str, int], NDArray[np.int64]]:
-    """For every tensor and axis that units of `groups` lie on: the indices that stay, ascending.
+    """Return the indices that stay, ascending, for every tensor and axis on which units of `groups` lie.
 
     A group that `kept` does not name keeps all its units.
     """
@@ -78,7 +81,7 @@ def indices_kept(groups: Iterable[Group], kept: Kept) -> dict[tuple[str, int], N
 
 
 def _indices_of(offset: int, grid: tuple[int, ...], units: Mapping[int, Sequence[int]]) -> NDArray[np.int64]:
-    """The part of an axis that a grid covers: what the kept slices of its dimensions have in common."""
+    """Return the indices of a grid's entries that lie in a kept slice of each of its dimensions."""
     kept = [np.asarray(units.get(dimension, range(size)), np.int64) for dimension, size in enumerate(grid)]
     if not all(len(one) for one in kept):
         return np.zeros(0, np.int64)

@@ -1,4 +1,4 @@
-"""What was measured, where, and in which state the device was."""
+"""Measurements of latency: the samples, the device they come from, and the state that it was in."""
 
 import math
 import statistics
@@ -13,7 +13,10 @@ Status = Literal["ok", "noisy", "contended", "estimated"]
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """Where a number was measured. Tables are used only where every hard field agrees; `soft` fields may differ."""
+    """The device and runtime on which a number was measured.
+
+    A latency table is used only where all fields agree; those in `soft` may differ.
+    """
 
     device: str
     machine: str
@@ -29,18 +32,19 @@ class Fingerprint:
     soft: dict[str, str] = field(default_factory=dict)
 
     def differences(self, other: "Fingerprint") -> list[str]:
-        """The hard fields that differ, as `field: mine / theirs`."""
+        """Return the fields that differ, `soft` left out, as `field: mine / theirs`."""
         mine, theirs = asdict(self), asdict(other)
         return [f"{key}: {mine[key]} / {theirs[key]}" for key in mine if key != "soft" and mine[key] != theirs[key]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceState:
-    """What a device said of itself at one moment; None or nothing where it does not say.
+    """What a device reported about itself at one moment; None, empty or "unknown" where it reports nothing.
 
-    `clocks_khz` and `temperatures_celsius` are by the kernel's names, `pinned_khz` are the clocks that are held at one
-    value; `throttle_events` only count up (over-current on a Jetson, thermal throttling on x86); `thermal_status` is
-    Android's, 0 (none) to 6 (shutdown); `emulated` is a Python of another processor's kind.
+    `clocks_khz` and `temperatures_celsius` use the kernel's names; `pinned_khz` has the clocks that are held at one
+    value. `throttle_events` is a counter that only rises (over-current on a Jetson, thermal throttling on x86).
+    `thermal_status` is Android's, from 0 (none) to 6 (shutdown). `emulated` says that Python is built for another kind
+    of processor and runs in an emulator.
     """
 
     power_mode: str = "unknown"
@@ -62,7 +66,7 @@ class DeviceState:
         return max(self.temperatures_celsius.values(), default=None)
 
     def slow_clocks(self, pinned_khz: Mapping[str, int]) -> list[str]:
-        """The clocks below 97 % of what they are pinned to: the device throttles them."""
+        """Return the clocks below 97 % of what they are pinned to: the device throttles them."""
         return [name for name, khz in pinned_khz.items() if self.clocks_khz.get(name, khz) < 0.97 * khz]
 
 
@@ -80,22 +84,22 @@ class Interval:
 
     @property
     def half_width(self) -> float:
-        """Half the interval relative to the value."""
+        """Half the interval's width, as a share of the value."""
         return (self.high - self.low) / 2 / self.value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Raw samples of one artifact under one workload; statistics are derived on reading.
+    """Raw samples of one artifact under one workload; statistics are computed from them when they are read.
 
-    `rounds` gives the interleaving round of every sample, so that two measurements can be paired. `status`
-    is `ok`, `noisy` (too many outliers or a wide interval), `contended` (other load on the cores) or `estimated` (no
-    measurement at all, but a number in its place that a model of the device gave). `dropped_ns` keeps the samples of
-    rounds that were left out because of drift or other load. `host_seconds` is the median time of a run as the host
-    saw it, launch and wait included, where the samples are a GPU's own times. `states` are the device's before and
-    after every fresh start; `forced` says what made it unfit and was overridden. An estimate knows no memory.
-    `first_rounds` are the first rounds of the fresh starts; measurements of earlier versions have none and are read as
-    of one start.
+    `rounds` gives the round of every sample: in a round all artifacts are measured in turn, so that the samples of two
+    measurements can be paired. `status` is `ok`, `noisy` (too many outliers or a wide interval), `contended` (other
+    load on the cores) or `estimated` (nothing was measured; a model of the device gave the number). `dropped_ns` keeps
+    the samples of rounds that were left out because of drift or other load. `host_seconds` is the median time of a run
+    as the host saw it, launch and wait included, where the samples are a GPU's own times. `states` are the device's,
+    before and after every fresh start; `forced` says what made it unfit and was overridden. `peak_memory_bytes` is
+    None for an estimate. `first_rounds` are the first rounds of the fresh starts; measurements of earlier versions have
+    none and are read as those of one start.
     """
 
     artifact_sha256: str
@@ -124,18 +128,18 @@ class Measurement:
 
     @property
     def words(self) -> str:
-        """What stands wherever its number does: its status, and whether an unfit device was forced."""
+        """Words to show with the number: the status, and `forced` where the device was unfit; `ok` if all is well."""
         status = "" if self.status == "ok" else self.status
         return ", ".join(filter(None, [status, "forced" if self.forced else ""])) or "ok"
 
     @property
     def mark(self) -> str:
-        """A remark to put behind the number, like ` (noisy)`; empty where all is well."""
+        """Remark to put behind the number, like ` (noisy)`; empty where all is well."""
         return "" if self.words == "ok" else f" ({self.words})"
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """What a reader has to know of the measurement, one sentence each, with the reasons."""
+        """Sentences, with the reasons, that a reader has to know about the measurement."""
         reason = f": {self.note}" if self.note else ""
         status = () if self.status == "ok" else (f"measurement is {self.status}{reason}",)
         if self.status == "estimated":
@@ -149,9 +153,9 @@ class Measurement:
 
 
 def median_interval(values: Sequence[float]) -> Interval:
-    """The median with a distribution-free interval from order statistics.
+    """Return the median with its 95 % interval from order statistics, which assumes no distribution.
 
-    It is right for independent values alone: what is claimed comes from `dilap.profilers.intervals`.
+    The interval is right only for independent values; intervals of results come from `dilap.profilers.intervals`.
     """
     ordered = sorted(values)
     count = len(ordered)
@@ -162,7 +166,7 @@ def median_interval(values: Sequence[float]) -> Interval:
 
 
 def quantile(values: Sequence[float], fraction: float) -> float:
-    """The linearly interpolated quantile."""
+    """Return the quantile at `fraction` (0 to 1), interpolated linearly."""
     ordered = sorted(values)
     position = fraction * (len(ordered) - 1)
     below = math.floor(position)

@@ -11,10 +11,10 @@ from dilap.core.shape import Architecture, LayerWidths
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which units every group of a dense model keeps, as ascending indices; `base` is that model's digest.
+    """The units that every group of a dense model keeps, as ascending indices; `base` is that model's digest.
 
     A block is removed by keeping no unit of its first group; a layer that loses all its blocks is deleted.
-    `precisions` are those of blocks that are not written in the precision of the artifact, by the block's name.
+    `precisions` has, by name, the precision of the blocks that are not written in the artifact's precision.
     """
 
     VERSION: ClassVar[int] = 2  # 1 had no precisions: every block was in the artifact's
@@ -37,7 +37,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the plan says; one without precisions of its own has the digest that version 1 gave it."""
+        """SHA-256 of the plan's content; for a plan without `precisions` the same as in version 1."""
         document = asdict(self)
         return digest(document if self.precisions else {k: v for k, v in document.items() if k != "precisions"})
 
@@ -46,21 +46,21 @@ class Plan:
         return {name: len(units) for name, units in self.kept.items()}
 
     def all_widths(self) -> tuple[LayerWidths, ...]:
-        """The widths of every dense layer, the deleted ones included."""
+        """Return the widths of every layer of the dense model, deleted layers included."""
         return self.architecture.widths_at(self._counts)
 
     def pruned_architecture(self) -> Architecture:
-        """The architecture after shrinking, without the deleted layers."""
+        """Return the architecture of the pruned model, without the deleted layers."""
         return replace(self.architecture, layers=tuple(w for w in self.all_widths() if not w.is_empty))
 
 
 def _require_units(group: Group, units: Sequence[int]) -> None:
-    """Raises ValueError."""
+    """Raise ValueError unless `units` are ascending indices of units of the group."""
     if list(units) != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < group.num_units):
         raise ValueError(f"{group.name}: kept units are not ascending indices below {group.num_units}")
 
 
 def full_plan(architecture: Architecture, *, base: str) -> Plan:
-    """The plan that keeps everything."""
+    """Return the plan that keeps everything."""
     groups = (group for block in architecture.blocks for group in block.groups)
     return Plan(base=base, architecture=architecture, kept={one.name: tuple(range(one.num_units)) for one in groups})

@@ -1,6 +1,6 @@
-"""Text from elsewhere (devices, files, models), made fit for one line of a terminal, a log or a table.
+"""Make text from elsewhere (devices, files, models) fit for one line of a terminal, a log or a table.
 
-As it comes, it can move the cursor, colour the screen, forge lines of ours, or fill a screen for minutes.
+Unchanged, such text can move the cursor, colour the screen, imitate lines of ours, or fill the screen for minutes.
 """
 
 import re
@@ -14,30 +14,30 @@ _NUMBER = re.compile(r"[+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?%?")
 
 
 def printable(text: str, *, width: int = MAX_LINE) -> str:
-    """In one line: what is no character is shown by its number (\\x1b), and what is too long is cut."""
+    """Return `text` on one line: unprintable characters as escapes (\\x1b), and cut after `width` characters."""
     if len(text) > width:
         text = f"{text[:width]}... ({len(text) - width} more characters)"
     return text if text.isprintable() else "".join(map(_shown, text))
 
 
 def printable_lines(text: str) -> str:
-    """A text of several lines that we wrote, each of them made printable."""
+    """Return a text whose line breaks are ours, with each of its lines made printable."""
     return joined(text.split("\n"))
 
 
 def joined(lines: Iterable[str]) -> str:
-    """Lines of a text of ours, in each of which anything may stand."""
+    """Make every line printable, since any may hold text from elsewhere, and join them by line breaks."""
     return "\n".join(map(printable, lines))
 
 
 def markdown(text: str) -> str:
-    """As text inside Markdown: no tag, no link, no code, no end of a table's cell."""
+    """Escape text for Markdown, where it can then be no tag, link or code, nor end the cell of a table."""
     shown = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _MARKS.sub(r"\\\g<0>", shown)
 
 
 def csv_cell(value: Any) -> Any:
-    """A cell that no spreadsheet takes for a formula: an apostrophe stands before a text that begins like one."""
+    """Return a cell that no spreadsheet takes for a formula: a text that begins like one gets an apostrophe."""
     if not isinstance(value, str):
         return value
     shown = printable(value)
@@ -45,7 +45,7 @@ def csv_cell(value: Any) -> Any:
 
 
 def printable_values(value: Any) -> Any:
-    """A JSON value whose texts are printable."""
+    """Return a JSON value with all its texts made printable."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Names to objects, imported on use."""
+"""Find objects by name, and import them only when they are asked for."""
 
 import difflib
 import importlib
@@ -11,7 +11,10 @@ from dilap.core.errors import InvalidInput, reason_of
 
 
 def get(table: Mapping[str, str], name: str, *, kind: str) -> Any:
-    """The object that `table` names as "module:attribute". Raises InvalidInput with what `kind` offers."""
+    """Return the object that `table` has under `name` as "module:attribute".
+
+    Raises InvalidInput with the known names for an unknown one; `kind` says there what the names stand for.
+    """
     if name not in table:
         close = difflib.get_close_matches(name, table, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -21,10 +24,10 @@ def get(table: Mapping[str, str], name: str, *, kind: str) -> Any:
 
 
 def own(name: str, *, kind: str) -> Any:
-    """The object that a user names as "module:attribute". Raises InvalidInput."""
+    """Return the object that a user names as "module:attribute". Raises InvalidInput."""
     module, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # where a user's own lies; behind all libraries, so that it hides none
+        sys.path.append(str(Path.cwd()))  # users keep modules there; last, so that no library is hidden
     try:
         return getattr(importlib.import_module(module), attribute)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Which widths load: in a runtime, as it says of itself, and in a layout, as a plan is asked to keep to it."""
+"""Which widths can be used: what a runtime says that it loads, and what a layout allows a plan."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ _MAX_ATTENTION_LEVELS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """The models that a runtime loads; the search space is cut by it before the search.
+    """The models that a runtime loads; searches are offered no other widths.
 
-    `unsupported` is the reason why the family cannot be held at all. `head_dim_multiple` and `hidden_multiple` are what
-    its kernels and quantised tables need. `ffn_multiple` is the step of FFN widths that fills kernels and quantisation
-    blocks: other widths load, but run no faster than the next multiple, so a search is not offered them.
+    `unsupported` is the reason why the runtime cannot load the family at all. `head_dim_multiple` and `hidden_multiple`
+    are what its kernels and quantised tables need. `ffn_multiple` is the step of FFN widths that fills kernels and
+    quantisation blocks: other widths load, but run no faster than the next multiple, so a search is not offered them.
     `output_biases` says whether output projections may have a bias that the family lacks. `max_tokens` is the longest
-    sequence that artifacts for it hold, whatever the model does.
+    sequence that artifacts for the runtime hold, even where the model itself holds more.
     """
 
     unsupported: str | None = None
@@ -37,7 +37,7 @@ class Capabilities:
     max_tokens: int | None = None
 
     def refusal(self, architecture: Architecture) -> str | None:
-        """Why no model of that shape is loaded, by group and rule; None where it is."""
+        """Return why a model of that shape is not loaded, naming what is wrong with it; None where it is loaded."""
         if self.unsupported:
             return self.unsupported
         sizes = (
@@ -53,9 +53,10 @@ class Capabilities:
         return next(filter(None, refusals), None)
 
     def levels(self, block: Block) -> list[Counts]:
-        """Widths of a block that are worth offering to a search, the full one included, ascending.
+        """Return the widths of a block that are worth offering to a search, ascending, the full one included.
 
-        Removal comes first, where it loads. Attention has at most 12 others, KV groups and query slots thinned in turn.
+        Removal comes first, where the runtime loads it. Attention has at most 12 other levels: numbers of KV groups or
+        of query slots, whichever has more, are left out until no more are left.
         """
         sizes = [group.num_units for group in block.groups]
         if block.kind == "attention":
@@ -93,9 +94,10 @@ class Capabilities:
 
 @dataclass(frozen=True, kw_only=True)
 class WidthRules:
-    """The plans that a runtime and a layout load, whether every width pays or not.
+    """The plans that a runtime and a layout allow, whether or not a width makes the model faster.
 
-    Whole layers may always be removed. `output_biases`: output projections may get a bias that the family lacks.
+    Whole layers may always be removed. `output_biases` says that output projections may get a bias that the family
+    lacks.
     """
 
     ffn_multiple: int = 1
@@ -106,7 +108,7 @@ class WidthRules:
     output_biases: bool = True
 
     def rounded(self, group: Group, wanted: int) -> int:
-        """The loadable number of units nearest to `wanted`, at least one."""
+        """Return the allowed number of units nearest to `wanted`, at least one."""
         if group.name.endswith(".channels"):
             wanted = max(1, round(wanted / self.ffn_multiple)) * self.ffn_multiple
         elif not self.head_pruning:
@@ -114,7 +116,7 @@ class WidthRules:
         return min(max(1, wanted), group.num_units)
 
     def require(self, plan: Plan) -> None:
-        """Raises Unsupported, naming the first layer that would not load."""
+        """Raise Unsupported, naming the first layer that is not allowed."""
         kept = [widths for widths in plan.all_widths() if not widths.is_empty]
         if self.equal_widths and len(set(kept)) > 1:
             raise Unsupported("this method gives layers their own widths, the runtime or layout needs equal ones")
@@ -137,7 +139,7 @@ class WidthRules:
 
 
 def spread(values: Sequence[T], count: int) -> list[T]:
-    """At most `count` of the values, evenly spread, the first and the last included."""
+    """Return at most `count` of the values, evenly spread, the first and the last included."""
     if len(values) <= count:
         return list(values)
     return [values[round(index * (len(values) - 1) / (count - 1))] for index in range(count)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from dilap.core.bounds import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH
 from dilap.core.groups import Block, Group
 
-# Bits a weight takes, its share of the scales included: 32 weights have one, in f16 (GGUF, ExecuTorch) or f32 (ONNX).
+# Bits per weight, its share of the scales included: 32 weights share one, in f16 (GGUF, ExecuTorch) or f32 (ONNX).
 PRECISION_BITS: Mapping[str, float] = {
     "f32": 32,
     "f16": 16,
@@ -21,7 +21,7 @@ PRECISION_BITS: Mapping[str, float] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWidths:
-    """Widths of one decoder layer. 0 heads: no attention; 0 channels: no feed-forward network."""
+    """Widths of one decoder layer; 0 heads mean no attention, 0 channels no feed-forward network."""
 
     num_heads: int
     num_kv_heads: int
@@ -45,9 +45,9 @@ class LayerWidths:
 class Architecture:
     """The shape of a decoder-only model, without its weights.
 
-    `num_positions` counts learned position rows (0 with rotary embeddings); `norm_vectors` the vectors of
-    one norm (1: RMSNorm, 2: LayerNorm); `ffn_matrices` is 3 with a gate, else 2; `ffn_bias` is that of the matrices
-    before the activation, `ffn_out_bias` that of the one after it.
+    `num_positions` is the number of learned position embeddings (0 with rotary ones). `norm_vectors` is the number of
+    vectors of one norm (1: RMSNorm, 2: LayerNorm). `ffn_matrices` is 3 with a gate, else 2. `ffn_bias` says whether the
+    feed-forward matrices before the activation have biases, `ffn_out_bias` whether the one after it has.
     """
 
     family: str
@@ -76,7 +76,7 @@ class Architecture:
 
     @property
     def envelope(self) -> "Architecture":
-        """The model of as many layers, all of equal widths, that is just wide enough to hold each of this one's."""
+        """The narrowest architecture of equal layers, as many as this one has, in which all of its layers fit."""
         num_kv_heads = max((layer.num_kv_heads for layer in self.layers), default=0)
         ratio = max((layer.num_heads // layer.num_kv_heads for layer in self.layers if layer.num_kv_heads), default=0)
         widest = LayerWidths(
@@ -90,8 +90,8 @@ class Architecture:
     def blocks(self) -> tuple[Block, ...]:
         """The sublayers that can be narrowed or removed, layer by layer, attention first.
 
-        KV groups are a KV head with its query heads; query slots the same query head of every KV group; single
-        query heads are no unit, because every runtime maps query head h to KV head h // ratio.
+        A KV group is a KV head with its query heads; a query slot is one query head of every KV group, the same in
+        each. Single query heads cannot be removed, because every runtime maps query head h to KV head h // ratio.
         """
         found: list[Block] = []
         for index, layer in enumerate(self.layers):
@@ -103,7 +103,7 @@ class Architecture:
         return tuple(found)
 
     def widths_at(self, counts: Mapping[str, int]) -> tuple[LayerWidths, ...]:
-        """The widths of every layer, those that lose everything included, with so many units left of every group.
+        """Return the widths of every layer when `counts` units are left in each group, empty layers included.
 
         A group that `counts` does not name is one that its layer does not have.
         """
@@ -119,7 +119,7 @@ class Architecture:
         )
 
     def require_network(self, counts: Mapping[str, int]) -> None:
-        """Raises ValueError where no decoder has so many units of its groups."""
+        """Raise ValueError where no decoder can have `counts` units in its groups."""
         for name, count in counts.items():
             if not count and name.endswith("query_slots"):
                 raise ValueError(f"{name}: an attention sublayer is removed through its kv_groups, not its slots")
@@ -127,7 +127,7 @@ class Architecture:
             raise ValueError("no layer keeps attention: the tokens could not see one another")
 
     def attention_parameters(self, layer: LayerWidths) -> int:
-        """Weights and biases of a layer's attention sublayer, its norm included."""
+        """Return the number of weights and biases of a layer's attention sublayer, its norm included."""
         if layer.num_heads == 0:
             return 0
         query, key_value = layer.num_heads * self.head_dim, 2 * layer.num_kv_heads * self.head_dim
@@ -140,7 +140,7 @@ class Architecture:
         )
 
     def ffn_parameters(self, layer: LayerWidths) -> int:
-        """Weights and biases of a layer's feed-forward sublayer, its norm included."""
+        """Return the number of weights and biases of a layer's feed-forward sublayer, its norm included."""
         if layer.num_channels == 0:
             return 0
         return (
@@ -152,13 +152,13 @@ class Architecture:
 
     @property
     def num_parameters(self) -> int:
-        """All parameters, a tied head counted once."""
+        """Number of all parameters; a head that is tied to the embeddings is counted once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         layers = sum(self.attention_parameters(layer) + self.ffn_parameters(layer) for layer in self.layers)
         return embeddings + layers + (self.num_positions + self.norm_vectors) * self.hidden_size
 
     def decode_flops(self, *, context: int) -> int:
-        """Multiply-adds counted twice, for one token that attends to `context` tokens."""
+        """Return the FLOPs of one token that attends to `context` tokens; a multiply-add is two."""
         weights = self.vocab_size * self.hidden_size + sum(
             self.attention_parameters(layer) + self.ffn_parameters(layer) for layer in self.layers
         )
@@ -166,14 +166,18 @@ class Architecture:
         return 2 * weights + 4 * heads * self.head_dim * context
 
     def decode_bytes(self, *, context: int, precision: str, cache_bits: float) -> int:
-        """Read or written for one token after `context` others: every weight, the cache of all tokens, one row of it.
+        """Return the bytes that are read or written for one token after `context` others.
 
-        A table of embeddings is read as the head, tied or not; activations stay in caches and are not counted.
+        They are all weights, the keys and values of the earlier tokens, and those of the new one. The head is read
+        whole, tied to the embeddings or not; activations stay in the processor's caches and are not counted.
         """
         return self._weight_bytes(precision) + round((context + 1) * self._cache_row_bits(cache_bits) / 8)
 
     def prefill_bytes(self, *, prompt_tokens: int, precision: str, cache_bits: float) -> int:
-        """Read or written for a prompt: every weight once, an embedding a token, the cache written and read."""
+        """Return the bytes that are read or written for a prompt.
+
+        They are all weights once, one embedding per token, and the keys and values, written once and read once.
+        """
         embeddings = int(prompt_tokens * self.hidden_size * PRECISION_BITS[precision] / 8)
         cached = round(2 * prompt_tokens * self._cache_row_bits(cache_bits) / 8)
         return self._weight_bytes(precision) + embeddings + cached
@@ -185,11 +189,11 @@ class Architecture:
         return int(weights * PRECISION_BITS[precision] / 8)
 
     def _cache_row_bits(self, cache_bits: float) -> float:
-        """Of one token's keys and values in all layers."""
+        """Return the number of bits of one token's keys and values in all layers."""
         return 2 * cache_bits * self.head_dim * sum(layer.num_kv_heads for layer in self.layers)
 
     def prefill_flops(self, *, prompt_tokens: int) -> int:
-        """Multiply-adds counted twice, for a prompt, with causal attention and the head at the last token."""
+        """Return the FLOPs of a prompt, with causal attention and the head at the last token; a multiply-add is two."""
         head = self.vocab_size * self.hidden_size
         weights = sum(self.attention_parameters(layer) + self.ffn_parameters(layer) for layer in self.layers)
         heads = sum(layer.num_heads for layer in self.layers)

@@ -1,9 +1,10 @@
-"""What a search may choose from: for every block, levels and what each of them costs."""
+"""What a search may choose from: for every block its levels, which are widths, and what each of them costs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dilap.core.costs import Counts
+from dilap.core.errors import Unsupported
 from dilap.core.groups import Block, Kept
 from dilap.core.plan import Plan
 from dilap.core.shape import Architecture, LayerWidths
@@ -11,9 +12,11 @@ from dilap.core.shape import Architecture, LayerWidths
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """One width of a block: the units left of each of its groups, in the block's order; no unit of the first group: the
-    block is removed. `cost` is in the unit of the costs that were asked: seconds, or weights. `precision` is that of
-    the block's matrices; empty, that of the artifact."""
+    """One width of a block: how many units are left in each of its groups, in the block's order.
+
+    Where none is left in the first group, the block is removed. `cost` is in the unit of the cost model: seconds, or
+    weights. `precision` is that of the block's matrices; an empty one means the artifact's.
+    """
 
     counts: Counts
     cost: float
@@ -42,30 +45,56 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Coupling:
+    """What two choices cost together beyond the costs of their levels.
+
+    `costs[i][j]` is for level i of the choice with the index `first` and level j of the one with the index `second`; it
+    is not negative and does not rise when either width falls.
+    """
+
+    first: int
+    second: int
+    costs: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Space:
-    """All choices of a model. `fixed_cost` is what no plan removes: embedding, head, launch."""
+    """All choices of a model. `fixed_cost` is the cost of what no plan removes: embedding, head, launch.
+
+    A config of the space is one level index for every choice.
+    """
 
     architecture: Architecture
     choices: tuple[Choice, ...]
     fixed_cost: float
+    couplings: tuple[Coupling, ...] = ()
 
     def cost(self, config: Sequence[int]) -> float:
-        """Of one level index per choice."""
-        return self.fixed_cost + sum(
-            choice.levels[index].cost for choice, index in zip(self.choices, config, strict=True)
-        )
+        """Return the cost of the whole model at `config`."""
+        own = sum(choice.levels[index].cost for choice, index in zip(self.choices, config, strict=True))
+        return self.fixed_cost + own + sum(one.costs[config[one.first]][config[one.second]] for one in self.couplings)
+
+    def level_costs(self) -> list[list[float]]:
+        """Return the costs of the levels of every choice, whose sum is all that a config costs beyond `fixed_cost`.
+
+        Raises Unsupported where pairs of choices have costs of their own, so that no sum of levels gives the cost.
+        """
+        if self.couplings:
+            raise Unsupported("this method needs costs that add up over blocks, those of this network do not")
+        return [[level.cost for level in choice.levels] for choice in self.choices]
 
     @property
     def dense(self) -> tuple[int, ...]:
+        """The config that keeps every block at its full width."""
         return (0,) * len(self.choices)
 
     @property
     def fastest(self) -> tuple[int, ...]:
-        """The cheapest level of every choice, whatever it costs in quality."""
+        """The config with the cheapest level of every choice, whatever that does to the quality."""
         return tuple(min(range(len(c.levels)), key=lambda k: c.levels[k].cost) for c in self.choices)
 
     def widths(self, config: Sequence[int]) -> tuple[LayerWidths, ...]:
-        """The widths of every dense layer under `config`."""
+        """Return the widths of every layer of the dense model at `config`."""
         counts: dict[str, int] = {}
         for choice, index in zip(self.choices, config, strict=True):
             names = (group.name for group in choice.block.groups)
@@ -74,7 +103,7 @@ class Space:
 
 
 def plan_of(space: Space, units: Sequence[Kept], *, base: str) -> Plan:
-    """The plan that keeps `units`, by group, in every choice of `space`."""
+    """Return the plan that keeps `units`: for every choice of `space`, the units that stay by group."""
     kept: dict[str, tuple[int, ...]] = {}
     for chosen in units:
         kept |= {name: tuple(indices) for name, indices in chosen.items()}

@@ -1,4 +1,4 @@
-"""How far logits are from what they should be; torch-free, because devices check their models with it."""
+"""Measures of how far logits are from what they should be, without torch, because devices check their models so."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
 
 def sqnr_db(reference: "NDArray[np.floating]", other: "NDArray[np.floating]") -> float:
-    """Signal to quantisation noise of logits, rows centred first: a constant added to a row is no difference."""
+    """Return the ratio of signal to quantisation noise of logits in dB; infinite where they are equal.
+
+    Rows are centred first, because a constant added to a row changes nothing.
+    """
     signal = reference.astype(np.float64) - reference.mean(axis=-1, keepdims=True, dtype=np.float64)
     noise = signal - (other.astype(np.float64) - other.mean(axis=-1, keepdims=True, dtype=np.float64))
     if not np.isfinite(noise).all():
@@ -19,7 +22,7 @@ def sqnr_db(reference: "NDArray[np.floating]", other: "NDArray[np.floating]") ->
 
 
 def kl_divergence(reference: "NDArray[np.floating]", other: "NDArray[np.floating]") -> float:
-    """Mean over rows of the KL divergence, in nats, of the softmax of `other` from that of `reference`."""
+    """Return the mean over rows of KL(softmax(reference) || softmax(other)), in nats."""
     p, q = (_log_softmax(logits.astype(np.float64)) for logits in (reference, other))
     return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
 

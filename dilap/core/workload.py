@@ -1,4 +1,4 @@
-"""What is timed, and the latency to keep."""
+"""What is timed (a workload), and the latency to keep (a budget)."""
 
 import re
 from collections.abc import Mapping
@@ -15,10 +15,11 @@ FRACTIONS: Mapping[Statistic, float] = {"p50": 0.5, "p90": 0.9}
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is timed: one decoded token after `context` tokens, or one prompt of `prompt_tokens`; and in which
-    configuration: the number of threads, and the runtime's own switches by name, like `{"flash_attention": "off"}`.
+    """What is timed, and in which configuration of the runtime.
 
-    A switch that is not named has the runtime's plain default.
+    The phase `decode` is one token after `context` tokens, `prefill` is one prompt of `prompt_tokens`. The
+    configuration is the number of threads and the runtime's own switches by name, like `{"flash_attention": "off"}`;
+    a switch that is not named has the runtime's plain default.
     """
 
     phase: Phase = "decode"
@@ -54,7 +55,7 @@ class Workload:
 class Budget:
     """A latency to keep: absolute seconds, or a fraction of the dense model's latency.
 
-    Or, without any latency, a pruning `ratio`: the share of the decoder layers' weights to remove.
+    Instead of a latency it may be a pruning `ratio`, the share of the decoder layers' weights to remove.
     """
 
     seconds: float | None = None
@@ -73,7 +74,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str, *, statistic: Statistic = "p50") -> "Budget":
-        """`40ms`, `0.5s`, `900us`, `70%` of the dense latency, or `1.4x` faster. Raises InvalidInput."""
+        """Parse `40ms`, `0.5s`, `900us`, `70%` of the dense latency, or `1.4x` faster. Raises InvalidInput."""
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s|%|x)\s*", text)
         value = float(match[1]) if match else 0.0
         if not match or value == 0:
@@ -88,13 +89,13 @@ class Budget:
 
     @classmethod
     def of_ratio(cls, ratio: float) -> "Budget":
-        """A share of the decoder layers' weights to remove. Raises InvalidInput."""
+        """Return the budget that removes this share of the decoder layers' weights. Raises InvalidInput."""
         if not 0 < ratio < 1:
             raise InvalidInput(f"--ratio is a share of the weights between 0 and 1, got {ratio:g}")
         return cls(ratio=ratio)
 
     def limit_seconds(self, *, dense_seconds: float) -> float:
-        """The latency to keep, given the dense model's; none is asked by a ratio."""
+        """Return the latency to keep, given the dense model's; a budget with a ratio has none."""
         assert self.ratio is None
         return self.seconds if self.seconds is not None else (self.fraction or 0.0) * dense_seconds
 

@@ -1,4 +1,10 @@
-"""Ways to prune: names of methods, and of searches over measured levels. The interface is in `method.py`."""
+"""All pruning methods and all searches over measured levels, by name, and how users change the settings of a method.
+
+    from dilap import methods
+    methods.get("flap", {"metric": "WIFN"})  # a callable: PruneTask -> Pruned
+
+The interface of methods is in `dilap.search.method`.
+"""
 
 import typing
 from collections.abc import Mapping
@@ -33,8 +39,8 @@ SEARCHES = {
     "uniform": "dilap.search.uniform:search",
     "layer_error": "dilap.search.layer_error:search",
 }
-# What each does, where it comes from, and the licence of its authors' code where that is known. No line of theirs is
-# here: all methods are written from their descriptions.
+# What each method does, where it comes from, and the licence of its authors' code where that is known. None of their
+# code is here: all methods are written from their descriptions.
 SOURCES = {
     "dilap": "levels of measured latency by a relinearised quadratic model of KL; this project",
     "equal_widths": "DiLAP for runtimes that need equal widths; this project",
@@ -53,21 +59,19 @@ SOURCES = {
     "sprint": "sublayers by damage a second, the next network tuned (arXiv 2506.03510, research only)",
     "llm_streamline": "a window of layers replaced by a trained one (arXiv 2403.19135)",
 }
-# Tokens that the authors calibrate on, where they say so and need no training: 1,024 sequences of 128, Puzzle's 16 of
-# 8,192, SPRINT's 128 of 2,048. What the others read is in their docstrings.
+# Tokens on which the authors calibrate, for methods that need no training and whose authors say it: FLAP's are 1,024
+# sequences of 128, Puzzle's 16 of 8,192, SPRINT's 128 of 2,048. What other methods read is in their docstrings.
 PUBLISHED_TOKENS = {"wanda_sp": 16_384, "flap": 131_072, "llm_pruner": 640, "puzzle": 131_072, "sprint": 262_144}
-NOT_COMPARED = ("equal_widths",)  # DiLAP itself where a runtime needs equal widths
-TRAINED = ("loraprune", "compresso", "llm_streamline")  # by their authors on corpora of their own
-MAX_SETTING = 1_000_000  # of a method: steps, tokens, rates
+NOT_COMPARED = ("equal_widths",)  # this is DiLAP itself, for runtimes that need equal widths
+TRAINED = ("loraprune", "compresso", "llm_streamline")  # their authors train on corpora of their own
+MAX_SETTING = 1_000_000  # largest number that a setting of a method (steps, tokens, rates) may have
 _NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
 
 
 def get(name: str, settings: Mapping[str, str] = _NO_SETTINGS, *, table: Mapping[str, str] | None = None) -> Any:
-    """The `Method` of that name, or a user's own as `module:attribute`, with some of its settings changed.
+    """Return the `Method` of that name, or a user's own as `module:attribute`, with some of its settings changed.
 
-    `table` are other objects with settings to choose from.
-
-    Raises InvalidInput for an unknown name, setting or value.
+    `table` has the names to choose from, METHODS by default. Raises InvalidInput for an unknown name, setting or value.
     """
     found = _find(name, table or METHODS)
     if isinstance(found, type):
@@ -78,7 +82,7 @@ def get(name: str, settings: Mapping[str, str] = _NO_SETTINGS, *, table: Mapping
 
 
 def settings_of(name: str) -> list[str]:
-    """The names of a method's settings. Raises InvalidInput for an unknown method."""
+    """Return the names of a method's settings. Raises InvalidInput for an unknown method."""
     found = _find(name, METHODS)
     return [field.name for field in fields(found)] if is_dataclass(found) else []
 
@@ -113,11 +117,14 @@ def _value(hint: Any, text: str) -> Any:
 
 
 class _OutOfRange(ValueError):
-    """A number that no run could use."""
+    """A number that is too small or too large for a setting."""
 
 
 def _require_plausible(value: Any, setting: "Field[Any]") -> None:
-    """Whole numbers are at least 1, or their default where that is less, or the `least` of their field's metadata."""
+    """Raise _OutOfRange for a number outside a setting's range.
+
+    A whole number is at least 1, or its default where that is less, or `least` where the field's metadata have it.
+    """
     if type(value) is int:
         least = setting.metadata.get("least", min(1, setting.default) if isinstance(setting.default, int) else 1)
         if not least <= value <= MAX_SETTING:

@@ -1,4 +1,4 @@
-"""Low-rank adapters on a model that has to be left as it was."""
+"""Low-rank adapters that are put on a model for a while, and leave it as it was."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,12 +14,12 @@ from dilap.search.method import PruneTask
 
 
 class Adapters:
-    """The model with adapters on every decoder matrix while it is entered; taken off again in the end."""
+    """A context in which a task's model has adapters on the matrices of its layers; they are taken off at the end."""
 
     def __init__(
         self, task: PruneTask, *, rank: int, alpha: int, dropout: float, paths: Sequence[str] | None = None
     ) -> None:
-        """`paths` are the matrices of a layer that get adapters, all by default."""
+        """Prepare adapters; `paths` are the matrices of a layer that get them, by default all."""
         self.model: PreTrainedModel = task.model
         self.paths = paths or matrices_of(family_of(task.model.config))
         torch.manual_seed(task.seed)
@@ -36,17 +36,17 @@ class Adapters:
         self.model.eval().requires_grad_(False)
 
     def matrix(self, tensor: str) -> Any:
-        """The adapted matrix whose weights have that name in the model without adapters."""
+        """Return the adapted matrix whose weights are called `tensor` in the model without adapters."""
         return self.model.get_submodule(tensor.removesuffix(".weight"))
 
     def update(self, tensor: str) -> torch.Tensor:
-        """What the adapter adds to a matrix (outputs x inputs)."""
+        """Return what the adapter adds to a matrix (outputs x inputs)."""
         matrix = self.matrix(tensor)
         product: torch.Tensor = matrix.lora_B["default"].weight @ matrix.lora_A["default"].weight
         return self.scale * product.detach()
 
     def merged(self) -> dict[str, torch.Tensor]:
-        """Every adapted matrix with its adapter folded in, by parameter name."""
+        """Return every adapted matrix with its adapter folded in, by parameter name."""
         found, layers = {}, family_of(self.model.config).layers
         for index in range(len(decoder_layers(self.model))):
             for path in self.paths:
@@ -57,12 +57,12 @@ class Adapters:
 
 
 def matrices_of(family: Family) -> tuple[str, ...]:
-    """All matrices of a layer."""
+    """Return the paths of all matrices of a layer."""
     return tuple(path for kind in ("attention", "ffn") for path in (*family.inputs_of(kind), family.output_of(kind)))
 
 
 def shuffled(tokens: torch.Tensor, *, batch_tokens: int, seed: int) -> Iterator[torch.Tensor]:
-    """Batches of `tokens` (sequences x length), epoch after epoch."""
+    """Yield batches of `tokens` (sequences x length) without end, in a new random order every epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(tokens), generator=generator)

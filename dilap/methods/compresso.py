@@ -18,38 +18,40 @@ from dilap.search.method import Pruned, PruneTask
 from dilap.search.weights import WeightCosts
 
 _LOW, _HIGH, _TEMPERATURE = -0.1, 1.1, 2 / 3
-_SHARPNESS = 0.8  # of the gates kept at the end
-_LEAST, _MOST = math.log(0.01), math.log(100)  # of a gate's parameter
-_KNOB = 20.0  # shift of all gates' parameters between keeping and removing everything
+_SHARPNESS = 0.8  # factor of the parameters of the gates that are folded in at the end
+_LEAST, _MOST = math.log(0.01), math.log(100)  # bounds of a gate's parameter
+_KNOB = 20.0  # shift of all gates' parameters that goes from keeping to removing everything
 
 
 def sampled(log_alpha: torch.Tensor, *, generator: torch.Generator) -> torch.Tensor:
-    """Hard-concrete gates between 0 and 1, differentiable in `log_alpha`."""
+    """Draw hard-concrete gates between 0 and 1, which are differentiable in their parameters `log_alpha`."""
     u = torch.rand(log_alpha.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
     s = torch.sigmoid((u.log() - (1 - u).log() + log_alpha) / _TEMPERATURE)
     return (s * (_HIGH - _LOW) + _LOW).clamp(0, 1)
 
 
 def open_probability(log_alpha: torch.Tensor) -> torch.Tensor:
-    """P(gate > 0)."""
+    """Return the probability that a gate is larger than 0."""
     return torch.sigmoid(log_alpha - _TEMPERATURE * math.log(-_LOW / _HIGH))
 
 
 def lagrangian(sparsity: torch.Tensor, target: float, multipliers: torch.Tensor) -> torch.Tensor:
-    """What the constraint adds to the loss; the two multipliers ascend on it."""
+    """Return what the constraint on the sparsity adds to the loss; the two multipliers are trained to raise it."""
     gap = sparsity - target
     return multipliers[0] * gap + multipliers[1] * gap.square()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compresso:
-    """The published settings: gates 0.1, multipliers 0.1 by ascent, adapters of rank 8 on query and value with 5e-5,
-    the target sparsity reached after half of the training, kept gates folded in at their soft values. It trains for
-    8 epochs of an instruction corpus; here `steps` batches of calibration text.
+    """Compresso with its published settings, trained on `steps` batches of calibration text.
 
-    Left out: gates on the residual stream, whose width our plans keep, and the prompt, which would have to be shown at
-    inference too. The size that is constrained is that of the equal-share plan for the target; the learnt
-    gates are then shifted together until the target is met.
+    Gates and multipliers have the learning rate 0.1, adapters of rank 8 on query and value 5e-5. The target sparsity is
+    reached after half of the training. At the end the gates of units that are kept are folded in at their soft values.
+    The authors train for 8 epochs of an instruction corpus.
+
+    Two parts are left out: gates on the residual stream, whose width our plans do not change, and the prompt, which
+    would be needed at inference too. The target sparsity is that of the plan that meets the target with equal shares in
+    all layers. After training the parameters of all gates are shifted together until the target is met.
     """
 
     steps: int = 100
@@ -72,7 +74,7 @@ class Compresso:
 
 @dataclass
 class _Gates:
-    """The gates' parameters by group, and their training."""
+    """The gates' parameters `log_alphas` by group, and their training; `costs` are weights per unit of a group."""
 
     options: Compresso
     task: PruneTask
@@ -94,18 +96,19 @@ class _Gates:
             self.log_alphas[group.name] = start.requires_grad_(True)
 
     def sparsity(self) -> torch.Tensor:
-        """Expected share of the prunable weights that are gone."""
+        """Return the expected share of the prunable weights that are removed."""
         sizes = [self.costs[name] * open_probability(values).sum() for name, values in self.log_alphas.items()]
         return 1 - torch.stack(sizes).sum() / sum(self.costs[name] * len(v) for name, v in self.log_alphas.items())
 
     def _final_sparsity(self) -> float:
-        """Of the plan with equal shares that meets the target."""
+        """Return the sparsity of the plan with equal shares that meets the target."""
         blank = {name: torch.zeros(len(values)) for name, values in self.log_alphas.items()}
         plan = self.task.keep_equal_shares(blank)
         kept = sum(self.costs[name] * len(plan.kept[name]) for name in blank)
         return 1 - kept / sum(self.costs[name] * len(values) for name, values in blank.items())
 
     def train(self) -> None:
+        """Train gates, multipliers and adapters together."""
         options, multipliers = self.options, torch.zeros(2, requires_grad=True)
         adapters = [p for p in self.adapted.wrapped.parameters() if p.requires_grad]
         optimizers = [
@@ -136,7 +139,7 @@ class _Gates:
         self.task.report(f"Compresso: expected sparsity {float(self.sparsity()):.1%}, target {final:.1%}")
 
     def _hooks(self) -> Iterator[Any]:
-        """Gates scale the inputs of the output projections."""
+        """Put gates on the inputs of the output projections, and yield the handles that remove them."""
         for one in self.outs:
             name = one.block.main.name
 
@@ -149,7 +152,10 @@ class _Gates:
 
     @torch.no_grad()
     def plan(self, knob: float) -> Plan:
-        """All gates shifted towards closing: of every group as many units go as are expected to be closed then."""
+        """Return the plan when all gates are shifted towards closing by a knob from 0 to 1.
+
+        As many units of a group are removed as gates are then expected to be closed.
+        """
         shift = _KNOB * (knob - 0.5)
         counts = {
             name: len(values) - round(float((1 - open_probability(values - shift)).sum()))
@@ -158,7 +164,7 @@ class _Gates:
         return self.task.keep(self.log_alphas, counts=counts)
 
     def folded(self) -> dict[str, torch.Tensor]:
-        """Output projections with the soft gates of their inputs folded in."""
+        """Return the output projections, by parameter name, with the soft gates of their inputs folded in."""
         found = {}
         for one in self.outs:
             soft = torch.sigmoid(self.log_alphas[one.block.main.name] / _TEMPERATURE * _SHARPNESS)

@@ -1,4 +1,4 @@
-"""FLAP: units whose output hardly fluctuates are replaced by the mean of what they give, a bias."""
+"""FLAP: units whose output hardly fluctuates are removed, and their mean output is added as a bias."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ Structure = Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"]
 
 
 def metric_of(metric: Metric, weight: torch.Tensor, statistics: InputStatistics, *, squared: bool) -> torch.Tensor:
-    """The fluctuation metric of every input (inputs); FLAP squares that of attention, whatever the metric."""
+    """Return the fluctuation metric of every input of `weight` (inputs); FLAP squares that of attention."""
     weight = weight.detach().float()
     if metric == "WIFN":
         per_sequence = statistics.sum_squares.float() / max(1, statistics.num_sequences)
@@ -32,11 +32,15 @@ def metric_of(metric: Metric, weight: torch.Tensor, statistics: InputStatistics,
 
 
 def standardised(values: torch.Tensor) -> torch.Tensor:
+    """Return the values minus their mean, divided by their standard deviation."""
     return (values - values.mean()) / values.std().clamp_min(1e-30)
 
 
 def group_cost(architecture: Architecture) -> float:
-    """Weights of a KV group in units of those of a channel: 4d/3 for multi-head attention with a gated network."""
+    """Return how many times as many weights a KV group has as a channel.
+
+    With head_dim d it is 4d/3 for multi-head attention and a gated feed-forward network.
+    """
     layer = next(layer for layer in architecture.layers if layer.num_heads)
     ratio = layer.num_heads // layer.num_kv_heads
     return (2 * ratio + 2) * architecture.head_dim / architecture.ffn_matrices
@@ -45,9 +49,10 @@ def group_cost(architecture: Architecture) -> float:
 def global_counts(
     scores: dict[str, torch.Tensor], costs: dict[str, float], *, ratio: float, strict: bool
 ) -> dict[str, int]:
-    """Units kept of every group where all compete in one ranking (AL-AM): the best ones that make up 1 - `ratio`.
+    """Return the number of units kept in every group when all units compete in one ranking (AL-AM).
 
-    The cut is the unit at which the cost kept is nearest to that share, itself included; `strict` leaves it out.
+    The best units are kept up to the one with which the cost of those kept is nearest to the share 1 - `ratio`.
+    `strict` keeps only units that are better than this one.
     """
     names = [name for name, values in scores.items() for _ in values]
     every, cost = torch.cat(list(scores.values())), torch.tensor([costs[name] for name in names], dtype=torch.float64)
@@ -65,12 +70,13 @@ def global_counts(
 
 @dataclass(frozen=True, kw_only=True)
 class Flap:
-    """FLAP at its published settings: metric WIFV, structure AL-AM, statistics of the dense model, biases added.
+    """FLAP with its published settings: metric WIFV, structure AL-AM, statistics of the dense model, biases added.
 
-    U: the same in every layer or for both sublayers, A: adaptive; L: layers, M: modules. `remove_heads` is the number
-    of KV groups that UL-MM and AL-MM remove in all; by default the share that is removed of everything.
-    `upstream_compatible` truncates the cost of a head to an integer and leaves out the unit at the threshold, as the
-    authors' code does. `compensate=false` adds no bias, for runtimes that load none.
+    The `structure` says first how layers (L) share what is removed and then how modules (M, attention or feed-forward)
+    do: U is uniformly, A adaptively by score, and M manually, by `remove_heads`. That is the number of KV groups that
+    UL-MM and AL-MM remove in all; by default it is the same share as of everything. `upstream_compatible` truncates the
+    cost of a head to an integer and leaves out the unit at the threshold, as the authors' code does. `compensate=false`
+    adds no bias, for runtimes that load none.
     """
 
     metric: Metric = "WIFV"
@@ -93,7 +99,7 @@ class Flap:
         return Pruned(plan=plan, parameters=findings.biases(plan) if self.compensate else {})
 
     def _findings(self, task: PruneTask) -> "_Findings":
-        """Metrics and means of all units."""
+        """Return the metrics and means of all sublayers, from the task's cache if they are there."""
         outs, found = list(sublayers(task.model)), task.once("flap", lambda: self._collected(task))
         return _Findings(
             sublayers=outs,
@@ -102,7 +108,7 @@ class Flap:
         )
 
     def _collected(self, task: PruneTask) -> Tensors:
-        """Metrics and means of all sublayers, collected in one pass of the dense model."""
+        """Collect metrics and means of all sublayers in one pass of the dense model."""
         found: dict[str, torch.Tensor] = {}
         with task.bar("FLAP", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
             outs = list(sublayers(task.model))
@@ -117,14 +123,14 @@ class Flap:
 
 @dataclass(frozen=True, kw_only=True)
 class _Findings:
-    """What the dense pass told of every sublayer: metric and mean of every input of its output projection."""
+    """What the pass of the dense model found: metric and mean of every input of every sublayer's output projection."""
 
     sublayers: list[Sublayer]
     metrics: list[torch.Tensor]
     means: list[torch.Tensor]
 
     def plan(self, flap: Flap, task: PruneTask, ratio: float) -> Plan:
-        """The plan of one of the structures whose knob is the share of the weights, `ratio`."""
+        """Return the plan of any structure but UL-UM that removes about the share `ratio` of the weights."""
         values = self.metrics if flap.structure == "UL-MM" else [standardised(one) for one in self.metrics]
         scores = {name: rows.mean(1) for name, rows in self._by_unit(values).items()}
         cost = group_cost(task.architecture)
@@ -138,7 +144,7 @@ class _Findings:
         return task.keep(scores, counts=counts)
 
     def sums(self) -> dict[str, torch.Tensor]:
-        """The score of UL-UM: the sum of a unit's metric."""
+        """Return the scores of UL-UM by group: for every unit the sum of the metric over its inputs."""
         return {name: rows.sum(1) for name, rows in self._by_unit(self.metrics).items()}
 
     def _by_unit(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -148,7 +154,10 @@ class _Findings:
     def _manual_counts(
         self, flap: Flap, scores: dict[str, torch.Tensor], costs: dict[str, float], ratio: float
     ) -> dict[str, int]:
-        """UL-MM and AL-MM: so many KV groups, and the channels that are then missing to `ratio`."""
+        """Return the units kept in every group by UL-MM and AL-MM.
+
+        A given number of KV groups is removed, and as many channels as are then still to be removed for `ratio`.
+        """
         heads = {one.block.main.name for one in self.sublayers if has_heads(one)}
         groups = {name: values for name, values in scores.items() if name in heads}
         channels = {name: values for name, values in scores.items() if name not in heads}
@@ -166,7 +175,10 @@ class _Findings:
         }
 
     def biases(self, plan: Plan) -> dict[str, torch.Tensor]:
-        """W[:, removed] mean[removed], what the removed inputs give on average, added to the bias there is."""
+        """Return biases by parameter name: the mean output of the removed inputs, added to the bias that there is.
+
+        The mean output is W[:, removed] mean[removed], with W the output projection.
+        """
         found = {}
         for one, mean in zip(self.sublayers, self.means, strict=True):
             removed = removed_columns(plan, one)
@@ -176,7 +188,7 @@ class _Findings:
 
 
 def _lowest(scores: dict[str, torch.Tensor], removed: int) -> dict[str, int]:
-    """Units kept of every group when the `removed` lowest of all go."""
+    """Return the number of units kept in every group when the `removed` lowest-scored ones of all are removed."""
     names = [name for name, values in scores.items() for _ in values]
     order = torch.cat(list(scores.values())).argsort(stable=True)
     counts = {name: len(values) for name, values in scores.items()}

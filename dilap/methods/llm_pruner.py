@@ -1,4 +1,4 @@
-"""LLM-Pruner: units whose weights times gradients sum to little go first, in the layers between the two ends."""
+"""LLM-Pruner: remove units whose sum of weights times gradients is small, in all but the first and last layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,8 +21,11 @@ Reduce = Literal["sum", "mean", "max", "prod", "first"]
 def element_scores(
     variant: Variant, weight: torch.Tensor, gradient: torch.Tensor, curvature: torch.Tensor
 ) -> torch.Tensor:
-    """Importance of every weight: `gradient` is that of the mean loss, `curvature` the mean squared gradient of single
-    sequences. `vectorize` keeps the signs: there the absolute value is taken after the sum over a unit's weights."""
+    """Return the importance of every weight.
+
+    `gradient` is that of the mean loss, `curvature` the mean over sequences of the squared gradient. The variant
+    `vectorize` keeps the signs; there the absolute value is taken after the sum over the weights of a row or column.
+    """
     saliency, second = weight * gradient, weight.square() * curvature
     scores = {
         "first": saliency.abs(),
@@ -36,7 +39,7 @@ def element_scores(
 
 
 def reduced(members: Sequence[torch.Tensor], reduce: Reduce) -> torch.Tensor:
-    """One score for every channel from those of the matrices that it is part of (each: channels)."""
+    """Return one score for every channel from its scores in the matrices that it is part of (each: channels)."""
     stacked = torch.stack(list(members))
     match reduce:
         case "sum":
@@ -52,11 +55,10 @@ def reduced(members: Sequence[torch.Tensor], reduce: Reduce) -> torch.Tensor:
 
 
 def aligned(scores: torch.Tensor, member: Member, *, folded: bool) -> torch.Tensor:
-    """Scores along a member's axis as (units x channels of a unit): what lies between, the query heads of a KV head, is
-    summed.
+    """Return scores along a member's axis as (units x channels of a unit), summed over the query heads of a KV head.
 
-    `folded` adds channel c to channel c modulo the shorter length, as the authors' code does: that pairs query head h
-    with KV head h % num_kv_heads, where the model pairs it with h // ratio.
+    `folded` adds the score of channel c to that of c modulo the shorter length, as the authors' code does. This pairs
+    query head h with KV head h % num_kv_heads, although the model pairs it with h // ratio.
     """
     num_units, inner = member.grid[0], member.grid[-1] if len(member.grid) > 1 else 1
     if folded:
@@ -66,11 +68,12 @@ def aligned(scores: torch.Tensor, member: Member, *, folded: bool) -> torch.Tens
 
 @dataclass(frozen=True, kw_only=True)
 class LlmPruner:
-    """Block-wise pruning at the settings of the published script: first-order Taylor, sums over the matrices of a
-    group, every layer on its own, the first 4 and last 2 of 32 layers untouched (in proportion for other depths).
+    """LLM-Pruner's block-wise pruning with the settings of the published script.
 
-    All calibration text is read, where the script reads 10 samples of 64 tokens. `l1` and `l2` read none. Gradients of
-    all layers are held at once: the method needs twice the model's memory.
+    They are first-order Taylor scores, sums over the matrices of a group, the same share of every layer, and the first
+    4 and last 2 of 32 layers untouched (in proportion for other depths). All calibration text is read, where the script
+    reads 10 samples of 64 tokens; the variants `l1` and `l2` read none. Gradients of all layers are held at once, so
+    the method needs twice the model's memory.
     """
 
     variant: Variant = "first"
@@ -83,7 +86,7 @@ class LlmPruner:
         return Pruned(plan=task.keep_equal_shares(task.once("llm_pruner", lambda: self._all_scores(task))))
 
     def _all_scores(self, task: PruneTask) -> dict[str, torch.Tensor]:
-        """Of the units of all layers that are touched, by group."""
+        """Return the scores of the units of all layers that may be pruned, by group."""
         found = _Gradients()
         if self.variant not in ("l1", "l2"):
             found = gradients_of(task, per_sequence=self.variant in ("second", "mixed"))
@@ -93,14 +96,14 @@ class LlmPruner:
         return {group.name: self._scores(task.model, group, found) for group in groups}
 
     def _scores(self, model: PreTrainedModel, group: Group, found: "_Gradients") -> torch.Tensor:
-        """Scores of the units of one group, from all matrices that they are part of."""
+        """Return the scores of the units of one group, from all matrices that they are part of."""
         members = [one for one in group.members if one.tensor.endswith(".weight")]
-        members.sort(key=lambda one: (one.axis, len(one.grid)))  # the authors' order: key, value, query, output
+        members.sort(key=lambda one: (one.axis, len(one.grid)))  # as the authors: key, value, query, output
         parts = [aligned(self._channels(model, one, found), one, folded=self.folded) for one in members]
         return reduced(parts, self.reduce).sum(1)
 
     def _channels(self, model: PreTrainedModel, member: Member, found: "_Gradients") -> torch.Tensor:
-        """Score of every entry along a member's axis: of every output, or input, of a matrix."""
+        """Return the score of every entry of a member's axis, that is of every output or every input of a matrix."""
         zero = torch.zeros(())
         weight, gradient = model.get_parameter(member.tensor).detach().float(), found.means.get(member.tensor, zero)
         curvature = found.squares.get(member.tensor, zero)
@@ -110,14 +113,17 @@ class LlmPruner:
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Of the decoder layers' matrices, by name: of the mean loss, and the mean of single sequences' squares."""
+    """Gradients of the decoder layers' matrices, by name.
+
+    `means` are those of the mean loss, `squares` the means over sequences of the squared gradients.
+    """
 
     means: dict[str, torch.Tensor] = field(default_factory=dict)
     squares: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def gradients_of(task: PruneTask, *, per_sequence: bool) -> _Gradients:
-    """Gradients of the language-modelling loss on the training split; the model is left without any."""
+    """Return gradients of the language-modelling loss on the training split; the model has none afterwards."""
     found, tokens = _Gradients(), task.text.train
     prefix = family_of(task.model.config).layers
     weights = {

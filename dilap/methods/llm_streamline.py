@@ -1,4 +1,4 @@
-"""LLM-Streamline: a window of layers that hardly turns the stream is replaced by one trained layer."""
+"""LLM-Streamline: replace a window of layers that hardly turns the residual stream by one trained layer."""
 
 import copy
 import math
@@ -27,10 +27,13 @@ _BATCH_TOKENS = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Streamline:
-    """The published settings: cosines over 50 sequences, a copy of the window's first layer trained on the mean
-    squared error (`llm`: in place, on the language-modelling loss), AdamW from 2e-4 by half a cosine to 5e-5, weight
-    decay 1e-3, gradients clipped at 5, the best weights on validation text kept. The authors see 100,000 documents
-    once; here `steps` batches of 2,048 tokens."""
+    """LLM-Streamline with its published settings, trained on `steps` batches of 2,048 tokens.
+
+    Windows are chosen by cosines over 50 sequences. A copy of the window's first layer is trained by AdamW on the mean
+    squared error of its output (objective `mse`), or in its place in the model on the language-modelling loss (`llm`).
+    The learning rate goes from 2e-4 to 5e-5 by half a cosine, the weight decay is 1e-3, gradients are clipped at 5, and
+    the weights that are best on validation text are kept. The authors read 100,000 documents once.
+    """
 
     objective: Literal["mse", "llm"] = "mse"
     num_scored_sequences: int = 50
@@ -51,14 +54,14 @@ class Streamline:
         return Pruned(plan=plan, parameters=parameters, facts={"replaced_layers": [first, *removed]})
 
     def _plans(self, task: PruneTask) -> Iterator[Plan]:
-        """A window of n + 1 layers is replaced by its first one, so n are removed."""
+        """Yield ever smaller plans; the first layer of a window of n + 1 stays to replace it, and n are removed."""
         yield task.without_layers([])
         starts = task.once("streamline-windows", lambda: best_windows(task, num_sequences=self.num_scored_sequences))
         for removed, start in enumerate(starts["starts"].tolist(), start=1):
             yield task.without_layers(range(start + 1, start + 1 + removed))
 
     def _train(self, task: PruneTask, *, first: int, last: int) -> nn.Module:
-        """A layer that does the work of the layers from `first` to `last`."""
+        """Return a trained layer that does the work of the layers from `first` to `last`."""
         kind = Regression if self.objective == "mse" else LanguageModelling
         lessons = kind.of(task, task.text.train, first=first, last=last)
         exam = kind.of(task, task.text.validation, first=first, last=last)
@@ -85,14 +88,14 @@ class Streamline:
         return layer.to(task.model.dtype).requires_grad_(False)
 
     def _rate(self, step: int) -> float:
-        """Half a cosine between the two rates, relative to the first."""
+        """Return the learning rate at `step` relative to the first one: half a cosine between the two rates."""
         low = self.least_learning_rate / self.learning_rate
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.steps))))
 
 
 def best_windows(task: PruneTask, *, num_sequences: int) -> Tensors:
-    """The first layer of the best window of every length from two layers on (lengths)."""
-    states: list[torch.Tensor] = []  # what enters every layer, and what leaves the last one (before the final norm)
+    """Return the first layer of the best window of every length, as `starts` (lengths from two layers on)."""
+    states: list[torch.Tensor] = []  # inputs of all layers, and the output of the last one (before the final norm)
     for step in walk(task.model, task.text.train[:num_sequences], roles=()):
         if not states:
             states.append(torch.cat(list(step.inputs)))
@@ -102,25 +105,25 @@ def best_windows(task: PruneTask, *, num_sequences: int) -> Tensors:
 
 
 def best_window(states: Sequence[torch.Tensor], *, length: int) -> int:
-    """The first layer of the window of `length` layers whose input and output are most alike."""
+    """Return the first layer of the window of `length` layers whose input and output are most alike."""
     starts = range(len(states) - length)
     return max(starts, key=lambda first: (mean_cosine(states[first], states[first + length]), -first))
 
 
 class Objective(Protocol):
-    """What the replacement is trained on, in batches."""
+    """What the replacement of a window is trained on, in batches."""
 
     @property
     def num_batches(self) -> int:
-        """Batches there are."""
+        """Number of batches."""
 
     def loss(self, layer: nn.Module, index: int) -> torch.Tensor:
-        """The loss of one batch."""
+        """Return the loss of one batch with `layer` as the replacement."""
 
 
 @dataclass(frozen=True)
 class Regression:
-    """What enters and what leaves a window, batch by batch, with the arguments of its layers: mean squared error."""
+    """The mean squared error of the window's output; holds the window's inputs and outputs by batch."""
 
     calls: list[LayerCall]
     inputs: list[State]
@@ -142,7 +145,7 @@ class Regression:
         return len(self.calls)
 
     def loss(self, layer: nn.Module, index: int) -> torch.Tensor:
-        """The loss, a mean over positions and channels."""
+        """Return the mean squared error of one batch, a mean over positions and channels."""
         with compute_precision():
             found = first_of(layer(self.inputs[index].float(), **self.calls[index].arguments))
         return functional.mse_loss(found.float(), self.outputs[index].float())
@@ -150,7 +153,7 @@ class Regression:
 
 @dataclass(frozen=True)
 class LanguageModelling:
-    """The next token's cross entropy of the model with the layer in place of its window."""
+    """The cross entropy of the next token in the model that has the replacement in place of the window."""
 
     model: PreTrainedModel
     tokens: list[torch.Tensor]

@@ -1,4 +1,7 @@
-"""LoRAPrune: importance from the gradients of low-rank adapters alone, while they are trained and units fade out."""
+"""LoRAPrune: train low-rank adapters while ever more units are masked, those whose importance is least.
+
+The importance is computed from the adapters' gradients alone, without gradients of the model's weights.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,32 +16,39 @@ from dilap.methods.units import num_units
 from dilap.models.reference import next_token_loss
 from dilap.search.method import Pruned, PruneTask
 
-_DECAY = 0.9  # of the moving average of importance
+_DECAY = 0.9  # weight of the past in the moving average of importance
 
 
 def estimated_gradient(a: torch.Tensor, b: torch.Tensor, grad_a: torch.Tensor, grad_b: torch.Tensor) -> torch.Tensor:
-    """dLoss/dW as the adapters' gradients tell it: gB A + B gA - gB gA, with A (rank x inputs), B (outputs x rank)."""
+    """Return an estimate of dLoss/dW (outputs x inputs) from an adapter's gradients: gB A + B gA - gB gA.
+
+    The adapter adds B A to the weight W, with A (rank x inputs) and B (outputs x rank); gA and gB are their gradients.
+    """
     return grad_b @ a + b @ grad_a - grad_b @ grad_a
 
 
 def faded(step: int, steps: int) -> float:
-    """The share of the final removals made after `step`: none in the first tenth, all in the last, a cubic between."""
+    """Return the share of all removals that are made after `step`.
+
+    It is 0 in the first tenth of the steps, 1 in the last tenth, and a cubic function of the step between.
+    """
     start, end = 0.1 * steps, 0.9 * steps
     progress = min(max((step - start) / max(end - start, 1.0), 0.0), 1.0)
     return 1 - (1 - progress) ** 3
 
 
 def removals(final: int, *, step: int, steps: int) -> int:
-    """Units of a group that are masked after `step`, when `final` of them are to go."""
+    """Return how many units of a group are masked after `step`, when `final` of them are removed in the end."""
     return final if step >= steps else min(final, int(final * faded(step, steps) + 1e-9))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraPrune:
-    """The settings of the published script: rank 8, alpha 16, dropout 0.05, learning rate 1e-4, masks set every 10
-    steps, the first tenth of the layers and the last one untouched, the same share of all others. It trains on an
-    instruction corpus for two epochs; here `steps` batches of calibration text. KV groups are whole, with their RoPE
-    pairs; the authors' code cuts grouped heads apart.
+    """LoRAPrune with the settings of the published script, trained on `steps` batches of calibration text.
+
+    The settings are rank 8, alpha 16, dropout 0.05, learning rate 1e-4, and new masks every 10 steps. The first tenth
+    of the layers and the last layer are not pruned, all others by the same share. The authors train on an instruction
+    corpus for two epochs. KV groups are removed as a whole; the authors' code cuts grouped heads apart.
     """
 
     steps: int = 100
@@ -63,7 +73,11 @@ class LoraPrune:
 
 @dataclass
 class _Run:
-    """Training with masks; `scores` are the moving averages of importance, by group."""
+    """Training with masks.
+
+    By group, `scores` are the moving averages of importance, `masks` are 0 for masked units, and `counts` are the
+    numbers of units that stay at the end.
+    """
 
     options: LoraPrune
     task: PruneTask
@@ -74,6 +88,7 @@ class _Run:
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def train(self) -> None:
+        """Train the adapters, and mask ever more units."""
         self.scores = {name: torch.zeros(group.num_units) for name, group in self.groups.items()}
         self.masks = {name: torch.ones(group.num_units) for name, group in self.groups.items()}
         parameters = [p for p in self.adapted.wrapped.parameters() if p.requires_grad]
@@ -95,7 +110,10 @@ class _Run:
                 hook.remove()
 
     def _mask_hooks(self) -> Iterator[Any]:
-        """Masks act on the outputs of the matrices before attention and activation, adapters included."""
+        """Put masks on the outputs of the matrices that read the residual stream; yield the handles that remove them.
+
+        The adapters' outputs are masked as well.
+        """
         for name, group in self.groups.items():
             for member in _matrices(group):
                 if member.axis == 0:
@@ -110,14 +128,14 @@ class _Run:
 
     @torch.no_grad()
     def _score(self) -> None:
-        """The moving average of every unit's importance; nothing where a gradient is not finite."""
+        """Update the moving average of every unit's importance, unless a gradient is not finite."""
         found = {name: self._importance(group) for name, group in self.groups.items()}
         if all(torch.isfinite(values).all() for values in found.values()):
             for name, values in found.items():
                 self.scores[name] = _DECAY * self.scores[name] + (1 - _DECAY) * values
 
     def _importance(self, group: Group) -> torch.Tensor:
-        """Of a group's units: the sum over its matrices, each normalised to length one."""
+        """Return the importance of a group's units: the sum over its matrices of scores that are scaled to norm 1."""
         total = torch.zeros(group.num_units)
         for member in _matrices(group):
             matrix = self.adapted.matrix(member.tensor)
@@ -129,7 +147,10 @@ class _Run:
         return total
 
     def _mask(self, step: int) -> None:
-        """Mask the units of least importance, those masked already first, as many as the schedule has by now."""
+        """Mask the least important units, as many as the schedule says for `step`.
+
+        The scores of units that are masked already are set to 0 first.
+        """
         for name, group in self.groups.items():
             final = group.num_units - self.counts[name]
             gone = removals(final, step=step, steps=self.options.steps)
@@ -139,5 +160,5 @@ class _Run:
 
 
 def _matrices(group: Group) -> list[Member]:
-    """Where its units lie in matrices; biases have no adapters."""
+    """Return the members of a group that are matrices; biases have no adapters."""
     return [one for one in group.members if one.tensor.endswith(".weight")]

@@ -28,9 +28,9 @@ Objective = Literal["kl", "cosine"]
 
 
 def contribution(weight: torch.Tensor, inputs: torch.Tensor, removed_output: torch.Tensor) -> torch.Tensor:
-    """|s + a_i W_i| for every channel i and token, with s the output that is lost already (tokens x channels).
+    """Return |s + a_i W_i| for every channel i and token (tokens x channels), with s the output that is lost already.
 
-    `weight` (outputs x channels), `inputs` a (tokens x channels), `removed_output` s (tokens x outputs).
+    W is `weight` (outputs x channels), a is `inputs` (tokens x channels), s is `removed_output` (tokens x outputs).
     """
     squares = removed_output.square().sum(1, keepdim=True)
     cross = 2 * inputs * (removed_output @ weight)
@@ -39,9 +39,11 @@ def contribution(weight: torch.Tensor, inputs: torch.Tensor, removed_output: tor
 
 @dataclass(frozen=True, kw_only=True)
 class Puzzle:
-    """Channels are ranked iteratively by what the block's output would lose, KV groups by the norm of what they give;
-    blocks are cut without compensation. `objective`: KL to the dense model, as in the paper, or the cosine distance of
-    the final hidden states, the toolkit's default. The exact selection is a multiple-choice knapsack.
+    """Puzzle's scores of single replaced blocks, and the exact selection of blocks, a multiple-choice knapsack.
+
+    Channels are ranked in `steps` rounds by what the block's output would lose, KV groups by the norm of their output.
+    Blocks are cut without making up for it. The `objective` by which a replaced block is scored is the KL to the dense
+    model, as in the paper, or the cosine distance of the final hidden states, the default of the authors' toolkit.
     """
 
     objective: Objective = "kl"
@@ -54,14 +56,16 @@ class Puzzle:
         def search(asked: SearchTask) -> SearchResult:
             if not costs:
                 costs.extend(np.array(one) for one in self.scores(task, asked, name=name))
-            seconds = [[level.cost for level in choice.levels] for choice in asked.space.choices]
-            config = solve(costs, seconds, limit=asked.limit - asked.space.fixed_cost)
+            config = solve(costs, asked.space.level_costs(), limit=asked.limit - asked.space.fixed_cost)
             return SearchResult(config=config, kl=asked.evaluator.kl(config))
 
         return prune_by_library(task, search, library, name=name)
 
     def scores(self, task: PruneTask, asked: SearchTask, *, name: str) -> list[list[float]]:
-        """Loss of the dense model with one level changed, for every level of every choice; a killed run goes on."""
+        """Return the loss of the dense model with one level changed, for every level of every choice.
+
+        The scores are kept in the task's cache, so that a killed run can go on.
+        """
         path = None if task.cache is None else task.cache / f"{name}-{self.objective}.json"
         scores = _read_scores(path) if path is not None and path.exists() else []
         dense, sizes = asked.space.dense, [len(levels) for levels in asked.evaluator.net.library]
@@ -77,7 +81,10 @@ class Puzzle:
         return scores
 
     def _loss(self, evaluator: Evaluator, dense: Config) -> Callable[[Config], float]:
-        """The objective. The dense model goes first: every change of one block starts from what enters its layers."""
+        """Return the objective as a function of the config.
+
+        The dense model is run first, so that a config with one changed block starts at the layer of that block.
+        """
         net, teacher = evaluator.net, evaluator.teacher
 
         def hidden(config: Config) -> torch.Tensor:
@@ -92,7 +99,7 @@ class Puzzle:
         return lambda config: 1 - mean_cosine(hidden(config), reference)
 
     def build(self, task: PruneTask) -> Library:
-        """The library of truncated blocks: units in rank order, projections as they were."""
+        """Return the library of cut blocks: the best units of every level, with their projections unchanged."""
         ranks: dict[str, torch.Tensor] = {}
         found = {one.name: one for one in sublayers(task.model)}
         total = task.num_layers * task.text.validation.numel()
@@ -112,7 +119,10 @@ class Puzzle:
         ]
 
     def channel_ranks(self, weight: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-        """Rank of every channel (channels), the first to go 0: in `steps` rounds the lowest ones join those removed."""
+        """Return the rank of every channel (channels), 0 for the first to be removed.
+
+        In each of `steps` rounds those channels are removed with which the output lost so far would be least.
+        """
         ranks = torch.full((weight.shape[1],), -1.0)
         for number in range(self.steps):
             removed = ranks >= 0
@@ -127,11 +137,11 @@ class Puzzle:
 
 
 def head_norms(sublayer: Sublayer, weight: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """Mean norm of what every KV group gives, and each of its query heads (KV groups x 1 + ratio)."""
+    """Return the mean norm of the output of every KV group, then of each of its query heads (KV groups x 1 + ratio)."""
     num_groups, num_slots = (group.num_units for group in sublayer.block.groups)
 
     def norms(count: int) -> torch.Tensor:
-        """Norms of what `count` equal parts of the inputs give."""
+        """Return the mean norms of the outputs of `count` equal parts of the inputs."""
         width = weight.shape[1] // count
         blocks = zip(inputs.split(width, 1), weight.split(width, 1), strict=True)
         return torch.stack([(x @ matrix.T).norm(dim=1).mean() for x, matrix in blocks])
@@ -140,7 +150,7 @@ def head_norms(sublayer: Sublayer, weight: torch.Tensor, inputs: torch.Tensor) -
 
 
 def _truncated(sublayer: Sublayer, level: Level, scores: torch.Tensor) -> LevelFit:
-    """The best units of a level, with the columns of the projection as they were."""
+    """Return a level that keeps the best units, with the columns of the projection unchanged."""
     group, *others = sublayer.block.groups
     ranked = scores[:, 0] if others else scores
     best = ranked.argsort(descending=True, stable=True)[: level.counts[0]].sort().values

@@ -1,4 +1,4 @@
-"""ShortGPT: the layers that change the residual stream's direction least are removed; and its contiguous variant."""
+"""ShortGPT: remove the layers that change the residual stream's direction least, single ones or a whole window."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,18 @@ Score = Literal["influence", "angular"]
 
 
 def mean_cosine(before: State, after: State) -> float:
-    """Mean over positions of the cosine between two streams (... x hidden); 0 counts for a zero vector."""
+    """Return the mean over positions of the cosine between two streams (... x hidden); it is 0 for a zero vector."""
     return float(functional.cosine_similarity(before.float(), after.float(), dim=-1).double().mean())
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShortGpt:
-    """`influence`: one shot by block influence, 1 - cos(in, out) over all tokens, as published. `angular`: the window
-    of layers with the least angle at the last token (Gromov et al.), without their healing."""
+    """ShortGPT, or with the score `angular` the method of Gromov et al. (arXiv 2403.17887).
+
+    The score `influence` removes layers by block influence, 1 - cos(input, output) over all tokens, which is computed
+    once, as published. `angular` removes the window of layers whose input and output have the least angle at the last
+    token, without the authors' training afterwards.
+    """
 
     score: Score = "influence"
 
@@ -50,7 +54,7 @@ class ShortGpt:
 
 
 def block_influences(task: PruneTask) -> Tensors:
-    """1 - mean cosine between what enters and what leaves every layer (layers), before the final norm."""
+    """Return 1 minus the mean cosine between input and output of every layer (layers), before the final norm."""
     with task.bar("block influence", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
         influences = [
             1 - mean_cosine(torch.cat(list(step.inputs)), torch.cat(list(step.outputs)))
@@ -60,10 +64,11 @@ def block_influences(task: PruneTask) -> Tensors:
 
 
 def last_positions(states: Sequence[State]) -> torch.Tensor:
-    """The stream at the last token of every sequence (sequences x hidden)."""
+    """Return the stream at the last token of every sequence (sequences x hidden)."""
     return torch.cat([state[:, -1] for state in states])
 
 
 def _angle(before: torch.Tensor, after: torch.Tensor) -> float:
+    """Return the mean angle between two streams (sequences x hidden), as a share of half a turn."""
     cosines = functional.cosine_similarity(before.float(), after.float(), dim=-1).clamp(-1, 1)
     return float((cosines.arccos() / torch.pi).double().mean())

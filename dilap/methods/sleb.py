@@ -14,9 +14,11 @@ from dilap.search.method import Pruned, PruneTask
 
 @dataclass(frozen=True, kw_only=True)
 class Sleb:
-    """Every candidate is tried again after every removal. The first `early_barrier` and the last `latter_barrier` of
-    the layers that are left stay. `num_tokens` of calibration text are read: SLEB itself joins 128 lines of WikiText,
-    about as many."""
+    """SLEB: after every removal, the removal of each layer that is left is tried again.
+
+    The first `early_barrier` and the last `latter_barrier` of the layers that are left are never removed. `num_tokens`
+    of calibration text are read, about as many as the 128 lines of WikiText that the authors join.
+    """
 
     early_barrier: int = field(default=1, metadata={"least": 0})
     latter_barrier: int = field(default=1, metadata={"least": 0})
@@ -26,7 +28,7 @@ class Sleb:
         return Pruned(plan=task.target.first(self.plans(task)))
 
     def plans(self, task: PruneTask) -> Iterator[Plan]:
-        """Plans of ever fewer layers; each removes what the one before it does, and one more."""
+        """Yield plans of ever fewer layers; each removes one more layer than the one before."""
         trials, removed = _Trials(task, num_tokens=self.num_tokens), list[int]()
         yield task.without_layers(removed)
         while candidates := self._candidates(task, removed):
@@ -42,7 +44,7 @@ class Sleb:
 
 
 class _Trials:
-    """Losses of the model without one layer more."""
+    """Computes the losses of the model when one more layer is removed."""
 
     def __init__(self, task: PruneTask, *, num_tokens: int) -> None:
         self.task = task
@@ -53,7 +55,7 @@ class _Trials:
         return Stack(self.task.model, self.tokens)
 
     def losses(self, removed: list[int], candidates: list[int]) -> Tensors:
-        """Without the layers `removed` and one candidate (candidates)."""
+        """Return the losses without the layers `removed` and one of the candidates (candidates)."""
         for layer in set(removed).intersection(self.stack.alive):
             self.stack.remove(layer)
         losses = []

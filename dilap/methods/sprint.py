@@ -1,6 +1,7 @@
-"""SPRINT: remove the sublayer that costs least quality per second saved, and tune the next feed-forward network for it.
+"""SPRINT: remove the sublayer that costs least quality per second saved, and tune the next feed-forward network.
 
-Written from the published description alone. A sublayer has the number 2 * layer, plus 1 for a feed-forward network.
+Written from the published description alone. Sublayers are numbered: 2 * layer for attention, one more for the
+feed-forward network.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,9 +28,10 @@ _KINDS = ("attention", "ffn")
 
 
 def saved_seconds(*, dense: float, without_ffn: float, without_attention: float, num_removed: int) -> dict[str, float]:
-    """Seconds that removing one sublayer saves, by kind, from a model without `num_removed` of them.
+    """Return the seconds that removing one sublayer saves, by kind.
 
-    Raises Mismatch where removing a kind saves nothing: no importance per second can be had from that.
+    `without_ffn` and `without_attention` are the latencies of models without `num_removed` sublayers of that kind.
+    Raises Mismatch where removing a kind saves no time: there is no importance per second then.
     """
     saved = {"attention": (dense - without_attention) / num_removed, "ffn": (dense - without_ffn) / num_removed}
     for kind, seconds in saved.items():
@@ -39,9 +41,9 @@ def saved_seconds(*, dense: float, without_ffn: float, without_attention: float,
 
 
 def distance(wanted: State, found: State, *, kind: Distance, norm: Norm) -> float:
-    """How far two streams are apart (sequences x tokens x hidden), summed over the vectors that `norm` says.
+    """Return the distance of two streams (sequences x tokens x hidden), summed over the vectors that `norm` says.
 
-    The authors' "l2" computes what is called l1 here.
+    What the authors call "l2" is called l1 here.
     """
     y, x = wanted.float(), found.float()
     if kind == "cos":
@@ -60,11 +62,12 @@ def distance(wanted: State, found: State, *, kind: Distance, norm: Norm) -> floa
 def tuned_projection(
     weight: torch.Tensor, inputs: torch.Tensor, wanted: torch.Tensor, *, ridge: float, ratio: float = 1.0
 ) -> torch.Tensor:
-    """The projection (outputs x inputs) with the least |A W' - B|^2, drawn to `weight` by `ridge` times the mean
-    diagonal of A'A; without ridge the least-squares solution of least norm. Only the `ratio` of output rows with the
-    largest weight times activation norms is tuned. `inputs` A (tokens x inputs), `wanted` B (tokens x outputs).
+    """Return the projection W (outputs x inputs) with the least |A W' - B|^2, kept near to `weight` by a penalty.
 
-    The authors' dampening is not this one: its scale is that of the squared normal equations.
+    A are the `inputs` (tokens x inputs), B is the output `wanted` (tokens x outputs). The penalty on the squared
+    difference from `weight` is `ridge` times the mean diagonal of A'A; without ridge it is the least-squares solution
+    of least norm. Only the share `ratio` of the output rows is tuned, those with the largest sums of weight times
+    activation norm. The authors' dampening is another one: its scale is that of the squared normal equations.
     """
     old, a, b = weight.detach().float(), inputs.float(), wanted.float()
     gram, right = a.T @ a, a.T @ b
@@ -85,10 +88,12 @@ def tuned_projection(
 
 @dataclass(frozen=True, kw_only=True)
 class Sprint:
-    """The published settings: 5 candidates an iteration, sensitivity at the output of the next feed-forward network,
-    divided by the latency saved, its down projection tuned in full, 8 activation checkpoints (they save memory
-    and change no result). `ridge` replaces an undamped normal equation, which our fewer tokens make singular; 0 is the
-    original. `tune=false` only removes.
+    """SPRINT with its published settings.
+
+    There are 5 candidates per iteration. The importance of a sublayer is the change at the output of the next
+    feed-forward network, divided by the latency saved; all of that network's down projection is tuned. The 8 activation
+    checkpoints save memory and change no result. `ridge` is added because the published normal equations have no
+    dampening, and our fewer tokens make them singular; 0 is the original. `tune=false` removes and does not tune.
     """
 
     distance: Distance = "l1"
@@ -114,7 +119,7 @@ class Sprint:
 
 @dataclass(frozen=True, kw_only=True)
 class _Tuned:
-    """A candidate after tuning: its importance, and the new down projection of the feed-forward network `tuned`."""
+    """A candidate after tuning: its importance, and the new down projection of the sublayer with the number `tuned`."""
 
     importance: float
     tuned: int
@@ -123,7 +128,10 @@ class _Tuned:
 
 @dataclass
 class _Run:
-    """The loop. `made` are the plans so far, with what they remove and the projections tuned for them."""
+    """The removal of sublayers one by one.
+
+    `made` are the plans so far, with the numbers of the sublayers that they remove and the projections tuned for them.
+    """
 
     sprint: Sprint
     task: PruneTask
@@ -142,7 +150,11 @@ class _Run:
         self.tuned: dict[int, _Tuned] = {}
 
     def _latencies(self) -> dict[str, float]:
-        """From predictions without a quarter of the sublayers of a kind, the last one kept, as the method measures."""
+        """Return the seconds that removing one sublayer saves, by kind.
+
+        They are predicted as the method measures them: for a model without a quarter of the sublayers of a kind, taken
+        from the late layers but for the last one.
+        """
         dense = self.task.architecture.layers
         number = max(1, len(dense) // 4)
         late = range(max(0, len(dense) - 1 - number), len(dense) - 1)
@@ -159,6 +171,7 @@ class _Run:
         )
 
     def plans(self) -> Iterator[Plan]:
+        """Yield ever smaller plans; each removes one more sublayer than the one before."""
         removed: list[int] = []
         weights: dict[int, torch.Tensor] = {}
         order = f"sprint-{digest(self.seconds)[:8]}"  # a ratio's costs are weights, a budget's are seconds
@@ -176,7 +189,10 @@ class _Run:
             yield self._made(removed, weights)
 
     def _iteration(self) -> Tensors:
-        """The sublayer chosen, -1 for none, and what was tuned for the choice: a killed run goes on from these."""
+        """Choose the next sublayer; return it as `chosen`, -1 for none, with what was tuned for the choice.
+
+        A killed run goes on from these tensors.
+        """
         known = set(self.tuned)
         with self.task.bar("SPRINT", total=sum(self.alive), unit="sublayer") as bar:
             chosen = self._choose(bar.update)
@@ -193,7 +209,7 @@ class _Run:
         return plan
 
     def _remove(self, chosen: int, weights: dict[int, torch.Tensor]) -> None:
-        """Take a sublayer out, write what was tuned for it, and forget what has changed by that."""
+        """Remove a sublayer, write the projection tuned for it into the model, and forget what this changes."""
         self.alive[chosen] = False
         if (found := self.tuned.get(chosen)) is not None and self.sprint.tune:
             weights[found.tuned] = found.weight
@@ -206,12 +222,12 @@ class _Run:
         self.tuned = {s: value for s, value in self.tuned.items() if s in kept and s != chosen}
 
     def _next_ffn(self, sublayer: int, *, before: int | None = None) -> int | None:
-        """The next feed-forward network that is left; `before` counts a removed one as left still."""
+        """Return the next feed-forward network that is left, None for none; the sublayer `before` counts as left."""
         later = range(sublayer + 1, len(self.outs))
         return next((one for one in later if one % 2 and (self.alive[one] or one == before)), None)
 
     def _choose(self, progress: Callable[[int], None]) -> int | None:
-        """The sublayer of least importance among the best candidates, tuned; None where no more can go."""
+        """Return the candidate of least importance after tuning; None where no sublayer can be removed."""
         self._score_all(progress)
         removable = [s for s in self.untuned if s % 2 or sum(self.alive[::2]) > 1]  # the last attention stays
         best = sorted(removable, key=lambda s: (self.untuned[s], s))[: self.sprint.candidates]
@@ -225,9 +241,9 @@ class _Run:
         return min(tuned, key=lambda s: (self.tuned[s].importance, s), default=None)
 
     def _score_all(self, progress: Callable[[int], None]) -> None:
-        """Untuned importance of every sublayer that has none yet; those before the last change keep theirs.
+        """Compute the importance before tuning of every sublayer whose importance is not known.
 
-        In order, so that the streams on the way to one sublayer are those on the way to the next.
+        This goes through the sublayers in order, so that the streams computed for one are used for the next.
         """
         missing = [s for s in range(len(self.outs)) if self.alive[s] and s not in self.untuned]
         missing = [s for s in missing if self._next_ffn(s) is not None]
@@ -249,7 +265,7 @@ class _Run:
         self._forget()
 
     def _wanted(self, sublayer: int, end: int) -> States:
-        """The streams after `end` when everything from `sublayer` on is there."""
+        """Return the streams after the sublayer `end` when none of those from `sublayer` on is removed."""
         if all(self.alive[sublayer : end + 1]):
             return self._entering(end + 1)
         span, entering = range(sublayer, end + 1), self._entering(sublayer)
@@ -258,7 +274,7 @@ class _Run:
         ]
 
     def _entering(self, sublayer: int) -> States:
-        """The streams before a sublayer, from the nearest ones that are known on; those on the way are kept."""
+        """Return the streams before a sublayer, computed from the nearest known ones; those on the way are kept."""
         start = max(place for place in self.saved if place <= sublayer)
         for one in range(start, sublayer):
             states = self.saved[one]
@@ -268,7 +284,7 @@ class _Run:
         return self.saved[sublayer]
 
     def _forget(self, *, before: int | None = None) -> None:
-        """Keep the checkpoints, and what lies from `before` on."""
+        """Drop all streams but the checkpoints and those from the sublayer `before` on."""
         self.saved = {
             place: states
             for place, states in self.saved.items()
@@ -276,7 +292,7 @@ class _Run:
         }
 
     def _through(self, call: LayerCall, state: State, span: range, *, everything: bool = False) -> State:
-        """The stream after the sublayers of `span`; those removed earlier are skipped unless `everything` is on."""
+        """Return the stream after the sublayers of `span`; removed ones are skipped unless `everything` is set."""
         for one in span:
             if everything or self.alive[one]:
                 state = self._run(call, state, one)
@@ -284,13 +300,13 @@ class _Run:
 
     @torch.no_grad()
     def _run(self, call: LayerCall, state: State, sublayer: int) -> State:
-        """One sublayer alone, its residual connection included."""
+        """Run one sublayer alone, its residual connection included."""
         layer = self.layers[sublayer // 2]
         with sublayer_skipped(layer, self.task.model, _KINDS[1 - sublayer % 2]):
             return run_layer(layer, call, state)
 
     def _tune(self, candidate: int) -> _Tuned:
-        """The next feed-forward network's down projection, fitted so that its output is as before the removal."""
+        """Fit the next feed-forward network's down projection, so that the stream after it is as before the removal."""
         end = self._next_ffn(candidate)
         assert end is not None
         out, inputs, residuals = self.outs[end].out, [], []

@@ -1,4 +1,4 @@
-"""Wanda, structured (Wanda-sp, as FLAP's authors define it): weight times activation norm, summed over a unit."""
+"""Structured Wanda (Wanda-sp, as FLAP's authors define it): score units by weights times norms of activations."""
 
 import torch
 
@@ -9,14 +9,17 @@ from dilap.search.method import Pruned, PruneTask
 
 
 def channel_scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """mean_o |W_oj| * |x_j|: `weight` (outputs x inputs), `norms` (inputs)."""
+    """Return for every input j the mean over outputs o of |W_oj| times its norm (inputs).
+
+    W is `weight` (outputs x inputs); `norms` are those of the activations (inputs).
+    """
     return weight.detach().float().abs().mean(0) * norms
 
 
 def prune(task: PruneTask) -> Pruned:
-    """The same share of every layer's KV groups and channels, scored on what the pruned layers before them give.
+    """Remove the same share of every layer's KV groups and channels, scored on the output of the pruned layers before.
 
-    How many units stay does not depend on the scores, so the share is found first, and the layers are walked once.
+    How many units stay does not depend on the scores, so the share is found first, and the model is walked only once.
     """
     outs = list(sublayers(task.model))
     equal = {one.block.main.name: torch.zeros(one.block.main.num_units) for one in outs}

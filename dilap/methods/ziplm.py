@@ -1,4 +1,7 @@
-"""ZipLM: optimal brain surgery on output projections, a database of levels, and SPDY's search over layer weights."""
+"""ZipLM: levels made by optimal brain surgery on output projections, chosen by SPDY's search.
+
+SPDY gives the error of every sublayer a weight, and searches for the weights whose exact solution has the least loss.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,19 +17,22 @@ from dilap.search.task import SearchResult, SearchTask
 
 @dataclass(frozen=True, kw_only=True)
 class _Weighted(SearchResult):
-    """The best config; `weights` are weightings of the layers' errors, those of the best configs (configs x layers)."""
+    """A search result with the weights of the sublayers' errors that led to the best configs (configs x sublayers)."""
 
     weights: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZipLm:
-    """One-shot ZipLM at SPDY's settings: 100 random weightings of the layers' errors, each solved exactly and scored by
-    the real loss; then a local search that draws ever fewer weights again, from a tenth of the layers down to one,
-    and gives a number up after 100 failures. Dampening 1 %; the database holds the measured levels. A corrected limit
-    starts from the 100 best weightings for the limit before it instead of random ones.
+    """One-shot ZipLM with SPDY's settings, over the measured levels.
 
-    Its gradual mode, which trains between rising speed-ups, is what `--recover` does once at the end.
+    First `starts` random weightings of the sublayers' errors are each solved exactly and scored by the real loss. Then
+    a local search draws some of the best weights again, first a tenth of them and ever fewer, down to one. It goes on
+    to the next smaller number after `failures` draws in a row that were no better. The search for a corrected limit
+    begins with the best weightings for the limit before it, instead of random ones. `dampening` is the ridge of the
+    optimal brain surgery, relative to the mean diagonal.
+
+    ZipLM's gradual mode, which trains between rising speed-ups, is left out; `--recover` trains once at the end.
     """
 
     starts: int = 100
@@ -44,11 +50,11 @@ class ZipLm:
         return prune_by_library(task, search, library, name=name)
 
     def search(self, task: SearchTask, *, progress: Callable[[int], None] = lambda _: None) -> SearchResult:
-        """SPDY: the weighting of layer errors whose exact solution has the least real KL. `progress` gets 1s."""
+        """Return the best config of SPDY's search, scored by the real KL; `progress` gets 1 for every weighting."""
         errors = [np.array([fit.error for fit in levels]) for levels in task.evaluator.net.library]
-        seconds = [[level.cost for level in choice.levels] for choice in task.space.choices]
+        seconds = task.space.level_costs()
         limit = task.limit - task.space.fixed_cost
-        known: dict[Config, tuple[float, torch.Tensor]] = {}  # with the first weighting that led there
+        known: dict[Config, tuple[float, torch.Tensor]] = {}  # real KL, and the first weighting that led to the config
 
         def score(weights: torch.Tensor) -> tuple[float, Config]:
             costs = [float(weight) * error for weight, error in zip(weights, errors, strict=True)]
@@ -74,7 +80,7 @@ class ZipLm:
         starts: list[torch.Tensor],
         generator: torch.Generator,
     ) -> tuple[tuple[float, Config], int]:
-        """The best score, and the number of weightings scored."""
+        """Return the best score with its config, and the number of weightings scored."""
         best, weights = min(((score(drawn), drawn) for drawn in starts), key=lambda one: one[0])
         tried, num_layers = len(starts), len(weights)
         for changed in range(max(1, num_layers // 10), 0, -1):

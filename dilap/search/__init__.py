@@ -1,6 +1,9 @@
-"""DiLAP's own search: levels of every sublayer, a quadratic model of what they cost in quality, a differentiable
-latency inside the objective, an exact selection, and swaps on the real KL.
+"""DiLAP's own search for the width of every sublayer under a limit on latency, and the interface of all methods.
+
+The search builds levels (widths with refitted projections) of every sublayer and a quadratic model of what they cost in
+quality, minimises it with a differentiable latency in the objective, selects exactly, and ends with swaps on the real
+KL.
 
     from dilap.search.method import PruneTask  # what a method is given
-    from dilap.search.dilap import prune       # prune(task) -> Pruned, as every method
+    from dilap.search.dilap import prune       # prune(task) -> Pruned, as for every method
 """

@@ -1,8 +1,8 @@
 """Choose one level per sublayer under a latency limit, given a quadratic model of the loss.
 
-Notation of the search (sota and search, C2-C3): p_s are the level probabilities of sublayer s, c their one-hot
-version, b and Q the linear and quadratic coefficients over all (sublayer, level) pairs, h the relative excess of the
-latency over the limit.
+Notation: p_s are the probabilities of the levels of sublayer s; c is the choice, a vector over all (sublayer, level)
+pairs that is 1 for chosen levels and 0 elsewhere; b and Q are the linear and quadratic coefficients over the same
+pairs; h is the excess of the latency over the limit, divided by the limit.
 """
 
 from collections.abc import Sequence
@@ -11,17 +11,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from dilap.core.errors import Infeasible
 from dilap.core.space import Space
 
 Config = tuple[int, ...]
-_BUCKETS = 20_000  # rounding up 60 sublayers to 1/20000 of the limit wastes at most 0.3 % of it
+_LINEARISATIONS = 20  # of the costs of pairs, before the fastest levels are taken
+_TOO_SLOW = "even the smallest levels take more than is allowed: take a larger budget or smaller ratio"
+_BUCKETS = 20_000  # rounding 60 sublayers up to multiples of 1/20000 of the limit wastes at most 0.3 % of it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quadratic:
-    """loss(c) = b'c + c'Qc/2 over the concatenated levels of all choices; `sizes` is the levels of each choice."""
+    """A quadratic model of the loss: loss(c) = b'c + c'Qc/2, over the concatenated levels of all choices.
+
+    `sizes` has the number of levels of each choice.
+    """
 
     b: torch.Tensor
     Q: torch.Tensor
@@ -29,18 +35,23 @@ class Quadratic:
 
     @property
     def offsets(self) -> list[int]:
+        """The position of the first level of each choice."""
         return [sum(self.sizes[:index]) for index in range(len(self.sizes))]
 
     def value(self, config: Sequence[int]) -> float:
+        """Return the loss that the model predicts for `config`."""
         chosen = torch.tensor([offset + level for offset, level in zip(self.offsets, config, strict=True)])
         return float(self.b[chosen].sum() + 0.5 * self.Q[chosen][:, chosen].sum())
 
     def diagonal_only(self) -> "Quadratic":
-        """Without the terms between levels of different choices."""
+        """Return the model with the diagonal of Q alone: without interactions between choices."""
         return Quadratic(b=self.b, Q=torch.diag(self.Q.diagonal()), sizes=self.sizes)
 
     def shrunk(self, *, num_rows: float) -> "Quadratic":
-        """Off-diagonals shrunk by rows / (rows + dimension): few rows make them mostly noise (C3)."""
+        """Return the model with off-diagonal terms of Q multiplied by rows / (rows + number of levels).
+
+        Q is estimated from `num_rows` rows; few rows make its off-diagonal terms mostly noise.
+        """
         keep = num_rows / (num_rows + len(self.b))
         diagonal = torch.diag(self.Q.diagonal())
         return Quadratic(b=self.b, Q=diagonal + keep * (self.Q - diagonal), sizes=self.sizes)
@@ -48,7 +59,11 @@ class Quadratic:
 
 @dataclass(frozen=True, kw_only=True)
 class RelaxationOptions:
-    """Adam on level logits; `penalty` and `temperature` go geometrically from the first to the second value."""
+    """Settings of `relax`, which runs Adam on the logits of the levels.
+
+    `penalty` and `temperature` go geometrically from the first to the second value. The multiplier of the constraint is
+    updated after every `multiplier_every` steps.
+    """
 
     steps: int = 400
     learning_rate: float = 0.05
@@ -57,22 +72,46 @@ class RelaxationOptions:
     multiplier_every: int = 20
 
 
+class ExpectedCost:
+    """The expected cost of a network whose levels are drawn independently, differentiable in their probabilities.
+
+    It is fixed + sum_s p_s' t_s, with t_s the costs of the levels of choice s, plus p_s' W p_r for every pair (s, r) of
+    choices with the costs W of their own.
+    """
+
+    def __init__(self, space: Space) -> None:
+        most = max(len(choice.levels) for choice in space.choices)
+        self._fixed = space.fixed_cost
+        self._levels = torch.zeros(len(space.choices), most)
+        for row, choice in enumerate(space.choices):
+            self._levels[row, : len(choice.levels)] = torch.tensor([level.cost for level in choice.levels])
+        self._pairs = [(one.first, one.second, torch.tensor(one.costs)) for one in space.couplings]
+
+    def __call__(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Return the expected cost for probabilities of the shape (... x choices x most levels of a choice)."""
+        found = self._fixed + (probabilities * self._levels).sum((-2, -1))
+        for first, second, costs in self._pairs:
+            rows, columns = costs.shape
+            one, two = probabilities[..., first, :rows], probabilities[..., second, :columns]
+            found = found + (one @ costs * two).sum(-1)
+        return found
+
+
 def relax(
     quadratic: Quadratic, space: Space, *, limit: float, starts: Sequence[Config], options: RelaxationOptions
 ) -> list[torch.Tensor]:
-    """Level probabilities that minimise the expected loss with the expected latency under `limit`, per start.
+    """Return, for every start, level probabilities that minimise the expected loss with the latency under `limit`.
 
-    The differentiable latency is the sum of p_s' T_s. The expected loss under independent sampling of levels is
-    b'p + p'Qp/2 plus a term for each sublayer's own block, without which mixtures look cheaper than any vertex. The
-    latency enters by an augmented Lagrangian for inequalities (C2 4b). All starts are optimised in one batch.
+    When the levels are drawn independently, the expected loss is b'p + p'Qp/2 plus a correction for the
+    block of Q of each sublayer; without it mixtures of levels would look cheaper than any single level. The limit
+    enters as the augmented Lagrangian of an inequality, (max(0, m + r h)^2 - m^2) / (2 r), with the multiplier m and
+    the penalty r. All starts are optimised in one batch. A start is a config, or empty for equal probabilities.
     """
     index, mask = _padded_index(quadratic.sizes)
-    seconds = torch.zeros(mask.shape)
-    for row, choice in enumerate(space.choices):
-        seconds[row, : len(choice.levels)] = torch.tensor([level.cost for level in choice.levels])
+    cost = ExpectedCost(space)
     within = _within_blocks(quadratic)
     diagonal = quadratic.Q.diagonal()
-    scale = 1 / max(float(diagonal.mean()) * len(quadratic.sizes), 1e-12)  # losses of any size meet h on one scale
+    scale = 1 / max(float(diagonal.mean()) * len(quadratic.sizes), 1e-12)  # makes losses of any size comparable with h
     logits = torch.stack([_start_logits(config, mask) for config in starts]).requires_grad_(True)
     adam = torch.optim.Adam([logits], lr=options.learning_rate)
     multiplier = torch.zeros(len(starts))
@@ -81,7 +120,7 @@ def relax(
         temperature = _geometric(options.temperature, progress)
         penalty = _geometric(options.penalty, progress)
         p = torch.softmax((logits / temperature).masked_fill(~mask, -torch.inf), -1)
-        excess = (space.fixed_cost + (p * seconds).sum((1, 2)) - limit) / limit
+        excess = (cost(p) - limit) / limit
         flat = p.reshape(len(starts), -1)[:, index]
         own = (flat @ diagonal) - torch.einsum("ri,ij,rj->r", flat, within, flat)
         loss = flat @ quadratic.b + 0.5 * torch.einsum("ri,ij,rj->r", flat, quadratic.Q, flat) + 0.5 * own
@@ -95,7 +134,7 @@ def relax(
 
 
 def _padded_index(sizes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions of the real levels in a (choices x most levels) matrix, and that matrix's mask."""
+    """Return where the levels lie in a flattened matrix (choices x most levels of a choice), and its mask of levels."""
     mask = torch.arange(max(sizes))[None, :] < torch.tensor(sizes)[:, None]
     return mask.reshape(-1).nonzero().squeeze(1), mask
 
@@ -108,7 +147,7 @@ def _start_logits(config: Config, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _within_blocks(quadratic: Quadratic) -> torch.Tensor:
-    """Q with only the terms inside one choice."""
+    """Return Q with zeros for pairs of levels of different choices."""
     owner = torch.repeat_interleave(torch.arange(len(quadratic.sizes)), torch.tensor(quadratic.sizes))
     return torch.where(owner[:, None] == owner[None, :], quadratic.Q, 0.0)
 
@@ -118,29 +157,76 @@ def _geometric(ends: tuple[float, float], progress: float) -> float:
 
 
 def project(quadratic: Quadratic, space: Space, *, limit: float, probabilities: torch.Tensor | None = None) -> Config:
-    """The exact best config under `limit` for linear costs: each level's own loss plus, given `probabilities`, its
-    expected interaction with the other choices (C2 4c)."""
+    """Return the config within `limit` that has the least sum of linear costs, found exactly. Raises Infeasible.
+
+    The cost of a level is its own loss, b + diag(Q)/2, plus, given `probabilities`, its expected interaction with the
+    other choices: Q without the blocks of single choices, times p.
+    """
     costs = quadratic.b + 0.5 * quadratic.Q.diagonal()
     if probabilities is not None:
         between = quadratic.Q - _within_blocks(quadratic)
         costs = costs + between @ probabilities
-    parts = costs.double().split(list(quadratic.sizes))
-    seconds = [[level.cost for level in choice.levels] for choice in space.choices]
-    return solve([part.numpy() for part in parts], seconds, limit=limit - space.fixed_cost)
+    parts = [part.numpy() for part in costs.double().split(list(quadratic.sizes))]
+    if space.couplings:
+        return _solve_coupled(parts, space, limit=limit, probabilities=probabilities)
+    return solve(parts, space.level_costs(), limit=limit - space.fixed_cost)
+
+
+def _solve_coupled(
+    costs: Sequence[NDArray[np.float64]], space: Space, *, limit: float, probabilities: torch.Tensor | None
+) -> Config:
+    """Return a config within `limit` for costs of pairs, which no knapsack holds. Raises Infeasible.
+
+    The costs of the pairs are linearised, first at `probabilities` (or at the dense model) and then at every config
+    found; what a config exceeds the limit by is taken off the next one's. It is not always the best config: `swap`
+    improves it with the true costs.
+    """
+    seconds, W = _cost_terms(space)
+    sizes, allowed = [len(part) for part in costs], limit
+    at = _chosen(sizes, space.dense) if probabilities is None else probabilities.double()
+    for _ in range(_LINEARISATIONS):
+        pull = W @ at
+        spent = allowed - space.fixed_cost + 0.5 * float(at @ pull)  # at @ W @ at has every pair twice
+        config = solve(costs, [part.tolist() for part in (seconds + pull).split(sizes)], limit=spent)
+        excess = space.cost(config) - limit
+        if excess <= 0:
+            return config
+        allowed, at = allowed - excess, _chosen(sizes, config)
+    if space.cost(space.fastest) > limit:
+        raise Infeasible(_TOO_SLOW)
+    return space.fastest
+
+
+def _chosen(sizes: Sequence[int], config: Config) -> torch.Tensor:
+    """Return the vector over all levels that is 1 for the chosen ones and 0 elsewhere."""
+    return torch.cat([functional.one_hot(torch.tensor(k), n) for k, n in zip(config, sizes, strict=True)]).double()
+
+
+def _cost_terms(space: Space) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the levels' own costs, and the symmetric matrix of what pairs of levels cost together."""
+    seconds = torch.tensor([level.cost for choice in space.choices for level in choice.levels], dtype=torch.float64)
+    offsets = np.cumsum([0, *(len(choice.levels) for choice in space.choices)])
+    W = torch.zeros(len(seconds), len(seconds), dtype=torch.float64)
+    for one in space.couplings:
+        first, second = (slice(int(offsets[i]), int(offsets[i + 1])) for i in (one.first, one.second))
+        W[first, second] += torch.tensor(one.costs, dtype=torch.float64)
+        W[second, first] += torch.tensor(one.costs, dtype=torch.float64).T
+    return seconds, W
 
 
 def solve(costs: Sequence[NDArray[np.float64]], seconds: Sequence[Sequence[float]], *, limit: float) -> Config:
-    """Multiple-choice knapsack: one level per choice, least total cost, seconds summing to at most `limit`.
+    """Choose one level per choice with the least total cost and at most `limit` seconds (a multiple-choice knapsack).
 
-    Exact over integer latency buckets rounded up, so the limit is never exceeded; the slack that rounding leaves is
-    filled by single upgrades. Raises Infeasible when even the fastest levels are too slow.
+    This is dynamic programming over latencies in whole buckets. It is exact but for the rounding of latencies, which is
+    upwards, so that the limit is never exceeded. What rounding leaves of the limit is used by changes of single levels.
+    Raises Infeasible when even the fastest levels are too slow.
     """
     fastest = sum(min(part) for part in seconds)
     if fastest > limit:
-        raise Infeasible("even the smallest levels take more than is allowed: take a larger budget or smaller ratio")
+        raise Infeasible(_TOO_SLOW)
     bucket = max(limit, 1e-30) / _BUCKETS  # at a limit of 0 only free levels fit
     weights = [[int(np.ceil(s / bucket - 1e-9)) for s in part] for part in seconds]
-    if sum(min(part) for part in weights) > _BUCKETS:  # only rounding stands in the way: take the fastest
+    if sum(min(part) for part in weights) > _BUCKETS:  # they fit but for rounding: take the fastest
         return tuple(int(np.argmin(part)) for part in seconds)
     best = np.zeros(_BUCKETS + 1)
     picks = []
@@ -162,7 +248,7 @@ def solve(costs: Sequence[NDArray[np.float64]], seconds: Sequence[Sequence[float
 def _fill_slack(
     config: Config, costs: Sequence[NDArray[np.float64]], seconds: Sequence[Sequence[float]], *, limit: float
 ) -> Config:
-    """Take single changes that lower the cost and still keep the limit, the best first, until none is left."""
+    """Make single changes that lower the cost and still keep the limit, the best first, until none is left."""
     while True:
         used = sum(part[level] for part, level in zip(seconds, config, strict=True))
         gains = [
@@ -178,7 +264,7 @@ def _fill_slack(
 
 
 def swap(quadratic: Quadratic, space: Space, config: Config, *, limit: float) -> Config:
-    """Improve the quadratic by changes of one or two choices at a time within `limit`, until there is none (C2 4d)."""
+    """Change one or two choices at a time within `limit`, the best change first, until none lowers the quadratic."""
     while True:
         gains = move_gains(quadratic, space, config, limit=limit)
         best = int(gains.argmin())
@@ -188,27 +274,40 @@ def swap(quadratic: Quadratic, space: Space, config: Config, *, limit: float) ->
 
 
 def move_gains(quadratic: Quadratic, space: Space, config: Config, *, limit: float) -> torch.Tensor:
-    """Change of the quadratic for moving two choices to levels i and j at once, (levels x levels); infinite where the
-    move breaks `limit` or changes nothing. A pair with one level already chosen is a move of one choice."""
+    """Return how the quadratic changes when two choices move to levels i and j at once (levels x levels).
+
+    It is infinite where the move breaks `limit`, changes nothing or names two levels of one choice. Where one of the
+    two levels is chosen already, only the other choice moves.
+    """
     offsets = torch.tensor(quadratic.offsets)
     owner = torch.repeat_interleave(torch.arange(len(quadratic.sizes)), torch.tensor(quadratic.sizes))
-    seconds = torch.tensor([level.cost for choice in space.choices for level in choice.levels], dtype=torch.float64)
-    Q, b, every = quadratic.Q.double(), quadratic.b.double(), torch.arange(len(quadratic.b))
     chosen = offsets + torch.tensor(config)
     current = chosen[owner]  # the chosen level of every level's own choice
+    seconds, W = _cost_terms(space)
+    slower = seconds - seconds[current]
+    slower = _changes(seconds, W, chosen, current) if space.couplings else slower[:, None] + slower[None, :]
+    allowed = (owner[:, None] != owner[None, :]) & (slower <= limit - space.cost(config))
+    unmoved = current == torch.arange(len(current))
+    allowed &= ~(unmoved[:, None] & unmoved[None, :])
+    changes = _changes(quadratic.b.double(), quadratic.Q.double(), chosen, current)
+    return torch.where(allowed, changes, torch.inf)
+
+
+def _changes(b: torch.Tensor, Q: torch.Tensor, chosen: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
+    """Return how b'c + c'Qc/2 changes when two choices move to levels i and j at once (levels x levels).
+
+    `chosen` are the levels of c, `current` for every level the chosen one of its own choice.
+    """
+    every = torch.arange(len(b))
     pull = b + Q[:, chosen].sum(1)
-    # One choice from `current` to i: linear part plus its own curvature; two choices: also their interaction.
+    # For one choice from `current` to i: the linear part plus its own curvature. For two: also their interaction.
     single = pull - pull[current] + 0.5 * (Q.diagonal() + Q.diagonal()[current]) - Q[every, current]
     interaction = Q - Q[:, current] - Q[current, :] + Q[current][:, current]
-    slower = seconds - seconds[current]
-    allowed = (owner[:, None] != owner[None, :]) & (slower[:, None] + slower[None, :] <= limit - space.cost(config))
-    unmoved = current == every
-    allowed &= ~(unmoved[:, None] & unmoved[None, :])
-    return torch.where(allowed, single[:, None] + single[None, :] + interaction, torch.inf)
+    return single[:, None] + single[None, :] + interaction
 
 
 def move(quadratic: Quadratic, config: Config, index: int) -> Config:
-    """`config` after the move at a flat index of `move_gains`."""
+    """Return `config` after the move at this index of the flattened result of `move_gains`."""
     owner = torch.repeat_interleave(torch.arange(len(quadratic.sizes)), torch.tensor(quadratic.sizes))
     moved = list(config)
     for level in divmod(index, len(quadratic.b)):

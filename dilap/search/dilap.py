@@ -1,9 +1,11 @@
-"""DiLAP's own search: relinearised cross-layer Fisher allocation (C2 of the search specification).
+"""DiLAP's own search: choose the levels of all sublayers together by a quadratic model of the loss.
 
-Outer loop, on the validation split: a quadratic model of KL to the dense model from one Fisher pass, minimised over
-level probabilities with a differentiable latency, projected exactly onto the limit, and linearised again where that
-led, in steps of 10 % of the latency. Inner loop, on the training split: every level is a sublayer whose
-output projection was refitted in closed form. The end is a polish by swaps on the real KL.
+The loss is the KL to the dense model on the validation split. Its quadratic model comes from one pass that estimates
+gradients and the Fisher matrix. The model is minimised over level probabilities with a differentiable latency, and the
+result is projected exactly onto the limit. Because the model is right only nearby, the limit is lowered in steps of
+10 % of the dense latency, and a new model is made around the config of every step. The levels themselves are sublayers
+whose output projections were refitted in closed form on the training split. At the end the config is polished by swaps
+on the real KL.
 """
 
 import math
@@ -19,14 +21,14 @@ from dilap.search.task import Round, SearchOptions, SearchResult, SearchTask
 
 
 def prune(task: PruneTask) -> Pruned:
-    """This search over measured levels, then a closed-form refit."""
+    """Prune by this search over measured levels, followed by a closed-form refit."""
     return prune_by_levels(task, search)
 
 
 def search(task: SearchTask) -> SearchResult:
-    """The config with the least real KL that was found within the limit. Raises Infeasible.
+    """Return the config that the search finds within the limit. Raises Infeasible.
 
-    Deterministic for a seed, on one machine with one number of threads.
+    The result is the same every time for one seed on one machine with one number of threads.
     """
     if task.previous is not None:
         return _revise(task, task.previous)
@@ -40,10 +42,11 @@ def search(task: SearchTask) -> SearchResult:
         config = allocate(quadratic, space, limit=target, previous=current, options=task.options)
         predicted, real = value + quadratic.value(config), evaluator.kl(config)
         rounds.append(Round(limit=target, config=config, predicted_kl=predicted, real_kl=real))
-        share = target / space.cost(space.dense)  # of seconds, or of weights where a ratio was asked
+        share = target / space.cost(space.dense)  # of the dense model's seconds, or of its weights
         task.report(f"round {len(rounds)}: limit {share:.1%} of dense, KL predicted {predicted:.3f}, real {real:.3f}")
         scale *= _correction(predicted=predicted - value, real=real - value)
-        # Trust region: a KL beyond twice the predicted one means that the step left the model's range.
+        # A KL that rises more than twice as much as predicted means that the step was too long for the quadratic
+        # model: go half of the way first.
         halfway = (space.cost(current) + target) / 2
         if real - value > 2 * (predicted - value) and space.cost(current) - halfway > task.options.step / 8 * target:
             targets = [halfway, target, *targets]
@@ -53,31 +56,33 @@ def search(task: SearchTask) -> SearchResult:
 
 
 def _revise(task: SearchTask, result: SearchResult) -> SearchResult:
-    """Move a finished search to the task's limit: a new allocation around its config, and a new polish."""
+    """Move the result of a search to the task's limit by a new allocation around its config and a new polish."""
     quadratic = linear_model(task, result.config, number=len(result.rounds), scale=result.curvature_scale)
     config = allocate(quadratic, task.space, limit=task.limit, previous=result.config, options=task.options)
     return polish(task, replace(result, config=config, kl=task.evaluator.kl(config)))
 
 
 def _limits(task: SearchTask) -> list[float]:
-    """Limits from the dense latency down to the task's, a step apart; nearby tasks share all but the last."""
+    """Return the limits of the rounds, a step apart, from the dense latency down to the task's.
+
+    They start at the dense latency, so that tasks with nearby limits share all rounds but the last.
+    """
     dense = task.space.cost(task.space.dense)
     step = task.options.step * dense
-    count = math.ceil((dense - task.limit) / step - 0.25)  # the last may be a quarter longer
+    count = math.ceil((dense - task.limit) / step - 0.25)  # the last step may be a quarter longer
     return [*(dense - step * number for number in range(1, count)), task.limit]
 
 
 def linear_model(task: SearchTask, config: Config, *, number: int, scale: float = 1.0) -> Quadratic:
-    """The quadratic model of the KL around `config`, made robust against its own noise.
+    """Return the quadratic model of the KL around `config`, made robust against the noise of its estimate.
 
-    `scale` multiplies the curvature. SmolLM2-135M at 70 %, validation KL: slopes taken one standard error worse than
-    measured 1.38, two 1.18. Interactions between sublayers, few as are kept of them, lower the KL on unseen text from
-    0.595 to 0.562 at 85 %, 1.350 to 1.218 at 70 %, 1.994 to 1.970 at 55 % (tools/bench_search, means of three seeds).
+    `scale` multiplies the curvature, and `number` is added to the seed of the labels that are drawn for it.
     """
     options = task.options
     curvature = task.evaluator.curvature(config, samples=options.label_samples, seed=options.seed + number)
     sizes = tuple(len(levels) for levels in task.evaluator.net.library)
-    # The minimum over hundreds of levels picks slopes that are low by chance: take each at the high end of its error.
+    # A minimum over hundreds of levels finds slopes that are low by chance, so each is taken at the high end of its
+    # error.
     slopes = curvature.b + options.caution * curvature.b_error
     quadratic = Quadratic(b=slopes, Q=scale * curvature.Q, sizes=sizes)
     if not options.cross_terms:
@@ -86,13 +91,16 @@ def linear_model(task: SearchTask, config: Config, *, number: int, scale: float 
 
 
 def _correction(*, predicted: float, real: float) -> float:
-    """The factor by which the curvature was too small: a step of 10 % leaves the range of a quadratic."""
+    """Return the factor by which the curvature was too small, because a step is long for a quadratic model."""
     return min(max(real / predicted, 0.5), 3.0) if predicted > 0 else 1.0
 
 
 def allocate(quadratic: Quadratic, space: Space, *, limit: float, previous: Config, options: SearchOptions) -> Config:
-    """The best config of the quadratic model within `limit`: the relaxation from several starts and the exact
-    solution without interactions, each projected and then improved by swaps."""
+    """Return the best config of the quadratic model within `limit` that was found. Raises Infeasible.
+
+    The candidates are the exact solution without interactions, and relaxations from several starts, each projected onto
+    the limit. All of them are improved by swaps.
+    """
     independent = project(quadratic.diagonal_only(), space, limit=limit)
     candidates = [swap(quadratic, space, independent, limit=limit)]
     if options.cross_terms:
@@ -107,8 +115,11 @@ def allocate(quadratic: Quadratic, space: Space, *, limit: float, previous: Conf
 
 
 def polish(task: SearchTask, result: SearchResult) -> SearchResult:
-    """Accept changes of one or two sublayers that lower the real KL (EvoPress-like), proposed in the order of what
-    a quadratic model around the start expects of them, with noise so that near ties are not all the same idea."""
+    """Try changes of one or two sublayers and keep those that lower the real KL, like EvoPress (arXiv 2410.14649).
+
+    Those come first from which a quadratic model around the start expects most. Noise is added to what it expects, so
+    that not all of the changes tried are variants of one.
+    """
     options = task.options
     if options.evaluations == 0:
         return result
@@ -130,7 +141,7 @@ def polish(task: SearchTask, result: SearchResult) -> SearchResult:
 
 
 def _is_better(found: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether the KL of the sequences fell by more than the standard error of that fall."""
+    """Return whether the KL fell, as a mean over sequences, by more than the standard error of its fall."""
     fall = (values - found).double()
     return bool(fall.mean() > fall.std() / len(fall) ** 0.5)
 
@@ -138,7 +149,7 @@ def _is_better(found: torch.Tensor, values: torch.Tensor) -> bool:
 def _proposal(
     quadratic: Quadratic, task: SearchTask, config: Config, tried: set[Config], generator: torch.Generator
 ) -> Config | None:
-    """An untried neighbour of `config` within the limit, sampled from a softmax of its expected gain."""
+    """Return a neighbour of `config` that was not tried, drawn by a softmax of the expected gains; None for none."""
     gains = move_gains(quadratic, task.space, config, limit=task.limit).reshape(-1)
     best = gains.topk(min(2000, len(gains)), largest=False)
     finite = best.values[best.values.isfinite()].float()

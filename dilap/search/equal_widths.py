@@ -10,19 +10,20 @@ from dilap.search.levels import prune_by_levels
 from dilap.search.method import Pruned, PruneTask
 from dilap.search.task import SearchResult, SearchTask
 
-_CANDIDATES = 12  # of the quadratic's best width pairs, scored on the real KL
+_CANDIDATES = 12  # how many of the width pairs that the quadratic model finds best are scored on the real KL
 
 
 def prune(task: PruneTask) -> Pruned:
-    """This search over measured levels, then a closed-form refit."""
+    """Prune by this search over measured levels, followed by a closed-form refit."""
     return prune_by_levels(task, search)
 
 
 def search(task: SearchTask) -> SearchResult:
-    """The best width pair and set of removed layers within the limit. Raises Infeasible.
+    """Return the best pair of widths and set of removed layers that was found within the limit. Raises Infeasible.
 
-    For every width pair the layers that the quadratic model around the dense model misses least are removed until the
-    limit is kept; the best pairs are compared on the real KL, and then removed layers are exchanged on it.
+    For every pair of widths, layers are removed until the limit is kept, those first whose loss costs least by a
+    quadratic model around the dense model. The best pairs are compared by the real KL. Then removed layers are
+    exchanged for others where that lowers the real KL.
     """
     quadratic = linear_model(task, task.space.dense, number=0)
     candidates = sorted((quadratic.value(config), config) for config in _candidates(quadratic, task))
@@ -34,6 +35,7 @@ def search(task: SearchTask) -> SearchResult:
 
 
 def _candidates(quadratic: Quadratic, task: SearchTask) -> Iterator[Config]:
+    """Yield a config within the limit for every pair of widths that has one."""
     first_attention, first_ffn = task.space.choices[0], task.space.choices[1]
     for attention, level in enumerate(first_attention.levels):
         for ffn, channels in enumerate(first_ffn.levels):
@@ -45,7 +47,7 @@ def _candidates(quadratic: Quadratic, task: SearchTask) -> Iterator[Config]:
 
 
 def _remove_layers(quadratic: Quadratic, task: SearchTask, config: Config) -> Config:
-    """Remove the layer that the quadratic misses least, again and again, until the limit is kept."""
+    """Remove one layer after another, always the one that costs least in the quadratic, until the limit is kept."""
     while task.space.cost(config) > task.limit:
         shorter = [_without(task.space, config, layer) for layer in _present(task.space, config)]
         if not shorter:
@@ -55,7 +57,7 @@ def _remove_layers(quadratic: Quadratic, task: SearchTask, config: Config) -> Co
 
 
 def _exchange(task: SearchTask, quadratic: Quadratic, result: SearchResult) -> SearchResult:
-    """Put one removed layer back for another while that lowers the real KL, the most promising exchange first."""
+    """Exchange one removed layer for another wherever that lowers the real KL, the most promising exchange first."""
     config, value, space = result.config, result.kl, task.space
     present = _present(space, config)
     widths = config[2 * present[0] : 2 * present[0] + 2] if present else config[:2]
@@ -79,12 +81,12 @@ def _exchange(task: SearchTask, quadratic: Quadratic, result: SearchResult) -> S
 
 
 def _present(space: Space, config: Config) -> list[int]:
-    """The layers that can still be removed: all that are there but the first."""
+    """Return the layers that can still be removed: all that are left, apart from the first layer."""
     layers = range(1, len(space.architecture.layers))
     return [layer for layer in layers if not space.choices[2 * layer].levels[config[2 * layer]].is_removed]
 
 
 def _without(space: Space, config: Config, layer: int) -> Config:
-    """`config` with a whole layer removed: the last level of both its sublayers."""
+    """Return `config` with a whole layer removed: the last level of both its sublayers."""
     removed = tuple(len(choice.levels) - 1 for choice in space.choices[2 * layer : 2 * layer + 2])
     return (*config[: 2 * layer], *removed, *config[2 * layer + 2 :])

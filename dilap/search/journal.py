@@ -1,7 +1,7 @@
-"""What a search asks of the model: the real KL of a config and the curvature around one, each computed once.
+"""Answer what a search asks of the model: the real KL of a config, and the quadratic model of the KL around one.
 
-With a `journal` folder every answer is kept on disk. A search is deterministic given the answers, so a killed one
-that is started again replays what it knows and goes on to the identical plan.
+With a `journal` folder every answer is kept on disk, and computed only once. A search depends on nothing but these
+answers, so a killed search that is started again reads those it had, and ends with the same plan.
 """
 
 from collections.abc import Sequence
@@ -21,18 +21,18 @@ from dilap.search.supernet import Curvature, Supernet, linearise
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """Answers for one model, library and validation text."""
+    """Computes the answers for one model with its level library, on the teacher's text."""
 
     net: Supernet
     teacher: Teacher
     journal: Path | None = None
 
     def kl(self, config: Sequence[int]) -> float:
-        """Mean KL(dense || config) per position of the validation split, in nats."""
+        """Return the mean KL(dense || config) per position of the validation split, in nats."""
         return float(self.kls(config).double().mean())
 
     def kls(self, config: Sequence[int]) -> torch.Tensor:
-        """The same for every sequence of the validation split."""
+        """Return the mean KL(dense || config) per position of every sequence of the validation split, in nats."""
         path = self._entry("kl", [list(config)], suffix=".json")
         if path is not None and path.exists():
             return _read_kls(path)
@@ -42,7 +42,7 @@ class Evaluator:
         return values
 
     def curvature(self, config: Sequence[int], *, samples: int, seed: int) -> Curvature:
-        """The quadratic model of the KL around `config`, from one Fisher pass."""
+        """Return the quadratic model of the KL around `config`, from one pass of `linearise`."""
         path = self._entry("curvature", [list(config), samples, seed], suffix=".safetensors")
         if path is not None and path.exists():
             return _read_curvature(path)

@@ -1,4 +1,4 @@
-"""Exact dynamic programming on layer reconstruction error (the prior of ZipLM and SPDY, without their search)."""
+"""Choose levels exactly by the output errors of single sublayers, which ZipLM and SPDY start from, without a search."""
 
 import numpy as np
 
@@ -9,13 +9,15 @@ from dilap.search.task import SearchResult, SearchTask
 
 
 def prune(task: PruneTask) -> Pruned:
-    """This allocation of measured levels, then a closed-form refit."""
+    """Prune by this choice of measured levels, followed by a closed-form refit."""
     return prune_by_levels(task, search)
 
 
 def search(task: SearchTask) -> SearchResult:
-    """The config with the least sum of output errors, each relative to removing its sublayer, within the limit."""
+    """Return the config within the limit with the least sum of output errors. Raises Infeasible.
+
+    The error of a level is relative to that of removing its sublayer.
+    """
     costs = [np.array([fit.error for fit in levels]) for levels in task.evaluator.net.library]
-    seconds = [[level.cost for level in choice.levels] for choice in task.space.choices]
-    config = solve(costs, seconds, limit=task.limit - task.space.fixed_cost)
+    config = solve(costs, task.space.level_costs(), limit=task.limit - task.space.fixed_cost)
     return SearchResult(config=config, kl=task.evaluator.kl(config))

@@ -1,14 +1,15 @@
-"""From measured costs to what a search may choose: cut by the runtime, by the layout and by what pays."""
+"""Build what a search may choose from: widths that the runtime loads, the layout allows, and that cost less."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
-from dilap.core.costs import Costs, Counts
+from dilap.core.costs import Costs, Counts, PairCost
 from dilap.core.errors import Unsupported
 from dilap.core.groups import Block
 from dilap.core.rules import Capabilities, WidthRules
 from dilap.core.shape import Architecture
-from dilap.core.space import Choice, Level, Space
+from dilap.core.space import Choice, Coupling, Level, Space
 
 Layout = Literal["free", "portable", "uniform"]
 LAYOUTS: tuple[Layout, ...] = ("free", "portable", "uniform")
@@ -16,12 +17,12 @@ _PORTABLE_FFN_MULTIPLE = 256
 
 
 def default_layout(capabilities: Capabilities) -> Layout:
-    """The widest layout that the runtime loads."""
+    """Return the least restrictive layout that the runtime loads."""
     return "free" if capabilities.per_layer_widths else "uniform"
 
 
 def require_layout(layout: Layout, capabilities: Capabilities) -> None:
-    """Raises Unsupported where the runtime cannot load plans of that layout."""
+    """Raise Unsupported where the runtime cannot load plans of that layout."""
     if layout != "uniform" and not capabilities.per_layer_widths:
         raise Unsupported(
             f"this runtime needs equal widths in every layer for this family: use --layout uniform, not {layout}"
@@ -29,7 +30,7 @@ def require_layout(layout: Layout, capabilities: Capabilities) -> None:
 
 
 def width_rules(layout: Layout, capabilities: Capabilities) -> WidthRules:
-    """What methods that choose widths of their own have to keep to."""
+    """Return the rules for methods that choose widths of their own instead of measured levels."""
     portable, uniform = layout == "portable", layout == "uniform"
     return WidthRules(
         ffn_multiple=math.lcm(capabilities.ffn_multiple, _PORTABLE_FFN_MULTIPLE if portable else 1),
@@ -42,23 +43,31 @@ def width_rules(layout: Layout, capabilities: Capabilities) -> WidthRules:
 
 
 def build_space(costs: Costs, architecture: Architecture, capabilities: Capabilities, *, layout: Layout) -> Space:
-    """Every sublayer with the widths that the runtime loads and that cost less.
+    """Return every sublayer with the widths that the runtime loads and that cost less than the next larger one.
 
-    `portable` keeps heads whole and FFN widths at positive multiples of 256, which more runtimes load; `uniform` is for
-    equal widths in every layer and whole layers removed. The first attention stays: a model without any is none, and
-    several runtimes need it just there.
+    The layout `portable` removes no single heads and has FFN widths that are positive multiples of 256, which more
+    runtimes load. `uniform` is for equal widths in every layer, with whole layers removed. The first attention is never
+    removed: a model needs at least one, and several runtimes need it in the first layer.
     """
     first = next((block.name for block in architecture.blocks if block.kind == "attention"), "")
     choices = []
     for block in architecture.blocks:
         offered = _offered(block, capabilities, layout)
         levels = [Level(counts=one, cost=costs.block(block, one)) for one in costs.cheaper(block, offered)]
-        if layout == "uniform":  # a layer goes as a whole, and then costs nothing
+        if layout == "uniform":  # a layer is removed as a whole, and costs nothing then
             removed = Level(counts=(0,) * len(block.groups), cost=0.0)
             levels = [*(level for level in levels if not level.is_removed), removed]
         kept = tuple(level for level in levels if block.name != first or not level.is_removed)
         choices.append(Choice(block=block, levels=kept))
-    return Space(architecture=architecture, choices=tuple(choices), fixed_cost=costs.constant)
+    couplings = tuple(_coupling(choices, names, cost) for names, cost in costs.pairs.items())
+    return Space(architecture=architecture, choices=tuple(choices), fixed_cost=costs.constant, couplings=couplings)
+
+
+def _coupling(choices: Sequence[Choice], names: tuple[str, str], cost: PairCost) -> Coupling:
+    """Return the costs of all pairs of levels of the two choices with these names."""
+    first, second = (next(index for index, choice in enumerate(choices) if choice.name == name) for name in names)
+    rows = (tuple(cost(one.counts, two.counts) for two in choices[second].levels) for one in choices[first].levels)
+    return Coupling(first=first, second=second, costs=tuple(rows))
 
 
 def _offered(block: Block, capabilities: Capabilities, layout: Layout) -> list[Counts]:
@@ -73,7 +82,7 @@ def _offered(block: Block, capabilities: Capabilities, layout: Layout) -> list[C
 
 
 def describe(architecture: Architecture) -> str:
-    """One line about a dense model's shape."""
+    """Return one line about a dense model's shape."""
     layer = architecture.layers[0]
     return (
         f"{architecture.family}, {len(architecture.layers)} layers, hidden {architecture.hidden_size}, "

@@ -1,4 +1,4 @@
-"""Methods that choose one measured level per sublayer: a library, a search over it, a closed-form refit at the end."""
+"""The common parts of methods that choose one measured level per sublayer: a level library, a search, a refit."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -21,7 +21,7 @@ Library = list[list[LevelFit]]
 
 
 def prune_by_levels(task: PruneTask, search: Search) -> Pruned:
-    """The config that `search` finds, corrected by its measured latency, every projection refitted in order."""
+    """Prune to the config that `search` finds, corrected by its measured latency, and refit the projections."""
     library, name = compensated_library(task, task.levels.library)
     net, teacher = Supernet(task.model, library), validation_teacher(task)
     found = search_levels(task, search, net, teacher, journal=f"journal-{name}")
@@ -35,7 +35,7 @@ def prune_by_levels(task: PruneTask, search: Search) -> Pruned:
 
 
 def prune_by_library(task: PruneTask, search: Search, library: Library, *, name: str) -> Pruned:
-    """The config that `search` finds, with the library's own projections; `name` is the library's."""
+    """Prune to the config that `search` finds, with the library's own projections; `name` is the library's."""
     net = Supernet(task.model, library)
     found = search_levels(task, search, net, validation_teacher(task), journal=f"journal-{name}")
     fits = {one.path: levels[level] for one, levels, level in zip(net.sublayers, library, found.config, strict=True)}
@@ -44,9 +44,10 @@ def prune_by_library(task: PruneTask, search: Search, library: Library, *, name:
 
 
 def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teacher, *, journal: str) -> SearchResult:
-    """What `search` finds within the target's limit; `net` is left dense. `journal` names the library's answers.
+    """Return what `search` finds within the target's limit; `net` is dense again afterwards.
 
-    A corrected limit starts from the result before it and is not polished again: of 10 more moves at most one was kept.
+    `journal` is the name of the folder in the task's cache where the answers to the search are kept. The search for a
+    corrected limit starts from the result before it, and is not polished again.
     """
     first = SearchTask(
         evaluator=Evaluator(net=net, teacher=teacher, journal=None if task.cache is None else task.cache / journal),
@@ -61,7 +62,7 @@ def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teach
         asked = first
         if results:
             limit = max(limit, task.space.cost(task.space.fastest))
-            options = replace(first.options, evaluations=0)
+            options = replace(first.options, evaluations=0)  # of 10 more moves at most one was kept
             asked = replace(first, limit=limit, previous=results[-1], options=options)
         results.append(search(asked))
         return results[-1]
@@ -76,7 +77,10 @@ def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teach
 
 
 def level_library(task: PruneTask, build: Callable[[PruneTask], Library], *, name: str) -> tuple[Library, str]:
-    """Every level made concrete by `build`, and the name under which the task's cache has it: `name` and the levels."""
+    """Return the library that `build` makes, and its name in the task's cache, where it is kept.
+
+    The name is `name` with a digest of the levels.
+    """
     name = f"{name}-{digest([[asdict(level) for level in choice.levels] for choice in task.space.choices])[:8]}"
     path = None if task.cache is None else task.cache / f"{name}.safetensors"
     if path is not None and path.exists():
@@ -88,7 +92,10 @@ def level_library(task: PruneTask, build: Callable[[PruneTask], Library], *, nam
 
 
 def compensated_library(task: PruneTask, options: LibraryOptions) -> tuple[Library, str]:
-    """The library of these options, built on the training split, and its name: methods of equal options share it."""
+    """Return the library of these options, built on the training split, and its name in the task's cache.
+
+    Methods with equal options share it.
+    """
 
     def build(task: PruneTask) -> Library:
         with task.bar("library", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
@@ -98,12 +105,12 @@ def compensated_library(task: PruneTask, options: LibraryOptions) -> tuple[Libra
 
 
 def validation_teacher(task: PruneTask) -> Teacher:
-    """What the dense model says about the validation split."""
+    """Return what the dense model predicts on the validation split."""
     path = None if task.cache is None else task.cache / "teacher-validation.safetensors"
     return Teacher.once(path, task.model, task.text.validation)
 
 
 def plan_at(task: PruneTask, library: Library, config: Config) -> Plan:
-    """The library's units at `config`."""
+    """Return the plan that keeps the library's units at `config`."""
     units = [levels[level].units for levels, level in zip(library, config, strict=True)]
     return plan_of(task.space, units, base=task.base)

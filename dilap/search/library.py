@@ -1,8 +1,8 @@
 """The level library: for every sublayer and width, the units that stay and the projection that makes up for the rest.
 
 A sublayer's output is W x, with x the inputs of its output projection. Removing units removes entries of x; the
-projection that is left is refitted in closed form so that W_kept x_kept stays near W x (the inner problem of the
-search, solved exactly). Masking the removed entries and cutting them out give the same output.
+projection that is left is refitted in closed form so that W_kept x_kept is as near to W x as it can be. Setting the
+removed entries to zero gives the same output as cutting them out.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +24,9 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class LevelFit:
-    """A level made concrete: kept units, kept columns of the projection, the refitted projection over them.
+    """A level with its values: the units that stay, the columns of the projection that stay, the refitted projection.
 
-    `error` is the mean squared output error relative to that of removing the sublayer (0 full, 1 removed).
+    `error` is the mean squared output error, relative to that of removing the sublayer (0 full, 1 removed).
     """
 
     units: Kept
@@ -37,12 +37,14 @@ class LevelFit:
 
 @dataclass(frozen=True, kw_only=True)
 class LibraryOptions:
-    """`order` ranks units by a Wanda-like score, or removes those that cost the refitted output least (OBS).
+    """Settings of `build_library`.
 
-    KL of SmolLM2-135M on unseen text at 85 %, 70 % and 55 %: wanda 0.541, 1.331, 2.170, obs 0.591, 1.253, 1.963
-    (tools/bench_search --only "no swaps" --seeds 1). `ridge` is relative to the mean diagonal of the input covariance.
+    The `order` `wanda` ranks units by weight times activation; `obs` (optimal brain surgery) removes first what costs
+    the refitted output least. `ridge` is relative to the mean diagonal of the input covariance.
     """
 
+    # KL of SmolLM2-135M on unseen text at 85 %, 70 % and 55 %: wanda 0.541, 1.331, 2.170, obs 0.591, 1.253, 1.963
+    # (tools/bench_search --only "no swaps" --seeds 1).
     order: Order = "obs"
     ridge: float = 0.01
     batch_tokens: int = 2048
@@ -51,8 +53,10 @@ class LibraryOptions:
 def input_covariances(
     model: PreTrainedModel, tokens: torch.Tensor, *, batch_tokens: int, progress: Progress = lambda _: None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """X'X / T (inputs x inputs, f32) at the output projection of every sublayer, in order; `tokens` is (sequences x
-    length). No more than a layer's are alive at a time."""
+    """Yield the name of every sublayer, in order, and X'X / T of its output projection's inputs (inputs x inputs, f32).
+
+    X are the inputs on the T positions of `tokens` (sequences x length). Only one layer's are held at a time.
+    """
     names = {one.name for one in sublayers(model)}
     for step in walk(model, tokens, covariance=True, batch_tokens=batch_tokens, progress=progress):
         for kind, role in OUTPUTS:
@@ -68,7 +72,7 @@ def build_library(
     options: LibraryOptions = LibraryOptions(),
     progress: Progress = lambda _: None,
 ) -> list[list[LevelFit]]:
-    """Fit every level of every choice on `tokens` (sequences x length), in the order of `space`."""
+    """Fit every level of every choice on `tokens` (sequences x length); the result is in the order of `space`."""
     found = {sublayer.name: sublayer for sublayer in sublayers(model)}
     choices, library = {choice.name: choice for choice in space.choices}, {}
     for name, covariance in input_covariances(model, tokens, batch_tokens=options.batch_tokens, progress=progress):
@@ -94,14 +98,18 @@ def fit_levels(
 
 
 def regularised(covariance: torch.Tensor, *, ridge: float) -> torch.Tensor:
-    """The covariance with `ridge` times its mean diagonal added, and 1 for inputs that are never active."""
+    """Add `ridge` times the mean diagonal to the covariance's diagonal, and 1 for inputs that are never active."""
     diagonal = covariance.diagonal()
     extra = ridge * diagonal.mean() + (diagonal == 0).float()
     return covariance + torch.diag(extra)
 
 
 def refit(weight: torch.Tensor, damped: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """The projection over `columns` that is nearest to `weight` on the inputs: W H[:,K] H[K,K]^-1 (ZipLM, OBS)."""
+    """Return the projection over `columns` whose output is nearest to that of `weight`: W H[:,K] H[K,K]^-1.
+
+    W is `weight` (hidden x inputs), H the damped covariance (inputs x inputs), K are the columns; ZipLM and optimal
+    brain surgery use the same formula.
+    """
     if len(columns) == 0:
         return weight.new_zeros(weight.shape[0], 0)
     factor = torch.linalg.cholesky(damped[columns][:, columns])
@@ -110,27 +118,33 @@ def refit(weight: torch.Tensor, damped: torch.Tensor, columns: torch.Tensor) -> 
 
 
 def output_error(weight: torch.Tensor, kept: torch.Tensor, columns: torch.Tensor, covariance: torch.Tensor) -> float:
-    """Mean squared change of the output, summed over hidden channels."""
+    """Return the mean squared change of the output, summed over channels, when `kept` over `columns` is the weight."""
     change = weight.clone()
     change[:, columns] -= kept
     return float(((change @ covariance) * change).sum())
 
 
 def wanda_scores(weight: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
-    """Importance of every input: its weight norm times its activation norm (Wanda, arXiv 2306.11695, per column)."""
+    """Return the importance of every input: the norm of its weights times that of its activations (inputs).
+
+    This is Wanda (arXiv 2306.11695) for whole columns.
+    """
     norms: torch.Tensor = weight.norm(dim=0)
     return norms * covariance.diagonal().clamp_min(0).sqrt()
 
 
 def channel_order(weight: torch.Tensor, damped: torch.Tensor, *, order: Order) -> torch.Tensor:
-    """Channels, the most important first."""
+    """Return the channels, the most important first."""
     if order == "wanda":
         return wanda_scores(weight, damped).argsort(descending=True, stable=True)
     return obs_order(weight, damped, step=32)
 
 
 def obs_order(weight: torch.Tensor, damped: torch.Tensor, *, step: int) -> torch.Tensor:
-    """Channels, the last removed first: greedy removal of the `step` cheapest under a refit of the rest (ZipLM)."""
+    """Return the channels, the last removed first, by greedy removal as in ZipLM.
+
+    Again and again the `step` channels are removed that cost the output least when the others are refitted.
+    """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     weight, alive = weight.clone(), torch.ones(damped.shape[0], dtype=torch.bool)
     removed: list[torch.Tensor] = []
@@ -141,7 +155,7 @@ def obs_order(weight: torch.Tensor, damped: torch.Tensor, *, step: int) -> torch
         factor = torch.linalg.solve(inverse[cheapest][:, cheapest], inverse[cheapest])
         weight -= weight[:, cheapest] @ factor
         inverse -= inverse[:, cheapest] @ factor
-        inverse.diagonal()[cheapest] = 1.0  # gone: kept finite so that the division above stays defined
+        inverse.diagonal()[cheapest] = 1.0  # they are removed; keeps the division above defined
         alive[cheapest] = False
         removed.append(cheapest)
     return torch.cat(removed).flip(0)
@@ -150,7 +164,7 @@ def obs_order(weight: torch.Tensor, damped: torch.Tensor, *, step: int) -> torch
 def _by_channel(
     sublayer: Sublayer, levels: Sequence[Level], weight: torch.Tensor, damped: torch.Tensor, *, order: Order
 ) -> Iterator[Kept]:
-    """The units of every level of a sublayer that has one group."""
+    """Yield the units that stay at every level of a sublayer that has one group."""
     ranked, group = channel_order(weight, damped, order=order), sublayer.block.main
     for level in levels:
         yield {group.name: _ascending(ranked[: level.counts[0]])}
@@ -159,7 +173,7 @@ def _by_channel(
 def _by_head(
     sublayer: Sublayer, levels: Sequence[Level], weight: torch.Tensor, damped: torch.Tensor, *, order: Order
 ) -> Iterator[Kept]:
-    """The KV groups and query slots of every level."""
+    """Yield the KV groups and query slots that stay at every level; the order `obs` tries all their combinations."""
     groups, slots = sublayer.block.groups
 
     def kept(chosen: Sequence[int], chosen_slots: Sequence[int]) -> Kept:

@@ -1,4 +1,4 @@
-"""A level library on disk: one safetensors file, weights and columns by choice and level."""
+"""Keep a level library on disk, as one safetensors file with weights and columns by choice and level."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a plan may cost, and the one loop by which every method meets it: predict, choose, measure, correct."""
+"""A limit on what a plan may cost, and the loop by which every method meets it: predict, choose, measure, correct."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -11,16 +11,17 @@ from dilap.core.plan import Plan
 from dilap.core.shape import Architecture, LayerWidths
 
 T = TypeVar("T")
-_ENOUGH = 0.95  # of the budget used: a plan that uses less gave away quality for nothing
-# Of the budget, for the upper end of a measured plan's interval, because the proof measures again: two such ends of one
-# plan differ by 0.5 % (standard deviation) where the starts' paired ratios differ by 0.9 %.
+_ENOUGH = 0.95  # share of the budget: a plan that uses less has lost quality for nothing
+# Share of the budget that the upper end of a measured plan's interval may reach. It is below 1 because the proof
+# measures again: two such ends for one plan differ by 0.5 % (standard deviation) where the paired ratios of the starts
+# differ by 0.9 %.
 _MOST = 0.995
 _CORRECTIONS = 3
-_BISECTIONS = 24  # a knob to 6e-8, finer than one unit of any model
+_BISECTIONS = 24  # give a knob to 6e-8, which is finer than one unit of any model
 
 
 def uses_well(share: float) -> bool:
-    """Whether a share of the budget is kept, measured again too, and not far from all of it."""
+    """Return whether a plan that uses this share of the budget will keep it when measured again, and wastes little."""
     return _ENOUGH <= share <= _MOST
 
 
@@ -28,9 +29,9 @@ def uses_well(share: float) -> bool:
 class Target:
     """A limit on what a plan costs.
 
-    `predict` gives the cost of all layers' widths: seconds of the latency table, or weights where a ratio is asked.
-    `measure` gives the share of the budget that an architecture really uses, the upper end of its interval; without it
-    predictions are exact. Methods aim at `limit`, which is `aim` of the budget.
+    `predict` returns the cost of a network with these widths: seconds by the latency table, or weights where a ratio is
+    asked for. `measure` returns the share of the budget that an architecture really uses, the upper end of its
+    interval; it is None where predictions are exact. Methods aim at `limit`, which is the share `aim` of the budget.
     """
 
     limit: float
@@ -44,11 +45,11 @@ class Target:
     def meet(
         self, choose: Callable[[float], T], *, cost: Callable[[T], float], architecture: Callable[[T], Architecture]
     ) -> T:
-        """What `choose` finds within a limit, the limit corrected until the budget is used well.
+        """Return what `choose` finds within a limit that is corrected until the budget is used well.
 
-        A choice is measured; the next limit is moved by the mean gap of all attempts between measured and predicted:
-        one alone sent a search 8 % too far on a busy machine. The best attempt that keeps the budget is returned, the
-        nearest one where none does. Raises Infeasible where `choose` does for the first limit.
+        What it finds is measured, and the next limit is the first one divided by the mean ratio of measured to
+        predicted cost over all attempts. Of the attempts that keep the budget the one that uses most of it is returned;
+        where none keeps it, the one nearest to it. Raises Infeasible where `choose` does for the first limit.
         """
         limit = self.limit
         attempts: list[tuple[float, T]] = []
@@ -64,6 +65,7 @@ class Target:
             used = predicted if self.measure is None else self.measure(architecture(found))
             attempts.append((used, found))
             gaps.append(used / predicted)
+            # The mean, because the last ratio alone sent a search 8 % too far on a busy machine.
             corrected = self.limit / statistics.fmean(gaps)
             if uses_well(used) or abs(corrected / limit - 1) < 1e-3:
                 break
@@ -77,11 +79,12 @@ class Target:
         refine: Callable[[float, float], Plan] | None = None,
         output_biases: bool = False,
     ) -> Plan:
-        """The plan at the smallest knob between 0 and 1 that keeps the limit; `at` prunes more for a larger knob.
+        """Return the plan at the smallest knob between 0 and 1 that keeps the limit; a larger knob prunes more.
 
-        Where one step of the knob takes much at once, `refine(knob, part)` gives plans between little (part 0) and all
-        (part 1) of what that step takes, and is bisected as well. `output_biases` says that the method will add biases
-        to the output projections, which cost a little too. Raises Infeasible where even a knob of 1 costs too much.
+        Where a small step of the knob removes much at once, `refine(knob, part)` gives plans between the removal of
+        little (part 0) and all (part 1) of that, and is bisected as well. `output_biases` says that the method will add
+        biases to the output projections, which take a little time too. Raises Infeasible where even a knob of 1 costs
+        too much.
         """
 
         def choose(limit: float) -> Plan:
@@ -97,7 +100,7 @@ class Target:
         return self.meet(choose, cost=self.cost, architecture=architecture)
 
     def _smallest(self, at: Callable[[float], Plan], limit: float) -> float:
-        """The smallest knob whose plan keeps `limit`. Raises Infeasible."""
+        """Return the smallest knob whose plan keeps `limit`. Raises Infeasible."""
         low, high = 0.0, 1.0
         if self.cost(at(low)) <= limit:
             return low
@@ -109,7 +112,7 @@ class Target:
         return high
 
     def first(self, plans: Iterable[Plan]) -> Plan:
-        """The first of ever smaller plans that keeps the limit; no more of them are made than that takes.
+        """Return the first of ever smaller plans that keeps the limit, making no more of them than needed.
 
         Raises Infeasible where none does.
         """

@@ -7,10 +7,10 @@ A method is anything that is called with a `PruneTask` and returns a `Pruned`:
         scores = {one.block.main.name: one.out.weight.norm(dim=0) for one in ones}
         return Pruned(plan=task.keep_equal_shares(scores))
 
-What it may use: the dense model, calibration text, `walk` for statistics of every layer's inputs, the groups with
-their units, and a `Target`, which turns any knob or any sequence of ever smaller plans into a plan that keeps the
-budget as measured on the device. What it must do: leave the model as it found it, and return a plan that `rules`
-allow. A frozen dataclass with `__call__` has settings as well, which `--set name=value` changes.
+It may use the dense model, calibration text, `walk` for statistics of every layer's inputs, the groups with their
+units, and a `Target`, which turns any knob or any sequence of ever smaller plans into a plan that keeps the budget as
+measured on the device. It must leave the model as it found it, and return a plan that the task's `rules` allow. A
+method that is a frozen dataclass with `__call__` has its fields as settings, which `--set name=value` changes.
 """
 
 import contextlib
@@ -60,12 +60,13 @@ def _no_bar(title: str, *, total: int | None, unit: str) -> Any:  # noqa: ARG001
 
 @dataclass(frozen=True, kw_only=True)
 class PruneTask:
-    """What a method is asked.
+    """What a method gets: a model, calibration text, a target, and everything that helps to meet it.
 
-    `text` is calibration text in two splits; `space` the measured levels, for methods that choose among them; `rules`
-    what the runtime loads. `cache` is a folder for what is computed once, for a killed run that goes on as for the
-    other budgets of a comparison: what lies there must not depend on the target. `bar(title, total=, unit=)` is a
-    context manager with `update(n)`, `report` takes a line for the log.
+    `base` is the model's digest. `text` is calibration text in two splits. `space` has the measured levels, for methods
+    that choose among them; `levels` are those methods' settings. `rules` say which plans are allowed. `cache` is a
+    folder for what is computed only once, which a killed run reads when it goes on, and so do the other budgets of a
+    comparison: what lies there must not depend on the target. `bar(title, total=, unit=)` is a context manager that
+    gives an object with `update(n)`; `report` takes a line for the log.
     """
 
     model: PreTrainedModel
@@ -82,7 +83,10 @@ class PruneTask:
     report: Callable[[str], None] = lambda _: None
 
     def once(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
-        """Tensors that do not depend on the target, computed once: scores, statistics, an order of removals."""
+        """Return tensors that do not depend on the target (scores, statistics, an order of removals), computed once.
+
+        They are kept in the task's cache as `name`.
+        """
         return computed_once(None if self.cache is None else self.cache / f"{name}.safetensors", compute)
 
     @property
@@ -91,7 +95,7 @@ class PruneTask:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """All groups of the dense model, without their tensors."""
+        """All groups of the dense model, without the tensors in which their units lie."""
         return tuple(group for block in self.architecture.blocks for group in block.groups)
 
     @property
@@ -110,11 +114,11 @@ class PruneTask:
         ratio: float | None = None,
         counts: Mapping[str, int] | None = None,
     ) -> Plan:
-        """The plan that keeps the best-scored units of every group in `scores` and all units of the others.
+        """Return the plan that keeps the best-scored units of every group in `scores` and all units of the others.
 
-        How many stay: all but the `ratio` of a group's units (rounded down), or its entry in `counts`. The number is
-        rounded to what the runtime loads, and is never 0: a sublayer is removed by `without`, not by its scores. Of
-        equal scores the earlier unit stays.
+        As many units of a group stay as `counts` says, or else all but the share `ratio`, rounded down. This number is
+        rounded to what `rules` allow and is never 0: a sublayer is removed by `without`, not by its scores. Of units
+        with equal scores the earlier one stays.
         """
         plan = full_plan(self.architecture, base=self.base)
         kept = dict(plan.kept)
@@ -126,10 +130,10 @@ class PruneTask:
         return Plan(base=self.base, architecture=self.architecture, kept=kept)
 
     def keep_equal_shares(self, scores: Mapping[str, torch.Tensor], *, output_biases: bool = False) -> Plan:
-        """The plan that meets the target by dropping the same share of every group's units, the lowest-scored ones.
+        """Return the plan that meets the target by removing the same share of every group, the lowest-scored units.
 
-        Layers have few KV groups, so one more of them in every layer takes much at once: the share of the channels is
-        then made as small as the target allows.
+        Layers have few KV groups, so removing one more of them in every layer changes the cost much at once. The share
+        of the channels is therefore made as small afterwards as the target allows.
         """
 
         def keep(ratio: float, part: float = 1.0) -> Plan:
@@ -142,22 +146,23 @@ class PruneTask:
         return self.target.bisect(keep, refine=keep, output_biases=output_biases)
 
     def without(self, blocks: Iterable[Block]) -> Plan:
-        """The plan that removes whole blocks."""
+        """Return the plan that removes these blocks whole and keeps everything else."""
         kept = dict(full_plan(self.architecture, base=self.base).kept)
         return Plan(base=self.base, architecture=self.architecture, kept=kept | {one.main.name: () for one in blocks})
 
     def without_layers(self, layers: Iterable[int]) -> Plan:
-        """The plan that removes whole layers."""
+        """Return the plan that removes these layers whole and keeps everything else."""
         gone = set(layers)
         return self.without(block for block in self.architecture.blocks if block.layer in gone)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pruned:
-    """What a method answers: the units that stay, and new values of parameters, if it compensates for the rest.
+    """The result of a method: the units that stay, and new values of parameters if it makes up for the removed ones.
 
-    `parameters` are decoder layers' parameters by name, in the dense shape or cut to the plan; an output projection's
-    bias may be among them where the dense model has none. `facts` is what the result should say of the method's choice.
+    `parameters` are parameters of decoder layers by name, in the dense shape or cut to the plan; an output projection's
+    bias may be among them even where the dense model has none. `facts` is what the run's result should say about the
+    method's choice.
     """
 
     plan: Plan

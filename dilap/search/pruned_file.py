@@ -1,4 +1,4 @@
-"""What a method answered, on disk: one safetensors file, for a run that goes on."""
+"""Keep the result of a method on disk, as one safetensors file, so that a killed run can go on from it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Closed-form recovery: refit every kept output projection, in order, on what it receives in the pruned model."""
+"""Recovery in closed form: refit every output projection that is left, in order, on its inputs in the pruned model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,24 +18,29 @@ from dilap.search.supernet import Supernet
 
 @dataclass(frozen=True, kw_only=True)
 class RefitOptions:
-    """A correction is the share of the error already in the residual stream that a sublayer is asked to undo; they are
-    tried in turn until one helps on validation text. `ridge` pulls towards the library's projection, relative to the
-    mean diagonal of the input covariance.
+    """Settings of the refit.
 
-    SmolLM2-135M at 70 %, KL on unseen prose (two texts): without the refit 1.72 and 1.81; correction 0.5: 1.44 and
-    1.57; correction 1: 1.38 and 1.55. Correction 0 is worse than no refit (1.16 against 0.97, another calibration), and
-    1 ruins plans that lose whole early layers (1.22 to 3.17), which is why another is tried. A ridge of 0.1 fits 64
-    sequences too closely: at 85 % 0.617 on Python's documentation and 0.649 on WikiText-2, with 0.3 0.596 and 0.627.
+    A correction is the share of the error already in the residual stream that a sublayer is asked to undo. The
+    `corrections` are tried in turn until one helps on validation text. `ridge` is the strength of the pull towards the
+    library's projection, relative to the mean diagonal of the input covariance.
     """
 
+    # KL of SmolLM2-135M at 70 % on unseen prose (two texts): without the refit 1.72 and 1.81; correction 0.5: 1.44 and
+    # 1.57; correction 1: 1.38 and 1.55. Correction 0 is worse than no refit (1.16 against 0.97, another calibration).
+    # Correction 1 ruins plans that lose whole early layers (1.22 to 3.17), which is why another one is tried.
     corrections: tuple[float, ...] = (1.0, 0.5)
+    # A ridge of 0.1 fits 64 sequences too closely: at 85 % its KL is 0.617 on Python's documentation and 0.649 on
+    # WikiText-2, with 0.3 it is 0.596 and 0.627.
     ridge: float = 0.3
     batch_tokens: int = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refit:
-    """New projections by sublayer name, and their KL on validation text; no correction: the library's are best."""
+    """Projections by sublayer name, and their KL on validation text.
+
+    `correction` is None where no refit was better than the library's projections, which these are then.
+    """
 
     weights: dict[str, torch.Tensor]
     correction: float | None
@@ -51,8 +56,10 @@ def best_refit(
     options: RefitOptions = RefitOptions(),
     progress: Callable[[int], None] = lambda _: None,
 ) -> Refit:
-    """The first refit on `tokens` that brings the teacher's other text nearer to the dense model, or the library's
-    projections where none does. `net` is left dense."""
+    """Return the first refit on `tokens` (sequences x length) that lowers the KL on the teacher's text.
+
+    Where none does, return the library's projections. `net` is dense again afterwards.
+    """
     library = {one.name: net.library[i][config[i]].weight for i, one in enumerate(net.sublayers)}
     kept = {name: weight for name, weight in library.items() if weight.shape[1]}
     found = Refit(weights=kept, correction=None, kl=net.kl(teacher, config))
@@ -76,12 +83,13 @@ def refit_sequentially(
     options: RefitOptions = RefitOptions(),
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, torch.Tensor]:
-    """New projections over the kept columns, by sublayer name, for `config` on `tokens` (sequences x length).
+    """Return projections over the kept columns, by sublayer name, fitted for `config` on `tokens` (sequences x length).
 
-    Dense and pruned hidden states run side by side, layer by layer. For a sublayer with pruned inputs x, dense output
-    y and residual streams r (dense) and r' (pruned), the projection minimises |W x - (y + correction (r - r'))|^2 +
-    ridge |W - W_library|^2: later sublayers make up for earlier ones, which the library, fitted on dense inputs,
-    cannot know. `net` is left dense. Raises Unsupported for a family that does more than add its sublayers' outputs.
+    The dense and the pruned model are run side by side, layer by layer. For a sublayer with inputs x in the pruned
+    model, output y in the dense one, and residual streams r (dense) and r' (pruned) before it, the projection minimises
+    |W x - (y + correction (r - r'))|^2 + ridge |W - W_library|^2. So later sublayers make up for the errors of earlier
+    ones, which the library cannot do, because it is fitted on inputs of the dense model. `net` is dense again
+    afterwards. Raises Unsupported for a family that does more than add its sublayers' outputs to the residual stream.
     """
     net.close()
     scale = family_of(net.model.config).residual_scale(net.model.config)
@@ -96,7 +104,7 @@ def refit_sequentially(
         for i in indices:
             fit = net.library[i][config[i]]
             net.write(i, fit.columns, fit.weight)
-        results = pruned_states  # of a layer that loses both sublayers
+        results = pruned_states  # stays so for a layer that loses both sublayers
         for i in indices:
             fit = net.library[i][config[i]]
             if len(fit.columns) == 0:
@@ -108,7 +116,7 @@ def refit_sequentially(
                 problem.add(here.inputs[i], trace.outputs[i].float() + correction * gap.float())
             weights[net.sublayers[i].name] = solved = problem.solve()
             net.write(i, fit.columns, solved)
-            with compute_precision():  # what the layer would give now
+            with compute_precision():  # the layer's output with the new projection
                 results = [
                     here.residuals[i] + scale * net.outs[i](here.inputs[i]).reshape(here.result.shape) for here in found
                 ]
@@ -122,7 +130,10 @@ def refit_sequentially(
 
 @dataclass(frozen=True, kw_only=True)
 class _Trace:
-    """One layer on one batch, by choice: inputs of the projections, their outputs, the residual stream before."""
+    """What happens in one layer on one batch: the layer's `result`, and by choice the rest.
+
+    By choice are the inputs and outputs of the output projections, and the residual stream before the sublayers.
+    """
 
     inputs: dict[int, torch.Tensor]
     outputs: dict[int, torch.Tensor]
@@ -133,7 +144,10 @@ class _Trace:
 def _trace(
     layer: nn.Module, call: LayerCall, state: torch.Tensor, *, net: Supernet, indices: Sequence[int], scale: float
 ) -> _Trace:
-    """`scale` is what multiplies a sublayer's output where it joins the residual stream."""
+    """Run a layer and record what happens in it.
+
+    `scale` is the factor of a sublayer's output where it is added to the residual stream.
+    """
     inputs: dict[int, torch.Tensor] = {}
     outputs: dict[int, torch.Tensor] = {}
 
@@ -167,12 +181,13 @@ class _Problem:
         self.R = torch.zeros(len(columns), weight.shape[0])
 
     def add(self, inputs: torch.Tensor, output: torch.Tensor) -> None:
-        """Inputs (... x all columns) with the output (... x hidden) that is wanted for them, bias included."""
+        """Add inputs (... x all columns) with the output (... x hidden) that is wanted for them, bias included."""
         x = inputs.reshape(-1, inputs.shape[-1])[:, self.columns].float()
         self.H += x.T @ x
         self.R += x.T @ (output.float() - self.bias).reshape(-1, self.weight.shape[0])
 
     def solve(self) -> torch.Tensor:
+        """Return the projection that fits the outputs best, with its difference from the library's penalised."""
         damping = self.ridge * self.H.diagonal().mean()
         H = self.H + damping * torch.eye(len(self.columns))
         return torch.cholesky_solve(self.R + damping * self.weight.T, torch.linalg.cholesky(H)).T.contiguous()

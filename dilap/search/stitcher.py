@@ -1,7 +1,7 @@
-"""Run one config after another on the same text: layers are cut, not masked, and what configs share is run once.
+"""Run one config after another on the same text fast: layers are cut instead of masked, and shared layers run once.
 
-A masked model computes all that the dense one does. Here the layers of a config are as narrow as they will be, and
-those before the first one that differs from a config of late are not run again: what entered every layer is kept.
+A masked model takes as long as the dense one. Here the layers of a config are really narrower. The inputs of all layers
+are kept for the last few configs, so that a config starts at the first layer in which it differs from one of them.
 """
 
 import copy
@@ -22,12 +22,12 @@ from dilap.models.skipping import Known, layers_replaced
 from dilap.models.statistics import State
 from dilap.search.library import LevelFit
 
-_PATHS = 3  # kept at a time: the config that others branch off, and the latest ones
-Level = tuple[int, ...]  # of a layer's sublayers
+_PATHS = 3  # configs whose layers' inputs are kept: the one with which others share most, and the latest ones
+Level = tuple[int, ...]  # one level index for every sublayer of a layer
 
 
 class Skipped(nn.Module):
-    """A layer that is not there."""
+    """Takes the place of a removed layer and changes nothing."""
 
     def forward(self, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
         return hidden_states
@@ -35,19 +35,22 @@ class Skipped(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class _Path:
-    """What entered every layer at a config, by batch; nothing is kept for the first one, whose input is the text."""
+    """The inputs of every layer at a config, by batch; none are kept for the first layer, whose input is the text."""
 
     levels: tuple[Level, ...]
     entering: list[list[State]]
 
     def num_shared(self, levels: Sequence[Level]) -> int:
-        """How many of the first layers are the same."""
+        """Return how many layers from the first on have the same levels."""
         pairs = enumerate(zip(self.levels, levels, strict=True))
         return next((number for number, (a, b) in pairs if a != b), len(levels))
 
 
 class Stitcher:
-    """Runs a model at any levels of its layers; `build` makes a layer at its level, which must not change the model."""
+    """Runs a model with its layers at any levels.
+
+    `build` makes the layer of an index at its level; it must not change the model.
+    """
 
     def __init__(self, model: PreTrainedModel, build: Callable[[int, Level], nn.Module]) -> None:
         self.model, self.build = model, build
@@ -56,7 +59,10 @@ class Stitcher:
 
     @contextmanager
     def stitched(self, levels: Sequence[Level], *, text: object) -> Iterator[None]:
-        """The model at `levels`, for one pass over `text` from start to end, always in the same batches."""
+        """Set the model to `levels` for one pass over `text`, from start to end, which always has the same batches.
+
+        `text` is any object that stands for the text: where it is another one than before, nothing known is used.
+        """
         if text is not self._text:
             self.forget()
             self._text = text
@@ -71,12 +77,15 @@ class Stitcher:
         self._paths = [*self._paths[:1], path, *self._paths[1 : _PATHS - 1]]
 
     def _known(self, levels: Sequence[Level]) -> tuple[_Path, int]:
-        """A path for `levels` with what is known of it, and the first layer to run. Of the paths kept, the one that is
-        of use comes first, and stays longest: neighbours of one config all branch off it."""
+        """Return a path for `levels` with the inputs that are known, and the first layer to run.
+
+        The inputs are taken from the kept path that shares most layers. That path moves to the front, where it is kept
+        longest, because the neighbours of a config all share layers with it.
+        """
         first = 0
         shared: list[list[State]] = [[]]
         if self._paths:
-            best = max(self._paths, key=lambda path: path.num_shared(levels))  # of equal ones, the one kept longest
+            best = max(self._paths, key=lambda path: path.num_shared(levels))  # of equal ones, that kept longest
             self._paths.sort(key=lambda path: path is not best)
             first = min(best.num_shared(levels), len(levels) - 1)
             shared = best.entering[: first + 1]
@@ -84,7 +93,7 @@ class Stitcher:
         return _Path(tuple(levels), [*shared, *rest]), first
 
     def forget(self) -> None:
-        """Drop what is known: the weights have changed, or memory is needed."""
+        """Drop all kept inputs, because the weights have changed or memory is needed."""
         self._paths, self._text = [], None
 
 
@@ -96,7 +105,7 @@ def _keeping(states: list[State]) -> Callable[[nn.Module, tuple[State, ...], dic
 
 
 def cut_layer(model: PreTrainedModel, index: int, fits: Sequence[tuple[Sublayer, LevelFit]]) -> nn.Module:
-    """A layer of a dense model with some of its sublayers at their levels; the model is left as it is."""
+    """Return a layer of a dense model with some of its sublayers cut to their levels; the model stays as it is."""
     family, own = family_of(model.config), decoder_layers(model)[index]
     if not fits:
         return own

@@ -1,4 +1,4 @@
-"""A dense model whose sublayers can be set to any level, and the curvature of its loss over all levels at once."""
+"""A dense model whose sublayers can be set to any level, and a quadratic model of its loss over all levels at once."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,11 +21,11 @@ _NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 class Supernet:
-    """Stitches a model together from library levels; `config` holds the level of every choice.
+    """A model whose sublayers can be set to levels of a library; `config` holds the current level of every choice.
 
-    A level is set by writing its projection into the dense matrix with zeros at the removed inputs, which computes
-    what the shrunk model computes, and lets gradients reach all levels. `close` restores the dense model. Scoring a
-    config sets nothing: that runs layers which are cut.
+    A level is set by writing its projection into the dense matrix, with zeros at the removed inputs. The output is that
+    of the cut model, and gradients reach all levels. `close` restores the dense model. Scoring a config by `kl` writes
+    nothing into the model: it runs layers that are cut, which is faster.
     """
 
     def __init__(self, model: PreTrainedModel, library: Sequence[Sequence[LevelFit]]) -> None:
@@ -41,6 +41,7 @@ class Supernet:
         model.requires_grad_(False)
 
     def set(self, config: Sequence[int]) -> None:
+        """Write the projections of `config` into the model."""
         for index, (old, new) in enumerate(zip(self.config, config, strict=True)):
             if old != new:
                 fit = self.library[index][new]
@@ -49,7 +50,7 @@ class Supernet:
 
     @torch.no_grad()
     def write(self, index: int, columns: torch.Tensor, weight: torch.Tensor) -> None:
-        """Give one sublayer a projection over `columns`, zeros elsewhere."""
+        """Give one sublayer the projection `weight` (hidden x columns) over `columns`, and zeros elsewhere."""
         out = self.outs[index]
         out.weight.zero_()
         out.weight[:, columns] = weight.to(out.weight.dtype)
@@ -60,13 +61,16 @@ class Supernet:
     def kl(
         self, teacher: Teacher, config: Sequence[int], *, weights: Mapping[str, torch.Tensor] | None = None
     ) -> float:
-        """Mean KL(dense || config) in nats on the teacher's tokens; `weights` replace the library's projections."""
+        """Return the mean KL(dense || config) per position, in nats, on the teacher's tokens.
+
+        `weights` replace the library's projections, by sublayer name. The model is dense again afterwards.
+        """
         return float(self.kls(teacher, config, weights=weights).double().mean())
 
     def kls(
         self, teacher: Teacher, config: Sequence[int], *, weights: Mapping[str, torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """The same for every sequence. Leaves the net dense."""
+        """Return the mean KL(dense || config) per position of every sequence (sequences); see `kl`."""
         with self.cut(config, text=teacher, weights=weights):
             return teacher.kls(self.model)
 
@@ -74,7 +78,7 @@ class Supernet:
     def cut(
         self, config: Sequence[int], *, text: object, weights: Mapping[str, torch.Tensor] | None = None
     ) -> Iterator[None]:
-        """The model with its layers cut to `config`, for one pass over `text`, always in the same batches."""
+        """Cut the model's layers to `config` for one pass over `text`, which always has the same batches."""
         self.close()
         levels: list[Level] = [() for _ in decoder_layers(self.model)]
         for sublayer, level in zip(self.sublayers, config, strict=True):
@@ -85,7 +89,7 @@ class Supernet:
             yield
 
     def _layer(self, index: int, level: Level, weights: Mapping[str, torch.Tensor] = _NONE) -> nn.Module:
-        """A layer with its sublayers at their levels, or with other projections of the same widths."""
+        """Return a layer with its sublayers cut to their levels, with other projections where `weights` has them."""
         fits: list[tuple[Sublayer, LevelFit]] = []
         own = [i for i, sublayer in enumerate(self.sublayers) if sublayer.layer == index]
         for i, chosen in zip(own, level, strict=True):
@@ -96,19 +100,21 @@ class Supernet:
         return Skipped() if is_gone else cut_layer(self.model, index, fits)
 
     def forget(self) -> None:
-        """Free what scoring keeps of the configs of late."""
+        """Free the inputs of layers that scoring keeps for the last few configs."""
         self._stitcher.forget()
 
     def close(self) -> None:
+        """Restore the dense model."""
         self.set((0,) * len(self.library))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curvature:
-    """KL(dense || config) near the current config: value + b'c + c'Qc/2, c the change in one-hot levels.
+    """A quadratic model of KL(dense || config) near the current config: value + b'c + c'Qc/2.
 
-    `b` (levels) and `Q` (levels x levels) are over the concatenated levels of all choices, relative to the current
-    level of each choice, whose entries are zero. `b_error` is the standard error of `b` over sequences.
+    c is 1 for the chosen levels and 0 elsewhere. `b` (levels) and `Q` (levels x levels) are over the levels of all
+    choices, one after the other; the entries of the current levels are zero. `b_error` is the standard error of `b`
+    over sequences. `num_rows` is the number of rows from which Q was estimated.
     """
 
     value: float
@@ -127,12 +133,15 @@ def linearise(
     batch_tokens: int = 1024,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Curvature:
-    """One Fisher pass at the current config (sota and search, C2).
+    """Return the quadratic model of the KL around the current config, from one pass over the teacher's text.
 
-    A[r, (s,k)] = sum over the positions t of sequence r of <g_st, delta_skt>: the gradient at sublayer s's output times
-    the change that level k makes there. b comes from the gradient of KL(dense || current), Q = A'A/T from gradients of
-    log-likelihoods of labels that are sampled from the current model itself: without bias the Fisher matrix, which is
-    the curvature of the KL at the dense model. Rows of single positions would miss how positions add up.
+    Both parts come from a matrix A with a row for every sequence r and a column for every level k of every sublayer s:
+    A[r, (s, k)] is the sum over the positions t of <g_st, delta_skt>, with g the gradient at the sublayer's output and
+    delta the change that the level makes there. For b the gradient is that of KL(dense || current). For Q, the mean of
+    A'A / T over `samples` draws with T the number of positions, it is that of the log-likelihood of labels drawn from
+    the current model itself. So Q is an unbiased estimate of the Fisher matrix, which at the dense model is the
+    curvature of the KL. Rows are sequences, because rows of single positions would miss how the changes at several
+    positions add up.
     """
     net.forget()
     generator = torch.Generator().manual_seed(seed)
@@ -147,7 +156,7 @@ def linearise(
             hidden = tap.forward(batch)
             at_head = teacher.at_head(hidden.detach(), head, rows=rows, samples=samples, generator=generator)
             value += float(at_head.kls.sum())
-            if any(net.config):  # at the dense model the KL has its minimum: no gradient
+            if any(net.config):  # at the dense model the KL is least, so its gradient is zero
                 slopes[rows] = tap.backward(hidden, at_head.slope) / batch.shape[1]
             for gradient in at_head.scores:
                 products = tap.backward(hidden, gradient)
@@ -164,8 +173,11 @@ def linearise(
 
 
 class _Tap:
-    """Keeps the inputs of the projections in the forward pass and turns the gradients at their outputs into rows of A
-    in the backward passes; nothing is held for more than one batch."""
+    """Computes rows of A (see `linearise`) for one batch at a time.
+
+    It keeps the inputs of the projections in the forward pass, and multiplies them with the gradients at the outputs in
+    the backward passes.
+    """
 
     def __init__(self, net: Supernet) -> None:
         self.net = net
@@ -178,7 +190,7 @@ class _Tap:
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def _weight_changes(self, index: int) -> torch.Tensor:
-        """Every level's projection minus the current one, (levels x hidden * inputs)."""
+        """Return every level's projection minus the current one (levels x hidden * inputs)."""
         out, levels = self.net.outs[index], self.net.library[index]
         changes = (-out.weight.detach().float()).repeat(len(levels), 1, 1)
         for level, fit in enumerate(levels):
@@ -187,7 +199,7 @@ class _Tap:
         return changes.reshape(len(levels), -1).to(self.dtype)
 
     def _bias_changes(self, index: int) -> torch.Tensor | None:
-        """The same for the bias, (levels x hidden): a removed sublayer has none."""
+        """Return every level's bias minus the current one (levels x hidden); a removed sublayer has no bias."""
         bias, levels = self.net.biases[index], self.net.library[index]
         if bias is None:
             return None
@@ -204,7 +216,7 @@ class _Tap:
             hook.remove()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Final hidden states (positions x hidden), with a graph from the outputs of the projections on."""
+        """Return the final hidden states (positions x hidden), with a graph back to the outputs of the projections."""
         model = self.net.model
         embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
         with compute_precision():
@@ -213,7 +225,7 @@ class _Tap:
         return hidden.reshape(-1, hidden.shape[-1])
 
     def backward(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Rows of A (sequences x levels) for a loss with that `gradient` in the final hidden states."""
+        """Return rows of A (sequences x levels) for a loss with that `gradient` at the final hidden states."""
         hidden.backward(gradient.to(hidden.dtype), retain_graph=True)
         return self.products
 
@@ -226,7 +238,11 @@ class _Tap:
 
     @torch.no_grad()
     def _multiply(self, index: int, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        """<g_t, change x_t> summed over the positions of a sequence is <sum of g_t x_t', change>."""
+        """Compute rows of A for one sublayer from its inputs x and the gradient g at its output.
+
+        The sum of <g_t, change x_t> over the positions t of a sequence is <sum of g_t x_t', change>, so a sequence
+        takes only one product with the changes of the levels.
+        """
         g = gradient.to(self.dtype).reshape(len(self.products), -1, gradient.shape[-1])
         outer = torch.bmm(g.mT, x.reshape(*g.shape[:2], -1))
         products = (outer.reshape(len(g), -1) @ self.changes[index].T).float()

@@ -1,4 +1,4 @@
-"""Equal ratios everywhere: every sublayer keeps the same share, the baseline that any search has to beat."""
+"""Give every sublayer the same share of its full cost: the baseline that any search has to beat."""
 
 from dilap.core.errors import Infeasible
 from dilap.core.space import Space
@@ -9,20 +9,21 @@ from dilap.search.task import SearchResult, SearchTask
 
 
 def prune(task: PruneTask) -> Pruned:
-    """This allocation of measured levels, then a closed-form refit."""
+    """Prune by this choice of measured levels, followed by a closed-form refit."""
     return prune_by_levels(task, search)
 
 
 def search(task: SearchTask) -> SearchResult:
-    """The largest equal share within the limit; what is left of it widens evenly spread sublayers by one level."""
+    """Return the config of `equal_shares` within the limit, with its real KL. Raises Infeasible."""
     config = equal_shares(task.space, limit=task.limit)
     return SearchResult(config=config, kl=task.evaluator.kl(config))
 
 
 def equal_shares(space: Space, *, limit: float) -> Config:
-    """The largest share whose config keeps `limit`, then single widenings, the sublayers in bit-reversed order.
+    """Return the config in which every choice has the same share of its full cost, the largest within `limit`.
 
-    Raises Infeasible.
+    What is then left of the limit makes single sublayers one level wider, in bit-reversed order of their indices, which
+    spreads them evenly. Raises Infeasible.
     """
     if (fastest := space.cost(space.fastest)) > limit:
         raise Infeasible(
@@ -39,7 +40,7 @@ def equal_shares(space: Space, *, limit: float) -> Config:
 
 
 def _at_share(space: Space, share: float) -> Config:
-    """The widest level of every choice that costs at most `share` of the full width."""
+    """Return the config with the widest level of every choice that costs at most `share` of the full width."""
     return tuple(
         next((k for k, level in enumerate(c.levels) if level.cost <= share * c.levels[0].cost), len(c.levels) - 1)
         for c in space.choices

@@ -1,1 +1,1 @@
-"""Latency tables: which models are probed, what was measured, the fit, and a roofline where nothing can be."""
+"""Latency tables: which probes are measured, their samples, the fitted costs, and a roofline without a device."""

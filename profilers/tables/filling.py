@@ -1,4 +1,8 @@
-"""Measure probes into tables: block by block, on one device or on several of a kind at once."""
+"""Measure probes and write them into latency tables, on one device or on several of the same kind at once.
+
+Probes are measured in blocks of a few, each block together with the dense probe. A table is written after every block,
+so that an interrupted measurement goes on where it stopped.
+"""
 
 import shutil
 import threading
@@ -18,13 +22,15 @@ from dilap.profilers.tables.table import LatencyTable, Role, TableEntry, TableHe
 
 Progress = Callable[[int, int, str], None]  # probes done, probes in all, what is going on
 _BLOCK = 4  # probes measured together, beside the dense one: about 1.3 GB of mapped files for 135M parameters in f16
-_REPEATS = 1  # a spell of other load is over by the end of a table; what outlasts it is left to the next command
-_exporting = threading.Lock()  # the exporters share caches, and memory
+# How often to repeat the probes beside which other processes used the cores. Other load that lasts longer than a table
+# takes is left to the next command.
+_REPEATS = 1
+_exporting = threading.Lock()  # one probe is written at a time: exporters share caches, and memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A model to measure, and what its entry is for."""
+    """A model to measure; `role` says what its entry in the table is for."""
 
     role: Role
     widths: tuple[LayerWidths, ...]
@@ -32,7 +38,7 @@ class Probe:
 
 @dataclass(kw_only=True)
 class Share:
-    """What one device measures: its table, which grows, and the file of it."""
+    """One device's share of the work: its profiler, its table, which grows, and the table's file."""
 
     profiler: Profiler
     table: LatencyTable
@@ -46,11 +52,12 @@ def fill(
     architecture: Architecture,
     progress: Progress | None,
 ) -> LatencyTable:
-    """Measure the probes that no share has yet, those beside which other processes used the cores once more; the first
-    device's table, with the others' beside it.
+    """Measure the probes that no table has yet; return the first device's table with the others as its partners.
 
-    The first device measures the dense, the shallow and the held-out probes itself: they say what its seconds are, and
-    whether its kind's are its own. A helper whose link is lost leaves its block to the others.
+    Probes beside which other processes used the cores are measured once more. The other devices are helpers. The first
+    device measures the dense, depth and hold-out probes itself: the first two say what its seconds are, the hold-out
+    probes whether the helpers' measurements are true for it. A helper whose link is lost leaves its block to the
+    others.
     """
     for _ in range(1 + _REPEATS):
         whole = _whole(shares)
@@ -61,12 +68,13 @@ def fill(
 
 
 def _whole(shares: Sequence[Share]) -> LatencyTable:
+    """Return the first device's table with the helpers' tables as its partners."""
     main, *helpers = (share.table for share in shares)
     return replace(main, partners=tuple(helpers))
 
 
 def _measure(shares: Sequence[Share], queue: "_Queue", architecture: Architecture) -> None:
-    """All that is in the queue, on all devices at once."""
+    """Measure all probes in the queue, on all devices at once."""
     main, *helpers = shares
     with ThreadPoolExecutor(max(1, len(helpers))) as pool:
         futures = [pool.submit(_work, share, queue, architecture, is_helper=True) for share in helpers]
@@ -81,7 +89,7 @@ def _measure(shares: Sequence[Share], queue: "_Queue", architecture: Architectur
 
 
 class _Queue:
-    """The probes that nobody measures yet."""
+    """The probes that no device has taken yet. The threads of all devices share it."""
 
     def __init__(self, missing: Sequence[Probe], total: int, progress: Progress | None) -> None:
         self._missing, self._total, self._progress = list(missing), total, progress
@@ -89,7 +97,7 @@ class _Queue:
         self._lock = threading.Lock()
 
     def take(self, *, is_helper: bool) -> list[Probe]:
-        """The next block; the dense probe is in every block anyway."""
+        """Return the next probes to measure; the dense one comes in addition, as it is in every block anyway."""
         with self._lock:
             free = [probe for probe in self._missing if not is_helper or probe.role in ("attention", "ffn", "random")]
             block = free[: _BLOCK + 1] if free and free[0].role == "dense" else free[:_BLOCK]
@@ -97,15 +105,17 @@ class _Queue:
             return block
 
     def give_back(self, block: Sequence[Probe]) -> None:
+        """Put a block back that could not be measured."""
         with self._lock:
             self._missing = [*block, *self._missing]
 
     def close(self) -> None:
-        """Nothing more is to be measured."""
+        """Drop the probes that are left, so that all devices stop after their blocks."""
         with self._lock:
             self._missing.clear()
 
     def tell(self, text: str, *, measured: int = 0) -> None:
+        """Report progress, after `measured` more probes."""
         with self._lock:
             self._done += measured
             if self._progress is not None:
@@ -113,7 +123,7 @@ class _Queue:
 
 
 def _work(share: Share, queue: _Queue, architecture: Architecture, *, is_helper: bool) -> None:
-    """Measure blocks until there are none, writing the table after each."""
+    """Measure blocks on one device until none are left, and write its table after each."""
     with scratch_folder(share.path) as folder:
         bench = _ProbeBench(share.profiler, share.table.header, architecture, folder)
         while block := queue.take(is_helper=is_helper):
@@ -132,7 +142,7 @@ def _work(share: Share, queue: _Queue, architecture: Architecture, *, is_helper:
 
 @dataclass(frozen=True)
 class _ProbeBench:
-    """Writes a block of probes, measures it beside the dense one, and removes it."""
+    """Writes the files of a block of probes, measures them together with the dense probe, and removes them."""
 
     profiler: Profiler
     header: TableHeader
@@ -140,7 +150,7 @@ class _ProbeBench:
     folder: Path
 
     def measure(self, block: Sequence[Probe], tell: Callable[[str], None]) -> list[TableEntry]:
-        """One entry a probe. Raises Mismatch where the device is no longer the one that the table is of."""
+        """Measure a block; return one entry per probe. Raises Mismatch where the device is not the table's any more."""
         dense = self._write(self.architecture.layers, "dense", tell)
         others = [probe for probe in block if probe.role != "dense"]
         try:
@@ -159,7 +169,7 @@ class _ProbeBench:
 
     def _write(self, widths: tuple[LayerWidths, ...], name: str, tell: Callable[[str], None]) -> Path:
         out = self.folder / name
-        if not out.exists():  # only the dense one stays
+        if not out.exists():  # only the dense probe stays from block to block
             tell(f"writing probe {name}")
             with _exporting:
                 export.get(self.header.backend).export_probe(

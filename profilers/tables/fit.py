@@ -1,20 +1,21 @@
-"""Whole-model measurements to the cost of every sublayer width.
+"""Fit the cost of every sublayer width to measurements of whole models.
 
-Seconds of a model = fixed part + the sum over layers of an attention and a feed-forward cost, each a monotone
-piecewise-linear curve over the sublayer's *work*: channels for the feed-forward network, and for attention the bytes
-that a decode streams (weights and KV cache) or the operations of a prefill. A layer that keeps neither costs nothing.
+The seconds of a model are a fixed part plus an attention cost and a feed-forward cost for every layer. Both costs are
+monotone, piecewise-linear curves over the sublayer's *work*: the channels of a feed-forward network; for attention, the
+bytes that one decoded token streams (weights and KV cache) or the operations of a prefill. A layer that keeps neither
+sublayer costs nothing.
 """
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression, nnls
 
-from dilap.core.costs import Counts
+from dilap.core.costs import Counts, PairCost
 from dilap.core.errors import InvalidInput
 from dilap.core.groups import Block
 from dilap.core.shape import PRECISION_BITS, Architecture, LayerWidths
@@ -22,12 +23,14 @@ from dilap.core.workload import Workload
 
 Vector = NDArray[np.float64]
 Work = Callable[[LayerWidths], float]
-_RIDGE = 0.01  # towards the slopes: moving a cost by 10 % of the latency weighs like missing a model by 1 %
+# How strongly least squares is drawn to the costs of the slopes: moving a cost by 10 % of the latency weighs as much as
+# missing a model by 1 %.
+_RIDGE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A monotone cost over work, from (0, cost of none) on; beyond its ends it goes on as the nearest piece."""
+    """A monotone, piecewise-linear cost in seconds over work; beyond its last knot it goes on as its last piece."""
 
     work: tuple[float, ...]
     seconds: tuple[float, ...]
@@ -41,7 +44,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """One measured model: its drift-corrected seconds, and the half-width of their interval."""
+    """One measured model: its drift-corrected seconds, and the relative half-width of their interval."""
 
     role: str
     widths: tuple[LayerWidths, ...]
@@ -51,12 +54,16 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyModel:
-    """Seconds of any plan on one device. `method` is the fit that had the lower cross-validated error, `caveats` what a
-    reader must know of how the probes were measured."""
+    """Predicts the seconds of a model of any widths on one device.
+
+    `method` is the fit with the lower error (`cross_validation` has the errors of both), `noise_seconds` the difference
+    per layer that the measurements cannot tell from none, `holdout` the models that the fit has not seen, and `caveats`
+    what a reader must know of how the probes were measured.
+    """
 
     architecture: Architecture
     workload: Workload
-    cache_bits: float  # of a number in the KV cache
+    cache_bits: float  # bits of a number in the KV cache
     method: str
     fixed_seconds: float
     attention: Curve
@@ -67,7 +74,7 @@ class LatencyModel:
     caveats: tuple[str, ...] = ()
 
     def attention_seconds(self, num_heads: int, num_kv_heads: int) -> float:
-        """Of one layer; 0 without heads. An unmeasured level costs what its work costs on the curve."""
+        """Return the seconds of one layer's attention; 0 without heads. A level that was not probed is interpolated."""
         if num_heads == 0:
             return 0.0
         level = LayerWidths(num_heads=num_heads, num_kv_heads=num_kv_heads, num_channels=0)
@@ -77,11 +84,14 @@ class LatencyModel:
         return self.attention(max(least, work(level)))
 
     def ffn_seconds(self, num_channels: int) -> float:
-        """Of one layer that keeps attention; 0 channels may still cost (llama.cpp gets 32 zero ones)."""
+        """Return the seconds of the feed-forward network of a layer that is not empty.
+
+        In a layer that keeps attention, 0 channels may still cost something (llama.cpp gets 32 channels of zeros).
+        """
         return self.ffn(num_channels)
 
     def predict(self, widths: Sequence[LayerWidths]) -> float:
-        """Seconds of a whole model."""
+        """Return the seconds of a whole model with these layers."""
         return self.fixed_seconds + sum(
             self.attention_seconds(layer.num_heads, layer.num_kv_heads) + self.ffn_seconds(layer.num_channels)
             for layer in widths
@@ -89,22 +99,28 @@ class LatencyModel:
         )
 
     def holdout_errors(self) -> list[float]:
-        """Absolute relative errors on the plans that took no part in the fit."""
+        """Return the absolute relative errors on the plans that took no part in the fit."""
         return [abs(self.predict(one.widths) / one.seconds - 1) for one in self.holdout]
 
     @property
     def constant(self) -> float:
+        """Seconds that no plan removes, such as those of the embedding and the head."""
         return self.fixed_seconds
 
+    @property
+    def pairs(self) -> Mapping[tuple[str, str], PairCost]:
+        """None: a sublayer of a decoder reads the residual stream, whose width no plan changes."""
+        return {}
+
     def block(self, block: Block, counts: Counts) -> float:
-        """Seconds of one block with so many units left of its groups."""
+        """Return the seconds of one block with `counts` units left of its groups."""
         if block.kind == "attention":
             num_kv_heads, ratio = counts
             return self.attention_seconds(num_kv_heads * ratio, num_kv_heads)
         return self.ffn_seconds(counts[0])
 
     def cheaper(self, block: Block, levels: Sequence[Counts]) -> list[Counts]:
-        """The levels that are measurably faster than the next larger one kept, largest first."""
+        """Return the levels that are measurably faster than the next larger one kept, largest first."""
         ordered = sorted(levels, key=lambda level: (-self._work(block, level), math.prod(level), level))
         seconds = [self.block(block, level) for level in ordered]
         kept: list[int] = []
@@ -122,8 +138,11 @@ class LatencyModel:
 
 
 def attention_work(architecture: Architecture, workload: Workload, *, cache_bits: float) -> Work:
-    """Bytes that a decoded token streams for a layer's attention, `cache_bits` for a number in the KV cache;
-    operations, for a prompt."""
+    """Return the function that gives the work of a layer's attention.
+
+    For a decode, the work is the bytes that one token streams: weights, and the KV cache with `cache_bits` per number.
+    For a prefill, it is the operations of the whole prompt.
+    """
 
     def streamed(layer: LayerWidths) -> float:
         weights = architecture.attention_parameters(layer) * PRECISION_BITS[workload.precision] / 8
@@ -142,7 +161,11 @@ def attention_work(architecture: Architecture, workload: Workload, *, cache_bits
 def fit(
     observations: Sequence[Observation], *, architecture: Architecture, workload: Workload, cache_bits: float
 ) -> LatencyModel:
-    """The better of slopes and least squares under cross-validation on the observations of role `random`."""
+    """Fit a model by slopes or by least squares, whichever has the lower error on the `random` observations.
+
+    The error of least squares is cross-validated; the slopes need no `random` observations. Raises InvalidInput without
+    the dense or the depth probe.
+    """
     used = [one for one in observations if one.role != "holdout"]
     work = attention_work(architecture, workload, cache_bits=cache_bits)
     _require_anchors(used)
@@ -171,13 +194,13 @@ def fit(
         attention=attention,
         ffn=ffn,
         cross_validation=errors,
-        noise_seconds=2**0.5 * noise / len(dense.widths),  # of a difference, spread over the layers
+        noise_seconds=2**0.5 * noise / len(dense.widths),  # a difference of two, spread over the layers
         holdout=tuple(one for one in observations if one.role == "holdout"),
     )
 
 
 def _require_anchors(observations: Sequence[Observation]) -> None:
-    """Raises InvalidInput without the two probes from which all others are told."""
+    """Raise InvalidInput where the dense or the depth probe is missing, from which all costs are computed."""
     if not {"dense", "depth"} <= {one.role for one in observations}:
         raise InvalidInput(
             "the latency table has no dense or no depth probe yet that was measured without other load on the cores; "
@@ -187,7 +210,11 @@ def _require_anchors(observations: Sequence[Observation]) -> None:
 
 @dataclass(frozen=True)
 class _Grid:
-    """The knots of both curves; a model is linear in (fixed, attention rises, first ffn cost, ffn rises)."""
+    """The knots of both curves, and the vector of costs that belongs to them.
+
+    The vector is (fixed part, rises of the attention curve, first ffn cost, rises of the ffn curve), a rise being the
+    difference between two neighbouring knots. The seconds of a model are linear in it.
+    """
 
     attention: tuple[float, ...]  # starts with 0, which costs nothing
     ffn: tuple[float, ...]
@@ -195,12 +222,14 @@ class _Grid:
 
     @classmethod
     def of(cls, observations: Sequence[Observation], work: Work) -> "_Grid":
+        """Return the grid with a knot for every width of the dense, attention and ffn probes."""
         probes = [one for one in observations if one.role in ("dense", "attention", "ffn")]
         layers = [layer for one in probes for layer in one.widths if not layer.is_empty]
         attention = {0.0} | {work(layer) for layer in layers}
         return cls(tuple(sorted(attention)), tuple(sorted({float(layer.num_channels) for layer in layers})), work)
 
     def features(self, widths: Sequence[LayerWidths]) -> Vector:
+        """Return the vector whose product with the vector of costs is the seconds of a model."""
         total = np.zeros(1 + len(self.attention) - 1 + len(self.ffn))
         total[0] = 1
         for layer in widths:
@@ -212,6 +241,7 @@ class _Grid:
         return total
 
     def curves(self, costs: Vector) -> tuple[Curve, Curve]:
+        """Return the curves of attention and ffn that a vector of costs stands for."""
         split = len(self.attention)
         attention = np.concatenate([[0.0], np.cumsum(costs[1:split])])
         ffn = np.cumsum(costs[split:])
@@ -222,13 +252,17 @@ class _Grid:
 
 
 def _rises(knots: Sequence[float], work: float) -> Vector:
-    """How much of the way between each two knots lies below `work`."""
+    """Return how much of the way between each two neighbouring knots lies below `work`: 0 to 1."""
     low, high = np.array(knots[:-1]), np.array(knots[1:])
     return np.asarray(np.clip((work - low) / (high - low), 0, 1), dtype=np.float64)
 
 
 def _slopes(observations: Sequence[Observation], grid: _Grid, work: Work) -> Vector:
-    """Every width's cost from the probes alone: what is saved in all layers, shared out to one."""
+    """Return the vector of costs computed from the probes alone: what a probe saves, divided by its changed layers.
+
+    The dense and the depth probe give the cost of a whole layer. Attention's part of it is what the narrowest probed
+    level saves, extended in proportion to no work at all; the rest is the feed-forward network's.
+    """
     dense, shallow = (next(one for one in observations if one.role == role) for role in ("dense", "depth"))
     per_layer = (dense.seconds - shallow.seconds) / (len(dense.widths) - len(shallow.widths))
     per_layer = min(max(per_layer, 0.0), dense.seconds / len(dense.widths))
@@ -249,7 +283,7 @@ def _slopes(observations: Sequence[Observation], grid: _Grid, work: Work) -> Vec
 def _savings(
     observations: Sequence[Observation], dense: Observation, work: Work
 ) -> tuple[dict[float, float], dict[float, float]]:
-    """Seconds a layer saves at each attention work and at each number of channels; the dense widths save none."""
+    """Return the seconds that a layer saves at each attention work and number of channels; dense ones save none."""
     layer = dense.widths[-1]
     attention, ffn = {work(layer): 0.0}, {float(layer.num_channels): 0.0}
     for one in observations:
@@ -266,13 +300,16 @@ def _savings(
 
 
 def _monotone(knots: Sequence[float], saved: dict[float, float], full: float) -> Vector:
-    """Costs at the knots that never fall with work; a knot at 0 work that was not probed costs nothing."""
+    """Return costs at the knots that never fall with work: `full` minus what is saved, made monotone.
+
+    A knot that was not probed, which is one at 0 work, costs nothing.
+    """
     costs = [full - saved[knot] if knot in saved else 0.0 for knot in knots]
     return np.asarray(np.maximum(isotonic_regression(costs).x, 0.0), dtype=np.float64)
 
 
 def _least_squares(grid: _Grid, observations: Sequence[Observation], prior: Vector) -> Vector:
-    """Non-negative costs with the least relative errors, drawn a little towards `prior`."""
+    """Return the non-negative costs with the least squares of relative errors, drawn a little towards `prior`."""
     seconds = np.array([one.seconds for one in observations])
     rows = np.stack([grid.features(one.widths) for one in observations]) / seconds[:, None]
     dense = next(one for one in observations if one.role == "dense")

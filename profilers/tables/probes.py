@@ -1,4 +1,4 @@
-"""Build a latency table: probe models with random weights, through the real exporter and runtime."""
+"""Build a latency table from probes: models with random weights that pass through the real exporter and runtime."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ AttentionLevel = tuple[int, int]  # heads, KV heads; (0, 0) is none
 
 
 def default_levels(architecture: Architecture, capabilities: Capabilities) -> tuple[list[AttentionLevel], list[int]]:
-    """Attention levels and FFN widths to choose from, the dense ones included, ascending."""
+    """Return the attention levels and FFN widths to choose from, ascending, the dense ones included."""
     dense = replace(architecture, layers=(_uniform_layer(architecture),))
     levels = {block.kind: capabilities.levels(block) for block in dense.blocks}
     attention = [(groups * slots, groups) for groups, slots in levels.get("attention", [])]
@@ -47,12 +47,12 @@ def build_table(
     protocol: Protocol = TABLE,
     progress: Progress | None = None,
 ) -> LatencyTable:
-    """Measure a table into `path`, or what is missing of it: the same arguments give the same probes.
+    """Measure a latency table into the file `path`, or what is missing in it; return the table.
 
-    `num_measured` levels of each kind, the extremes included, get a probe of their own; the random plans draw from
-    all levels, so that the hold-out error covers the interpolation. Raises Mismatch where `path` was measured for
-    something else. `helpers` are other devices of the kind, which share the work. Waits for another process that is at
-    the same table.
+    The same arguments give the same probes. `num_measured` levels of each kind, the extremes included, get a probe of
+    their own; the random plans draw from all levels, so that the hold-out error covers the interpolation. `helpers` are
+    other devices of the same kind, which share the work. If another process measures the same table, its end is waited
+    for. Raises Mismatch where `path` was measured for something else.
     """
     with _alone(path, progress):
         shares = _shares([profiler, *helpers], path, workload=workload, architecture=architecture, protocol=protocol)
@@ -76,8 +76,10 @@ def build_table(
 
 @contextmanager
 def _alone(path: Path, progress: Progress | None) -> Iterator[None]:
-    """Until another process that measures the same table has ended: two would spoil each other's samples, and remove
-    each other's probes."""
+    """Wait until no other process measures the same table, and keep others waiting meanwhile.
+
+    Two processes would spoil each other's samples and remove each other's probes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
@@ -95,7 +97,7 @@ def _alone(path: Path, progress: Progress | None) -> Iterator[None]:
 def _shares(
     profilers: Sequence[Profiler], path: Path, *, workload: Workload, architecture: Architecture, protocol: Protocol
 ) -> list[Share]:
-    """Every device's table, as far as it was measured. Raises Mismatch for devices that are not of one kind."""
+    """Return every device's table as far as it was measured. Raises Mismatch for devices that are not of one kind."""
     shares: list[Share] = []
     for number, profiler in enumerate(profilers, start=1):
         header = TableHeader(
@@ -127,10 +129,10 @@ def _resumed(path: Path, header: TableHeader) -> LatencyTable:
 
 
 def probe_architecture(architecture: Architecture, workload: Workload, *, cache_bytes: int) -> Architecture:
-    """The model with just as many layers as keep its weights out of the cache.
+    """Return the model with only as many layers as it needs so that no probe's weights fit in the cache.
 
-    Eight times the cache for the dense probe leaves four times for one of half its width: a probe that fits in the
-    cache would read faster than the real model does.
+    A probe in the cache would be read faster than the real model is. The dense probe gets eight times the size of the
+    cache, so that a probe of half its width still has four times.
     """
     layer = _uniform_layer(architecture)
     parameters = architecture.attention_parameters(layer) + architecture.ffn_parameters(layer)
@@ -149,13 +151,16 @@ def list_probes(
     num_holdout: int,
     seed: int,
 ) -> list[Probe]:
-    """The probes of a table, the dense one first; `uniform` plans have equal widths and lose whole layers only."""
+    """Return the probes of a table, the dense one first.
+
+    With `uniform`, the plans of the random and hold-out probes have equal widths in all of their layers.
+    """
     layers = architecture.layers
     dense = layers[0]
     probes = [Probe(role="dense", widths=layers), Probe(role="depth", widths=layers[: len(layers) // 2])]
     for level in measured[0]:
         if level != (dense.num_heads, dense.num_kv_heads):
-            # a model without any attention is none: there the first layer keeps it
+            # a model needs some attention: where the level is none, the first layer keeps its own
             first = dense if level == (0, 0) else _layer(level, dense.num_channels)
             rest = (_layer(level, dense.num_channels),) * (len(layers) - 1)
             probes.append(Probe(role="attention", widths=(first, *rest)))
@@ -185,7 +190,7 @@ def _random_plan(
     levels: tuple[Sequence[AttentionLevel], Sequence[int]],
     draw: random.Random,
 ) -> tuple[LayerWidths, ...]:
-    """Every sublayer dense or at a random level; plans differ in how much they keep. The first layer has attention."""
+    """Return a plan whose sublayers are dense or at random levels, in random shares; its first layer is dense."""
     keep, dense = draw.random(), layers[0]
     plan = []
     for index in range(len(layers)):
@@ -212,7 +217,7 @@ def _layer(attention: AttentionLevel, channels: int) -> LayerWidths:
 
 
 def _uniform_layer(architecture: Architecture) -> LayerWidths:
-    """The one shape of a dense model's layers. Raises Unsupported."""
+    """Return the widths that all layers of a dense model have. Raises Unsupported where they differ."""
     if len(set(architecture.layers)) != 1 or len(architecture.layers) < 2:
         raise Unsupported("a latency table is measured on a dense model of at least two layers of equal widths")
     return architecture.layers[0]

@@ -1,6 +1,6 @@
-"""What a device would do at best: a roofline of its published bandwidth and compute. No device is asked.
+"""Estimate how fast a device would be at best: a roofline of its published bandwidth and compute. No device is asked.
 
-Such a model says which parts weigh most; no budget is kept or missed by it.
+Such an estimate says which parts of a model weigh most, but not whether a budget is kept.
 """
 
 from dilap.core.errors import InvalidInput
@@ -10,11 +10,15 @@ from dilap.core.workload import Workload
 from dilap.profilers.devices.device import Device
 from dilap.profilers.tables.fit import Curve, LatencyModel, attention_work
 
-METHOD = "estimated"  # stands wherever a measured number would say how it was got
+METHOD = "estimated"  # stands wherever a measurement would say how it was made
 
 
 def roofline(architecture: Architecture, workload: Workload, device: Device, *, cache_bits: float) -> LatencyModel:
-    """Seconds linear in every width, each part bound by what it reads or by what it computes, whichever is slower."""
+    """Return a latency model that is linear in every width.
+
+    Every part takes as long as its reads or its operations, whichever is slower. Raises InvalidInput for a device
+    without published numbers.
+    """
     layer = architecture.layers[0]
     tokens = 1 if workload.phase == "decode" else workload.prompt_tokens
     byte = PRECISION_BITS[workload.precision] / 8
@@ -49,7 +53,7 @@ def roofline(architecture: Architecture, workload: Workload, device: Device, *, 
 
 
 def estimated_fingerprint(device: Device, *, backend: str) -> Fingerprint:
-    """Of no machine: it differs from every measured one."""
+    """Return a fingerprint of no machine, which differs from every measured one."""
     return Fingerprint(
         device=device.name,
         machine=METHOD,
@@ -65,7 +69,7 @@ def estimated_fingerprint(device: Device, *, backend: str) -> Fingerprint:
 
 
 def describe(device: Device) -> str:
-    """The two numbers that an estimate rests on. Raises InvalidInput for a device without them."""
+    """Return in words the two numbers that an estimate rests on. Raises InvalidInput for a device without them."""
     if device.bytes_per_second is None or device.flops_per_second is None:
         raise InvalidInput(f"no bandwidth and compute are published for {device.name}: it cannot be estimated")
     return f"a roofline of {device.bytes_per_second / 1e9:.0f} GB/s and {device.flops_per_second / 1e9:.0f} GFLOP/s"
@@ -74,7 +78,7 @@ def describe(device: Device) -> str:
 def estimated(
     model: LatencyModel, widths: tuple[LayerWidths, ...], *, device: Device, backend: str, artifact_sha256: str
 ) -> Measurement:
-    """What a model predicts, in the place of a measurement."""
+    """Return a model's prediction in the form of a measurement."""
     return Measurement(
         artifact_sha256=artifact_sha256,
         workload=model.workload,

@@ -25,7 +25,7 @@ _LONGEST_NS = 10**13  # three hours for one token or one prompt: what is longer 
 
 @dataclass(frozen=True, kw_only=True)
 class TableHeader:
-    """What every entry was measured on, for and with; `architecture` is the dense model's."""
+    """What holds for all entries: device, workload, runtime and protocol, and the dense model's `architecture`."""
 
     fingerprint: Fingerprint
     workload: Workload
@@ -44,8 +44,11 @@ class TableHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class TableEntry:
-    """One probe model. `sentinel_ns` has, for every sample, the dense probe's median in the same round; `forced` says
-    what made the device unfit and was overridden."""
+    """One measured probe.
+
+    `sentinel_ns` has, for every sample, the dense probe's median in the same round; `forced` says what made the device
+    unfit and was overridden.
+    """
 
     role: Role
     runs: tuple[Run, ...]
@@ -69,8 +72,7 @@ class TableEntry:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether costs are derived from it: not where other processes used the cores meanwhile, unless that was
-        overridden."""
+        """Whether costs are fitted to it: not if other processes used the cores meanwhile, unless overridden."""
         return self.status != "contended" or bool(self.forced)
 
     @property
@@ -78,8 +80,10 @@ class TableEntry:
         return sum(run[0] for run in self.runs)
 
     def misfit(self, architecture: Architecture) -> str | None:
-        """Why it is no probe of that dense model; None where it is. Asked before its layers are listed one by one: a
-        count of a line may say a billion."""
+        """Return why this is no probe of that dense model; None where it is.
+
+        This is asked before `widths` lists the layers one by one, because a damaged file may count a billion of them.
+        """
         dense, most = architecture.layers[0], len(architecture.layers)
         if self.num_layers > most:
             return f"it has {self.num_layers} layers, and the model {most}"
@@ -102,7 +106,7 @@ class TableEntry:
 
     @property
     def probe(self) -> tuple[Role, tuple[Run, ...]]:
-        """What was measured, and what for."""
+        """What tells the probe from others: what it was measured for, and its layers."""
         return self.role, self.runs
 
     @property
@@ -115,7 +119,7 @@ class TableEntry:
 
 
 def runs_of(widths: Sequence[LayerWidths]) -> tuple[Run, ...]:
-    """Equal layers in a row as one."""
+    """Return the layers as runs: equal layers in a row become one run with their number."""
     runs: list[Run] = []
     for layer in widths:
         level = (layer.num_heads, layer.num_kv_heads, layer.num_channels)
@@ -128,8 +132,9 @@ def runs_of(widths: Sequence[LayerWidths]) -> tuple[Run, ...]:
 class LatencyTable:
     """A header and its entries, in the order they were measured.
 
-    `partners` are tables of other devices of the kind, with the probes that those measured. Entries of two devices are
-    never in one table; a model is fitted to all, each device's relative to its own dense probe.
+    `partners` are tables of other devices of the same kind, with the probes that those measured. The entries of two
+    devices are never in one table, but the costs are fitted to all of them, those of each device relative to its own
+    dense probe.
     """
 
     header: TableHeader
@@ -142,17 +147,17 @@ class LatencyTable:
 
     @property
     def all_entries(self) -> tuple[TableEntry, ...]:
-        """Those of the partners too."""
+        """All entries, those of the partners included."""
         return (*self.entries, *(entry for partner in self.partners for entry in partner.entries))
 
     def with_entries(self, entries: Iterable[TableEntry]) -> "LatencyTable":
-        """With more entries, in the place of earlier ones of the same probes."""
+        """Return the table with more entries, which replace earlier ones of the same probes."""
         added = tuple(entries)
         again = {entry.probe for entry in added}
         return replace(self, entries=(*(one for one in self.entries if one.probe not in again), *added))
 
     def caveats(self) -> tuple[str, ...]:
-        """What a reader of its costs must know of how it was measured."""
+        """Return what a reader of the table's costs must know of how they were measured."""
         entries = self.all_entries
         found: list[str] = []
         for title, chosen in (
@@ -172,7 +177,7 @@ class LatencyTable:
     def require_usable(
         self, *, fingerprint: Fingerprint, workload: Workload, architecture: Architecture, backend: str
     ) -> None:
-        """Raises Mismatch naming every field in which the table was made for something else."""
+        """Raise Mismatch, naming every field that differs, where the table was made for something else."""
         header = self.header
         pairs = [("backend", header.backend, backend)]
         for name, mine, theirs in (
@@ -191,10 +196,10 @@ class LatencyTable:
             )
 
     def model(self, statistic: Statistic = "p50") -> LatencyModel:
-        """The costs that explain the entries that count. Raises InvalidInput where the probes are not all there.
+        """Return the costs fitted to the entries that count. Raises InvalidInput where a necessary probe is missing.
 
-        The hold-out errors are those of the median for either statistic: p90 is the median times one tail factor,
-        which no hold-out plan tests.
+        For p90 the hold-out errors are those of the median too: p90 is the median times one factor for the tail, which
+        no hold-out plan tests.
         """
         entries, *others = [[e for e in one.entries if e.is_fitted] for one in (self, *self.partners)]
         observations = observations_of(entries, statistic)
@@ -207,7 +212,7 @@ class LatencyTable:
         return replace(model, caveats=self.caveats())
 
     def write(self, path: Path) -> None:
-        """Replace the file as a whole, so that a kill never leaves half a line; partners go into files beside it."""
+        """Write the file as a whole, so that a kill never leaves half a line, and the partners into files beside it."""
         for number, partner in enumerate(self.partners, start=2):
             partner.write(partner_path(path, number))
         lines = [{**encode(self.header), "type": "LatencyTable"}, *map(encode, self.entries)]
@@ -216,7 +221,7 @@ class LatencyTable:
 
     @classmethod
     def read(cls, path: Path) -> "LatencyTable":
-        """Raises InvalidInput naming the line that is damaged."""
+        """Read a table and its partners. Raises InvalidInput, naming the line, where one is damaged."""
         header, entries = _read_lines(path)
         dense = next((one.num_layers for one in entries if one.role == "dense"), None)
         _require_consistent(header, entries, dense_layers=dense, source=str(path))
@@ -231,7 +236,7 @@ class LatencyTable:
 
 
 def _read_lines(path: Path) -> tuple[TableHeader, list[TableEntry]]:
-    """Of one device's file. Raises InvalidInput."""
+    """Return the header and the entries of one device's file. Raises InvalidInput."""
     if not path.exists():
         raise InvalidInput(f"{path}: no such latency table; measure one with dilap-profile")
     lines = read_text(path).split("\n")
@@ -250,7 +255,7 @@ def _read_lines(path: Path) -> tuple[TableHeader, list[TableEntry]]:
 def _require_consistent(
     header: TableHeader, entries: Sequence[TableEntry], *, dense_layers: int | None, source: str
 ) -> None:
-    """Raises InvalidInput, naming the line, for an entry of another model, or one that is there twice."""
+    """Raise InvalidInput, naming the line, for an entry of another model, or one that is there twice."""
     seen: set[tuple[Role, tuple[Run, ...]]] = set()
     for number, entry in enumerate(entries, start=2):
         reason = entry.misfit(header.architecture)
@@ -264,7 +269,7 @@ def _require_consistent(
 
 
 def _unlike_dense(entry: TableEntry, dense_layers: int) -> str | None:
-    """Why an entry cannot be set against the dense probe; None where it can."""
+    """Return why an entry cannot be compared with the dense probe; None where it can."""
     if entry.role in ("attention", "ffn") and entry.num_layers != dense_layers:
         return f"a probe of role {entry.role} has {entry.num_layers} layers, and the dense one {dense_layers}"
     if entry.role == "depth" and entry.num_layers >= dense_layers:
@@ -275,7 +280,7 @@ def _unlike_dense(entry: TableEntry, dense_layers: int) -> str | None:
 
 
 def partner_path(path: Path, number: int) -> Path:
-    """Where the table of the `number`-th device of a kind lies, beside the first one's."""
+    """Return where the table of the `number`-th device of a kind lies, beside the first one's."""
     return path.with_name(f"{path.stem}.{number}{path.suffix}")
 
 
@@ -293,9 +298,9 @@ def _difference(name: str, mine: object, theirs: object) -> str:
 
 
 def observations_of(entries: Sequence[TableEntry], statistic: Statistic) -> list[Observation]:
-    """Entries with the drift of the machine divided out by their sentinels.
+    """Return the entries as observations, with the machine's drift divided out by the sentinels.
 
-    The tail that p90 adds belongs to the machine, not to a width: it is one factor, the entries' median.
+    What p90 adds to the median belongs to the machine and not to a width, so it is one factor: the entries' median.
     """
     if not entries:
         return []
@@ -308,12 +313,12 @@ def observations_of(entries: Sequence[TableEntry], statistic: Statistic) -> list
 
 
 def _sentinel_seconds(entries: Sequence[TableEntry]) -> float:
-    """Of the dense probe, over all that was measured beside it."""
+    """Return the median seconds of the dense probe beside all of the entries."""
     return statistics.median(statistics.median(entry.sentinel_ns) for entry in entries) / 1e9
 
 
 def _observation(entry: TableEntry, reference_seconds: float) -> Observation:
-    # within rounds, because a spell of other load that outlasts a round slows both alike
+    # Ratios are taken within rounds, because other load that outlasts a round slows the probe and the sentinel alike.
     ratios = [sample / sentinel for sample, sentinel in zip(entry.samples_ns, entry.sentinel_ns, strict=True)]
     middle = median_interval(ratios)
     return Observation(
