@@ -1,8 +1,13 @@
-"""Run an artifact on the machine this code is on.
+"""Run an artifact in its runtime, on the machine that this code runs on.
 
-Torch-free: the same files run here, in the agent on a Jetson and on a Windows laptop (Python >= 3.10 there),
-with nothing but the standard library, numpy and one runtime. A backend is three things: `unavailable` (the
-reason, or None), `capabilities` (what it can hold, as data) and `load` (an artifact, as a `Session`).
+    backend = backends.get("llamacpp")
+    session = backend.load(Path("model.gguf"), Workload(precision="f16"))
+    nanoseconds = session.sample()
+
+The same files run here and in the agent on a Jetson or a Windows laptop (Python 3.10 or newer). They need the standard
+library, numpy and one runtime, but not torch (only ExecuTorch's runtime brings it along). A backend says whether its
+runtime can be used here (`unavailable`) and which models it can hold (`capabilities`), and opens an artifact as a
+`Session` (`load`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,20 +30,21 @@ BACKENDS = {
     "onnxruntime": "dilap.backends.onnxruntime.runtime:OnnxRuntime",
     "tensorrt": "dilap.backends.tensorrt.runtime:TensorRT",
 }
-MAX_READ_TOKENS = 512  # at once: their logits, for a vocabulary of 50k, are 100 MB
+MAX_READ_TOKENS = 512  # tokens of one `Reader.read`: their logits are 100 MB for a vocabulary of 50k
 
 
 class Session(Protocol):
     """One loaded artifact, ready to be timed under one workload.
 
-    Where `sample` gives a GPU's time, the session keeps the host's, launch and wait included, in a list `host_ns`.
+    Where `sample` returns a GPU's own time, the session also keeps a list `host_ns` of the times that the host saw,
+    launch and wait included.
     """
 
     def sample(self) -> int:
-        """Run the workload once; nanoseconds."""
+        """Run the workload once and return the nanoseconds that it took."""
 
     def logits(self, token_ids: Sequence[int], *, incremental: bool) -> "NDArray[np.float32]":
-        """Logits (tokens x vocabulary) at every position: in one pass, or token by token through the KV cache."""
+        """Return the logits (tokens x vocabulary) at all positions: in one pass, or one by one with the KV cache."""
 
     def close(self) -> None:
         """Free the model."""
@@ -47,28 +53,32 @@ class Session(Protocol):
 class Reader(Protocol):
     """One loaded artifact that reads text to score it.
 
-    It holds one sequence in its KV cache, of `max_tokens` at most. What a text shares with the one before it need not
-    be read again: reading goes on at any position, and forgets what was behind it.
+    It holds one sequence of at most `max_tokens` tokens in its KV cache. What a text shares with the beginning of the
+    text before it need not be read again: reading may go on at any position, and forgets everything from there on.
     """
 
     max_tokens: int
     vocab_size: int
 
     def reserve(self, num_tokens: int) -> None:
-        """Make room for a sequence of that length; forgets what was read."""
+        """Make room for a sequence of `num_tokens` tokens; what was read before is forgotten."""
 
     def read(self, token_ids: Sequence[int], *, start: int, num_rows: int) -> "NDArray[np.float32]":
-        """Read at most MAX_READ_TOKENS from position `start` on; logits (num_rows x vocabulary) of the last ones."""
+        """Read at most MAX_READ_TOKENS tokens, the first one at position `start`.
+
+        Return the logits (num_rows x vocabulary) of the last `num_rows` of them.
+        """
 
     def close(self) -> None:
         """Free the model."""
 
 
 class Backend(Protocol):
-    """A runtime. `name` is its key in BACKENDS, `format` the artifact format that it loads.
+    """One runtime. `name` is its key in BACKENDS, `format` the artifact format that it loads.
 
-    `load_seconds` is how long a load may take at most, on a slow device with a cold disk. `shares_threads` says that
-    all models of a process run in the same number of threads. `lossy_switches` are those that change the numbers too.
+    `load_seconds` is the longest time that a load may take, on a slow device with a cold disk. `shares_threads` says
+    that all models of a process run in the same number of threads. `lossy_switches` are the names of the switches that
+    change the computed numbers and not only the speed.
     """
 
     name: str
@@ -78,51 +88,54 @@ class Backend(Protocol):
     lossy_switches: frozenset[str]
 
     def unavailable(self) -> str | None:
-        """Why the runtime cannot be used here and how to get it; None where it can."""
+        """Return why the runtime cannot be used here and how to get it; None where it can."""
 
     def version(self) -> str:
-        """The runtime's version."""
+        """Return the runtime's version."""
 
     def build(self) -> str:
-        """The build's features that change speed (instruction sets, for one)."""
+        """Return the features of this build that change its speed, such as instruction sets."""
 
     def precisions(self) -> tuple[str, ...]:
-        """The precisions that it runs, the default first."""
+        """Return the precisions that the runtime runs, the default first."""
 
     def switches(self) -> Mapping[str, tuple[str, ...]]:
-        """What may make a model faster on some machine: switch to values, the runtime's plain default first."""
+        """Return settings that may make a model faster on some machine: switch -> values, the plain default first."""
 
     def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:
-        """How the stock runtime runs `file` in the workload's configuration: commands, calls and environment variables
-        by the name of the program or language."""
+        """Return how the stock runtime runs `file` in the workload's configuration.
+
+        The values are commands, calls, settings and environment variables; the keys say which program, language or
+        file each one is for.
+        """
 
     def capabilities(self, architecture: Architecture, *, precision: str) -> Capabilities:
-        """What it can hold of models that compute as `architecture` does, in any widths."""
+        """Return the limits on models that compute as `architecture` does, whatever their widths are."""
 
     def cache_bits(self, workload: Workload) -> float:
-        """Bits that a number in the KV cache takes in the workload's configuration."""
+        """Return how many bits a number in the KV cache takes in the workload's configuration."""
 
     def after_a_crash(self) -> str:
-        """What to try when the runtime has died in its process."""
+        """Return advice for a user whose runtime crashed in its process."""
 
     def load(self, path: Path, workload: Workload) -> Session:
         """Load an artifact. Raises InvalidInput where the file is damaged or its tensors are wrong."""
 
 
 def get(name: str) -> Backend:
-    """The backend of that name. Raises InvalidInput with the known ones."""
+    """Return the backend of that name. Raises InvalidInput, listing the known ones, for any other name."""
     backend: Backend = registry.get(BACKENDS, name, kind="backend")()
     return backend
 
 
 def require_precision(backend: Backend, precision: str) -> None:
-    """Raises InvalidInput, with the known ones, for a precision that the backend does not run."""
+    """Raise InvalidInput, listing the known ones, for a precision that the backend does not run."""
     if precision not in backend.precisions():
         raise InvalidInput(f"unknown precision {precision!r}; {backend.name} runs {', '.join(backend.precisions())}")
 
 
 def require_switches(backend: Backend, workload: Workload) -> None:
-    """Raises InvalidInput, with the known ones, for a switch or a value that the backend's runtime does not have."""
+    """Raise InvalidInput, listing the known ones, for a switch or a value that the backend's runtime does not have."""
     known = backend.switches()
     for name, value in workload.switches.items():
         if value not in known.get(name, ()):
@@ -131,6 +144,6 @@ def require_switches(backend: Backend, workload: Workload) -> None:
 
 
 def require_loadable(backend: Backend, architecture: Architecture, *, precision: str) -> None:
-    """Raises Unsupported, by group and rule, where the backend's runtime does not load models of that shape."""
+    """Raise Unsupported, naming the group and the rule, where the runtime does not load models of that shape."""
     if reason := backend.capabilities(architecture, precision=precision).refusal(architecture):
         raise Unsupported(f"{backend.name} cannot hold this model in {precision}: {reason}")

@@ -1,8 +1,13 @@
-"""The part that runs on the device: `python -m dilap.backends.agent`.
+"""The agent: the program that runs on a device and times models there (`python -m dilap.backends.agent`).
 
-It speaks JSON lines over stdin and stdout: one request, one response with the same `seq`. It keeps all models
-of an interleaved measurement open in one process, because the threads of idle runtimes spin for a while after
-each run and would disturb one another across processes. End of input ends it, whatever it is doing.
+It reads requests from stdin and writes responses to stdout, each a JSON object on one line. Every request gets one
+response with the same `seq`; the first request is `hello`:
+
+    {"seq": 1, "op": "hello", "backend": "llamacpp", "device": "jetson_cpu"}
+
+All models that are measured in turns are open in this one process: the threads of an idle runtime spin for a while
+after each run, and would disturb the models of other processes. The agent ends when its input ends, whatever it is
+doing then.
 """
 
 import os
@@ -23,12 +28,12 @@ from dilap.core.errors import InvalidInput, Mismatch, Unavailable, reason_of
 from dilap.core.sqnr import kl_divergence
 from dilap.core.workload import Workload
 
-_GRACE_SECONDS = 3.0  # for a run that is under way when the requests end
-_IDLE_SECONDS = 900.0  # longer than any pause of the protocol: the link was lost without a word
+_GRACE_SECONDS = 3.0  # a run that is under way when the requests end may go on for so long
+_IDLE_SECONDS = 900.0  # the host never pauses so long between two requests: the link to it was lost
 
 
 class Agent:
-    """The open sessions and the operations on them; every `op_` method answers one request."""
+    """Holds the open models and answers requests: the method `op_NAME` answers those whose `op` is NAME."""
 
     def __init__(self) -> None:
         self._backend: backends.Backend | None = None
@@ -38,7 +43,7 @@ class Agent:
         self._last_sampled: int | None = None
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The response to one request; a failure is part of the response."""
+        """Return the response to one request; an error is reported in the response and never raised."""
         seq = request.get("seq")
         operation: Callable[..., dict[str, Any]] | None = getattr(self, f"op_{request.get('op')}", None)
         fields = {key: value for key, value in request.items() if key not in ("seq", "op")}
@@ -50,7 +55,10 @@ class Agent:
             return {"seq": seq, **_refusal(error)}
 
     def op_hello(self, *, backend: str, device: str, affinity: str | None = None) -> dict[str, Any]:
-        """Choose the cores, by a hexadecimal mask, and the runtime; answers who and what is here."""
+        """Choose the runtime, and the cores to run on (`affinity`, a hexadecimal mask).
+
+        The response has DiLAP's version and the fingerprint of this machine and the runtime.
+        """
         if affinity is not None:
             host.pin(affinity)  # before the runtime has threads
         if sys.platform == "win32":
@@ -64,9 +72,10 @@ class Agent:
     def op_load(
         self, *, path: str, sha256: str, workload: Mapping[str, Any], companions: Mapping[str, str] | None = None
     ) -> dict[str, Any]:
-        """Open a model and run it once; `peak_memory_bytes` is what it added to this process until then.
+        """Open a model and run it once. Raises Mismatch where a file's content is not the one that was sent.
 
-        `companions` are the other files that the runtime reads, by their names beside it, with their SHA-256.
+        `companions` are the other files that the runtime reads, which lie beside the model (name -> SHA-256). In the
+        response, `peak_memory_bytes` is what loading and running the model added to this process at the peak.
         """
         if self._backend is None:
             raise InvalidInput("load came before hello")
@@ -90,8 +99,11 @@ class Agent:
         }
 
     def op_sample(self, *, handle: int, n: int) -> dict[str, Any]:
-        """Time a model `n` times; also the CPU seconds that other processes took meanwhile, and the host's times where
-        the samples are a GPU's."""
+        """Time a model `n` times.
+
+        The response has the times (`samples_ns`), the CPU seconds that other processes used in the `seconds` meanwhile
+        (`other_seconds`), and where the times are a GPU's, those that the host saw (`host_ns`).
+        """
         session = self._session(handle)
         if handle != self._last_sampled:
             session.sample()  # untimed: the first run after another model's takes up to twice as long
@@ -103,7 +115,7 @@ class Agent:
         return {"samples_ns": samples, "host_ns": host_ns, "seconds": seconds, "other_seconds": other_seconds}
 
     def op_watch_memory(self, *, handle: int, n: int) -> dict[str, Any]:
-        """Run a model `n` times, untimed; the memory that it adds to this process on average meanwhile."""
+        """Run a model `n` times, untimed, and respond with the memory that it adds to this process on average."""
         session = self._session(handle)
         with host.MemoryWatch() as watch:
             for _ in range(n):
@@ -111,12 +123,15 @@ class Agent:
         return {"average_bytes": max(0, round(watch.average_bytes) - self._resident_before[handle])}
 
     def op_divergence(self, *, handle: int, other: int, tokens: list[int]) -> dict[str, Any]:
-        """How far another model's distribution of the next token is from a model's: the mean KL in nats over tokens."""
+        """Compare the next-token distributions of the models `other` and `handle` on the given tokens.
+
+        The response has the mean KL divergence over the tokens, in nats.
+        """
         model, changed = (self._session(one).logits(tokens, incremental=True) for one in (handle, other))
         return {"kl": kl_divergence(model, changed)}
 
     def op_memory(self) -> dict[str, Any]:
-        """The whole process's memory."""
+        """Respond with the memory that this whole process uses."""
         use = host.memory_use()
         return {
             "peak_bytes": use.peak_bytes,
@@ -125,7 +140,7 @@ class Agent:
         }
 
     def op_state(self) -> dict[str, Any]:
-        """The machine's clocks, temperatures and power, between timed runs and never during them."""
+        """Respond with the machine's clocks, temperatures and power: asked between timed runs, never during them."""
         return {"state": codec.encode(sensors.state())}
 
     def op_unload(self, *, handle: int) -> dict[str, Any]:
@@ -156,7 +171,7 @@ def _require_content(path: Path, sha256: str) -> None:
 
 
 def serve(requests: Iterable[str], responses: IO[str]) -> None:
-    """Answer until `bye` or the end of the requests."""
+    """Answer requests until one of them is `bye` or they end."""
     agent = Agent()
     for line in requests:
         try:
@@ -173,14 +188,15 @@ def serve(requests: Iterable[str], responses: IO[str]) -> None:
 def _line(answer: Mapping[str, Any]) -> str:
     try:
         return codec.to_json(answer, indent=None)
-    except InvalidInput as error:  # it holds NaN
+    except InvalidInput as error:  # the answer holds NaN
         return codec.to_json({"seq": answer["seq"], **_refusal(error)}, indent=None)
 
 
 def received(requests: IO[str], *, idle_seconds: float | None = _IDLE_SECONDS) -> Iterator[str]:
-    """The lines of `requests`, read beside the work, which is ended with them: nobody waits for its result then.
+    """Yield the lines of `requests`, which a thread reads so that their end is noticed while one is being answered.
 
-    Also where none came for `idle_seconds`, because a link may be lost without a word.
+    When they end, nobody waits for results any more: this process is killed `_GRACE_SECONDS` later if it still runs.
+    The lines also end when none came for `idle_seconds`, because a link may be lost without an end of the input.
     """
     lines: queue.Queue[str] = queue.Queue()
 
@@ -200,9 +216,10 @@ def received(requests: IO[str], *, idle_seconds: float | None = _IDLE_SECONDS) -
 
 
 def _end_group() -> None:
-    """End what still runs: a model that is being loaded or timed, and, in a group of our own, what that started.
+    """Kill this process, whatever it is loading or timing, and where it leads its process group, the whole group.
 
-    Elsewhere the group is the lease's, which ends with us.
+    On a remote device with a POSIX shell it does not lead: the script that started it there
+    (`dilap.profilers.links.shells`) kills the group as soon as this process has ended.
     """
     if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
@@ -210,7 +227,7 @@ def _end_group() -> None:
 
 
 def main() -> None:
-    # native libraries print to descriptor 1: the protocol moves to a copy, and the name 1 becomes stderr
+    # Native libraries print to descriptor 1, so the responses go to a copy of it, and 1 itself becomes stderr.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as responses:
         os.dup2(2, 1)
         serve(received(sys.stdin), responses)

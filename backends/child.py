@@ -1,4 +1,4 @@
-"""Native runtimes in a process of their own, so that one that dies takes nobody with it.
+"""Native runtimes in a process of their own, so that a crash there does not end this process.
 
 A crash inside llama.cpp or ONNX Runtime ends the whole process, in silence. Whatever exports, verifies or evaluates
 through such a library therefore opens its objects in a child:
@@ -6,9 +6,10 @@ through such a library therefore opens its objects in a child:
     with opened(Gguf, path, runtime="llamacpp", num_tokens=64) as file:
         file.logits(token_ids, incremental=False)
 
-`opened` gives a stand-in for the object in the child: its methods are called there, what its properties said when it
-was opened is kept here. Arguments and results are what JSON holds, paths and numpy arrays. When the child dies, the
-call raises Crashed, and the next one starts another child. There is one child for each runtime; it ends with us.
+`opened` returns a stand-in for the object in the child: calls of its methods run there; its properties are read once,
+when it is opened, and kept here. Arguments and results may be what JSON holds, paths and numpy arrays. When the child
+dies, the call raises Crashed, and the next `opened` or `called` starts another child. There is one child for each
+runtime; it ends when this process does.
 """
 
 import atexit
@@ -35,13 +36,13 @@ from dilap.core import errors
 from dilap.core.errors import Crashed, DilapError
 
 T = TypeVar("T")
-_PIPE_BYTES = 1 << 20  # a pipe's own 64 KiB make logits, 100 MB at a time, take half as long again
+_PIPE_BYTES = 1 << 20  # with the default of 64 KiB, logits (100 MB at a time) take half as long again
 _F_SETPIPE_SZ = 1031
 _PATH = "__path__"
 
 
 def opened(kind: Callable[..., T], *arguments: Any, runtime: str, **options: Any) -> T:
-    """An object of the class `kind`, made and kept in the child of the backend `runtime`.
+    """Make an object of the class `kind` in the child of the backend `runtime`, and return a stand-in for it.
 
     Raises what its constructor raises, and Crashed.
     """
@@ -49,13 +50,18 @@ def opened(kind: Callable[..., T], *arguments: Any, runtime: str, **options: Any
 
 
 def called(function: Callable[..., T], *arguments: Any, runtime: str, **options: Any) -> T:
-    """What a function of a module returns in the child of the backend `runtime`. Raises what it raises, and Crashed."""
+    """Call a module's function in the child of the backend `runtime` and return its result.
+
+    Raises what the function raises, and Crashed.
+    """
     return cast(T, _child(runtime).run(function, arguments, options))
 
 
 def obituary(runtime: str, status: int, doing: str, *, said: str = "") -> Crashed:
-    """The error for a process of a backend that ended with `status` (negative: of that signal) while `doing` something;
-    `said` is its last word."""
+    """Return the error for a backend's process that ended while it was `doing` something.
+
+    `status` is its exit status, or minus the number of the signal that killed it; `said` is the last line it printed.
+    """
     how = f"died of {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
     words = f" ({said})" if said else ""
     backend = backends.get(runtime)
@@ -70,15 +76,18 @@ def _signal_name(number: int) -> str:
 
 
 def python_environment() -> dict[str, str]:
-    """The environment of a Python that we start: it imports this very DiLAP, also from a checkout that is not
-    installed, and nothing from the current folder, which may be a downloaded model's."""
+    """Return the environment for a Python that we start.
+
+    It imports this very DiLAP, even from a checkout that is not installed, and nothing from the current folder, which
+    may be a downloaded model's.
+    """
     source = str(Path(dilap.__file__).resolve().parent.parent)
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1", "ORT_DISABLE_TELEMETRY": "1"}
 
 
 class _Child:
-    """A running child and what it is doing."""
+    """The process of one runtime, and the requests that are sent to it."""
 
     def __init__(self, runtime: str) -> None:
         self._runtime = runtime
@@ -93,7 +102,7 @@ class _Child:
             start_new_session=True,  # a Ctrl-C in the terminal is for us alone: the child ends when we do
         )
         assert self._process.stdout is not None
-        with contextlib.suppress(ImportError, OSError):  # Linux alone has it, and has a limit for all pipes together
+        with contextlib.suppress(ImportError, OSError):  # only Linux can, and it limits all pipes together
             importlib.import_module("fcntl").fcntl(self._process.stdout, _F_SETPIPE_SZ, _PIPE_BYTES)
 
     @property
@@ -127,7 +136,7 @@ class _Child:
         self._complaints.close()
 
     def _ask(self, request: Mapping[str, Any], doing: str) -> Any:
-        """One request and its response. Raises the error that the child reports, and Crashed where there is none."""
+        """Send a request and return the response. Raises the error that the child reports, or Crashed if it died."""
         assert self._process.stdin is not None
         line = json.dumps(request, default=_plain) + "\n"
         with self._lock:
@@ -149,7 +158,7 @@ class _Child:
 
 
 class _StandIn:
-    """Stands for an object in a child: methods run there, properties have the values from when it was opened."""
+    """Stands for an object in a child: its methods run there, its properties have the values from its opening."""
 
     def __init__(self, child: _Child, name: str, made: Mapping[str, Any]) -> None:
         self._child, self._name = child, name
@@ -167,7 +176,7 @@ class _StandIn:
         return method
 
     def close(self) -> None:
-        """Free the object; one whose child died is gone already."""
+        """Free the object; if its child died, it is gone already."""
         if self._child.is_alive:
             with contextlib.suppress(Crashed):
                 self._child.call(self._number, "close", (), {}, self._name)
@@ -186,7 +195,7 @@ _starting = threading.Lock()
 
 
 def _child(runtime: str) -> _Child:
-    """The living child of a backend."""
+    """Return the running child of a backend; start one where there is none."""
     with _starting:
         found = _children.get(runtime)
         if found is None or not found.is_alive:
@@ -214,7 +223,7 @@ def _file_name(arguments: tuple[Any, ...]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON does not know."""
+    """Turn a path or a numpy value into what JSON can hold."""
     if isinstance(value, Path):
         return {_PATH: str(value.absolute())}  # we may change the current folder; the child stays where it began
     if isinstance(value, np.integer):
@@ -229,7 +238,10 @@ def _with_paths(document: dict[str, Any]) -> Any:
 
 
 def _received(stream: IO[bytes]) -> tuple[dict[str, Any], "np.ndarray[Any, Any] | None"]:
-    """A response: a line of JSON, and the bytes of an array where it announces one. Raises EOFError."""
+    """Read a response: a line of JSON, and after it the bytes of an array where the line announces one.
+
+    Raises EOFError where the child has ended.
+    """
     line = stream.readline()
     if not line.endswith(b"\n"):
         raise EOFError
@@ -248,7 +260,7 @@ def _received(stream: IO[bytes]) -> tuple[dict[str, Any], "np.ndarray[Any, Any] 
 
 
 class _Server:
-    """The child's side: the objects that are open in it."""
+    """The child's side: keeps the open objects and answers the requests."""
 
     def __init__(self) -> None:
         self._objects: dict[int, Any] = {}
@@ -283,7 +295,7 @@ def _imported(name: str) -> Any:
 
 
 def _serve(requests: IO[str], responses: IO[bytes]) -> None:
-    """Answer until the requests end."""
+    """Answer requests until they end."""
     from dilap.backends.agent import received  # noqa: PLC0415  (the two read their requests in the same way)
 
     server = _Server()
@@ -306,7 +318,7 @@ def _serve(requests: IO[str], responses: IO[bytes]) -> None:
 
 
 def main() -> None:
-    # native libraries print to descriptor 1: the protocol moves to a copy, and the name 1 becomes stderr
+    # Native libraries print to descriptor 1, so the responses go to a copy of it, and 1 itself becomes stderr.
     with os.fdopen(os.dup(1), "wb") as responses:
         os.dup2(2, 1)
         _serve(sys.stdin, responses)

@@ -1,7 +1,7 @@
-"""What can be sensed of the machine this code is on, with the standard library alone.
+"""What the standard library alone can find out about the machine that this code runs on.
 
-Everything is read from Linux's /proc and /sys; where they are absent (Windows, macOS) a field is 0 or `unknown`
-and `BusyClock` returns None, so that a caller can say what it could not see.
+Everything is read from Linux's /proc and /sys. Where they are absent (Windows, macOS), a field is 0, empty or
+`unknown`, and `BusyClock` returns None, so that a caller can say what it could not see.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _CPUS = Path("/sys/devices/system/cpu")
 
 
 def fingerprint(backend: "Backend", *, device: str) -> Fingerprint:
-    """This machine, and the runtime as it is built here."""
+    """Return the fingerprint of this machine and of the runtime as it is built here."""
     return Fingerprint(
         device=device,
         machine=platform.machine().lower(),
@@ -44,7 +44,7 @@ def fingerprint(backend: "Backend", *, device: str) -> Fingerprint:
 
 
 def serial_sha256() -> str:
-    """What tells this machine from another of its kind, hashed; nothing where it does not say."""
+    """Return a hash that tells this machine from others of its kind; empty where it has no serial number."""
     for path in ("/proc/device-tree/serial-number", "/etc/machine-id"):
         if serial := _text(Path(path)).strip("\0"):
             return hashlib.sha256(serial.encode()).hexdigest()[:16]
@@ -52,7 +52,7 @@ def serial_sha256() -> str:
 
 
 def pin(mask: str) -> None:
-    """Run on the cores of a hexadecimal mask alone. Raises InvalidInput where the machine does not have them."""
+    """Run this process on the cores of a hexadecimal mask alone. Raises InvalidInput where the machine lacks them."""
     cores = int(mask, 16)
     if sys.platform == "win32":
         allowed = windows.pin(cores)
@@ -67,20 +67,20 @@ def pin(mask: str) -> None:
 
 
 def usable_cpus() -> tuple[int, ...]:
-    """The logical CPUs that this process may run on."""
+    """Return the logical CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))
 
 
 def num_physical_cores() -> int:
-    """Usable cores, the two hyper-threads of one counted once."""
+    """Return how many physical cores this process may use; the two hyper-threads of a core count once."""
     siblings = {_text(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in usable_cpus()}
     return len(siblings)
 
 
 def processor() -> str:
-    """The processor's marketing name, or the board's where the kernel only knows part numbers (Arm)."""
+    """Return the processor's marketing name, or the board's where the kernel knows only part numbers (Arm)."""
     for line in _text(Path("/proc/cpuinfo")).splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "model name":
@@ -90,14 +90,17 @@ def processor() -> str:
 
 
 def memory_bytes() -> int:
-    """Installed memory to the nearest 256 MiB: the part that a kernel keeps for itself changes with its version."""
+    """Return the installed memory in bytes, to the nearest 256 MiB.
+
+    It is rounded because the part of the memory that a kernel keeps for itself changes with its version.
+    """
     kilobytes = _fields(Path("/proc/meminfo")).get("MemTotal", 0)
     step = 256 << 20
     return round(kilobytes * 1024 / step) * step
 
 
 def last_level_cache_bytes() -> int:
-    """All caches of the highest level that the usable CPUs share; 0 where unknown."""
+    """Return the bytes of all caches of the highest level that the usable CPUs have; 0 where unknown."""
     found: dict[tuple[int, str], int] = {}
     for index in (path for cpu in usable_cpus() for path in (_CPUS / f"cpu{cpu}/cache").glob("index*")):
         size, level = _text(index / "size"), _text(index / "level")
@@ -109,7 +112,7 @@ def last_level_cache_bytes() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryUse:
-    """Resident memory of this process. Pages of a mapped model file count, but can be dropped by the kernel."""
+    """Resident memory of this process in bytes. Pages of a mapped file count, though the kernel can drop them."""
 
     peak_bytes: int
     anonymous_bytes: int
@@ -130,7 +133,7 @@ def memory_use() -> MemoryUse:
 
 
 class MemoryWatch:
-    """The resident memory of this process, looked at every few milliseconds by a thread while something runs."""
+    """Reads the resident memory of this process every few milliseconds, in a thread, while something else runs."""
 
     def __init__(self, *, interval_seconds: float = 0.005) -> None:
         self._interval_seconds = interval_seconds
@@ -158,7 +161,7 @@ class MemoryWatch:
 
 
 def reset_peak_memory_() -> None:
-    """Let the peak start from what is resident now; without effect where the kernel does not offer it."""
+    """Let the peak start again from what is resident now; without effect where the kernel does not offer it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -168,8 +171,8 @@ def reset_peak_memory_() -> None:
 class BusyClock:
     """CPU time that other processes, and the hypervisor, took from this machine.
 
-    The kernel counts machine time in ticks of 10 ms but our own to the nanosecond, so a short reading is off by
-    a tick or so either way: add several up before judging, and do not clamp them one by one.
+    The kernel counts the machine's time in ticks of 10 ms but our own to the nanosecond, so a short reading is off by
+    a tick or so either way: add several readings up before judging, and do not replace negative ones by 0.
     """
 
     def __init__(self) -> None:
@@ -177,7 +180,7 @@ class BusyClock:
         self._own = time.process_time()
 
     def lap(self) -> tuple[float, float | None]:
-        """Seconds since the last lap, and the CPU seconds others used in them (None where it cannot be read)."""
+        """Return the seconds since the last lap, and the CPU seconds that others used in them (None where unknown)."""
         wall, busy, own = time.monotonic(), _busy_seconds(), time.process_time()
         others = None if busy is None or self._busy is None else (busy - self._busy) - (own - self._own)
         seconds = wall - self._wall
@@ -186,7 +189,7 @@ class BusyClock:
 
 
 def _busy_seconds() -> float | None:
-    """All CPUs' time in user, nice, system, irq, softirq and steal."""
+    """Return the seconds of all CPUs in user, nice, system, irq, softirq and steal; None where unknown."""
     first = _text(Path("/proc/stat")).partition("\n")[0].split()
     if not first or first[0] != "cpu":
         return None
@@ -196,7 +199,7 @@ def _busy_seconds() -> float | None:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """The `Name:  123 kB` lines of a /proc file."""
+    """Return the `Name:  123 kB` lines of a /proc file, as name -> kB."""
 
     def pairs() -> Iterator[tuple[str, int]]:
         for line in _text(path).splitlines():

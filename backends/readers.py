@@ -1,4 +1,4 @@
-"""Artifacts that are open to be read from, each in its runtime's own process."""
+"""Open artifacts that read text to score it, each in its runtime's own process."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +17,10 @@ READERS = {
 
 
 def open_reader(name: str, path: Path, *, threads: int, switches: Mapping[str, str] | None = None) -> Reader:
-    """An artifact, to be read from; with those of the runtime's switches that change its numbers.
+    """Open an artifact to read text with it. Of `switches`, only those that change the computed numbers are used.
 
-    Raises Unavailable, Unsupported, InvalidInput where the file is damaged, and Crashed.
+    Raises Unavailable where the runtime cannot be used here, Unsupported for a runtime without a reader, InvalidInput
+    where the file is damaged, and Crashed where the runtime dies.
     """
     backend = backends.get(name)
     if reason := backend.unavailable():

@@ -1,6 +1,6 @@
-"""The state of the machine this code is on, as far as it says: Linux (Jetson's power modes too) and Windows.
+"""The state of the machine that this code runs on: Linux (with Jetson's power modes) and Windows.
 
-Readings that a kernel does not offer, or not to us, are left out.
+Readings that a kernel does not offer, or does not offer to our user, are left out.
 """
 
 import functools
@@ -19,7 +19,7 @@ _SYS = Path("/sys")
 
 
 def state() -> DeviceState:
-    """Now; takes a few milliseconds."""
+    """Return the current state; this takes a few milliseconds."""
     on_windows = sys.platform == "win32"
     ac_power, battery = windows.power() if on_windows else _linux_power()
     clocks, pinned = _clocks()
@@ -40,7 +40,10 @@ def state() -> DeviceState:
 
 
 def power_mode() -> str:
-    """By name, which means the same on every module: nvpmodel's (Jetson), powercfg's (Windows), or the governor."""
+    """Return the power mode's name: nvpmodel's (Jetson), powercfg's (Windows), or else the CPU frequency governor.
+
+    A name means the same on every Jetson module; the modes' numbers do not.
+    """
     if found := re.search(r"NV Power Mode: *(\S+)", _said("nvpmodel", "-q")):
         return found[1]
     if found := re.search(r"\(([^()]*)\)\s*$", _said("powercfg", "/getactivescheme")):
@@ -49,7 +52,7 @@ def power_mode() -> str:
 
 
 def text(path: Path) -> str:
-    """What a file of the kernel's says; nothing where it is not there or not for us."""
+    """Return the content of one of the kernel's files; empty where it is absent or we may not read it."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -66,7 +69,7 @@ def _program(name: str) -> str | None:
 
 
 def _said(name: str, *words: str) -> str:
-    """Standard output of a program; nothing where it is absent or fails."""
+    """Return the standard output of a program; empty where it is absent, cannot start or takes too long."""
     if _program(name) is None:
         return ""
     try:
@@ -82,7 +85,7 @@ def _affinity() -> str:
 
 
 def _clocks() -> tuple[dict[str, int], dict[str, int]]:
-    """Every clock in kHz, and those that may have one value only, with that value."""
+    """Return every clock in kHz, and the value of those that are pinned (their minimum is their maximum)."""
     gpus = sorted({*(_SYS / "class/devfreq").glob("*gpu*"), *(_SYS / "class/devfreq").glob("*ga10b*")})
     nodes = [(policy, "scaling_", 1) for policy in sorted((_cpus() / "cpufreq").glob("policy*"))]
     clocks, pinned = {}, {}

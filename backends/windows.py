@@ -1,25 +1,25 @@
-"""What is asked of Windows' kernel32, without which the standard library cannot say it: power, emulation, cores."""
+"""What only Windows' kernel32 can tell or do, and not Python's standard library: power, emulation, speed, cores."""
 
 import ctypes
 import sysconfig
 from typing import Any
 
-_NO_BATTERY = 255  # of SYSTEM_POWER_STATUS: unknown
+_NO_BATTERY = 255  # BatteryLifePercent of SYSTEM_POWER_STATUS where it is unknown
 _ARM64 = 0xAA64  # IMAGE_FILE_MACHINE_ARM64
-_POWER_THROTTLING = 4  # of PROCESS_INFORMATION_CLASS
+_POWER_THROTTLING = 4  # ProcessPowerThrottling, of the enumeration PROCESS_INFORMATION_CLASS
 _EXECUTION_SPEED = 1  # PROCESS_POWER_THROTTLING_EXECUTION_SPEED: EcoQoS
 
 
 class _PowerThrottling(ctypes.Structure):
-    """PROCESS_POWER_THROTTLING_STATE: a bit of `state` counts where `control` has it."""
+    """Windows' PROCESS_POWER_THROTTLING_STATE: only those bits of `state` count that are set in `control` too."""
 
     _fields_ = (("version", ctypes.c_ulong), ("control", ctypes.c_ulong), ("state", ctypes.c_ulong))
 
 
 def power() -> tuple[bool | None, float | None]:
-    """Whether it is plugged in, and the battery's percentage.
+    """Return whether the machine is plugged in, and the battery's percentage; None for what Windows does not know.
 
-    GetSystemPowerStatus: ACLineStatus, BatteryFlag and BatteryLifePercent are the first three bytes.
+    The first three bytes of what GetSystemPowerStatus writes are ACLineStatus, BatteryFlag and BatteryLifePercent.
     """
     status = (ctypes.c_ubyte * 12)()
     if not _kernel32().GetSystemPowerStatus(status):
@@ -28,10 +28,10 @@ def power() -> tuple[bool | None, float | None]:
 
 
 def is_emulated() -> bool:
-    """Whether Windows on Arm translates this process from another processor's code.
+    """Return whether Windows on Arm emulates another processor for this process.
 
-    IsWow64Process2 gives the machine of the process (0 where it is the native one) and that of the system. It calls an
-    x64 process native too, which the build of Python tells apart.
+    IsWow64Process2 gives the machine type of the process (0 for a native one) and that of the system. It calls an x64
+    process native too, so that the platform of the Python build has to decide.
     """
     process, native = ctypes.c_ushort(), ctypes.c_ushort()
     if not _kernel32().IsWow64Process2(_this_process(), ctypes.byref(process), ctypes.byref(native)):
@@ -40,7 +40,7 @@ def is_emulated() -> bool:
 
 
 def ask_full_speed() -> None:
-    """No EcoQoS, which Windows gives to what runs in the background, as everything over ssh does."""
+    """Switch off EcoQoS, by which Windows slows down what runs in the background, as everything over ssh does."""
     state = _PowerThrottling(version=1, control=_EXECUTION_SPEED, state=0)
     _kernel32().SetProcessInformation(
         _this_process(), _POWER_THROTTLING, ctypes.byref(state), ctypes.sizeof(_PowerThrottling)
@@ -48,7 +48,7 @@ def ask_full_speed() -> None:
 
 
 def pin(mask: int) -> bool:
-    """Run on the cores of `mask` alone; whether Windows allowed it."""
+    """Run this process on the cores of `mask` alone; return whether Windows allowed it."""
     return bool(_kernel32().SetProcessAffinityMask(_this_process(), ctypes.c_size_t(mask)))
 
 
@@ -58,5 +58,5 @@ def _kernel32() -> Any:
 
 
 def _this_process() -> ctypes.c_void_p:
-    """The handle that stands for the calling process."""
+    """Return the handle that stands for the calling process."""
     return ctypes.c_void_p(-1)

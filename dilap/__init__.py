@@ -1,11 +1,11 @@
-"""DiLAP: prune a network to a latency budget on the device that will run it, and prove it.
+"""DiLAP prunes a network to a latency budget on the device that will run it, and measures whether the budget is kept.
 
     import dilap
 
     result = dilap.prune("smollm2-135m", target="host_cpu", budget="70%", out="runs/mine")
 
-What stands in `__all__` is imported when it is first asked for, because torch takes seconds. `dilap.export` and
-`dilap.report` are packages as well as functions: called, they do what `dilap-export` and `dilap-report` do.
+The names in `__all__` are imported when they are first used, because importing torch takes seconds. `dilap.export` and
+`dilap.report` are packages that can also be called, and then do what the commands `dilap-export` and `dilap-report` do.
 """
 
 import importlib
@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
+# The module of each public name.
 _PLACES = {
     "compare": "dilap.job.api",
     "evaluate": "dilap.job.api",
@@ -26,7 +27,7 @@ _PLACES = {
     "DilapError": "dilap.core.errors",
     "Workload": "dilap.core.workload",
 }
-_PACKAGES = ("export", "report")  # of these names too
+_PACKAGES = ("export", "report")  # public functions whose names are also those of packages
 __all__ = ["__version__", *_PLACES]  # noqa: PLE0604 - names of functions and classes
 
 
@@ -43,7 +44,7 @@ def __dir__() -> list[str]:
 
 
 class _CallablePackage(ModuleType):
-    """A package that does, when it is called, what the function of its name does."""
+    """A package that can be called: the call goes to the public function of the same name, `dilap.report` for one."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         name = self.__name__.rpartition(".")[2]
@@ -51,7 +52,10 @@ class _CallablePackage(ModuleType):
 
 
 class _Face(ModuleType):
-    """This module; the import system sets a package as its attribute when the package is first imported."""
+    """The class of this module, which makes the packages in `_PACKAGES` callable.
+
+    The import system sets a package as an attribute of this module when the package is first imported.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _PACKAGES:

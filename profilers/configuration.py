@@ -16,20 +16,22 @@ from dilap.core.measurement import Interval, Measurement
 from dilap.core.workload import Workload
 from dilap.profilers.profiler import speedup
 
-# A configuration has to gain that much over the one that it replaces: less is not worth leaving a default for.
+# A configuration has to gain at least this much over the one that it replaces: less is not worth leaving a default.
 LEAST_GAIN = 0.01
-# Nats a token that a lossy switch, such as a quantised KV cache, may change: q8_0 weights change SmolLM2-135M by 0.005.
+# How far, in nats of KL per token, a lossy switch such as a quantised KV cache may move the model's predictions. For
+# comparison: q8_0 weights move those of SmolLM2-135M by 0.005.
 MAX_DIVERGENCE = 0.001
-_NUM_TOKENS = 64  # on which a lossy switch is judged
-# Models that were not measured side by side differ by the machine's day as well: starts of one model by up to 2 %.
+_NUM_TOKENS = 64  # tokens on which a lossy switch is judged
+# Added to the interval where two workloads were not measured side by side, because a machine is faster at some times
+# than at others: starts of one model differ by up to 2 %.
 _DAY = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A configuration that was tried beside the best one known then; a `speedup` above 1 is faster than that one.
+    """A configuration that was tried. `speedup` is relative to the best one known at that time: above 1 is faster.
 
-    `refused` says why it could not be used, where it could not.
+    `refused` says why it could not be used; it is empty where it could.
     """
 
     workload: Workload
@@ -40,8 +42,10 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """The `workload` in the fastest configuration that was found, the same in the runtime's `plain` defaults, and what
-    was tried."""
+    """The result of the search: the `workload` in the fastest configuration that was found, and what was tried.
+
+    `plain` is the same workload in the runtime's defaults.
+    """
 
     workload: Workload
     plain: Workload
@@ -53,20 +57,20 @@ class Configuration:
 
 
 class World(Protocol):
-    """What the search for a configuration asks of the world: one model on one device."""
+    """What the search needs: one model on one device, timed and compared in several configurations."""
 
     def compare(self, base: Workload, others: Sequence[Workload]) -> list[tuple[float, Interval]]:
-        """Seconds of each of the others, and how many times faster than `base` it is."""
+        """Return for each of `others` its seconds, and how many times faster than `base` it is."""
 
     def divergence(self, base: Workload, other: Workload) -> float | None:
-        """Mean KL in nats a token of the model under `other` from the same under `base`; None where it is unknown.
+        """Return the mean KL, in nats per token, of the model under `other` from that under `base`; None if unknown.
 
         Raises Unsupported or InvalidInput where the runtime refuses the configuration.
         """
 
 
 def thread_counts(most: int) -> tuple[int, ...]:
-    """All cores, one fewer, which leaves one to the rest of the system, and half of them."""
+    """Return how many threads to try: `most`, one fewer, which leaves a core to the system, and half as many."""
     return tuple(dict.fromkeys(count for count in (most, most - 1, most // 2) if count >= 1))
 
 
@@ -78,7 +82,7 @@ def find_fastest(
     world: World,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Configuration:
-    """From the plain defaults, take the change that gains most, until none gains LEAST_GAIN or more.
+    """Start from the plain defaults and take the change that gains most, until none gains LEAST_GAIN or more.
 
     Every round measures the best configuration known and all that differ from it in one switch, or in the number of
     threads; what was clearly slower in one round is not tried again.
@@ -109,7 +113,7 @@ def find_fastest(
 
 
 def _changes(base: Workload, backend: Backend, threads: Sequence[int]) -> Iterator[tuple[tuple[str, str], Workload]]:
-    """Every configuration that differs from `base` in one thing, under the name of that thing."""
+    """Yield every configuration that differs from `base` in one setting, with the name and value of that setting."""
     for name, (default, *others) in backend.switches().items():
         for value in (default, *others):
             if value != base.switches.get(name, default):
@@ -122,7 +126,7 @@ def _changes(base: Workload, backend: Backend, threads: Sequence[int]) -> Iterat
 
 
 def _refusal(plain: Workload, workload: Workload, backend: Backend, world: World) -> str:
-    """Why a configuration cannot be used: the runtime refuses it, or the model would compute something else."""
+    """Return why a configuration cannot be used: the runtime refuses it, or the model changes too much; else empty."""
     if not any(name in workload.switches for name in backend.lossy_switches):
         return ""
     try:
@@ -138,7 +142,7 @@ def _refusal(plain: Workload, workload: Workload, backend: Backend, world: World
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredWorld:
-    """The real thing: `measure` times workloads of one model side by side, `diverge` compares two of them."""
+    """A `World` that measures: `measure` times workloads of one model side by side, `diverge` compares two of them."""
 
     backend: Backend
     vocab_size: int
@@ -159,7 +163,7 @@ class MeasuredWorld:
         return [found[index] for index in range(len(others))]
 
     def _apart(self, base: Workload, other: Workload) -> tuple[float, Interval]:
-        """Of two workloads that one process cannot hold: one after the other, and again the other way round."""
+        """Compare two workloads that one process cannot hold: one after the other, and again in the reverse order."""
         order = (base, other, other, base)
         seconds = [self.measure([workload])[0].seconds() for workload in order]
         ratios = sorted((seconds[0] / seconds[1], seconds[3] / seconds[2]))

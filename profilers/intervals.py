@@ -1,13 +1,15 @@
 """95 % confidence intervals of what was measured, from what differs between its independent parts.
 
-Samples of one process are not independent, and neither are their rounds. Seen on a two-core virtual machine
-(SmolLM2-135M, llama.cpp, f16, decode at context 256, dense and with narrower FFNs, 10 fresh starts of 50 rounds): ranks
-of samples in a row are correlated by 0.4 to 0.8, of the medians of rounds in a row by 0.2 to 0.9, of their paired
-ratios by 0.0 to 0.3. Every start has a level of its own beside that: medians of starts differ by 6.7 % (standard
-deviation; 5.9 % beyond the noise inside them), their paired ratios by 0.9 % (0.7 %). So the parts are fresh starts,
-each of which counts once, however many samples it has; Student's t makes up for their small number. A measurement with
-one start is parted into blocks of rounds instead: its intervals are about this start, and do not know of its level.
+The samples of one process are not independent, and neither are their rounds. Every start also has a level of its own.
+So the parts are the fresh starts, each of which counts once, however many samples it has; Student's t makes up for
+their small number. A measurement with one start is divided into blocks of rounds instead: its intervals are about this
+start alone, and do not know how far its level is from that of others.
 """
+
+# Seen on a two-core virtual machine (SmolLM2-135M, llama.cpp, f16, decode at context 256, dense and with narrower FFNs,
+# 10 fresh starts of 50 rounds): ranks of samples in a row are correlated by 0.4 to 0.8, of the medians of rounds in a
+# row by 0.2 to 0.9, of their paired ratios by 0.0 to 0.3. Medians of starts differ by 6.7 % (standard deviation; 5.9 %
+# beyond the noise inside them), their paired ratios by 0.9 % (0.7 %).
 
 import math
 import statistics
@@ -20,12 +22,12 @@ from scipy.special import stdtrit
 from dilap.core.measurement import Interval, quantile
 from dilap.core.workload import FRACTIONS, Statistic
 
-_BLOCKS = 8  # of rounds in a row, where there is one start; as many as a final measurement has starts
+_BLOCKS = 8  # blocks of rounds in a row, where there is one start; as many as a final measurement has starts
 _NORMAL = statistics.NormalDist()
 
 
 class Sampled(Protocol):
-    """What is asked of a measurement: its samples, the round of each, and the first round of every fresh start."""
+    """What an interval is computed from: samples, the round of each, and the first round of every fresh start."""
 
     @property
     def samples_ns(self) -> Sequence[int]: ...
@@ -36,11 +38,12 @@ class Sampled(Protocol):
 
 
 def latency(measurement: Sampled, statistic: Statistic = "p50") -> Interval:
-    """Seconds, by Woodruff's method for quantiles of clustered samples.
+    """Return the latency in seconds, by Woodruff's method for quantiles of clustered samples.
 
-    The share of samples below the quantile has an interval over the parts; the quantiles at its ends are the bounds. It
-    is never narrower than that of as many independent samples, nor than that of the same quantile of as many normal
-    numbers as there are parts, which spread like their medians: 8 starts have no sample beyond their own highest level.
+    The share of samples below the quantile differs between the parts, and so has an interval; the quantiles at the two
+    ends of that interval are the bounds. They are never narrower than those of two other intervals: that of as many
+    independent samples; and that of the same quantile of normal numbers, as many as there are parts and spread like the
+    parts' medians. The latter is needed because 8 starts have no sample beyond their own highest level.
     """
     samples, fraction = measurement.samples_ns, FRACTIONS[statistic]
     value = quantile(samples, fraction)
@@ -55,10 +58,11 @@ def latency(measurement: Sampled, statistic: Statistic = "p50") -> Interval:
 
 
 def ratio(first: Sampled, second: Sampled, statistic: Statistic = "p50") -> Interval:
-    """`first`'s latency over `second`'s, of two measurements that share rounds.
+    """Return `first`'s latency divided by `second`'s, for two measurements that share rounds.
 
-    A part's ratio of medians is paired: the median over its rounds of the ratio of both medians in the round. That of
-    p90 is the ratio of the quantiles of all its samples. Of several starts the geometric mean is taken.
+    For p50 the ratio of a part is paired: it is the median, over the part's rounds, of the ratio of the two medians in
+    a round. For p90 it is the ratio of the quantiles of all the part's samples. The ratios of several starts are joined
+    by their geometric mean.
     """
     by_round = [samples_by_round(one) for one in (first, second)]
     shared = sorted(by_round[0].keys() & by_round[1].keys())
@@ -71,7 +75,7 @@ def ratio(first: Sampled, second: Sampled, statistic: Statistic = "p50") -> Inte
 
 
 def samples_by_round(measurement: Sampled) -> dict[int, list[int]]:
-    """Nanoseconds."""
+    """Return the samples of every round, in nanoseconds."""
     found: dict[int, list[int]] = {}
     for number, sample in zip(measurement.rounds, measurement.samples_ns, strict=True):
         found.setdefault(number, []).append(sample)
@@ -92,7 +96,7 @@ def _num_starts(rounds: Iterable[int], first_rounds: Sequence[int]) -> int:
 
 
 def _parts(rounds: Sequence[int], first_rounds: Sequence[int]) -> list[int]:
-    """The part that each of the rounds belongs to: its start, or a block of rounds where all are of one start."""
+    """Return the part that each round belongs to: its start, or a block of rounds where all are of one start."""
     if _num_starts(rounds, first_rounds) > 1:
         return [bisect_right(first_rounds, number) for number in rounds]
     distinct = sorted(set(rounds))
@@ -109,7 +113,7 @@ def _grouped(values: Sequence[int], labels: Sequence[int]) -> list[list[int]]:
 
 
 def _half_width(values: Sequence[float]) -> float:
-    """Of the 95 % interval of the mean of independent values; 0 for a single one, which tells nothing of it."""
+    """Return half the 95 % interval of the mean of independent values; 0 for one value, which tells nothing of it."""
     if len(values) < 2:
         return 0.0
     return float(stdtrit(len(values) - 1, 0.975) * statistics.stdev(values) / math.sqrt(len(values)))

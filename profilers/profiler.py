@@ -24,7 +24,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryTaken:
-    """By a model that is loaded and run; no average where only the runtime's own programs run, as on a phone."""
+    """Memory that a model takes while it runs; no average where a runtime's own program runs it, as on a phone."""
 
     average_bytes: int | None
     peak_bytes: int
@@ -50,7 +50,7 @@ class Profiler:
         self._fingerprint: Fingerprint | None = None
 
     def fingerprint(self) -> Fingerprint:
-        """Of the device and the runtime there, asked once."""
+        """Return the fingerprint of the device and its runtime; the device is asked only once."""
         if self._fingerprint is None:
             with closing(self._device.open(self.backend)) as instrument:
                 self._fingerprint = instrument.fingerprint
@@ -59,7 +59,10 @@ class Profiler:
     def measure(
         self, cases: Sequence[Case], protocol: Protocol, *, progress: Progress | None = None
     ) -> list[Measurement]:
-        """Measure all cases interleaved, the first being the sentinel for drift; one Measurement a case."""
+        """Measure all cases interleaved, the first one as the sentinel for drift, and return one Measurement per case.
+
+        Raises Unfit where the device is in an unfit state, and Mismatch where it changes between two starts.
+        """
         contents = [_content(case.path) for case in cases]
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         starts: list[_Start] = []
@@ -93,14 +96,16 @@ class Profiler:
 
     @staticmethod
     def _overridden(measurement: Measurement) -> Measurement:
-        """Other load that came while it was measured is forced like that which was there before."""
+        """Mark other load that came during the measurement as forced, like load that was there before it."""
         if measurement.status != "contended":
             return measurement
         return dataclasses.replace(measurement, forced=(*measurement.forced, "other processes kept using the cores"))
 
     def memory(self, case: Case, *, runs: int = 50) -> MemoryTaken:
-        """What a model adds to a process of its own. A Measurement's peak is of a process that holds other models,
-        whose freed memory is used again."""
+        """Return the memory that a model adds to a process of its own.
+
+        A Measurement's peak is another number: its process holds other models, whose freed memory is used again.
+        """
         with closing(self._device.open(self.backend)) as instrument:
             loaded = instrument.load(case.path, workload=case.workload, **asdict(_content(case.path)))
             average = instrument.average_memory(loaded.handle, runs)
@@ -112,9 +117,9 @@ class Profiler:
             instrument.load(case.path, workload=case.workload, **asdict(_content(case.path)))
 
     def divergence(self, path: Path, workload: Workload, other: Workload, tokens: Sequence[int]) -> float | None:
-        """Mean KL in nats a token of a model under `other` from the same model under `workload`.
+        """Return the mean KL, in nats per token, of a model under `other` from the same model under `workload`.
 
-        None where the device does not show logits.
+        It is None where the device does not show logits.
         """
         content = asdict(_content(path))
         with closing(self._device.open(self.backend)) as instrument:
@@ -160,14 +165,14 @@ class Profiler:
 
 @dataclass(frozen=True, kw_only=True)
 class _Content:
-    """What a model's files must hold wherever they are loaded."""
+    """The SHA-256 that a model's file must have wherever it is loaded, and those of the files beside it."""
 
     sha256: str
     companions: dict[str, str]
 
 
 def _content(path: Path) -> _Content:
-    """Of the file as it is now, and of those beside it as its sidecar, where it has one, says."""
+    """Return the SHA-256 of the file as it is now, and those of its companions as its sidecar, if any, says."""
     sidecar = path.with_name("artifact.json")
     companions: dict[str, str] = {}
     if sidecar.exists():
@@ -224,7 +229,7 @@ def _measurement(
 
 
 def speedup(dense: Measurement, pruned: Measurement, statistic: Statistic = "p50") -> Interval:
-    """How many times faster `pruned` is, paired by rounds.
+    """Return how many times faster `pruned` is than `dense`, paired by rounds.
 
     Raises Mismatch for measurements that were not taken together.
     """
@@ -238,12 +243,10 @@ def speedup(dense: Measurement, pruned: Measurement, statistic: Statistic = "p50
 
 
 def budget_share(budget: Budget, dense: Measurement, pruned: Measurement) -> Interval:
-    """The share of the budget that `pruned` uses.
-
-    A budget relative to the dense model is judged on the paired ratio, from which the day's drift cancels; on one
-    shared machine the medians of the same run said 70.1 % of dense where the rounds said 67.7 %.
-    """
+    """Return the share of the budget that `pruned` uses; above 1, the budget is not kept."""
     if budget.fraction is not None:
+        # The paired ratio, because the machine's drift cancels in it: on one shared machine the medians of the same run
+        # said 70.1 % of dense where the rounds said 67.7 %.
         found = speedup(dense, pruned, budget.statistic)
         value, low, high = (1 / (one * budget.fraction) for one in (found.value, found.high, found.low))
     else:
@@ -254,10 +257,10 @@ def budget_share(budget: Budget, dense: Measurement, pruned: Measurement) -> Int
 
 
 def is_shown(interval: Interval) -> bool:
-    """Whether the interval of a speed-up excludes 1."""
+    """Return whether the interval of a speed-up excludes 1."""
     return not interval.low <= 1 <= interval.high
 
 
 def round_medians(measurement: Measurement) -> dict[int, float]:
-    """Nanoseconds by round."""
+    """Return the median of every round, in nanoseconds."""
     return {number: statistics.median(taken) for number, taken in intervals.samples_by_round(measurement).items()}

@@ -1,6 +1,10 @@
-"""How a measurement is taken, as numbers, and the loop that follows them.
+"""How a measurement is taken: a `Protocol` of numbers, and the loop that follows it.
 
-The loop sees a `Bench`, never a clock or a process, so that tests drive it with scripted noise.
+A *case* is one model under one workload. Cases are measured in turns, in *rounds* of a few samples of each, so that all
+of them meet the same machine. The *sentinel* is the case that tells whether the machine drifts. A *fresh start* is a
+measurement in a new process.
+
+The loop knows only a `Bench`, and no clock or process, so that tests can drive it with scripted noise.
 """
 
 import math
@@ -15,13 +19,14 @@ from dilap.core.measurement import Status, median_interval
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """Warm-up; interleaved rounds of a few samples of every open case; a rule to stop.
+    """The numbers that a measurement follows: warm-up, rounds of a few samples of every open case, a rule to stop.
 
-    `target_half_width` is that of the median's 95 % interval, relative. A round is dropped and repeated when the
-    sentinel case left its running median by more than `drift_tolerance` or the device throttled (after a rest that
-    doubles, and a short warm-up), or when other processes used more than `contention_share` of a core meanwhile. A
-    machine that drifts still after `max_back_offs` rests in a row has changed its speed, and measuring starts over.
-    Cases that are measured `together`, to be compared with one another, share all rounds; two cases always do.
+    A case is settled when half the width of its median's 95 % interval, relative to the median, is at most
+    `target_half_width`. A round is dropped and repeated when the sentinel left its running median by more than
+    `drift_tolerance` or the device throttled, or when other processes used more than `contention_share` of a core
+    meanwhile. Drift and throttling are followed by a rest, twice as long every time, and a short warm-up. A machine
+    that still drifts after `max_back_offs` rests in a row has changed its speed, and measuring starts over. Cases that
+    are measured `together`, to be compared with one another, share all rounds; two cases always do.
     """
 
     target_half_width: float = 0.01
@@ -45,12 +50,12 @@ class Protocol:
 
     @property
     def rest_seconds(self) -> float:
-        """One series of rests, from the first to the last: so much may be rested beside `max_seconds`."""
+        """Seconds of one whole series of rests; so much may be rested in addition to `max_seconds`."""
         return float(self.back_off_seconds * (2**self.max_back_offs - 1))
 
     @property
     def of_one_start(self) -> "Protocol":
-        """The effort of one of several starts, so that all of them together reach the target."""
+        """The protocol for one of the fresh starts, such that all of them together reach the target."""
         return replace(
             self,
             target_half_width=self.target_half_width * math.sqrt(self.fresh_starts),
@@ -60,29 +65,29 @@ class Protocol:
 
 
 TABLE = Protocol()
-# 8 starts: an interval comes from what differs between them (intervals.py). By Student's t its half is 2.48 of
-# their standard deviations wide with 3 starts, 0.84 with 8 and 0.72 with 10: 2.3 %, 0.8 % and 0.7 % of a paired ratio
-# on the machine named there. A start has 3 rounds or more, and 5 s a case at most: about 33 rounds are best where
-# loading takes 6 s, a round 0.13 s, and the paired ratios of rounds differ by 3 %.
+# Why 8 starts: the interval is computed from what differs between them (intervals.py). By Student's t, half its width
+# is 2.48 standard deviations of the starts with 3 of them, 0.84 with 8 and 0.72 with 10: 2.3 %, 0.8 % and 0.7 %
+# of a paired ratio on the machine named there. A start has at least 3 rounds, and takes at most 5 s a case: about 33
+# rounds are best where loading takes 6 s, a round 0.13 s, and the paired ratios of rounds differ by 3 %.
 FINAL = Protocol(
     target_half_width=0.005, min_samples=9, max_samples=800, max_seconds=40.0, fresh_starts=8, together=True
 )
 
 
 class Bench(typing.Protocol):
-    """What the loop needs of the world."""
+    """What the loop measures with: samples, a clock, and signs of trouble."""
 
     def sample(self, case: int, count: int) -> Sequence[int]:
-        """Time a case `count` times; nanoseconds."""
+        """Time a case `count` times and return the nanoseconds."""
 
     def other_load(self) -> float:
-        """Cores that other processes used while we sampled since the last call."""
+        """Return how many cores other processes used while we sampled since the last call."""
 
     def throttles(self) -> bool:
-        """Whether the device says that it slowed itself down since the last call."""
+        """Return whether the device says that it slowed itself down since the last call."""
 
     def now(self) -> float:
-        """Seconds on a clock that only moves forward."""
+        """Return the seconds of a clock that only moves forward."""
 
     def sleep(self, seconds: float) -> None:
         """Let the machine rest."""
@@ -111,10 +116,10 @@ def collect(
     first_round: int = 0,
     on_round: OnRound | None = None,
 ) -> list[Trace]:
-    """Measure all cases, interleaved.
+    """Measure all cases, interleaved, and return a trace of each.
 
-    Those that are measured together go on until all are settled, in an order that is turned round after each round
-    (ABBA), so that a drift hits all alike.
+    Cases that are measured together go on until all are settled, and their order is reversed after each round (ABBA),
+    so that a drift affects all alike.
     """
     run = _Run(bench, num_cases, protocol, sentinel=sentinel, first_round=first_round)
     for case in range(num_cases):
@@ -139,7 +144,7 @@ class _Run:
         self._dropped: list[list[tuple[int, int]]] = [[] for _ in range(num_cases)]
         self._unsettled_warm_ups: set[int] = set()
         self._sentinel_medians: list[float] = []
-        self._strays: list[float] = []  # the sentinel in drifting rounds in a row
+        self._strays: list[float] = []  # the sentinel's medians in the drifting rounds since the last good one
         self._shuffle = random.Random(protocol.seed + first_round)
         self._repeats = 0  # contended rounds in a row
         self._contended = False
@@ -163,7 +168,7 @@ class _Run:
                 return
 
     def unsettled(self) -> list[int]:
-        """The cases that still need samples."""
+        """Return the cases that still need samples."""
         return [case for case in range(len(self._kept)) if not self._is_settled(case)]
 
     def _is_settled(self, case: int) -> bool:
@@ -176,7 +181,7 @@ class _Run:
         return median_interval([sample for _, sample in self._kept[case]]).half_width
 
     def order(self) -> list[int]:
-        """The cases of the next round in their order; none when all are settled."""
+        """Return the cases of the next round in their order; none when all are settled."""
         cases = self.unsettled()
         if not cases:
             return []
@@ -198,8 +203,8 @@ class _Run:
         self.round_number += 1
 
     def _rest_(self, seconds: float, cases: Sequence[int]) -> None:
-        """Sleep, and warm up again: the first samples after a second of rest took 15 % longer, which looked like drift
-        and led to the next rest."""
+        """Sleep, and warm up again, because the first samples after a rest are slow."""
+        # After a second of rest they took 15 % longer, which looked like drift and led to the next rest.
         self._bench.sleep(seconds)
         self.rested_seconds += seconds
         for case in cases:
@@ -207,7 +212,7 @@ class _Run:
         self._bench.other_load()  # what happened meanwhile is no reason to drop a round
 
     def _pause(self, sentinel_median: float) -> float:
-        """Seconds to rest because the round just taken is dropped; 0 to keep it."""
+        """Return how many seconds to rest because the round just taken is dropped; 0 to keep it."""
         protocol = self._protocol
         if self._bench.other_load() > protocol.contention_share:
             if self._repeats < protocol.max_repeats:
@@ -251,7 +256,7 @@ class _Run:
         return [self._trace(case) for case in range(len(self._kept))]
 
     def _keep_all_(self) -> None:
-        """Also the dropped rounds, and of every case, so that the cases still share rounds."""
+        """Keep the dropped rounds too, those of every case, so that the cases still share rounds."""
         for kept, dropped in zip(self._kept, self._dropped, strict=True):
             kept[:] = sorted(dropped + kept, key=lambda taken: taken[0])
             dropped.clear()
@@ -268,7 +273,7 @@ class _Run:
         )
 
     def _course(self, case: int) -> tuple[Status, str]:
-        """What happened meanwhile that a reader must know."""
+        """Return the status of a case, and what happened meanwhile that a reader must know."""
         if self._contended:
             return "contended", "other processes kept using the cores; stop them, or use fewer threads, and repeat"
         protocol, count = self._protocol, len(self._kept[case])
@@ -285,10 +290,11 @@ class _Run:
 
 
 def judge(traces: Sequence[Trace], protocol: Protocol, *, half_width: float | None = None) -> tuple[Status, str]:
-    """Of one case's fresh starts together: the worst that happened, else too many outliers or too wide an interval.
+    """Return the status and note of a case from the traces of all its fresh starts.
 
-    `half_width` is that of the starts' interval; of one start the loop's own measure is taken, that of independent
-    samples.
+    They tell the worst that happened in a start, or else whether there are too many outliers or too wide an interval.
+    `half_width` is that of the interval over the starts, or None with one start: its samples are then taken as
+    independent, as in the loop.
     """
     for status in ("contended", "noisy"):
         for trace in traces:
@@ -309,7 +315,7 @@ def judge(traces: Sequence[Trace], protocol: Protocol, *, half_width: float | No
 
 
 def outlier_share(samples: Sequence[float]) -> float:
-    """The share of samples more than five robust sigmas above the median."""
+    """Return the share of samples that are more than five robust sigmas above the median."""
     middle = statistics.median(samples)
     sigma = 1.4826 * statistics.median(abs(sample - middle) for sample in samples)
     return sum(sample > middle + 5 * sigma for sample in samples) / len(samples)

@@ -1,1 +1,1 @@
-"""ExecuTorch through its Python bindings, or its runners on a phone."""
+"""ExecuTorch, through its Python bindings."""

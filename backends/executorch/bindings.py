@@ -8,14 +8,14 @@ from typing import Any
 
 from dilap.core.errors import Unavailable, reason_of
 
-MAX_CONTEXT = 2048  # tokens: a program reserves its KV cache for as many as it takes
+MAX_CONTEXT = 2048  # most tokens of a program, which reserves its KV cache for as many as it can take
 
 
 @functools.cache
 def bindings() -> Any:
-    """The low-level module, with the libraries that register attention, cache and quantised kernels in it.
+    """Return the low-level module; import the libraries that register attention, cache and quantised kernels in it.
 
-    Raises Unavailable.
+    Raises Unavailable where ExecuTorch cannot be loaded.
     """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # torchao lists the GPU libraries that it did not find

@@ -1,4 +1,4 @@
-"""The one way into an ExecuTorch program: a method of it, run on tokens at a position."""
+"""The only place that opens ExecuTorch programs: runs one method of a program on tokens at a position."""
 
 import importlib
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from dilap.core.errors import InvalidInput, reason_of
 
 
 class Program:
-    """One of a program's two methods: `forward` gives the last position's logits, `score` every one's."""
+    """One of a program's two methods: `forward` gives the last position's logits, `score` those of all positions."""
 
     def __init__(self, path: Path, *, method: str) -> None:
-        """Raises InvalidInput, in one line, where the file is damaged or has no such method."""
+        """Open the file. Raises InvalidInput, in one line, where it is damaged or has no such method."""
         if not path.is_file():
             raise InvalidInput(f"{path}: no such file")
         self._gives_all = method == "score"
@@ -42,20 +42,23 @@ class Program:
         self._method = self._program = None
 
     def constant(self, name: str) -> int:
-        """What one of the methods without inputs gives: `get_vocab_size`, say."""
+        """Return what one of the methods without inputs gives, such as `get_vocab_size`."""
         return int(self._program.load_method(name)([])[0])
 
     def run(self, inputs: tuple[Any, Any]) -> None:
-        """One run whose outputs nobody wants, as it is timed."""
+        """Run the method once without copying its outputs; this is what is timed."""
         self._method(inputs, clone_outputs=False)
 
     def logits_at(self, tokens: Sequence[int], *, position: int) -> NDArray[np.float32]:
-        """Logits (rows x vocabulary) after tokens that follow `position` others."""
+        """Return the logits (rows x vocabulary) of tokens that follow `position` others: one row, or one per token."""
         array: NDArray[np.float32] = self._method(inputs_of(tokens, position=position))[0].numpy()
         return array
 
     def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
-        """Logits (tokens x vocabulary); where a run gives the last position's, one pass is one for each prefix."""
+        """Return the logits (tokens x vocabulary) at all positions, token by token if `incremental`, else in one pass.
+
+        A method that gives the last position's logits alone is run once for every prefix instead of in one pass.
+        """
         ids = list(token_ids)
         if self._gives_all and not incremental:
             return self.logits_at(ids, position=0)
@@ -64,6 +67,6 @@ class Program:
 
 
 def inputs_of(tokens: Sequence[int], *, position: int) -> tuple[Any, Any]:
-    """`tokens` (1 x count) and `input_pos` (1): torch tensors, which is all that the bindings take."""
+    """Return `tokens` (1 x count) and `input_pos` (1) as torch tensors, the only ones that the bindings take."""
     torch = importlib.import_module("torch")
     return torch.tensor([list(tokens)]), torch.tensor([position])

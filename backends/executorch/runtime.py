@@ -1,8 +1,8 @@
 """ExecuTorch on the CPU: its XNNPACK delegate, through the Python bindings of its wheel.
 
 The bindings are linked against libtorch and load nothing without it (the torch-free runtime on PyPI is of an older
-ExecuTorch and lacks the attention and cache operators that our programs call), so torch is imported here after all:
-by the runtime, when it is first asked for, and never by this module.
+ExecuTorch and lacks the attention and cache operators that our programs call), so this runtime needs torch after all.
+It is imported when the bindings are first used, not with this module.
 """
 
 import importlib
@@ -25,11 +25,11 @@ from dilap.core.shape import Architecture
 from dilap.core.workload import Workload
 
 _PACKAGES = ("executorch", "torch")
-_open_sessions: set[int] = set()  # the thread pool is the process's, and must not change under a loaded program
+_open_sessions: set[int] = set()  # the process has one thread pool, which must not change under a loaded program
 
 
 class ExecuTorch:
-    """Programs (.pte) through ExecuTorch's runtime."""
+    """Runs programs (.pte files) in ExecuTorch's runtime."""
 
     name = "executorch"
     format = "pte"
@@ -38,8 +38,11 @@ class ExecuTorch:
     lossy_switches: frozenset[str] = frozenset()
 
     def unavailable(self) -> str | None:
-        """By the packages alone: importing torch takes seconds, and torchao, which comes with it, lists at length the
-        GPU libraries that it did not find."""
+        """Return which package is missing; None where all are installed.
+
+        Nothing is imported: torch takes seconds, and torchao, which comes with it, lists at length the GPU libraries
+        that it did not find.
+        """
         missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
         if missing:
             return f"ExecuTorch is not usable here (no {' and no '.join(missing)}); pip install executorch"
@@ -49,14 +52,14 @@ class ExecuTorch:
         return importlib.metadata.version("executorch")
 
     def build(self) -> str:
-        """The delegates that the runtime was built with; XNNPACK chooses its kernels by the processor at run time."""
+        """Return the machine type and the built-in delegates; XNNPACK chooses its kernels at run time."""
         return ", ".join([platform.machine(), *sorted(bindings()._get_registered_backend_names())])
 
     def precisions(self) -> tuple[str, ...]:
         return ("8da4w", "f32")
 
     def switches(self) -> Mapping[str, tuple[str, ...]]:
-        """None beside its threads."""
+        """Return none: only the number of threads can be chosen."""
         return {}
 
     def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:
@@ -122,8 +125,7 @@ class ExecuTorchSession:
 
 
 class ExecuTorchReader:
-    """A program's method `score`, which gives every position's logits, and the KV cache inside it; see
-    `dilap.backends.Reader`."""
+    """Reads text with a program's method `score`, which has a KV cache of its own; see `dilap.backends.Reader`."""
 
     def __init__(self, path: Path, *, threads: int) -> None:
         _use_threads(threads)
@@ -134,7 +136,7 @@ class ExecuTorchReader:
         _open_sessions.add(id(self))
 
     def reserve(self, num_tokens: int) -> None:
-        assert num_tokens <= self.max_tokens  # the room is the program's own
+        assert num_tokens <= self.max_tokens  # a program has reserved all its room
 
     def read(self, token_ids: Sequence[int], *, start: int, num_rows: int) -> NDArray[np.float32]:
         rows: list[NDArray[np.float32]] = []
@@ -150,7 +152,7 @@ class ExecuTorchReader:
 
 
 def _use_threads(count: int) -> None:
-    """Size the thread pool. Raises Unsupported where an open program runs in another number of threads."""
+    """Give the thread pool `count` threads. Raises Unsupported where an open program runs in another number."""
     library = bindings()
     if library._threadpool_get_thread_count() == count:
         return

@@ -1,4 +1,4 @@
-"""ExecuTorch's own reader of tokenizers."""
+"""ExecuTorch's own tokenizer, with which an exported tokenizer.json is checked."""
 
 import importlib
 from pathlib import Path
@@ -10,7 +10,7 @@ class ExecuTorchTokenizer:
     """A tokenizer.json as ExecuTorch's runner reads it."""
 
     def __init__(self, path: Path) -> None:
-        """Raises Unavailable, InvalidInput."""
+        """Read the file. Raises Unavailable without ExecuTorch's tokenizers, InvalidInput where they refuse it."""
         try:
             self._tokenizer = importlib.import_module("pytorch_tokenizers").CppHFTokenizer()
         except ImportError as error:
@@ -22,5 +22,5 @@ class ExecuTorchTokenizer:
             raise InvalidInput(f"{path}: ExecuTorch cannot load the tokenizer: {reason_of(error)}") from error
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids, without special tokens."""
+        """Return the token ids of a text, without special tokens."""
         return [int(token) for token in self._tokenizer.encode(text, 0, 0)]

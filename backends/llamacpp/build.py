@@ -37,8 +37,10 @@ _TUNED = ("-DCMAKE_C_FLAGS=-mtune=native", "-DCMAKE_CXX_FLAGS=-mtune=native")
 
 
 def cmake_args(machine: str, flags: Collection[str]) -> str:
-    """The value of CMAKE_ARGS for a processor; empty where llama.cpp's own choice is right: elsewhere than on x86-64
-    Linux, which is the only system that lists the flags."""
+    """Return the value of CMAKE_ARGS for a processor with these flags (as Linux names them).
+
+    It is empty, which leaves the choice to llama.cpp, elsewhere than on x86-64 Linux: only there flags are known.
+    """
     if machine not in ("x86_64", "AMD64") or not flags:
         return ""
     chosen = (f"-D{name}={'ON' if set(needed) <= set(flags) else 'OFF'}" for name, needed in _OPTIONS.items())
@@ -46,7 +48,7 @@ def cmake_args(machine: str, flags: Collection[str]) -> str:
 
 
 def cmake_args_here() -> str:
-    """The value of CMAKE_ARGS for the processor that this runs on."""
+    """Return the value of CMAKE_ARGS for the processor that this runs on."""
     return cmake_args(platform.machine(), _flags())
 
 

@@ -1,4 +1,4 @@
-"""A GGUF file as an exporter checks it and a tokenizer reads it: tokens, logits, and the quantiser."""
+"""A GGUF file opened by llama.cpp, to check its tokens and logits; and llama.cpp's quantiser."""
 
 import ctypes
 import os
@@ -20,17 +20,17 @@ FILE_TYPES = {"q8_0": 7, "q4_0": 2}  # LLAMA_FTYPE_MOSTLY_*
 class Gguf:
     """A GGUF file opened by llama.cpp on the CPU; `num_tokens` is the longest input of `logits`.
 
-    With an f32 KV cache and without flash attention, so that only the weights' precision is seen in the logits.
+    The KV cache is f32 and flash attention is off, so that only the weights' precision shows in the logits.
     """
 
     def __init__(self, path: Path, *, vocab_only: bool = False, num_tokens: int = 0) -> None:
-        """Raises InvalidInput, in one line, where a tensor or a key is missing or wrong."""
+        """Open the file. Raises InvalidInput, in one line, where a tensor or a key is missing or wrong."""
         self._context: Any = None
         self._lib = library()
         self._model: Any = load_model(path, vocab_only=vocab_only)
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self._num_tokens = num_tokens
-        # Half the cores: with all of them llama.cpp's spinning threads collapse under any other load (27 -> 730 ms).
+        # Half the cores: on all of them, any other load slows llama.cpp's spinning threads down (27 -> 730 ms).
         threads = max(1, (os.cpu_count() or 2) // 2)
         if num_tokens:
             try:
@@ -72,12 +72,15 @@ class Gguf:
 
     @property
     def beginning(self) -> int | None:
-        """The token before a text without context: its beginning, or else its end; None where neither is named."""
+        """The token that begins a text (the file's bos token, or else its eos token); None where it names neither."""
         tokens = (self._lib.llama_vocab_bos(self._vocab), self._lib.llama_vocab_eos(self._vocab))
         return next((int(token) for token in tokens if token >= 0), None)
 
     def tokens(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Token ids, with the special tokens that the file adds; special tokens in the text are recognised."""
+        """Return the token ids of a text, in which special tokens are recognised.
+
+        With `add_special`, they include the special tokens that the file says to add.
+        """
         data = text.encode()
         buffer = (ctypes.c_int32 * (len(data) + 8))()  # at most one token a byte, and a few added ones
         count = self._lib.llama_tokenize(self._vocab, data, len(data), buffer, len(buffer), add_special, True)
@@ -89,7 +92,10 @@ class Gguf:
         return text.decode(errors="replace")
 
     def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
-        """Logits (tokens x vocabulary): one pass, or its last quarter token by token through the KV cache."""
+        """Return the logits (tokens x vocabulary), computed in one pass.
+
+        If `incremental`, the last quarter of the tokens is run one by one through the KV cache instead.
+        """
         assert self._context, "opened without room for tokens"
         assert len(token_ids) <= self._num_tokens
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
@@ -111,7 +117,7 @@ class Gguf:
 
 
 def validate(path: Path) -> None:
-    """Open a GGUF file as llama.cpp does. Raises InvalidInput, in one line, where a tensor is missing or wrong."""
+    """Check that llama.cpp opens a file. Raises InvalidInput, in one line, where a tensor is missing or wrong."""
     Gguf(path, num_tokens=1).close()
 
 

@@ -1,6 +1,7 @@
-"""The head of a GGUF file, checked against the file's size: what a header counts must be there before it is read.
+"""The header of a GGUF file, checked against the file's size: what it counts must fit into the file before it is read.
 
-The readers take a header's word: an array of 2^62 values, or 2^31 blocks, keeps them busy until the memory is gone.
+Other readers trust the header: one that counts an array of 2^62 values, or 2^31 blocks, keeps them busy until the
+memory is used up.
 """
 
 import math
@@ -18,13 +19,13 @@ _STRING, _ARRAY = 8, 9
 _LENGTH = struct.Struct("<Q")
 _MAX_TEXT = 1 << 26  # bytes; a chat template has thousands
 _MAX_NAME = 1 << 16
-_SHORTEST_KEY, _SHORTEST_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8  # bytes
-_MIN_BITS = 1.5  # a weight takes at least, in any format of llama.cpp's
+_SHORTEST_KEY, _SHORTEST_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8  # bytes of an entry in the header
+_MIN_BITS = 1.5  # the fewest that a weight takes in any format of llama.cpp
 
 
 @dataclass(frozen=True, kw_only=True)
 class GgufHeader:
-    """`metadata` has the scalars, the texts and the arrays of numbers; `shapes` every tensor's."""
+    """What a header says: `metadata` by key (None for an array of texts), and every tensor's shape by name."""
 
     metadata: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
@@ -35,7 +36,7 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Raises InvalidInput where the file is no GGUF file, or holds less than its header counts."""
+    """Read the header. Raises InvalidInput for a file that is no GGUF file or holds less than its header counts."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _read(_Reader(data, path))
@@ -66,7 +67,7 @@ def _read(reader: "_Reader") -> GgufHeader:
 
 
 class _Reader:
-    """Reads on from where it stands; never further than there are bytes."""
+    """Reads a file piece by piece from its beginning, and never past its end."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self._data, self._path, self._at = data, path, 0
@@ -93,7 +94,7 @@ class _Reader:
         return self.take(length).decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
-        """Of one key; an array of texts is stepped over."""
+        """Return the value of one key; an array of texts is skipped, and None returned."""
         if kind in _SCALARS:
             return self.unpack(_SCALARS[kind])
         if kind == _STRING:

@@ -1,4 +1,4 @@
-"""The one binding of llama.cpp: its library, its log turned into our errors, models, contexts and batches."""
+"""The only binding to llama.cpp: its library, models, contexts and batches, and the errors in its log."""
 
 import ctypes
 import functools
@@ -20,7 +20,7 @@ _errors: deque[str] = deque(maxlen=20)  # llama.cpp's complaints: a load failure
 
 @functools.cache
 def library() -> Any:
-    """The low-level llama_cpp module. Raises Unavailable where it is not installed or cannot be loaded."""
+    """Return the low-level llama_cpp module. Raises Unavailable where it is not installed or cannot be loaded."""
     try:
         found = importlib.import_module("llama_cpp.llama_cpp")
     except (ImportError, OSError, RuntimeError) as error:
@@ -32,7 +32,7 @@ def library() -> Any:
 
 @functools.cache
 def _log_callback() -> Any:
-    """Kept for the life of the process: llama.cpp holds a bare pointer to it."""
+    """Return the callback that collects errors; it is kept for ever, because llama.cpp holds a bare pointer to it."""
 
     def record(level: int, text: bytes, _: object) -> None:
         if level == _ERROR_LEVEL:
@@ -42,16 +42,16 @@ def _log_callback() -> Any:
 
 
 def collect_errors() -> None:
-    """Send llama.cpp's log here, and forget what it said before."""
+    """Let llama.cpp log to this module, and forget what it logged before."""
     library().llama_log_set(_log_callback(), None)
     _errors.clear()
 
 
 def load_model(path: Path, *, repack: bool = True, vocab_only: bool = False) -> Any:
-    """A model on the CPU. Raises InvalidInput, in one line, where a tensor or a key is missing or wrong."""
+    """Load a model on the CPU. Raises InvalidInput, in one line, where a tensor or a key is missing or wrong."""
     if not path.is_file():
         raise InvalidInput(f"{path}: no such file")
-    read_header(path)  # llama.cpp takes a damaged header's word for counts
+    read_header(path)  # llama.cpp trusts the counts of a damaged header
     params = library().llama_model_default_params()
     params.load_mode = library().LLAMA_LOAD_MODE_MMAP  # one file open twice shares its pages
     params.n_gpu_layers, params.vocab_only = 0, vocab_only
@@ -73,7 +73,10 @@ def new_context(
     flash_attention: str = "auto",
     kv_cache: str = "f16",
 ) -> Any:
-    """`max_outputs` sizes the logits buffer; all tokens are one batch unless `batch_tokens` says less."""
+    """Return a context for `num_tokens` tokens. Raises Unsupported where llama.cpp cannot make one.
+
+    `max_outputs` is the number of rows in the logits buffer; all tokens are one batch unless `batch_tokens` says less.
+    """
     params = library().llama_context_default_params()
     params.n_ctx, params.n_batch = num_tokens, batch_tokens or num_tokens
     params.n_ubatch, params.n_outputs_max = params.n_batch, max_outputs
@@ -87,13 +90,13 @@ def new_context(
 
 
 def reason() -> str:
-    """llama.cpp's own words: the first error is the cause, the rest say where it was noticed."""
+    """Return llama.cpp's own message: its first error is the cause, the others say where it was noticed."""
     first = next(iter(_errors), "it gave no reason")
     return first.partition("error loading model: ")[2] or first
 
 
 def batch_of(tokens: Sequence[int]) -> Any:
-    """Tokens that continue sequence 0, with logits for the last one only."""
+    """Return a batch of tokens that continue sequence 0, with logits for the last one only."""
     array = (ctypes.c_int32 * len(tokens))(*tokens)
     batch = library().llama_batch_get_one(array, len(tokens))
     batch.owner = array  # the batch only points to it
@@ -101,7 +104,7 @@ def batch_of(tokens: Sequence[int]) -> Any:
 
 
 def fill_(batch: Any, tokens: Sequence[int], *, first_position: int, num_rows: int) -> None:
-    """Tokens of sequence 0 with logits for the last `num_rows`."""
+    """Fill `batch` with tokens of sequence 0 and ask for the logits of the last `num_rows`."""
     batch.n_tokens = len(tokens)
     for index, token in enumerate(tokens):
         batch.token[index] = token

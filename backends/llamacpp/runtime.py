@@ -18,8 +18,8 @@ from dilap.core.rules import Capabilities
 from dilap.core.shape import PRECISION_BITS, Architecture
 from dilap.core.workload import Workload
 
-# Its flash attention takes 18 % longer for a token of SmolLM2-135M with 256 before it (AMX Xeon, two threads); repacked
-# weights need memory of their own; a quantised cache is smaller. Which of them is faster depends on the machine.
+# With flash attention a token of SmolLM2-135M after 256 others takes 18 % longer in llama.cpp (AMX Xeon, two threads);
+# repacked weights need memory of their own; a quantised cache is smaller. What is faster depends on the machine.
 _SWITCHES = {
     "flash_attention": ("auto", "off"),
     "repack": ("on", "off"),
@@ -28,7 +28,7 @@ _SWITCHES = {
 
 
 class LlamaCpp:
-    """GGUF files through llama.cpp."""
+    """Runs GGUF files in llama.cpp."""
 
     name = "llamacpp"
     format = "gguf"
@@ -89,13 +89,13 @@ class LlamaCpp:
             raise InvalidInput(f"llama.cpp precision {precision!r} is unknown; use {', '.join(self.precisions())}")
         if architecture.num_positions:
             return Capabilities(unsupported="llama.cpp has no OPT architecture; use --backend onnxruntime")
-        if architecture.qk_norm:  # which llama.cpp's only architecture with widths per layer, `deci`, has no place for
+        if architecture.qk_norm:  # llama.cpp's only architecture with widths per layer, `deci`, has none
             return Capabilities(
                 per_layer_widths=False,
                 attention_removal=False,
                 ffn_removal=False,
                 ffn_multiple=32,
-                output_biases=False,  # its graph of Qwen3 adds none
+                output_biases=False,  # llama.cpp's graph of Qwen3 adds none
             )
         # 32: a quantisation block; one step for every precision keeps plans portable between them
         return Capabilities(ffn_multiple=32)
@@ -105,7 +105,7 @@ class LlamaCpp:
 
 
 class LlamaCppSession:
-    """One model and one context whose KV cache is left as the workload wants it before every sample."""
+    """One model and one context, whose KV cache has the workload's content before every sample."""
 
     def __init__(self, path: Path, workload: Workload) -> None:
         if workload.batch != 1:
@@ -238,7 +238,7 @@ class LlamaCppReader:
 
 
 def _setting(workload: Workload, switch: str) -> str:
-    """The value of a switch, llama.cpp's own default where the workload does not name it."""
+    """Return the value of a switch: llama.cpp's own default where the workload does not name it."""
     return workload.switches.get(switch, _SWITCHES[switch][0])
 
 

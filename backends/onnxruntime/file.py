@@ -1,4 +1,4 @@
-"""An ONNX file in ONNX Runtime, as far as an exporter needs it; without torch, for it runs in a process of its own."""
+"""An exported ONNX file in ONNX Runtime, to check its logits. Torch-free, for it runs in a process of its own."""
 
 import os
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class OnnxFile:
-    """An exported file in ONNX Runtime on the CPU, as any user of its names would run it."""
+    """An exported file, run on the CPU by the names of its inputs and outputs, as any other program would run it."""
 
     def __init__(self, path: Path, *, optimised: bool = True) -> None:
-        """Raises InvalidInput, in one line, where ONNX Runtime refuses the file."""
+        """Open the file. Raises InvalidInput, in one line, where ONNX Runtime refuses it."""
         self._session: Any = open_session(path, threads=max(1, (os.cpu_count() or 2) // 2), optimised=optimised)
 
     def __enter__(self) -> "OnnxFile":
@@ -33,7 +33,10 @@ class OnnxFile:
         self._session = None
 
     def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
-        """Logits (tokens x vocabulary): one pass, or its last quarter token by token through the KV cache."""
+        """Return the logits (tokens x vocabulary), computed in one pass.
+
+        If `incremental`, the last quarter of the tokens is run one by one through the KV cache instead.
+        """
         cache = {
             value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), _NUMPY_TYPES[value.type])
             for value in self._session.get_inputs()

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: decoders with the KV cache as inputs and outputs."""
+"""ONNX Runtime on the CPU, for decoders whose KV cache is among their inputs and outputs."""
 
 import json
 import random
@@ -20,15 +20,15 @@ from dilap.core.shape import Architecture
 from dilap.core.workload import Workload
 
 _PAST, _PRESENT = "past_key_values.", "present."
-# One token's attention in ONNX Runtime 1.31 on x86-64: 40 us a layer of SmolLM2-135M with 256 tokens before it, 23 us
-# without flash attention (306 and 191 us with 2048); a prompt is read faster with it from 1024 tokens on. Threads that
-# do not spin while they wait for work are woken for every operator.
+# Flash attention slows down single tokens: in ONNX Runtime 1.31 on x86-64, a token's attention in one layer of
+# SmolLM2-135M takes 40 us with it and 23 us without (256 tokens before it; with 2048, 306 and 191 us). Prompts of 1024
+# tokens or more are read faster with it. Threads that do not spin while they wait must be woken for every operator.
 _SWITCHES = {"flash_attention": ("on", "off"), "spinning": ("on", "off")}
-_MAX_TOKENS = 4096  # what the rotary tables of the models hold that a latency table is measured on
+_MAX_TOKENS = 4096  # positions in the rotary tables of the probe models, on which latency tables are measured
 
 
 class OnnxRuntime:
-    """ONNX files of DiLAP's exporter."""
+    """Runs the ONNX files that DiLAP's exporter writes."""
 
     name = "onnxruntime"
     format = "onnx"
@@ -47,7 +47,7 @@ class OnnxRuntime:
         return str(library().__version__)
 
     def build(self) -> str:
-        """Kernels are chosen by the processor at run time; what differs between builds are the providers."""
+        """Return the build and its execution providers; kernels are chosen by the processor at run time."""
         return f"{library().get_build_info()}, providers {', '.join(library().get_available_providers())}"
 
     def precisions(self) -> tuple[str, ...]:
@@ -80,7 +80,7 @@ class OnnxRuntime:
         return Capabilities(
             # 32: a quantisation block; one step for every precision keeps plans portable between them
             ffn_multiple=32,
-            # GroupQueryAttention takes heads in steps of 8, and turns them (rotary) in steps of 16
+            # GroupQueryAttention takes head sizes in steps of 8, and rotates them (rotary embedding) in steps of 16
             head_dim_multiple=8 if architecture.num_positions else 16,
             # a quantised embedding (GatherBlockQuantized) has whole blocks only
             hidden_multiple=1 if precision == "f32" else 32,
@@ -92,10 +92,10 @@ class OnnxRuntime:
 
 
 class OnnxRuntimeSession:
-    """One model, bound to one KV cache that every sample finds as the workload wants it.
+    """One model with a KV cache that has the workload's content before every sample.
 
-    Past and present are the same buffers: the attention operator writes the new rows in place, so nothing is copied,
-    and a sample that is run again overwrites its own rows.
+    The cache's inputs and outputs are the same buffers: the attention operator writes the new rows in place, so
+    nothing is copied, and every sample overwrites the rows of the one before it.
     """
 
     def __init__(self, path: Path, workload: Workload) -> None:
@@ -172,7 +172,7 @@ class _Model:
         self._session.run_with_iobinding(binding)
 
     def _read_vocab_size(self, path: Path) -> int:
-        """Raises InvalidInput for what is no decoder of DiLAP's exporter."""
+        """Return the size of the vocabulary. Raises InvalidInput for a file that is no decoder of DiLAP's exporter."""
         outputs = {value.name: value for value in self._session.get_outputs()}
         names = {*self._inputs, *outputs, *(value.name for value in self._session.get_overridable_initializers())}
         if missing := sorted({"input_ids", "attention_mask", "logits_to_keep", "logits"} - names):
@@ -180,7 +180,7 @@ class _Model:
         return int(outputs["logits"].shape[2])
 
     def new_cache(self, capacity: int) -> dict[str, Any]:
-        """Zeros for `capacity` tokens, by input name."""
+        """Return cache tensors of zeros with room for `capacity` tokens, by input name."""
         return {
             name: _tensor(np.zeros((1, value.shape[1], capacity, value.shape[3]), np.float32))
             for name, value in self._inputs.items()
@@ -188,7 +188,10 @@ class _Model:
         }
 
     def bind(self, cache: dict[str, Any], token_ids: Sequence[int], *, start: int, num_rows: int) -> tuple[Any, Any]:
-        """Tokens that follow `start` others, with the logits of the last `num_rows` (1 x rows x vocabulary)."""
+        """Bind tokens that follow `start` others. Return the binding and its logits, which a run fills.
+
+        The logits (1 x num_rows x vocabulary) are those of the last `num_rows` tokens.
+        """
         end = start + len(token_ids)
         feed = {
             "input_ids": np.array([token_ids], np.int64),
@@ -209,7 +212,7 @@ class _Model:
 
 
 def _context_length(path: Path) -> int:
-    """What the model was trained for, as the exporter says beside it. Raises InvalidInput."""
+    """Return the context length from the genai_config.json that lies beside the model. Raises InvalidInput."""
     config = path.with_name("genai_config.json")
     length = value_at(read_json(config), "model", "context_length")
     if type(length) is not int or not 0 < length <= MAX_TOKENS:
@@ -218,12 +221,12 @@ def _context_length(path: Path) -> int:
 
 
 def _setting(workload: Workload, switch: str) -> str:
-    """The value of a switch, ONNX Runtime's own default where the workload does not name it."""
+    """Return the value of a switch: ONNX Runtime's own default where the workload does not name it."""
     return workload.switches.get(switch, _SWITCHES[switch][0])
 
 
 def _tensor(array: NDArray[np.generic]) -> Any:
-    """Shares the array's memory."""
+    """Return an OrtValue that shares the array's memory."""
     return library().OrtValue.ortvalue_from_numpy(array)
 
 

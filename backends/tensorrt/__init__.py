@@ -1,1 +1,1 @@
-"""TensorRT: engines are built where they run, from ONNX."""
+"""TensorRT: engines are built from ONNX files on the device where they run."""

@@ -1,8 +1,8 @@
 """TensorRT's builder: the same code builds engines on a Jetson and checks on any machine that they can be built.
 
 An engine is bound to its TensorRT version and GPU, so it is built where it runs. TensorRT for RTX has the same parser,
-builder and profiles, and compiles for a named GPU generation without a GPU: that is the check. What differs between
-TensorRT 10.3 (JetPack 6), 10.16 (JetPack 7.2), 11 and TensorRT for RTX is settled in `Api` and nowhere else:
+builder and profiles, and compiles for a named GPU generation without a GPU: that is the check. The differences between
+TensorRT 10.3 (JetPack 6), 10.16 (JetPack 7.2), 11 and TensorRT for RTX are handled in `Api` and nowhere else:
 
     strong typing        a creation flag in 10, the only way in 11 (where the flag is gone or without effect)
     timing cache         TensorRT for RTX times nothing when it builds: it has none
@@ -27,7 +27,7 @@ from dilap.core.codec import written_aside
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported, reason_of
 from dilap.core.workload import Phase
 
-# Ampere for data centres, Jetson Orin's generation (SM87, which TensorRT for RTX does not know), Ada
+# Ampere for data centres; the generation of Jetson Orin (itself SM87, which TensorRT for RTX does not know); Ada.
 CHECKED_TARGETS = ("SM80", "SM86", "SM89")
 _OLDEST = (10, 3)
 _MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
@@ -40,7 +40,7 @@ _ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")
 
 @dataclass(frozen=True)
 class Api:
-    """One of TensorRT's Python modules."""
+    """One of TensorRT's Python modules, with what differs between them."""
 
     module: Any
 
@@ -58,7 +58,7 @@ class Api:
         return 0 if flag is None else 1 << int(flag)
 
     def set_target_(self, config: Any, target: str) -> None:
-        """Build for a GPU generation, such as SM86, that need not be here. Raises Unsupported."""
+        """Let `config` build for a GPU generation, such as SM86; no such GPU need be here. Raises Unsupported."""
         capability = getattr(self.module.ComputeCapability, target, None) if self.for_rtx else None
         if capability is None:
             raise Unsupported(f"{self.version} cannot build for {target} on another machine")
@@ -66,20 +66,20 @@ class Api:
         config.set_compute_capability(capability, 0)
 
     def timing_cache_(self, config: Any, stored: bytes) -> None:
-        """Give the builder what earlier builds measured; a cache of another version or GPU is started anew."""
+        """Give the builder what earlier builds measured, or an empty cache if that was another version or GPU."""
         if self.for_rtx:
             return
         if not config.set_timing_cache(config.create_timing_cache(stored), ignore_mismatch=False):
             config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
     def device_memory_bytes(self, engine: Any) -> int:
-        """What an execution needs beside weights, inputs and outputs."""
+        """Return the device memory that an execution needs beside weights, inputs and outputs."""
         return int(engine.device_memory_size_v2)
 
 
 @functools.cache
 def find_api(modules: tuple[str, ...] = _MODULES) -> Api:
-    """The TensorRT that is installed. Raises Unavailable."""
+    """Return the first of TensorRT's modules that can be used here. Raises Unavailable."""
     reasons = []
     for name in modules:
         try:
@@ -115,7 +115,7 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """A serialised engine. `activation_bytes` has a number a profile where the builder told them."""
+    """A serialised engine. `activation_bytes` has one number per profile, where the builder told them."""
 
     plan: Any
     num_bytes: int
@@ -128,8 +128,9 @@ class Built:
 class PhaseSummary:
     """An engine's layers in one phase.
 
-    `unfused_attention` are the softmax nodes whose attention is not one kernel; `joined` the matrices that TensorRT
-    multiplies together (q, k and v; gate and up), which is where TensorRT 10.13 was silently wrong at batch 1.
+    `fused_attention` counts the softmax nodes whose attention became one kernel, `unfused_attention` names the others.
+    `joined` are the matrices that TensorRT multiplies together (q, k and v; gate and up), which TensorRT 10.13 silently
+    did wrongly at batch 1.
     """
 
     phase: Phase
@@ -143,7 +144,7 @@ class PhaseSummary:
 
 @dataclass
 class _Log:
-    """What the builder said: errors, and at its most talkative the layers that it made."""
+    """The builder's messages: its errors, and the lines that describe the layers that it made."""
 
     errors: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
@@ -159,7 +160,7 @@ class _Log:
 
 
 def _logger(api: Api, log: _Log) -> Any:
-    """TensorRT's logger that writes into `log`: its class exists only where TensorRT does."""
+    """Return a logger that writes into `log`. Its class is made here, as its base class comes with TensorRT."""
     severe = (api.module.ILogger.Severity.ERROR, api.module.ILogger.Severity.INTERNAL_ERROR)
 
     class Logger(api.module.ILogger):  # type: ignore[misc, name-defined]
@@ -173,12 +174,12 @@ def _logger(api: Api, log: _Log) -> Any:
 
 
 def parse(onnx: Path, *, api: Api) -> None:
-    """See that TensorRT's parser takes the whole file. Raises InvalidInput."""
+    """Check that TensorRT's parser accepts the whole file. Raises InvalidInput."""
     _Parsed(onnx, api)
 
 
 class _Parsed:
-    """A network out of an ONNX file. TensorRT needs the parser and the builder to live as long as it."""
+    """A network read from an ONNX file, with its builder and parser, which must live as long as the network."""
 
     def __init__(self, onnx: Path, api: Api) -> None:
         self.log = _Log()
@@ -249,22 +250,22 @@ def _keep_timings(config: Any, path: Path) -> None:
 
 
 def layers_of_log(lines: Sequence[str]) -> tuple[Layer, ...]:
-    """The layers in the builder's log (`Name: X, LayerType: Y, ..., Metadata: [ONNX Layer: Z]...`)."""
+    """Return the layers in the builder's log (`Name: X, LayerType: Y, ..., Metadata: [ONNX Layer: Z]...`)."""
     matches = ((line, _LAYER.match(line)) for line in lines)
     return _layers([(found["name"], found["kind"], line) for line, found in matches if found])
 
 
 def layers_of_inspector(text: str) -> tuple[Layer, ...]:
-    """The layers in the engine inspector's JSON; an engine built without detail has names alone."""
+    """Return the layers in the engine inspector's JSON; an engine built without detail has names alone."""
     found = json.loads(text).get("Layers", [])
     described = [one if isinstance(one, dict) else {"Name": one} for one in found]
     return _layers([(one["Name"], one.get("LayerType", "unknown"), json.dumps(one)) for one in described])
 
 
 def _layers(described: Sequence[tuple[str, str, str]]) -> tuple[Layer, ...]:
-    """From (name, kind, everything that was said of it).
+    """Return the layers from (name, kind, the whole description) of each.
 
-    Only some layers of a compiled subgraph name their profile, but a subgraph belongs to one profile.
+    Only some layers of a compiled subgraph name their profile; the others have the same, as a subgraph has only one.
     """
     profiles: dict[str, int] = collections.defaultdict(int)
     for name, _, text in described:
@@ -277,13 +278,13 @@ def _layers(described: Sequence[tuple[str, str, str]]) -> tuple[Layer, ...]:
 
 
 def _subgraph(name: str) -> str:
-    """What a layer was compiled together with: its name ends in `_myl<subgraph>_<layer>`; else itself."""
+    """Return the subgraph that a layer belongs to if its name ends in `_myl<subgraph>_<layer>`, else its name."""
     found = _SUBGRAPH.search(name)
     return found[1] if found else name
 
 
 def inspect(engine: Any, *, api: Api) -> tuple[Layer, ...]:
-    """The layers of an engine that is open on its GPU."""
+    """Return the layers of an engine that is open on its GPU."""
     text: str = engine.create_engine_inspector().get_engine_information(api.module.LayerInformationFormat.JSON)
     return layers_of_inspector(text)
 
@@ -291,7 +292,7 @@ def inspect(engine: Any, *, api: Api) -> tuple[Layer, ...]:
 def summarise(
     all_layers: Sequence[Layer], phases: Sequence[Phase], *, activation_bytes: Sequence[int] = ()
 ) -> tuple[PhaseSummary, ...]:
-    """What became of the model in every phase, in the order of the engine's profiles."""
+    """Return a summary of the layers for every phase, in the order of the engine's profiles."""
     found = []
     for index, phase in enumerate(phases):
         layers = [layer for layer in all_layers if layer.profile == index]
@@ -317,5 +318,5 @@ def summarise(
 
 
 def _plain(name: str) -> str:
-    """A layer's name without profile and subgraph."""
+    """Return a layer's name without profile and subgraph."""
     return _SUBGRAPH.sub("", _PROFILE.sub("", name).replace(" ", ""))

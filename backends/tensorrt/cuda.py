@@ -1,7 +1,7 @@
-"""The few calls of the CUDA runtime that running an engine takes, through the library itself.
+"""The few calls of the CUDA runtime that running an engine takes, made to the library itself.
 
-JetPack always has libcudart and nothing else does: cuda-python would have to be installed there in the version of
-JetPack's CUDA. These functions and their signatures are the same from CUDA 11.4 to 13.
+JetPack always brings libcudart, while cuda-python would have to be installed there in the version of JetPack's CUDA.
+These functions and their signatures are the same from CUDA 11.4 to 13.
 """
 
 import ctypes
@@ -19,14 +19,14 @@ from dilap.core.errors import Unavailable
 
 _NAMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so", "/usr/local/cuda/lib64/libcudart.so")
 _COMPUTE_CAPABILITY = (75, 76)  # cudaDevAttrComputeCapabilityMajor, ...Minor
-_NAME_BYTES = 256  # of cudaDeviceProp, which begins with the name
+_NAME_BYTES = 256  # of the name, with which cudaDeviceProp begins
 _PROPERTIES_BYTES = 16384  # room for cudaDeviceProp, whose length changes with the version
 _TO_DEVICE, _TO_HOST = 1, 2  # cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost
 _CAPTURE_RELAXED = 2  # cudaStreamCaptureModeRelaxed: TensorRT may allocate while it is captured
 
 
 def _libraries() -> Iterator[str]:
-    """Where libcudart may be: the system, then NVIDIA's Python packages."""
+    """Yield where libcudart may be: in the system, then in NVIDIA's Python packages."""
     found = ctypes.util.find_library("cudart")
     yield from ([found] if found else [])
     yield from _NAMES
@@ -37,7 +37,7 @@ def _libraries() -> Iterator[str]:
 
 @functools.cache
 def load() -> "Cuda":
-    """The CUDA runtime with a GPU. Raises Unavailable."""
+    """Return the CUDA runtime, loaded once. Raises Unavailable where there is none, or no GPU."""
     for name in _libraries():
         try:
             library = ctypes.CDLL(name)
@@ -51,7 +51,7 @@ class Cuda:
     """The CUDA runtime and one stream. Pointers, streams, events and graphs are integers."""
 
     def __init__(self, library: Any) -> None:
-        """Raises Unavailable, in CUDA's own words, where no GPU can be used."""
+        """Make the stream. Raises Unavailable, in CUDA's own words, where no GPU can be used."""
         self._library = library
         library.cudaGetErrorString.restype = ctypes.c_char_p
         count = ctypes.c_int()
@@ -62,7 +62,7 @@ class Cuda:
         self.stream = self._made("cudaStreamCreate")
 
     def gpu(self) -> str:
-        """The GPU's name and compute capability, such as `Orin sm_87`."""
+        """Return the GPU's name and compute capability, such as `Orin sm_87`."""
         properties = ctypes.create_string_buffer(_PROPERTIES_BYTES)
         self._call("cudaGetDeviceProperties", properties, 0)
         name = properties.raw[:_NAME_BYTES].partition(b"\0")[0].decode()
@@ -74,7 +74,7 @@ class Cuda:
         return f"{name} sm_{numbers[0]}{numbers[1]}"
 
     def allocate(self, num_bytes: int) -> int:
-        """Zeroed device memory; at least a few bytes, as even an empty tensor needs an address."""
+        """Return the address of zeroed device memory; it is never empty, as even an empty tensor needs an address."""
         pointer = self._made("cudaMalloc", ctypes.c_size_t(max(256, num_bytes)))
         self._call("cudaMemset", ctypes.c_void_p(pointer), 0, ctypes.c_size_t(max(256, num_bytes)))
         return pointer
@@ -102,13 +102,13 @@ class Cuda:
         self._call("cudaEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(self.stream))
 
     def elapsed_ns(self, start: int, end: int) -> int:
-        """Between two events that have passed; resolution half a microsecond."""
+        """Return the nanoseconds between two events that have passed; the resolution is half a microsecond."""
         milliseconds = ctypes.c_float()
         self._call("cudaEventElapsedTime", ctypes.byref(milliseconds), ctypes.c_void_p(start), ctypes.c_void_p(end))
         return round(milliseconds.value * 1e6)
 
     def capture(self, work: Callable[[], None]) -> int:
-        """A graph of what `work` puts on the stream, ready to be launched."""
+        """Return a graph of what `work` puts on the stream, ready to be launched."""
         stream, graph = ctypes.c_void_p(self.stream), ctypes.c_void_p()
         self._call("cudaStreamBeginCapture", stream, _CAPTURE_RELAXED)
         try:
@@ -121,7 +121,7 @@ class Cuda:
         self._call("cudaGraphLaunch", ctypes.c_void_p(graph), ctypes.c_void_p(self.stream))
 
     def _made(self, function: str, *arguments: Any) -> int:
-        """What a function that makes something writes to its first argument."""
+        """Call a function that makes something, and return the handle that it writes to its first argument."""
         made = ctypes.c_void_p()
         self._call(function, ctypes.byref(made), *arguments)
         return made.value or 0

@@ -8,13 +8,13 @@ from dilap.core.errors import Mismatch, Unsupported
 from dilap.core.workload import Phase, Workload
 
 RECIPE_FILE = "recipe.json"
-MAX_TOKENS = 2048  # of a prompt and of a context: an engine reserves memory for its largest shapes
+MAX_TOKENS = 2048  # most tokens of a prompt and of a context: an engine reserves memory for its largest shapes
 SHAPE_INPUT = "logits_to_keep"  # the only input whose numbers decide shapes: TensorRT reads it on the host
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputRange:
-    """An input's smallest, most frequent and largest shape; of a shape input its smallest, ... values."""
+    """An input's smallest, most frequent and largest shape; for the shape input, these are values and no shapes."""
 
     minimum: tuple[int, ...]
     optimum: tuple[int, ...]
@@ -36,7 +36,7 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheInput:
-    """A key or value tensor of the KV cache, both of one shape but for its length."""
+    """One input with the keys or values of the KV cache: 1 x num_kv_heads x past tokens x head_dim."""
 
     name: str
     num_kv_heads: int
@@ -44,12 +44,13 @@ class CacheInput:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """`files` are the SHA-256 of the ONNX file and its external data.
+    """What a device needs to build an engine, run it and compare it with torch.
 
-    Shapes: decoding takes 1 token after 0 to `max_past` tokens, a prefill 1 to `max_prompt` tokens after none, batch 1.
-    `reference` names a safe .npz of `token_ids` and torch's `logits`, against which every new engine is compared on its
-    device, with `bound_db` as the least SQNR; None for probes, which are only timed. `tested` says which TensorRT
-    versions the format is meant for.
+    `files` are the SHA-256 of the ONNX file and its external data, by name. Decoding takes 1 token after 0 to
+    `max_past` tokens, a prefill 1 to `max_prompt` tokens after none; the batch is 1. `reference` names an .npz file,
+    read without pickle, with `token_ids` and torch's `logits`: every new engine is compared with them on its device,
+    and must reach an SQNR of `bound_db`. Probes, which are only timed, have no reference (None). `tested` says which
+    TensorRT versions the format is meant for.
     """
 
     precision: str
@@ -64,16 +65,15 @@ class Recipe:
     tested: tuple[str, ...]
 
     def shapes(self, *, num_tokens: int, past: int, kept: int) -> dict[str, tuple[int, ...]]:
-        """The shape of every input for one step, and the values of the shape input."""
+        """Return the shape of every input for one step; for the shape input, its values."""
         fixed = {"input_ids": (1, num_tokens), "position_ids": (1, num_tokens), SHAPE_INPUT: (kept,)}
         return fixed | {one.name: (1, one.num_kv_heads, past, self.head_dim) for one in self.cache}
 
     def profiles(self, workload: Workload | None = None) -> tuple[Profile, ...]:
-        """Decode and prefill; tuned for `workload` where one is given. Raises Unsupported beyond the limits.
+        """Return the profiles of decode and prefill, tuned for `workload` where one is given.
 
-        Without a reference only what the workload times is built: engines of probes are thrown away. Every profile
-        keeps a copy of the matrices, laid out for its kernels (TensorRT for RTX 1.7, 26.2 MB of weights: 29.5 MB with
-        the decode profile, 29.8 MB with the prefill one, 57.7 MB with both); one over both would be tuned for one.
+        A probe's recipe, which has no reference, gives only the profile of the workload's phase, because the engines
+        of probes are thrown away. Raises Unsupported for a workload beyond the recipe's limits.
         """
         work = workload or Workload()
         context, prompt = min(work.context, self.max_past), min(work.prompt_tokens, self.max_prompt)
@@ -83,12 +83,15 @@ class Recipe:
             "decode": self._profile("decode", (1, 0, 1), (1, context, 1), (1, self.max_past, 1)),
             "prefill": self._profile("prefill", (1, 0, 1), (prompt, 0, 1), (self.max_prompt, 0, self.max_prompt)),
         }
+        # Every profile keeps its own copy of the matrices, laid out for its kernels (TensorRT for RTX 1.7, 26.2 MB of
+        # weights: 29.5 MB with the decode profile, 29.8 MB with the prefill one, 57.7 MB with both). One profile over
+        # both phases would be tuned for only one of them.
         if workload is not None and self.reference is None:
             return (found[workload.phase],)
         return tuple(found.values())
 
     def _profile(self, phase: Phase, *steps: tuple[int, int, int]) -> Profile:
-        """From (tokens, past, kept) of the smallest, the most frequent and the largest step."""
+        """Return a profile from the (tokens, past, kept) of its smallest, most frequent and largest step."""
         low, middle, high = (self.shapes(num_tokens=new, past=past, kept=kept) for new, past, kept in steps)
         ranges = {name: InputRange(minimum=low[name], optimum=middle[name], maximum=high[name]) for name in low}
         return Profile(phase=phase, inputs=ranges)
@@ -104,7 +107,7 @@ class Recipe:
             )
 
     def require_files(self, folder: Path) -> None:
-        """Raises Mismatch where a file is not the one that the recipe was written for."""
+        """Raise Mismatch where a file is not the one that the recipe was written for."""
         for name, sha256 in self.files.items():
             path = folder / name
             if not path.is_file() or codec.file_sha256(path) != sha256:
@@ -113,12 +116,12 @@ class Recipe:
                 )
 
     def engine_key(self, profiles: tuple[Profile, ...], *, runtime: str, gpu: str) -> str:
-        """What an engine is bound to: the model's content, the shapes, the TensorRT version and the GPU."""
+        """Return a digest of all that an engine depends on: model content, shapes, TensorRT version and GPU."""
         document = [self.files, self.precision, [asdict(one) for one in profiles], runtime, gpu]
         return codec.digest(document)
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """The recipe beside a model. Raises InvalidInput where it is absent or damaged."""
+    """Read the recipe in a model's folder. Raises InvalidInput where it is absent or damaged."""
     path = folder / RECIPE_FILE
     return codec.decode(Recipe, codec.read_json(path), source=str(path))

@@ -1,8 +1,8 @@
-"""TensorRT on a Jetson's GPU: engines are built there, from ONNX, compared with torch once, and kept.
+"""TensorRT on a Jetson's GPU: engines are built there from ONNX files, compared with torch once, and kept.
 
-An engine lies in `engines/` beside its model, with a sidecar that binds it to the model's content, the shapes, the
-TensorRT version and the GPU; anything else is built anew. What TensorRT measures while it builds is kept in the user's
-cache, so that the next build of a like model is quick.
+An engine lies in `engines/` beside its model, with a sidecar file that says for which model content, shapes, TensorRT
+version and GPU it was built; for any others a new engine is built. What TensorRT measures while it builds is kept in
+the user's cache folder, so that the next build of a similar model is quick.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,9 +31,9 @@ _CACHE = Path(".cache") / "dilap"  # in the user's home
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSidecar:
-    """What an engine is bound to, and what became of the model in it.
+    """What an engine was built from and for, and what TensorRT made of the model.
 
-    `sqnr_db` is its distance from torch, None where it was not compared (a probe, or a device with trtexec alone).
+    `sqnr_db` is its SQNR against torch, None where it was not compared (a probe, or a device with trtexec alone).
     """
 
     key: str
@@ -47,7 +47,7 @@ class EngineSidecar:
 
 
 class TensorRT:
-    """ONNX files through engines that are built on the device."""
+    """Runs ONNX files by means of engines that are built on the device."""
 
     name = "tensorrt"
     format = "onnx"
@@ -64,7 +64,7 @@ class TensorRT:
         return None
 
     def version(self) -> str:
-        """Of the Python module, or of trtexec, which does not tell its number."""
+        """Return the Python module's version, or that of the package of trtexec, which does not tell its own."""
         try:
             return tensorrt_build.find_api().version
         except Unavailable:
@@ -79,7 +79,7 @@ class TensorRT:
         return _PRECISIONS
 
     def switches(self) -> Mapping[str, tuple[str, ...]]:
-        """None: its builder tries the kernels itself."""
+        """Return none: TensorRT's builder tries the kernels itself."""
         return {}
 
     def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:  # noqa: ARG002
@@ -98,9 +98,9 @@ class TensorRT:
         return Capabilities(ffn_multiple=8, max_tokens=MAX_TOKENS)
 
     def load(self, path: Path, workload: Workload) -> Session:
-        """Open the model's engine for the workload, built and compared with torch first where there is none yet.
+        """Open the model's engine for the workload; where there is none yet, build it and compare it with torch first.
 
-        Raises VerificationFailed where the engine does not compute what torch does; it is not kept then.
+        Raises VerificationFailed where the engine does not compute what torch does; such an engine is not kept.
         """
         if not path.is_file():
             raise InvalidInput(f"{path}: no such file")
@@ -117,7 +117,7 @@ class TensorRT:
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """One model under one workload on this device."""
+    """Opens the engine of one model under one workload on this device, and builds it where there is none."""
 
     path: Path
     recipe: Recipe
@@ -142,7 +142,7 @@ class _Job:
         return session
 
     def through_trtexec(self) -> Session:
-        """Without Python there are no logits: the engine is not compared, and its sidecar says so."""
+        """Use the program trtexec. It gives no logits, so the engine is not compared, and its sidecar says so."""
         gpu = cuda.load().gpu()
         engine_file, sidecar = self._files(gpu)
         if not sidecar.exists():
@@ -152,7 +152,7 @@ class _Job:
         return trtexec.TrtexecSession(engine_file, self.recipe, self.profiles, self.workload)
 
     def _files(self, gpu: str) -> tuple[Path, Path]:
-        """The engine and its sidecar, named after what they are bound to."""
+        """Return the paths of the engine and its sidecar, named by the digest of what the engine depends on."""
         key = self.recipe.engine_key(self.profiles, runtime=self.runtime, gpu=gpu)
         folder = self.path.parent / "engines"
         folder.mkdir(exist_ok=True)
@@ -164,7 +164,7 @@ class _Job:
     def _bind(
         self, sidecar: Path, gpu: str, *, engine: Any = None, api: Api | None = None, compared: float | None = None
     ) -> None:
-        """Written last: an engine without its sidecar is built again."""
+        """Write the sidecar. This is done last, because an engine without its sidecar is built again."""
         phases: tuple[PhaseSummary, ...] = ()
         memory = None
         if api is not None:
@@ -185,10 +185,11 @@ class _Job:
 
 
 def compare(session: Session, folder: Path, recipe: Recipe) -> float | None:
-    """The worse SQNR in dB of one pass and of decoding through the cache, against torch's logits in the folder.
+    """Return the SQNR in dB against torch's logits in the folder: the worse of one pass and of decoding by token.
 
-    TensorRT's fusions have been wrong without a word (10.13 joined q, k and v wrongly at batch 1), so no engine of a
-    real model is used unseen. None for probes, which have nothing to compare with. Raises VerificationFailed.
+    TensorRT has compiled models wrongly without an error (10.13 joined q, k and v wrongly at batch 1), so no engine of
+    a real model is used unchecked. Returns None for probes, which have nothing to be compared with. Raises
+    VerificationFailed below the recipe's bound.
     """
     if recipe.reference is None:
         return None
@@ -222,14 +223,14 @@ def _timing_cache(runtime: str, gpu: str) -> Path:
 
 
 def _package_version() -> str:
-    """Of the Debian package that trtexec comes from: engines are bound to it."""
+    """Return the version of the Debian package that trtexec comes from; an engine depends on it."""
     status = Path("/var/lib/dpkg/status")
     text = status.read_text(encoding="utf-8", errors="replace") if status.exists() else ""
     return package_version(text, "libnvinfer-bin")
 
 
 def package_version(status: str, package: str) -> str:
-    """The version of an installed package in dpkg's status file; `unknown` where it is not there."""
+    """Return the version of an installed package from dpkg's status file; `unknown` where it is not there."""
     for paragraph in status.split("\n\n"):
         fields: Sequence[str] = paragraph.splitlines()
         if f"Package: {package}" in fields:

@@ -16,9 +16,9 @@ _LOGITS = "logits"
 
 
 class EngineSession:
-    """Runs an engine. `host_ns` has, for every sample, the time that the host saw beside the GPU's own.
+    """Runs an engine. `host_ns` has the time that the host saw for every sample, beside the GPU's own time.
 
-    Input and output of the cache may not be the same memory (TensorRT gives wrong results then), so there are two sets
+    The cache's inputs and outputs may not be the same memory (TensorRT gives wrong results then), so there are two sets
     of cache buffers, and what was written in one step is read in the next without a copy.
     """
 
@@ -38,7 +38,7 @@ class EngineSession:
         self._start, self._end = cuda.new_event(), cuda.new_event()
 
     def sample(self) -> int:
-        """Nanoseconds of the GPU for one run of the workload, by CUDA events."""
+        """Return the GPU's nanoseconds for one run of the workload, measured by CUDA events."""
         if not self._prepared:
             self._prepare_()
         begin = time.perf_counter_ns()
@@ -71,7 +71,7 @@ class EngineSession:
         self._context = None
 
     def _prepare_(self) -> None:
-        """Bind the workload's shapes and put one run into a CUDA graph, which takes the launches off the CPU."""
+        """Bind the workload's shapes and record one run as a CUDA graph, which spares the CPU the single launches."""
         work = self._workload
         decode = work.phase == "decode"
         draw = np.random.default_rng(0)
@@ -81,7 +81,7 @@ class EngineSession:
         self._cuda.synchronise()
         try:
             self._graph = self._cuda.capture(self._enqueue)
-        except Unavailable:  # an engine with parts that run on the CPU; it is timed with its launches then
+        except Unavailable:  # parts of the engine run on the CPU: it is timed with its single launches
             self._graph = None
         self._prepared = True
 
@@ -117,21 +117,21 @@ class EngineSession:
             raise Unsupported(f"TensorRT failed on {self._workload.describe()}")
 
     def _read_logits(self, count: int) -> NDArray[np.float32]:
-        """Rows of logits as f32, whatever the engine's type is."""
+        """Return `count` rows of logits as f32, whatever the engine's precision is."""
         raw = np.empty((count, self._recipe.vocab_size), _STORED[self._recipe.precision])
         self._cuda.synchronise()
         self._cuda.to_host(raw, self._memory[_LOGITS][0])
         return widened(raw, precision=self._recipe.precision)
 
     def _cache_buffer(self, name: str, side: str) -> str:
-        """past_key_values.3.key and present.3.key share their buffers, of which there are two."""
+        """Return a cache buffer's name on `side` a or b: past_key_values.3.key and present.3.key share both buffers."""
         return f"{side}:{name.removeprefix('past_key_values.').removeprefix('present.')}"
 
     def _num_bytes(self, shape: Sequence[int]) -> int:
         return int(np.prod(tuple(shape))) * np.dtype(_STORED[self._recipe.precision]).itemsize
 
     def _buffer(self, name: str, num_bytes: int) -> int:
-        """Device memory of at least that size; a buffer that grows loses its content."""
+        """Return the address of the buffer `name`, of at least that size; a buffer that grows loses its content."""
         if name in self._memory and self._memory[name][1] >= num_bytes:
             return self._memory[name][0]
         if name in self._memory:
@@ -144,7 +144,7 @@ _STORED: dict[str, type[np.generic]] = {"f16": np.float16, "bf16": np.uint16, "f
 
 
 def widened(raw: NDArray[np.generic], *, precision: str) -> NDArray[np.float32]:
-    """Stored numbers as f32; bf16, which numpy has not, is the upper half of an f32."""
+    """Return stored numbers as f32; a bf16 number, a type that numpy lacks, is the upper half of an f32."""
     if precision == "bf16":
         return (raw.astype(np.uint32) << 16).view(np.float32)
     return raw.astype(np.float32)

@@ -24,16 +24,16 @@ from dilap.core.workload import Workload
 _PATH = "/usr/src/tensorrt/bin/trtexec"  # where JetPack's package libnvinfer-bin puts it, outside PATH
 BUILD_SECONDS = 3600.0  # a large model on the smallest Jetson
 _RUN_SECONDS = 300.0
-_BLOCK = 8  # samples a start: starting costs seconds, and interleaving wants short blocks
+_BLOCK = 8  # samples of one start: a start takes seconds, but models that are measured in turns need short blocks
 
 
 def find() -> str | None:
-    """The program's path; None where it is not installed."""
+    """Return the program's path; None where it is not installed."""
     return shutil.which("trtexec") or shutil.which(_PATH)
 
 
 def build_argv(program: str, onnx: Path, profiles: Sequence[Profile], *, engine: Path, timing_cache: Path) -> list[str]:
-    """Build and save an engine. The three shapes of a profile must follow its number directly."""
+    """Return the command that builds and saves an engine; a profile's three shapes must directly follow its number."""
     argv = [
         program,
         f"--onnx={onnx}",
@@ -55,7 +55,7 @@ def build_argv(program: str, onnx: Path, profiles: Sequence[Profile], *, engine:
 def time_argv(
     program: str, *, engine: Path, profile: int, step: Profile, inputs: Sequence[tuple[str, Path]], times: Path
 ) -> list[str]:
-    """Run an engine `_BLOCK` times and export the times; `inputs` are files with numbers for named inputs."""
+    """Return the command that runs an engine `_BLOCK` times and exports the times; `inputs` are (name, its file)."""
     return [
         program,
         f"--loadEngine={engine}",
@@ -73,15 +73,18 @@ def time_argv(
 
 
 def _spec(profile: Profile, end: str) -> str:
-    """`input_ids:1x1,past_key_values.0.key:1x3x256x64`; the shape input's numbers stand where others have shapes."""
+    """Return one `end` of a profile's ranges as trtexec reads them: `input_ids:1x1,past_key_values.0.key:1x3x256x64`.
+
+    For the shape input, its values stand where the others have shapes.
+    """
     ranges: dict[str, InputRange] = profile.inputs
     return ",".join(f"{name}:{'x'.join(map(str, getattr(one, end)))}" for name, one in ranges.items())
 
 
 def read_times(path: Path) -> list[tuple[int, int]]:
-    """(GPU, host) nanoseconds of every run in a file of `--exportTimes`. Raises InvalidInput.
+    """Return the (GPU, host) nanoseconds of every run in a file of `--exportTimes`. Raises InvalidInput.
 
-    The GPU's time is `computeMs`, between CUDA events; the host's from the start of the launch to the end of the work.
+    The GPU's time is `computeMs`, between CUDA events; the host's lasts from the launch's start to the work's end.
     """
     source = f"{path}: not the times that trtexec exports"
     runs = checked(tuple[dict[str, Any], ...], parse_json(read_text(path), source=str(path)), source=source)
@@ -112,7 +115,7 @@ def build(onnx: Path, profiles: Sequence[Profile], *, engine: Path, timing_cache
 
 
 class TrtexecSession:
-    """Times an engine; every start gives a block of samples. It cannot give logits."""
+    """Times an engine; every start of trtexec gives a block of samples. It cannot give logits."""
 
     def __init__(self, engine: Path, recipe: Recipe, profiles: Sequence[Profile], workload: Workload) -> None:
         program = find()
@@ -133,7 +136,7 @@ class TrtexecSession:
         self.host_ns: list[int] = []
 
     def sample(self) -> int:
-        """Nanoseconds of the GPU for one run of the workload."""
+        """Return the GPU's nanoseconds for one run of the workload."""
         if not self._samples:
             _run(self._argv, seconds=_RUN_SECONDS)
             self._samples.extend(read_times(self._times))
@@ -151,7 +154,7 @@ class TrtexecSession:
 
 
 def _write_inputs(folder: Path, recipe: Recipe, workload: Workload) -> list[tuple[str, Path]]:
-    """Tokens and positions: the random numbers that trtexec makes itself are no tokens."""
+    """Write files of tokens and positions, because the random numbers that trtexec would make are no tokens."""
     decode = workload.phase == "decode"
     count, past = (1, workload.context) if decode else (workload.prompt_tokens, 0)
     tokens = np.random.default_rng(0).integers(0, recipe.vocab_size, count)

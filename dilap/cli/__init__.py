@@ -1,5 +1,5 @@
-"""The commands: arguments into dataclasses, calls, a short table or JSON.
+"""The commands: they turn arguments into options, call a job, and print a short table or JSON.
 
 Each file has a `main`, which pyproject.toml names: `dilap-prune` is `dilap.cli.prune:main`.
-Nothing else imports from here.
+No other package of DiLAP imports from here.
 """

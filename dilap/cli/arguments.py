@@ -21,6 +21,7 @@ from dilap.profilers.instruments.runners import RUNNERS
 
 
 def parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """Return a parser that has --version, and examples and exit codes in its help."""
     made = argparse.ArgumentParser(
         description=description,
         epilog=f"examples:\n{examples}\n\n{EXIT_CODES}",
@@ -31,7 +32,7 @@ def parser(description: str, examples: str) -> argparse.ArgumentParser:
 
 
 class Several(argparse.Action):
-    """A list whose items stand apart by spaces or by commas, each once."""
+    """An argument with several items, separated by spaces or commas; an item that is repeated counts once."""
 
     def __init__(self, *, convert: Callable[[str], object] = str, **keywords: Any) -> None:
         super().__init__(nargs="+", **keywords)
@@ -46,7 +47,7 @@ class Several(argparse.Action):
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
-    """An argument's type: whole numbers that make sense, so that none too large is ever computed with."""
+    """Return an argument's type: whole numbers from `least` to `most`, so that no absurd number is computed with."""
 
     def parse(text: str) -> int:
         try:
@@ -61,7 +62,7 @@ def whole(least: int, most: int) -> Callable[[str], int]:
 
 
 def share(text: str) -> float:
-    """An argument's type: a number from 0 to 1."""
+    """Parse an argument that is a number from 0 to 1."""
     try:
         value = float(text)
     except ValueError:
@@ -112,7 +113,7 @@ def add_workload(to: argparse.ArgumentParser) -> None:
 
 
 def add_devices(to: argparse.ArgumentParser) -> None:
-    """Where the device is, and what may stand for it."""
+    """Add the options that say where the device is, and --estimate, which needs no device."""
     group = add_device_access(to)
     group.add_argument(
         "--estimate",
@@ -136,12 +137,12 @@ def add_device_access(to: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
 
 
 def registry_of(arguments: argparse.Namespace) -> Registry:
-    """The user's devices; the presets alone where there is no file. Raises InvalidInput."""
+    """Return the user's devices, or only the presets where there is no file of devices. Raises InvalidInput."""
     return known_devices(new_path(arguments.devices) if arguments.devices else None)
 
 
 def devices_of(arguments: argparse.Namespace, name: str) -> tuple[Device, ...]:
-    """The devices of that name, with the runner that was given; the first is the target. Raises InvalidInput."""
+    """Return the devices called `name` with the runner that was given; the first is the target. Raises InvalidInput."""
     return tuple(_with_runner(device, arguments.runner) for device in registry_of(arguments).group(name))
 
 
@@ -154,7 +155,7 @@ def _with_runner(device: Device, runner: str | None) -> Device:
 
 
 def workload_of(arguments: argparse.Namespace, *, device: Device, backend: str) -> Workload:
-    """Raises InvalidInput for impossible numbers."""
+    """Return the workload that the arguments ask for. Raises InvalidInput for impossible numbers."""
     threads = arguments.threads if arguments.threads is not None else device.default_threads()
     try:
         return Workload(
@@ -169,12 +170,12 @@ def workload_of(arguments: argparse.Namespace, *, device: Device, backend: str) 
 
 
 def threads_tried(arguments: argparse.Namespace, *, device: Device) -> tuple[int, ...]:
-    """The numbers of threads to choose from."""
+    """Return the numbers of threads to choose from: the one that was asked for, or all cores and fewer."""
     return thread_counts(device.default_threads()) if arguments.threads is None else (arguments.threads,)
 
 
 def backend_of(arguments: argparse.Namespace, *, device: Device) -> str:
-    """The chosen runtime, or the device's first."""
+    """Return the name of the chosen runtime, or of the device's first."""
     return str(arguments.backend or next(iter(device.backends)))
 
 

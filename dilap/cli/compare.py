@@ -1,4 +1,4 @@
-"""dilap-compare: every method at the same measured latency, before and after the same recovery."""
+"""dilap-compare: compare pruning methods at the same measured latency, before and after the same recovery."""
 
 import argparse
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _ListMethods(argparse.Action):
-    """Prints the methods and leaves, like --version."""
+    """An option that prints the methods and exits, like --version."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         width = max(map(len, METHODS))
@@ -86,7 +86,7 @@ def _command() -> int:
     base = job_options(given, device=devices[0], budget=budgets[0])
     default = f"compare-{name_of(given.model)}-{given.target}"
     out = arguments.new_path(given.out) if given.out else home_of(given.model) / "runs" / default
-    from dilap.job.compare import compare  # torch and transformers: seconds that bad input should not cost
+    from dilap.job.compare import compare  # importing torch takes seconds: bad input is refused first
 
     rows = compare(
         base,
@@ -105,7 +105,7 @@ def _command() -> int:
 
 
 def _names(asked: Sequence[str]) -> list[str]:
-    """The methods asked for. Raises InvalidInput for an unknown one, before hours are spent on the others."""
+    """Return the methods asked for. Raises InvalidInput for an unknown one, before hours are spent on the others."""
     if "all" in asked:
         return [name for name in METHODS if name not in methods.NOT_COMPARED]
     for name in asked:
@@ -115,9 +115,9 @@ def _names(asked: Sequence[str]) -> list[str]:
 
 
 def _settings(pairs: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Of every method: `name=value` for all that have a setting of that name, `METHOD.name=value` for one.
+    """Return the settings of every method, given `METHOD.name=value` for one method, `name=value` for all that have it.
 
-    Raises InvalidInput for what no method has, before hours are spent.
+    Raises InvalidInput for a setting that no method has, before hours are spent.
     """
     found: dict[str, dict[str, str]] = {name: {} for name in names}
     known = {name: methods.settings_of(name) for name in names}

@@ -19,36 +19,36 @@ EXIT_CODES = (
     "exit codes: 0 done, 1 the result misses its budget, 2 bad input, 70 an error of DiLAP's own, 130 interrupted, "
     "141 nobody reads the output"
 )
-_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory")  # torch's, in a RuntimeError
+_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory")  # of torch, in a RuntimeError
 
 
 class Console:
-    """Progress on standard error."""
+    """A `Progress` that writes lines and bars to standard error."""
 
     def say(self, text: str) -> None:
-        """One line; what a device or a file says in it cannot look like another line of ours."""
+        """Write one line; line breaks in it are escaped, so that no quoted text looks like a line of ours."""
         tqdm.write(printable(text), file=sys.stderr)
 
     def bar(self, title: str, *, total: int | None, unit: str) -> Any:
-        """A progress bar, used as a context manager; `update(n)` moves it."""
+        """Return a progress bar, which is used as a context manager; `update(n)` moves it."""
         return tqdm(
             desc=title, total=total, unit=unit, unit_scale=True, file=sys.stderr, leave=False, dynamic_ncols=True
         )
 
 
 def show(text: str) -> None:
-    """A result for people, on standard output."""
+    """Print a result for people on standard output."""
     print(printable_lines(text))
 
 
 def show_json(document: Any) -> None:
-    """A result for programs, on standard output."""
+    """Print a result for programs, as JSON, on standard output."""
     print(to_json(document))
 
 
 def run(command: Callable[[], int]) -> None:
     """Run a command's body and exit: with its own code, or with one of `EXIT_CODES` and one line that says why."""
-    for name in ("torchao", "torch.utils._pytree"):  # at import: GPU libraries not found, deprecations between the two
+    for name in ("torchao", "torch.utils._pytree"):  # they warn of missing GPU libraries and of deprecations
         logging.getLogger(name).setLevel(logging.ERROR)
     sys.exit(_code_of(command))
 
@@ -66,7 +66,7 @@ def _code_of(command: Callable[[], int]) -> int:
         return 141 if is_unread else _end(f"error: {_words_of_system_error(error)}", code=2)
     except SystemExit:
         raise
-    except BaseException as error:  # a panic of a library in Rust is no Exception
+    except BaseException as error:  # a panic in a Rust library is a BaseException only
         return _end_of_unforeseen(error)
 
 
@@ -97,7 +97,7 @@ def _words_of_system_error(error: OSError) -> str:
 
 
 def _where_it_is_told(error: BaseException) -> str:
-    """The file that holds the traceback: the run's log, or one of its own."""
+    """Say which file holds the traceback: the run's log, or a new temporary file."""
     places = [
         note.removeprefix(TRACEBACK_KEPT) for note in getattr(error, "__notes__", ()) if note.startswith(TRACEBACK_KEPT)
     ]
@@ -115,18 +115,21 @@ def _where_it_is_told(error: BaseException) -> str:
 
 
 def _open_streams() -> None:
-    """Raises InvalidInput where results can go nowhere: the next file that is opened would get them."""
+    """Make standard output and standard error usable, where they are closed or cannot show all characters.
+
+    Raises InvalidInput where standard output is closed: the next file that is opened would get the results.
+    """
     if sys.stderr is None:
         sys.stderr = os.fdopen(os.dup2(os.open(os.devnull, os.O_WRONLY), 2), "w", encoding="utf-8")
     if sys.stdout is None:
         raise InvalidInput("standard output is closed; send it to a file, or to /dev/null")
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal or file that knows few characters
+    if hasattr(sys.stdout, "reconfigure"):  # for a terminal or file with few characters
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _forget_output() -> None:
-    """What could not be written is not tried again while Python ends."""
+    """Discard what could not be written to standard output, so that Python does not try again when it ends."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # it has no file: a test's
+    except (OSError, ValueError):  # standard output has no file, as in a test
         return

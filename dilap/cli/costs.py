@@ -10,7 +10,7 @@ from dilap.profilers.tables.roofline import METHOD as ESTIMATED
 
 
 def show(model: LatencyModel, *, as_json: bool, table: Path | None) -> None:
-    """Print the costs, and where the table is that they come from; an estimate has none."""
+    """Print the fitted costs, and the file of the table that they come from; an estimate has none."""
     is_estimate = model.method == ESTIMATED
     if as_json:
         found = document(model) | {"table": None if table is None else str(table), "estimated": is_estimate}
@@ -24,7 +24,7 @@ def show(model: LatencyModel, *, as_json: bool, table: Path | None) -> None:
 
 
 def document(model: LatencyModel) -> dict[str, Any]:
-    """The fitted costs, in seconds, and the errors on held-out plans."""
+    """Return the fitted costs, in seconds, and the errors on held-out plans, as a JSON object."""
     return {
         "method": model.method,
         "fixed_seconds": model.fixed_seconds,
@@ -41,7 +41,7 @@ def document(model: LatencyModel) -> dict[str, Any]:
 
 
 def text(model: LatencyModel) -> str:
-    """Costs a layer, and predicted against measured on the held-out plans."""
+    """Return the costs of a layer, and predicted against measured latency of the held-out plans, as text."""
     dense = model.architecture.layers[0]
     lines = [
         f"fixed part (embedding, head, launch) {model.fixed_seconds * 1e3:.3f} ms; a dense layer's attention "

@@ -1,4 +1,4 @@
-"""dilap-eval: lm-eval's tasks, text and costs, of a checkpoint or of the very artifact that ships."""
+"""dilap-eval: evaluate a checkpoint or the exported artifact itself on lm-eval's tasks, text and costs."""
 
 import argparse
 from pathlib import Path
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 def _command() -> int:
     given = _given()
     device = _device(given) if given.costs else None
-    from dilap.job.evaluate import EvaluationOptions, evaluate  # torch: seconds that bad input should not cost
+    from dilap.job.evaluate import EvaluationOptions, evaluate  # torch takes seconds: bad input is refused first
 
     options = EvaluationOptions(
         subject=given.subject,
@@ -98,14 +98,14 @@ def _command() -> int:
 
 
 def _device(given: argparse.Namespace) -> Device:
-    """Where costs are measured. Raises InvalidInput."""
+    """Return the device on which costs are measured. Raises InvalidInput."""
     return arguments.devices_of(given, given.device)[0]
 
 
 def _given() -> argparse.Namespace:
     parser = _parser()
     given = parser.parse_args()
-    if given.subject is None and len(given.tasks) > 1:  # it followed the tasks, and was taken for one more
+    if given.subject is None and len(given.tasks) > 1:  # it came after the tasks and was taken for a task
         given.subject = given.tasks.pop()
     if given.subject is None:
         parser.error("name what is scored: a run, an artifact's folder, a .gguf or a model")
@@ -113,7 +113,7 @@ def _given() -> argparse.Namespace:
 
 
 def report(done: Evaluation) -> str:
-    """A line a task."""
+    """Return the evaluation as text: a line for each task, then quality on text, then costs."""
     lines = [f"{done.model} through {done.backend}, {done.precision}, {done.max_tokens} tokens at once"]
     if done.tasks:
         lines += ["", f"{'task':16}{'rows':>6}{'shots':>6}  " + "  ".join(f"{name:>17}" for name in _SUMMARY)]

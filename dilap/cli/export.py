@@ -1,4 +1,4 @@
-"""dilap-export: an already shrunk (or any) checkpoint in a runtime's format, checked against torch."""
+"""dilap-export: write any checkpoint, pruned or not, in a runtime's format, checked against torch."""
 
 import argparse
 import os
@@ -42,7 +42,7 @@ def _command() -> int:
     tokenizer = Path(given.tokenizer) if given.tokenizer else None
     if tokenizer is not None and not tokenizer.exists():
         raise InvalidInput(f"no tokenizer {given.tokenizer!r}: give a Hugging Face folder or a GGUF file")
-    from dilap.job.export import export  # torch and transformers: seconds that bad input should not cost
+    from dilap.job.export import export  # importing torch takes seconds: bad input is refused first
 
     console.Console().say(f"exporting {given.checkpoint} to {backend.name}, {precision}")
     artifact = export(given.checkpoint, backend=backend.name, precision=precision, tokenizer=tokenizer, out=out)
@@ -57,7 +57,7 @@ def _command() -> int:
 
 
 def _beside(checkpoint: str, ending: str) -> Path:
-    """The default folder: next to a checkpoint that is here, in no case inside it."""
+    """Return the default folder for the output: beside the checkpoint's, never inside it."""
     path = Path(checkpoint)
     if path.name in ("", ".."):
         path = path.resolve()

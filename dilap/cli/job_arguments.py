@@ -44,7 +44,7 @@ def add_search(made: argparse.ArgumentParser) -> None:
 
 
 def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", steps: int | None = None) -> None:
-    """`mode` and `steps` are the defaults of this command's recovery."""
+    """Add the options about text and recovery; `mode` and `steps` are this command's defaults of the recovery."""
     from dilap.models.distil import RecoveryOptions
     from dilap.models.text import CalibrationOptions
 
@@ -77,8 +77,8 @@ def job_options(
     method: str = "dilap",
     settings: dict[str, str] | None = None,
 ) -> "JobOptions":
-    """Raises InvalidInput for impossible values."""
-    from dilap.job import options  # torch and transformers: seconds that bad input should not cost
+    """Return the job that the arguments ask for. Raises InvalidInput for impossible values."""
+    from dilap.job import options  # importing torch takes seconds: bad input is refused first
 
     known = set(inspect.signature(options.job_options).parameters) - {"device", "budget", "method", "settings"}
     chosen = {name: value for name, value in vars(given).items() if name in known}

@@ -55,7 +55,7 @@ def _command() -> int:
     devices = arguments.devices_of(given, given.device)
     backend = arguments.backend_of(given, device=devices[0])
     workload = arguments.workload_of(given, device=devices[0], backend=backend)
-    from dilap.job.profile import profile  # torch and transformers: seconds that bad input should not cost
+    from dilap.job.profile import profile  # importing torch takes seconds: bad input is refused first
 
     done = profile(
         given.model,
@@ -73,7 +73,7 @@ def _command() -> int:
 
 
 def _show(checks: Iterable[doctor.Check], *, as_json: bool) -> int:
-    """Print checks as they are made; 1 where a step of looking at a device failed."""
+    """Print checks as they are made, and return the exit code: 1 where a check of a device failed."""
     found = []
     for check in checks:
         found.append(check)

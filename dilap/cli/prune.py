@@ -1,4 +1,4 @@
-"""dilap-prune: a model, a device and a latency budget in; a smaller model that keeps the budget out."""
+"""dilap-prune: make a model smaller so that it keeps a latency budget on a device."""
 
 import argparse
 from collections.abc import Sequence
@@ -80,8 +80,8 @@ def _add_sparse(made: argparse.ArgumentParser) -> None:
 
 
 def _sparse(given: argparse.Namespace) -> int:
-    """The job for a pattern of zeros."""
-    from dilap.job import sparsify as sparse_job  # torch and transformers: seconds that bad input should not cost
+    """Run the job for a pattern of zeros, and return the exit code."""
+    from dilap.job import sparsify as sparse_job  # importing torch takes seconds: bad input is refused first
     from dilap.models.text import CalibrationOptions
 
     options = sparse_job.SparseOptions(
@@ -116,7 +116,7 @@ def _command() -> int:
     budget = _budget(given)
     devices = arguments.devices_of(given, given.target)
     options = options_of(given, device=devices[0])
-    from dilap.job.prune import prune  # torch and transformers: seconds that bad input should not cost
+    from dilap.job.prune import prune  # importing torch takes seconds: bad input is refused first
 
     out = arguments.new_path(given.out) if given.out else _default_out(given, budget)
     done = prune(options, devices=devices, out=out, progress=console.Console())
@@ -132,7 +132,7 @@ def _command() -> int:
 
 
 def options_of(given: argparse.Namespace, *, device: Device) -> "JobOptions":
-    """The job that the arguments ask for. Raises InvalidInput for impossible values."""
+    """Return the job that the arguments ask for. Raises InvalidInput for impossible values."""
     return job_options(
         given, device=device, budget=_budget(given), method=given.method or "dilap", settings=_settings(given.set)
     )
@@ -143,7 +143,7 @@ def _budget(given: argparse.Namespace) -> Budget:
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, str]:
-    """`name=value` each."""
+    """Return settings that are given as `name=value`. Raises InvalidInput for anything else."""
     for pair in pairs:
         if "=" not in pair:
             raise InvalidInput(f"--set takes NAME=VALUE, got {pair!r}")

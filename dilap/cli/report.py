@@ -1,4 +1,4 @@
-"""dilap-report: what runs measured, as one HTML file, Markdown, CSV, or the difference between two of them."""
+"""dilap-report: show what runs measured as HTML, Markdown or CSV, or the difference between two of them."""
 
 import argparse
 import sys
@@ -35,7 +35,7 @@ def _command() -> int:
         return _diff(given)
     if not given.inputs:
         raise InvalidInput("name at least one run, comparison or evaluation; --help has examples")
-    from dilap.report.report import Report  # scipy and jinja2: a second that bad input should not cost
+    from dilap.report.report import Report  # importing scipy and jinja2 takes a second: bad input is refused first
 
     made = Report.of([Path(path) for path in given.inputs], title=given.title)
     if given.out or not (given.markdown or given.csv or given.json):

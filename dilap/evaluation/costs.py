@@ -1,4 +1,4 @@
-"""What a model costs: counted from its shape, and measured on a device where it has a runtime."""
+"""What a model costs to run: counted from its shape, and measured on a device where the model has a runtime."""
 
 from dataclasses import replace
 
@@ -14,7 +14,10 @@ from dilap.profilers.protocol import FINAL
 
 
 def count(subject: Subject, workload: Workload) -> Costs:
-    """The closed forms. Raises InvalidInput for a GGUF file from elsewhere, whose shape is not known."""
+    """Return the costs that can be counted: parameters, bytes, and the operations and bytes moved of both phases.
+
+    Raises InvalidInput for a GGUF file that DiLAP did not write, whose shape is not known.
+    """
     if subject.architecture is None:
         raise InvalidInput(f"{subject.name} has no artifact.json: costs are known of what dilap-export wrote")
     return Costs(
@@ -29,7 +32,7 @@ def _counted(architecture: Architecture, backend: str, workload: Workload) -> Ph
     precision = workload.precision
     if backend in backends.BACKENDS:
         cache_bits = backends.get(backend).cache_bits(workload)
-    else:  # torch keeps keys and values as its weights
+    else:  # torch keeps keys and values in the weights' precision
         cache_bits = PRECISION_BITS[precision]
     if workload.phase == "decode":
         flops = architecture.decode_flops(context=workload.context)
@@ -44,7 +47,10 @@ def _counted(architecture: Architecture, backend: str, workload: Workload) -> Ph
 def measure(
     costs: Costs, subject: Subject, device: Device, *, force: bool = False, progress: Progress | None = None
 ) -> Costs:
-    """Latency with fresh starts, and memory, of both phases; a checkpoint's costs stay as they are."""
+    """Return `costs` with the latency (from fresh starts) and the memory of both phases, measured on `device`.
+
+    The costs of a checkpoint, which has no runtime, are returned as they are.
+    """
     if subject.path is None:
         return costs
     profiler = Profiler(device, backend=subject.backend, force=force)

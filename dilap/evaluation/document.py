@@ -1,4 +1,4 @@
-"""An evaluation as it is kept: scores with what they rest on, so that two can be compared by a machine."""
+"""An evaluation as it is kept in a file: scores with what they rest on, so that a program can compare two."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,13 +9,16 @@ from dilap.core.workload import Workload
 
 # The tasks that papers on pruning report; lm-eval has thousands more.
 TASKS = ("wikitext", "ptb", "arc_easy", "arc_challenge", "openbookqa", "piqa", "hellaswag", "winogrande", "mmlu")
-SEED = 1234  # lm-eval's own, of the examples drawn
+SEED = 1234  # lm-eval's own seed, for drawing examples
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextQuality:
-    """KL to the reference in nats a token; `top1` is the share of tokens that were put first, `agreement` the share
-    where both put the same one first."""
+    """How good a model is on a text, beside a reference model.
+
+    `kl` is to the reference, in nats a token. `top1` is the share of tokens that the model ranked first, `agreement`
+    the share of positions where both models ranked the same token first.
+    """
 
     text: str
     text_sha256: str
@@ -32,7 +35,10 @@ class TextQuality:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFacts:
-    """What a number rests on. `choices` is the answer given to every row of a multiple choice task, by part."""
+    """What the scores of a task rest on.
+
+    `choices` has the answers given to all rows of a multiple choice task, by the name of the task's part.
+    """
 
     num_fewshot: int
     num_rows: int
@@ -43,7 +49,7 @@ class TaskFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseCosts:
-    """One decoded token, or one prompt: operations and bytes in closed form; what a device measured, where one did."""
+    """What one decoded token, or one prompt, costs: operations and bytes by formula, and what a device measured."""
 
     workload: Workload
     flops: int
@@ -55,7 +61,7 @@ class PhaseCosts:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What a model takes. A checkpoint has no runtime, so that nothing of it is measured."""
+    """What a model costs to run. A checkpoint has no runtime, so nothing of it is measured."""
 
     parameters: int
     file_bytes: int | None
@@ -65,7 +71,10 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Scores by task and metric, with lm-eval's names. `max_tokens` is the longest sequence that was read."""
+    """The evaluation of one model: scores by task and metric (lm-eval's names), quality on text, and costs.
+
+    `max_tokens` is the longest sequence that the model was allowed to read at once.
+    """
 
     model: str
     backend: str
@@ -89,6 +98,6 @@ class Evaluation:
 
 
 def identity(evaluation: Evaluation) -> Mapping[str, Any]:
-    """What two evaluations must share for the tasks of one to belong to the other."""
+    """Return what two evaluations must have in common for the tasks of one to be added to the other."""
     names = ("backend", "precision", "digest", "max_tokens", "limit", "num_fewshot", "seed", "versions")
     return {name: getattr(evaluation, name) for name in names}

@@ -1,4 +1,4 @@
-"""An evaluation: tasks scored one by one, so that a killed one goes on with the next."""
+"""Score a single task, so that an evaluation that was killed between two tasks goes on with the next."""
 
 import json
 from collections.abc import Mapping
@@ -18,14 +18,17 @@ from dilap.evaluation.tasks import LoadedTask
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """One task's scores, and for a group those of its parts."""
+    """The scores of one task, or of a group of tasks as a whole, and what they rest on."""
 
     metrics: dict[str, float]
     facts: TaskFacts
 
 
 def evaluate_task(subject: Subject, task: LoadedTask, *, max_tokens: int, limit: int | None, bar: Bar) -> TaskResult:
-    """lm-eval's metrics of one task; of a task that is one text also its perplexity in windows of 2,048 tokens."""
+    """Return lm-eval's metrics of one task; for one that is a single text, also its perplexity in windows.
+
+    Windows have 2,048 tokens, or `max_tokens` where that is less.
+    """
     model = ReaderLM(subject.reader, subject.words, max_tokens=max_tokens, bar=bar)
     found: Any = lm_eval.evaluate(lm=model, task_dict=task.task_dict, limit=limit, log_samples=True)
     metrics = _metrics(found["results"][task.name])
@@ -35,14 +38,14 @@ def evaluate_task(subject: Subject, task: LoadedTask, *, max_tokens: int, limit:
 
 
 def rows_sha256(task: LoadedTask, *, limit: int | None) -> str:
-    """What `TaskFacts.data_sha256` would be if the task were scored now."""
+    """Return what `TaskFacts.data_sha256` would be if the task were scored now."""
     rows = [row for part in task.tasks.values() for _, row in part.doc_iterator(limit=limit)]
     words = [json.dumps(row, indent=2, default=handle_non_serializable, ensure_ascii=False) for row in rows]
     return digest([hash_string(one) for one in words])
 
 
 def _metrics(result: Mapping[str, Any]) -> dict[str, float]:
-    """`acc,none` and its like without the filter's name; what is no number (an alias, N/A) is left out."""
+    """Return a task's metrics, those like `acc,none` without the filter's name; what is no number is left out."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in result.items()
@@ -89,5 +92,5 @@ def _facts(task: LoadedTask, samples: Mapping[str, list[Mapping[str, Any]]]) -> 
 
 
 def _choice(responses: list[tuple[float, bool]]) -> int:
-    """The most likely answer, the first of equals, as lm-eval's `acc` has it."""
+    """Return the index of the most likely answer, the first of equals, as lm-eval's `acc` does."""
     return max(range(len(responses)), key=lambda index: responses[index][0])

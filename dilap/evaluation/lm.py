@@ -1,4 +1,4 @@
-"""A reader as lm-eval sees a model; its conventions are those of lm-eval's own `hf` model, number for number."""
+"""A `Reader` in the form in which lm-eval takes a model; its scores are those of lm-eval's own `hf` model."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,11 +12,11 @@ from dilap.core.errors import InvalidInput, Unsupported
 from dilap.evaluation.scoring import Request, score
 from dilap.evaluation.words import Words
 
-Bar = Callable[..., Any]  # Console.bar
+Bar = Callable[..., Any]  # as `Progress.bar` is called
 
 
 class ReaderLM(TemplateLM):  # type: ignore[misc]
-    """`max_tokens` is the longest sequence that is read; what is longer loses its left end."""
+    """A model for lm-eval that asks a `Reader`. Sequences of more than `max_tokens` lose their left end."""
 
     def __init__(self, reader: Reader, words: Words, *, max_tokens: int, bar: Bar) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class ReaderLM(TemplateLM):  # type: ignore[misc]
         return [sum(next(scores)[0] for _ in one) for one in windows]
 
     def _windows(self, text: str) -> list[Request]:
-        """A document as windows that do not overlap, each after one token of context."""
+        """Cut a document into windows that do not overlap, each read after one token of context."""
         pairs = get_rolling_token_windows(
             self.tok_encode(text), prefix_token=self._words.prefix, max_seq_len=self._max_tokens, context_len=1
         )

@@ -1,4 +1,4 @@
-"""Data sets that are one long text, and their perplexity as papers on pruning report it."""
+"""Data sets that are one long text, and their perplexity in windows, as papers on pruning report it."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +16,12 @@ WINDOW_TOKENS = 2048
 
 
 def joined_sentences(dataset: Any) -> Any:
-    """A data set of sentences as one document."""
+    """Return a data set with one document: all sentences of `dataset`, joined by spaces."""
     return dataset.from_list([{"page": " ".join(row["sentence"].strip() for row in dataset)}])
 
 
 def process_results(document: Mapping[str, str], results: Sequence[float]) -> dict[str, tuple[float, int]]:
-    """The log-likelihood of the text, and how many words and bytes share it."""
+    """Return for every metric the log-likelihood of a document and the number of words or bytes that share it."""
     (log_likelihood,) = results
     num_bytes = len(document["page"].encode("utf-8"))
     return {
@@ -32,26 +32,30 @@ def process_results(document: Mapping[str, str], results: Sequence[float]) -> di
 
 
 def wikitext(pages: Sequence[str]) -> str:
-    """WikiText as its rows on the hub, joined by blank lines: GPTQ's convention, which others follow.
+    """Return WikiText as its rows on the hub joined by blank lines: GPTQ's convention, which others follow.
 
-    Pages are rows of the raw file with the line feed between two articles left out, and the first, blank line.
+    lm-eval's pages lack the line feed between two articles and the first, blank line of the raw file; they are put
+    back.
     """
     lines = (" \n" + "\n".join(pages)).splitlines(keepends=True)
     return "\n\n".join(line if line.strip() else "" for line in lines)
 
 
 def penn_treebank(pages: Sequence[str]) -> str:
-    """The one document of the task `ptb`."""
+    """Return the one document of the task `ptb`."""
     return " ".join(pages)
 
 
-# The tasks that are one text, by how it is made of lm-eval's documents.
+# The tasks that are one long text, each with the function that makes it from lm-eval's documents.
 TEXTS: Mapping[str, Callable[[Sequence[str]], str]] = {"ptb": penn_treebank, "wikitext": wikitext}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowPerplexity:
-    """exp of the mean negative log-likelihood of every token but the first of each window."""
+    """Perplexity of a text in windows: exp of the mean negative log-likelihood of all tokens but each window's first.
+
+    `top1` is the share of these tokens that the model ranked first.
+    """
 
     perplexity: float
     window_tokens: int
@@ -68,9 +72,9 @@ def window_perplexity(
     window_tokens: int = WINDOW_TOKENS,
     progress: Callable[[int], None] = lambda _: None,
 ) -> WindowPerplexity:
-    """The whole text in consecutive windows; the rest that fills none is dropped, as papers do.
+    """Score the whole text in consecutive windows; a rest that fills no window is dropped, as papers do.
 
-    `top1` is the share of tokens that the model had put first. Raises InvalidInput where the text is too short.
+    Raises InvalidInput where the text is shorter than one window.
     """
     tokens = words.encode(text, special=True)
     num_windows = len(tokens) // window_tokens

@@ -12,13 +12,13 @@ from dilap.models.reference import Scores, Teacher
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Token ids: how likely is `continuation` after `context`? Neither is empty."""
+    """A question in token ids: how likely is `continuation` after `context`? Neither is empty."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
 
     def read(self, max_tokens: int) -> tuple[int, ...]:
-        """What a model has to read for it; the left end of what is too long is dropped."""
+        """Return what a model has to read to answer: at most `max_tokens`, of which the left end is dropped."""
         return (self.context + self.continuation)[-(max_tokens + 1) : -1]
 
 
@@ -37,17 +37,18 @@ def score(
     max_tokens: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Score]:
-    """One score a request, in their order.
+    """Return one score for each request, in the order of the requests.
 
     Requests are read sorted by their tokens, so that neighbours share the longest prefixes: the examples of a few-shot
-    task are read once a subject, a question once for all its answers. On a CPU that is as fast as batches (the weights
-    are streamed once for 4 answers, which take no padding) and 5 times faster with 5 examples.
+    task are read once for a subject, and a question once for all its answers.
     """
     texts = [request.read(max_tokens) for request in requests]
     scores: list[Score | None] = [None] * len(requests)
     reader.reserve(max(map(len, texts), default=1))
     before: tuple[int, ...] = ()
     rows = torch.empty(0, reader.vocab_size)
+    # On a CPU this is as fast as batches, which stream the weights once for 4 answers and take no padding for them, and
+    # 5 times faster with 5 examples.
     for index in sorted(range(len(texts)), key=lambda one: texts[one]):
         text, continuation = texts[index], requests[index].continuation
         if text != before or len(rows) < len(continuation):
@@ -60,9 +61,9 @@ def score(
 
 
 def log_probabilities(reader: Reader, text: Sequence[int], *, start: int = 0, num_rows: int) -> Iterator[torch.Tensor]:
-    """Log-probabilities (rows x vocabulary) of what follows each of the last `num_rows` tokens of `text`, in parts.
+    """Yield log-probabilities (rows x vocabulary) of what follows each of the last `num_rows` tokens, in parts.
 
-    Its first `start` tokens were read already.
+    The reader must have read the first `start` tokens of `text` already.
     """
     first_row = len(text) - num_rows
     for at in range(start, len(text), MAX_READ_TOKENS):
@@ -76,9 +77,9 @@ def log_probabilities(reader: Reader, text: Sequence[int], *, start: int = 0, nu
 def beside_teacher(
     reader: Reader, teacher: Teacher, head: torch.Tensor, *, progress: Callable[[int], None] = lambda _: None
 ) -> Scores:
-    """What an artifact says about the teacher's text, token id by token id as torch read them, beside the dense model.
+    """Score an artifact on the teacher's text beside the dense model, with the very token ids that torch read.
 
-    Raises Unsupported where it cannot read that text.
+    `head` is the dense model's (vocabulary x hidden). Raises Unsupported where the artifact cannot read the text.
     """
     length = teacher.tokens.shape[1]
     if reader.max_tokens < length:
@@ -97,7 +98,7 @@ def beside_teacher(
 
 
 def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two texts begin with in common."""
+    """Return how many tokens two texts have in common at their beginning."""
     for count, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
             return count

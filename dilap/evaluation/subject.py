@@ -22,10 +22,10 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model that is open. `backend` is `torch` or a runtime; `digest` that of its weights or of its file.
+    """A model that is open to be scored. `backend` is `torch` or a runtime; `digest` is that of its weights or file.
 
-    `path` is the artifact's file, None for a checkpoint; `architecture` None for a GGUF file from elsewhere; `run` how
-    an artifact is run fastest, where that was measured.
+    `path` is the artifact's file, None for a checkpoint. `architecture` is None for a GGUF file that DiLAP did not
+    write. `run` says how an artifact was run when it was measured, None where it was not.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Subject:
 
 
 def open_subject(name: str, *, backend: str | None = None, precision: str | None = None, threads: int = 1) -> Subject:
-    """A run's or an artifact's folder, a GGUF file (through llama.cpp), or what `dilap.models.load` loads (in torch).
+    """Open a run's or an artifact's folder, a GGUF file (in llama.cpp), or what `dilap.models.load` loads (in torch).
 
     `backend="torch"` takes a run's checkpoint instead of its artifact; `precision` (f32, bf16, f16) is for torch alone.
     Raises InvalidInput, Unavailable, Unsupported, and Mismatch where a file is not the one that its sidecar describes.
@@ -73,14 +73,14 @@ def _of_run(run: Path, backend: str | None, precision: str | None, threads: int)
 
 
 def why_no_artifact(run: Path) -> str:
-    """The reason, and what to do instead."""
+    """Say why a run has no artifact, and what to do instead."""
     if is_sparse_run(run):
         return "zeros inside matrices are saved as a checkpoint: score that with --backend torch"
     return "dilap-compare drops it unless --keep-models is given, and so does whoever needs the room: make it again"
 
 
 def is_sparse_run(run: Path) -> bool:
-    """Whether a folder is that of a run with --pattern."""
+    """Return whether a folder is that of a run with --pattern."""
     result = run / "result.json"
     return result.is_file() and read_json(result).get("type") == "SparseResult"
 
@@ -109,7 +109,7 @@ def _of_artifact(name: str, folder: Path, backend: str | None, threads: int) -> 
 
 
 def require_unchanged(folder: Path, artifact: Artifact) -> None:
-    """Raises InvalidInput for a missing file, Mismatch where a file is not the one that the sidecar describes."""
+    """Raise InvalidInput for a missing file, Mismatch where a file is not the one that the sidecar describes."""
     for file, digest in {artifact.path: artifact.sha256, **artifact.companions}.items():
         if not (folder / file).is_file():
             raise InvalidInput(f"{folder / file}: no such file, but {folder / 'artifact.json'} names it")

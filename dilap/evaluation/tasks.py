@@ -17,7 +17,7 @@ from dilap.evaluation.document import SEED
 from dilap.evaluation.local_task import LocalTask
 
 _OWN = Path(__file__).parent / "tasks"
-NUM_FEWSHOT = {"mmlu": 5}  # where papers do not take lm-eval's default
+NUM_FEWSHOT = {"mmlu": 5}  # where papers take another number than lm-eval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +29,17 @@ class LoadedTask:
 
     @property
     def tasks(self) -> Mapping[str, Any]:
-        """Its parts by name: itself, or the members of a group."""
+        """The parts of the task by name: the task itself, or the members of a group."""
         found: Mapping[str, Any] = self.task_dict["tasks"]
         return found
 
 
 def load(names: Sequence[str], *, data_dir: Path | None, num_fewshot: int | None) -> list[LoadedTask]:
-    """Raises InvalidInput, Unavailable where the hub is out of reach."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it explains its defaults at length
+    """Return the tasks of these names with their data, from the hub or from `data_dir`.
+
+    Raises InvalidInput for an unknown task or wrong files, and Unavailable where the data cannot be had from the hub.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # otherwise it explains its defaults at length
     datasets.disable_progress_bars()
     manager = _manager()
     for name in names:
@@ -51,7 +54,7 @@ def load(names: Sequence[str], *, data_dir: Path | None, num_fewshot: int | None
 
 @functools.cache
 def _manager() -> TaskManager:
-    """Kept, because it lists lm-eval's 14,000 tasks in seconds."""
+    """Return lm-eval's index of tasks, made once: listing 14,000 tasks takes seconds."""
     return TaskManager(include_path=str(_OWN))
 
 

@@ -1,4 +1,4 @@
-"""A model beside the dense one, token by token of a text that neither was fitted on."""
+"""Compare a model with the dense one, token by token, on a text that neither was fitted on."""
 
 import hashlib
 import math
@@ -25,7 +25,11 @@ def compare(
     length: int = 256,
     progress: Callable[[int], None] = lambda _: None,
 ) -> TextQuality:
-    """Both on the first sequences of `text`. Raises Mismatch for models that split it differently."""
+    """Score both models on the first `num_sequences` sequences of `text`.
+
+    Sequences have `length` tokens, or as many as both models can read. Raises InvalidInput where the text is too short,
+    and Mismatch where the models split it into different tokens.
+    """
     length = min(length, subject.reader.max_tokens, reference.reader.max_tokens)
     sequences = _sequences(subject.words, text, num_sequences=num_sequences, length=length)
     theirs = _sequences(reference.words, text, num_sequences=num_sequences, length=length)
@@ -69,7 +73,7 @@ def _sequences(words: Words, text: str, *, num_sequences: int, length: int) -> l
 def _rows(
     mine: Reader, dense: Reader, sequence: list[int]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Log-probabilities of both, and the tokens that follow: one fewer at the end of the sequence."""
+    """Yield, in parts, the log-probabilities of both models and the tokens that follow, one fewer in the last part."""
     labels = torch.tensor(sequence[1:])
     parts = (log_probabilities(reader, sequence, num_rows=len(sequence)) for reader in (mine, dense))
     for one, other in zip(*parts, strict=True):
@@ -78,7 +82,11 @@ def _rows(
 
 
 def _sums(mine: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """KL, then negative log-likelihood, hits and agreement of one and the same of the other."""
+    """Return six sums over positions.
+
+    They are KL, the negative log-likelihood, top-1 hits and agreement of `mine`, and the negative log-likelihood and
+    top-1 hits of `dense`.
+    """
     at, first = torch.arange(len(labels)), (mine[: len(labels)].argmax(-1), dense[: len(labels)].argmax(-1))
     return torch.tensor(
         [

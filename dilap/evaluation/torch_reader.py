@@ -1,4 +1,4 @@
-"""A torch model read like an artifact: through its KV cache, going on from what two texts share."""
+"""A torch model that reads text like an artifact: with a KV cache, which keeps what a text shares with the last."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 
 class TorchReader:
-    """See `dilap.backends.Reader`; computes in the type that the model's weights have."""
+    """The `dilap.backends.Reader` of a torch model; it computes in the type that the model's weights have."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model.eval()

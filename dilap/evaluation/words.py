@@ -1,4 +1,4 @@
-"""Text to tokens, each model with the tokenizer that it ships with."""
+"""Turn text into token ids, for each model with the tokenizer that it ships with."""
 
 from pathlib import Path
 from typing import Protocol
@@ -12,21 +12,24 @@ from dilap.models.pretrained import from_pretrained
 
 
 class Words(Protocol):
-    """A tokenizer. `prefix` is the token that stands before a text that has no other context: its beginning, or else
-    its end; `prefix_text` is how it is written."""
+    """A tokenizer.
+
+    `prefix` is the token that is put before a text without other context: the one for the beginning of a text, or for
+    its end where there is none. `prefix_text` is that token as text.
+    """
 
     prefix: int
     prefix_text: str
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids; with the special tokens that the tokenizer adds by itself, or without."""
+        """Return token ids, with or without the special tokens that the tokenizer adds by itself."""
 
 
 class HuggingFaceWords:
     """A tokenizer of transformers."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises InvalidInput for one that has neither a beginning nor an end."""
+        """Raise InvalidInput for a tokenizer that has a token neither for the beginning nor for the end of a text."""
         self._tokenizer = tokenizer
         prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if prefix is None:
@@ -36,7 +39,7 @@ class HuggingFaceWords:
 
     @classmethod
     def read(cls, folder: Path) -> "HuggingFaceWords":
-        """The tokenizer beside an artifact. Raises InvalidInput."""
+        """Read the tokenizer beside an artifact. Raises InvalidInput."""
         try:
             return cls(from_pretrained(AutoTokenizer, folder, local_files_only=True))
         except InvalidInput as error:
@@ -51,7 +54,7 @@ class GgufWords:
     """The tokenizer inside a GGUF file, through llama.cpp."""
 
     def __init__(self, path: Path) -> None:
-        """Raises InvalidInput for a file without one, or of a model that has neither a beginning nor an end."""
+        """Raise InvalidInput for a file without a tokenizer, or without a token for the beginning or end of a text."""
         self._file = opened(Gguf, path, runtime="llamacpp", vocab_only=True)
         prefix = self._file.beginning if self._file.has_vocabulary else None
         if prefix is None:

@@ -5,9 +5,10 @@
     result = dilap.prune("smollm2-135m", target="host_cpu", budget="70%", out="runs/mine")
     print(result.status, result.speedup, result.pruned.quality.kl)
 
-The device comes from `target` alone. Files are written into `out`, and what is worth keeping between runs (latency
-tables, configurations) into the folder `cache`: `~/.cache/dilap`, unless another one is named. `progress` is called
-with every line, or is a `dilap.core.progress.Progress`; without it bars are shown, in a notebook as widgets.
+`target` names the device, and `devices` is a file that says where your devices are. Files are written into `out`, and
+what is worth keeping between runs (latency tables, configurations) into the folder `cache`, by default `~/.cache/dilap`
+or `$XDG_CACHE_HOME/dilap`. `progress` is a function that is called with every line of progress, or a
+`dilap.core.progress.Progress`; without it, progress bars are shown: widgets in a notebook, text on a terminal.
 """
 
 import copy
@@ -57,11 +58,12 @@ def prune(
     progress: Told = None,
     **options: Any,
 ) -> PruneResult | None:
-    """Prune `model` to a budget that is measured on `target`, and prove it; None where the dense model keeps it.
+    """Prune `model` to a budget and return what was measured on `target`; None where the dense model keeps the budget.
 
-    `budget` is like `"40ms"`, `"70%"` of the dense latency or `"1.4x"`; or `ratio` is the share of the decoder layers'
-    weights to remove. `options` are those of `dilap.job.options.job_options`: `method`, `precision`, `recover`, `seed`
-    and so on. A loaded model is left as it is. Raises DilapError, in one line; the same call goes on afterwards.
+    `budget` is like `"40ms"`, `"70%"` of the dense latency or `"1.4x"` faster; instead, `ratio` is the share of the
+    decoder layers' weights to remove. `options` are those of `dilap.job.options.job_options`: `method`, `precision`,
+    `recover`, `seed` and so on. A model that is passed as a `Source` is not changed. Raises DilapError with a one-line
+    message; the same call, made again, goes on with what was done so far.
     """
     source = None if isinstance(model, str) else replace(model, model=copy.deepcopy(model.model))
     found = _devices(target, devices)
@@ -92,10 +94,10 @@ def compare(
     progress: Told = None,
     **options: Any,
 ) -> list[Row]:
-    """Prune with several methods at the same measured latency; one row a method and budget.
+    """Prune with several methods at the same measured latency and return one row for each method and budget.
 
-    `settings` are by method. Recovery is by default that of `dilap-compare`, 16 steps of full fine-tuning. Raises
-    DilapError; what fails of one method stands in its row.
+    `settings` holds the settings of each method by the method's name. Recovery is by default that of `dilap-compare`,
+    16 steps of full fine-tuning. Raises DilapError; the error of a single method is kept in its row instead.
     """
     asked = [_budget(one, None, stat) for one in budgets] + [_budget(None, one, stat) for one in ratios]
     if not asked:
@@ -127,7 +129,7 @@ def profile(
     progress: Told = None,
     **options: Any,
 ) -> Profile:
-    """The latency table of a model on `target`, fitted: what every width of every sublayer costs.
+    """Measure a model's latency table on `target` and return the fitted cost of every width of every sublayer.
 
     `options` are those of `prune` about what is timed: `backend`, `phase`, `context`, `precision`, `threads` and so on.
     """
@@ -176,8 +178,11 @@ def evaluate(
     progress: Told = None,
     **options: Any,
 ) -> Evaluation:
-    """Score a checkpoint in torch or an artifact through its runtime: lm-eval's `tasks`, text beside a `reference`,
-    memory and latency on the device `costs_on`. The other options are those of `EvaluationOptions`."""
+    """Score a checkpoint in torch, or an artifact through its runtime.
+
+    Scored are lm-eval's `tasks`, text beside a `reference` model, and memory and latency on the device `costs_on`. The
+    other options are those of `EvaluationOptions`. Raises DilapError.
+    """
     asked = evaluating.EvaluationOptions(
         subject=os.fspath(subject),
         tasks=tuple(tasks),
@@ -190,7 +195,7 @@ def evaluate(
 
 
 def _budget(budget: str | Budget | None, ratio: float | None, stat: Statistic) -> Budget:
-    """Raises InvalidInput."""
+    """Return the budget that is asked for. Raises InvalidInput unless exactly one of its two forms is given."""
     if (budget is None) == (ratio is None):
         raise InvalidInput('give a budget, like "70%" or "40ms", or a ratio of the weights, and not both')
     if ratio is not None:
@@ -199,12 +204,12 @@ def _budget(budget: str | Budget | None, ratio: float | None, stat: Statistic) -
 
 
 def _devices(target: str, file: Place | None) -> tuple[Device, ...]:
-    """Raises InvalidInput."""
+    """Return the devices that `target` names; the first one is pruned for. Raises InvalidInput."""
     return known_devices(None if file is None else Path(file)).group(target)
 
 
 def _known(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Raises InvalidInput for an option that there is not."""
+    """Return `options`. Raises InvalidInput for an option that `job_options` does not have."""
     known = set(job_options.__kwdefaults__ or {}) - {"model"}
     if odd := sorted(set(options) - known):
         raise InvalidInput(f"there is no option {odd[0]!r}; there are: {', '.join(sorted(known))}")
@@ -212,6 +217,7 @@ def _known(options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _tables(cache: Place | None) -> Path:
+    """Return the folder of latency tables, in `cache` or in the user's own cache folder."""
     home = os.environ.get("XDG_CACHE_HOME")
     folder = Path(cache) if cache is not None else (Path(home) if home else Path.home() / ".cache") / "dilap"
     return folder / "tables"
@@ -224,7 +230,7 @@ def _progress(told: Told) -> Progress:
 
 
 class Bars:
-    """Lines and tqdm's bars: widgets in a notebook, text on a terminal."""
+    """A `Progress` that is shown by tqdm: its bars are widgets in a notebook and text on a terminal."""
 
     def say(self, text: str) -> None:
         from tqdm.auto import tqdm  # noqa: PLC0415 - it looks for widgets, and warns where there are none
@@ -239,7 +245,7 @@ class Bars:
 
 
 class Lines:
-    """Calls a function with every line; shows no bars."""
+    """A `Progress` that calls a function with every line and shows no bars."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self.say = tell

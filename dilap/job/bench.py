@@ -1,4 +1,4 @@
-"""One target, runtime and workload: everything that a job asks of them."""
+"""Exporting to one runtime and measuring on one device: everything that a job asks of its target."""
 
 import shutil
 import statistics
@@ -31,15 +31,17 @@ from dilap.profilers.tables.probes import build_table, default_levels
 from dilap.profilers.tables.roofline import describe, estimated, roofline
 from dilap.profilers.tables.table import LatencyTable
 
+# A measurement is repeated so many times at most while other processes use the cores: such load spoils even ratios of
+# interleaved samples (88.9 % and then 121.9 % of one budget were seen).
 _REPEATS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Exports to one runtime and measures on one device; `helpers` of its kind measure part of the table.
+    """A device, a runtime and a workload, for which a job exports, measures and predicts.
 
-    With `estimate` nothing is measured: a roofline of the device's published numbers stands for it, and whatever comes
-    of it says so.
+    `helpers` are further devices of the same kind, which measure part of the latency table. With `estimate` nothing is
+    measured: latencies come from a roofline of the device's published numbers, and are marked as estimated.
     """
 
     device: Device
@@ -63,8 +65,11 @@ class Bench:
         tables: Path | None = None,
         estimate: bool = False,
     ) -> "Bench":
-        """The first device is the one. Raises InvalidInput for unknown names, Unavailable for what is not here; an
-        estimate needs neither the device nor the runtime."""
+        """Return the bench of the first of `devices`; the others are its helpers.
+
+        Raises InvalidInput for unknown names, and Unavailable where the device or the runtime cannot be used from here.
+        An estimate needs neither of them.
+        """
         device, *helpers = devices
         backend = backends.get(backend_name)
         if estimate:
@@ -85,11 +90,11 @@ class Bench:
 
     @property
     def measured(self) -> str:
-        """The word for its seconds."""
+        """How its latencies were got, in one word for messages."""
         return "estimated" if self.estimate else "measured"
 
     def estimated_model(self, architecture: Architecture) -> LatencyModel:
-        """What stands for a latency table where nothing is measured."""
+        """Return the roofline of the device, which takes the place of a fitted latency table in an estimate."""
         cache_bits = self.backend.cache_bits(self.workload)
         return roofline(architecture.envelope, self.workload, self.device, cache_bits=cache_bits)
 
@@ -98,12 +103,15 @@ class Bench:
         return Profiler(self.device, backend=self.backend.name, force=self.force)
 
     def _protocol(self, protocol: Protocol) -> Protocol:
-        """With the pauses that this device needs to cool."""
+        """Return `protocol` with the pauses that this device needs to cool down."""
         device = self.device
         return replace(protocol, back_off_seconds=device.back_off_seconds, max_back_offs=device.max_back_offs)
 
     def export(self, source: Source, plan: Plan, folder: Path) -> Artifact:
-        """The source's model as it stands, verified."""
+        """Export the source's model as it is now into `folder`, and verify it against torch.
+
+        `plan` is the one that the model was cut by. Raises the exporter's errors, VerificationFailed among them.
+        """
         return export.get(self.backend.name).export(
             source.model,
             tokenizer=source.tokenizer_path,
@@ -113,20 +121,21 @@ class Bench:
         )
 
     def read_artifact(self, folder: Path) -> Artifact:
+        """Read the sidecar of the artifact in `folder`. Raises InvalidInput."""
         path = folder / "artifact.json"
         return decode(Artifact, read_json(path), source=str(path))
 
     def measure(self, paths: Sequence[Path], *, final: bool = False) -> list[Measurement]:
-        """Measure models interleaved; for a final claim with fresh starts and a narrower interval.
-
-        Other load spoils even ratios of interleaved samples (88.9 % and then 121.9 % of one budget were seen), so a
-        measurement beside which other processes used the cores is taken again, twice at most.
-        """
+        """Measure model files in interleaved rounds, under the bench's own workload; see `measure_cases`."""
         return self.measure_cases([Case(path=path, workload=self.workload) for path in paths], final=final)
 
     def measure_cases(self, cases: Sequence[Case], *, final: bool = False) -> list[Measurement]:
-        """The same of models under workloads of their own; an estimate takes the first for the dense model, whose
-        roofline the others are cut from."""
+        """Measure every case in interleaved rounds, and return one measurement for each.
+
+        `final` is for claims: it takes fresh starts and a narrower interval. All cases are measured again, twice at
+        most, while other processes use the cores. In an estimate the first case has to be the dense model, whose
+        roofline gives the latency of the others.
+        """
         if self.estimate:
             shapes = [(self.read_artifact(one.path.parent).architecture, file_sha256(one.path)) for one in cases]
             return self._estimates(shapes[0][0], shapes)
@@ -141,7 +150,10 @@ class Bench:
         return found
 
     def measure_widths(self, dense: Path, architecture: Architecture, path: Path) -> list[Measurement]:
-        """The dense model and a random one of `architecture`, as for a claim; kept in `path` for a run that goes on."""
+        """Measure the dense model beside a model of shape `architecture` with random weights, as for a claim.
+
+        The two measurements are kept in the file `path`, where a continued run finds them.
+        """
         if self.estimate:
             whole = self.read_artifact(dense.parent).architecture
             return self._estimates(whole, [(whole, file_sha256(dense)), (architecture, "")])
@@ -156,7 +168,7 @@ class Bench:
         return list(checked(tuple[Measurement, ...], read_json(path).get("measurements"), source=str(path)))
 
     def _estimates(self, dense: Architecture, shapes: Sequence[tuple[Architecture, str]]) -> list[Measurement]:
-        """Estimates for models given by their shape and the SHA-256 of their file."""
+        """Return estimates for models that are given by their shape and the SHA-256 of their file."""
         model = self.estimated_model(dense)
         return [
             estimated(model, shape.layers, device=self.device, backend=self.backend.name, artifact_sha256=sha256)
@@ -164,7 +176,7 @@ class Bench:
         ]
 
     def find_configuration(self, path: Path, *, threads: Sequence[int]) -> Configuration:
-        """The fastest configuration for the model in `path`, in one of those numbers of threads."""
+        """Return the fastest configuration for the model file `path`, with one of the given numbers of threads."""
         artifact = self.read_artifact(path.parent)
         world = MeasuredWorld(
             backend=self.backend,
@@ -175,11 +187,14 @@ class Bench:
         return find_fastest(self.workload, backend=self.backend, threads=threads, world=world, tell=self.progress.say)
 
     def divergence(self, path: Path, base: Workload, other: Workload, tokens: Sequence[int]) -> float | None:
-        """Mean KL in nats a token of a model under `other` from the same under `base`; None where it cannot be seen."""
+        """Return the mean KL, in nats a token, of the model file `path` under `other` from the same under `base`.
+
+        None where the device does not show logits.
+        """
         return self.profiler.divergence(path, base, other, tokens)
 
     def note_how_to_run_(self, folder: Path) -> None:
-        """Write into the sidecar of an artifact how the stock runtime runs it as it is measured here."""
+        """Write into an artifact's sidecar how to run it in the stock runtime, configured as it is measured here."""
         artifact = self.read_artifact(folder)
         run = HowToRun(
             work=self.workload.describe(),
@@ -191,11 +206,14 @@ class Bench:
             write_json(folder / "artifact.json", encode(replace(artifact, run=run)))
 
     def configuration_path(self, model: str, architecture: Architecture, *, threads: Sequence[int]) -> Path:
-        """Where the fastest configuration for a model lies, beside its table."""
+        """Return the file that keeps a model's fastest configuration, in the folder of its latency table."""
         return self._kept_path(model, architecture, [list(threads)]).with_suffix(".configuration.json")
 
     def table_path(self, model: str, architecture: Architecture) -> Path:
-        """Where this bench's table of a model lies by default: another device, runtime or workload, another file."""
+        """Return the default file of a model's latency table.
+
+        Every device, runtime, workload and shape of the model has a file of its own.
+        """
         return self._kept_path(model, architecture, [])
 
     def _kept_path(self, model: str, architecture: Architecture, more: list[Any]) -> Path:
@@ -206,9 +224,9 @@ class Bench:
         return folder / f"{stem}-{self.workload.phase}-{self.workload.precision}-{key[:8]}.jsonl"
 
     def build_table(self, architecture: Architecture, path: Path) -> LatencyTable:
-        """Measure what `path` lacks of the table, with a progress bar.
+        """Measure the probes that the table in the file `path` still lacks, and return the table.
 
-        Costs go by widths, so the table of a model whose layers differ is that of the widest of them.
+        A table gives costs by width, so that of a model whose layers differ is measured for the envelope of its layers.
         """
         architecture = architecture.envelope
         capabilities = self.backend.capabilities(architecture, precision=self.workload.precision)
@@ -234,7 +252,7 @@ class Bench:
         return table
 
     def read_table(self, path: Path, architecture: Architecture) -> LatencyTable:
-        """A table measured earlier. Raises Mismatch where it was measured for anything else than this bench."""
+        """Read a table that was measured earlier. Raises Mismatch where that was for anything else than this bench."""
         table = LatencyTable.read(path)
         table.require_usable(
             fingerprint=self.profiler.fingerprint(),
@@ -249,9 +267,9 @@ class Bench:
 def kept_configuration(
     bench: Bench, source: Source, *, threads: Sequence[int], dense: Path | None = None
 ) -> Configuration:
-    """The fastest configuration for a model, found once, so that all runs share one table.
+    """Return the fastest configuration for a model, which is looked for once and kept: all runs can share one table.
 
-    `dense` is the model's file; without it the model is exported for this alone.
+    `dense` is the model's file; without it, the model is exported only for this.
     """
     architecture = architecture_of(source.model)
     kept = bench.configuration_path(source.name, architecture, threads=threads)
@@ -265,7 +283,7 @@ def kept_configuration(
 
 
 def describe_errors(table: LatencyTable) -> str:
-    """How well a table predicts plans that took no part in its fit, and what has to be known of it."""
+    """Say how well a table predicts plans that took no part in its fit, and which caveats it has."""
     model = table.model()
     errors = model.holdout_errors()
     said = f"latency table fitted by {model.method}"

@@ -1,4 +1,4 @@
-"""The command that asks for the job of a result."""
+"""The command line that asks for the job of a finished result, for reports."""
 
 import shlex
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dilap.core.documents import value_at
 from dilap.job.result import PruneResult
 
-# Options of a job by the flag that sets them; a flag at its default is left out.
+# For every flag, where its value is in a job's options, and its default. A flag at its default is left out.
 _FLAGS: Mapping[str, tuple[tuple[str, ...], str | float | None]] = {
     "--model": (("model",), "smollm2-135m"),
     "--backend": (("backend",), None),
@@ -31,7 +31,7 @@ _FLAGS: Mapping[str, tuple[tuple[str, ...], str | float | None]] = {
 
 
 def command_line(result: PruneResult) -> str:
-    """The dilap-prune that asks for the job of a result, of earlier versions too."""
+    """Return the `dilap-prune` command for the job of a result, which an earlier version may have written."""
     options, budget = result.options, result.budget
     words = ["dilap-prune", "--target", result.target]
     asked = ["--ratio", f"{budget.ratio:g}"] if budget.ratio is not None else ["--budget", str(budget)]

@@ -1,4 +1,4 @@
-"""Every method at the same measured latency, before and after the same recovery."""
+"""Compare pruning methods at the same measured latency, before and after the same recovery."""
 
 import copy
 import shutil
@@ -21,7 +21,7 @@ from dilap.job.run_folder import changes, held, remove_leftovers_below, tidy
 from dilap.models.load import Source, load
 from dilap.profilers.devices.device import Device
 
-_LARGE = ("checkpoint", "artifact")  # of a run's folder, dropped when its numbers are known
+_LARGE = ("checkpoint", "artifact")  # folders of a run, removed when its numbers are known
 
 
 def compare(
@@ -35,10 +35,11 @@ def compare(
     keep_models: bool = False,
     tables: Path | None = None,
 ) -> list[Row]:
-    """Prune with every method that `settings` has settings for, at every budget; one row each, `base` says the rest.
+    """Prune with every method in `settings` at every budget, and return one row for each of them.
 
-    `out` keeps what is done, also of methods that fail: the same call goes on in it. Raises InvalidInput for a folder
-    that no comparison of these options began.
+    `settings` has the settings of each method by its name; `base` has all other options. `out` keeps what is done, also
+    by methods that fail: the same call goes on in it. Raises InvalidInput where the folder was begun by a comparison
+    with other options, or by anything else.
     """
     jobs = [
         replace(base, budget=budget, method=method, settings=dict(chosen))
@@ -53,9 +54,9 @@ def compare(
 
 
 def _require_ours(out: Path) -> None:
-    """Raises InvalidInput for a folder with content that no comparison began."""
+    """Raise InvalidInput for a folder with content that no comparison wrote."""
     shared = out / "shared"
-    begun = {shared, shared / "lock", *shared.glob(".identity.json.*.part")}  # killed before it said what it is
+    begun = {shared, shared / "lock", *shared.glob(".identity.json.*.part")}  # killed before it had an identity
     if out.exists() and not (shared / "identity.json").exists():
         strange = [one for one in out.rglob("*") if one not in begun]
         if strange or not out.is_dir():
@@ -63,9 +64,9 @@ def _require_ours(out: Path) -> None:
 
 
 def _open(out: Path, base: JobOptions, settings: Mapping[str, Mapping[str, str]]) -> None:
-    """Start, or go on with a comparison of the same options, other budgets and methods perhaps.
+    """Start a comparison in `out`, or go on with one of the same options; its budgets and methods may be others.
 
-    Raises InvalidInput for another's folder.
+    Raises InvalidInput where the comparison in `out` has other options.
     """
     options = {key: value for key, value in asdict(base).items() if key not in ("budget", "method", "settings")}
     options["settings"] = {name: chosen for name, chosen in settings.items() if chosen}
@@ -79,7 +80,7 @@ def _open(out: Path, base: JobOptions, settings: Mapping[str, Mapping[str, str]]
 
 @dataclass(frozen=True, kw_only=True)
 class _Runs:
-    """The runs of a comparison, in folders below `out`; what they have in common is in `out`/shared."""
+    """The runs of a comparison, in folders below `out`; what they have in common is in the folder `out`/shared."""
 
     model: str
     devices: Sequence[Device]
@@ -93,7 +94,7 @@ class _Runs:
         return load(self.model)
 
     def rows(self, jobs: Sequence[JobOptions]) -> list[Row]:
-        """All rows, those of earlier sittings included; the tables are written anew after each."""
+        """Return all rows, after doing the runs that have none yet; the tables are rewritten after each row."""
         rows: list[Row] = []
         known = sum(self._row_file(options).exists() for options in jobs)
         if known:
@@ -102,7 +103,7 @@ class _Runs:
             self._require_possible(jobs[0])
             self._require_same_inputs(jobs)
         with self.progress.bar("compare", total=len(jobs), unit="run") as bar:
-            bar.initial = known  # for the time that is left: known rows take none
+            bar.initial = known  # known rows take no time, and must not count in the time left
             for number, options in enumerate(jobs, start=1):
                 if not self._row_file(options).exists():
                     self.progress.say(f"=== {number} of {len(jobs)}: {options.method} at {options.budget} ===")
@@ -110,17 +111,17 @@ class _Runs:
                 comparison.write(self.out, rows)
                 bar.update(1)
         if all(row.error is None for row in rows) and not self.keep_models:
-            shutil.rmtree(self.out / "shared" / "methods", ignore_errors=True)  # gigabytes that no run will ask for
+            shutil.rmtree(self.out / "shared" / "methods", ignore_errors=True)  # gigabytes that no run needs any more
         return rows
 
     def _require_possible(self, options: JobOptions) -> None:
-        """What no method could do is told once, not by every row."""
+        """Raise for what no method could do, so that it is reported once and not in every row."""
         require_possible(options, self._dense)
 
     def _require_same_inputs(self, jobs: Sequence[JobOptions]) -> None:
-        """Raises InvalidInput where something that the rows and shared files came from has another content now.
+        """Raise InvalidInput where an input has changed since the rows and shared files were made from it.
 
-        A user's own method may be mended as long as it has no rows.
+        The code of a user's own method may change as long as the method has no rows.
         """
         path = self.out / "shared" / "inputs.json"
         begun = read_json(path) if path.exists() else {}
@@ -153,11 +154,11 @@ class _Runs:
             return row
         for name in () if self.keep_models else _LARGE:
             shutil.rmtree(path.with_name(name), ignore_errors=True)
-        write_json(path, encode(row))  # at last, so that a kill leaves nothing that is dropped
+        write_json(path, encode(row))  # last: a run with a row has no large folders left, whenever it is killed
         return row
 
     def _result(self, options: JobOptions, folder: Path) -> PruneResult:
-        """Of a run that is whole. Raises InvalidInput for a folder that is anything else than this very run."""
+        """Read the result of a finished run. Raises InvalidInput where `folder` is anything else than this run."""
         path = folder / "result.json"
         if not path.is_file():
             raise InvalidInput(f"{folder} exists and is no run of this comparison; move it away and run again")
@@ -169,7 +170,7 @@ class _Runs:
 
     def _run(self, options: JobOptions, folder: Path) -> Row:
         try:
-            if folder.exists():  # killed between the result and its row
+            if folder.exists():  # an earlier call was killed between the run and its row
                 return comparison.row_of(self._result(options, folder))
             result = prune(
                 options,
@@ -178,7 +179,7 @@ class _Runs:
                 progress=self.progress,
                 shared=self.out / "shared",
                 tables=self.tables,
-                source=replace(self._dense, model=copy.deepcopy(self._dense.model)),  # the run will shrink it
+                source=replace(self._dense, model=copy.deepcopy(self._dense.model)),  # a copy: the run shrinks it
             )
         except Exception as error:  # one method's failure, a user's own included, must not lose the others
             return Row(method=options.method, budget=str(options.budget), error=reason_of(error))

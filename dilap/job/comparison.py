@@ -1,4 +1,4 @@
-"""The rows of a comparison, and the tables made of them."""
+"""The rows of a comparison, and the files and tables that are made of them."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from dilap.job.result import PruneResult
 from dilap.job.verdict import Verdict, percent, words
 from dilap.methods import PUBLISHED_TOKENS, TRAINED
 
-# Rows of earlier versions know the torch model's quality alone, under names that did not say so.
+# Rows of earlier versions have only the quality of the torch model, under these shorter names.
 _OLD_NAMES = {
     "kl": "torch_kl_before",
     "perplexity": "torch_perplexity_before",
@@ -27,10 +27,11 @@ _OLD_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One method at one budget; only `error` where it failed.
+    """What one method gave at one budget; where the method failed, only `error` is set.
 
-    `torch_*` is of the torch model in floats: `*_before` as the method left it, the others after the recovery that all
-    rows share. `artifact_*` is of the file that ships, read through its runtime; none where that cannot be read here.
+    `torch_*` is the quality of the torch model in floats: `*_before` as the method left it, the others after the
+    recovery that all rows share. `artifact_*` is the quality of the exported file, read through its runtime; None where
+    the file cannot be read here.
     """
 
     method: str
@@ -63,7 +64,7 @@ class Row:
 
     @property
     def kl(self) -> float:
-        """The one to compare: of the file that ships, where it can be read."""
+        """KL to compare rows by, in nats a token: the exported file's where it is known, else the torch model's."""
         return self.torch_kl or 0.0 if self.artifact_kl is None else self.artifact_kl
 
 
@@ -111,18 +112,18 @@ def _qualities(result: PruneResult) -> dict[str, Any]:
 
 
 def read_row(document: Mapping[str, Any], *, source: str) -> Row:
-    """The row in a file of its own, of earlier versions too. Raises InvalidInput."""
+    """Return the row in the content of a `row.json`, of earlier versions too. Raises InvalidInput."""
     return decode(Row, _with_todays_names(document), source=source)
 
 
 def read_rows(found: Any, *, source: str) -> list[Row]:
-    """The rows that stand in `compare.json`, of earlier versions too. Raises InvalidInput."""
+    """Return the rows in the content of a `compare.json`, of earlier versions too. Raises InvalidInput."""
     rows = checked(tuple[dict[str, Any], ...], found, source=source)
     return [checked(Row, _with_todays_names(row), source=source) for row in rows]
 
 
 def _with_todays_names(row: Mapping[str, Any]) -> dict[str, Any]:
-    if "torch_kl" not in row and row.get("kl_recovered") is None:  # without recovery the two are one
+    if "torch_kl" not in row and row.get("kl_recovered") is None:  # without recovery both are the same
         row = {**row, "kl_recovered": row.get("kl"), "perplexity_recovered": row.get("perplexity")}
     return {_OLD_NAMES.get(name, name): value for name, value in row.items()}
 
@@ -132,7 +133,7 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def write(out: Path, rows: Sequence[Row]) -> None:
-    """compare.json, compare.csv and compare.md in the folder `out`."""
+    """Write compare.json, compare.csv and compare.md into the folder `out`."""
     write_json(out / "compare.json", document(rows))
     for name, text in (("compare.csv", _csv(rows)), ("compare.md", markdown(rows))):
         with written_aside(out / name) as temporary:
@@ -152,14 +153,14 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One table a budget, the best KL after recovery first; methods that failed at the end, with the reason."""
+    """Return one table for each budget, the lowest KL first, then the methods that failed, with the reason."""
     budgets = list(dict.fromkeys(row.budget for row in rows))
     tables = [_table(budget, [row for row in rows if row.budget == budget]) for budget in budgets]
     return "\n".join([*tables, *_notes(rows)])
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
-    """What a reader has to know to compare the rows."""
+    """Return what a reader has to know to compare the rows."""
     shared = "What does not depend on the budget is computed once: its seconds are in the row that asked first."
     shared = f"{_quality_note(rows)} {shared}"
     sizes = {row.calibration_tokens for row in rows if row.calibration_tokens}
@@ -175,7 +176,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _quality_note(rows: Sequence[Row]) -> str:
-    """What the columns of quality are of."""
+    """Say which models the columns of KL and perplexity are about."""
     torch = "torch KL is of the torch model in floats, the only one that is known before recovery"
     read = next((row for row in rows if row.artifact_reader is not None), None)
     if read is None:
@@ -225,19 +226,19 @@ def _line(row: Row) -> str:
 
 
 def _quality_cells(row: Row) -> list[str]:
-    """Of the artifact; of the torch model, marked, where that is all there is."""
+    """Return the artifact's KL and perplexity, or, marked, the torch model's where the artifact was not read."""
     if row.artifact_reader is None:
         return [f"{one} (torch)" for one in (_number(row.torch_kl, 3), _number(row.torch_perplexity, 2))]
     return [_number(row.artifact_kl, 3), _number(row.artifact_perplexity, 2)]
 
 
 def _scaled(value: float | None, unit: float, digits: int, name: str = "") -> str:
-    """Empty where it is not known."""
+    """Format `value` in multiples of `unit`; empty where the value is not known."""
     return "" if value is None else f"{value / unit:.{digits}f}{name}"
 
 
 def _used(row: Row) -> str:
-    """The share of the budget, and how it stands where it was not shown to be kept."""
+    """Format the share of the budget that is used, with a remark where the budget was not shown to be kept."""
     used = row.budget_used or 0.0
     low, high = row.budget_used_ci or (used, used)
     share = Interval(value=used, low=low, high=high)

@@ -1,4 +1,4 @@
-"""lm-eval's tasks, text and costs, of a checkpoint in torch or of the very artifact that ships."""
+"""Evaluate a checkpoint in torch, or the exported artifact itself: lm-eval's tasks, quality on text, and costs."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class EvaluationOptions:
     """What is scored, and how; `dilap-eval --help` says what each option is.
 
-    `costs_on` is the device where memory and latency are measured, None for no costs. `out` keeps the evaluation task
-    by task, so that a killed one goes on; by default a run's folder keeps that of its artifact.
+    `costs_on` is the device where memory and latency are measured, None for no costs. `out` is the file that keeps the
+    evaluation, task by task, so that a killed one goes on; by default, the evaluation of a run is kept in its folder.
     """
 
     subject: str
@@ -51,7 +51,7 @@ class EvaluationOptions:
 
     @property
     def kept_in(self) -> Path | None:
-        """The file that keeps the evaluation; none for what is no run, unless one is named."""
+        """The file that keeps the evaluation; None where `out` names none and the subject is no run."""
         run = Path(self.subject)
         if self.out is not None or not (run / "result.json").is_file():
             return self.out
@@ -59,9 +59,10 @@ class EvaluationOptions:
 
 
 def evaluate(options: EvaluationOptions, *, progress: Progress) -> Evaluation:
-    """Score every task that is not kept already, then text beside the reference, then costs, measured alone.
+    """Score the tasks that are not kept already, then text beside the reference, then measure costs; return all.
 
-    Raises InvalidInput for what cannot be scored or is kept of something else, Unavailable for what is not here.
+    The models are closed before costs are measured. Raises InvalidInput where the subject cannot be scored or the kept
+    evaluation is of something else, and Unavailable where a device, a runtime or lm-eval is missing.
     """
     if not (options.tasks or options.reference or options.costs_on):
         raise InvalidInput("nothing to do: name --tasks or a --reference, or ask for --costs")
@@ -86,7 +87,7 @@ def evaluate(options: EvaluationOptions, *, progress: Progress) -> Evaluation:
 
 
 def _load_tasks(options: EvaluationOptions) -> "Sequence[LoadedTask]":
-    """The data first: its mistakes are found before a model is read."""
+    """Load the tasks with their data, before any model is read, so that mistakes in the data are found first."""
     names = TASKS if "all" in options.tasks else options.tasks
     if not names:
         return []
@@ -104,7 +105,7 @@ def _with_tasks(
     options: EvaluationOptions,
     progress: Progress,
 ) -> Evaluation:
-    """Every task that is missing; each is kept when it is whole."""
+    """Return `done` with the missing tasks scored; each task is saved as soon as it is scored."""
     for number, task in enumerate(tasks, start=1):
         from dilap.evaluation.evaluate import evaluate_task, rows_sha256  # noqa: PLC0415 - lm-eval may be missing
 
@@ -126,7 +127,7 @@ def _with_tasks(
 
 
 def _started(subject: Subject, options: EvaluationOptions, progress: Progress) -> Evaluation:
-    """What is kept of the same evaluation, or an empty one. Raises InvalidInput for another's file."""
+    """Return what is kept of this evaluation, or an empty one. Raises InvalidInput where the file is of another."""
     longest, out = subject.reader.max_tokens, options.kept_in
     fresh = Evaluation(
         model=subject.name,

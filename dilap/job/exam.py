@@ -1,4 +1,4 @@
-"""How good the models of a job are: the torch model in floats, and the artifacts through their own runtime."""
+"""Scores of a job's models on text that no search saw: torch models in floats, artifacts through their runtime."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -24,7 +24,10 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Exam:
-    """Text that no search saw, with what the dense torch model says about it and about the validation split."""
+    """The text on which all models of a job are scored, with the answers of the dense torch model.
+
+    `reference` has its answers on `text`, `validation` those on the validation split of the calibration text.
+    """
 
     text: EvaluationText
     reference: Teacher
@@ -32,6 +35,7 @@ class Exam:
 
     @classmethod
     def of(cls, stages: Stages, calibration: Calibration) -> "Exam":
+        """Read the text and ask the dense model: the model in `stages.source` must not be pruned yet."""
         options = stages.options
         text = evaluation_text(
             options.evaluation_text,
@@ -47,17 +51,19 @@ class Exam:
 
     @property
     def dense(self) -> Quality:
-        """Of the dense torch model, which all others are compared with."""
+        """Quality of the dense torch model, which all others are compared with."""
         return self._quality(kl=0.0, perplexity=self.reference.perplexity)
 
     def of_torch(self, model: PreTrainedModel) -> Quality:
+        """Score a torch model that has the dense model's head."""
         return self._scored(self.reference.scores(model))
 
     def of_artifact(self, stages: Stages, folder: Path, artifact: Artifact, *, in_torch: Quality) -> Quality:
-        """Of the very file that ships, read through its runtime on this machine; asked once for each file.
+        """Score an exported file, read through its runtime on this machine; the score of a file is kept.
 
-        A file that only its device can read, or of which the runtime dies, has the torch model's numbers instead, with
-        the reason: hours of pruning are not lost for it.
+        Where only the file's device can read it, or the runtime crashes on it, the quality `in_torch` is returned with
+        the reason, so that hours of pruning are not lost. Raises InvalidInput or Mismatch where a file of the artifact
+        is missing or was changed.
         """
         require_unchanged(folder, artifact)
         path = stages.workspace.common / f"quality-{self._key(stages, artifact)}.json"
@@ -81,7 +87,7 @@ class Exam:
         return replace(self._scored(scores), through=artifact.backend, artifact_sha256=artifact.sha256)
 
     def _key(self, stages: Stages, artifact: Artifact) -> str:
-        """Of everything that the numbers come from."""
+        """Return a digest of everything that the score of an artifact depends on."""
         switches = stages.bench.workload.switches
         made_of = [artifact.sha256, artifact.companions, switches, self.text.sha256, stages.source.digest, versions()]
         return digest(made_of)[:16]

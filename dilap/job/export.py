@@ -1,4 +1,4 @@
-"""A checkpoint in a runtime's format, checked against torch."""
+"""Export a checkpoint to a runtime's format, checked against torch."""
 
 import os
 from pathlib import Path
@@ -15,10 +15,11 @@ from dilap.models.load import checkpoint_of, load
 def export(
     checkpoint: str, *, backend: str, precision: str | None = None, tokenizer: Path | None = None, out: Path
 ) -> Artifact:
-    """Write `out`, whole or not at all: the model file and its sidecar `artifact.json`.
+    """Write the folder `out`, whole or not at all, with the model file and its sidecar `artifact.json`.
 
     `checkpoint` is a run, a folder, a GGUF file, a hub id or a built-in name. Raises InvalidInput, Unavailable,
-    Unsupported where the runtime cannot hold the model, VerificationFailed where it computes something else.
+    Unsupported where the runtime cannot hold the model, and VerificationFailed where the runtime computes something
+    else than torch.
     """
     runtime = backends.get(backend)
     precision = precision or runtime.precisions()[0]
@@ -39,6 +40,6 @@ def export(
 
 
 def _plan_digest(checkpoint: Path) -> str:
-    """The digest of the plan that the checkpoint was shrunk by; empty for any other model."""
+    """Return the digest of the plan that the checkpoint was shrunk by; empty for any other model."""
     path = checkpoint / "config.json"
     return str(read_json(path).get("dilap_plan", "")) if path.is_file() else ""

@@ -1,4 +1,4 @@
-"""What a job reads beside its model, by content: what is named by a path or a name may change under it."""
+"""Digests of what a job reads beside its model: the content behind a path or a name may change between two starts."""
 
 import hashlib
 import sys
@@ -15,7 +15,11 @@ from dilap.profilers.tables.table import LatencyTable
 def inputs_of(
     tokenizer: PreTrainedTokenizerBase, *, calibration: str, evaluation: str, method: str, table: str | None = None
 ) -> dict[str, str]:
-    """Digests of the content of all that is named so, by what it is. Raises InvalidInput for what cannot be read."""
+    """Return the digest of every input's content, by a name for messages such as "the tokenizer".
+
+    The arguments are named as in the options of a job. Text that the model makes itself and methods of DiLAP's own are
+    left out. Raises InvalidInput or Unavailable for what cannot be read.
+    """
     found = {"the tokenizer": tokenizer_sha256(tokenizer), "the evaluation text": _text_sha256(evaluation)}
     if calibration != "self":
         found["the calibration text"] = _text_sha256(calibration)
@@ -27,7 +31,10 @@ def inputs_of(
 
 
 def code_sha256(method: str) -> str:
-    """Of the module of a user's own `module:attribute`, which is imported; of all files where it is a package."""
+    """Return the digest of the module that has a user's own method, `module:attribute`; a package is read whole.
+
+    The module must have been imported.
+    """
     module = sys.modules[method.partition(":")[0]]
     file = Path(str(module.__file__))
     files = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
@@ -35,7 +42,7 @@ def code_sha256(method: str) -> str:
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of what turns text into ids, and of the ids that have a meaning of their own."""
+    """Return the digest of a tokenizer: of its rules, or its vocabulary where it shows none, and its special ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
     return digest([words, tokenizer.all_special_ids, tokenizer.bos_token_id, tokenizer.eos_token_id])

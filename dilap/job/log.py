@@ -1,4 +1,4 @@
-"""What a run says, shown and kept: every line goes into the run's `log.txt` as well."""
+"""The log of a run: every line that is shown is also written into the run's `log.txt`."""
 
 import traceback
 from contextlib import AbstractContextManager
@@ -11,18 +11,18 @@ from dilap.core.progress import Progress
 
 
 class Log:
-    """Passes everything on to another `Progress`, and writes the lines into a file once there is one."""
+    """A `Progress` that passes everything on to another one, and writes the lines into a file once there is one."""
 
     def __init__(self, shown: Progress) -> None:
         self._shown = shown
         self._path: Path | None = None
 
     def write_to(self, path: Path | None) -> None:
-        """Write every further line into this file; into none with None."""
+        """Write every further line into the file `path`; into none with None."""
         self._path = path
 
     def say(self, text: str) -> None:
-        """One line; what a device or a file says in it cannot look like another line of ours."""
+        """Show and write one line; line breaks in it are escaped, so that no quoted text looks like a line of ours."""
         self._shown.say(text)
         self._write(printable(text))
 
@@ -30,7 +30,10 @@ class Log:
         return self._shown.bar(title, total=total, unit=unit)
 
     def keep_traceback(self, error: BaseException) -> None:
-        """Write it down, if `error` is none that a user can mend; a note on the error says where it is."""
+        """Write the traceback of `error` into the file, and say so in a note on the error.
+
+        Nothing is written for errors that a user can mend: DilapError, OSError and KeyboardInterrupt.
+        """
         if self._path is not None and not isinstance(error, DilapError | OSError | KeyboardInterrupt):
             self._write("".join(traceback.format_exception(error)))
             error.add_note(f"{TRACEBACK_KEPT}{self._path}")

@@ -1,4 +1,4 @@
-"""What a prune job depends on, with the defaults of the command line and of the Python interface."""
+"""The options of a prune job, with the defaults that the command line and the Python interface share."""
 
 import math
 from collections.abc import Mapping
@@ -26,10 +26,10 @@ _TIMED, _TEXT, _LIBRARY, _SEARCH, _RECOVERY = (
 
 @dataclass(frozen=True, kw_only=True)
 class JobOptions:
-    """What a run depends on: two runs with equal options are the same run.
+    """Everything that a prune job is asked for: two jobs with equal options are the same job.
 
-    The `fastest` configuration is looked for from the workload's own on, in the numbers of threads that are tried; a
-    `plain` one is the runtime's defaults.
+    For the `fastest` configuration, the runtime's switches and `threads_tried` are tried, starting from `workload`;
+    the `plain` one has the runtime's default switches.
     """
 
     budget: Budget
@@ -50,7 +50,7 @@ class JobOptions:
     evaluation_sequences: int = 32
     levels: LevelOptions = field(default_factory=LevelOptions)
     recovery: RecoveryOptions = field(default_factory=RecoveryOptions)
-    seed: int = 0  # of everything that draws: text, search, methods, recovery
+    seed: int = 0  # of everything random: text, search, methods, recovery; set in their options too
 
     def __post_init__(self) -> None:
         search = replace(self.levels.search, seed=self.seed)
@@ -64,7 +64,7 @@ class JobOptions:
 
     @property
     def text(self) -> CalibrationOptions:
-        """The calibration text, with as many more sequences to train on that recovery sees none too often."""
+        """Options of the calibration text, with enough sequences to train on that recovery need not repeat any."""
         recovery, text = self.recovery, self.calibration
         wanted = 0 if recovery.mode == "none" else recovery.steps * recovery.batch_tokens // text.sequence_length
         return replace(text, train_sequences=max(text.train_sequences, wanted))
@@ -98,10 +98,10 @@ def job_options(
     estimate: bool = False,
     force: bool = False,
 ) -> JobOptions:
-    """The job that these options of `dilap-prune` ask for on a device; `--help` says what each of them is.
+    """Return the job that these options of `dilap-prune` ask for; its `--help` says what each of them is.
 
-    What is None is what the device has by default: its first runtime, what ships there in it, all physical cores and
-    fewer tried. Raises InvalidInput for impossible values.
+    None stands for the default of `device`: its first runtime, the precision that ships on it in that runtime, and for
+    `threads` a choice between all physical cores and fewer. Raises InvalidInput for impossible values.
     """
     if not (math.isfinite(step) and 0 < step <= 1):
         raise InvalidInput(f"--step is a share of the dense latency above 0, got {step:g}")

@@ -4,12 +4,12 @@ from pathlib import Path
 
 
 def name_of(model: str) -> str:
-    """What the outputs of a model are named after: `.` has a name too."""
+    """Return the name for a model's outputs: that of its file or folder (for `.` too), or the end of its hub id."""
     path = Path(model)
     return (path.resolve() if path.exists() else path).name.removesuffix(".gguf")
 
 
 def home_of(model: str) -> Path:
-    """Where outputs go by default: the current folder, or, where that is the model's own, the one that holds it."""
+    """Return the default folder for outputs: the current one; the model's parent where that is inside the model's."""
     folder = Path(model).resolve()
     return folder.parent if folder.is_dir() and Path.cwd().is_relative_to(folder) else Path()

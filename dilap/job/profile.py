@@ -1,4 +1,4 @@
-"""A latency table of a model on a device, or an estimate in its place."""
+"""Measure a model's latency table on a device, or estimate it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from dilap.search.layouts import describe
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """The fitted costs, and the file of the table that they come from: None for an estimate."""
+    """The fitted costs of a model, and the file of the table that they come from (None for an estimate)."""
 
     model: LatencyModel
     table: Path | None
@@ -38,11 +38,12 @@ def profile(
     force: bool = False,
     progress: Progress,
 ) -> Profile:
-    """Measure what is missing of a model's table, and fit it.
+    """Measure what is missing of a model's latency table, fit it, and return the fit.
 
-    The first of `devices` is the one; the others are of its kind and share the work. `threads_tried` are the numbers of
-    threads in which the fastest configuration is looked for; without any, the workload's own is taken. `out` is the
-    table's file, by default one for the model, device, runtime and workload in the folder `tables`.
+    The first of `devices` is the one that is asked about; the others are of its kind and share the work.
+    `threads_tried` are the numbers of threads with which the fastest configuration is looked for; without any, the
+    workload's own configuration is taken. `out` is the table's file, by default one for the model, device, runtime and
+    workload in the folder `tables`.
     """
     bench = Bench.of(devices, backend, workload, progress, force=force, tables=tables, estimate=estimate)
     source = load(model)
@@ -54,7 +55,7 @@ def profile(
     progress.say(f"{workload.describe()} on {devices[0].label}, {backend}")
     if estimate:
         return Profile(model=bench.estimated_model(architecture), table=None)
-    if out is not None and out.exists():  # begun in a configuration
+    if out is not None and out.exists():  # a table keeps the configuration that it was begun in
         begun = LatencyTable.read(out).header.workload
         bench = replace(bench, workload=replace(workload, threads=begun.threads, switches=begun.switches))
     elif threads_tried:

@@ -1,4 +1,4 @@
-"""The end of a prune job: from the plan to a measured artifact and what can be claimed of it."""
+"""The last part of a prune job: from the plan to a measured artifact, and what can be claimed of it."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -24,9 +24,10 @@ from dilap.search.method import Pruned
 
 
 def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration) -> PruneResult:
-    """Shrink, recover, export, score on text that no stage has seen, and measure with fresh starts.
+    """Shrink, recover and export the model, score it on unseen text, measure it with fresh starts; return the result.
 
-    The source's model becomes the pruned one on the way, so what is asked of the dense one is asked first.
+    The model in `stages.source` becomes the pruned one on the way, so everything that is asked of the dense model is
+    asked first.
     """
     source, workspace, plan = stages.source, stages.workspace, pruned.plan
     write_json(workspace.folder / "plan.json", encode(plan))
@@ -48,7 +49,7 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration) -> Prun
         recovery_kls = _recover_(stages, lessons)
         recovered = exam.of_torch(source.model)
     with workspace.stage("save the checkpoint"):
-        remove(workspace.folder / "checkpoint")  # of an earlier start
+        remove(workspace.folder / "checkpoint")  # left by an earlier start
         save_checkpoint(source.model, source.tokenizer, workspace.folder / "checkpoint")
     dense, side, plain = _sides(stages, plan, exam, recovered)
     result = _result(stages, goal, pruned, text, dense=dense, side=side, shrunk=shrunk, validation_kl=validation_kl)
@@ -56,9 +57,10 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration) -> Prun
 
 
 def _sides(stages: Stages, plan: Plan, exam: Exam, recovered: Quality) -> tuple[Side, Side, PlainDefaults | None]:
-    """Both artifacts, read through their runtime and then measured together.
+    """Score both artifacts through their runtime, then measure them together; return the dense and the pruned side.
 
-    Raises Mismatch where a file is replaced on the way: what is claimed is of what was exported.
+    The third value is what was measured in the runtime's plain defaults. Raises Mismatch where a file is replaced
+    meanwhile, because a claim must be about the files that were exported.
     """
     workspace, bench = stages.workspace, stages.bench
     folders = workspace.dense, workspace.folder / "artifact"
@@ -83,7 +85,7 @@ def _sides(stages: Stages, plan: Plan, exam: Exam, recovered: Quality) -> tuple[
 
 
 def _measured(stages: Stages, paths: Sequence[Path]) -> tuple[list[Measurement], PlainDefaults | None]:
-    """Both models in the configuration found, and, beside them, in the runtime's plain defaults where those differ."""
+    """Measure both models in the configuration found and, where it differs, in the runtime's plain defaults."""
     found = stages.configuration
     if found is None or found.is_plain:
         return stages.bench.measure(paths, final=True), None
@@ -100,7 +102,7 @@ def _measured(stages: Stages, paths: Sequence[Path]) -> tuple[list[Measurement],
 
 
 def _recover_(stages: Stages, lessons: Teacher) -> tuple[float, ...]:
-    """Distil in place; the KL of every step."""
+    """Distil the dense model into the pruned one, in place; return the KL of every step."""
     options = stages.options.recovery
     with (
         stages.workspace.stage("recover"),

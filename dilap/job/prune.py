@@ -1,4 +1,4 @@
-"""The main job: model and budget in, a measured smaller model out."""
+"""The main job: prune a model to a budget, and measure the smaller model."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -35,11 +35,12 @@ def prune(
     source: Source | None = None,
     tables: Path | None = None,
 ) -> PruneResult | None:
-    """Run the whole job into `out`; None where the dense model already keeps the budget (nothing is written).
+    """Run the whole job and write its results into the folder `out`.
 
-    The first of `devices` is the target; the others are of its kind and share the work of the latency table. `shared`
-    is a folder for what several jobs have in common; `source` the model of the options, if it is loaded already: the
-    job changes it. `tables` is where latency tables are kept, `tables/` by default.
+    Returns None, and writes nothing, where the dense model already keeps the budget. The first of `devices` is the
+    target; the others are of its kind and share the work of the latency table. `shared` is a folder for what several
+    jobs have in common. `source` is the model of the options where it is loaded already; the job changes it in place.
+    `tables` is the folder of latency tables, `tables/` by default. Raises DilapError.
     """
     workspace = Workspace(out, progress, shared=shared)
     bench = Bench.of(
@@ -71,7 +72,7 @@ def prune(
 
 
 def named_inputs(options: JobOptions, source: Source) -> dict[str, str]:
-    """Digests of what the options name."""
+    """Return the digests of the inputs that the options name; see `inputs_of`."""
     return inputs_of(
         source.tokenizer,
         calibration=options.calibration.source,
@@ -82,7 +83,7 @@ def named_inputs(options: JobOptions, source: Source) -> dict[str, str]:
 
 
 def require_possible(options: JobOptions, source: Source) -> None:
-    """Raises for what can be known before anything runs: a model, a context or a text that will not do."""
+    """Raise Unsupported or InvalidInput for a model, a context or a text that cannot work, before anything runs."""
     backend, workload, config = backends.get(options.backend), options.workload, source.model.config
     architecture = architecture_of(source.model)
     backends.require_loadable(backend, architecture, precision=workload.precision)
@@ -103,7 +104,7 @@ def _run(stages: Stages, method: Method, layout: Layout) -> PruneResult | None:
 
 
 def _method(options: JobOptions, layout: Layout) -> Method:
-    """The method asked for; DiLAP's has a search of its own for equal widths. Raises InvalidInput."""
+    """Return the method asked for; DiLAP's own has another search for equal widths. Raises InvalidInput."""
     name = "equal_widths" if layout == "uniform" and options.method == "dilap" else options.method
     method: Method = methods.get(name, options.settings)
     return method

@@ -1,4 +1,4 @@
-"""The result of a prune job, as a document and as the table that ends it."""
+"""The result of a prune job: the document that is kept, and the table that is shown at the end."""
 
 import functools
 import platform
@@ -21,10 +21,10 @@ from dilap.profilers.profiler import is_shown
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """On text that no search saw. KL is to the dense torch model, in nats a token.
+    """How good a model is on text that no search saw. KL is to the dense torch model, in nats a token.
 
-    `through` is what read the text: the artifact's runtime, or `torch`, which scores the model in floats, as all
-    results of earlier versions do. `reason` says why torch's numbers stand where the artifact's should.
+    `through` is what read the text: the artifact's runtime, or `torch`, which scores the torch model in floats, as in
+    all results of earlier versions. `reason` says why there are torch's numbers instead of the artifact's.
     """
 
     text: str
@@ -43,8 +43,11 @@ class Quality:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One of the two models: what it is, what it costs and how good it is. `quality` is the artifact's own, where its
-    runtime can read it here; `torch_quality` that of the torch model that it was exported from."""
+    """One of the two models, dense or pruned: what it is, what it costs and how good it is.
+
+    `quality` is the artifact's own where its runtime can read it here; `torch_quality` is that of the torch model from
+    which the artifact was exported.
+    """
 
     artifact: Artifact
     measurement: Measurement
@@ -61,13 +64,13 @@ class Side:
 
     @property
     def in_torch(self) -> Quality:
-        """The only one that results of earlier versions have."""
+        """Quality of the torch model in floats, which is the only one in results of earlier versions."""
         return self.torch_quality or self.quality
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlainDefaults:
-    """Both models as the runtime runs them by default: what a user gets who sets no switch and no number of threads."""
+    """Both models measured in the runtime's plain defaults: without any switch, and with the threads asked for."""
 
     dense: Measurement
     pruned: Measurement
@@ -77,8 +80,11 @@ class PlainDefaults:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneResult:
-    """Everything that a run claims, with what it rests on. What is `*_without_recovery` is of the torch model; an
-    estimate has no intervals and no speed-up."""
+    """Everything that a run claims, with what the claims rest on.
+
+    `kl_without_recovery` and `perplexity_without_recovery` are of the pruned torch model before recovery. An estimate
+    has no intervals and no speed-up.
+    """
 
     status: Verdict
     budget_used: float
@@ -111,14 +117,14 @@ class PruneResult:
     versions: dict[str, str]
     seed: int
     notes: tuple[str, ...] = ()
-    # What the first runs of this version do not have; they are read all the same.
+    # The first results of this version lack the fields from here on, but can still be read.
     perplexity_without_recovery: float | None = None
     recovery_kls: tuple[float, ...] = ()
     pruning_seconds: float | None = None
     pruning_peak_memory_bytes: int | None = None
     method_facts: dict[str, Any] = field(default_factory=dict)
-    plain: PlainDefaults | None = None  # where the configuration measured is another
-    budget_interval: Interval | None = None  # of the share used, where it is measured
+    plain: PlainDefaults | None = None  # None where the configuration measured is plain too
+    budget_interval: Interval | None = None  # of the share used; None where it was not measured
 
     def __post_init__(self) -> None:
         if self.backend not in backends.BACKENDS or self.workload.precision not in PRECISION_BITS:
@@ -128,23 +134,29 @@ class PruneResult:
 
     @property
     def share(self) -> Interval:
-        """Of the budget; with the width 0 where it is exact, as weights are, or comes from an earlier version."""
+        """Share of the budget that is used; its interval has width 0 where only the share itself is known.
+
+        That is so for weights, which are counted, for estimates, and for results of earlier versions.
+        """
         used = self.budget_used
         return self.budget_interval or Interval(value=used, low=used, high=used)
 
     @property
     def verdict(self) -> str:
-        """The status as people read it."""
+        """The status in words, for people."""
         return words(self.status, self.share)
 
     @property
     def statistic(self) -> Statistic:
-        """Of the intervals and the speed-up: the budget's; earlier versions knew those of medians alone."""
+        """The statistic of the intervals and the speed-up: the budget's, or p50 without a `budget_interval`.
+
+        Results of earlier versions have no such interval: theirs are of medians alone.
+        """
         return "p50" if self.budget_interval is None else self.budget.statistic
 
     @property
     def why_not_shown(self) -> str:
-        """Of a speed-up that is not."""
+        """Why the speed-up is not shown, where `speedup_shown` is false."""
         crosses = self.speedup is None or not is_shown(self.speedup)
         return "the interval includes 1" if crosses else "other processes used the cores"
 
@@ -154,14 +166,14 @@ class PruneResult:
 
     @property
     def share_of_dense(self) -> float:
-        """The pruned latency as a share of the dense one: paired where it was measured."""
+        """Pruned latency as a share of the dense one: paired where there is a speed-up of the budget's statistic."""
         if self.speedup is None or self.is_estimate or self.statistic != self.budget.statistic:
             return self.pruned.seconds / self.dense.seconds
         return 1 / self.speedup.value
 
     @property
     def all_notes(self) -> tuple[str, ...]:
-        """What a reader must know, of results too that do not say all of it."""
+        """Everything that a reader must know, with the caveats that older results leave out of their `notes`."""
         found = [*self.notes, *caveats(self.dense.measurement, self.pruned.measurement)]
         if self.plain is not None:
             in_plain = caveats(self.plain.dense, self.plain.pruned)
@@ -170,20 +182,20 @@ class PruneResult:
 
 
 def caveats(dense: Measurement, pruned: Measurement) -> tuple[str, ...]:
-    """What must be known of the two measurements."""
+    """Return the caveats of both measurements, each with the name of its model."""
     both = ("dense", dense), ("pruned", pruned)
     return tuple(f"the {name} model's {caveat}" for name, one in both for caveat in one.caveats)
 
 
 def flops_of(architecture: Architecture, workload: Workload) -> int:
-    """Of one workload: a decoded token, or a prompt."""
+    """Return the FLOPs of one workload: a decoded token, or a prompt."""
     if workload.phase == "decode":
         return architecture.decode_flops(context=workload.context)
     return architecture.prefill_flops(prompt_tokens=workload.prompt_tokens)
 
 
 def read_result(path: Path) -> PruneResult:
-    """Of the folder of a run. Raises InvalidInput, with what to do, for a run that measured no latency."""
+    """Read the result in the folder of a run. Raises InvalidInput, also for a run that measured no latency."""
     result = path / "result.json"
     document = read_json(result)
     if document.get("type") == "SparseResult":
@@ -196,7 +208,7 @@ def read_result(path: Path) -> PruneResult:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """The versions of everything that a result depends on and that is installed."""
+    """Return the versions of all installed packages that a result depends on."""
     wanted = {"torch", "transformers", "tokenizers", "numpy", "scipy", "peft", "gguf", "llama-cpp-python"}
     wanted |= {"onnx", "onnx-ir", "onnxruntime", "executorch"}
     found = {one.name.lower().replace("_", "-"): one.version for one in metadata.distributions() if one.name}
@@ -206,7 +218,7 @@ def versions() -> dict[str, str]:
 
 
 def table(result: PruneResult) -> str:
-    """The proof in a dozen lines."""
+    """Return the text that a job ends with: a table of both models, the verdict, and the notes."""
     dense, pruned = result.dense, result.pruned
     in_torch = " (torch)" if pruned.quality.through == "torch" else ""
     speedup = None if result.is_estimate else result.speedup
@@ -242,14 +254,17 @@ def table(result: PruneResult) -> str:
 
 
 def _of_dense(result: PruneResult, dense: float, pruned: float, speedup: Interval | None) -> str:
-    """Rounds pair medians, starts pair p90s; an estimate is not paired."""
+    """Format the pruned latency as a share of the dense one, from the speed-up where that is of the same statistic.
+
+    Only a ratio of medians is called paired: it is paired by rounds, that of p90s only by starts.
+    """
     if speedup is None or result.statistic != result.budget.statistic:
         return f"{pruned / dense:.1%}"
     return f"{1 / speedup.value:.1%}{' paired' * (result.statistic == 'p50')}"
 
 
 def _interval_rows(result: PruneResult) -> list[tuple[str, str, str, str]]:
-    """An estimate has none."""
+    """Return the row of 95 % intervals; an estimate has none."""
     low, high = result.dense.interval, result.pruned.interval
     if low is None or high is None or result.is_estimate:
         return []
@@ -258,14 +273,14 @@ def _interval_rows(result: PruneResult) -> list[tuple[str, str, str, str]]:
 
 
 def _bytes_row(name: str, dense: int | None, pruned: int | None) -> tuple[str, str, str, str]:
-    """Memory is empty where a runner does not tell, and of an estimate."""
+    """Return a row in megabytes. Memory is not known of an estimate, or where the runner does not tell."""
     if not dense or not pruned:
         return (name, "", "", "not known")
     return (name, f"{dense / 1e6:.1f} MB", f"{pruned / 1e6:.1f} MB", _ratio(pruned, dense))
 
 
 def _speedup_line(result: PruneResult) -> list[str]:
-    """An estimate claims none."""
+    """Return the line about the speed-up; an estimate claims none."""
     found = result.speedup
     if found is None or result.is_estimate:
         return []
@@ -274,7 +289,7 @@ def _speedup_line(result: PruneResult) -> list[str]:
 
 
 def _quality_lines(result: PruneResult) -> list[str]:
-    """What KL and perplexity are of."""
+    """Say which models KL and perplexity are about, and on which text."""
     quality, in_torch = result.pruned.quality, result.pruned.in_torch
     text = f"on {quality.text} ({quality.tokens} tokens, never seen by the search)"
     before = f"; KL before recovery {result.kl_without_recovery:.3f}" if result.recovery != "none" else ""
@@ -301,7 +316,7 @@ def _verdict(result: PruneResult) -> str:
 
 
 def _configuration(result: PruneResult) -> list[str]:
-    """How to get the latency that is claimed, and what there is without it."""
+    """Say how to run the model at the latency that is claimed, and what latency the runtime's defaults give."""
     lines = []
     if (plain := result.plain) is not None:
         dense, pruned = (one.seconds(result.budget.statistic) for one in (plain.dense, plain.pruned))
@@ -343,7 +358,7 @@ def _ratio(pruned: float, dense: float) -> str:
 
 
 def summary(result: PruneResult) -> dict[str, Any]:
-    """The few numbers that a script compares."""
+    """Return the main numbers of a result, for programs that compare runs."""
     dense, pruned = result.dense, result.pruned
     return {
         "status": result.status,

@@ -1,4 +1,4 @@
-"""The folder in which a run grows: beside the output, under another name, until it is whole."""
+"""The folder in which a run is written: beside the output and under another name, until the run is finished."""
 
 import os
 import shutil
@@ -28,9 +28,9 @@ from dilap.job.log import Log
 
 @contextmanager
 def held(folder: Path) -> Iterator[FileLock]:
-    """Keep other processes out of `folder`, which is made if need be. Raises InvalidInput where one is in it.
+    """Keep other processes out of `folder`, which is made if need be. Raises InvalidInput where one holds it already.
 
-    The system gives the lock back when a process dies, whatever it dies of.
+    The system releases the lock when the process dies, for whatever reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock")
@@ -45,23 +45,24 @@ def held(folder: Path) -> Iterator[FileLock]:
 
 
 class Workspace:
-    """A killed run leaves its folder behind; the same run started again goes on in it.
+    """The folder of a run that is not finished, with the run's log and the seconds of its stages.
 
-    `FOLDER/cache/identity.json` says which run a folder is of; nothing else does.
+    A killed run leaves its folder behind, and the same run, started again, goes on in it. Only the file
+    `FOLDER/cache/identity.json` says to which run a folder belongs.
 
-    Runs of one comparison have a `shared` folder for what is the same in all of them: calibration text, the dense model
-    and what it says, whatever of the methods does not depend on the budget.
+    Runs of one comparison have a folder `shared` for what is the same in all of them: calibration text, the dense model
+    and its answers, and everything that a method computes once for all budgets.
     """
 
     def __init__(self, out: Path, progress: Progress, *, shared: Path | None = None) -> None:
         tidy(out)
         self.folder = out.with_name(f".{out.name}.unfinished")
         if out.parent.is_dir():
-            remove_leftovers(self.folder)  # a run killed while it was discarded
+            remove_leftovers(self.folder)  # left by a run that was killed while it was discarded
         if os.path.lexists(out):
             raise InvalidInput(f"{out} already exists; remove it or choose another --out")
         self.out, self.log = out, Log(progress)
-        self.cache = self.folder / "cache"  # what only a later stage of the same run reads
+        self.cache = self.folder / "cache"  # files that only later stages of the same run read
         self.common = shared or self.cache
         self.methods = self.common / "methods"
         self.dense = (shared or self.folder) / "dense"
@@ -72,10 +73,11 @@ class Workspace:
 
     @contextmanager
     def opened(self, identity: dict[str, Any]) -> Iterator[None]:
-        """Start, or go on where a run with the same `identity` stopped. Raises InvalidInput for another's folder.
+        """Start the run, or go on where one with the same `identity` stopped.
 
-        A run that ends with an error keeps its folder, so that the same command goes on in it; but for a new one that
-        has nothing worth keeping yet, or whose options can never work.
+        A run that ends with an error keeps its folder, so that the same command goes on in it. After a DilapError, the
+        folder of a new run is removed where no stage was finished in it, or where these options can never work. Raises
+        InvalidInput where the folder belongs to another run.
         """
         self._require_ours()
         with held(self.cache) as self._lock:
@@ -92,10 +94,10 @@ class Workspace:
                 self.log.write_to(None)
 
     def _require_ours(self) -> None:
-        """Raises InvalidInput for a folder with content that no run of ours began."""
+        """Raise InvalidInput for a folder with content that no run of ours wrote."""
         if not self.folder.exists() or self._identity.exists():
             return
-        begun = [self.cache / "lock", *self.cache.glob(".identity.json.*.part")]  # killed before it said what it is
+        begun = [self.cache / "lock", *self.cache.glob(".identity.json.*.part")]  # killed before it had an identity
         strange = [one for one in self.folder.rglob("*") if one != self.cache and one not in begun]
         if strange or not self.folder.is_dir():
             raise InvalidInput(
@@ -141,20 +143,20 @@ class Workspace:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; its seconds survive a kill between stages."""
+        """Time a stage, and add its seconds to those of earlier starts; they are kept when the run is killed."""
         start = time.monotonic()
         yield
         seconds = self.stage_seconds.get(name, 0.0) + time.monotonic() - start
         self.stage_seconds[name] = round(seconds, 3)
         self.log.say(f"[{seconds:6.1f} s] {name}")
-        if self._is_open:  # not before what an earlier run left there has been read
+        if self._is_open:  # only then the seconds of earlier starts have been read
             self._has_kept = True
             write_json(self._stages, self.stage_seconds)
 
     def finish(self) -> None:
-        """Give the folder its name, in one step, and then drop what only the run itself needed.
+        """Rename the folder to `out`, in one step, and then remove its cache.
 
-        A kill in between leaves the whole run and a folder too many, which `tidy` removes.
+        A kill in between leaves a finished run with a cache, which `tidy` removes.
         """
         self.log.write_to(None)
         remove_leftovers_below(self.folder)
@@ -168,7 +170,7 @@ class Workspace:
         drop(self.folder)
 
     def _let_go(self) -> None:
-        if os.name == "nt":  # which neither renames nor removes a folder with an open file
+        if os.name == "nt":  # Windows can neither rename nor remove a folder with an open file
             self._lock.release()
 
     @property
@@ -181,7 +183,7 @@ class Workspace:
 
 
 def tidy(run: Path) -> None:
-    """Drop what a kill at the very end left in a finished run; anybody else's folder stays as it is."""
+    """Remove what a kill at the very end left in a finished run; any other folder stays as it is."""
     if (run / "result.json").is_file():
         if (run / "cache" / "identity.json").is_file():
             drop(run / "cache")
@@ -189,18 +191,18 @@ def tidy(run: Path) -> None:
 
 
 def drop(folder: Path) -> None:
-    """Remove a folder of ours, so that no kill leaves a part of it under its name."""
+    """Rename a folder of ours and then remove it, so that no kill leaves part of it under its own name."""
     gone = part_of(folder)
     folder.rename(gone)
     shutil.rmtree(gone)
 
 
 def remove_leftovers_below(folder: Path) -> None:
-    """What killed processes left, in a folder that only this process works in."""
+    """Remove what killed processes left below `folder`, in which no other process may be at work."""
     for one in [one for one in folder.rglob(".*.part") if is_leftover(one)]:
         remove(one)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What is named in both and differs, in words."""
+    """Return the names that both have with different values, joined by "and"; empty where there are none."""
     return " and ".join(name for name in before if name in now and before[name] != now[name])

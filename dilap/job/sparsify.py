@@ -33,8 +33,11 @@ NO_CLAIM = (
 
 @dataclass(frozen=True, kw_only=True)
 class SparseOptions:
-    """What a run depends on. `rebuild` swaps zeros after the first pass; granularity and threshold are the published
-    ones of the method unless they are given."""
+    """Everything that a job for zeros inside matrices is asked for.
+
+    `rebuild` swaps zeros after the first pass; its `granularity` and `threshold` are by default those published for the
+    method.
+    """
 
     pattern: str
     method: str = "wanda"
@@ -51,7 +54,10 @@ class SparseOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseResult:
-    """What came out. `linear_sparsity` is over the decoder layers' matrices, `model_sparsity` over all parameters."""
+    """The result of a job for zeros inside matrices.
+
+    `linear_sparsity` is the share of zeros in the decoder layers' matrices, `model_sparsity` that in all parameters.
+    """
 
     pattern: str
     method: str
@@ -70,7 +76,10 @@ class SparseResult:
 
 
 def sparsify(options: SparseOptions, *, out: Path, progress: Progress) -> SparseResult:
-    """Run the whole job into `out`. Raises InvalidInput for a pattern that does not fit the model."""
+    """Run the whole job and write its results into the folder `out`.
+
+    Raises DilapError; InvalidInput, for one, where the pattern does not fit the model.
+    """
     pattern, rule = Pattern.parse(options.pattern), _rule(options)
     workspace = Workspace(out, progress)
     with workspace.stage("load the model"):
@@ -130,7 +139,7 @@ def _run(options: SparseOptions, source: Source, pattern: Pattern, rule: Rule, w
     with workspace.stage("score the sparse model"):
         sparse = quality(reference.kl(model))
     with workspace.stage("save the checkpoint"):
-        remove(workspace.folder / "checkpoint")  # of an earlier start
+        remove(workspace.folder / "checkpoint")  # left by an earlier start
         save_checkpoint(model, source.tokenizer, workspace.folder / "checkpoint")
     return SparseResult(
         pattern=str(pattern),
@@ -159,7 +168,7 @@ def _calibration(options: SparseOptions, source: Source, workspace: Workspace) -
 
 def _barber(options: SparseOptions) -> Barber:
     granularity, threshold = PUBLISHED.get(options.method, OWN)
-    if ":" in options.pattern:  # the only one that keeps N:M
+    if ":" in options.pattern:  # the only granularity that keeps N:M groups
         granularity = "output1"
     return Barber(
         granularity=options.granularity or granularity,
@@ -168,7 +177,11 @@ def _barber(options: SparseOptions) -> Barber:
 
 
 def _require_pattern(model: PreTrainedModel, pattern: Pattern) -> None:
-    """Every N:M group has its zeros; the others, which a rebuild may move between matrices, are all there."""
+    """Raise VerificationFailed where the model has fewer zeros than the pattern asks for.
+
+    N:M patterns are checked in every group. For others, the zeros of all matrices are counted together, because a
+    rebuild may move zeros between matrices.
+    """
     matrices = decoder_matrices(model)
     if pattern.group:
         for name, weight in matrices.items():
@@ -185,7 +198,7 @@ def _share_of_zeros(tensors: list[Any]) -> float:
 
 
 def table(result: SparseResult) -> str:
-    """The result in a few lines."""
+    """Return the result in a few lines of text."""
     rows = (("dense", result.dense), ("sparse", result.sparse))
     return joined(
         [

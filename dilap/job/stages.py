@@ -1,4 +1,4 @@
-"""The stages of a prune job up to the plan; each goes on from what an earlier run left in the workspace."""
+"""The stages of a prune job up to the plan; each goes on from what an earlier start left in the workspace."""
 
 import statistics
 import time
@@ -38,20 +38,24 @@ from dilap.search.method import Method, Pruned, PruneTask
 from dilap.search.pruned_file import load_pruned, save_pruned
 from dilap.search.weights import WeightCosts
 
-# Of the limit: a table is right to 1-2 %, and the upper end of the interval of what a plan uses, which has to keep the
-# budget, lies about 0.8 % above the plan's own share.
+# The search aims at this share of the budget. The rest is for the errors of a latency table (1-2 %), and because the
+# upper end of the measured interval has to keep the budget, which is about 0.8 % above the share itself.
 AIM = 0.975
-# Of the budget, given away at most for what the measurement of a plan leaves open: noise beyond that is a device's
-# fault that no smaller plan should pay for, and the result will say so.
+# So much of the budget at most is given up for the noise of a plan's measurement. For more noise, which is a fault of
+# the device, no smaller plan is chosen; the result will say that it is noisy.
 _MOST_ALLOWED_FOR = 0.02
-_MAX_TABLE_ERROR = 0.10
-_MEASURE = "latency of the plans found"  # inside the pruning stage
+_MAX_TABLE_ERROR = 0.10  # the median relative error on held-out plans beyond which a table is refused
+_MEASURE = "latency of the plans found"  # the name of a stage that runs inside the pruning stage
 
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """A budget made concrete. `target` is in the table's seconds, or in weights where a ratio is asked; the other
-    seconds are those of this day's machine, none for a ratio. `caveats` are of the latency table."""
+    """A budget in numbers, with the choices of width that a method has to keep it.
+
+    `target` is in seconds of the latency table, or in weights where a ratio is asked. `floor_seconds`, which no plan
+    removes, and `fastest_seconds`, which the fastest plan takes, are scaled to the machine's speed of today; both are
+    None for a ratio. `caveats` are those of the latency table.
+    """
 
     space: Space
     layout: Layout
@@ -64,7 +68,7 @@ class Goal:
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """The stages; each takes what it needs from the workspace where an earlier run left it there."""
+    """The stages of one job. What a stage has made is kept in the workspace, and read there by a continued run."""
 
     options: JobOptions
     workspace: Workspace
@@ -73,14 +77,14 @@ class Stages:
     configuration: Configuration | None = None
 
     def dense_artifact(self) -> Artifact:
-        """The dense model, exported once."""
+        """Return the artifact of the dense model, which is exported once."""
         plan = full_plan(architecture_of(self.source.model), base=self.source.digest)
         return self.artifact(self.workspace.dense, plan)
 
     def artifact(self, folder: Path, plan: Plan) -> Artifact:
-        """The model as it stands, exported and verified; or what an earlier start exported, compared with the plan.
+        """Return the artifact in `folder`; where there is none yet, export the model as it is now, and verify it.
 
-        Raises Mismatch where that is of another plan or model, or its files are no longer those it was written with.
+        Raises Mismatch where the artifact is not of `plan` and this model, or one of its files was changed.
         """
         if not folder.exists():
             with self.workspace.stage(f"export {folder.name}"):
@@ -95,7 +99,7 @@ class Stages:
         return artifact
 
     def configured(self, dense: Artifact) -> "Stages":
-        """The same stages in the runtime's fastest configuration on this device, found once for a model."""
+        """Return the same stages in the runtime's fastest configuration on this device, unless plain is asked for."""
         if self.options.estimate or self.options.configuration == "plain":
             return self
         found = self._configuration(dense)
@@ -103,7 +107,10 @@ class Stages:
         return replace(self, bench=replace(self.bench, workload=found.workload), configuration=found)
 
     def _configuration(self, dense: Artifact) -> Configuration:
-        """That of the run where it is known, of the table where one is given, or the one that other runs found."""
+        """Return the configuration of this run, which is kept in the workspace.
+
+        A new run takes that of the table that was given, or else the fastest one, which all runs of a model share.
+        """
         own, plain, threads = (
             self.workspace.common / "configuration.json",
             self.bench.workload,
@@ -122,9 +129,9 @@ class Stages:
         return decode(Configuration, read_json(own), source=str(own))
 
     def goal(self, dense: Artifact, layout: Layout) -> Goal | None:
-        """Says floor and fastest reachable latency; None where the dense model keeps the budget already.
+        """Return the budget in numbers, or None where the dense model keeps it already; log the reachable latencies.
 
-        Raises Infeasible below the fastest, Mismatch where the table cannot be trusted.
+        Raises Infeasible where no plan is fast enough, and Mismatch where the latency table cannot be trusted.
         """
         capabilities = self.bench.backend.capabilities(dense.architecture, precision=self.options.workload.precision)
         ratio = self.options.budget.ratio
@@ -144,7 +151,7 @@ class Stages:
         with self.workspace.stage("latency of the dense model"):
             measured = self._dense_measurement(dense)
         dense_seconds = measured.seconds(budget.statistic)
-        scale = dense_seconds / space.cost(space.dense)  # the table's day against this one
+        scale = dense_seconds / space.cost(space.dense)  # the machine's speed of today against that of the table
         floor, fastest = scale * space.fixed_cost, scale * space.cost(space.fastest)
         limit = budget.limit_seconds(dense_seconds=dense_seconds)
         self.workspace.log.say(
@@ -200,7 +207,7 @@ class Stages:
         return model
 
     def _require_claimable(self, model: LatencyModel, path: Path) -> None:
-        """Raises Mismatch for a table that nobody knows to predict well, or that is known not to."""
+        """Raise Mismatch for a table without held-out plans, or with too large an error on them."""
         errors = model.holdout_errors()
         if not errors:
             raise Mismatch(
@@ -214,6 +221,7 @@ class Stages:
             )
 
     def calibration(self) -> Calibration:
+        """Return the calibration text, which is made once."""
         options, path = self.options.text, self.workspace.common / "calibration.safetensors"
         count = options.train_sequences + options.validation_sequences
         if not path.exists():
@@ -228,12 +236,15 @@ class Stages:
         return Calibration(name=options.source, train=tensors["train"], validation=tensors["validation"])
 
     def teacher(self, name: str, tokens: torch.Tensor, *, keep_states: bool = False) -> Teacher:
-        """What the dense model says about a text, asked once."""
+        """Return what the dense model says about `tokens`; it is asked once, and the answer is kept under `name`."""
         path = self.workspace.methods / f"teacher-{name}.safetensors"
         return Teacher.once(path, self.source.model, tokens, keep_states=keep_states)
 
     def prune(self, method: Method, goal: Goal, text: Calibration) -> Pruned:
-        """What `method` answers; it is asked once in the life of a run."""
+        """Return what `method` answers; it is called once in a run, however often the run is continued.
+
+        `seconds` (without those of measuring) and `peak_memory_bytes` are added to the answer's facts.
+        """
         path = self.workspace.cache / "pruned.safetensors"
         if not path.exists():
             start, measured = time.monotonic(), self._seconds_measured
@@ -271,15 +282,15 @@ class Stages:
 
     @property
     def _method_cache(self) -> Path:
-        """A user's own code has a folder for each of its versions."""
+        """Folder for what the method keeps; every version of a user's own method has another."""
         name, folder = self.options.method, self.workspace.methods
         return folder / f"own-{code_sha256(name)[:16]}" if ":" in name else folder
 
     def _share_used(self, architecture: Architecture, dense: Artifact) -> float:
-        """The share of the budget that an architecture uses, measured as for the proof: the interval's upper end.
+        """Return the share of the budget that an architecture uses: the upper end of the measured interval.
 
-        Kept for a run that goes on. Latency does not depend on the weights' values, so a random model of that shape is
-        measured.
+        It is measured as for the proof, and kept for a continued run. The model that is measured has random weights,
+        because latency does not depend on them. Noise adds at most `_MOST_ALLOWED_FOR` to the share.
         """
         path = self.workspace.common / f"measured-{digest(asdict(architecture))[:16]}.json"
         with self.workspace.stage(_MEASURE):
@@ -291,7 +302,7 @@ class Stages:
 
 
 def require_measured(measurement: Measurement, artifact: Artifact, *, source: str) -> None:
-    """Raises Mismatch where what was measured is not what was exported."""
+    """Raise Mismatch where the file that was measured is not the one that was exported."""
     if measurement.artifact_sha256 != artifact.sha256:
         raise Mismatch(
             f"{source}: measured was a file of sha256 {measurement.artifact_sha256[:12]}, exported {artifact.path} of "

@@ -1,4 +1,4 @@
-"""What may be said of a budget: no more than the interval of what was measured says."""
+"""The verdict on a budget: kept or missed only where the whole measured interval says so."""
 
 from collections.abc import Iterable
 from typing import Literal
@@ -9,21 +9,21 @@ Verdict = Literal["kept", "uncertain", "missed", "estimated"]
 
 
 def verdict(share: Interval, measurements: Iterable[Status]) -> Verdict:
-    """Of a share of the budget, and how the measurements that it comes from went.
+    """Return the verdict on a budget of which `share` is used, given the status of the measurements behind it.
 
-    A noisy measurement has a wide interval, which says enough. A contended one is off by more than its interval knows
-    of (88.9 % and then 121.9 % of one budget were seen): nothing is claimed from it.
+    A noisy measurement has a wide interval, which says enough. From a contended one nothing is claimed.
     """
     found = set(measurements)
     if "estimated" in found:
         return "estimated"
+    # Other load changes a latency by more than its interval shows: 88.9 % and then 121.9 % of one budget were seen.
     if "contended" in found or share.low <= 1 < share.high:
         return "uncertain"
     return "kept" if share.high <= 1 else "missed"
 
 
 def words(status: Verdict, share: Interval) -> str:
-    """As people read it. `share` has the width 0 in results of earlier versions, which knew no interval."""
+    """Return the verdict in words for people. In results of earlier versions `share` has width 0."""
     if status == "uncertain":
         if share.low <= 1 < share.high:
             return f"{'kept' if share.value <= 1 else 'missed'}, within the noise"
@@ -32,6 +32,6 @@ def words(status: Verdict, share: Interval) -> str:
 
 
 def percent(share: Interval) -> str:
-    """The share, and its interval where it has one."""
+    """Format the share, with its interval where that has a width."""
     value = f"{share.value:.1%}"
     return value if share.low == share.high else f"{value} [{share.low:.1%}, {share.high:.1%}]"

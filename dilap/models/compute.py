@@ -1,4 +1,4 @@
-"""How calibration text goes through a model: in batches, and in the fastest products that the CPU has."""
+"""Run calibration text through a model fast: in batches, and with bf16 matrix products where the CPU has them."""
 
 from collections.abc import Iterator
 
@@ -6,19 +6,21 @@ import torch
 
 
 def batches(tokens: torch.Tensor, *, batch_tokens: int) -> Iterator[torch.Tensor]:
-    """Rows of `tokens`, as many at a time as make up `batch_tokens`, at least one."""
+    """Yield rows of `tokens` (sequences x length), as many at a time as `batch_tokens` has room for, at least one."""
     yield from tokens.split(max(1, batch_tokens // tokens.shape[1]))
 
 
 def compute_precision() -> torch.autocast:
-    """bf16 products where the CPU has them in hardware (5 times f32 on AVX512-bf16), the model's own type elsewhere."""
+    """Return a context in which products are in bf16 where the CPU has them in hardware, else in the model's type."""
+    # On AVX512-bf16 they are 5 times as fast as f32.
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_fast_bf16())
 
 
 def product_type(own: torch.dtype) -> torch.dtype:
-    """The type to convert matrices to that many products read, whose own type is `own`."""
+    """Return the type to which a matrix of type `own` should be converted before many products are made with it."""
     return torch.bfloat16 if has_fast_bf16() else own
 
 
 def has_fast_bf16() -> bool:
+    """Return whether the CPU multiplies bf16 matrices in hardware."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,23 +1,26 @@
-"""How many tokens a model holds, told before anything is measured."""
+"""How many tokens a model holds, and the checks of this that are made before anything is measured."""
 
 from transformers import PreTrainedConfig
 
 from dilap.core.errors import InvalidInput, Unsupported
 from dilap.core.workload import Workload
 
-_FEWEST = 8  # tokens: a program is traced with five
+_FEWEST = 8  # tokens; an exported program is traced with five
 
 
 def window_of(config: PreTrainedConfig) -> int | None:
-    """The sliding window of a model's layers, which are all alike; None where they attend to everything."""
+    """Return the sliding window of a model's layers, which are all alike; None where they attend to all tokens."""
     kinds = getattr(config, "layer_types", None) or ()
     slides = "sliding_attention" in kinds or (not kinds and config.model_type == "mistral")
     return getattr(config, "sliding_window", None) if slides else None
 
 
 def max_tokens_of(config: PreTrainedConfig) -> int:
-    """How many tokens an artifact may hold: exported attention is to everything before a token, so a sliding window
-    bounds the context as the number of positions does. Raises Unsupported for hardly any."""
+    """Return how many tokens an artifact of the model may hold.
+
+    Exported attention reads all earlier tokens, so the model's sliding window limits an artifact as its number of
+    positions does. Raises Unsupported for a limit that is too small to export and check a model with.
+    """
     positions: int = config.max_position_embeddings
     holds = min(positions, window_of(config) or positions)
     if holds < _FEWEST:
@@ -29,7 +32,7 @@ def max_tokens_of(config: PreTrainedConfig) -> int:
 
 
 def window_notes(config: PreTrainedConfig) -> list[str]:
-    """What an artifact says of a sliding window."""
+    """Return the remarks that an artifact makes about the model's sliding window, if it is shorter than the context."""
     window = window_of(config)
     if window is None or window >= config.max_position_embeddings:
         return []
@@ -40,7 +43,7 @@ def window_notes(config: PreTrainedConfig) -> list[str]:
 
 
 def require_sequences(config: PreTrainedConfig, length: int) -> None:
-    """Raises InvalidInput for calibration or evaluation text in sequences that the model has no positions for."""
+    """Raise InvalidInput where sequences of text of this `length` are longer than the model's positions."""
     if length > config.max_position_embeddings:
         raise InvalidInput(
             f"sequences of {length} tokens are longer than the model's {config.max_position_embeddings} positions; "
@@ -49,8 +52,10 @@ def require_sequences(config: PreTrainedConfig, length: int) -> None:
 
 
 def require_context(config: PreTrainedConfig, workload: Workload, *, runtime: str, runtime_tokens: int | None) -> None:
-    """Raises InvalidInput where the tokens of a workload are more than the model, or what is made of it for the
-    runtime, holds."""
+    """Raise InvalidInput where a workload has more tokens than the model holds, or than its artifact for the runtime.
+
+    `runtime_tokens` is how many an artifact for the runtime holds; None where the runtime sets no limit.
+    """
     holds, owner = max_tokens_of(config), "the model"
     if runtime_tokens is not None and runtime_tokens < holds:
         holds, owner = runtime_tokens, f"what is made for {runtime}"

@@ -1,4 +1,4 @@
-"""Apply a plan physically: the same values in smaller matrices."""
+"""Apply a plan to a model: the values that stay are put into smaller matrices."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -18,17 +18,17 @@ from dilap.models.anatomy import architecture_of, blocks_of, decoder_layers
 from dilap.models.families import family_of
 from dilap.models.modeling_dilap import add_output_biases_, narrow_layers_, pruned_class
 
-# New values of a dense model's parameters, by their names: in the dense shape, or cut to a plan already. An output
-# projection's bias may be among them where the dense model has none.
+# New values of a dense model's parameters, by their names, in the dense shape or already cut to a plan. An output
+# projection's bias may be among them even where the dense model has none.
 Parameters = Mapping[str, torch.Tensor]
 _NONE: Parameters = MappingProxyType({})
 
 
 @torch.no_grad()
 def shrink_(model: PreTrainedModel, plan: Plan, *, parameters: Parameters = _NONE) -> PreTrainedModel:
-    """Cut `model` in place to the units that `plan` keeps, one layer at a time; returns it.
+    """Cut `model` in place to the units that `plan` keeps, one layer at a time, and return it.
 
-    `parameters` replaces values of decoder layers; what belongs to removed units is cut off. Raises Mismatch when the
+    `parameters` are new values of decoder layers; what belongs to removed units is cut off. Raises Mismatch when the
     plan is for another shape or a parameter is unknown.
     """
     if architecture_of(model) != plan.architecture:
@@ -58,11 +58,11 @@ def cut_(
     values: Parameters = _NONE,
     requires_grad: bool = True,
 ) -> None:
-    """Give a layer new, narrower tensors: of every tensor and axis in `kept` (its name begins with `prefix`, which the
-    layer's own names lack) only those indices. `values` are new values by the layer's own names, which may be as narrow
-    already.
+    """Give a layer new, narrower tensors that have only the indices `kept` of each tensor and axis.
 
-    Everything else stays as it is, the old tensors too, which another model may hold.
+    Names in `kept` begin with `prefix`, which the layer's own names lack. `values` are new values by the layer's own
+    names; they may be in the full shape or in the narrower one. All other tensors stay as they are. Nothing is written
+    into the old tensors, which another model may hold.
     """
     axes: dict[str, dict[int, torch.Tensor]] = {}
     for (tensor, axis), indices in kept.items():
@@ -83,7 +83,7 @@ def cut_(
 
 
 def _require_known(model: PreTrainedModel, parameters: Parameters) -> None:
-    """Raises Mismatch for a parameter that the decoder layers do not have."""
+    """Raise Mismatch for a parameter that the decoder layers do not have."""
     own, prefix = dict(model.named_parameters()), f"{family_of(model.config).layers}."
     for name in parameters:
         if name not in own or not name.startswith(prefix):
@@ -108,7 +108,7 @@ def _delete_empty_layers_(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def _describe_(model: PreTrainedModel, plan: Plan) -> None:
-    """Make class and config say what the tensors are: a stock model where the stock class can hold it."""
+    """Set class and config to what the tensors are now: those of a stock model where the stock class can hold them."""
     config, layers = model.config, plan.pruned_architecture().layers
     if hasattr(config, "max_window_layers"):
         config.max_window_layers = min(config.max_window_layers, len(layers))
@@ -124,12 +124,12 @@ def _describe_(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def _stock_class(kind: Any) -> Any:
-    """The class that `kind` is, or narrows the layers of."""
+    """Return the transformers class that `kind` is or is derived from."""
     return next(one for one in kind.__mro__ if one.__module__.startswith("transformers."))
 
 
 def _stock_config(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig | None:
-    """The family's own config for equal widths; None where its class cannot hold them."""
+    """Return the family's own config if it can say the plan's equal widths; None where its class cannot hold them."""
     widths = plan.pruned_architecture().layers[0]
     if widths.num_heads == 0 or widths.num_channels == 0 or getattr(config, "output_biases", False):
         return None
@@ -141,7 +141,7 @@ def _stock_config(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig | No
 
 
 def _without_own_widths(config: PreTrainedConfig) -> dict[str, Any]:
-    """The config of a stock model, from that of one whose layers may have had widths of their own."""
+    """Return the config's entries without those that give every layer widths of its own."""
     document: dict[str, Any] = config.to_dict()
     if "layer_widths" in document:
         for name in ("layer_widths", "module_paths", "auto_map", "architectures"):

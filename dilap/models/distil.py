@@ -1,4 +1,4 @@
-"""Recovery by distillation: the pruned model learns from what the dense model said about the training split."""
+"""Recovery by distillation: the pruned model is trained to predict what the dense model does on the training split."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,12 +14,16 @@ from dilap.models.anatomy import decoder_layers
 from dilap.models.reference import Teacher, final_hidden, head_of
 
 Mode = Literal["none", "lora", "full"]
-_TOKENS_AT_ONCE = 512  # forward and backward; all tokens of a step would hold gigabytes of activations
+_TOKENS_AT_ONCE = 512  # in a forward and backward pass; those of all tokens of a step would hold gigabytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryOptions:
-    """AdamW on KL(dense || pruned). `full` trains the decoder layers and leaves embeddings and head alone."""
+    """Settings of training with AdamW on KL(dense || pruned).
+
+    The mode `lora` trains adapters on all linear layers, `full` trains the decoder layers and leaves embeddings and
+    head as they are. `warmup` is the share of the steps in which the learning rate rises.
+    """
 
     mode: Mode = "none"
     steps: int = 60
@@ -38,15 +42,15 @@ def distil(
     *,
     progress: Callable[[float], None] = lambda _: None,
 ) -> list[float]:
-    """Train `model` in place towards `teacher`, adapters folded in the end; returns the KL of every step.
+    """Train `model` in place to predict what `teacher` does, and return the KL of every step, in nats.
 
-    `progress` gets each step's KL. The teacher holds a vector a position instead of logits, so the dense model
-    is not needed beside the pruned one.
+    Adapters are folded into the matrices at the end. `progress` gets each step's KL. The dense model is not needed in
+    memory: the teacher has its answers, as one vector per position.
     """
     kept = {name: parameter.dtype for name, parameter in model.named_parameters()}
     if not (options.mode == "lora" and model.dtype == torch.bfloat16):
-        # A step of full training is lost in bf16's 8 bits; f16 has no room for a gradient's small numbers, nor for
-        # Adam's (a tiny model was NaN after one step). Adapters are f32 anyway, beside bf16 weights that stay.
+        # bf16's 8 bits are too few for the small steps of full training. f16 cannot hold the small numbers of gradients
+        # and of Adam (a tiny model was NaN after one step). Adapters are f32 anyway, and may stand beside bf16 weights.
         model.float()
     student = _trainable(model, options)
     parameters = [p for p in student.parameters() if p.requires_grad]
@@ -71,7 +75,7 @@ def distil(
 
 
 def _accumulate_gradients_(model: PreTrainedModel, teacher: Teacher, rows: torch.Tensor) -> float:
-    """Mean KL of the sequences `rows`."""
+    """Run the sequences `rows` forward and backward, and return their mean KL per position."""
     head, length, total = head_of(model), teacher.tokens.shape[1], 0.0
     for few in rows.split(max(1, _TOKENS_AT_ONCE // length)):
         hidden = final_hidden(model, teacher.tokens[few])
@@ -82,7 +86,7 @@ def _accumulate_gradients_(model: PreTrainedModel, teacher: Teacher, rows: torch
 
 
 def _trainable(model: PreTrainedModel, options: RecoveryOptions) -> Any:
-    """The model with only what recovery may change left trainable."""
+    """Return the model, with adapters if these are asked for, in which only what recovery may change is trainable."""
     torch.manual_seed(options.seed)
     if options.mode == "lora":
         config = LoraConfig(r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules="all-linear")
@@ -94,7 +98,7 @@ def _trainable(model: PreTrainedModel, options: RecoveryOptions) -> Any:
 
 
 def _rate(step: int, options: RecoveryOptions) -> float:
-    """Linear warm-up, then half a cosine down to a tenth."""
+    """Return the factor of the learning rate at `step`: a linear warm-up, then half a cosine down to a tenth."""
     warm = max(1, round(options.warmup * options.steps))
     if step < warm:
         return (step + 1) / warm
@@ -102,7 +106,7 @@ def _rate(step: int, options: RecoveryOptions) -> float:
 
 
 def _shuffled_rows(teacher: Teacher, options: RecoveryOptions) -> Iterator[torch.Tensor]:
-    """Batches of sequence indices, epoch after epoch."""
+    """Yield batches of sequence indices without end, in a new random order every epoch."""
     generator = torch.Generator().manual_seed(options.seed)
     size = max(1, options.batch_tokens // teacher.tokens.shape[1])
     while True:

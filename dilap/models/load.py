@@ -1,4 +1,4 @@
-"""Where models come from: a name, a local folder, a GGUF file or a hub id; and how checkpoints are written."""
+"""Load models from a name, a local folder, a GGUF file or a hub id, and write checkpoints."""
 
 import logging
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from dilap.models.pretrained import from_pretrained
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A loaded model. `tokenizer_path` is the folder or GGUF file that exporters take the tokenizer from."""
+    """A loaded model. `tokenizer_path` is the folder or GGUF file from which exporters take the tokenizer."""
 
     name: str
     model: PreTrainedModel
@@ -46,7 +46,7 @@ def load(name: str) -> Source:
     """Load a model and its tokenizer, in the precision that its files have (a GGUF file is dequantised to f32).
 
     Raises InvalidInput where the files are damaged or there is no such model, Unavailable where the model cannot be
-    fetched, Unsupported where no adapter knows the architecture.
+    fetched, Unsupported where the architecture is not known.
     """
     _quiet_transformers()
     path = builtin_model() if name == DEFAULT_MODEL else checkpoint_of(Path(name))
@@ -70,7 +70,7 @@ def load(name: str) -> Source:
 
 
 def checkpoint_of(path: Path) -> Path:
-    """The checkpoint in the folder of a run; any other path as it is."""
+    """Return the checkpoint inside `path` if `path` is the folder of a run, else `path` itself."""
     inside = path / "checkpoint"
     is_run = not (path / "config.json").exists() and (inside / "config.json").is_file()
     return inside if is_run else path
@@ -81,12 +81,12 @@ def _read(name: str, folder: str, arguments: dict[str, Any]) -> tuple[PreTrained
     keep = {key: value for key, value in arguments.items() if key != "dtype"}
     try:
         config = from_pretrained(AutoConfig, folder, **keep)
-        family_of(config)  # the clear errors, before gigabytes are read
+        family_of(config)  # raises clear errors, before gigabytes are read
         _require_known_functions(config, name=name)
         tokenizer = load_tokenizer(folder, **keep)
         pruned = getattr(config, "layer_widths", None)
         loader = _pruned_class_of(config) if pruned else AutoModelForCausalLM
-        # tensors of other sizes are told below: the loader's own error names none of them
+        # Tensors of wrong sizes are reported below: the loader's own error does not name them.
         arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = from_pretrained(loader, folder, **arguments)
     except InvalidInput as error:
@@ -96,7 +96,7 @@ def _read(name: str, folder: str, arguments: dict[str, Any]) -> tuple[PreTrained
         raise InvalidInput(f"model {name!r}: {_words_of_sizes(tensor, found, wanted, config)}")
     if missing := sorted(report["missing_keys"]):
         raise InvalidInput(f"model {name!r}: tensor {missing[0]} is missing from its files, and its config asks for it")
-    # Left by the GGUF reader; with them a dequantised model refuses to be saved.
+    # The GGUF reader leaves these attributes; a dequantised model that has them refuses to be saved.
     for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
         if hasattr(owner, attribute):
             delattr(owner, attribute)
@@ -104,14 +104,17 @@ def _read(name: str, folder: str, arguments: dict[str, Any]) -> tuple[PreTrained
 
 
 def _pruned_class_of(config: PreTrainedConfig) -> Any:
-    """The class that builds a model with the config's widths."""
-    config.module_paths = family_of(config).module_paths()  # checkpoints of earlier versions do not say them
+    """Return the class that builds a model with the config's widths."""
+    config.module_paths = family_of(config).module_paths()  # checkpoints of earlier versions lack them
     return pruned_class(AutoModelForCausalLM._model_mapping[type(config)])
 
 
 def load_tokenizer(folder: str | Path, *, gguf_file: str | None = None, **arguments: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, a hub id or a GGUF file in `folder`, which is split as its pre-tokenizer says:
-    transformers reads SmolLM's without the rule that digits stand alone. Raises InvalidInput."""
+    """Load the tokenizer of a folder, a hub id or a GGUF file in `folder`. Raises InvalidInput.
+
+    The pre-tokenizer of SmolLM's GGUF files is repaired: transformers reads it without the rule that every digit is a
+    token of its own.
+    """
     tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, folder, gguf_file=gguf_file, **arguments)
     metadata = {} if gguf_file is None else read_header(Path(folder) / gguf_file).metadata
     if metadata.get("tokenizer.ggml.pre") == "smollm":
@@ -125,7 +128,7 @@ def _looks_like_hub_id(name: str) -> bool:
 
 
 def _require_known_functions(config: PreTrainedConfig, *, name: str) -> None:
-    """Raises Unsupported for a rotary embedding or an activation that transformers has under no such name."""
+    """Raise Unsupported for a rotary embedding or an activation whose name transformers does not know."""
     rope = getattr(config, "rope_parameters", None) or {}
     activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
     for kind, asked, known in (
@@ -139,7 +142,7 @@ def _require_known_functions(config: PreTrainedConfig, *, name: str) -> None:
 
 
 def _words_of_sizes(tensor: str, found: Sequence[int], wanted: Sequence[int], config: PreTrainedConfig) -> str:
-    """That a tensor has another size than the config says, and where it says so."""
+    """Return a sentence that a tensor's size is not the config's, with the config's entries that give that size."""
     numbers = [size for size, other in zip(wanted, found, strict=False) if size != other]
     names = [f"{key} {value}" for key, value in config.to_dict().items() if type(value) is int and value in numbers]
     says = f" ({', '.join(names)})" if names else ""

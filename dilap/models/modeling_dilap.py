@@ -4,11 +4,11 @@ This file is also copied beside every checkpoint that stock classes cannot hold,
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-works where DiLAP is not installed. `config.layer_widths` has one [num_heads, num_kv_heads, num_channels] a
-layer; zeros remove the sublayer. `config.output_biases` gives every output projection a bias, which the family may
-lack: it holds the mean output of removed units. `config.module_paths` says where a family keeps its parts, if
-elsewhere than Llama. Everything else is the stock model: `PrunedLlamaForCausalLM` is `LlamaForCausalLM` with narrower
-layers, and so for every stock class.
+works where DiLAP is not installed. `config.layer_widths` has one [num_heads, num_kv_heads, num_channels] per layer;
+zeros remove the sublayer. `config.output_biases` gives every output projection a bias, even where the family has none:
+it holds the mean output of removed units. `config.module_paths` says where a family keeps its parts, if not where Llama
+does. Everything else is the stock model: `PrunedLlamaForCausalLM` is `LlamaForCausalLM` with narrower layers, and so
+for every stock class.
 """
 
 import functools
@@ -21,14 +21,14 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-_PREFIX = "Pruned"  # of a stock class's name
+_PREFIX = "Pruned"  # stands before the stock class's name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paths:
-    """Where a model keeps its parts: dotted paths, `layers` in the model and the others in a layer.
+    """Where a model keeps its parts: `layers` is a dotted path in the model, all others are paths in a layer.
 
-    `ffn` is the feed-forward module, None where its matrices lie in the layer itself.
+    `ffn` is the path of the feed-forward module, None where its matrices lie in the layer itself.
     """
 
     layers: str = "model.layers"
@@ -45,7 +45,7 @@ class Paths:
 
 
 def paths_of(config: PreTrainedConfig) -> Paths:
-    """Where the model of `config` keeps its parts."""
+    """Return where the model of `config` keeps its parts."""
     given: dict[str, Any] = dict(getattr(config, "module_paths", None) or {})
     if "ffn_in" in given:
         given["ffn_in"] = tuple(given["ffn_in"])  # a list in JSON
@@ -53,21 +53,21 @@ def paths_of(config: PreTrainedConfig) -> Paths:
 
 
 class NoAttention(nn.Module):
-    """The attention of a layer that has none: it adds nothing to the residual stream."""
+    """Takes the place of a removed attention sublayer, and adds nothing to the residual stream."""
 
     def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
         return torch.zeros_like(hidden_states), None
 
 
 class NoFeedForward(nn.Module):
-    """The feed-forward network of a layer that has none."""
+    """Takes the place of a removed feed-forward network, and adds nothing to the residual stream."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(hidden_states)
 
 
 def narrow_layers_(model: PreTrainedModel, layer_widths: Sequence[Sequence[int]], paths: Paths) -> None:
-    """Give every decoder layer its own widths; changed matrices are new and hold no values yet."""
+    """Give every decoder layer its own widths; resized matrices are new ones that do not have their values yet."""
     layers = model.get_submodule(paths.layers)
     if len(layer_widths) != len(layers):
         raise ValueError(f"layer_widths has {len(layer_widths)} entries, the model {len(layers)} layers")
@@ -80,7 +80,7 @@ def narrow_layers_(model: PreTrainedModel, layer_widths: Sequence[Sequence[int]]
 
 
 def add_output_biases_(model: PreTrainedModel, paths: Paths) -> None:
-    """Give every output projection that has no bias one of zeros."""
+    """Give every output projection without a bias a bias of zeros."""
     for layer in model.get_submodule(paths.layers):
         for path in (paths.attention_out, paths.ffn_out):
             out = linear_at(layer, path)
@@ -90,7 +90,7 @@ def add_output_biases_(model: PreTrainedModel, paths: Paths) -> None:
 
 
 def linear_at(layer: nn.Module, path: str) -> nn.Linear | None:
-    """The matrix at `path`, None where its sublayer was removed."""
+    """Return the matrix at `path`, None where its sublayer was removed."""
     try:
         module = layer.get_submodule(path)
     except AttributeError:
@@ -161,14 +161,14 @@ class _OwnWidths(PreTrainedModel):  # type: ignore[misc]
 
 @functools.cache
 def pruned_class(stock: Any) -> Any:
-    """The class that builds the models of `stock` with widths of their own in every layer."""
+    """Return the class that builds the models of the class `stock` with own widths in every layer."""
     made: Any = type(f"{_PREFIX}{stock.__name__}", (_OwnWidths, stock), {"__module__": __name__})
     made.register_for_auto_class("AutoModelForCausalLM")
     return made
 
 
 def __getattr__(name: str) -> Any:
-    """The class of that name, which a checkpoint's config asks for."""
+    """Make the pruned class that a checkpoint's config asks for by its name."""
     stock = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
     if stock is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

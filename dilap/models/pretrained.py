@@ -1,4 +1,4 @@
-"""The one door to transformers' loaders: no code of a checkpoint runs, nothing is asked, nothing endless begins."""
+"""Safe calls of transformers' loaders: no code of a checkpoint runs, no question is asked, no absurd size is loaded."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,8 @@ from dilap.core.bounds import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH
 from dilap.core.codec import read_json
 from dilap.core.errors import DilapError, InvalidInput, reason_of
 
-# The counts of a config that memory is taken for, by Hugging Face's names and by GGUF's behind the architecture's.
+# Entries of a config that decide how much memory a model takes, by their names in Hugging Face's configs and in GGUF
+# files (there after the architecture's name and a dot).
 _LAYERS = ("num_hidden_layers", "block_count")
 _WIDTHS = (
     *("hidden_size", "intermediate_size", "ffn_dim", "vocab_size", "num_attention_heads", "num_key_value_heads"),
@@ -24,13 +25,13 @@ _LIMITS = {
     **dict.fromkeys(_WIDTHS, MAX_WIDTH),
     **dict.fromkeys(_POSITIONS, MAX_TOKENS),
 }
-_MEMORY_FACTOR = 4  # times this machine's memory: what takes more was never meant for it
+_MEMORY_FACTOR = 4  # times this machine's memory: a model that takes more is refused
 
 
 def from_pretrained(loader: Any, folder: str | Path, *, gguf_file: str | None = None, **arguments: Any) -> Any:
-    """What `loader` (AutoConfig, AutoTokenizer, a class of models) makes of a folder, a GGUF file in it or a hub id.
+    """Load a folder, a GGUF file in it or a hub id by `loader` (AutoConfig, AutoTokenizer, a class of models).
 
-    Raises InvalidInput, in one line, whatever the loader raises.
+    Raises InvalidInput, with a text of one line, for any error of the loader.
     """
     if gguf_file is not None:
         arguments["gguf_file"] = gguf_file
@@ -42,7 +43,7 @@ def from_pretrained(loader: Any, folder: str | Path, *, gguf_file: str | None = 
     except DilapError:
         raise
     except BaseException as error:
-        # the loaders raise dozens of types for damaged files; a panic of the tokenizers' Rust is no Exception
+        # The loaders raise dozens of types for damaged files; a panic in the Rust of tokenizers is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if "trust_remote_code" in str(error):
@@ -51,16 +52,16 @@ def from_pretrained(loader: Any, folder: str | Path, *, gguf_file: str | None = 
 
 
 def require_sound_gguf(path: Path) -> None:
-    """Raises InvalidInput for a file that is cut off, or whose header counts what no model has."""
+    """Raise InvalidInput for a file that is cut off, or whose header has numbers that no model has."""
     header = read_header(path)
     architecture = f"{header.metadata.get('general.architecture')}."
     counts = {key.removeprefix(architecture): value for key, value in header.metadata.items()}
     require_plausible(counts, source=str(path))
-    _require_memory(4 * header.num_weights, source=str(path))  # as f32, which transformers makes of it
+    _require_memory(4 * header.num_weights, source=str(path))  # transformers converts all weights to f32
 
 
 def require_plausible(config: Mapping[str, Any], *, source: str) -> None:
-    """Raises InvalidInput for a count that no model has, or for more weights than this machine could ever hold."""
+    """Raise InvalidInput for numbers that no model has, or for far more weights than this machine can hold."""
     for name, most in _LIMITS.items():
         for value in _numbers(config.get(name), name, source):
             if not 0 <= value <= most:
@@ -73,7 +74,7 @@ def require_plausible(config: Mapping[str, Any], *, source: str) -> None:
 
 
 def _numbers(value: Any, name: str, source: str) -> tuple[int, ...]:
-    """Of a key that has a number, or one a layer, or none."""
+    """Return the numbers of an entry that is one number, one for every layer, or None. Raises InvalidInput."""
     found = tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
     if odd := [one for one in found if type(one) is not int]:
         raise InvalidInput(f"{source}: {name} is no whole number but {odd[0]!r:.80}")
@@ -81,7 +82,7 @@ def _numbers(value: Any, name: str, source: str) -> tuple[int, ...]:
 
 
 def _rows(value: Any, source: str) -> list[tuple[int, ...]]:
-    """[heads, KV heads, channels] of every layer of a pruned checkpoint."""
+    """Return [heads, KV heads, channels] of every layer of a pruned checkpoint. Raises InvalidInput."""
     if value is None:
         return []
     if not isinstance(value, list) or len(value) > MAX_LAYERS or not all(isinstance(row, list) for row in value):
@@ -93,7 +94,7 @@ def _rows(value: Any, source: str) -> list[tuple[int, ...]]:
 
 
 def _num_weights(config: Mapping[str, Any]) -> int:
-    """About as many as the layers and the embedding have."""
+    """Estimate how many weights the layers and the embeddings have."""
 
     def count(*names: str, default: int = 0) -> int:
         return next((config[name] for name in names if type(config.get(name)) is int), default)

@@ -1,4 +1,4 @@
-"""The dense model as reference: KL divergence to it, cheaply, and perplexity."""
+"""The dense model as the reference of all quality: KL divergence to it, computed cheaply, and perplexity."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,10 +16,10 @@ ROWS = 128  # positions whose logits are held at once: 128 x 49152 in f32 is 25 
 
 @dataclass(frozen=True, kw_only=True)
 class AtHead:
-    """Losses of a model under test at every position, as its final hidden states see them.
+    """The KL of a model under test at every position, and gradients with respect to its final hidden states.
 
-    `kls` is the KL (positions), `slope` its gradient and `scores` the gradients of the log-likelihood of labels drawn
-    from the model's own distribution, one for each sample (positions x hidden).
+    `kls` is KL(dense || model) in nats (positions), `slope` its gradient (positions x hidden). `scores` has, for each
+    sample of labels drawn from the model's own distribution, the gradient of their log-likelihood (positions x hidden).
     """
 
     kls: torch.Tensor
@@ -29,8 +29,11 @@ class AtHead:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """A model on the teacher's text: mean KL(dense || model) per position, in nats, and mean negative log-likelihood of
-    all tokens but the first, both of every sequence (sequences)."""
+    """How well a model does on the teacher's text, for every sequence (sequences).
+
+    `kls` is the mean KL(dense || model) per position, in nats; `losses` is the mean negative log-likelihood of all
+    tokens but the first.
+    """
 
     kls: torch.Tensor
     losses: torch.Tensor
@@ -46,15 +49,16 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """What the dense model says about `tokens` (sequences x length), without its logits.
+    """What the dense model predicts on `tokens` (sequences x length), kept without its logits.
 
-    KL_t = logsumexp(E h_t) - <E' p_t, h_t> - constant_t, with p_t the dense model's probabilities, h_t the final
-    hidden state of the model under test and E the head, which pruning leaves alone. So a hidden-sized vector a
-    position (`mean_embedding`, E' p_t) is all that has to be kept, not a vocabulary-sized one. `losses` are the dense
-    model's own, as in `Scores` (sequences).
+    KL_t = logsumexp(E h_t) - <E' p_t, h_t> - constant_t, with p_t the dense model's probabilities at position t, h_t
+    the final hidden state of the model under test, and E the head, which pruning leaves as it is. So one vector of the
+    hidden size per position (`mean_embedding`, E' p_t) is all that has to be kept, instead of one of the vocabulary's
+    size. `losses` are the dense model's own, as in `Scores` (sequences).
 
-    An artifact gives logits and no hidden states: beside it the whole distributions are needed, which the head makes of
-    the dense model's own final states. `states` (sequences x length x hidden) keeps those where they are asked for.
+    An artifact gives logits and no hidden states. To compare with it the dense model's whole distributions are needed,
+    which the head computes from the dense model's final states: `states` (sequences x length x hidden), kept only where
+    they are asked for.
     """
 
     tokens: torch.Tensor
@@ -65,7 +69,7 @@ class Teacher:
 
     @property
     def perplexity(self) -> float:
-        """The dense model's."""
+        """Perplexity of the dense model."""
         return float(self.losses.double().mean().exp())
 
     @classmethod
@@ -73,6 +77,7 @@ class Teacher:
     def of(
         cls, model: PreTrainedModel, tokens: torch.Tensor, *, keep_states: bool = False, batch_tokens: int = 2048
     ) -> "Teacher":
+        """Return the answers of `model` on `tokens` (sequences x length), with its final states if `keep_states`."""
         head = head_of(model)
         vectors, constants, losses, states = [], [], [], []
         for batch in batches(tokens, batch_tokens=batch_tokens):
@@ -99,7 +104,7 @@ class Teacher:
     def once(
         cls, path: Path | None, model: PreTrainedModel, tokens: torch.Tensor, *, keep_states: bool = False
     ) -> "Teacher":
-        """The one kept in `path`, made where it is missing."""
+        """Return the teacher kept in `path`; make it, and keep it there, where it is missing."""
 
         def make() -> Tensors:
             made = cls.of(model, tokens, keep_states=keep_states)
@@ -109,8 +114,10 @@ class Teacher:
         return cls(**computed_once(path, make))
 
     def log_probabilities(self, row: int, head: torch.Tensor) -> torch.Tensor:
-        """The dense model's distributions over one sequence (length x vocabulary); `head` is that of any model cut from
-        it."""
+        """Return the dense model's log-probabilities for one sequence (length x vocabulary).
+
+        `head` is the dense model's, or that of any model cut from it. Needs `states`.
+        """
         assert self.states is not None
         return logits_of(self.states[row], head).float().log_softmax(-1)
 
@@ -124,10 +131,10 @@ class Teacher:
         samples: int = 0,
         generator: torch.Generator | None = None,
     ) -> AtHead:
-        """Losses and gradients for the sequences `rows`, given their final hidden states (positions x hidden).
+        """Return losses and gradients for the sequences `rows`, given their final hidden states (positions x hidden).
 
-        With p the model's probabilities the gradient of the KL is E'p - E'p_dense and that of the log-likelihood of a
-        label E[label] - E'p: one pass over the vocabulary serves them all, and no logits are kept.
+        With p the model's probabilities, the gradient of the KL is E'p - E'p_dense, and that of the log-likelihood of a
+        label is E[label] - E'p: one pass over the vocabulary gives both, and no logits are kept.
         """
         normalisers, means, labels = [], [], []
         for part in hidden.split(ROWS):
@@ -145,7 +152,7 @@ class Teacher:
 
     @torch.no_grad()
     def scores(self, model: PreTrainedModel, *, batch_tokens: int = 2048) -> Scores:
-        """What a model of the dense one's head says about the same text."""
+        """Return KL and loss on the same text of a model that has the dense model's head."""
         head, kls, losses, start = head_of(model), [], [], 0
         for batch in batches(self.tokens, batch_tokens=batch_tokens):
             rows = slice(start, start + len(batch))
@@ -162,7 +169,7 @@ class Teacher:
         return Scores(kls=torch.cat(kls), losses=torch.cat(losses))
 
     def kls(self, model: PreTrainedModel) -> torch.Tensor:
-        """Mean KL(dense || model) per position of every sequence, in nats."""
+        """Return the mean KL(dense || model) per position of every sequence, in nats (sequences)."""
         return self.scores(model).kls
 
     def _kls(self, normaliser: torch.Tensor, hidden: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
@@ -170,24 +177,24 @@ class Teacher:
         return normaliser - (wanted * hidden.float()).sum(-1) - self.constant[rows].reshape(-1)
 
     def kl(self, model: PreTrainedModel) -> float:
-        """Mean KL(dense || model) per position, in nats."""
+        """Return the mean KL(dense || model) per position, in nats."""
         return float(self.kls(model).double().mean())
 
 
 def final_hidden(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """The states that the head reads, (positions x hidden)."""
+    """Return the hidden states that the head reads (positions x hidden)."""
     with compute_precision():
         hidden: torch.Tensor = model.model(input_ids=tokens, use_cache=False).last_hidden_state
     return hidden.reshape(-1, hidden.shape[-1])
 
 
 def _next_tokens(batch: torch.Tensor) -> torch.Tensor:
-    """The label of every position, flat; that of the last one of a sequence is of no use."""
+    """Return the label of every position (positions); the label at the end of a sequence is meaningless."""
     return batch.roll(-1, 1).reshape(-1)
 
 
 def head_of(model: PreTrainedModel) -> torch.Tensor:
-    """The output embeddings, in the type of the fastest products: converted once a pass, not once a few positions."""
+    """Return the output embeddings, already in the type in which products with them are fastest."""
     head: torch.Tensor = model.get_output_embeddings().weight.detach()
     return head.to(product_type(head.dtype))
 
@@ -197,8 +204,10 @@ def logits_of(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
 
 
 class NextTokenLoss(torch.autograd.Function):
-    """Mean cross entropy of labels (positions), given final hidden states (positions x hidden) and the head, which gets
-    no gradient: no more than a few positions' logits are ever held."""
+    """Mean cross entropy of labels (positions), given final hidden states (positions x hidden) and the head.
+
+    The logits of only `ROWS` positions are held at a time. The head gets no gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -217,7 +226,10 @@ class NextTokenLoss(torch.autograd.Function):
 
 
 def next_token_loss(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of the next token over a batch (sequences x length), with its graph below the head."""
+    """Return the mean cross entropy of the next token over a batch (sequences x length), for a backward pass.
+
+    Gradients reach everything but the head.
+    """
     hidden = final_hidden(model, batch).reshape(*batch.shape, -1)[:, :-1]
     arguments = hidden.flatten(0, 1), head_of(model), batch[:, 1:].flatten()
     loss: torch.Tensor = NextTokenLoss.apply(*arguments)  # type: ignore[no-untyped-call]
@@ -225,20 +237,21 @@ def next_token_loss(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor
 
 
 def draw(probabilities: torch.Tensor, *, num_samples: int = 1, generator: torch.Generator | None) -> torch.Tensor:
-    """Indices (rows x samples) by inverting the distribution function: a fifth of torch.multinomial's time."""
+    """Draw indices (rows x samples) from `probabilities` (rows x indices)."""
+    # Inverting the distribution function takes a fifth of torch.multinomial's time.
     cumulative = probabilities.cumsum(-1)
     level = torch.rand(len(probabilities), num_samples, generator=generator) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, level, right=True).clamp_max(probabilities.shape[1] - 1)
 
 
 def perplexity(model: PreTrainedModel, tokens: torch.Tensor) -> float:
-    """exp of the mean negative log-likelihood."""
+    """Return exp of the mean negative log-likelihood of `tokens` (sequences x length)."""
     return float(torch.tensor(negative_log_likelihood(model, tokens)).exp())
 
 
 @torch.no_grad()
 def negative_log_likelihood(model: PreTrainedModel, tokens: torch.Tensor) -> float:
-    """Mean over every token but the first of each sequence, in nats."""
+    """Return the mean negative log-likelihood, in nats, of every token but the first of each sequence."""
     head = head_of(model)
     total, count = 0.0, 0
     for batch in batches(tokens, batch_tokens=2048):

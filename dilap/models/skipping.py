@@ -1,4 +1,4 @@
-"""Run a model without some of its layers or sublayers, from any layer on, without changing its weights."""
+"""Run a model without some of its layers or sublayers, starting at any layer, without changing its weights."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ _BATCH_TOKENS = 2048
 
 
 class Known(nn.Module):
-    """Stands for the first layers, whose output for every batch is known."""
+    """Takes the place of the first layers of a model, and returns their known output for one batch after another."""
 
     def __init__(self, states: Sequence[State]) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Known(nn.Module):
 class Stack:
     """A model's layers with some of them skipped, on fixed `tokens` (sequences x length).
 
-    What enters every layer that is left is kept, so that trying to skip a late layer costs only the layers after it.
+    The input of every layer that is left is kept, so that only the later layers have to be run when a layer is skipped.
     """
 
     def __init__(self, model: PreTrainedModel, tokens: torch.Tensor) -> None:
@@ -51,28 +51,31 @@ class Stack:
 
     @torch.no_grad()
     def _fill(self, position: int) -> None:
-        """What enters the layers after `alive[position]`, whose own input is known."""
+        """Compute the inputs of the layers after `alive[position]`, whose own input is known."""
         for before, after in zip(self.alive[position:], self.alive[position + 1 :], strict=False):
             pairs = zip(self.calls, self._states[before], strict=True)
             self._states[after] = [run_layer(self.layers[before], call, state) for call, state in pairs]
 
     @contextmanager
     def resumed(self, layer: int, *, skipping: bool = False) -> Iterator[None]:
-        """The model from `layer` on, for one pass over the tokens in batches of 2,048; `skipping` leaves it out."""
+        """Make the model start at `layer`, or behind it if `skipping`, for one pass over the tokens.
+
+        The pass has to be made in batches of 2,048 tokens.
+        """
         rest = self.alive[self.alive.index(layer) + skipping :]
         known = Known(self._states[layer])
         with layers_replaced(self.model, [known, *(self.layers[index] for index in rest)]):
             yield
 
     def loss_without(self, layer: int) -> float:
-        """Mean negative log-likelihood of the tokens, with `layer` skipped too."""
+        """Return the mean negative log-likelihood of the tokens when `layer` is skipped too."""
         with self.resumed(layer, skipping=True):
             return negative_log_likelihood(self.model, self.tokens)
 
 
 @contextmanager
 def layers_replaced(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Iterator[None]:
-    """The model with these decoder layers in place of its own."""
+    """Give the model these decoder layers in place of its own while the context is entered."""
     path, own = family_of(model.config).layers, decoder_layers(model)
     model.set_submodule(path, nn.ModuleList(layers))
     try:
@@ -83,7 +86,7 @@ def layers_replaced(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Iter
 
 @contextmanager
 def sublayer_skipped(layer: nn.Module, model: PreTrainedModel, kind: str) -> Iterator[None]:
-    """A layer whose attention or feed-forward network adds nothing to the stream."""
+    """Make the attention or feed-forward network of a layer add nothing while the context is entered."""
     replacements = family_of(model.config).absent(kind)
     own = {path: layer.get_submodule(path) for path in replacements}
     try:

@@ -1,7 +1,8 @@
-"""Walk calibration text through a model layer by layer: the one statistics collector of all methods.
+"""Run calibration text through a model layer by layer, and collect statistics of the layers' inputs for all methods.
 
-Only one layer's inputs and statistics are alive at a time, and hidden states rest on the CPU: pruning a model needs its
-own memory, two buffers of hidden states and one layer's statistics. With a `device`, a layer at a time is moved to it.
+The inputs and statistics of only one layer are held at a time, and hidden states stay on the CPU. So pruning a model
+needs memory for the model, for two copies of the hidden states and for the statistics of one layer. With a `device`,
+one layer at a time is moved to it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,16 +22,16 @@ from dilap.models.modeling_dilap import linear_at
 Propagate = Literal["dense", "pruned"]
 Role = Literal["attention_in", "attention_out", "ffn_in", "ffn_out"]
 State = torch.Tensor
-OUTPUTS: tuple[tuple[str, Role], ...] = (("attention", "attention_out"), ("ffn", "ffn_out"))  # by sublayer kind
+OUTPUTS: tuple[tuple[str, Role], ...] = (("attention", "attention_out"), ("ffn", "ffn_out"))  # kind of sublayer, role
 
 
 @dataclass(kw_only=True)
 class InputStatistics:
-    """Sums over the tokens that entered a projection, in f32 or better; one instance serves all that share the input.
+    """Sums over the tokens that entered a projection, in f32 or better; projections with the same input share them.
 
-    The mean and the variance are merged batch by batch in f64 (Chan et al.): a sum of squares minus a squared mean
-    cancels where a channel's mean is large. `covariance_sum` is X'X and
-    `kept` the inputs themselves (tokens x channels), both only where they are asked for.
+    The mean and the variance are merged batch by batch in f64 (Chan et al.), because a sum of squares minus a squared
+    mean loses its digits where a channel's mean is large. `covariance_sum` is X'X (channels x channels) and `kept` are
+    the inputs themselves (tokens x channels), both only where they are asked for.
     """
 
     num_tokens: int = 0
@@ -42,7 +43,7 @@ class InputStatistics:
     kept: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, inputs: torch.Tensor, *, covariance: bool = False, keep: bool = False) -> None:
-        """Inputs (sequences x tokens x channels), or flat where the family flattens them."""
+        """Add inputs (sequences x tokens x channels), or (tokens x channels) where the family flattens them."""
         x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         if keep:
             self.kept.append(x)
@@ -58,7 +59,7 @@ class InputStatistics:
             self.sum_squares += squares
         if covariance:
             with torch.autocast(x.device.type, enabled=False):
-                product = x.T @ x  # rounded to bf16 it would no longer be positive definite
+                product = x.T @ x  # f32, because after rounding to bf16 it would not be positive definite
             self.covariance_sum = product if self.covariance_sum is None else self.covariance_sum.add_(product)
         self.num_tokens += count
         self.num_sequences += inputs.shape[0] if inputs.dim() == 3 else 1
@@ -70,19 +71,22 @@ class InputStatistics:
 
     @property
     def norms(self) -> torch.Tensor:
-        """Root mean square of every channel over the tokens: Wanda's norm up to a constant (channels)."""
+        """Root mean square of every channel over the tokens (channels): Wanda's norm up to a constant factor."""
         return (self.sum_squares / max(1, self.num_tokens)).sqrt().float()
 
     @property
     def covariance(self) -> torch.Tensor:
-        """X'X over the number of tokens (channels x channels)."""
+        """X'X divided by the number of tokens (channels x channels)."""
         assert self.covariance_sum is not None, "walk was not asked for covariances"
         return self.covariance_sum / self.num_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One layer on the walk: its statistics by role, and the hidden states that enter and (dense) leave it."""
+    """One layer of a walk: its statistics by role, and the hidden states that enter it and leave it, by batch.
+
+    `outputs` are those of the layer before the body of the loop changes it.
+    """
 
     index: int
     layer: nn.Module
@@ -100,7 +104,7 @@ class LayerCall:
 
 
 def paths_of(family: Family, role: Role) -> tuple[str, ...]:
-    """The matrices in a layer that read the input of that role."""
+    """Return the paths of the matrices in a layer that read the input of that role."""
     kind, _, side = role.partition("_")
     return family.inputs_of(kind) if side == "in" else (family.output_of(kind),)
 
@@ -118,10 +122,12 @@ def walk(
     device: torch.device | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Step]:
-    """Every layer with the statistics of its inputs on `tokens` (sequences x length).
+    """Yield every layer with the statistics of its inputs on `tokens` (sequences x length).
 
-    The body of the loop may change `step.layer` in place; `propagate="pruned"` then runs the layer once more, so that
-    the next one sees what the changed layer gives. Padding is not supported: calibration sequences are full.
+    The body of the loop may change `step.layer` in place. With `propagate="pruned"` the layer is then run once more, so
+    that the next layer gets what the changed one gives. Padding is not supported: all sequences have the same length.
+    `covariance` and `keep_inputs` ask for X'X and for the inputs themselves; `progress` gets the number of tokens that
+    went through a layer.
     """
     family = family_of(model.config)
     calls = layer_calls(model, tokens, batch_tokens=batch_tokens)
@@ -141,7 +147,7 @@ def walk(
 
 
 def run_layer(layer: nn.Module, call: LayerCall, state: State, device: torch.device | None = None) -> State:
-    """What a layer makes of `state`; computed on `device`, returned where `state` is."""
+    """Return a layer's output for the hidden states `state`, computed on `device` and moved to where `state` is."""
     if device is None:
         with compute_precision():
             return first_of(layer(state, **call.arguments))
@@ -150,7 +156,7 @@ def run_layer(layer: nn.Module, call: LayerCall, state: State, device: torch.dev
 
 
 def first_of(result: Any) -> State:
-    """The hidden states a layer gives: families return a tensor, or a tuple that starts with it."""
+    """Return the hidden states in a layer's result, which is a tensor or a tuple that starts with one."""
     state: State = result[0] if isinstance(result, tuple) else result
     return state
 
@@ -162,7 +168,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 class _Hooks:
-    """Collects statistics while it is entered."""
+    """Adds the inputs of a layer's projections to their statistics until the context is left."""
 
     def __init__(
         self,
@@ -175,7 +181,7 @@ class _Hooks:
     ) -> None:
         self.covariance, self.keep, self.handles = covariance, keep, []
         for role, collected in statistics.items():
-            matrix = linear_at(layer, paths_of(family, role)[0])  # the others read the same input
+            matrix = linear_at(layer, paths_of(family, role)[0])  # the role's other matrices read the same input
             if matrix is not None:
                 self.handles.append(matrix.register_forward_pre_hook(self._collect(collected)))
 
@@ -191,7 +197,7 @@ class _Hooks:
 
 
 class _Recorder(nn.Module):
-    """Stands in for the layers, so that one cheap pass yields what they are called with."""
+    """Takes the place of all layers, so that one cheap pass records what the first one is called with."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,7 +210,7 @@ class _Recorder(nn.Module):
 
 @torch.no_grad()
 def layer_calls(model: PreTrainedModel, tokens: torch.Tensor, *, batch_tokens: int) -> list[LayerCall]:
-    """What the first layer is called with for every batch of `tokens` (sequences x length)."""
+    """Return what the first layer is called with, for every batch of `tokens` (sequences x length)."""
     path, layers, recorder = family_of(model.config).layers, decoder_layers(model), _Recorder()
     model.set_submodule(path, nn.ModuleList([recorder]))
     try:

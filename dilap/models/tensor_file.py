@@ -1,4 +1,4 @@
-"""Named tensors on disk, for what should not be computed twice."""
+"""Keep named tensors on disk, so that nothing is computed twice."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ def save_tensors(path: Path, tensors: Tensors) -> None:
 
 
 def load_tensors(path: Path) -> Tensors:
-    """Raises InvalidInput for a damaged file."""
+    """Read a safetensors file. Raises InvalidInput where it is damaged."""
     try:
         found: Tensors = load_file(path)
     except Exception as error:  # safetensors raises its own type for damaged files
@@ -28,7 +28,7 @@ def load_tensors(path: Path) -> Tensors:
 
 
 def computed_once(path: Path | None, compute: Callable[[], Tensors]) -> Tensors:
-    """The tensors in `path`, computed and kept there where they are missing; no path: computed."""
+    """Return the tensors kept in `path`; compute and keep them where they are missing. Without a path, compute them."""
     if path is None:
         return compute()
     if not path.exists():

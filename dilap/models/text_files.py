@@ -1,4 +1,4 @@
-"""Text as people keep it: plain files, tables and records (by the `datasets` library's readers), hub data sets."""
+"""Read text as people keep it: plain files, tables and records (through the `datasets` library), hub data sets."""
 
 import importlib
 import logging
@@ -12,7 +12,7 @@ from dilap.core.documents import content_of
 from dilap.core.errors import DilapError, InvalidInput, Unavailable, reason_of
 
 PLAIN = (".txt", ".text", ".md")
-# What the `datasets` library calls the reader of a suffix, and the options that the reader needs.
+# For every suffix, the `datasets` library's name of its reader, and the options that the reader needs.
 READERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
@@ -21,7 +21,8 @@ READERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     ".tsv": ("csv", {"sep": "\t"}),
     ".parquet": ("parquet", {}),
 }
-COLUMNS = ("text", "content", "page", "document", "passage", "article", "body", "sentence")  # the first there is
+# Names of columns that hold the text; the first of them that a table has is read.
+COLUMNS = ("text", "content", "page", "document", "passage", "article", "body", "sentence")
 KNOWN = (
     f"files read are plain text ({' '.join(PLAIN)}) and records ({' '.join(READERS)}), of these the column "
     f"{', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}, or the only one of strings; each may end in .gz"
@@ -30,9 +31,10 @@ _HUB_RECORDS = 2000
 
 
 def read_text(name: str) -> str:
-    """The text of a file, `python-docs` (the language reference that every CPython carries) or a hub data set.
+    """Return the text of a file, of `python-docs` (the language reference that comes with CPython) or a hub data set.
 
-    Records are joined by blank lines, in the order of the file. Raises InvalidInput, Unavailable.
+    Records are joined by blank lines, in the order of the file. Raises InvalidInput where there is no such text or it
+    cannot be read, Unavailable where the hub or the `datasets` library is missing.
     """
     if name == "python-docs":
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
@@ -60,7 +62,7 @@ def _file_text(path: Path) -> str:
         if suffix in PLAIN:
             return _plain_text(content_of(path))
         with tempfile.TemporaryDirectory() as temporary:
-            # Under a plain name, because the library reads brackets and stars in a name as a pattern.
+            # The file gets a plain name, because the library reads brackets and stars in a name as a pattern.
             plain = Path(temporary) / f"records{suffix}"
             if is_packed:
                 plain.write_bytes(content_of(path))
@@ -81,7 +83,7 @@ def _plain_text(content: bytes) -> str:
 
 
 def _records_text(path: Path, suffix: str) -> str:
-    """Of a file of records with the library's own reader, and nothing left in its cache."""
+    """Return the text of a file of records, read by the library with a cache beside the file, which is temporary."""
     datasets = _library(f"reading {suffix}")
     kind, options = READERS[suffix]
     if not path.stat().st_size:
@@ -90,7 +92,7 @@ def _records_text(path: Path, suffix: str) -> str:
     try:
         builder = datasets.load_dataset_builder(kind, data_files=str(path), cache_dir=cache, **options)
         builder.download_and_prepare()
-    except Exception as error:  # pyarrow's and pandas' types, in one of the library's own
+    except Exception as error:  # errors of pyarrow and pandas, wrapped in one of the library's
         reason = reason_of(error.__cause__ or error).replace(str(path.parent), "")
         raise InvalidInput(f"not readable as {suffix} ({reason}); {KNOWN}") from error
     if not builder.info.splits["train"].num_examples:
@@ -114,7 +116,7 @@ def _library(purpose: str) -> Any:
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise Unavailable(f"{purpose} needs the datasets package; run: pip install datasets") from None
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs, it raises
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # whatever it logs, it raises as well
     datasets.disable_progress_bars()
     return datasets
 
@@ -129,7 +131,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _text_column(is_text: Mapping[str, bool]) -> str:
-    """The column that holds the text. Raises InvalidInput with those that there are."""
+    """Return the column that holds the text. Raises InvalidInput, naming all columns, where none can be told to."""
     strings = [name for name, yes in is_text.items() if yes]
     for usual in COLUMNS:
         for name in strings:

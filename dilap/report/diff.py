@@ -1,4 +1,4 @@
-"""Two results field by field: what was asked differently, and which numbers differ by how much."""
+"""Compare two results field by field: what was asked differently, and which numbers differ by how much."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,8 @@ from dilap.core.printable import joined
 from dilap.evaluation.document import Evaluation
 from dilap.job.result import PruneResult, read_result
 
-_RAW = ("samples_ns", "rounds", "dropped_ns", "layers", "stage_seconds", "choices")  # seen through what is made of them
+# Raw data: what is computed from it is compared instead.
+_RAW = ("samples_ns", "rounds", "dropped_ns", "layers", "stage_seconds", "choices")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class Difference:
 
 
 def compare(first: Path, second: Path) -> list[Difference]:
-    """Of two runs, or of two evaluations. Raises InvalidInput for anything else, or for one of each."""
+    """Return how two runs, or two evaluations, differ. Raises InvalidInput for anything else, or for one of each."""
     one, other = _read(first), _read(second)
     if type(one) is not type(other):
         kinds = [type(value).__name__ for value in (one, other)]
@@ -60,7 +61,7 @@ def _change(first: Any, second: Any) -> float | None:
 
 
 def text(differences: Sequence[Difference]) -> str:
-    """A line a field."""
+    """Return the differences as text, one line for each field."""
     if not differences:
         return "no difference"
     width = max(len(one.field) for one in differences)

@@ -1,4 +1,4 @@
-"""A figure as Vega-Lite, with its caption and its data as a table."""
+"""A figure in the form of Vega-Lite, with its caption and its data as a table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ Spec = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """`spec` is Vega-Lite without its data; `rows` are the data, with the keys of `columns` (key: heading)."""
+    """A figure of a report. `spec` is Vega-Lite without data; `rows` are the data, and `columns` has their headings."""
 
     name: str
     title: str

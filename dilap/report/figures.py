@@ -10,7 +10,7 @@ from dilap.report.summary import SummaryRow, mean_accuracy
 
 
 def figures(contents: Contents, summary: Sequence[SummaryRow]) -> list[Figure]:
-    """Those that the contents have data for."""
+    """Return the figures that the contents have data for."""
     made = [
         *_tradeoffs(summary),
         *_accuracies(contents),
@@ -23,7 +23,7 @@ def figures(contents: Contents, summary: Sequence[SummaryRow]) -> list[Figure]:
 
 
 def _tradeoffs(summary: Sequence[SummaryRow]) -> list[Figure]:
-    """Quality against latency, once for each measure of quality."""
+    """Return quality against latency, one figure for each measure of quality."""
     measures = (
         ("kl", "KL to the dense model (nats a token)", False),
         ("perplexity", "Perplexity", False),
@@ -105,7 +105,7 @@ def _latency_words(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _quality_words(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Of which models the quality is, where that is not what ships."""
+    """Say for which runs the quality is that of the torch model, not of the artifact; empty where for none."""
     in_torch = [row["run"] for row in rows if row["through"] == "torch"]
     return f" Of the torch model in floats, not of the artifact: {', '.join(in_torch)}." if in_torch else ""
 
@@ -113,9 +113,9 @@ def _quality_words(rows: Sequence[Mapping[str, Any]]) -> str:
 def _points(
     x: Mapping[str, Any], place: Mapping[str, Any], series: Mapping[str, Any], *, tooltip: Any, size: int
 ) -> list[dict[str, Any]]:
-    """Layers: a line from `low` to `high` of every row, and its point on top."""
+    """Return two layers: a line from `low` to `high` of every row, and its point on top."""
     low = field("low", x["title"])
-    # Not "color": layers share its scale, and the points' legend would lose its colours or its shapes to the lines'.
+    # "stroke", not "color": layers share the scale of "color", and the lines' legend would spoil that of the points.
     line = {"x": low, "x2": {"field": "high"}, **place, "stroke": {**series, "legend": None}}
     point = {"x": x, **place, "color": series, "shape": series, "tooltip": tooltip}
     return [
@@ -129,7 +129,7 @@ def _points(
 
 
 def _front(rows: Sequence[Mapping[str, Any]], *, is_gain: bool) -> list[Mapping[str, Any]]:
-    """The rows that no other beats in latency and value, fastest first."""
+    """Return the rows that no other row beats in both latency and value, the fastest first."""
     sign = -1 if is_gain else 1
     front: list[Mapping[str, Any]] = []
     for row in sorted(rows, key=lambda one: (one["ms"], sign * one["value"])):
@@ -139,7 +139,7 @@ def _front(rows: Sequence[Mapping[str, Any]], *, is_gain: bool) -> list[Mapping[
 
 
 def _accuracies(contents: Contents) -> list[Figure]:
-    """Every task of every evaluation, with the standard error."""
+    """Return the accuracy of every task in every evaluation, with its standard error."""
     evaluations = contents.all_evaluations
     rows: list[dict[str, Any]] = [
         {
@@ -170,7 +170,7 @@ def _accuracies(contents: Contents) -> list[Figure]:
 
 
 def _widths(runs: Sequence[Run]) -> list[Figure]:
-    """What every layer keeps: one picture for attention heads, one for channels."""
+    """Return what every layer keeps: one figure for attention heads, one for channels."""
     return [
         _kept(runs, "num_heads", "heads", "Attention heads kept by layer", "query heads"),
         _kept(runs, "num_channels", "channels", "Feed-forward channels kept by layer", "channels"),

@@ -1,4 +1,4 @@
-"""One self-contained HTML file: text and tables by Jinja, figures by Vega, its JavaScript written into the page."""
+"""A report as one self-contained HTML file: Jinja makes text and tables, Vega's JavaScript in it draws the figures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """Raises Unavailable without the package that carries Vega."""
+    """Return the page as HTML. Raises Unavailable without the package that carries Vega."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_PAGE), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -68,7 +68,7 @@ def render(page: Page) -> str:
 
 
 def _claim(run: Run) -> dict[str, str]:
-    """The one line that a run is about."""
+    """Return the headline of a run, its speed-up, and a line with its quality and how its budget stands."""
     result, quality = run.result, run.result.pruned.quality
     in_torch = " (torch)" if quality.through == "torch" else ""
     asked = str(result.budget) if result.budget.ratio is not None else f"budget {result.budget}"
@@ -82,7 +82,7 @@ def _claim(run: Run) -> dict[str, str]:
 
 
 def _headline(result: PruneResult) -> str:
-    """A speed-up is claimed where it was measured and its interval excludes 1."""
+    """Return the speed-up in words; it is claimed only where it was measured and is shown to differ from 1."""
     found = result.speedup
     if found is None or result.is_estimate:
         return "estimated"
@@ -109,7 +109,7 @@ def _specs(figures: Sequence[Figure]) -> str:
         }
         for one in figures
     ]
-    return to_json(documents, indent=None).replace("<", "\\u003c")  # a name cannot end the script element
+    return to_json(documents, indent=None).replace("<", "\\u003c")  # so that no name can end the script element
 
 
 def _script() -> str:

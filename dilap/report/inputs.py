@@ -1,4 +1,4 @@
-"""Runs, comparisons and evaluations as they lie on disk."""
+"""Read the runs, comparisons and evaluations that a report is about."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,11 @@ from dilap.profilers.tables.table import LatencyTable
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A prune job's folder. `name` is unique in a report; `widths` has every dense layer, the deleted ones too."""
+    """What a report shows of a prune job's folder.
+
+    `name` is unique in a report. `widths` are those of all layers of the dense model, the deleted ones included.
+    `table` and `evaluation` are None where the folder has none.
+    """
 
     name: str
     result: PruneResult
@@ -27,7 +31,11 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """All that a report shows. `evaluations` belong to no run: the dense model's, for one."""
+    """Everything that a report shows.
+
+    `evaluations` are those that belong to no run, like the dense model's. `failures` say, a sentence each, which
+    methods of a comparison failed and why.
+    """
 
     runs: tuple[Run, ...]
     evaluations: tuple[Evaluation, ...]
@@ -35,13 +43,16 @@ class Contents:
 
     @property
     def all_evaluations(self) -> list[tuple[str, Evaluation]]:
-        """With the name under which each is shown: the runs' own, then those of other models."""
+        """All evaluations, each with the name under which it is shown: first those of the runs, then the others."""
         runs = [(run.name, run.evaluation) for run in self.runs if run.evaluation is not None]
         return [*runs, *((f"{one.model} ({one.backend}, {one.precision})", one) for one in self.evaluations)]
 
 
 def read(paths: Sequence[Path]) -> Contents:
-    """Raises InvalidInput, naming the file, for anything that is no run, comparison or evaluation."""
+    """Read the folders of runs and comparisons, and the files of evaluations, and give every run a unique name.
+
+    Raises InvalidInput, naming the file, for anything else.
+    """
     found = Contents(runs=(), evaluations=(), failures=())
     for path in paths:
         more = _read(path)
@@ -88,7 +99,7 @@ def _comparison(folder: Path) -> Contents:
 
 
 def _named_apart(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """Runs of one comparison, or of two folders of one name, told apart by budget and then by number."""
+    """Return the runs under unique names: equal names get the budget added, and then a number where needed."""
     names = [run.name for run in runs]
     named = [replace(run, name=f"{run.name} {run.result.budget}") if names.count(run.name) > 1 else run for run in runs]
     names = [run.name for run in named]

@@ -12,7 +12,10 @@ from dilap.report.inputs import Run
 
 
 def _models(runs: Sequence[Run]) -> list[tuple[str, LatencyModel]]:
-    """Of each different table once, under the name of the first run that used it; those that still can be fitted."""
+    """Return the fit of every different table, with the name of the first run that used the table.
+
+    Tables that cannot be fitted any more are left out.
+    """
     found: dict[str, tuple[str, LatencyTable]] = {}
     for run in runs:
         if run.table is not None:
@@ -22,7 +25,10 @@ def _models(runs: Sequence[Run]) -> list[tuple[str, LatencyModel]]:
 
 
 def _model(table: LatencyTable) -> LatencyModel | None:
-    """None where what counts is too little: earlier versions fitted what was measured beside other load."""
+    """Return the fit of a table, or None where too little of the table counts.
+
+    Earlier versions also fitted what was measured beside other load, which does not count any more.
+    """
     try:
         return table.model()
     except InvalidInput:
@@ -30,7 +36,7 @@ def _model(table: LatencyTable) -> LatencyModel | None:
 
 
 def costs(runs: Sequence[Run]) -> list[Figure]:
-    """What a layer's width costs in the runtime, as the table was fitted."""
+    """Return the figures of what a layer of any width costs: one for channels, one for KV heads."""
     channels, heads = [], []
     for name, model in _models(runs):
         for work, seconds in zip(model.ffn.work, model.ffn.seconds, strict=True):
@@ -64,7 +70,7 @@ def _curve(rows: list[dict[str, Any]], name: str, title: str, x_title: str) -> F
 
 
 def predictions(runs: Sequence[Run]) -> list[Figure]:
-    """Held-out plans of every table, and what the runs were predicted to take."""
+    """Return the figure of predicted against measured latency, of the tables' held-out plans and of the runs."""
     rows: list[dict[str, Any]] = []
     for name, model in _models(runs):
         rows += [

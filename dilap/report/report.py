@@ -1,4 +1,4 @@
-"""What runs, comparisons and evaluations measured, put together once and written in any of the formats."""
+"""The report: what runs, comparisons and evaluations measured, read once and written in any of the formats."""
 
 import os
 from collections.abc import Sequence
@@ -19,14 +19,17 @@ from dilap.report.tables import Table
 
 @dataclass(frozen=True)
 class Report:
-    """`title` replaces the models' names."""
+    """A report: what it shows and its title, and the formats in which it can be written."""
 
     contents: Contents
     title: str
 
     @classmethod
     def of(cls, paths: Sequence[Path], *, title: str | None = None) -> "Report":
-        """The report of these folders of runs and comparisons, and evaluation files. Raises InvalidInput."""
+        """Return the report of folders of runs and comparisons, and of files of evaluations. Raises InvalidInput.
+
+        The title is by default made of the models' names.
+        """
         if not paths:
             raise InvalidInput("name at least one run, comparison or evaluation; --help has examples")
         contents = inputs.read(paths)
@@ -53,7 +56,7 @@ class Report:
         return tables.device_tables(self.contents.runs)
 
     def html(self) -> str:
-        """One self-contained page. Raises Unavailable without the packages that draw."""
+        """Return the report as one self-contained page. Raises Unavailable without the packages that draw."""
         from dilap.report.html import Page, render  # noqa: PLC0415 - jinja2 and Vega may be missing
 
         page = Page(
@@ -77,7 +80,7 @@ class Report:
         return tables.to_csv(self.rows)
 
     def document(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the title, the summary and the notes, for programs."""
         return {"title": self.title, "rows": summary.documents(self.rows), "notes": self.notes}
 
 
@@ -100,7 +103,7 @@ def _title(contents: Contents) -> str:
 
 
 def _lead(contents: Contents) -> str:
-    """What was timed, where."""
+    """Say what was timed, on which device and through which runtime."""
     work = dict.fromkeys(
         f"{run.result.workload.describe()} on {run.result.target} through {run.result.backend}"
         + ", estimated and measured on no device" * run.result.is_estimate

@@ -1,4 +1,4 @@
-"""The numbers of every run in one row: what the tables of all formats show."""
+"""The summary of a report: the numbers of every model in one row, for the tables of all formats."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,11 +12,12 @@ from dilap.report.inputs import Contents, Run
 
 @dataclass(frozen=True, kw_only=True)
 class SummaryRow:
-    """One model. `of_dense` is its share of the dense model's latency, paired; memory and files are in bytes.
+    """The numbers of one model. `of_dense` is its share of the dense model's latency; memory and files are in bytes.
 
-    `seconds` is the `statistic` of the budget, with its 95 % interval (earlier versions know the median's alone, which
-    is left out beside a p90). `verdict` is the status in words. `measurement` says what must stand beside the latency:
-    whether it is noisy, contended, forced or only estimated; an estimate has no intervals and no memory.
+    `seconds` is the budget's `statistic` of the latency, with its 95 % interval. (Results of earlier versions have only
+    that of the median, which is left out beside a p90.) `verdict` is the status in words. `measurement` says what a
+    reader of the latency must know: whether it is noisy, contended, forced or only estimated. An estimate has no
+    intervals and no memory.
 
     `kl` and `perplexity` are of the artifact, read through `quality_through`. Where that says `torch`, they are of the
     torch model in floats, as `torch_*` are.
@@ -59,7 +60,10 @@ class SummaryRow:
 
 
 def rows(contents: Contents) -> list[SummaryRow]:
-    """The dense model first, as it was measured beside the first run (each is compared with its own), then the runs."""
+    """Return a row for the dense model, as it was measured beside the first run, and one for each run.
+
+    The shares in a run's row are of the dense model that was measured beside that run.
+    """
     scored = {one.digest: one for one in contents.evaluations}
     dense = [
         _row(run, run.result.dense, scored.get(run.result.dense.artifact.sha256), is_dense=True)
@@ -69,7 +73,7 @@ def rows(contents: Contents) -> list[SummaryRow]:
 
 
 def mean_accuracy(evaluation: Evaluation | None) -> float | None:
-    """The mean over the tasks that have an accuracy; what is compared must have the same tasks."""
+    """Return the mean over the tasks that have an accuracy, or None; it compares only models with the same tasks."""
     if evaluation is None:
         return None
     found = [metrics["acc"] for metrics in evaluation.tasks.values() if "acc" in metrics]

@@ -16,7 +16,7 @@ from dilap.report.summary import SummaryRow
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Text cells; the first of each row names it."""
+    """A table of text cells. The first cell of a row is the row's name."""
 
     caption: str
     headings: Sequence[str]
@@ -24,7 +24,7 @@ class Table:
 
 
 def summary_table(rows: Sequence[SummaryRow]) -> Table:
-    """The columns that people read."""
+    """Return the summary with the columns that people read."""
     headings = ["Model", "Method", "Budget", "Latency, 95 %", "Of dense", "KL", "Perplexity", "Accuracy", "Parameters"]
     headings += ["FLOPs a token", "Bytes a token", "Prefill FLOPs", "File", "Peak memory"]
     return Table(
@@ -35,7 +35,7 @@ def summary_table(rows: Sequence[SummaryRow]) -> Table:
 
 
 def latency_words(rows: Sequence[SummaryRow]) -> str:
-    """What the latencies are."""
+    """Say which statistic the latencies are, and whether they were measured or estimated."""
     estimated = "estimated from published numbers, measured on no device, and without an interval"
     if all(row.is_estimate for row in rows):
         return f"Latency is {estimated}."
@@ -48,7 +48,7 @@ def latency_words(rows: Sequence[SummaryRow]) -> str:
 
 
 def quality_words(rows: Sequence[SummaryRow]) -> str:
-    """What KL and perplexity are of."""
+    """Say whether KL and perplexity are of the artifacts or of the torch models."""
     in_torch = "of the torch model in floats, not of the artifact"
     if all(row.quality_through == "torch" for row in rows):
         return f"KL and perplexity are {in_torch}."
@@ -97,7 +97,7 @@ def _text(cell: Cell) -> str:
 
 
 def evaluation_tables(evaluations: Sequence[tuple[str, Evaluation]]) -> list[Table]:
-    """What dilap-eval found: scores by task, quality beside the dense model, and costs; those that there are."""
+    """Return what dilap-eval found: scores by task, quality beside the dense model, and costs, without empty tables."""
     found = [_scores(evaluations), _beside_dense(evaluations), _costs(evaluations)]
     return [table for table in found if table.rows]
 
@@ -169,7 +169,7 @@ def _megabytes(value: int | None) -> str:
 
 
 def device_tables(runs: Sequence[Run]) -> list[Table]:
-    """The fingerprint of every device that was measured on, once; of an estimate, the numbers that it rests on."""
+    """Return the fingerprint of every device that was measured on, once each; of an estimate, only what is known."""
     found: dict[str, Table] = {}
     for run in runs:
         fingerprint = asdict(run.result.pruned.measurement.fingerprint)
@@ -184,7 +184,7 @@ def device_tables(runs: Sequence[Run]) -> list[Table]:
 
 
 def facts_table(run: Run) -> Table:
-    """What a run rests on."""
+    """Return the facts that a run rests on: its model, plan, texts, seed and versions."""
     result = run.result
     quality, in_torch = result.pruned.quality, result.pruned.in_torch
     rows = [
@@ -209,7 +209,7 @@ def _origin(measurement: Measurement) -> list[str]:
 
 
 def notes(contents: Contents) -> list[str]:
-    """What a reader must know before believing: how it was measured, what the quality is of, failed methods."""
+    """Return what a reader must know to judge the numbers: their caveats, and which methods failed."""
     return [*(f"{run.name}: {note}" for run in contents.runs for note in _run_notes(run)), *contents.failures]
 
 
@@ -226,7 +226,7 @@ def _run_notes(run: Run) -> list[str]:
 
 
 def to_csv(rows: Sequence[SummaryRow]) -> str:
-    """Every number of the summary, in seconds and bytes."""
+    """Return every number of the summary as CSV, in seconds and bytes."""
     text = io.StringIO()
     table = csv.DictWriter(text, [field.name for field in fields(SummaryRow)], lineterminator="\n")
     table.writeheader()
@@ -235,7 +235,7 @@ def to_csv(rows: Sequence[SummaryRow]) -> str:
 
 
 def to_markdown(title: str, lead: str, tables: Sequence[Table], notes: Sequence[str]) -> str:
-    """The report as Markdown: its tables one below another, then the notes."""
+    """Return the report as Markdown: its tables one below another, then the notes."""
     lines = [f"# {markdown(title)}", markdown(lead)]
     parts = [*lines, *(_markdown(table) for table in tables), *(f"- {markdown(note)}" for note in notes)]
     return "\n\n".join(parts) + "\n"

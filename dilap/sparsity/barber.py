@@ -1,4 +1,4 @@
-"""LLM-Barber: swap a few pruned and kept weights after looking at the error of a whole block, attention or network."""
+"""LLM-Barber: exchange a few zeros for other weights, by the error of a whole attention or feed-forward block."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +19,7 @@ from dilap.models.statistics import LayerCall, State, first_of, layer_calls
 from dilap.sparsity.pattern import Pattern
 
 Granularity = Literal["block", "layer", "output1", "input1"]
-# The published granularity and share of swaps by the method that made the first mask.
+# The published granularity and share of swaps, by the method that made the first mask.
 PUBLISHED: Mapping[str, tuple[Granularity, float]] = {
     "magnitude": ("block", 0.1),
     "sparsegpt": ("layer", 0.1),
@@ -30,10 +30,10 @@ Weights = dict[str, torch.Tensor]
 
 
 def swapped(kept: torch.Tensor, scores: torch.Tensor, *, threshold: float, group: int | None = None) -> torch.Tensor:
-    """The mask after swapping, inside every row of `kept` (groups x entries), the best pruned for the worst kept ones.
+    """Return the mask after swapping, in every row of `kept` (groups x entries), the best pruned for the worst kept.
 
-    Of the K swaps that would raise the row's score, floor(K * threshold) are made. With `group`, a grown weight takes
-    the place of the worst kept one of its own N:M group, where it is better than that.
+    Of the K swaps that would raise the row's score, floor(K * threshold) are made. With `group`, an entry that is kept
+    anew takes the place of the worst kept one of its own N:M group, if it is better than that.
     """
     grows = _lowest_ranks(torch.where(kept, torch.inf, -scores))
     falls = _lowest_ranks(torch.where(kept, scores, torch.inf))
@@ -54,14 +54,17 @@ def swapped(kept: torch.Tensor, scores: torch.Tensor, *, threshold: float, group
 
 
 def _lowest_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Rank of every entry in its row, the lowest 0."""
+    """Return the rank of every entry in its row; the lowest has rank 0."""
     return values.argsort(dim=-1, stable=True).argsort(dim=-1)
 
 
 def rebuilt_masks(
     kept: Weights, scores: Weights, *, granularity: Granularity, threshold: float, group: int | None = None
 ) -> Weights:
-    """Masks of a block's matrices after swaps inside the groups that `granularity` says."""
+    """Return the masks of a block's matrices after swaps inside the groups that `granularity` says.
+
+    The groups are the whole block, single matrices (`layer`), their rows (`output1`) or their columns (`input1`).
+    """
     if granularity == "block":
         names = list(kept)
         flat_kept = torch.cat([kept[name].flatten() for name in names])
@@ -83,9 +86,13 @@ def rebuilt_masks(
 
 @dataclass(frozen=True, kw_only=True)
 class Barber:
-    """Scores are |dense weight| times the root mean square over sequences of the gradient, at the dense weights, of a
-    block's squared error on the sparse stream. Kept weights are the dense ones again; `retain` keeps what SparseGPT
-    made of them."""
+    """LLM-Barber's second pass over a sparse model.
+
+    The score of a weight is its size in the dense model times the root mean square over sequences of a gradient: that
+    of the squared difference between the sparse and the dense block's outputs, taken at the dense weights, on the
+    inputs of the sparse model. Weights that are kept get their dense values again; `retain` leaves them the values
+    that SparseGPT gave them.
+    """
 
     granularity: Granularity = "output1"
     threshold: float = 0.01
@@ -100,15 +107,15 @@ class Barber:
         *,
         progress: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """Swap in the model, block by block; `dense` are the decoder layers' dense matrices by `layer.path`.
+        """Swap weights of the model in place, block by block; `dense` are the layers' dense matrices by `layer.path`.
 
-        Each block sees the stream of the sparse layers before it, rebuilt already. Raises InvalidInput for N:M with
-        a granularity other than output1.
+        The inputs of a block are the outputs of the sparse layers before it, which are rebuilt already. Raises
+        InvalidInput for an N:M pattern with a granularity other than output1.
         """
         if pattern.group and self.granularity != "output1":
             raise InvalidInput(f"N:M patterns are rebuilt inside output rows only: output1, not {self.granularity}")
         family = family_of(model.config)
-        calls = layer_calls(model, tokens, batch_tokens=1)  # one sequence at a time: their gradients are squared
+        calls = layer_calls(model, tokens, batch_tokens=1)  # one sequence each: their gradients are squared
         states = [call.hidden for call in calls]
         for index, layer in enumerate(decoder_layers(model)):
             reference = copy.deepcopy(layer).float()
@@ -142,7 +149,7 @@ class Barber:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Attention or feed-forward network of one layer, in the sparse model and with its dense weights, in f32."""
+    """Attention or feed-forward network of one layer: in the sparse model, and in an f32 copy with dense weights."""
 
     sparse: nn.Module
     dense: nn.Module
@@ -151,16 +158,20 @@ class Block:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The block's matrices; none where its sublayer was removed."""
+        """Paths of the block's matrices; none where its sublayer was removed."""
         family = self.family
         paths = (*family.inputs_of(self.kind), family.output_of(self.kind))
         return tuple(path for path in paths if linear_at(self.sparse, path) is not None)
 
     def weights(self, layer: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the weights of the block's matrices in `layer`, by path."""
         return {path: layer.get_parameter(f"{path}.weight") for path in self.paths}
 
     def gradients(self, call: LayerCall, state: State) -> Weights:
-        """Gradient of mean((sparse - dense output)^2) with respect to the dense weights, on the sparse stream."""
+        """Return the gradient of mean((sparse - dense output)^2) with respect to the dense weights, by path.
+
+        Both blocks get the input that the sparse model has for the hidden states `state`.
+        """
         given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         outputs: list[torch.Tensor] = []
         first, last = self._ends
@@ -205,8 +216,11 @@ class Block:
 
 
 def decoder_matrices(model: PreTrainedModel) -> Weights:
-    """The decoder layers' matrices by `layer.path`, not copied: pruning and rebuilding put new ones in their place, so
-    that these stay what they were, and the dense ones of a large model may stay in its file's memory map."""
+    """Return the decoder layers' matrices by `layer.path`, without copying them.
+
+    They do not change later, because pruning and rebuilding put new matrices in their place. So the dense matrices of a
+    large model may stay in its file's memory map.
+    """
     return {
         f"{index}.{path}": matrix.weight.detach()
         for index, layer in enumerate(decoder_layers(model))
@@ -215,7 +229,7 @@ def decoder_matrices(model: PreTrainedModel) -> Weights:
 
 
 def _in_f32(value: Any) -> Any:
-    """The tensors in what a block is called with, where they are of a narrower floating type."""
+    """Return the arguments of a block with all floating-point tensors in them converted to f32."""
     if isinstance(value, torch.Tensor):
         return value.float() if value.is_floating_point() else value
     if isinstance(value, tuple):

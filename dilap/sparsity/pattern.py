@@ -10,7 +10,10 @@ from dilap.core.errors import InvalidInput, VerificationFailed
 
 @dataclass(frozen=True, kw_only=True)
 class Pattern:
-    """A share of zeros, or N non-zeros in every M consecutive inputs of a row (N:M, as hardware counts: N are kept)."""
+    """A share of zeros, or at most N non-zeros in every M consecutive inputs of a row.
+
+    The latter is written N:M, as for hardware: N weights are kept. N is `kept` and M is `group`.
+    """
 
     sparsity: float
     kept: int | None = None
@@ -18,7 +21,7 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str) -> "Pattern":
-        """`0.5`, `2:4` or `4:8`. Raises InvalidInput."""
+        """Parse `0.5`, `2:4` or `4:8`. Raises InvalidInput."""
         if match := re.fullmatch(r"(\d+):(\d+)", text):
             kept, group = int(match[1]), int(match[2])
             if 0 < kept < group:
@@ -31,18 +34,18 @@ class Pattern:
         return f"{self.kept}:{self.group}" if self.group else f"{self.sparsity:g}"
 
     def require_fit(self, num_inputs: int, *, name: str) -> None:
-        """Raises InvalidInput where M does not divide a matrix's inputs."""
+        """Raise InvalidInput where M does not divide the number of a matrix's inputs."""
         if self.group and num_inputs % self.group:
             raise InvalidInput(f"{name} has {num_inputs} inputs, which groups of {self.group} do not divide")
 
     def num_zeros(self, count: int) -> int:
-        """Zeros among `count` weights that compete with one another."""
+        """Return how many of `count` weights that compete with one another become zero."""
         return int(count * self.sparsity)
 
     def keep(self, scores: torch.Tensor) -> torch.Tensor:
-        """Mask of the weights kept (rows x inputs), the best of every row or of every group; equal scores: the later.
+        """Return the mask of the weights kept (rows x inputs), the best of every row or of every group.
 
-        Exact counts: every row loses the same number, or every group M - N.
+        Every row loses the same number of weights, or every group M - N. Of equal scores the later one is kept.
         """
         if self.group is None:
             return keep_best(scores, self.num_zeros(scores.shape[-1]))
@@ -51,7 +54,7 @@ class Pattern:
         return keep_best(groups, self.group - self.kept).reshape(scores.shape)
 
     def require(self, weight: torch.Tensor, *, name: str) -> None:
-        """Raises VerificationFailed where a matrix has fewer zeros than the pattern asks for."""
+        """Raise VerificationFailed where a matrix has fewer zeros than the pattern asks for."""
         zeros = weight == 0
         if self.group:
             assert self.kept is not None
@@ -63,7 +66,10 @@ class Pattern:
 
 
 def keep_best(scores: torch.Tensor, num_removed: int) -> torch.Tensor:
-    """Mask without the `num_removed` lowest scores of the last dimension; of equal scores the first goes first."""
+    """Return a mask that is false for the `num_removed` lowest scores of the last dimension.
+
+    Of equal scores the first one is removed first.
+    """
     order = scores.float().argsort(dim=-1, stable=True)
     mask = torch.ones_like(scores, dtype=torch.bool)
     return mask.scatter_(-1, order[..., :num_removed], value=False)

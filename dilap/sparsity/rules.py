@@ -1,4 +1,4 @@
-"""Zeros inside matrices, layer by layer: magnitude, Wanda and SparseGPT, unstructured or N:M."""
+"""Rules that put zeros inside matrices, layer by layer: magnitude, Wanda and SparseGPT, unstructured or N:M."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,16 +21,18 @@ class Rule(Protocol):
 
     @property
     def needs_covariance(self) -> bool:
-        """Whether X'X is collected for it."""
+        """Whether the rule needs X'X of the matrix's inputs X in its statistics."""
 
     def __call__(self, weight: torch.Tensor, statistics: InputStatistics, pattern: Pattern) -> torch.Tensor:
-        """The matrix (outputs x inputs, f32) with its zeros, from the statistics of its inputs."""
+        """Return the matrix (outputs x inputs, f32) with its zeros, given the statistics of its inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Magnitude:
-    """The smallest weights of the whole matrix go, or of every group. `upstream_compatible`: all up to a threshold,
-    which takes at least one more."""
+    """Removes the smallest weights of the whole matrix, or of every N:M group.
+
+    `upstream_compatible` removes all weights up to a threshold, which is at least one more.
+    """
 
     upstream_compatible: bool = False
     needs_covariance: ClassVar[bool] = False
@@ -46,15 +48,18 @@ class Magnitude:
 
 
 def wanda_scores(weight: torch.Tensor, statistics: InputStatistics) -> torch.Tensor:
-    """|W_ij| * |x_j|; |W_ij| alone where no input was ever active."""
+    """Return |W_ij| * |x_j| (outputs x inputs), with |x_j| the norm of input j; |W_ij| where no input was active."""
     norms = statistics.norms
     return weight.abs() * (norms if norms.any() else torch.ones_like(norms))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanda:
-    """Weight times activation norm, compared inside every output row. `use_variant`: every row drops the weights whose
-    scores sum to one share of the row's, that share found by bisection."""
+    """Removes the weights of every output row whose size times activation norm is smallest.
+
+    `use_variant` removes from every row the lowest-scored weights that have a certain share of the row's sum of scores;
+    the share is the same for all rows and found by bisection.
+    """
 
     use_variant: bool = False
     needs_covariance: ClassVar[bool] = False
@@ -81,10 +86,11 @@ class Wanda:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseGpt:
-    """Optimal brain surgery column by column: what a removed weight gave is taken over by the columns to its right.
+    """Optimal brain surgery column by column: the columns to the right make up for a weight that is removed.
 
-    Unstructured zeros compete inside `blocksize` columns over all rows; the dampening is relative to the mean diagonal
-    and raised tenfold where the matrix is singular still. `upstream_compatible`: all up to a threshold go.
+    Without N:M groups, weights compete inside `blocksize` columns over all rows. The dampening is relative to the mean
+    diagonal, and raised tenfold, up to twice, where the matrix is still singular. `upstream_compatible` removes all
+    weights up to a threshold.
     """
 
     dampening: float = 0.01
@@ -101,7 +107,7 @@ class SparseGpt:
         return self.solve(weight, self.factor(covariance), pattern)
 
     def factor(self, covariance: torch.Tensor) -> torch.Tensor:
-        """Upper U with U'U the inverse of the damped covariance; a diagonal one where that cannot be had."""
+        """Return an upper triangular U with U'U the inverse of the damped covariance; a diagonal one if that fails."""
         identity = torch.eye(len(covariance), dtype=covariance.dtype)
         for times in (1, 10, 100):
             damped = covariance + times * self.dampening * covariance.diagonal().mean() * identity
@@ -116,7 +122,11 @@ class SparseGpt:
     def solve(
         self, weight: torch.Tensor, upper: torch.Tensor, pattern: Pattern, *, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The sweep over columns; a given `mask` of kept weights (outputs x inputs) is used as it is."""
+        """Go through the columns, remove weights and update the columns to the right; return the matrix with its zeros.
+
+        A `mask` of the weights to keep (outputs x inputs) is used instead of choosing them. Raises InvalidInput where
+        the blocksize is no multiple of the pattern's group.
+        """
         if pattern.group and self.blocksize % pattern.group:
             raise InvalidInput(f"SparseGPT's blocksize {self.blocksize} is no multiple of {pattern.group}")
         weight = weight.clone()
@@ -137,7 +147,7 @@ class SparseGpt:
         return weight
 
     def _block_mask(self, block: torch.Tensor, diagonal: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-        """Kept weights of an unstructured block, chosen at once; N:M chooses column by column instead."""
+        """Return the mask of kept weights of a block of columns, all true for N:M, where `solve` chooses later."""
         if pattern.group:
             return torch.ones_like(block, dtype=torch.bool)
         saliency = (block / diagonal).square()
@@ -163,10 +173,11 @@ def sparsify_(
     propagate: Propagate = "pruned",
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Give the model's decoder layers matrices with zeros, each checked; the dense ones are not written over.
+    """Give the model's decoder layers new matrices with zeros, and check each; the dense ones are not written over.
 
-    `propagate`: the statistics of a layer are taken on what the pruned layers before it give, or the dense ones.
-    Raises InvalidInput before anything is changed where the pattern does not divide a matrix.
+    `propagate` says whether the inputs of a layer are the outputs of the pruned layers before it, or of the dense ones.
+    Raises InvalidInput, before anything is changed, where the pattern does not divide a matrix, and VerificationFailed
+    where a matrix has too few zeros.
     """
     family = family_of(model.config)
     require_matrices(model, pattern)
@@ -185,11 +196,11 @@ def sparsify_(
                     continue
                 sparse = rule(matrix.weight.detach().float(), statistics, pattern).to(matrix.weight.dtype)
                 pattern.require(sparse, name=f"layer {step.index}, {path}")
-                matrix.weight.data = sparse  # not written over: the dense one may be a file's, or needed again
+                matrix.weight.data = sparse  # the dense matrix may be in a mapped file or needed again
 
 
 def require_matrices(model: PreTrainedModel, pattern: Pattern) -> None:
-    """Raises InvalidInput where there is no matrix to prune, or one that the pattern does not divide."""
+    """Raise InvalidInput where there is no matrix to prune, or one that the pattern does not divide."""
     family = family_of(model.config)
     names = [path for role in ROLES for path in paths_of(family, role)]
     layers = model.get_submodule(family.layers)

@@ -1,1 +1,1 @@
-"""Devices: presets, where the user has them, whether they are fit to be measured."""
+"""Devices: the presets, where the user's own devices are, and whether they are fit to be measured."""

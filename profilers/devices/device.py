@@ -23,7 +23,7 @@ from dilap.profilers.links.transports import Transport
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The state in which a device is fit to be measured; None asks nothing."""
+    """The state in which a device is fit to be measured; None sets no limit."""
 
     hottest_celsius: float | None = None
     battery_percent: float | None = 30
@@ -49,12 +49,13 @@ class Location:
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A target. `backends` are its runtimes, each with the precision that ships there by default; the default first.
+    """A device that models are measured on.
 
-    `affinity` is the mask of the cores to run on, in hexadecimal without 0x; the cache's size stands here for a device
-    that does not say it. Bandwidth and compute are published peaks, for estimates alone. A device that became slower
-    is given rests of `back_off_seconds`, twice and four times that. `advice` are commands that mend a state, by what
-    they are about; `fastest_modes` are power modes that want no advice.
+    `backends` are its runtimes, the default one first, each with the precision that ships there by default. `affinity`
+    is the mask of the cores to run on, in hexadecimal without 0x; the cache's size stands here for a device that does
+    not say it. Bandwidth and compute are published peaks, for estimates alone. A device that became slower is given
+    rests of `back_off_seconds`, of twice that, and so on, `max_back_offs` times. `advice` are commands that mend a
+    state, by what they are about; `fastest_modes` are power modes that need no advice.
     """
 
     name: str
@@ -76,11 +77,11 @@ class Device:
 
     @property
     def label(self) -> str:
-        """The name, and which of several of its kind."""
+        """The name, and the number where it is not the first of its kind."""
         return self.name if self.number == 1 else f"{self.name}:{self.number}"
 
     def unavailable(self) -> str | None:
-        """Why the device cannot be asked for anything; None where it can be tried."""
+        """Return why the device cannot be used; None where that can be tried."""
         if self.transport == "local" or self.location is not None:
             return None
         where = 'adb = "SERIAL"' if self.transport == "adb" else 'ssh = "user@host"'
@@ -91,13 +92,13 @@ class Device:
         )
 
     def where(self) -> str:
-        """Behind a description: its address, where it has one."""
+        """Return the words ` at ADDRESS` to put behind a description; empty for a device without one."""
         if self.location is None:
             return ""
         return f" at {self.location.adb or (self.location.ssh and self.location.ssh.destination)}"
 
     def greet(self) -> str:
-        """What the device says it is, once it is reached. Raises Unavailable, saying what mends the way to it."""
+        """Reach the device and return what it says it is. Raises Unavailable, with advice, where it is not reached."""
         if self.location is None:
             return f"this machine, {host.processor()}"
         with closing(self.transport_to()) as transport:
@@ -105,14 +106,14 @@ class Device:
             return transport.run(argv, seconds=30).checked(f"{argv[0]} on {self.label}").strip()
 
     def free_bytes(self) -> int:
-        """Room for models in the folder where they are kept there."""
+        """Return the free bytes in the folder where models are kept there."""
         if self.location is None:
             return shutil.disk_usage(tempfile.gettempdir()).free
         with closing(self.transport_to()) as transport:
             return self._store(transport).free_bytes()
 
     def open(self, backend: str) -> Instrument:
-        """The device, ready to time models in a runtime. Raises Unavailable."""
+        """Return the device, ready to time models in a runtime. Raises Unavailable."""
         if reason := self.unavailable():
             raise Unavailable(reason)
         try:
@@ -123,7 +124,7 @@ class Device:
             raise LinkLost(f"{error}; look at it with: dilap-profile --check {self.label}") from error
 
     def _open_phone(self, backend: str, location: Location) -> Phone:
-        """Raises InvalidInput where the runner is missing, or has another runtime inside than `backend`."""
+        """Return a phone with its runner. Raises InvalidInput where that is missing, or is of another runtime."""
         if location.runner is None:
             raise InvalidInput(
                 f"{self.label} has no Python: give a timing program that was built for it with --runner "
@@ -144,11 +145,11 @@ class Device:
                 affinity=self.affinity,
                 cache_bytes=self.last_level_cache_bytes,
             )
-            stack.pop_all()  # the phone closes it from now on
+            stack.pop_all()  # from now on it is the phone that closes the transport
             return phone
 
     def connect(self) -> Connection:
-        """A way to the device's Python. Raises Unavailable."""
+        """Return a connection to the device's Python. Raises Unavailable."""
         if reason := self.unavailable():
             raise Unavailable(reason)
         if self.location is None:
@@ -157,7 +158,7 @@ class Device:
         return RemoteConnection(transport, files=self._store(transport), python=self.location.python)
 
     def transport_to(self) -> Transport:
-        """The bare way to a device that is not this machine. Raises Unavailable."""
+        """Return the transport to a device that is not this machine. Raises Unavailable."""
         assert self.location is not None
         if self.location.adb is not None:
             return AdbTransport(self.location.adb)
@@ -170,11 +171,11 @@ class Device:
         return Store(transport, folder=self.location.folder, programs=programs)
 
     def default_precision(self, backend: str) -> str:
-        """What ships here in that runtime; the runtime's own default where the device is not known to have it."""
+        """Return the precision that ships here in that runtime; the runtime's default where the device has none."""
         return self.backends.get(backend) or backends.get(backend).precisions()[0]
 
     def default_threads(self) -> int:
-        """All physical cores; other load on them is noticed by the profiler, not avoided."""
+        """Return the preset number of threads, or else all physical cores; the profiler notices other load on them."""
         return self.num_threads or host.num_physical_cores()
 
 
@@ -185,8 +186,9 @@ _JETSON_ADVICE = {
     "power mode": "grep POWER_MODEL /etc/nvpmodel.conf lists the modes by name and ID; sudo nvpmodel -m ID sets one",
     "heat": "let it cool, or give it a fan: sudo jetson_clocks --fan",
 }
-# What ships on a CPU by default has 4 bits: decoding reads every weight once a token, and a latency table in another
-# precision does not transfer. Runtimes repack Q4_0 and blocks of 32 for Arm's dot products when they load.
+# On the CPUs of devices, models ship with 4 bits by default: decoding reads every weight once a token, and a latency
+# table in another precision does not transfer. Runtimes repack Q4_0 and blocks of 32 for Arm's dot products when they
+# load.
 DEVICES: Mapping[str, Device] = {
     device.name: device
     for device in (
@@ -271,11 +273,11 @@ class Registry:
     located: Mapping[str, tuple[Device, ...]] = field(default_factory=dict)
 
     def all(self) -> list[Device]:
-        """Every device that is somewhere, and the presets of the others."""
+        """Return the user's devices, and the presets of the kinds of which the user has none."""
         return [device for name, preset in DEVICES.items() for device in self.located.get(name, (preset,))]
 
     def get(self, name: str) -> Device:
-        """The device of that name, `NAME:2` being the second of its kind. Raises InvalidInput with the known ones."""
+        """Return the device of that name, or of `NAME:2`, the second of its kind. Raises InvalidInput, listing all."""
         known = {device.label: device for device in self.all()}
         name = name.removesuffix(":1")
         if name not in known:
@@ -285,10 +287,10 @@ class Registry:
         return known[name]
 
     def group(self, name: str) -> tuple[Device, ...]:
-        """All devices of the kind `name`, or the one that `NAME:2` names. Raises InvalidInput."""
+        """Return all devices of the kind `name`, or the one that `NAME:2` names. Raises InvalidInput."""
         return self.located.get(name) or (self.get(name),)
 
 
 def get(name: str) -> Device:
-    """The preset of that name. Raises InvalidInput with the known ones."""
+    """Return the preset of that name. Raises InvalidInput, listing the known ones."""
     return Registry().get(name)

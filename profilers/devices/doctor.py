@@ -1,4 +1,4 @@
-"""What can be used from this machine, and why not the rest."""
+"""Find out what can be used from this machine, and why the rest cannot."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from dilap.profilers.devices.device import Device, Registry
 from dilap.profilers.devices.preflight import find_problems
 from dilap.profilers.profiler import Case, Profiler
 
-_ROOM_BYTES = 1e9  # a model and a block of probes
+_ROOM_BYTES = 1e9  # room for a model and a block of probes
 _TINY = Architecture(
     family="llama",
     hidden_size=64,
@@ -38,7 +38,10 @@ _FLOATS = ("f32", "f16", "bf16")
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """A runtime, a device or a step of looking at one; `reason` says what was found, or what is wrong and mends it."""
+    """The result of looking at a runtime, at a device or at one thing about a device.
+
+    `reason` says what was found, or what is wrong and what mends it.
+    """
 
     kind: str
     name: str
@@ -47,15 +50,17 @@ class Check:
 
 
 def examine(registry: Registry) -> Iterator[Check]:
-    """Every runtime here, tried on tiny models, and every device that DiLAP knows."""
+    """Yield a check of every runtime here, tried on tiny models, and of every device that DiLAP knows."""
     for name in backends.BACKENDS:
         yield _try_runtime(name)
     yield from list_devices(registry)
 
 
 def _try_runtime(name: str) -> Check:
-    """Whether a runtime reads and decodes a tiny model in every quantised precision that it offers: some builds of
-    llama.cpp run floats and crash on quantised models."""
+    """Check that a runtime reads and decodes a tiny model in every quantised precision that it offers.
+
+    Floats are not enough: some builds of llama.cpp run them and crash on quantised models.
+    """
     backend = backends.get(name)
     if reason := backend.unavailable():
         return Check(kind="runtime", name=name, usable=False, reason=reason)
@@ -86,7 +91,7 @@ def _run_tiny(name: str, precision: str) -> None:
 
 
 def list_devices(registry: Registry) -> Iterator[Check]:
-    """Every device, and where it is; nothing is asked of it."""
+    """Yield every device, and where it is; the devices themselves are not asked."""
     for device in registry.all():
         reason = device.unavailable()
         found = f"{device.description}{device.where()}; runtimes: {', '.join(device.backends)}"
@@ -94,14 +99,14 @@ def list_devices(registry: Registry) -> Iterator[Check]:
 
 
 def check_devices(devices: Sequence[Device]) -> Iterator[Check]:
-    """Look at every one of a kind."""
+    """Check each of these devices, step by step."""
     for device in devices:
         yield Check(kind="device", name=device.label, usable=True, reason=f"{device.description}{device.where()}")
         yield from check_device(device)
 
 
 def check_device(device: Device) -> Iterator[Check]:
-    """Look at a device step by step, as far as it can be reached."""
+    """Check a device step by step, as far as it can be reached."""
 
     def step(name: str, *, usable: bool, reason: str) -> Check:
         return Check(kind="check", name=name, usable=usable, reason=reason)
@@ -129,7 +134,7 @@ def check_device(device: Device) -> Iterator[Check]:
 
 
 def _check_runtime(device: Device, backend: str) -> tuple[Check, DeviceState | None]:
-    """Whether models can be timed in a runtime there, and the device's state where one can."""
+    """Check that models can be timed in a runtime there; return the device's state too where they can."""
     try:
         with closing(device.open(backend)) as instrument:
             found = f"{instrument.fingerprint.runtime_version}; {instrument.fingerprint.runtime_build}"
@@ -139,7 +144,7 @@ def _check_runtime(device: Device, backend: str) -> tuple[Check, DeviceState | N
 
 
 def _check_state(state: DeviceState, device: Device) -> Iterator[Check]:
-    """What the device says of itself; where preflight would refuse it, why, and what mends it."""
+    """Yield what the device says of itself; where preflight would refuse it, why, and what mends it."""
     problems = {one.about: one for one in find_problems(state, device, threads=device.default_threads())}
     for about, found in _findings(state, device):
         problem = problems.get(about)
@@ -148,7 +153,7 @@ def _check_state(state: DeviceState, device: Device) -> Iterator[Check]:
 
 
 def _findings(state: DeviceState, device: Device) -> Iterator[tuple[str, str]]:
-    """Everything that a measurement depends on, with advice where it could be better."""
+    """Yield everything that a measurement depends on, with advice where it could be better."""
     advice = device.advice
     is_fastest = state.power_mode in device.fastest_modes
     yield "power mode", state.power_mode + _hint("" if is_fastest else advice.get("power mode", ""))

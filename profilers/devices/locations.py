@@ -1,4 +1,4 @@
-"""devices.toml: where the user's devices are."""
+"""Reads devices.toml, which says where the user's devices are."""
 
 import difflib
 import os
@@ -28,14 +28,16 @@ _KEYS: Mapping[str, type] = {
 
 
 def default_file() -> Path:
-    """In the folder where the system keeps a user's configuration."""
+    """Return the path of devices.toml in the folder where the system keeps a user's configuration."""
     home = os.environ.get("APPDATA" if os.name == "nt" else "XDG_CONFIG_HOME")
     return (Path(home) if home else Path.home() / ".config") / "dilap" / "devices.toml"
 
 
 def known_devices(file: Path | None = None) -> Registry:
-    """The user's devices: of `file`, of the one that $DILAP_DEVICES names, or of the default one; the presets alone
-    where that is not there. Raises InvalidInput."""
+    """Return the user's devices from `file`, or else the file that $DILAP_DEVICES names, or else the default one.
+
+    Where the default one is missing, there are the presets alone. Raises InvalidInput.
+    """
     named = os.environ.get("DILAP_DEVICES")
     given = file or (Path(named).expanduser() if named else None)
     path = given or default_file()
@@ -43,7 +45,7 @@ def known_devices(file: Path | None = None) -> Registry:
 
 
 def read_registry(path: Path) -> Registry:
-    """The devices of a file: `[jetson_cpu]` for one of a kind, `[[jetson_cpu]]` for each of several.
+    """Read the devices of a file: `[jetson_cpu]` for one of a kind, `[[jetson_cpu]]` for each of several.
 
     Raises InvalidInput, naming the file and the entry.
     """

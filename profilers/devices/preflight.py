@@ -15,7 +15,7 @@ _LOOK_SECONDS = 15
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is wrong with a device's state, what it is about, and what mends it; `passes` if time does."""
+    """What is wrong with a device's state, what it is about, and what mends it; `passes` if time alone mends it."""
 
     about: str
     reason: str
@@ -24,7 +24,7 @@ class Problem:
 
 
 def require_fit(state: DeviceState, device: Device, *, threads: int, force: bool) -> tuple[str, ...]:
-    """Raises Unfit where the state is not worth measuring; with `force`, the reasons that were overridden."""
+    """Raise Unfit where the state is not worth measuring; with `force`, return the reasons that are overridden."""
     problems = list(find_problems(state, device, threads=threads))
     if problems and not force:
         found = "; ".join(f"{problem.reason} ({problem.mend})" for problem in problems)
@@ -41,7 +41,7 @@ def settled_state(
     tell: Callable[[str], None] | None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> DeviceState:
-    """The state as soon as what is wrong with it is nothing that time mends; after `seconds`, as it is then.
+    """Wait, up to `seconds`, for problems that time mends, and return the state after that.
 
     Heat passes, and so does the load average of our own last measurement, which looks like other programs' work.
     """
@@ -57,7 +57,7 @@ def settled_state(
 
 
 def find_problems(state: DeviceState, device: Device, *, threads: int) -> Iterator[Problem]:
-    """What the device's limits do not allow; what a device does not say is no problem."""
+    """Yield what the device's limits do not allow; what a device does not say is no problem."""
     limits, advice = device.limits, device.advice
     hottest = state.hottest_celsius
     if limits.hottest_celsius is not None and hottest is not None and hottest > limits.hottest_celsius:

@@ -1,4 +1,4 @@
-"""The host's end of the agent's protocol."""
+"""The host's end of the agent: starts it on a device, sends it requests and checks its responses."""
 
 import itertools
 import json
@@ -25,9 +25,9 @@ from dilap.profilers.links.store import Files
 from dilap.profilers.links.transports import LocalTransport, Process, Transport
 
 T = TypeVar("T")
-_TIMEOUT_SECONDS = 300.0  # of all but a load, which has its runtime's own: TensorRT may build an engine for an hour
-_SESSION_SECONDS = 24 * 3600.0  # of one agent, where the link is lost without a word
-_MAX_NOISE_LINES = 200  # that a login shell may print before the agent speaks
+_TIMEOUT_SECONDS = 300.0  # except for loads, whose limit is the runtime's: TensorRT may build an engine for an hour
+_SESSION_SECONDS = 24 * 3600.0  # the longest life of an agent whose link was lost without a sign
+_MAX_NOISE_LINES = 200  # lines that a login shell may print before the agent's first answer
 _THROTTLING = 2  # Android's thermal status: moderate, where clocks are lowered
 # /proc/stat counts in ticks of 10 ms per core: less than this is indistinguishable from nothing
 _TICK_SLACK_SECONDS = 0.02
@@ -48,7 +48,7 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """Timed runs, and the CPU seconds that other processes took in the `seconds` they lasted.
+    """Timed runs. They lasted `seconds`, in which other processes used `other_seconds` of CPU time (None: unknown).
 
     `host_ns` are the host's times of the same runs, where `samples_ns` are a GPU's.
     """
@@ -77,16 +77,20 @@ class Instrument(Protocol):
         """Time a model `count` times."""
 
     def average_memory(self, handle: int, runs: int) -> int | None:
-        """Bytes that a model takes while it runs `runs` times, on average; None where that cannot be seen."""
+        """Return the average bytes that a model takes while it runs `runs` times; None where that cannot be seen."""
 
     def divergence(self, handle: int, other: int, tokens: Sequence[int]) -> float | None:
-        """Mean KL in nats of another model's next token from a model's; None where logits cannot be seen."""
+        """Return how far the next-token distributions of two models differ on `tokens`.
+
+        It is the mean KL, in nats per token, of the model `other` from the model `handle`; None where the device does
+        not show logits.
+        """
 
     def state(self) -> DeviceState:
-        """Clocks, temperatures and power now."""
+        """Return the clocks, temperatures and power as they are now."""
 
     def close(self) -> None:
-        """Leave the device."""
+        """End what runs on the device, and leave it."""
 
 
 class Connection(Protocol):
@@ -98,18 +102,18 @@ class Connection(Protocol):
         """Start the agent."""
 
     def close(self) -> None:
-        """Leave the machine."""
+        """End the connection."""
 
 
 class InPlace:
-    """Files of this machine are where they are."""
+    """The `Files` of this machine, where nothing has to be copied."""
 
     def place(self, path: Path, *, sha256: str, companions: Mapping[str, str]) -> str:  # noqa: ARG002
         return str(path.resolve())
 
 
 class LocalConnection:
-    """The machine DiLAP runs on."""
+    """A connection to the machine that DiLAP runs on."""
 
     files: Files = InPlace()
 
@@ -122,7 +126,7 @@ class LocalConnection:
 
 
 class RemoteConnection:
-    """A machine that a transport leads to; the agent travels there as one file."""
+    """A connection to a machine over a transport; the agent is copied there as one file."""
 
     def __init__(self, transport: Transport, *, files: Files, python: str) -> None:
         self._transport, self._python = transport, python
@@ -140,7 +144,7 @@ class RemoteConnection:
 
 
 class AgentClient:
-    """A running agent. Its failures are raised here as the error they were there."""
+    """A running agent, as an instrument. Errors of the agent are raised here with the type that they had there."""
 
     def __init__(self, connection: Connection, *, backend: str, device: str, affinity: str | None = None) -> None:
         self._connection = connection
@@ -185,7 +189,7 @@ class AgentClient:
         return _document(DeviceState, self.call("state"), "state")
 
     def call(self, operation: str, *, timeout: float = _TIMEOUT_SECONDS, **fields: Any) -> dict[str, Any]:
-        """One request and its response. Raises what the agent raised, and LinkLost where it is gone."""
+        """Send a request and return its response. Raises what the agent raised; Crashed or LinkLost if it is gone."""
         seq = next(self._seq)
         try:
             self._process.write(json.dumps({"seq": seq, "op": operation, **fields}) + "\n")
@@ -212,7 +216,7 @@ class AgentClient:
         self.close()
 
     def _response(self, seq: int, *, timeout: float) -> dict[str, Any]:
-        """The answer to request `seq`. A login shell may print before the first; anything odd later is an error."""
+        """Return the answer to request `seq`. A login shell may print lines before the first; later they are errors."""
         for _ in range(_MAX_NOISE_LINES):
             line = self._process.read_line(timeout=timeout)
             response = _object(line)
@@ -225,7 +229,7 @@ class AgentClient:
 
 
 def _object(line: str) -> dict[str, Any]:
-    """What a line says, with no text in it that could be mistaken for ours; nothing where it is no JSON object."""
+    """Return the JSON object on a line, with its texts made printable; an empty one where the line holds none."""
     try:
         found: dict[str, Any] = printable_values(parse_object(line, source="the line"))
     except InvalidInput:
@@ -234,7 +238,7 @@ def _object(line: str) -> dict[str, Any]:
 
 
 def _checked(hint: type[T], answer: Any) -> T:
-    """Raises LinkLost where a device answered something else."""
+    """Return `answer` as the type `hint`. Raises LinkLost where the device answered something else."""
     try:
         return codec.checked(hint, answer, source="the device sent another answer than the agent gives")
     except InvalidInput as error:
@@ -257,7 +261,7 @@ def _as_error(said: Any) -> DilapError:
 
 
 class InstrumentBench:
-    """The models that an instrument holds, as the measuring loop wants them."""
+    """The `Bench` of the measuring loop, made of the models that an instrument holds open."""
 
     def __init__(self, instrument: Instrument, handles: Sequence[int]) -> None:
         self._instrument, self._handles = instrument, handles
@@ -276,7 +280,7 @@ class InstrumentBench:
         return sampled.samples_ns
 
     def host_seconds(self, case: int) -> float | None:
-        """The median of the host's times, warm-up included; None where the samples are the host's times."""
+        """Return the median of the host's times, warm-up included; None where the samples are the host's times."""
         return statistics.median(self._host_ns[case]) / 1e9 if self._host_ns[case] else None
 
     def other_load(self) -> float:

@@ -1,4 +1,4 @@
-"""The agent as one file: what travels to devices, as an archive that a Python there runs as it is."""
+"""The agent as one file: an archive of its sources, which is copied to devices and run by a Python there as it is."""
 
 import io
 import zipfile
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import dilap
 
-_ROOMS = ("core", "backends")  # travel whole
+_ROOMS = ("core", "backends")  # these packages travel as a whole
 _MAIN = """\
 import sys
 
@@ -19,13 +19,13 @@ main()
 
 
 def travelling() -> list[Path]:
-    """The source files that travel."""
+    """Return the source files that travel in the archive."""
     root = Path(dilap.__file__).resolve().parent
     return [root / "__init__.py", *(path for room in _ROOMS for path in sorted((root / room).rglob("*.py")))]
 
 
 def agent_archive() -> bytes:
-    """The same bytes for the same sources, so that a device has each version once."""
+    """Return the archive: the same bytes for the same sources, so that a device has each version once."""
     root = Path(dilap.__file__).resolve().parent.parent
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:

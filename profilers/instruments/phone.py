@@ -15,7 +15,7 @@ from dilap.profilers.instruments.runners import Job, Runner, RunnerSession, pinn
 from dilap.profilers.links.store import Files
 from dilap.profilers.links.transports import Transport
 
-_MEMORY_STEP = 256 << 20  # what a kernel keeps for itself changes with its version
+_MEMORY_STEP = 256 << 20  # memory is rounded to it: what a kernel keeps for itself changes with its version
 # Fields that a phone does not give to a shell are printed as nothing.
 _STATE = """\
 echo "load $(cat /proc/loadavg)"
@@ -41,7 +41,10 @@ echo "memory $(grep MemTotal /proc/meminfo)"
 
 
 def parse_state(output: str, *, affinity: str) -> DeviceState:
-    """Of `_STATE`. The temperatures are the battery's and the skin's: the cores' own are hot whenever they work."""
+    """Return the state that the output of `_STATE` describes.
+
+    The temperatures are the battery's and the skin's, because the cores themselves are hot whenever they work.
+    """
 
     def found(pattern: str) -> str | None:
         match = re.search(pattern, output, re.MULTILINE)
@@ -74,7 +77,7 @@ def parse_state(output: str, *, affinity: str) -> DeviceState:
 
 
 class Phone:
-    """A phone over adb. It has no Python: a runner program does the timing, and the shell the rest."""
+    """A phone over adb. It has no Python: a runner program times the models, and shell commands do the rest."""
 
     def __init__(
         self,

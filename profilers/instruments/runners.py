@@ -18,11 +18,11 @@ from dilap.core.errors import DilapError, InvalidInput, LinkLost, Unsupported
 from dilap.core.workload import Workload
 from dilap.profilers.links.transports import Process, Transport
 
-_SECONDS = 600.0  # a start, the loading of a model and one answer
+_SECONDS = 600.0  # limit of a start, of the loading of a model and of one answer
 _SESSION_SECONDS = 24 * 3600.0
-_MAX_LOG_LINES = 100_000  # before the one that is waited for: a runner logs a dozen a run
-_GENERATED = 32  # tokens a start: llama_main's clock counts milliseconds
-# By switch and value, as `dilap.backends.llamacpp.runtime` names them; what is llama.cpp's default needs none.
+_MAX_LOG_LINES = 100_000  # before the line that is waited for: a runner logs a dozen lines a run
+_GENERATED = 32  # tokens of one start: many, because llama_main's clock counts milliseconds
+# By switch and value, as `dilap.backends.llamacpp.runtime` names them; llama.cpp's defaults need no flag.
 _LLAMA_BENCH_FLAGS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("flash_attention", "auto"): (),
     ("flash_attention", "off"): ("-fa", "0"),
@@ -47,38 +47,38 @@ class Job:
 
 
 class RunnerSession(Protocol):
-    """One model in one program."""
+    """One model, loaded by one runner."""
 
     @property
     def load_seconds(self) -> float:
-        """What loading took, as far as the program says."""
+        """Seconds that loading took, as far as the program says."""
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Of the program; 0 where it is not running between samples."""
+        """The program's peak memory; 0 where it does not run between samples."""
 
     def sample(self, count: int) -> list[int]:
-        """Time the workload `count` times; nanoseconds."""
+        """Time the workload `count` times and return the nanoseconds."""
 
     def close(self) -> None:
         """End the program."""
 
 
 class Runner(Protocol):
-    """A program; `name` is its file's, `backend` the runtime that it has inside."""
+    """A timing program: `name` is what its file's name begins with, `backend` the runtime that it has inside."""
 
     name: str
     backend: str
 
     def check(self, transport: Transport, program: str) -> str:
-        """Its version, as far as it says. Raises Unsupported for one that is too old."""
+        """Return its version, as far as it says. Raises Unsupported for one that is too old."""
 
     def open(self, transport: Transport, program: str, job: Job) -> RunnerSession:
         """Load a model."""
 
 
 def find_runner(path: Path) -> Runner:
-    """The runner that a file is, by what its name begins with. Raises InvalidInput."""
+    """Return the runner that a file is, by what its name begins with. Raises InvalidInput."""
     runner = next((one for name, one in RUNNERS.items() if path.name.startswith(name)), None)
     if runner is None:
         raise InvalidInput(f"{path}: not a runner that DiLAP knows; a file's name begins with {', '.join(RUNNERS)}")
@@ -88,7 +88,7 @@ def find_runner(path: Path) -> Runner:
 
 
 class ExecutorRunner:
-    """Its log has a clock of its own, in microseconds: a run is what lies between two lines of it."""
+    """ExecuTorch's executor_runner. A run lasts from one line of its log to another; the log counts microseconds."""
 
     name = "executor_runner"
     backend = "executorch"
@@ -109,7 +109,7 @@ class ExecutorRunner:
 
 
 class ExecutorRunnerSession:
-    """A program in server mode."""
+    """An executor_runner in server mode, which runs the model once for every line that it is sent."""
 
     # `I 00:00:01.234567 executorch:executor_runner.cpp:716] SERVER MODE DONE`
     _LINE = re.compile(r"[DIEF] ([0-9]{1,6}):([0-9]{1,2}):([0-9]{1,2})\.([0-9]{6}) executorch:[^\]]*\] (.*)")
@@ -140,7 +140,7 @@ class ExecutorRunnerSession:
         )
         try:
             self._pid = self._process.read_line(timeout=_SECONDS).strip().removeprefix("pid ")
-            self.load_seconds = self._until("Running in server mode") / 1e6  # its clock starts with it
+            self.load_seconds = self._until("Running in server mode") / 1e6  # the log's clock starts with the program
             self.sample(1)
         except DilapError:
             self._process.close()
@@ -153,12 +153,12 @@ class ExecutorRunnerSession:
         return int(found[1]) * 1024 if found else 0
 
     def sample(self, count: int) -> list[int]:
-        """The first run of a batch is not timed: it waits for its line, and wakes the threads."""
+        """Time `count` runs. One more before them is not timed, because it waits for its line and wakes the threads."""
         self._process.write("\n" * (count + 1))
         self._until("SERVER MODE DONE")
         samples, last = [], self._last
         for _ in range(count):
-            done = self._until("Writing output to file")  # before it writes
+            done = self._until("Writing output to file")  # logged before it writes
             samples.append((done - last) * 1000)
             last = self._until("SERVER MODE DONE")
         if min(samples) <= 0:
@@ -169,7 +169,7 @@ class ExecutorRunnerSession:
         self._process.close()
 
     def _until(self, words: str) -> int:
-        """Read to the log line that says so; its microseconds."""
+        """Read on to the log line that contains `words`, and return its time in microseconds."""
         for _ in range(_MAX_LOG_LINES):
             line = self._process.read_line(timeout=_SECONDS)
             found = self._LINE.match(line)
@@ -188,7 +188,7 @@ class ExecutorRunnerSession:
 
 
 def _max_context(path: Path) -> int:
-    """Of a program that DiLAP exported, from its sidecar. Raises InvalidInput."""
+    """Return the most tokens that an exported program takes, as its sidecar says. Raises InvalidInput."""
     sidecar = path.with_name("artifact.json")
     found = value_at(read_json(sidecar), "details", "max_context")
     if type(found) is not int or not 0 < found <= MAX_TOKENS:
@@ -197,7 +197,7 @@ def _max_context(path: Path) -> int:
 
 
 class _Starts:
-    """A program that times in one start and ends: a sample is a start, or several of one."""
+    """A program that starts, times a model and ends: one start gives one sample or several."""
 
     load_seconds = 0.0
     peak_memory_bytes = 0
@@ -249,12 +249,12 @@ class LlamaBench:
 
 
 def parse_llama_bench(output: str) -> list[int]:
-    """Nanoseconds a decoded token, or a prompt. Raises LinkLost for anything but one test's line."""
+    """Return nanoseconds per decoded token or per prompt. Raises LinkLost where the output has no test's line."""
     for line in output.splitlines():
         if line.startswith("{"):
             try:
                 test = parse_object(line, source="its result")
-                tokens = checked(int, test.get("n_gen"), source="n_gen") or 1  # of a prefill, the prompt as a whole
+                tokens = checked(int, test.get("n_gen"), source="n_gen") or 1  # 0: a prefill, timed as a whole
                 samples = checked(tuple[int, ...], test.get("samples_ns"), source="samples_ns")
             except InvalidInput as error:
                 raise LinkLost(f"llama-bench printed {line[:80]!r} ({error}); try again") from error
@@ -307,7 +307,10 @@ class LlamaMain:
 
 
 def parse_llama_main(output: str, workload: Workload) -> int:
-    """Nanoseconds a generated token, or the prompt. Raises LinkLost for other output than it prints."""
+    """Return the nanoseconds per generated token, or of the prompt.
+
+    Raises LinkLost where the output has no statistics, Unsupported where the prompt had another length than asked.
+    """
     lines = [line for line in output.splitlines() if line.startswith("PyTorchObserver ")]
     if not lines:
         raise LinkLost(f"llama_main printed no PyTorchObserver line but {output[-80:]!r}; try again")
@@ -332,5 +335,5 @@ RUNNERS: Mapping[str, Runner] = {one.name: one for one in (ExecutorRunner(), Lla
 
 
 def pinned(mask: str | None) -> Sequence[str]:
-    """What starts a program on the cores of a mask; Android's taskset wants hexadecimal without 0x."""
+    """Return the words that start a program on the cores of a mask (hexadecimal without 0x, for Android's taskset)."""
     return () if mask is None else ("taskset", mask)

@@ -1,1 +1,1 @@
-"""Ways to a device: its own processes, ssh, adb; and the store of files that is kept there."""
+"""Ways to a device: local processes, ssh and adb; and the store of files that is kept on it."""

@@ -1,4 +1,4 @@
-"""Android devices over adb: the system's client, which owns USB, Wi-Fi pairing and keys."""
+"""Android devices over adb: the system's client, which takes care of USB, Wi-Fi pairing and keys."""
 
 import re
 import shutil
@@ -49,16 +49,22 @@ class AdbTransport:
         pass
 
     def _connect(self) -> None:
-        """A busy phone, or one that just woke, may miss the first call; what is wrong then, the first command says."""
+        """Connect over the network, in several attempts: a busy phone, or one that just woke, may miss the first.
+
+        Where all attempts fail, the first command will say what is wrong.
+        """
         for _ in range(_CALLS):
-            # first apart: adb calls a network device that went away `already connected`
+            # disconnect first: adb calls a network device that went away `already connected`
             run_client(["adb", "disconnect", self._serial], seconds=15, device=self._serial)
             if "connected to" in run_client(["adb", "connect", self._serial], seconds=15, device=self._serial).stdout:
                 return
             time.sleep(_PAUSE_SECONDS)
 
     def _answers(self) -> bool:
-        """Whether the device itself does: `adb get-state` says what the server remembers of a link that just broke."""
+        """Return whether the device itself answers.
+
+        `adb get-state` would say what the server remembers of it, even of a link that just broke.
+        """
         try:
             return run_client(self._adb("shell", "-T", "true"), seconds=15, device=self._serial).status == 0
         except LinkLost:
@@ -74,7 +80,7 @@ class AdbTransport:
             raise LinkLost(f"copying to or from {self._serial} failed: {complaint}")
 
     def _explain(self, complaint: str) -> str:
-        """The client's last line, or the last that calls itself an error, and what mends it."""
+        """Return the client's last line that calls itself an error, or its last one, with advice if there is any."""
         lines = complaint.splitlines() or ["the connection ended without a word"]
         last = next((line for line in reversed(lines) if "error" in line), lines[-1]).strip()
         for sign, advice in (

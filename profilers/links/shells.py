@@ -1,7 +1,8 @@
-"""Command lines for the shell at a device's end: every command is an argv here and is quoted for there.
+"""Command lines for the shell on a device: every command is an argv here, and is quoted for that shell.
 
-A leased command does not outlive the link to it: the device kills its process group when our end of the pipe closes,
-which a lost link does too, and in any case after a time limit of its own.
+A command runs under a *lease*, so that it does not outlive the link to it. The lease is a shell script that kills the
+command's process group when our end of its standard input closes (a lost link closes it too), and in any case after a
+time limit. That standard input is called the *pulse*.
 """
 
 import base64
@@ -12,9 +13,9 @@ from typing import Protocol
 
 from dilap.core.errors import InvalidInput
 
-# $1: seconds; $2: a mark to print around the output, or nothing; $3: `pass` where the command reads our stdin, which is
-# the pulse either way. A command that reads it gets 3 s to end by itself. setsid and timeout are in coreutils and
-# util-linux, in busybox and in Android's toybox.
+# $1: seconds; $2: a mark to print around the output, or nothing; $3: `pass` where the command reads our standard input,
+# which is the pulse in any case. A command that reads it gets 3 s to end by itself. setsid and timeout are in coreutils
+# and util-linux, in busybox and in Android's toybox.
 _LEASE = """\
 limit=$1 mark=$2 input=$3; shift 3
 trap "" HUP
@@ -50,10 +51,10 @@ _QUOTE = re.compile("['\u2018\u2019\u201a\u201b]")
 
 
 class Shell(Protocol):
-    """How to say a command to one kind of shell."""
+    """Writes a command as a line for one kind of shell."""
 
     def __call__(self, argv: Sequence[str], *, seconds: float, mark: str = "", passes_input: bool = False) -> str:
-        """A command line that runs `argv` for as long as our end holds its stdin open, and `seconds` at most.
+        """Return a command line that runs `argv` while we hold its standard input open, and `seconds` at most.
 
         With a `mark` the output stands between the lines `MARK begin` and `MARK end STATUS`, apart from what a login
         shell prints.
@@ -61,16 +62,17 @@ class Shell(Protocol):
 
 
 def posix(argv: Sequence[str], *, seconds: float, mark: str = "", passes_input: bool = False) -> str:
-    """For sh on Linux and Android."""
+    """Return a command line for sh on Linux and Android, under a lease."""
     _require_no_nul(argv)
     words = [str(max(1, round(seconds))), mark, "pass" if passes_input else "none", *argv]
     return shlex.join(["sh", "-c", _LEASE, "dilap-lease", *words])
 
 
 def powershell(argv: Sequence[str], *, seconds: float, mark: str = "", passes_input: bool = False) -> str:  # noqa: ARG001
-    """For Windows, under cmd and PowerShell alike. It has no process groups: the agent there ends by itself.
+    """Return a command line for Windows, for cmd and PowerShell alike.
 
-    Words that Windows PowerShell changes on their way to a program are refused.
+    Windows has no process groups, so that there is no lease: the agent there ends by itself. Raises InvalidInput for
+    words that Windows PowerShell would change on their way to a program.
     """
     _require_no_nul(argv)
     for word in argv:
@@ -88,7 +90,10 @@ def _require_no_nul(argv: Sequence[str]) -> None:
 
 
 def _lost_on_windows(word: str) -> str:
-    """What Windows PowerShell 5 does not hand on as it is: it quotes words with spaces, and escapes nothing."""
+    """Return what Windows PowerShell 5 would change in a word; empty where it passes the word on as it is.
+
+    It puts words with spaces into double quotes, and escapes nothing.
+    """
     if '"' in word:
         return "a double quote"
     if not word:

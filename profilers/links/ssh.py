@@ -16,7 +16,7 @@ from dilap.profilers.links.transports import Completed, PipedProcess, Process, r
 
 # A dead link is noticed after 15 s; a password is never asked for, because nobody may be there to type it.
 _OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=3")
-# Of the folder above ours: a socket's name has 103 bytes on macOS (107 on Linux), of which ours takes 15
+# Longest path of the folder above ours: a socket's name has 103 bytes on macOS (107 on Linux), of which ours takes 15
 # (/dilap-abcdefgh), the hash 41 (/%C), and what ssh puts behind it while it connects 17.
 _MAX_SOCKET_FOLDER = 103 - 15 - 41 - 17
 _BYTES_PER_SECOND = 500e3  # the slowest link worth waiting for
@@ -38,7 +38,7 @@ class SshAddress:
             )
 
     def options(self) -> list[str]:
-        """For ssh and sftp alike."""
+        """Return the options for ssh and sftp alike."""
         given = [f"-o{option}" for option in _OPTIONS]
         if self.port is not None:
             given.append(f"-oPort={self.port}")
@@ -50,7 +50,7 @@ class SshAddress:
 
 
 class SshTransport:
-    """One connection, shared by all commands where the client can (OpenSSH on Windows cannot)."""
+    """One connection over ssh, shared by all commands where the client can (OpenSSH on Windows cannot)."""
 
     def __init__(self, address: SshAddress, *, shell: Shell = posix) -> None:
         for program in ("ssh", "sftp"):
@@ -84,7 +84,7 @@ class SshTransport:
 
     def close(self) -> None:
         if self._socket is not None:
-            with contextlib.suppress(LinkLost):  # a master that is gone needs no end
+            with contextlib.suppress(LinkLost):  # the shared connection may have ended already
                 run_client(["ssh", *self._options, "-Oexit", "--", self._address.destination], seconds=10, device="ssh")
             self._socket.cleanup()
         self._folder.cleanup()
@@ -93,7 +93,7 @@ class SshTransport:
         return ["ssh", *self._options, "-T", "--", self._address.destination, command]
 
     def _sftp(self, verb: str, path: Path, remote: str, *, num_bytes: int) -> None:
-        """Copy one file. sftp's batch language cannot quote every name: it sees a link with a plain one instead."""
+        """Copy one file. sftp's batch language cannot quote every name, so it is given one with a plain name here."""
         with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
             plain = Path(folder) / "file"
             if verb == "get":
@@ -124,7 +124,7 @@ class SshTransport:
             raise LinkLost(f"copying to or from {self._address.destination} failed: {complaint}")
 
     def _explain(self, complaint: str) -> str:
-        """The client's last line, and what mends it."""
+        """Return the client's last line, with advice where the cause is known."""
         last = complaint.splitlines()[-1].strip() if complaint else "the connection ended without a word"
         target = self._address.destination
         for sign, advice in (
@@ -140,9 +140,9 @@ class SshTransport:
 
 
 def _socket_folder() -> "tempfile.TemporaryDirectory[str] | None":
-    """A folder for ourselves alone in which the connection's socket has a short enough name; None where there is none.
+    """Make a folder of our own in which the connection's socket has a short enough name; None where there is none.
 
-    The system's folder for temporary files is often too long (macOS's own is), and /tmp is there nearly always.
+    The path of the system's folder for temporary files is often too long (macOS's is); /tmp is there nearly always.
     """
     if os.name == "nt":
         return None
@@ -154,7 +154,7 @@ def _socket_folder() -> "tempfile.TemporaryDirectory[str] | None":
 
 
 def _quoted(path: str) -> str:
-    """A path in sftp's batch language. Raises InvalidInput for what it has no words for."""
+    """Return a path in sftp's batch language. Raises InvalidInput for a line break, which it cannot express."""
     if "\n" in path or "\r" in path:
         raise InvalidInput(f"sftp cannot name a path with a line break: {path!r}")
     for sign in '\\"':  # `*`, `?` and `[` are no patterns in quotes

@@ -15,9 +15,9 @@ from dilap.core.documents import int64, is_plain_name
 from dilap.core.errors import InvalidInput, LinkLost, Unavailable
 from dilap.profilers.links.transports import Transport
 
-_SECONDS = 600.0  # of a slow device that hashes gigabytes
-_LIMIT_BYTES = 4 << 30  # kept of earlier models
-_SPARE_BYTES = 64 << 20  # left free
+_SECONDS = 600.0  # limit of one program: a slow device may hash gigabytes
+_LIMIT_BYTES = 4 << 30  # what earlier models may keep on a device
+_SPARE_BYTES = 64 << 20  # what is always left free
 
 # $1 $2: folders; then pairs of a path and the part that becomes it. Prints df's line and one line a pair: a SHA-256,
 # `part` or `none`.
@@ -109,7 +109,7 @@ class Programs:
 
 
 def posix_programs() -> Programs:
-    """For every device with a POSIX shell."""
+    """Return the programs for a device with a POSIX shell."""
     return Programs(
         survey=("sh", "-c", _SURVEY, "dilap-store"),
         accept=("sh", "-c", _ACCEPT, "dilap-store"),
@@ -118,7 +118,7 @@ def posix_programs() -> Programs:
 
 
 def python_programs(python: str) -> Programs:
-    """For Windows, where the agent needs a Python anyway."""
+    """Return the programs for Windows, where the agent needs a Python anyway."""
     return Programs(
         survey=(python, "-c", _SURVEY_PYTHON),
         accept=(python, "-c", _ACCEPT_PYTHON),
@@ -127,14 +127,14 @@ def python_programs(python: str) -> Programs:
 
 
 class Files(Protocol):
-    """Where a device's programs find files of ours."""
+    """Makes files of this machine available to programs on a device."""
 
     def place(self, path: Path, *, sha256: str, companions: Mapping[str, str]) -> str:
-        """See that a file and those beside it (name -> SHA-256) are on the device; its path there."""
+        """Make sure that a file and its companions (name -> SHA-256) are on the device; return its path there."""
 
 
 class Store:
-    """The files on one device."""
+    """The copies of files on one device."""
 
     def __init__(self, transport: Transport, *, folder: str, programs: Programs) -> None:
         self._transport, self._programs = transport, programs
@@ -143,7 +143,10 @@ class Store:
         self._is_tidy = False
 
     def place(self, path: Path, *, sha256: str, companions: Mapping[str, str]) -> str:
-        """As `Files` says. Raises Unavailable where the device has no room, LinkLost where it went away."""
+        """Copy what is missing of a file and its companions to the device; return the file's path there.
+
+        Raises Unavailable where the device has no room, LinkLost where it went away.
+        """
         contents = {path.name: sha256, **companions}
         key = digest(contents)[:16]
         self._in_use.add(key)
@@ -157,11 +160,11 @@ class Store:
         return places[path.name]
 
     def free_bytes(self) -> int:
-        """Room where the store is."""
+        """Return the free bytes where the store is."""
         return self._survey([])[1]
 
     def _survey(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[str], int]:
-        """What is at every place (a SHA-256, `part` or `none`), and the bytes that are free."""
+        """Return what is at every place (a SHA-256, `part` or `none`), and the bytes that are free."""
         words = [word for pair in pairs for word in pair]
         printed = self._run(self._programs.survey, self._store, self._parts, *words)
         lines = printed.splitlines()
@@ -174,7 +177,7 @@ class Store:
             raise LinkLost(f"the device answered the store with {printed[-200:]!r}; try again") from None
 
     def _make_room(self, num_bytes: int, free: int) -> None:
-        """Raises Unavailable where dropping all that is not in use leaves too little."""
+        """Remove old files where that is needed. Raises Unavailable where all that are not in use are not enough."""
         wanted = num_bytes + _SPARE_BYTES
         if wanted > free:
             self._evict(limit=0)
@@ -200,7 +203,7 @@ class Store:
             except LinkLost:
                 if not goes_on:
                     raise
-                continue  # a part that is longer than the file cannot be gone on with
+                continue  # a part that is longer than the file cannot be continued
             if self._run(self._programs.accept, part, sha256, os.path.dirname(place), place).strip() == "kept":
                 return
         raise LinkLost(f"{path.name} arrived on the device with another content than it was sent with; try again")
@@ -219,7 +222,7 @@ def _free_bytes(kibibytes: str) -> int:
 
 
 def _plain(name: str) -> str:
-    """Raises InvalidInput for a name that would leave its folder."""
+    """Return `name`. Raises InvalidInput for a name that would leave its folder."""
     if not is_plain_name(name):
         raise InvalidInput(f"{name!r} is no file name")
     return name

@@ -1,4 +1,9 @@
-"""Ways to reach a device. Every one starts a program there by argv, with its pipes here, and copies files."""
+"""Ways to reach a device. A transport starts programs there, with their pipes on this machine, and copies files.
+
+Two words recur here and in `shells`. The *pulse* is the standard input of what we start on a device: our end of it
+stays open as long as we are there. A program on a device with a POSIX shell runs under a *lease*, a shell script that
+kills it when the pulse ends (a lost link ends it, too) or when its time is up.
+"""
 
 import contextlib
 import os
@@ -20,9 +25,9 @@ from dilap.core.errors import LinkLost, Unavailable
 from dilap.core.printable import printable
 
 MAX_LINE = 1 << 20  # characters: an answer with 1,000 samples has 20,000
-MAX_OUTPUT_BYTES = 64 << 20  # of a program that runs to its end
-_MAX_WAITING_LINES = 256  # that nobody has read yet: a device that never stops printing waits for us
-_GRACE_SECONDS = 10.0  # for the device to notice that a pulse ended, kill what it leased and say so
+MAX_OUTPUT_BYTES = 64 << 20  # the most that a program may print until its end
+_MAX_WAITING_LINES = 256  # lines that nobody has asked for yet: a device that prints more has to wait
+_GRACE_SECONDS = 10.0  # for a device to notice that the pulse ended, kill the leased program and say so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,7 @@ class Completed:
     stderr: str
 
     def checked(self, doing: str) -> str:
-        """Standard output of a program that succeeded; `doing` says what failed otherwise. Raises Unavailable."""
+        """Return standard output if the program succeeded. Raises Unavailable, saying that `doing` failed, if not."""
         if self.status != 0:
             last = (self.stderr.strip() or self.stdout.strip() or "no message").splitlines()[-1]
             raise Unavailable(f"{doing} failed with status {self.status}: {last}")
@@ -48,36 +53,36 @@ class Process(Protocol):
         """Send text as it is. Raises LinkLost where nobody reads it any more."""
 
     def read_line(self, *, timeout: float) -> str:
-        """The next line. Raises LinkLost where the program ended or stays silent for `timeout` seconds."""
+        """Return the next line. Raises LinkLost where the program ended or stays silent for `timeout` seconds."""
 
     def status_of_death(self) -> int | None:
-        """The status of a program on this machine that a signal ended (negative); None for all others."""
+        """Return the status (negative) of a program on this machine that a signal has killed; None in other cases."""
 
     def close(self) -> None:
-        """Close its input, which asks it to end, and see that it does."""
+        """Close its input, which asks it to end, and make sure that it does."""
 
 
 class Transport(Protocol):
     """A way to a device; paths there are relative to where its programs start."""
 
     def run(self, argv: Sequence[str], *, seconds: float) -> Completed:
-        """Run a program to its end. Raises LinkLost where that end is not heard of within `seconds`."""
+        """Run a program to its end. Raises LinkLost where its end is not reported within `seconds`."""
 
     def start(self, argv: Sequence[str], *, seconds: float) -> Process:
-        """Start a program; it ends with its Process, with the link, or after `seconds`."""
+        """Start a program; it ends when its Process is closed, when the link is lost, or after `seconds`."""
 
     def push(self, path: Path, remote: str, *, resume: bool = False) -> None:
-        """Copy a file there; with `resume`, as the rest of what is there. Its content is the caller's to check."""
+        """Copy a file there; with `resume`, only the rest of what is there already. The caller checks the content."""
 
     def pull(self, remote: str, path: Path) -> None:
         """Copy a file here."""
 
     def close(self) -> None:
-        """Leave the device."""
+        """End the connection to the device."""
 
 
 class PipedProcess:
-    """A child of this process; ssh and adb are children too."""
+    """A child of this process with pipes: the program itself, or the ssh or adb client that runs it on a device."""
 
     def __init__(
         self,
@@ -87,7 +92,7 @@ class PipedProcess:
         environment: Mapping[str, str] | None = None,
         is_local: bool = False,
     ) -> None:
-        """`is_local` says that the child is the program itself, and not a client of a device that runs it."""
+        """Start the child. `is_local` says that it is the program itself and no client of a device that runs it."""
         self._name, self._is_local = name, is_local
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the child)
         try:
@@ -165,6 +170,7 @@ class PipedProcess:
                 return
 
     def _obituary(self) -> str:
+        """Return the message for a child that has ended: its status and the last line of its standard error."""
         status = self._child.wait()
         self._complaints.seek(0)
         words = self._complaints.read()[-4096:].decode("utf-8", "replace").strip().splitlines()
@@ -173,7 +179,7 @@ class PipedProcess:
 
 
 class LocalTransport:
-    """The machine DiLAP runs on."""
+    """Starts programs on the machine that DiLAP runs on."""
 
     def __init__(self, *, environment: Mapping[str, str] | None = None) -> None:
         self._environment = environment
@@ -197,11 +203,11 @@ class LocalTransport:
 def run_marked(
     client: Callable[[str], Sequence[str]], *, seconds: float, device: str, explain: Callable[[str], str]
 ) -> Completed:
-    """Run a leased command line through `client`, which makes the local argv from a mark.
+    """Run a program on a device to its end; `client` makes the local argv, which begins with ssh or adb, from a mark.
 
-    Only what stands between the two marks is the program's: a login shell may print before them, and where the
-    second is missing the link broke, whatever status the client ended with. `explain` turns the client's complaint
-    into advice.
+    The mark is a random word that is printed before and after the program's output. Only what stands between is the
+    program's: a login shell may print before it. Where the second mark is missing, the link broke, whatever status the
+    client ended with: LinkLost is raised, with the advice that `explain` makes of the client's complaint.
     """
     mark = f"dilap-{secrets.token_hex(8)}"
     completed = run_client(client(mark), seconds=seconds + _GRACE_SECONDS, device=device)
@@ -213,7 +219,7 @@ def run_marked(
 
 
 def run_client(argv: Sequence[str], *, seconds: float, device: str) -> Completed:
-    """Run a program here with a stdin that stays open until it ends: closing it is how a lease is ended."""
+    """Run a program here, such as an ssh client. Its standard input is the pulse, which stays open until it ends."""
     pulse, ours = os.pipe()
     try:
         try:
@@ -233,7 +239,7 @@ def run_client(argv: Sequence[str], *, seconds: float, device: str) -> Completed
 
 
 def _outputs(child: "subprocess.Popen[bytes]", *, seconds: float, device: str) -> tuple[bytes, bytes]:
-    """Both outputs to their ends. Raises LinkLost where they do not end in time, or are endless."""
+    """Read both outputs to their ends. Raises LinkLost where they do not end in time, or are endless."""
     assert child.stdout is not None
     assert child.stderr is not None
     found = bytearray(), bytearray()
@@ -265,13 +271,13 @@ def _collect(pipe: IO[bytes], into: bytearray, child: "subprocess.Popen[bytes]")
 
 
 def _words_of_device(data: bytes) -> str:
-    """Lines without what could move a cursor; Windows ends them with carriage returns."""
+    """Return a device's output as text, without what could move a cursor and without Windows' carriage returns."""
     lines = data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
     return "\n".join(printable(line, width=MAX_OUTPUT_BYTES) for line in lines)
 
 
 def _end(child: "subprocess.Popen[bytes]") -> None:
-    """See that a client has ended; its death ends the pulse on the device."""
+    """Make sure that a client has ended; with it, the pulse on the device ends."""
     if child.poll() is None:
         child.kill()
         child.wait()
