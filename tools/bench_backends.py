@@ -29,6 +29,7 @@ from dilap.backends import host
 from dilap.cli.console import Console, run
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, file_sha256, read_json
+from dilap.core.errors import InvalidInput
 from dilap.core.measurement import Interval
 from dilap.core.plan import Plan
 from dilap.core.shape import PRECISION_BITS, Architecture
@@ -171,17 +172,15 @@ def _shapes(architecture: Architecture, plan: Path | None) -> dict[str, Architec
 
 
 def _equal_widths(architecture: Architecture) -> Architecture:
-    """Return the shape with narrower FFNs, equal in all layers, that has at most 70 % of the parameters.
+    """Return the widest shape with narrower FFNs, equal in all layers, that has at most 70 % of the parameters.
 
-    Their width is the largest that is left after taking away a multiple of 32 channels.
+    Multiples of 32 channels are taken away. Raises InvalidInput where even the narrowest has more parameters.
     """
-    width = architecture.layers[0].num_channels
-    while width > 32:
-        width -= 32
+    for width in range(architecture.layers[0].num_channels - 32, 0, -32):
         found = replace(architecture, layers=tuple(replace(one, num_channels=width) for one in architecture.layers))
         if found.num_parameters <= _SHARE * architecture.num_parameters:
-            break
-    return found
+            return found
+    raise InvalidInput(f"no narrower FFNs leave {_SHARE:.0%} of the parameters of this model; take a larger one")
 
 
 def _write(names: Sequence[str], shapes: Mapping[str, Architecture], folder: Path, console: Console) -> list[Model]:

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dilap.cli.arguments import whole
 from dilap.cli.console import run
 from tools.tiny_models import byte_level_tokenizer, tiny_model
 
@@ -239,7 +240,7 @@ def _fresh(folder: Path, inputs: Path) -> Path:
 
 def _main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=25, help="of each command (25)")
+    parser.add_argument("--kills", type=whole(1, 10_000), default=25, help="of each command (25)")
     parser.add_argument("--commands", nargs="+", default=list(COMMANDS), choices=COMMANDS, metavar="NAME")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(given)

@@ -14,7 +14,6 @@ from dilap.core.documents import int64
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Workload
 from dilap.models.builtin import DEFAULT_MODEL
-from dilap.profilers.configuration import thread_counts
 from dilap.profilers.devices.device import Device, Registry
 from dilap.profilers.devices.locations import default_file, known_devices
 from dilap.profilers.instruments.runners import RUNNERS
@@ -152,31 +151,6 @@ def _with_runner(device: Device, runner: str | None) -> Device:
     if device.location is None or device.location.adb is None:
         raise InvalidInput(f"--runner is for devices that are reached over adb, {device.label} is none")
     return replace(device, location=replace(device.location, runner=runner))
-
-
-def workload_of(arguments: argparse.Namespace, *, device: Device, backend: str) -> Workload:
-    """Return the workload that the arguments ask for. Raises InvalidInput for impossible numbers."""
-    threads = arguments.threads if arguments.threads is not None else device.default_threads()
-    try:
-        return Workload(
-            phase=arguments.phase,
-            prompt_tokens=arguments.prompt_tokens,
-            context=arguments.context,
-            precision=arguments.precision or device.default_precision(backend),
-            threads=threads,
-        )
-    except ValueError as error:
-        raise InvalidInput(str(error)) from error
-
-
-def threads_tried(arguments: argparse.Namespace, *, device: Device) -> tuple[int, ...]:
-    """Return the numbers of threads to choose from: the one that was asked for, or all cores and fewer."""
-    return thread_counts(device.default_threads()) if arguments.threads is None else (arguments.threads,)
-
-
-def backend_of(arguments: argparse.Namespace, *, device: Device) -> str:
-    """Return the name of the chosen runtime, or of the device's first."""
-    return str(arguments.backend or next(iter(device.backends)))
 
 
 def new_path(text: str) -> Path:

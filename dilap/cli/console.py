@@ -16,8 +16,8 @@ from dilap.core.errors import TRACEBACK_KEPT, DilapError, InvalidInput, reason_o
 from dilap.core.printable import printable, printable_lines
 
 EXIT_CODES = (
-    "exit codes: 0 done, 1 the result misses its budget, 2 bad input, 70 an error of DiLAP's own, 130 interrupted, "
-    "141 nobody reads the output"
+    "exit codes: 0 done, 1 a budget that is not kept beyond doubt, or a check that fails, 2 bad input, 70 an error of "
+    "DiLAP's own, 130 interrupted, 141 nobody reads the output"
 )
 _MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory")  # of torch, in a RuntimeError
 

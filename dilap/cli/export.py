@@ -1,13 +1,12 @@
 """dilap-export: write any checkpoint, pruned or not, in a runtime's format, checked against torch."""
 
 import argparse
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from dilap import backends
 from dilap.cli import arguments, console
-from dilap.core.errors import InvalidInput
+from dilap.job.export import chosen_precision, export
 
 _EXAMPLES = """\
   dilap-export --backend llamacpp runs/smollm2-135m-host_cpu-70pct/checkpoint
@@ -33,19 +32,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command() -> int:
     given = _parser().parse_args()
-    backend = backends.get(given.backend)
-    precision = given.precision or backend.precisions()[0]
-    backends.require_precision(backend, precision)
-    out = arguments.new_path(given.out) if given.out else _beside(given.checkpoint, f"{backend.name}-{precision}")
-    if os.path.lexists(out):
-        raise InvalidInput(f"{out} already exists; remove it or choose another --out")
-    tokenizer = Path(given.tokenizer) if given.tokenizer else None
-    if tokenizer is not None and not tokenizer.exists():
-        raise InvalidInput(f"no tokenizer {given.tokenizer!r}: give a Hugging Face folder or a GGUF file")
-    from dilap.job.export import export  # importing torch takes seconds: bad input is refused first
-
-    console.Console().say(f"exporting {given.checkpoint} to {backend.name}, {precision}")
-    artifact = export(given.checkpoint, backend=backend.name, precision=precision, tokenizer=tokenizer, out=out)
+    precision = chosen_precision(given.backend, given.precision)
+    out = arguments.new_path(given.out) if given.out else _beside(given.checkpoint, f"{given.backend}-{precision}")
+    artifact = export(
+        given.checkpoint,
+        backend=given.backend,
+        precision=precision,
+        tokenizer=Path(given.tokenizer) if given.tokenizer else None,
+        out=out,
+        progress=console.Console(),
+    )
     if given.json:
         console.show_json(asdict(artifact))
     else:

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from dilap.cli import arguments, console, costs
+from dilap.cli.job_arguments import job_options
 from dilap.core.errors import InvalidInput
+from dilap.core.workload import Budget
 from dilap.profilers.devices import doctor
 from dilap.profilers.devices.device import DEVICES
 
@@ -53,21 +55,11 @@ def _command() -> int:
     if given.estimate and given.out:
         raise InvalidInput("--estimate measures nothing, so it writes no table: leave --out away")
     devices = arguments.devices_of(given, given.device)
-    backend = arguments.backend_of(given, device=devices[0])
-    workload = arguments.workload_of(given, device=devices[0], backend=backend)
+    asked = job_options(given, device=devices[0], budget=Budget(fraction=1.0))
     from dilap.job.profile import profile  # importing torch takes seconds: bad input is refused first
 
-    done = profile(
-        given.model,
-        workload,
-        devices=devices,
-        backend=backend,
-        threads_tried=arguments.threads_tried(given, device=devices[0]) if given.configuration == "fastest" else (),
-        out=arguments.new_path(given.out) if given.out else None,
-        estimate=given.estimate,
-        force=given.force,
-        progress=console.Console(),
-    )
+    out = arguments.new_path(given.out) if given.out else None
+    done = profile(asked, devices=devices, out=out, progress=console.Console())
     costs.show(done.model, as_json=given.json, table=done.table)
     return 0
 

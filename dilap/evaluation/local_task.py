@@ -41,12 +41,12 @@ class LocalTask(ConfigurableTask):  # type: ignore[misc]
         if path is None:
             raise InvalidInput(f"{config.task}: no {folder / 'test.jsonl'}, validation or train (.gz too)")
         examples = self.fewshot_cfg.split or config.training_split
-        examples_path = (examples and _file_of(folder, examples)) or path
+        examples_path = _file_of(folder, examples) if examples else None
         is_text = config.output_type == "loglikelihood_rolling"  # such a task takes no examples
-        if config.num_fewshot and not is_text and not (examples and _file_of(folder, examples)):
+        if config.num_fewshot and not is_text and examples_path is None:
             raise InvalidInput(f"{config.task}: its {config.num_fewshot} examples need {folder / f'{examples}.jsonl'}")
         self.path = path
-        self.dataset = {name: self._rows(file) for name, file in (("scored", path), ("examples", examples_path))}
+        self.dataset = {"scored": self._rows(path), "examples": self._rows(examples_path or path)}
         config.test_split, config.validation_split, config.training_split = "scored", None, "examples"
         if self.fewshot_cfg.split is not None:
             self.fewshot_cfg.split = "examples"

@@ -12,10 +12,11 @@ or `$XDG_CACHE_HOME/dilap`. `progress` is a function that is called with every l
 """
 
 import copy
+import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +42,13 @@ from dilap.profilers.devices.device import Device
 from dilap.profilers.devices.locations import known_devices
 
 __all__ = ["compare", "evaluate", "export", "load", "profile", "prune"]
+_JOB_OPTIONS = set(inspect.signature(job_options).parameters) - {"device", "budget", "model"}
+_TIMED_OPTIONS = {
+    "backend", "phase", "context", "prompt_tokens", "precision", "threads", "configuration", "estimate", "force",
+}  # fmt: skip
+_EVALUATION_OPTIONS = {one.name for one in fields(evaluating.EvaluationOptions)} - {
+    "subject", "tasks", "costs_on", "data_dir", "out",
+}  # fmt: skip
 Told = Callable[[str], None] | Progress | None
 Place = str | os.PathLike[str]
 
@@ -71,7 +79,7 @@ def prune(
         device=found[0],
         budget=_budget(budget, ratio, stat),
         model=model if isinstance(model, str) else model.name,
-        **_known(options),
+        **_known(options, among=_JOB_OPTIONS),
     )
     return pruning.prune(
         asked, devices=found, out=Path(out), progress=_progress(progress), source=source, tables=_tables(cache)
@@ -104,8 +112,9 @@ def compare(
         raise InvalidInput("nothing to compare at: name budgets or ratios")
     names = [name for name in METHODS if name not in NOT_COMPARED] if "all" in methods else list(methods)
     found, chosen = _devices(target, devices), settings or {}
+    known = _known(options, among=_JOB_OPTIONS - {"method", "settings"})  # it has `methods`, and settings of each
     base = job_options(
-        device=found[0], budget=asked[0], model=model, **{"recover": "full", "recover_steps": 16, **_known(options)}
+        device=found[0], budget=asked[0], model=model, **{"recover": "full", "recover_steps": 16, **known}
     )
     return comparing.compare(
         base,
@@ -134,17 +143,14 @@ def profile(
     `options` are those of `prune` about what is timed: `backend`, `phase`, `context`, `precision`, `threads` and so on.
     """
     found = _devices(target, devices)
-    asked = job_options(device=found[0], budget=Budget(fraction=1.0), model=model, **_known(options))
+    asked = job_options(
+        device=found[0], budget=Budget(fraction=1.0), model=model, **_known(options, among=_TIMED_OPTIONS)
+    )
     return profiling.profile(
-        model,
-        asked.workload,
+        asked,
         devices=found,
-        backend=asked.backend,
-        threads_tried=asked.threads_tried if asked.configuration == "fastest" else (),
         out=None if out is None else Path(out),
         tables=_tables(cache),
-        estimate=asked.estimate,
-        force=asked.force,
         progress=_progress(progress),
     )
 
@@ -156,6 +162,7 @@ def export(
     out: Place,
     precision: str | None = None,
     tokenizer: Place | None = None,
+    progress: Told = None,
 ) -> Artifact:
     """Write a checkpoint in a runtime's format into the new folder `out`, checked against torch."""
     return exporting.export(
@@ -164,6 +171,7 @@ def export(
         precision=precision,
         tokenizer=None if tokenizer is None else Path(tokenizer),
         out=Path(out),
+        progress=_progress(progress),
     )
 
 
@@ -189,7 +197,7 @@ def evaluate(
         costs_on=None if costs_on is None else _devices(costs_on, devices)[0],
         data_dir=None if data_dir is None else Path(data_dir),
         out=None if out is None else Path(out),
-        **options,
+        **_known(options, among=_EVALUATION_OPTIONS),
     )
     return evaluating.evaluate(asked, progress=_progress(progress))
 
@@ -208,11 +216,10 @@ def _devices(target: str, file: Place | None) -> tuple[Device, ...]:
     return known_devices(None if file is None else Path(file)).group(target)
 
 
-def _known(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return `options`. Raises InvalidInput for an option that `job_options` does not have."""
-    known = set(job_options.__kwdefaults__ or {}) - {"model"}
-    if odd := sorted(set(options) - known):
-        raise InvalidInput(f"there is no option {odd[0]!r}; there are: {', '.join(sorted(known))}")
+def _known(options: Mapping[str, Any], *, among: Set[str]) -> Mapping[str, Any]:
+    """Return `options`. Raises InvalidInput for an option that is not `among` the known ones."""
+    if odd := sorted(set(options) - among):
+        raise InvalidInput(f"there is no option {odd[0]!r}; there are: {', '.join(sorted(among))}")
     return options
 
 

@@ -32,7 +32,7 @@ from dilap.profilers.tables.roofline import describe, estimated, roofline
 from dilap.profilers.tables.table import LatencyTable
 
 # A measurement is repeated so many times at most while other processes use the cores: such load spoils even ratios of
-# interleaved samples (88.9 % and then 121.9 % of one budget were seen).
+# interleaved samples.
 _REPEATS = 2
 
 

@@ -2,32 +2,36 @@
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from dilap.core.documents import value_at
+from dilap.core.workload import Budget
+from dilap.job.options import JobOptions
 from dilap.job.result import PruneResult
 
-# For every flag, where its value is in a job's options, and its default. A flag at its default is left out.
-_FLAGS: Mapping[str, tuple[tuple[str, ...], str | float | None]] = {
-    "--model": (("model",), "smollm2-135m"),
-    "--backend": (("backend",), None),
-    "--phase": (("workload", "phase"), "decode"),
-    "--context": (("workload", "context"), 256),
-    "--prompt-tokens": (("workload", "prompt_tokens"), 128),
-    "--precision": (("workload", "precision"), None),
-    "--stat": (("budget", "statistic"), "p50"),
-    "--configuration": (("configuration",), "fastest"),
-    "--layout": (("layout",), None),
-    "--method": (("method",), "dilap"),
-    "--table": (("table",), None),
-    "--calib": (("calibration", "source"), "self"),
-    "--calib-length": (("calibration", "sequence_length"), 256),
-    "--eval-text": (("evaluation_text",), "python-docs"),
-    "--importance": (("levels", "library", "order"), "obs"),
-    "--step": (("levels", "search", "step"), 0.1),
-    "--evaluations": (("levels", "search", "evaluations"), 40),
-    "--recover": (("recovery", "mode"), "none"),
-    "--seed": (("seed",), 0),
+# For every flag, where its value is in a job's options. A flag at the default of `JobOptions` is left out.
+_FLAGS: Mapping[str, tuple[str, ...]] = {
+    "--model": ("model",),
+    "--backend": ("backend",),
+    "--phase": ("workload", "phase"),
+    "--context": ("workload", "context"),
+    "--prompt-tokens": ("workload", "prompt_tokens"),
+    "--precision": ("workload", "precision"),
+    "--stat": ("budget", "statistic"),
+    "--configuration": ("configuration",),
+    "--layout": ("layout",),
+    "--method": ("method",),
+    "--table": ("table",),
+    "--calib": ("calibration", "source"),
+    "--calib-length": ("calibration", "sequence_length"),
+    "--eval-text": ("evaluation_text",),
+    "--importance": ("levels", "library", "order"),
+    "--step": ("levels", "search", "step"),
+    "--evaluations": ("levels", "search", "evaluations"),
+    "--recover": ("recovery", "mode"),
+    "--seed": ("seed",),
 }
+_OF_THE_DEVICE = ("--backend", "--precision")  # their defaults depend on it, so they are always given
 
 
 def command_line(result: PruneResult) -> str:
@@ -36,9 +40,11 @@ def command_line(result: PruneResult) -> str:
     words = ["dilap-prune", "--target", result.target]
     asked = ["--ratio", f"{budget.ratio:g}"] if budget.ratio is not None else ["--budget", str(budget)]
     words += asked
-    for flag, (path, default) in _FLAGS.items():
+    defaults = asdict(JobOptions(budget=Budget(fraction=1.0)))
+    for flag, path in _FLAGS.items():
         value = value_at(options, *path)
-        if value is not None and value != default:
+        is_default = flag not in _OF_THE_DEVICE and value == value_at(defaults, *path)
+        if value is not None and not is_default:
             words += [flag, str(value)]
     tried = value_at(options, "threads_tried") or [value_at(options, "workload", "threads")]
     if isinstance(tried, list | tuple) and len(tried) == 1 and tried[0] is not None:  # several are the default

@@ -17,7 +17,7 @@ from dilap.job.comparison import Row
 from dilap.job.options import JobOptions
 from dilap.job.prune import named_inputs, prune, require_possible
 from dilap.job.result import PruneResult
-from dilap.job.run_folder import changes, held, remove_leftovers_below, tidy
+from dilap.job.run_folder import changes, foreign_content, held, remove_leftovers_below, tidy
 from dilap.models.load import Source, load
 from dilap.profilers.devices.device import Device
 
@@ -47,20 +47,11 @@ def compare(
         for method, chosen in settings.items()
     ]
     runs = _Runs(model=base.model, devices=devices, out=out, progress=progress, keep_models=keep_models, tables=tables)
-    _require_ours(out)
+    if foreign_content(out, out / "shared"):
+        raise InvalidInput(f"{out} exists and is no comparison; move it away or choose another --out")
     with held(out / "shared"):
         _open(out, base, settings)
         return runs.rows(jobs)
-
-
-def _require_ours(out: Path) -> None:
-    """Raise InvalidInput for a folder with content that no comparison wrote."""
-    shared = out / "shared"
-    begun = {shared, shared / "lock", *shared.glob(".identity.json.*.part")}  # killed before it had an identity
-    if out.exists() and not (shared / "identity.json").exists():
-        strange = [one for one in out.rglob("*") if one not in begun]
-        if strange or not out.is_dir():
-            raise InvalidInput(f"{out} exists and is no comparison; move it away or choose another --out")
 
 
 def _open(out: Path, base: JobOptions, settings: Mapping[str, Mapping[str, str]]) -> None:

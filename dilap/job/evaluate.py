@@ -106,9 +106,9 @@ def _with_tasks(
     progress: Progress,
 ) -> Evaluation:
     """Return `done` with the missing tasks scored; each task is saved as soon as it is scored."""
-    for number, task in enumerate(tasks, start=1):
+    if tasks:
         from dilap.evaluation.evaluate import evaluate_task, rows_sha256  # noqa: PLC0415 - lm-eval may be missing
-
+    for number, task in enumerate(tasks, start=1):
         if task.name in done.tasks:
             if rows_sha256(task, limit=options.limit) != done.facts[task.name].data_sha256:
                 raise InvalidInput(

@@ -1,6 +1,5 @@
 """Scores of a job's models on text that no search saw: torch models in floats, artifacts through their runtime."""
 
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +17,6 @@ from dilap.job.result import Quality, versions
 from dilap.job.stages import Stages
 from dilap.models.reference import Scores, Teacher, head_of
 from dilap.models.text import Calibration, EvaluationText, evaluation_text
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +93,4 @@ class Exam:
         return self._quality(kl=scores.kl, perplexity=scores.perplexity)
 
     def _quality(self, *, kl: float, perplexity: float) -> Quality:
-        text = self.text
-        return Quality(
-            text=text.name, text_sha256=text.sha256, tokens=text.tokens.numel(), kl=kl, perplexity=perplexity
-        )
+        return Quality.on(self.text, kl=kl, perplexity=perplexity)

@@ -4,16 +4,28 @@ import os
 from pathlib import Path
 
 from dilap import backends
-from dilap import export as exporters
 from dilap.core.artifact import Artifact
 from dilap.core.codec import read_json
 from dilap.core.errors import InvalidInput
-from dilap.models.anatomy import architecture_of
-from dilap.models.load import checkpoint_of, load
+from dilap.core.progress import Progress
+
+
+def chosen_precision(backend: str, precision: str | None) -> str:
+    """Return `precision`, or the runtime's default for None. Raises InvalidInput, Unsupported for an unknown one."""
+    runtime = backends.get(backend)
+    chosen = precision or runtime.precisions()[0]
+    backends.require_precision(runtime, chosen)
+    return chosen
 
 
 def export(
-    checkpoint: str, *, backend: str, precision: str | None = None, tokenizer: Path | None = None, out: Path
+    checkpoint: str,
+    *,
+    backend: str,
+    precision: str | None = None,
+    tokenizer: Path | None = None,
+    out: Path,
+    progress: Progress,
 ) -> Artifact:
     """Write the folder `out`, whole or not at all, with the model file and its sidecar `artifact.json`.
 
@@ -21,19 +33,23 @@ def export(
     Unsupported where the runtime cannot hold the model, and VerificationFailed where the runtime computes something
     else than torch.
     """
-    runtime = backends.get(backend)
-    precision = precision or runtime.precisions()[0]
-    backends.require_precision(runtime, precision)
+    chosen = chosen_precision(backend, precision)
     if os.path.lexists(out):
         raise InvalidInput(f"{out} already exists; remove it or choose another --out")
     if tokenizer is not None and not tokenizer.exists():
         raise InvalidInput(f"no tokenizer {str(tokenizer)!r}: give a Hugging Face folder or a GGUF file")
+    progress.say(f"exporting {checkpoint} to {backend}, {chosen}")
+    # Importing torch takes seconds: bad input is refused first.
+    from dilap import export as exporters  # noqa: PLC0415
+    from dilap.models.anatomy import architecture_of  # noqa: PLC0415
+    from dilap.models.load import checkpoint_of, load  # noqa: PLC0415
+
     source = load(checkpoint)
-    backends.require_loadable(runtime, architecture_of(source.model), precision=precision)
-    return exporters.get(runtime.name).export(
+    backends.require_loadable(backends.get(backend), architecture_of(source.model), precision=chosen)
+    return exporters.get(backend).export(
         source.model,
         tokenizer=tokenizer or source.tokenizer_path,
-        precision=precision,
+        precision=chosen,
         plan_digest=_plan_digest(checkpoint_of(Path(checkpoint))),
         out=out,
     )

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from dilap.core.errors import TRACEBACK_KEPT, DilapError
+from dilap.core.errors import TRACEBACK_KEPT
 from dilap.core.printable import printable
 from dilap.core.progress import Progress
 
@@ -29,12 +29,12 @@ class Log:
     def bar(self, title: str, *, total: int | None, unit: str) -> AbstractContextManager[Any]:
         return self._shown.bar(title, total=total, unit=unit)
 
-    def keep_traceback(self, error: BaseException) -> None:
+    def keep_traceback(self, error: Exception) -> None:
         """Write the traceback of `error` into the file, and say so in a note on the error.
 
-        Nothing is written for errors that a user can mend: DilapError, OSError and KeyboardInterrupt.
+        Nothing is written for an OSError, which a user can mend.
         """
-        if self._path is not None and not isinstance(error, DilapError | OSError | KeyboardInterrupt):
+        if self._path is not None and not isinstance(error, OSError):
             self._write("".join(traceback.format_exception(error)))
             error.add_note(f"{TRACEBACK_KEPT}{self._path}")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from dilap import backends
 from dilap.core.progress import Progress
-from dilap.core.workload import Workload
 from dilap.job.bench import Bench, kept_configuration
+from dilap.job.options import JobOptions
 from dilap.models.anatomy import architecture_of
 from dilap.models.context import require_context
 from dilap.models.load import load
@@ -26,26 +26,23 @@ class Profile:
 
 
 def profile(
-    model: str,
-    workload: Workload,
+    options: JobOptions,
     *,
     devices: Sequence[Device],
-    backend: str,
-    threads_tried: Sequence[int] = (),
     out: Path | None = None,
     tables: Path | None = None,
-    estimate: bool = False,
-    force: bool = False,
     progress: Progress,
 ) -> Profile:
     """Measure what is missing of a model's latency table, fit it, and return the fit.
 
-    The first of `devices` is the one that is asked about; the others are of its kind and share the work.
-    `threads_tried` are the numbers of threads with which the fastest configuration is looked for; without any, the
-    workload's own configuration is taken. `out` is the table's file, by default one for the model, device, runtime and
-    workload in the folder `tables`.
+    Of the `options`, those about the model, the runtime and what is timed count. The first of `devices` is the one that
+    is asked about; the others are of its kind and share the work. `out` is the table's file, by default one for the
+    model, device, runtime and workload in the folder `tables`.
     """
-    bench = Bench.of(devices, backend, workload, progress, force=force, tables=tables, estimate=estimate)
+    workload, backend, model = options.workload, options.backend, options.model
+    bench = Bench.of(
+        devices, backend, workload, progress, force=options.force, tables=tables, estimate=options.estimate
+    )
     source = load(model)
     architecture = architecture_of(source.model)
     backends.require_loadable(bench.backend, architecture, precision=workload.precision)
@@ -53,13 +50,13 @@ def profile(
     require_context(source.model.config, workload, runtime=backend, runtime_tokens=held)
     progress.say(f"{model}: {describe(architecture)}")
     progress.say(f"{workload.describe()} on {devices[0].label}, {backend}")
-    if estimate:
+    if options.estimate:
         return Profile(model=bench.estimated_model(architecture), table=None)
     if out is not None and out.exists():  # a table keeps the configuration that it was begun in
         begun = LatencyTable.read(out).header.workload
         bench = replace(bench, workload=replace(workload, threads=begun.threads, switches=begun.switches))
-    elif threads_tried:
-        bench = replace(bench, workload=kept_configuration(bench, source, threads=threads_tried).workload)
+    elif options.configuration == "fastest":
+        bench = replace(bench, workload=kept_configuration(bench, source, threads=options.threads_tried).workload)
     progress.say(f"configuration: {bench.workload.configuration}")
     path = out or bench.table_path(model, architecture)
     return Profile(model=bench.build_table(architecture, path).model(), table=path)

@@ -5,7 +5,7 @@ import platform
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dilap import __version__, backends
 from dilap.core.artifact import Artifact
@@ -17,6 +17,9 @@ from dilap.core.shape import PRECISION_BITS, Architecture
 from dilap.core.workload import Budget, Statistic, Workload
 from dilap.job.verdict import Verdict, percent, words
 from dilap.profilers.profiler import is_shown
+
+if TYPE_CHECKING:
+    from dilap.models.text import EvaluationText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,11 @@ class Quality:
     def __post_init__(self) -> None:
         if self.perplexity < 0 or self.tokens < 0:
             raise ValueError(f"a perplexity of {self.perplexity} on {self.tokens} tokens")
+
+    @classmethod
+    def on(cls, text: "EvaluationText", *, kl: float, perplexity: float) -> "Quality":
+        """Return the quality of a torch model on `text`."""
+        return cls(text=text.name, text_sha256=text.sha256, tokens=text.tokens.numel(), kl=kl, perplexity=perplexity)
 
 
 @dataclass(frozen=True, kw_only=True)

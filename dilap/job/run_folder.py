@@ -95,14 +95,10 @@ class Workspace:
 
     def _require_ours(self) -> None:
         """Raise InvalidInput for a folder with content that no run of ours wrote."""
-        if not self.folder.exists() or self._identity.exists():
-            return
-        begun = [self.cache / "lock", *self.cache.glob(".identity.json.*.part")]  # killed before it had an identity
-        strange = [one for one in self.folder.rglob("*") if one != self.cache and one not in begun]
-        if strange or not self.folder.is_dir():
+        if strange := foreign_content(self.folder, self.cache):
             raise InvalidInput(
-                f"{self.folder} holds {strange[0].name if strange else 'a file'} and does not say which run it is of: "
-                "move it away or choose another --out"
+                f"{self.folder} holds {strange} and does not say which run it is of: move it away or choose another "
+                "--out"
             )
 
     def _open(self, identity: dict[str, Any]) -> None:
@@ -180,6 +176,16 @@ class Workspace:
     @property
     def _stages(self) -> Path:
         return self.cache / "stages.json"
+
+
+def foreign_content(folder: Path, cache: Path) -> str:
+    """Return the name of something in `folder` that no job of ours wrote; empty where `cache` says what it is of."""
+    if not folder.exists() or (cache / "identity.json").exists():
+        return ""
+    if not folder.is_dir():
+        return "a file"
+    begun = {cache, cache / "lock", *cache.glob(".identity.json.*.part")}  # killed before it had an identity
+    return next((one.name for one in folder.rglob("*") if one not in begun), "")
 
 
 def tidy(run: Path) -> None:

@@ -11,6 +11,7 @@ from dilap.core.codec import encode, remove, write_json
 from dilap.core.errors import VerificationFailed
 from dilap.core.printable import joined
 from dilap.core.progress import Progress
+from dilap.job.calibration import calibration_text
 from dilap.job.inputs import inputs_of
 from dilap.job.result import Quality, versions
 from dilap.job.run_folder import Workspace
@@ -20,7 +21,7 @@ from dilap.models.context import require_sequences
 from dilap.models.load import Source, load, save_checkpoint
 from dilap.models.reference import Teacher, perplexity
 from dilap.models.statistics import Propagate
-from dilap.models.text import Calibration, CalibrationOptions, calibration, evaluation_text, require_texts
+from dilap.models.text import CalibrationOptions, evaluation_text, require_texts
 from dilap.sparsity.barber import OWN, PUBLISHED, Barber, Granularity, decoder_matrices
 from dilap.sparsity.pattern import Pattern
 from dilap.sparsity.rules import RULES, Rule, require_matrices, sparsify_
@@ -108,7 +109,7 @@ def _rule(options: SparseOptions) -> Rule:
 
 def _run(options: SparseOptions, source: Source, pattern: Pattern, rule: Rule, workspace: Workspace) -> SparseResult:
     model, progress = source.model, workspace.log
-    text = _calibration(options, source, workspace)
+    text = calibration_text(source, options.calibration, workspace)
     unseen = evaluation_text(
         options.evaluation_text,
         source.tokenizer,
@@ -117,13 +118,7 @@ def _run(options: SparseOptions, source: Source, pattern: Pattern, rule: Rule, w
     )
 
     def quality(kl: float) -> Quality:
-        return Quality(
-            text=unseen.name,
-            text_sha256=unseen.sha256,
-            tokens=unseen.tokens.numel(),
-            kl=kl,
-            perplexity=perplexity(model, unseen.tokens),
-        )
+        return Quality.on(unseen, kl=kl, perplexity=perplexity(model, unseen.tokens))
 
     with workspace.stage("score the dense model"):
         reference, dense = Teacher.of(model, unseen.tokens), quality(0.0)
@@ -157,13 +152,6 @@ def _run(options: SparseOptions, source: Source, pattern: Pattern, rule: Rule, w
         stage_seconds=dict(workspace.stage_seconds),
         versions=versions(),
     )
-
-
-def _calibration(options: SparseOptions, source: Source, workspace: Workspace) -> Calibration:
-    wanted = options.calibration
-    total = (wanted.train_sequences + wanted.validation_sequences) * wanted.sequence_length
-    with workspace.stage("calibration text"), workspace.log.bar("calibration", total=total, unit="tok") as bar:
-        return calibration(source.model, source.tokenizer, wanted, progress=bar.update)
 
 
 def _barber(options: SparseOptions) -> Barber:

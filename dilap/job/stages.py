@@ -19,6 +19,7 @@ from dilap.core.shape import Architecture
 from dilap.core.space import Space
 from dilap.evaluation.subject import require_unchanged
 from dilap.job.bench import Bench, kept_configuration
+from dilap.job.calibration import calibration_text
 from dilap.job.inputs import code_sha256
 from dilap.job.options import JobOptions
 from dilap.job.run_folder import Workspace
@@ -26,8 +27,7 @@ from dilap.job.verdict import percent
 from dilap.models.anatomy import architecture_of
 from dilap.models.load import Source
 from dilap.models.reference import Teacher
-from dilap.models.tensor_file import load_tensors, save_tensors
-from dilap.models.text import Calibration, calibration
+from dilap.models.text import Calibration
 from dilap.profilers.configuration import Configuration
 from dilap.profilers.profiler import budget_share
 from dilap.profilers.tables.fit import LatencyModel
@@ -222,18 +222,7 @@ class Stages:
 
     def calibration(self) -> Calibration:
         """Return the calibration text, which is made once."""
-        options, path = self.options.text, self.workspace.common / "calibration.safetensors"
-        count = options.train_sequences + options.validation_sequences
-        if not path.exists():
-            total = count * options.sequence_length
-            with (
-                self.workspace.stage("calibration text"),
-                self.workspace.log.bar("calibration", total=total, unit="tok") as bar,
-            ):
-                text = calibration(self.source.model, self.source.tokenizer, options, progress=bar.update)
-                save_tensors(path, {"train": text.train, "validation": text.validation})
-        tensors = load_tensors(path)
-        return Calibration(name=options.source, train=tensors["train"], validation=tensors["validation"])
+        return calibration_text(self.source, self.options.text, self.workspace)
 
     def teacher(self, name: str, tokens: torch.Tensor, *, keep_states: bool = False) -> Teacher:
         """Return what the dense model says about `tokens`; it is asked once, and the answer is kept under `name`."""

@@ -174,11 +174,11 @@ def device_tables(runs: Sequence[Run]) -> list[Table]:
     for run in runs:
         fingerprint = asdict(run.result.pruned.measurement.fingerprint)
         caption = f"{fingerprint['device']}, {fingerprint['runtime']}"
-        known = fingerprint | fingerprint.pop("soft")
+        known = {**{name: value for name, value in fingerprint.items() if name != "soft"}, **fingerprint["soft"]}
         if run.result.is_estimate:
             caption += ": estimated, no such device was asked"
             known = {name: value for name, value in known.items() if value and value != "estimated"}
-        rows = [[name.replace("_", " "), _text(value)] for name, value in known.items() if name != "soft"]
+        rows = [[name.replace("_", " "), _text(value)] for name, value in known.items()]
         found.setdefault(str(rows), Table(caption=caption, headings=["Property", "Value"], rows=rows))
     return list(found.values())
 

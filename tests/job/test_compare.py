@@ -65,12 +65,12 @@ def test_nothing_to_compare_at_is_one_line(capsys: pytest.CaptureFixture[str]) -
 
 def test_one_failed_method_does_not_lose_the_others(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    methods = ["test_compare:fail", "magnitude"]
+    methods = [f"{__name__}:fail", "magnitude"]
     assert compare_tiny(checkpoint, corpus, out, "--budget", "80%", "--methods", *methods) == 0
     failed, done = rows(out)
     assert failed["error"] == "KeyError: no such layer"
     assert done["error"] is None
-    assert "test_compare:fail failed: KeyError: no such layer" in (out / "compare.md").read_text()
+    assert f"{__name__}:fail failed: KeyError: no such layer" in (out / "compare.md").read_text()
 
 
 def test_a_comparison_that_another_process_is_at_is_left_to_it(
@@ -114,7 +114,7 @@ def test_budgets_share_what_does_not_depend_on_them(checkpoint: Path, corpus: Pa
 
 def test_what_methods_share_is_dropped_when_all_are_done(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
     out, arguments = tmp_path / "out", ("--budget", "80%", "--recover", "none", "--methods", "uniform")
-    compare_tiny(checkpoint, corpus, out, *arguments, "test_compare:fail")
+    compare_tiny(checkpoint, corpus, out, *arguments, f"{__name__}:fail")
     assert list((out / "shared" / "methods").glob("library-*.safetensors"))
     compare_tiny(checkpoint, corpus, out, *arguments)
     assert not (out / "shared" / "methods").exists()

@@ -196,14 +196,14 @@ def test_a_run_leaves_a_sparse_checkpoint_and_claims_no_latency(
 
 
 def every_second(weight: torch.Tensor, statistics: object, pattern: object) -> torch.Tensor:
-    """A rule of a user's own, named as `test_barber:every_second`."""
+    """A rule of a user's own, named as `MODULE:every_second`."""
     kept = torch.arange(weight.shape[1]) % 2 == 0
     return weight * kept
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 def test_a_rule_of_ones_own_is_rebuilt(pattern: str, checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
-    own = ["--method", "test_barber:every_second", "--rebuild", "barber", "--threshold", "0.5"]
+    own = ["--method", f"{__name__}:every_second", "--rebuild", "barber", "--threshold", "0.5"]
     assert sparse(checkpoint, corpus, tmp_path / "out", "--pattern", pattern, *own) == 0
     assert read_json(tmp_path / "out" / "result.json")["linear_sparsity"] == pytest.approx(0.5, abs=0.01)
 
