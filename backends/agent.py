@@ -41,10 +41,11 @@ class Agent:
         self._num_loaded = 0
         self._resident_before: dict[int, int] = {}
         self._last_sampled: int | None = None
+        self.idle_seconds = _IDLE_SECONDS  # how long it waits for the next request
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return the response to one request; an error is reported in the response and never raised."""
-        seq = request.get("seq")
+        seq, self.idle_seconds = request.get("seq"), _IDLE_SECONDS
         operation: Callable[..., dict[str, Any]] | None = getattr(self, f"op_{request.get('op')}", None)
         fields = {key: value for key, value in request.items() if key not in ("seq", "op")}
         try:
@@ -130,27 +131,19 @@ class Agent:
         model, changed = (self._session(one).logits(tokens, incremental=True) for one in (handle, other))
         return {"kl": kl_divergence(model, changed)}
 
-    def op_memory(self) -> dict[str, Any]:
-        """Respond with the memory that this whole process uses."""
-        use = host.memory_use()
-        return {
-            "peak_bytes": use.peak_bytes,
-            "anonymous_bytes": use.anonymous_bytes,
-            "file_bytes": use.file_bytes,
-        }
-
     def op_state(self) -> dict[str, Any]:
         """Respond with the machine's clocks, temperatures and power: asked between timed runs, never during them."""
         return {"state": codec.encode(sensors.state())}
 
-    def op_unload(self, *, handle: int) -> dict[str, Any]:
-        self._session(handle).close()
-        del self._sessions[handle]
+    def op_expect(self, *, seconds: float) -> dict[str, Any]:
+        """Wait for the next request so long, if that is longer than usual: the host copies a model meanwhile."""
+        self.idle_seconds = max(_IDLE_SECONDS, seconds)
         return {}
 
     def op_bye(self) -> dict[str, Any]:
-        for handle in list(self._sessions):
-            self.op_unload(handle=handle)
+        """Close all models."""
+        while self._sessions:
+            self._sessions.popitem()[1].close()
         return {}
 
     def _session(self, handle: int) -> backends.Session:
@@ -170,9 +163,8 @@ def _require_content(path: Path, sha256: str) -> None:
         raise Mismatch(f"{path}: its content is not the one that was sent (sha256 differs from {sha256[:12]})")
 
 
-def serve(requests: Iterable[str], responses: IO[str]) -> None:
-    """Answer requests until one of them is `bye` or they end."""
-    agent = Agent()
+def serve(agent: Agent, requests: Iterable[str], responses: IO[str]) -> None:
+    """Let `agent` answer requests until one of them is `bye` or they end."""
     for line in requests:
         try:
             request = parse_object(line, source="the request")
@@ -192,11 +184,12 @@ def _line(answer: Mapping[str, Any]) -> str:
         return codec.to_json({"seq": answer["seq"], **_refusal(error)}, indent=None)
 
 
-def received(requests: IO[str], *, idle_seconds: float | None = _IDLE_SECONDS) -> Iterator[str]:
+def received(requests: IO[str], *, idle_seconds: Callable[[], float | None]) -> Iterator[str]:
     """Yield the lines of `requests`, which a thread reads so that their end is noticed while one is being answered.
 
     When they end, nobody waits for results any more: this process is killed `_GRACE_SECONDS` later if it still runs.
-    The lines also end when none came for `idle_seconds`, because a link may be lost without an end of the input.
+    The lines also end when none came for `idle_seconds()`, because a link may be lost without an end of the input; None
+    waits for ever.
     """
     lines: queue.Queue[str] = queue.Queue()
 
@@ -209,7 +202,7 @@ def received(requests: IO[str], *, idle_seconds: float | None = _IDLE_SECONDS) -
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        while line := lines.get(timeout=idle_seconds):
+        while line := lines.get(timeout=idle_seconds()):
             yield line
     except queue.Empty:
         return
@@ -230,7 +223,8 @@ def main() -> None:
     # Native libraries print to descriptor 1, so the responses go to a copy of it, and 1 itself becomes stderr.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as responses:
         os.dup2(2, 1)
-        serve(received(sys.stdin), responses)
+        agent = Agent()
+        serve(agent, received(sys.stdin, idle_seconds=lambda: agent.idle_seconds), responses)
 
 
 if __name__ == "__main__":

@@ -299,7 +299,7 @@ def _serve(requests: IO[str], responses: IO[bytes]) -> None:
     from dilap.backends.agent import received  # noqa: PLC0415  (the two read their requests in the same way)
 
     server = _Server()
-    for line in received(requests, idle_seconds=None):
+    for line in received(requests, idle_seconds=lambda: None):
         array: np.ndarray[Any, Any] | None = None
         try:
             value = server.answer(json.loads(line, object_hook=_with_paths))

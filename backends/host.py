@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dilap.backends import sensors, windows
+from dilap.backends.sensors import text
 from dilap.core.errors import InvalidInput
 from dilap.core.measurement import Fingerprint
 
@@ -46,7 +47,7 @@ def fingerprint(backend: "Backend", *, device: str) -> Fingerprint:
 def serial_sha256() -> str:
     """Return a hash that tells this machine from others of its kind; empty where it has no serial number."""
     for path in ("/proc/device-tree/serial-number", "/etc/machine-id"):
-        if serial := _text(Path(path)).strip("\0"):
+        if serial := text(Path(path)).strip("\0"):
             return hashlib.sha256(serial.encode()).hexdigest()[:16]
     return ""
 
@@ -75,17 +76,17 @@ def usable_cpus() -> tuple[int, ...]:
 
 def num_physical_cores() -> int:
     """Return how many physical cores this process may use; the two hyper-threads of a core count once."""
-    siblings = {_text(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in usable_cpus()}
+    siblings = {text(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in usable_cpus()}
     return len(siblings)
 
 
 def processor() -> str:
     """Return the processor's marketing name, or the board's where the kernel knows only part numbers (Arm)."""
-    for line in _text(Path("/proc/cpuinfo")).splitlines():
+    for line in text(Path("/proc/cpuinfo")).splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "model name":
             return value.strip()
-    board = _text(Path("/proc/device-tree/model")).strip("\0")
+    board = text(Path("/proc/device-tree/model")).strip("\0")
     return board or platform.processor() or "unknown"
 
 
@@ -103,9 +104,9 @@ def last_level_cache_bytes() -> int:
     """Return the bytes of all caches of the highest level that the usable CPUs have; 0 where unknown."""
     found: dict[tuple[int, str], int] = {}
     for index in (path for cpu in usable_cpus() for path in (_CPUS / f"cpu{cpu}/cache").glob("index*")):
-        size, level = _text(index / "size"), _text(index / "level")
+        size, level = text(index / "size"), text(index / "level")
         if size.endswith("K") and level.isdigit():
-            found[int(level), _text(index / "shared_cpu_list")] = int(size[:-1]) * 1024
+            found[int(level), text(index / "shared_cpu_list")] = int(size[:-1]) * 1024
     last = max((level for level, _ in found), default=0)
     return sum(size for (level, _), size in found.items() if level == last)
 
@@ -190,7 +191,7 @@ class BusyClock:
 
 def _busy_seconds() -> float | None:
     """Return the seconds of all CPUs in user, nice, system, irq, softirq and steal; None where unknown."""
-    first = _text(Path("/proc/stat")).partition("\n")[0].split()
+    first = text(Path("/proc/stat")).partition("\n")[0].split()
     if not first or first[0] != "cpu":
         return None
     ticks = [int(word) for word in first[1:9]]
@@ -202,16 +203,9 @@ def _fields(path: Path) -> dict[str, int]:
     """Return the `Name:  123 kB` lines of a /proc file, as name -> kB."""
 
     def pairs() -> Iterator[tuple[str, int]]:
-        for line in _text(path).splitlines():
+        for line in text(path).splitlines():
             words = line.split()
             if len(words) == 3 and words[2] == "kB":
                 yield words[0].rstrip(":"), int(words[1])
 
     return dict(pairs())
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""

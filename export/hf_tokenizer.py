@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dilap.core.errors import InvalidInput, VerificationFailed
-from dilap.export.text_samples import SAMPLES
+from dilap.export.text_samples import SAMPLES, first_difference
 from dilap.models.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     for text in SAMPLES:
         expected, got = (one(text)["input_ids"] for one in (tokenizer, saved))
         if expected != got:
-            at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), len(got))
+            at = first_difference(expected, got)
             raise VerificationFailed(
                 f"the exported tokenizer differs: {text!r} at token {at}: expected {expected[at:][:1]}, "
                 f"got {got[at:][:1]}"

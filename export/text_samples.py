@@ -1,5 +1,7 @@
 """Texts on which tokenizers are compared: each shows some wrong pre-tokenizer that the others do not show."""
 
+from collections.abc import Sequence
+
 SAMPLES = (
     "The quick brown fox jumps over the lazy dog. It isn't the dog's fault, they've said; WE'LL see.",
     "def area(radius: float) -> float:\n    if radius < 0:\n\t\treturn None  # no\n    return 3.14159 * radius**2\n",
@@ -13,3 +15,9 @@ SAMPLES = (
     "CamelCaseWords snake_case_words http://example.com/a?b=c&d=e#f user@example.com <tag attr='x'/>",
     "!!! ... --- ((( ]]] ''' \"\"\" ::: a/b\\c ~`@#^&*_+|",
 )
+
+
+def first_difference(expected: Sequence[int], got: Sequence[int]) -> int:
+    """Return the first position at which two lists of tokens differ; one may end there."""
+    both = zip(expected, got, strict=False)
+    return next((i for i, (one, other) in enumerate(both) if one != other), min(len(expected), len(got)))

@@ -9,7 +9,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import platform
-import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from dilap.backends.executorch.bindings import MAX_CONTEXT, bindings
 from dilap.backends.executorch.program import Program, inputs_of
+from dilap.backends.inputs import random_tokens
 from dilap.core.errors import InvalidInput, Unsupported
 from dilap.core.rules import Capabilities
 from dilap.core.shape import Architecture
@@ -103,7 +103,7 @@ class ExecuTorchSession:
         if needed > room:
             raise Unsupported(f"{path}: it has room for {room} tokens, {workload.describe()} needs {needed}")
         _open_sessions.add(id(self))
-        prompt = _random_tokens(num_tokens, vocab_size=vocab_size)
+        prompt = random_tokens(num_tokens, vocab_size=vocab_size)
         if workload.phase == "decode":
             self._program.logits_at(prompt, position=0)
             self._inputs = inputs_of(prompt[:1], position=num_tokens)
@@ -160,8 +160,3 @@ def _use_threads(count: int) -> None:
         have = library._threadpool_get_thread_count()
         raise Unsupported(f"models with {have} threads are open, {count} were asked for: close them first")
     library._unsafe_reset_threadpool(count)  # unsafe for programs that hold the old pool: there are none
-
-
-def _random_tokens(count: int, *, vocab_size: int) -> list[int]:
-    draw = random.Random(0)
-    return [draw.randrange(vocab_size) for _ in range(count)]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dilap.backends.inputs import num_together
 from dilap.backends.llamacpp.library import collect_errors, fill_, library, load_model, new_context, reason
 from dilap.core.errors import InvalidInput, Unsupported
 
@@ -99,7 +100,7 @@ class Gguf:
         assert self._context, "opened without room for tokens"
         assert len(token_ids) <= self._num_tokens
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
-        together = len(token_ids) - (-(-len(token_ids) // 4) if incremental else 0)
+        together = num_together(len(token_ids), incremental=incremental)
         rows = [self._decode(token_ids[:together], start=0)]
         rows += [self._decode(token_ids[i : i + 1], start=i) for i in range(together, len(token_ids))]
         return np.concatenate(rows)

@@ -1,7 +1,6 @@
 """llama.cpp on the CPU, through the C interface that llama-cpp-python carries."""
 
 import importlib.metadata
-import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dilap.backends import MAX_READ_TOKENS
+from dilap.backends.inputs import random_tokens, setting
 from dilap.backends.llamacpp.build import cmake_args_here
 from dilap.backends.llamacpp.library import CACHE_TYPES, batch_of, fill_, library, load_model, new_context, reason
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported
@@ -57,7 +57,7 @@ class LlamaCpp:
         return _SWITCHES
 
     def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:
-        flash, repack, cache = (_setting(workload, name) for name in _SWITCHES)
+        flash, repack, cache = (setting(workload, _SWITCHES, name) for name in _SWITCHES)
         threads = workload.threads
         bench = [f"llama-bench -m {file} -t {threads}"]
         bench += [] if flash == "auto" else ["-fa 0"]
@@ -75,7 +75,7 @@ class LlamaCpp:
         return {"llama-bench": " ".join(bench), "llama-cli": " ".join(command), "python": ", ".join(call) + ")"}
 
     def cache_bits(self, workload: Workload) -> float:
-        return PRECISION_BITS[_setting(workload, "kv_cache")]
+        return PRECISION_BITS[setting(workload, _SWITCHES, "kv_cache")]
 
     def after_a_crash(self) -> str:
         built = cmake_args_here()
@@ -111,7 +111,7 @@ class LlamaCppSession:
         if workload.batch != 1:
             raise Unsupported(f"llama.cpp is timed with batch 1, got batch {workload.batch}")
         self._workload = workload
-        self._model = load_model(path, repack=_setting(workload, "repack") == "on")
+        self._model = load_model(path, repack=setting(workload, _SWITCHES, "repack") == "on")
         self._context: Any = None
         try:
             self._prepare_()
@@ -125,7 +125,7 @@ class LlamaCppSession:
         num_tokens = workload.context if workload.phase == "decode" else workload.prompt_tokens
         self._context = self._new_context(num_tokens + 1, max_outputs=1)
         self._memory = library().llama_get_memory(self._context)
-        prompt = _random_tokens(num_tokens, vocab_size=self._vocab_size)
+        prompt = random_tokens(num_tokens, vocab_size=self._vocab_size)
         if workload.phase == "decode":
             self._decode(self._context, batch_of(prompt))
             self._batch = batch_of(prompt[:1])
@@ -182,8 +182,8 @@ class LlamaCppSession:
             num_tokens,
             max_outputs=max_outputs,
             threads=self._workload.threads,
-            flash_attention=_setting(self._workload, "flash_attention"),
-            kv_cache=_setting(self._workload, "kv_cache"),
+            flash_attention=setting(self._workload, _SWITCHES, "flash_attention"),
+            kv_cache=setting(self._workload, _SWITCHES, "kv_cache"),
         )
 
     def _decode(self, context: Any, batch: Any) -> None:
@@ -235,13 +235,3 @@ class LlamaCppReader:
         if self._context is not None:
             library().llama_free(self._context)
             self._context = None
-
-
-def _setting(workload: Workload, switch: str) -> str:
-    """Return the value of a switch: llama.cpp's own default where the workload does not name it."""
-    return workload.switches.get(switch, _SWITCHES[switch][0])
-
-
-def _random_tokens(count: int, *, vocab_size: int) -> list[int]:
-    draw = random.Random(0)
-    return [draw.randrange(vocab_size) for _ in range(count)]

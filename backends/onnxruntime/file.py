@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dilap.backends.inputs import num_together
 from dilap.backends.onnxruntime.library import open_session
 
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -42,7 +43,7 @@ class OnnxFile:
             for value in self._session.get_inputs()
             if value.name.startswith("past_key_values.")
         }
-        together = len(token_ids) - (-(-len(token_ids) // 4) if incremental else 0)
+        together = num_together(len(token_ids), incremental=incremental)
         rows, start = [], 0
         for end in range(together, len(token_ids) + 1):
             logits, cache = self._run(token_ids[start:end], start, cache)

@@ -1,7 +1,6 @@
 """ONNX Runtime on the CPU, for decoders whose KV cache is among their inputs and outputs."""
 
 import json
-import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dilap.backends.inputs import random_tokens, setting
 from dilap.backends.onnxruntime.library import NO_FLASH, SPINNING, library, open_session
 from dilap.core.bounds import MAX_TOKENS
 from dilap.core.codec import read_json
@@ -59,12 +59,12 @@ class OnnxRuntime:
     def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:
         lines = ["options = onnxruntime.SessionOptions()", f"options.intra_op_num_threads = {workload.threads}"]
         options = {"intra_op_num_threads": str(workload.threads)}
-        if _setting(workload, "spinning") == "off":
+        if setting(workload, _SWITCHES, "spinning") == "off":
             lines.append(f'options.add_session_config_entry("{SPINNING}", "0")')
             options[SPINNING] = "0"
         lines.append(f'onnxruntime.InferenceSession("{file}", options)')
         found = {"python": "; ".join(lines), "genai_config.json": f"session_options: {json.dumps(options)}"}
-        if _setting(workload, "flash_attention") == "off":
+        if setting(workload, _SWITCHES, "flash_attention") == "off":
             found["environment"] = f"{NO_FLASH}=1"
         return found
 
@@ -104,11 +104,11 @@ class OnnxRuntimeSession:
         self._model = _Model(
             path,
             threads=workload.threads,
-            flash_attention=_setting(workload, "flash_attention"),
-            spinning=_setting(workload, "spinning"),
+            flash_attention=setting(workload, _SWITCHES, "flash_attention"),
+            spinning=setting(workload, _SWITCHES, "spinning"),
         )
         num_tokens = workload.context if workload.phase == "decode" else workload.prompt_tokens
-        prompt = _random_tokens(num_tokens, vocab_size=self._model.vocab_size)
+        prompt = random_tokens(num_tokens, vocab_size=self._model.vocab_size)
         cache = self._model.new_cache(num_tokens + 1)
         self._binding, _ = self._model.bind(cache, prompt, start=0, num_rows=1)
         if workload.phase == "decode":
@@ -220,16 +220,6 @@ def _context_length(path: Path) -> int:
     return length
 
 
-def _setting(workload: Workload, switch: str) -> str:
-    """Return the value of a switch: ONNX Runtime's own default where the workload does not name it."""
-    return workload.switches.get(switch, _SWITCHES[switch][0])
-
-
 def _tensor(array: NDArray[np.generic]) -> Any:
     """Return an OrtValue that shares the array's memory."""
     return library().OrtValue.ortvalue_from_numpy(array)
-
-
-def _random_tokens(count: int, *, vocab_size: int) -> list[int]:
-    draw = random.Random(0)
-    return [draw.randrange(vocab_size) for _ in range(count)]

@@ -12,6 +12,7 @@ from dilap.core.plan import Plan
 from dilap.core.shape import Architecture, LayerWidths
 
 T = TypeVar("T")
+PORTABLE_FFN_MULTIPLE = 256  # channels
 _MAX_ATTENTION_LEVELS = 12
 
 
@@ -136,6 +137,14 @@ class WidthRules:
         if widths.num_channels not in (0, dense.num_channels) and widths.num_channels % self.ffn_multiple:
             return f"{widths.num_channels} channels but multiples of {self.ffn_multiple}"
         return None
+
+
+def portable_levels(block: Block, levels: Sequence[Counts]) -> list[Counts]:
+    """Return the widths of a block that more runtimes load: no single heads, and many whole multiples of channels."""
+    full = tuple(group.num_units for group in block.groups)
+    if block.kind == "attention":
+        return [level for level in levels if level == full or not level[0]]
+    return [*((width,) for width in range(PORTABLE_FFN_MULTIPLE, full[0], PORTABLE_FFN_MULTIPLE)), full]
 
 
 def spread(values: Sequence[T], count: int) -> list[T]:

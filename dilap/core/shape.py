@@ -1,6 +1,6 @@
 """The widths of a network, without its weights, and what follows from them: parameters, FLOPs, bytes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dilap.core.bounds import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH
@@ -117,6 +117,19 @@ class Architecture:
             num_kv_heads=num_kv_heads,
             num_channels=counts.get(f"{name}.channels", 0),
         )
+
+    def widths_of(self, block: Block, counts: Sequence[int]) -> LayerWidths:
+        """Return the widths of a layer that has nothing but this block, with so many units left of its groups."""
+        left = dict(zip((group.name for group in block.groups), counts, strict=True))
+        return self._layer_at(f"layers.{block.layer}", left)
+
+    @property
+    def required_block(self) -> str:
+        """Name of the block that no plan removes, the first attention; empty where there is none.
+
+        A model needs at least one attention, and several runtimes need it in the first layer.
+        """
+        return next((block.name for block in self.blocks if block.kind == "attention"), "")
 
     def require_network(self, counts: Mapping[str, int]) -> None:
         """Raise ValueError where no decoder can have `counts` units in its groups."""

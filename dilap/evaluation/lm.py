@@ -10,7 +10,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from dilap.backends import Reader
 from dilap.core.errors import InvalidInput, Unsupported
 from dilap.evaluation.scoring import Request, score
-from dilap.evaluation.words import Words
+from dilap.evaluation.tokenizers import TextTokenizer
 
 Bar = Callable[..., Any]  # as `Progress.bar` is called
 
@@ -18,7 +18,7 @@ Bar = Callable[..., Any]  # as `Progress.bar` is called
 class ReaderLM(TemplateLM):  # type: ignore[misc]
     """A model for lm-eval that asks a `Reader`. Sequences of more than `max_tokens` lose their left end."""
 
-    def __init__(self, reader: Reader, words: Words, *, max_tokens: int, bar: Bar) -> None:
+    def __init__(self, reader: Reader, words: TextTokenizer, *, max_tokens: int, bar: Bar) -> None:
         super().__init__()
         self._reader, self._words, self._max_tokens, self._bar = reader, words, max_tokens, bar
 

@@ -10,7 +10,7 @@ import torch
 from dilap.backends import Reader
 from dilap.core.errors import InvalidInput
 from dilap.evaluation.scoring import log_probabilities
-from dilap.evaluation.words import Words
+from dilap.evaluation.tokenizers import TextTokenizer
 
 WINDOW_TOKENS = 2048
 
@@ -65,7 +65,7 @@ class WindowPerplexity:
 
 def window_perplexity(
     reader: Reader,
-    words: Words,
+    words: TextTokenizer,
     text: str,
     *,
     name: str,

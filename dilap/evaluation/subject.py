@@ -12,8 +12,8 @@ from dilap.core.codec import decode, file_sha256, read_json
 from dilap.core.documents import value_at
 from dilap.core.errors import InvalidInput, Mismatch
 from dilap.core.shape import Architecture
+from dilap.evaluation.tokenizers import GgufTokenizer, HuggingFaceTokenizer, TextTokenizer
 from dilap.evaluation.torch_reader import TorchReader
-from dilap.evaluation.words import GgufWords, HuggingFaceWords, Words
 from dilap.models.anatomy import architecture_of
 from dilap.models.load import load
 
@@ -37,7 +37,7 @@ class Subject:
     path: Path | None
     architecture: Architecture | None
     reader: Reader
-    words: Words
+    words: TextTokenizer
     run: HowToRun | None = None
 
 
@@ -92,7 +92,7 @@ def _of_artifact(name: str, folder: Path, backend: str | None, threads: int) -> 
         raise InvalidInput(f"{name} is an artifact of {artifact.backend}, not of {backend}")
     require_unchanged(folder, artifact)
     path = folder / artifact.path
-    words: Words = GgufWords(path) if artifact.format == "gguf" else HuggingFaceWords.read(folder)
+    words: TextTokenizer = GgufTokenizer(path) if artifact.format == "gguf" else HuggingFaceTokenizer.read(folder)
     return Subject(
         name=name,
         backend=artifact.backend,
@@ -130,7 +130,7 @@ def _of_gguf(name: str, path: Path, threads: int) -> Subject:
         path=path,
         architecture=None,
         reader=open_reader("llamacpp", path, threads=threads),
-        words=GgufWords(path),
+        words=GgufTokenizer(path),
     )
 
 
@@ -150,5 +150,5 @@ def _of_model(name: str, precision: str | None) -> Subject:
         path=None,
         architecture=architecture_of(source.model),
         reader=TorchReader(source.model),
-        words=HuggingFaceWords(source.tokenizer),
+        words=HuggingFaceTokenizer(source.tokenizer),
     )

@@ -12,7 +12,7 @@ from dilap.core.errors import InvalidInput, Mismatch
 from dilap.evaluation.document import TextQuality
 from dilap.evaluation.scoring import log_probabilities
 from dilap.evaluation.subject import Subject
-from dilap.evaluation.words import Words
+from dilap.evaluation.tokenizers import TextTokenizer
 from dilap.models.text_files import read_text
 
 
@@ -62,7 +62,7 @@ def compare(
     )
 
 
-def _sequences(words: Words, text: str, *, num_sequences: int, length: int) -> list[list[int]]:
+def _sequences(words: TextTokenizer, text: str, *, num_sequences: int, length: int) -> list[list[int]]:
     tokens = words.encode(read_text(text)[: num_sequences * length * 16], special=False)
     count = min(num_sequences, len(tokens) // length)
     if count == 0:

@@ -152,13 +152,13 @@ def _result(
     budget, statuses = options.budget, {dense.measurement.status, side.measurement.status}
     is_estimate = "estimated" in statuses
     ratio = None if is_estimate else speedup(dense.measurement, side.measurement, budget.statistic)
-    cost, dense_cost = goal.target.cost(pruned.plan), goal.target.predict(pruned.plan.architecture.layers)
+    cost, dense_cost = goal.cost_limit.cost(pruned.plan), goal.cost_limit.predict(pruned.plan.architecture.layers)
     if budget.ratio is None:
         used = budget_share(budget, dense.measurement, side.measurement)
         limit: float | None = budget.limit_seconds(dense_seconds=dense.seconds)
         predicted: float | None = cost / dense_cost * dense.seconds
     else:
-        share = cost / goal.target.limit
+        share = cost / goal.cost_limit.limit
         used, limit, predicted = Interval(value=share, low=share, high=share), None, None
     return PruneResult(
         status=verdict(used, statuses if budget.ratio is None else statuses - {"contended"}),  # weights are counted

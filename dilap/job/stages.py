@@ -33,7 +33,7 @@ from dilap.profilers.profiler import budget_share
 from dilap.profilers.tables.fit import LatencyModel
 from dilap.profilers.tables.table import LatencyTable
 from dilap.search.layouts import Layout, build_space, width_rules
-from dilap.search.limit import Target
+from dilap.search.limit import CostLimit
 from dilap.search.method import Method, Pruned, PruneTask
 from dilap.search.pruned_file import load_pruned, save_pruned
 from dilap.search.weights import WeightCosts
@@ -52,15 +52,15 @@ _MEASURE = "latency of the plans found"  # the name of a stage that runs inside 
 class Goal:
     """A budget in numbers, with the choices of width that a method has to keep it.
 
-    `target` is in seconds of the latency table, or in weights where a ratio is asked. `floor_seconds`, which no plan
-    removes, and `fastest_seconds`, which the fastest plan takes, are scaled to the machine's speed of today; both are
+    `cost_limit` is in seconds of the latency table, or in weights where a ratio is asked. `floor_seconds`, which no
+    plan removes, and `fastest_seconds`, which the fastest plan takes, are scaled to the machine's speed of today; both are
     None for a ratio. `caveats` are those of the latency table.
     """
 
     space: Space
     layout: Layout
     rules: WidthRules
-    target: Target
+    cost_limit: CostLimit
     floor_seconds: float | None = None
     fastest_seconds: float | None = None
     caveats: tuple[str, ...] = ()
@@ -141,8 +141,8 @@ class Stages:
         if ratio is None:
             return self._latency_goal(dense, costs, space, layout, rules)
         limit = (1 - ratio) * costs.predict(dense.architecture.layers)
-        target = Target(limit=limit, predict=costs.predict)
-        return Goal(space=space, layout=layout, rules=rules, target=target)
+        cost_limit = CostLimit(limit=limit, predict=costs.predict)
+        return Goal(space=space, layout=layout, rules=rules, cost_limit=cost_limit)
 
     def _latency_goal(
         self, dense: Artifact, costs: Costs, space: Space, layout: Layout, rules: WidthRules
@@ -167,7 +167,7 @@ class Stages:
                 f"{fastest / dense_seconds:.0%} of dense: take a larger budget, a smaller --precision, --layout free "
                 "or a smaller model"
             )
-        target = Target(
+        cost_limit = CostLimit(
             limit=AIM * limit / scale,
             predict=costs.predict,
             measure=lambda architecture: self._share_used(architecture, dense),
@@ -177,7 +177,7 @@ class Stages:
             space=space,
             layout=layout,
             rules=rules,
-            target=target,
+            cost_limit=cost_limit,
             floor_seconds=floor,
             fastest_seconds=fastest,
             caveats=costs.caveats,
@@ -258,7 +258,7 @@ class Stages:
             model=self.source.model,
             base=self.source.digest,
             text=replace(text, train=train),
-            target=goal.target,
+            cost_limit=goal.cost_limit,
             space=goal.space,
             rules=goal.rules,
             levels=self.options.levels,

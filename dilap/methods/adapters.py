@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from dilap.models.anatomy import decoder_layers
 from dilap.models.families import family_of
-from dilap.models.families.family import Family
 from dilap.search.method import PruneTask
 
 
@@ -21,7 +20,7 @@ class Adapters:
     ) -> None:
         """Prepare adapters; `paths` are the matrices of a layer that get them, by default all."""
         self.model: PreTrainedModel = task.model
-        self.paths = paths or matrices_of(family_of(task.model.config))
+        self.paths = paths or family_of(task.model.config).matrices
         torch.manual_seed(task.seed)
         names = [path.rpartition(".")[2] for path in self.paths]
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names)
@@ -54,11 +53,6 @@ class Adapters:
                 weight = self.matrix(name).base_layer.weight.detach()
                 found[name] = weight + self.update(name).to(weight.dtype)
         return found
-
-
-def matrices_of(family: Family) -> tuple[str, ...]:
-    """Return the paths of all matrices of a layer."""
-    return tuple(path for kind in ("attention", "ffn") for path in (*family.inputs_of(kind), family.output_of(kind)))
 
 
 def shuffled(tokens: torch.Tensor, *, batch_tokens: int, seed: int) -> Iterator[torch.Tensor]:

@@ -50,8 +50,8 @@ class Compresso:
     The authors train for 8 epochs of an instruction corpus.
 
     Two parts are left out: gates on the residual stream, whose width our plans do not change, and the prompt, which
-    would be needed at inference too. The target sparsity is that of the plan that meets the target with equal shares in
-    all layers. After training the parameters of all gates are shifted together until the target is met.
+    would be needed at inference too. The target sparsity is that of the plan that keeps the limit with equal shares in
+    all layers. After training the parameters of all gates are shifted together until the limit is kept.
     """
 
     steps: int = 100
@@ -68,7 +68,7 @@ class Compresso:
             gates = _Gates(self, task, adapted, outs)
             gates.train()
             parameters = adapted.merged()
-        plan = task.target.bisect(gates.plan)
+        plan = task.cost_limit.bisect(gates.plan)
         return Pruned(plan=plan, parameters={**parameters, **gates.folded()})
 
 
@@ -101,7 +101,7 @@ class _Gates:
         return 1 - torch.stack(sizes).sum() / sum(self.costs[name] * len(v) for name, v in self.log_alphas.items())
 
     def _final_sparsity(self) -> float:
-        """Return the sparsity of the plan with equal shares that meets the target."""
+        """Return the sparsity of the plan with equal shares that keeps the limit."""
         blank = {name: torch.zeros(len(values)) for name, values in self.log_alphas.items()}
         plan = self.task.keep_equal_shares(blank)
         kept = sum(self.costs[name] * len(plan.kept[name]) for name in blank)

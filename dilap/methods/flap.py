@@ -12,7 +12,7 @@ from dilap.core.plan import Plan
 from dilap.core.shape import Architecture
 from dilap.methods.units import by_unit, has_heads, out_statistics, removed_columns
 from dilap.models.anatomy import Sublayer, sublayers
-from dilap.models.statistics import InputStatistics, walk
+from dilap.models.statistics import InputStatistics, layer_statistics
 from dilap.models.tensor_file import Tensors
 from dilap.search.method import Pruned, PruneTask
 
@@ -95,7 +95,7 @@ class Flap:
         if self.structure == "UL-UM":
             plan = task.keep_equal_shares(findings.sums(), output_biases=self.compensate)
         else:
-            plan = task.target.bisect(lambda ratio: findings.plan(self, task, ratio), output_biases=self.compensate)
+            plan = task.cost_limit.bisect(lambda ratio: findings.plan(self, task, ratio), output_biases=self.compensate)
         return Pruned(plan=plan, parameters=findings.biases(plan) if self.compensate else {})
 
     def _findings(self, task: PruneTask) -> "_Findings":
@@ -112,7 +112,7 @@ class Flap:
         found: dict[str, torch.Tensor] = {}
         with task.bar("FLAP", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
             outs = list(sublayers(task.model))
-            for step in walk(task.model, task.text.train, progress=bar.update):
+            for step in layer_statistics(task.model, task.text.train, progress=bar.update):
                 for one in (one for one in outs if one.layer == step.index):
                     statistics = out_statistics(step, one)
                     squared = has_heads(one)

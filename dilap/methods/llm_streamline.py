@@ -18,7 +18,7 @@ from dilap.models.compute import batches, compute_precision
 from dilap.models.families import family_of
 from dilap.models.reference import next_token_loss
 from dilap.models.skipping import layers_replaced
-from dilap.models.statistics import LayerCall, State, first_of, layer_calls, walk
+from dilap.models.statistics import LayerCall, State, first_of, layer_calls, layer_statistics
 from dilap.models.tensor_file import Tensors
 from dilap.search.method import Pruned, PruneTask
 
@@ -43,7 +43,7 @@ class Streamline:
     weight_decay: float = 1e-3
 
     def __call__(self, task: PruneTask) -> Pruned:
-        plan = task.target.first(self._plans(task))
+        plan = task.cost_limit.first(self._plans(task))
         removed = [index for index, widths in enumerate(plan.all_widths()) if widths.is_empty]
         if not removed:
             return Pruned(plan=plan)
@@ -96,7 +96,7 @@ class Streamline:
 def best_windows(task: PruneTask, *, num_sequences: int) -> Tensors:
     """Return the first layer of the best window of every length, as `starts` (lengths from two layers on)."""
     states: list[torch.Tensor] = []  # inputs of all layers, and the output of the last one (before the final norm)
-    for step in walk(task.model, task.text.train[:num_sequences], roles=()):
+    for step in layer_statistics(task.model, task.text.train[:num_sequences], roles=()):
         if not states:
             states.append(torch.cat(list(step.inputs)))
         states.append(torch.cat(list(step.outputs)))
@@ -133,7 +133,7 @@ class Regression:
     def of(cls, task: PruneTask, tokens: torch.Tensor, *, first: int, last: int) -> "Regression":
         calls = layer_calls(task.model, tokens, batch_tokens=_BATCH_TOKENS)
         inputs: list[State] = []
-        for step in walk(task.model, tokens, roles=(), batch_tokens=_BATCH_TOKENS):
+        for step in layer_statistics(task.model, tokens, roles=(), batch_tokens=_BATCH_TOKENS):
             if step.index == first:
                 inputs = list(step.inputs)
             if step.index == last:

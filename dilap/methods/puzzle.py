@@ -16,7 +16,7 @@ from dilap.methods.units import has_heads
 from dilap.models.anatomy import Sublayer, sublayers
 from dilap.models.compute import batches
 from dilap.models.reference import final_hidden
-from dilap.models.statistics import OUTPUTS, walk
+from dilap.models.statistics import OUTPUTS, layer_statistics
 from dilap.search.allocation import Config, solve
 from dilap.search.journal import Evaluator
 from dilap.search.levels import Library, level_library, prune_by_library
@@ -104,7 +104,7 @@ class Puzzle:
         found = {one.name: one for one in sublayers(task.model)}
         total = task.num_layers * task.text.validation.numel()
         with task.bar("block library", total=total, unit="tok") as bar:
-            for step in walk(task.model, task.text.validation, keep_inputs=True, progress=bar.update):
+            for step in layer_statistics(task.model, task.text.validation, keep_inputs=True, progress=bar.update):
                 for kind, role in OUTPUTS:
                     name = f"layers.{step.index}.{kind}"
                     if name in found:

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from dilap.core.plan import Plan
-from dilap.models.statistics import State, walk
+from dilap.models.statistics import State, layer_statistics
 from dilap.models.tensor_file import Tensors
 from dilap.search.method import Pruned, PruneTask
 
@@ -33,7 +33,7 @@ class ShortGpt:
 
     def __call__(self, task: PruneTask) -> Pruned:
         plans = self._by_influence(task) if self.score == "influence" else self._by_angle(task)
-        return Pruned(plan=task.target.first(plans))
+        return Pruned(plan=task.cost_limit.first(plans))
 
     def _by_influence(self, task: PruneTask) -> Iterator[Plan]:
         influences = task.once("block-influence", lambda: block_influences(task))["influences"].tolist()
@@ -43,7 +43,7 @@ class ShortGpt:
 
     def _by_angle(self, task: PruneTask) -> Iterator[Plan]:
         states: list[torch.Tensor] = []
-        for step in walk(task.model, task.text.train, roles=()):
+        for step in layer_statistics(task.model, task.text.train, roles=()):
             if not states:
                 states.append(last_positions(step.inputs))
             states.append(last_positions(step.outputs))
@@ -58,7 +58,7 @@ def block_influences(task: PruneTask) -> Tensors:
     with task.bar("block influence", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
         influences = [
             1 - mean_cosine(torch.cat(list(step.inputs)), torch.cat(list(step.outputs)))
-            for step in walk(task.model, task.text.train, roles=(), progress=bar.update)
+            for step in layer_statistics(task.model, task.text.train, roles=(), progress=bar.update)
         ]
     return {"influences": torch.tensor(influences, dtype=torch.float64)}
 

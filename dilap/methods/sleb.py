@@ -25,7 +25,7 @@ class Sleb:
     num_tokens: int = 8192
 
     def __call__(self, task: PruneTask) -> Pruned:
-        return Pruned(plan=task.target.first(self.plans(task)))
+        return Pruned(plan=task.cost_limit.first(self.plans(task)))
 
     def plans(self, task: PruneTask) -> Iterator[Plan]:
         """Yield plans of ever fewer layers; each removes one more layer than the one before."""

@@ -4,7 +4,7 @@ Written from the published description alone. Sublayers are numbered: 2 * layer 
 feed-forward network.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,13 +27,13 @@ _DIMS: dict[Norm, tuple[int, ...]] = {"sentence": (1, 2), "token": (2,), "channe
 _KINDS = ("attention", "ffn")
 
 
-def saved_seconds(*, dense: float, without_ffn: float, without_attention: float, num_removed: int) -> dict[str, float]:
+def saved_seconds(*, dense: float, without: Mapping[str, float], num_removed: int) -> dict[str, float]:
     """Return the seconds that removing one sublayer saves, by kind.
 
-    `without_ffn` and `without_attention` are the latencies of models without `num_removed` sublayers of that kind.
-    Raises Mismatch where removing a kind saves no time: there is no importance per second then.
+    `without` has, by kind, the latency of a model without `num_removed` sublayers of that kind. Raises Mismatch where
+    removing a kind saves no time: there is no importance per second then.
     """
-    saved = {"attention": (dense - without_attention) / num_removed, "ffn": (dense - without_ffn) / num_removed}
+    saved = {kind: (dense - seconds) / num_removed for kind, seconds in without.items()}
     for kind, seconds in saved.items():
         if seconds <= 0:
             raise Mismatch(f"removing {kind} sublayers saves no time here ({seconds:.3g} s); measure the table again")
@@ -110,7 +110,7 @@ class Sprint:
         outs = list(sublayers(task.model))
         with restored(outs):
             run = _Run(self, task, outs)
-            plan = task.target.first(run.plans())
+            plan = task.cost_limit.first(run.plans())
         removed, weights = next((gone, weights) for found, gone, weights in run.made if found == plan)
         parameters = {f"{outs[sublayer].path}.weight": weight for sublayer, weight in weights.items()}
         names = [outs[one].name for one in removed]
@@ -161,12 +161,12 @@ class _Run:
 
         def without(kind: str) -> float:
             gone = [one.block for one in self.outs if one.kind == kind and one.layer in late]
-            return self.task.target.predict(list(self.task.without(gone).all_widths()))
+            return self.task.cost_limit.predict(list(self.task.without(gone).all_widths()))
 
+        kinds = dict.fromkeys(one.kind for one in self.outs)
         return saved_seconds(
-            dense=self.task.target.predict(dense),
-            without_ffn=without("ffn"),
-            without_attention=without("attention"),
+            dense=self.task.cost_limit.predict(dense),
+            without={kind: without(kind) for kind in kinds},
             num_removed=len(late),
         )
 

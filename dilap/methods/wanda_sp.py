@@ -4,7 +4,7 @@ import torch
 
 from dilap.methods.units import by_unit, num_units, out_statistics, removed_columns, restored, zero_columns_
 from dilap.models.anatomy import sublayers
-from dilap.models.statistics import walk
+from dilap.models.statistics import layer_statistics
 from dilap.search.method import Pruned, PruneTask
 
 
@@ -27,7 +27,7 @@ def prune(task: PruneTask) -> Pruned:
     scores: dict[str, torch.Tensor] = {}
     total = task.num_layers * task.text.train.numel()
     with restored(outs), task.bar("wanda_sp", total=total, unit="tok") as bar:
-        for step in walk(task.model, task.text.train, propagate="pruned", progress=bar.update):
+        for step in layer_statistics(task.model, task.text.train, propagate="pruned", progress=bar.update):
             for one in (one for one in outs if one.layer == step.index):
                 columns = channel_scores(one.out.weight, out_statistics(step, one).norms)
                 scores[one.block.main.name] = by_unit(columns, one).sum(1)

@@ -92,7 +92,7 @@ def _require_known(model: PreTrainedModel, parameters: Parameters) -> None:
 
 def _add_missing_biases_(model: PreTrainedModel, parameters: Parameters) -> None:
     family, own = family_of(model.config), dict(model.named_parameters())
-    biases = tuple(f".{family.output_of(kind)}.bias" for kind in ("attention", "ffn"))
+    biases = tuple(f".{family.output_of(kind)}.bias" for kind in family.kinds)
     if any(name.endswith(biases) and name not in own for name in parameters):
         add_output_biases_(model, family)
 

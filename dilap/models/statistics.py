@@ -77,13 +77,13 @@ class InputStatistics:
     @property
     def covariance(self) -> torch.Tensor:
         """X'X divided by the number of tokens (channels x channels)."""
-        assert self.covariance_sum is not None, "walk was not asked for covariances"
+        assert self.covariance_sum is not None, "layer_statistics was not asked for covariances"
         return self.covariance_sum / self.num_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One layer of a walk: its statistics by role, and the hidden states that enter it and leave it, by batch.
+    """One layer of a model: its statistics by role, and the hidden states that enter it and leave it, by batch.
 
     `outputs` are those of the layer before the body of the loop changes it.
     """
@@ -110,7 +110,7 @@ def paths_of(family: Family, role: Role) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def walk(
+def layer_statistics(
     model: PreTrainedModel,
     tokens: torch.Tensor,
     *,

@@ -35,21 +35,21 @@ def search(task: SearchTask) -> SearchResult:
     space, evaluator = task.space, task.evaluator
     rounds: list[Round] = []
     current, value, scale = space.dense, 0.0, 1.0
-    targets = _limits(task)
-    while targets:
-        target = targets.pop(0)
+    limits = _limits(task)
+    while limits:
+        limit = limits.pop(0)
         quadratic = linear_model(task, current, number=len(rounds), scale=scale)
-        config = allocate(quadratic, space, limit=target, previous=current, options=task.options)
+        config = allocate(quadratic, space, limit=limit, previous=current, options=task.options)
         predicted, real = value + quadratic.value(config), evaluator.kl(config)
-        rounds.append(Round(limit=target, config=config, predicted_kl=predicted, real_kl=real))
-        share = target / space.cost(space.dense)  # of the dense model's seconds, or of its weights
+        rounds.append(Round(limit=limit, config=config, predicted_kl=predicted, real_kl=real))
+        share = limit / space.cost(space.dense)  # of the dense model's seconds, or of its weights
         task.report(f"round {len(rounds)}: limit {share:.1%} of dense, KL predicted {predicted:.3f}, real {real:.3f}")
         scale *= _correction(predicted=predicted - value, real=real - value)
         # A KL that rises more than twice as much as predicted means that the step was too long for the quadratic
         # model: go half of the way first.
-        halfway = (space.cost(current) + target) / 2
-        if real - value > 2 * (predicted - value) and space.cost(current) - halfway > task.options.step / 8 * target:
-            targets = [halfway, target, *targets]
+        halfway = (space.cost(current) + limit) / 2
+        if real - value > 2 * (predicted - value) and space.cost(current) - halfway > task.options.step / 8 * limit:
+            limits = [halfway, limit, *limits]
             continue
         current, value = config, real
     return polish(task, SearchResult(config=current, kl=value, rounds=tuple(rounds), curvature_scale=scale))

@@ -4,16 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from dilap.core.costs import Costs, Counts, PairCost
+from dilap.core.costs import Costs, PairCost
 from dilap.core.errors import Unsupported
-from dilap.core.groups import Block
-from dilap.core.rules import Capabilities, WidthRules
+from dilap.core.rules import PORTABLE_FFN_MULTIPLE, Capabilities, WidthRules, portable_levels
 from dilap.core.shape import Architecture
 from dilap.core.space import Choice, Coupling, Level, Space
 
 Layout = Literal["free", "portable", "uniform"]
 LAYOUTS: tuple[Layout, ...] = ("free", "portable", "uniform")
-_PORTABLE_FFN_MULTIPLE = 256
 
 
 def default_layout(capabilities: Capabilities) -> Layout:
@@ -33,7 +31,7 @@ def width_rules(layout: Layout, capabilities: Capabilities) -> WidthRules:
     """Return the rules for methods that choose widths of their own instead of measured levels."""
     portable, uniform = layout == "portable", layout == "uniform"
     return WidthRules(
-        ffn_multiple=math.lcm(capabilities.ffn_multiple, _PORTABLE_FFN_MULTIPLE if portable else 1),
+        ffn_multiple=math.lcm(capabilities.ffn_multiple, PORTABLE_FFN_MULTIPLE if portable else 1),
         head_pruning=not portable,
         attention_removal=capabilities.attention_removal and not uniform,
         ffn_removal=capabilities.ffn_removal and not (portable or uniform),
@@ -46,18 +44,19 @@ def build_space(costs: Costs, architecture: Architecture, capabilities: Capabili
     """Return every sublayer with the widths that the runtime loads and that cost less than the next larger one.
 
     The layout `portable` removes no single heads and has FFN widths that are positive multiples of 256, which more
-    runtimes load. `uniform` is for equal widths in every layer, with whole layers removed. The first attention is never
-    removed: a model needs at least one, and several runtimes need it in the first layer.
+    runtimes load. `uniform` is for equal widths in every layer, with whole layers removed. The block that the network
+    cannot do without keeps at least its narrowest width.
     """
-    first = next((block.name for block in architecture.blocks if block.kind == "attention"), "")
     choices = []
     for block in architecture.blocks:
-        offered = _offered(block, capabilities, layout)
+        offered = capabilities.levels(block)
+        if layout == "portable":
+            offered = portable_levels(block, offered)
         levels = [Level(counts=one, cost=costs.block(block, one)) for one in costs.cheaper(block, offered)]
         if layout == "uniform":  # a layer is removed as a whole, and costs nothing then
             removed = Level(counts=(0,) * len(block.groups), cost=0.0)
             levels = [*(level for level in levels if not level.is_removed), removed]
-        kept = tuple(level for level in levels if block.name != first or not level.is_removed)
+        kept = tuple(level for level in levels if block.name != architecture.required_block or not level.is_removed)
         choices.append(Choice(block=block, levels=kept))
     couplings = tuple(_coupling(choices, names, cost) for names, cost in costs.pairs.items())
     return Space(architecture=architecture, choices=tuple(choices), fixed_cost=costs.constant, couplings=couplings)
@@ -68,17 +67,6 @@ def _coupling(choices: Sequence[Choice], names: tuple[str, str], cost: PairCost)
     first, second = (next(index for index, choice in enumerate(choices) if choice.name == name) for name in names)
     rows = (tuple(cost(one.counts, two.counts) for two in choices[second].levels) for one in choices[first].levels)
     return Coupling(first=first, second=second, costs=tuple(rows))
-
-
-def _offered(block: Block, capabilities: Capabilities, layout: Layout) -> list[Counts]:
-    levels = capabilities.levels(block)
-    if layout != "portable":
-        return levels
-    full = tuple(group.num_units for group in block.groups)
-    if block.kind == "attention":
-        return [level for level in levels if level == full or not level[0]]
-    multiples = range(_PORTABLE_FFN_MULTIPLE, full[0], _PORTABLE_FFN_MULTIPLE)
-    return [*((width,) for width in multiples), full]
 
 
 def describe(architecture: Architecture) -> str:

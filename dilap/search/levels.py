@@ -44,7 +44,7 @@ def prune_by_library(task: PruneTask, search: Search, library: Library, *, name:
 
 
 def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teacher, *, journal: str) -> SearchResult:
-    """Return what `search` finds within the target's limit; `net` is dense again afterwards.
+    """Return what `search` finds within the task's limit; `net` is dense again afterwards.
 
     `journal` is the name of the folder in the task's cache where the answers to the search are kept. The search for a
     corrected limit starts from the result before it, and is not polished again.
@@ -52,7 +52,7 @@ def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teach
     first = SearchTask(
         evaluator=Evaluator(net=net, teacher=teacher, journal=None if task.cache is None else task.cache / journal),
         space=task.space,
-        limit=task.target.limit,
+        limit=task.cost_limit.limit,
         options=task.levels.search,
         report=task.report,
     )
@@ -71,7 +71,7 @@ def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teach
         widths = tuple(layer for layer in task.space.widths(result.config) if not layer.is_empty)
         return replace(task.architecture, layers=widths)
 
-    found = task.target.meet(choose, cost=lambda one: task.space.cost(one.config), architecture=architecture)
+    found = task.cost_limit.meet(choose, cost=lambda one: task.space.cost(one.config), architecture=architecture)
     net.close()
     return found
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from dilap.core.groups import Kept
 from dilap.core.space import Level, Space
 from dilap.models.anatomy import Sublayer, sublayers
-from dilap.models.statistics import OUTPUTS, walk
+from dilap.models.statistics import OUTPUTS, layer_statistics
 
 Order = Literal["wanda", "obs"]
 Progress = Callable[[int], None]
@@ -58,7 +58,7 @@ def input_covariances(
     X are the inputs on the T positions of `tokens` (sequences x length). Only one layer's are held at a time.
     """
     names = {one.name for one in sublayers(model)}
-    for step in walk(model, tokens, covariance=True, batch_tokens=batch_tokens, progress=progress):
+    for step in layer_statistics(model, tokens, covariance=True, batch_tokens=batch_tokens, progress=progress):
         for kind, role in OUTPUTS:
             if (name := f"layers.{step.index}.{kind}") in names:
                 yield name, step.statistics[role].covariance

@@ -26,7 +26,7 @@ def uses_well(share: float) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class CostLimit:
     """A limit on what a plan costs.
 
     `predict` returns the cost of a network with these widths: seconds by the latency table, or weights where a ratio is

@@ -7,8 +7,8 @@ A method is anything that is called with a `PruneTask` and returns a `Pruned`:
         scores = {one.block.main.name: one.out.weight.norm(dim=0) for one in ones}
         return Pruned(plan=task.keep_equal_shares(scores))
 
-It may use the dense model, calibration text, `walk` for statistics of every layer's inputs, the groups with their
-units, and a `Target`, which turns any knob or any sequence of ever smaller plans into a plan that keeps the budget as
+It may use the dense model, calibration text, `layer_statistics` of every layer's inputs, the groups with their units,
+and a `CostLimit`, which turns any knob or any sequence of ever smaller plans into a plan that keeps the budget as
 measured on the device. It must leave the model as it found it, and return a plan that the task's `rules` allow. A
 method that is a frozen dataclass with `__call__` has its fields as settings, which `--set name=value` changes.
 """
@@ -32,7 +32,7 @@ from dilap.models.cut import Parameters
 from dilap.models.tensor_file import Tensors, computed_once
 from dilap.models.text import Calibration
 from dilap.search.library import LibraryOptions
-from dilap.search.limit import Target
+from dilap.search.limit import CostLimit
 from dilap.search.refit import RefitOptions
 from dilap.search.task import SearchOptions
 
@@ -60,19 +60,19 @@ def _no_bar(title: str, *, total: int | None, unit: str) -> Any:  # noqa: ARG001
 
 @dataclass(frozen=True, kw_only=True)
 class PruneTask:
-    """What a method gets: a model, calibration text, a target, and everything that helps to meet it.
+    """What a method gets: a model, calibration text, a limit on its cost, and everything that helps to meet it.
 
     `base` is the model's digest. `text` is calibration text in two splits. `space` has the measured levels, for methods
     that choose among them; `levels` are those methods' settings. `rules` say which plans are allowed. `cache` is a
     folder for what is computed only once, which a killed run reads when it goes on, and so do the other budgets of a
-    comparison: what lies there must not depend on the target. `bar(title, total=, unit=)` is a context manager that
+    comparison: what lies there must not depend on the limit. `bar(title, total=, unit=)` is a context manager that
     gives an object with `update(n)`; `report` takes a line for the log.
     """
 
     model: PreTrainedModel
     base: str
     text: Calibration
-    target: Target
+    cost_limit: CostLimit
     space: Space
     rules: WidthRules = field(default_factory=WidthRules)
     levels: LevelOptions = field(default_factory=LevelOptions)
@@ -83,7 +83,7 @@ class PruneTask:
     report: Callable[[str], None] = lambda _: None
 
     def once(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
-        """Return tensors that do not depend on the target (scores, statistics, an order of removals), computed once.
+        """Return tensors that do not depend on the limit (scores, statistics, an order of removals), computed once.
 
         They are kept in the task's cache as `name`.
         """
@@ -130,10 +130,10 @@ class PruneTask:
         return Plan(base=self.base, architecture=self.architecture, kept=kept)
 
     def keep_equal_shares(self, scores: Mapping[str, torch.Tensor], *, output_biases: bool = False) -> Plan:
-        """Return the plan that meets the target by removing the same share of every group, the lowest-scored units.
+        """Return the plan that keeps the limit by removing the same share of every group, the lowest-scored units.
 
         Layers have few KV groups, so removing one more of them in every layer changes the cost much at once. The share
-        of the channels is therefore made as small afterwards as the target allows.
+        of the channels is therefore made as small afterwards as the limit allows.
         """
 
         def keep(ratio: float, part: float = 1.0) -> Plan:
@@ -143,7 +143,7 @@ class PruneTask:
                 counts |= {group.name: group.num_units - int(share * group.num_units) for group in block.groups}
             return self.keep(scores, counts=counts)
 
-        return self.target.bisect(keep, refine=keep, output_biases=output_biases)
+        return self.cost_limit.bisect(keep, refine=keep, output_biases=output_biases)
 
     def without(self, blocks: Iterable[Block]) -> Plan:
         """Return the plan that removes these blocks whole and keeps everything else."""

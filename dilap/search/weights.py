@@ -19,11 +19,7 @@ class WeightCosts:
     pairs: Mapping[tuple[str, str], PairCost] = field(default_factory=dict)  # a block's weights are its own
 
     def block(self, block: Block, counts: Counts) -> float:
-        if block.kind == "attention":
-            widths = LayerWidths(num_heads=math.prod(counts), num_kv_heads=counts[0], num_channels=0)
-        else:
-            widths = LayerWidths(num_heads=0, num_kv_heads=0, num_channels=counts[0])
-        return self._layer(widths)
+        return self._layer(self.architecture.widths_of(block, counts))
 
     def predict(self, widths: Sequence[LayerWidths]) -> float:
         return sum(map(self._layer, widths))

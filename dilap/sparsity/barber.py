@@ -122,7 +122,7 @@ class Barber:
             with torch.no_grad():
                 for path, matrix in _matrices(reference):
                     matrix.weight.copy_(dense[f"{index}.{path}"])
-            for kind in ("attention", "ffn"):
+            for kind in family.kinds:
                 block = Block(sparse=layer, dense=reference, family=family, kind=kind)
                 if block.paths:
                     self._rebuild_(block, calls, states, pattern)
@@ -174,7 +174,7 @@ class Block:
         """
         given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         outputs: list[torch.Tensor] = []
-        first, last = self._ends
+        first, last = (self.sparse.get_submodule(path) for path in self.family.ends_of(self.kind))
         hooks = [
             first.register_forward_pre_hook(lambda _, args, keywords: given.append((args, keywords)), with_kwargs=True),
             last.register_forward_hook(lambda _, __, output: outputs.append(first_of(output))),
@@ -189,30 +189,10 @@ class Block:
         for weight in weights.values():
             weight.requires_grad_(True)
         with torch.enable_grad():
-            found = self._dense_output(_in_f32(arguments), _in_f32(keywords))
+            found = first_of(self.family.computed(self.dense, self.kind, *_in_f32(arguments), **_in_f32(keywords)))
             loss = functional.mse_loss(found, outputs[0].reshape(found.shape).float())
             gradients = torch.autograd.grad(loss, list(weights.values()))
         return dict(zip(weights, gradients, strict=True))
-
-    @property
-    def _ends(self) -> tuple[nn.Module, nn.Module]:
-        """The modules of the sparse layer whose input and output are the block's."""
-        family = self.family
-        if self.kind == "attention":
-            first = last = family.attention
-        else:
-            first, last = family.ffn or family.ffn_in[0], family.ffn or family.ffn_out
-        return self.sparse.get_submodule(first), self.sparse.get_submodule(last)
-
-    def _dense_output(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
-        family = self.family
-        if self.kind == "attention":
-            return first_of(self.dense.get_submodule(family.attention)(*arguments, **keywords))
-        if family.ffn is not None:
-            return first_of(self.dense.get_submodule(family.ffn)(*arguments, **keywords))
-        activation: Any = self.dense.activation_fn  # OPT's network lies in the layer itself
-        hidden = activation(self.dense.get_submodule(family.ffn_in[0])(arguments[0]))
-        return first_of(self.dense.get_submodule(family.ffn_out)(hidden))
 
 
 def decoder_matrices(model: PreTrainedModel) -> Weights:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from dilap.core.errors import InvalidInput
 from dilap.models.families import family_of
 from dilap.models.modeling_dilap import linear_at
-from dilap.models.statistics import InputStatistics, Propagate, Role, paths_of, walk
+from dilap.models.statistics import InputStatistics, Propagate, Role, layer_statistics, paths_of
 from dilap.sparsity.pattern import Pattern, keep_best
 
 ROLES: tuple[Role, ...] = ("attention_in", "attention_out", "ffn_in", "ffn_out")
@@ -181,7 +181,7 @@ def sparsify_(
     """
     family = family_of(model.config)
     require_matrices(model, pattern)
-    steps = walk(
+    steps = layer_statistics(
         model,
         tokens,
         roles=ROLES,

@@ -1,9 +1,9 @@
 """Export to ExecuTorch: `model.pte`, which its own LLM runner loads, with the tokenizer beside it."""
 
 import collections
+import functools
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,15 +15,15 @@ from dilap.backends.executorch.program import Program
 from dilap.backends.executorch.tokenizer import ExecuTorchTokenizer
 from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, file_sha256, write_json, written_aside
-from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed
+from dilap.core.errors import Unsupported, VerificationFailed
 from dilap.core.shape import Architecture
 from dilap.export.executorch.header import GROUP_SIZE, Header, header_of
 from dilap.export.hf_tokenizer import read_tokenizer
 from dilap.export.random_weights import RandomWeights
-from dilap.export.text_samples import SAMPLES
+from dilap.export.source_model import described, tensor
+from dilap.export.text_samples import SAMPLES, first_difference
 from dilap.export.verify import verify_logits
 from dilap.models.anatomy import stand_in_numerics
-from dilap.models.context import window_notes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -56,7 +56,7 @@ class ExecuTorchExporter:
         with written_aside(out) as folder:
             folder.mkdir()
             path = folder / "model.pte"
-            _write(path, header, ModelValues(model.state_dict()))
+            _write(path, header, functools.partial(tensor, model.state_dict()))
             words.save_pretrained(folder)
             _verify_tokenizer(folder / "tokenizer.json", words)
             token_ids = words("\n".join(SAMPLES))["input_ids"][: min(NUM_TOKENS, header.max_context)]
@@ -64,12 +64,7 @@ class ExecuTorchExporter:
                 _verify_method(path, method, model, token_ids, precision=precision) for method in ("forward", "score")
             )
             artifact = _describe(path, header, sqnr_db=sqnr_db)
-            details = {
-                **artifact.details,
-                "torch_dtype": str(model.dtype),
-                "notes": window_notes(model.config),
-            }
-            artifact = replace(artifact, plan_digest=plan_digest, details=details)
+            artifact = described(artifact, model, plan_digest=plan_digest)
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
 
@@ -101,24 +96,6 @@ def _write(path: Path, header: Header, values: "Values") -> None:
         program.write_to_file(file)
 
 
-class ModelValues:
-    """Tensors of a torch model in f32."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._tensors = tensors
-
-    def __call__(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return a tensor. Raises InvalidInput, naming it, where it is missing, not finite or of another shape."""
-        if name not in self._tensors:
-            raise InvalidInput(f"the model has no tensor {name}")
-        tensor = self._tensors[name].detach()
-        if tuple(tensor.shape) != shape:
-            raise InvalidInput(f"{name} is {tuple(tensor.shape)}, the architecture needs {shape}")
-        if not torch.isfinite(tensor).all():
-            raise InvalidInput(f"{name} holds NaN or infinity")
-        return tensor.to(device="cpu", dtype=torch.float32)
-
-
 def _read_tokenizer(source: Path, *, vocab_size: int) -> "PreTrainedTokenizerFast":
     """Read the tokenizer of a Hugging Face folder or a GGUF file. Raises InvalidInput, Unsupported."""
     words = read_tokenizer(source, vocab_size=vocab_size)
@@ -143,7 +120,7 @@ def _verify_tokenizer(path: Path, reference: "PreTrainedTokenizerFast") -> None:
     for text in SAMPLES:
         expected = reference(text, add_special_tokens=False)["input_ids"]
         if (got := tokenizer.tokens(text)) != expected:
-            at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), len(got))
+            at = first_difference(expected, got)
             raise VerificationFailed(
                 f"ExecuTorch's tokenizer differs from transformers': {text!r} at token {at}: expected"
                 f" {expected[at : at + 3]}, got {got[at : at + 3]}"

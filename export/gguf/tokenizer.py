@@ -13,7 +13,7 @@ from gguf import GGUFValueType, TokenType
 from dilap.backends.child import opened
 from dilap.backends.llamacpp.file import Gguf
 from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed, reason_of
-from dilap.export.text_samples import SAMPLES
+from dilap.export.text_samples import SAMPLES, first_difference
 from dilap.models.pretrained import from_pretrained, require_sound_gguf
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def verify_tokenizer(path: Path, source: Path) -> None:
 
 
 def _difference(file: Gguf, text: str, expected: list[int], got: list[int]) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
+    at = first_difference(expected, got)
     theirs, ours = (
         f"{ids[at]} {file.token_text(ids[at])!r}" if at < len(ids) else "nothing more" for ids in (expected, got)
     )

@@ -4,7 +4,7 @@ import collections
 import errno
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,15 +17,16 @@ from dilap.backends.child import called, opened
 from dilap.backends.llamacpp import file as llamacpp
 from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, file_sha256, write_json, written_aside
-from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.errors import Unsupported
 from dilap.core.shape import Architecture
 from dilap.export.gguf.layout import Layout, TensorSpec, layout_of
 from dilap.export.gguf.tokenizer import NO_TOKENIZER, Tokenizer, read_tokenizer, verify_tokenizer
 from dilap.export.random_weights import RandomWeights
+from dilap.export.source_model import described, tensor
 from dilap.export.text_samples import SAMPLES
 from dilap.export.verify import NUM_TOKENS, verify_logits
 from dilap.models.anatomy import architecture_of, numerics_of, stand_in_numerics
-from dilap.models.context import max_tokens_of, window_notes
+from dilap.models.context import max_tokens_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,12 +65,7 @@ class GgufExporter:
 
         with written_aside(out) as folder:
             artifact = _write_folder(folder, layout, values, tokenizer=words, precision=precision, verify=verify)
-            details = {
-                **artifact.details,
-                "torch_dtype": str(model.dtype),
-                "notes": window_notes(model.config),
-            }
-            artifact = replace(artifact, plan_digest=plan_digest, details=details)
+            artifact = described(artifact, model, plan_digest=plan_digest)
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
 
@@ -116,14 +112,8 @@ class ModelValues:
 
     def __call__(self, spec: TensorSpec, dtype: "np.dtype[np.floating]") -> NDArray[np.floating]:
         """Return a tensor. Raises InvalidInput, naming it, where it is missing, not finite or of another shape."""
-        if spec.source not in self.tensors:
-            raise InvalidInput(f"the model has no tensor {spec.source}")
-        tensor = self.tensors[spec.source].detach()
-        if tuple(tensor.shape) != spec.shape:
-            raise InvalidInput(f"{spec.source} is {tuple(tensor.shape)}, the architecture needs {spec.shape}")
-        values = tensor.to(device="cpu", dtype=torch.float16 if dtype == np.float16 else torch.float32)
-        if not torch.isfinite(values).all():
-            raise InvalidInput(f"{spec.source} holds NaN, infinity or a value too large for {dtype}")
+        kind = torch.float16 if dtype == np.float16 else torch.float32
+        values = tensor(self.tensors, spec.source, spec.shape, dtype=kind)
         if spec.rotary_heads:
             values = _neighbouring(values, num_heads=spec.rotary_heads)
         array: NDArray[np.floating] = values.contiguous().numpy()

@@ -17,10 +17,11 @@ from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.onnx.graph import build_model
 from dilap.export.onnx.matrices import Storage
 from dilap.export.onnx.weights import ModelWeights, ProbeWeights
+from dilap.export.source_model import described
 from dilap.export.text_samples import SAMPLES
 from dilap.export.verify import NUM_TOKENS, verify_logits
 from dilap.models.anatomy import architecture_of, numerics_of, stand_in_numerics
-from dilap.models.context import max_tokens_of, window_notes
+from dilap.models.context import max_tokens_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,14 +64,8 @@ class OnnxRuntimeExporter:
             save_tokenizer(words, folder)
             write_json(folder / "config.json", model.config.to_diff_dict())
             write_json(folder / "genai_config.json", _genai_config(model, architecture, numerics, words))
-            artifact = _describe(
-                folder,
-                architecture,
-                precision=precision,
-                plan_digest=plan_digest,
-                sqnr_db=sqnr_db,
-                details={"torch_dtype": str(model.dtype), "notes": window_notes(model.config)},
-            )
+            artifact = _describe(folder, architecture, precision=precision, sqnr_db=sqnr_db)
+            artifact = described(artifact, model, plan_digest=plan_digest)
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
 
@@ -82,7 +77,7 @@ class OnnxRuntimeExporter:
             numerics = stand_in_numerics(architecture)
             _write_model(folder, architecture, numerics, ProbeWeights(seed), precision)
             opened(OnnxFile, folder / MODEL, runtime="onnxruntime", optimised=False).close()
-            artifact = _describe(folder, architecture, precision=precision, plan_digest="", sqnr_db=None, details={})
+            artifact = _describe(folder, architecture, precision=precision, sqnr_db=None)
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
 
@@ -176,15 +171,8 @@ def _genai_config(
     }
 
 
-def _describe(
-    folder: Path,
-    architecture: Architecture,
-    *,
-    precision: str,
-    plan_digest: str,
-    sqnr_db: float | None,
-    details: dict[str, Any],
-) -> Artifact:
+def _describe(folder: Path, architecture: Architecture, *, precision: str, sqnr_db: float | None) -> Artifact:
+    """The sidecar, without a plan."""
     model = ir.load(folder / MODEL)
     operators = collections.Counter(node.op_type for node in model.graph)
     return Artifact(
@@ -192,11 +180,11 @@ def _describe(
         format="onnx",
         backend=OnnxRuntimeExporter.backend,
         precision=precision,
-        plan_digest=plan_digest,
+        plan_digest="",
         architecture=architecture,
         sha256=file_sha256(folder / MODEL),
         companions={DATA: model.metadata_props[DATA]},
         num_bytes=sum((folder / name).stat().st_size for name in (MODEL, DATA)),
         sqnr_db=sqnr_db,
-        details={"operators": dict(sorted(operators.items())), **details},
+        details={"operators": dict(sorted(operators.items()))},
     )

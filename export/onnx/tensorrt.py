@@ -24,10 +24,10 @@ from dilap.export.onnx.emitter import Values
 from dilap.export.onnx.graph import build_model
 from dilap.export.onnx.tensorrt_report import CompileReport, compiled, one_layer_a_width
 from dilap.export.onnx.weights import ModelWeights, ProbeWeights
+from dilap.export.source_model import described
 from dilap.export.text_samples import SAMPLES
 from dilap.export.verify import NUM_TOKENS, torch_logits, verify_logits
 from dilap.models.anatomy import architecture_of, numerics_of, stand_in_numerics
-from dilap.models.context import window_notes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,10 +62,9 @@ class TensorRTExporter:
             write_json(folder / RECIPE_FILE, encode(recipe))
             job = _Check(model, architecture, numerics, values, recipe, folder)
             sqnr_db, verified = job.verify(token_ids)
-            notes = [verified, job.compile(), _REMAINING, *window_notes(model.config)]
+            notes = (verified, job.compile(), _REMAINING)
             artifact = _describe(folder, recipe, architecture, sqnr_db=sqnr_db)
-            details = {**artifact.details, "torch_dtype": str(model.dtype), "notes": notes}
-            artifact = replace(artifact, plan_digest=plan_digest, details=details)
+            artifact = described(artifact, model, plan_digest=plan_digest, notes=notes)
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
 

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dilap.core.errors import InvalidInput, Unavailable
+from dilap.core.errors import Unavailable
 from dilap.export.onnx.matrices import BLOCK
 from dilap.export.random_weights import RandomWeights
+from dilap.export.source_model import tensor
 
 _Quantised = tuple[NDArray[np.uint8], NDArray[np.float32]]
 
@@ -26,15 +27,7 @@ class ModelWeights:
 
     def values(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Return a tensor. Raises InvalidInput, naming it, where it is missing, not finite or of another shape."""
-        if name not in self._tensors:
-            raise InvalidInput(f"the model has no tensor {name}")
-        tensor = self._tensors[name].detach()
-        if tuple(tensor.shape) != shape:
-            raise InvalidInput(f"{name} is {tuple(tensor.shape)}, the architecture needs {shape}")
-        tensor = tensor.to(device="cpu", dtype=torch.float32)
-        if not torch.isfinite(tensor).all():
-            raise InvalidInput(f"{name} holds NaN or infinity")
-        array: NDArray[np.float32] = tensor.numpy()
+        array: NDArray[np.float32] = tensor(self._tensors, name, shape).numpy()
         return array
 
     def _quantise(self, name: str, shape: tuple[int, int], bits: int) -> _Quantised:

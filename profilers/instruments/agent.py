@@ -21,12 +21,14 @@ from dilap.core.measurement import DeviceState, Fingerprint
 from dilap.core.printable import printable_values
 from dilap.core.workload import Workload
 from dilap.profilers.instruments.archive import agent_archive
+from dilap.profilers.links.ssh import BYTES_PER_SECOND
 from dilap.profilers.links.store import Files
-from dilap.profilers.links.transports import LocalTransport, Process, Transport
+from dilap.profilers.links.transports import PipedProcess, Process, Transport, copy_seconds
 
 T = TypeVar("T")
 _TIMEOUT_SECONDS = 300.0  # except for loads, whose limit is the runtime's: TensorRT may build an engine for an hour
 _SESSION_SECONDS = 24 * 3600.0  # the longest life of an agent whose link was lost without a sign
+_COPIES = 3  # of a model, until it is there whole: a link may break
 _MAX_NOISE_LINES = 200  # lines that a login shell may print before the agent's first answer
 _THROTTLING = 2  # Android's thermal status: moderate, where clocks are lowered
 # /proc/stat counts in ticks of 10 ms per core: less than this is indistinguishable from nothing
@@ -118,8 +120,8 @@ class LocalConnection:
     files: Files = InPlace()
 
     def start_agent(self) -> Process:
-        transport = LocalTransport(environment=python_environment())
-        return transport.start([sys.executable, "-m", "dilap.backends.agent"], seconds=_SESSION_SECONDS)
+        argv = [sys.executable, "-m", "dilap.backends.agent"]
+        return PipedProcess(argv, name="the program", environment=python_environment(), is_local=True)
 
     def close(self) -> None:
         pass
@@ -168,13 +170,13 @@ class AgentClient:
         self, path: Path, *, sha256: str, workload: Workload, companions: Mapping[str, str] | None = None
     ) -> Loaded:
         beside = dict(companions or {})
+        files = [path.with_name(name) for name in (path.name, *beside)]
+        num_bytes = sum(one.stat().st_size for one in files if one.is_file())
+        self.call("expect", seconds=_COPIES * copy_seconds(num_bytes, bytes_per_second=BYTES_PER_SECOND))
         place = self._connection.files.place(path, sha256=sha256, companions=beside)
         fields = {"path": place, "sha256": sha256, "companions": beside}
         answer = self.call("load", timeout=self._load_seconds, workload=codec.encode(workload), **fields)
         return _checked(Loaded, answer)
-
-    def unload(self, handle: int) -> None:
-        self.call("unload", handle=handle)
 
     def sample(self, handle: int, count: int) -> Sampled:
         return _checked(Sampled, self.call("sample", handle=handle, n=count))

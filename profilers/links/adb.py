@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dilap.core.errors import InvalidInput, LinkLost, Unavailable
 from dilap.profilers.links.shells import posix
-from dilap.profilers.links.transports import Completed, PipedProcess, Process, run_client, run_marked
+from dilap.profilers.links.transports import Completed, PipedProcess, Process, copy_seconds, run_client, run_marked
 
 _CALLS = 3
 _PAUSE_SECONDS = 0.5
@@ -40,10 +40,11 @@ class AdbTransport:
         return PipedProcess(self._adb("shell", "-T", command), name=f"the program on {self._serial}")
 
     def push(self, path: Path, remote: str, *, resume: bool = False) -> None:  # noqa: ARG002  (adb starts again)
-        self._copy(["push", str(path.resolve()), remote], num_bytes=path.stat().st_size)
-
-    def pull(self, remote: str, path: Path) -> None:
-        self._copy(["pull", remote, str(path.resolve())], num_bytes=1 << 32)
+        seconds = copy_seconds(path.stat().st_size, bytes_per_second=_BYTES_PER_SECOND)
+        done = run_client(self._adb("push", str(path.resolve()), remote), seconds=seconds, device=self._serial)
+        if done.status != 0:
+            complaint = self._explain(done.stderr.strip() or done.stdout.strip())
+            raise LinkLost(f"copying to {self._serial} failed: {complaint}")
 
     def close(self) -> None:
         pass
@@ -72,12 +73,6 @@ class AdbTransport:
 
     def _adb(self, *words: str) -> list[str]:
         return ["adb", "-s", self._serial, *words]
-
-    def _copy(self, words: Sequence[str], *, num_bytes: int) -> None:
-        done = run_client(self._adb(*words), seconds=60 + num_bytes / _BYTES_PER_SECOND, device=self._serial)
-        if done.status != 0:
-            complaint = self._explain(done.stderr.strip() or done.stdout.strip())
-            raise LinkLost(f"copying to or from {self._serial} failed: {complaint}")
 
     def _explain(self, complaint: str) -> str:
         """Return the client's last line that calls itself an error, or its last one, with advice if there is any."""

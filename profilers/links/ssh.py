@@ -12,14 +12,14 @@ from pathlib import Path
 
 from dilap.core.errors import InvalidInput, LinkLost, Unavailable
 from dilap.profilers.links.shells import Shell, posix
-from dilap.profilers.links.transports import Completed, PipedProcess, Process, run_client, run_marked
+from dilap.profilers.links.transports import Completed, PipedProcess, Process, copy_seconds, run_client, run_marked
 
 # A dead link is noticed after 15 s; a password is never asked for, because nobody may be there to type it.
 _OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=3")
 # Longest path of the folder above ours: a socket's name has 103 bytes on macOS (107 on Linux), of which ours takes 15
 # (/dilap-abcdefgh), the hash 41 (/%C), and what ssh puts behind it while it connects 17.
 _MAX_SOCKET_FOLDER = 103 - 15 - 41 - 17
-_BYTES_PER_SECOND = 500e3  # the slowest link worth waiting for
+BYTES_PER_SECOND = 500e3  # the slowest link worth waiting for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +77,13 @@ class SshTransport:
         return PipedProcess(self._ssh(command), name=f"the program on {self._address.destination}")
 
     def push(self, path: Path, remote: str, *, resume: bool = False) -> None:
-        self._sftp("reput" if resume else "put", path, remote, num_bytes=path.stat().st_size)
-
-    def pull(self, remote: str, path: Path) -> None:
-        self._sftp("get", path, remote, num_bytes=1 << 32)
+        """Copy one file. sftp's batch language cannot quote every name, so it is given one with a plain name here."""
+        with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
+            plain = Path(folder) / "file"
+            plain.symlink_to(path.resolve())
+            words = f"{'reput' if resume else 'put'} {_quoted(str(plain))} {_quoted(remote)}"
+            seconds = copy_seconds(path.stat().st_size, bytes_per_second=BYTES_PER_SECOND)
+            self._batch(words, seconds=seconds)
 
     def close(self) -> None:
         if self._socket is not None:
@@ -91,19 +94,6 @@ class SshTransport:
 
     def _ssh(self, command: str) -> list[str]:
         return ["ssh", *self._options, "-T", "--", self._address.destination, command]
-
-    def _sftp(self, verb: str, path: Path, remote: str, *, num_bytes: int) -> None:
-        """Copy one file. sftp's batch language cannot quote every name, so it is given one with a plain name here."""
-        with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
-            plain = Path(folder) / "file"
-            if verb == "get":
-                words = f"get {_quoted(remote)} {_quoted(str(plain))}"
-            else:
-                plain.symlink_to(path.resolve())
-                words = f"{verb} {_quoted(str(plain))} {_quoted(remote)}"
-            self._batch(words, seconds=60 + num_bytes / _BYTES_PER_SECOND)
-            if verb == "get":
-                shutil.move(plain, path)
 
     def _batch(self, words: str, *, seconds: float) -> None:
         argv = ["sftp", "-q", *self._options, "-b", "-", "--", self._address.destination]
@@ -118,10 +108,10 @@ class SshTransport:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise LinkLost(f"copying to or from {self._address.destination} took longer than {seconds:.0f} s") from None
+            raise LinkLost(f"copying to {self._address.destination} took longer than {seconds:.0f} s") from None
         if done.returncode != 0:
             complaint = self._explain(done.stderr.strip())
-            raise LinkLost(f"copying to or from {self._address.destination} failed: {complaint}")
+            raise LinkLost(f"copying to {self._address.destination} failed: {complaint}")
 
     def _explain(self, complaint: str) -> str:
         """Return the client's last line, with advice where the cause is known."""

@@ -10,7 +10,6 @@ import os
 import queue
 import re
 import secrets
-import shutil
 import subprocess
 import tempfile
 import threading
@@ -27,6 +26,7 @@ from dilap.core.printable import printable
 MAX_LINE = 1 << 20  # characters: an answer with 1,000 samples has 20,000
 MAX_OUTPUT_BYTES = 64 << 20  # the most that a program may print until its end
 _MAX_WAITING_LINES = 256  # lines that nobody has asked for yet: a device that prints more has to wait
+_LEAST_COPY_SECONDS = 60.0  # that a copy may take beyond those of its bytes
 _GRACE_SECONDS = 10.0  # for a device to notice that the pulse ended, kill the leased program and say so
 
 
@@ -73,9 +73,6 @@ class Transport(Protocol):
 
     def push(self, path: Path, remote: str, *, resume: bool = False) -> None:
         """Copy a file there; with `resume`, only the rest of what is there already. The caller checks the content."""
-
-    def pull(self, remote: str, path: Path) -> None:
-        """Copy a file here."""
 
     def close(self) -> None:
         """End the connection to the device."""
@@ -178,26 +175,9 @@ class PipedProcess:
         return f"{self._name} ended with status {status}{last}"
 
 
-class LocalTransport:
-    """Starts programs on the machine that DiLAP runs on."""
-
-    def __init__(self, *, environment: Mapping[str, str] | None = None) -> None:
-        self._environment = environment
-
-    def run(self, argv: Sequence[str], *, seconds: float) -> Completed:
-        return run_client(argv, seconds=seconds, device="this machine")
-
-    def start(self, argv: Sequence[str], *, seconds: float) -> Process:  # noqa: ARG002  (a child ends with its pipe)
-        return PipedProcess(argv, name="the program", environment=self._environment, is_local=True)
-
-    def push(self, path: Path, remote: str, *, resume: bool = False) -> None:  # noqa: ARG002
-        shutil.copyfile(path, remote)
-
-    def pull(self, remote: str, path: Path) -> None:
-        shutil.copyfile(remote, path)
-
-    def close(self) -> None:
-        pass
+def copy_seconds(num_bytes: int, *, bytes_per_second: float) -> float:
+    """Return how long a copy of so many bytes may take over the slowest link that is worth waiting for."""
+    return _LEAST_COPY_SECONDS + num_bytes / bytes_per_second
 
 
 def run_marked(

@@ -114,10 +114,9 @@ class LatencyModel:
 
     def block(self, block: Block, counts: Counts) -> float:
         """Return the seconds of one block with `counts` units left of its groups."""
-        if block.kind == "attention":
-            num_kv_heads, ratio = counts
-            return self.attention_seconds(num_kv_heads * ratio, num_kv_heads)
-        return self.ffn_seconds(counts[0])
+        widths = self.architecture.widths_of(block, counts)
+        attention = self.attention_seconds(widths.num_heads, widths.num_kv_heads)
+        return {"attention": attention, "ffn": self.ffn_seconds(widths.num_channels)}[block.kind]
 
     def cheaper(self, block: Block, levels: Sequence[Counts]) -> list[Counts]:
         """Return the levels that are measurably faster than the next larger one kept, largest first."""
@@ -131,10 +130,9 @@ class LatencyModel:
         return [ordered[index] for index in kept]
 
     def _work(self, block: Block, counts: Counts) -> float:
-        if block.kind != "attention":
-            return counts[0]
+        widths = self.architecture.widths_of(block, counts)
         work = attention_work(self.architecture, self.workload, cache_bits=self.cache_bits)
-        return work(LayerWidths(num_heads=math.prod(counts), num_kv_heads=counts[0], num_channels=0))
+        return {"attention": work(widths), "ffn": widths.num_channels}[block.kind]
 
 
 def attention_work(architecture: Architecture, workload: Workload, *, cache_bits: float) -> Work:

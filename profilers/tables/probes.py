@@ -16,8 +16,8 @@ from dilap.core.shape import PRECISION_BITS, Architecture, LayerWidths
 from dilap.core.workload import Workload
 from dilap.profilers.profiler import Profiler
 from dilap.profilers.protocol import TABLE, Protocol
-from dilap.profilers.tables.filling import Probe, Progress, Share, fill
 from dilap.profilers.tables.fit import attention_work
+from dilap.profilers.tables.measuring import Probe, Progress, Share, fill
 from dilap.profilers.tables.table import LatencyTable, TableHeader, partner_path
 
 AttentionLevel = tuple[int, int]  # heads, KV heads; (0, 0) is none

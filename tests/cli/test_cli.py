@@ -239,7 +239,7 @@ def test_a_killed_run_does_not_ask_its_method_again(
     with monkeypatch.context() as patch:
         patch.setattr("dilap.job.proof.shrink_", interrupt)
         assert prune_tiny(checkpoint, corpus, tmp_path / "run", *arguments) == 130
-    monkeypatch.setattr("dilap.methods.shortgpt.walk", interrupt)
+    monkeypatch.setattr("dilap.methods.shortgpt.layer_statistics", interrupt)
     assert prune_tiny(checkpoint, corpus, tmp_path / "run", *arguments) == 0
 
 

@@ -90,7 +90,7 @@ def test_killed_comparison_goes_on_where_it_stopped(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dilap.methods.shortgpt.walk", interrupt)
+        patch.setattr("dilap.methods.shortgpt.layer_statistics", interrupt)
         assert compare_tiny(checkpoint, corpus, tmp_path / "out", *arguments) == 130
     assert [row["method"] for row in rows(tmp_path / "out")] == ["magnitude"]
     capsys.readouterr()

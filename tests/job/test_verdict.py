@@ -19,7 +19,7 @@ from dilap.job.result import PruneResult, table
 from dilap.job.stages import AIM
 from dilap.job.verdict import percent, verdict, words
 from dilap.profilers.profiler import Case, budget_share
-from dilap.search.limit import Target
+from dilap.search.limit import CostLimit
 
 
 def around(value: float, half: float) -> Interval:
@@ -166,7 +166,7 @@ def test_a_search_leaves_room_for_the_proof_and_gives_little_away() -> None:
         def measure(architecture: Architecture, factor: float = factor) -> float:
             return measured_share(factor * architecture.layers[0].num_channels, draw).high
 
-        target = Target(limit=AIM * budget, predict=lambda _: 0.0, measure=measure, aim=AIM)
+        target = CostLimit(limit=AIM * budget, predict=lambda _: 0.0, measure=measure, aim=AIM)
         used = factor * target.meet(int, cost=float, architecture=wide)
         assert 0.93 <= used <= 1.0
         num_kept += verdict(measured_share(used, draw), ["ok"]) == "kept"

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from dilap.core.groups import Member
 from dilap.core.shape import Architecture, LayerWidths
 from dilap.core.space import Space
-from dilap.methods.adapters import Adapters, matrices_of
+from dilap.methods.adapters import Adapters
 from dilap.methods.compresso import Compresso, _Gates, lagrangian, open_probability, sampled
 from dilap.methods.llm_pruner import LlmPruner, aligned, element_scores, gradients_of, reduced
 from dilap.methods.loraprune import LoraPrune, estimated_gradient, faded, removals
@@ -20,7 +20,7 @@ from dilap.models.anatomy import decoder_layers, sublayers
 from dilap.models.families import family_of
 from dilap.models.reference import next_token_loss
 from dilap.models.text import Calibration
-from dilap.search.limit import Target
+from dilap.search.limit import CostLimit
 from dilap.search.method import PruneTask
 
 # peft asks transformers by the old name
@@ -36,7 +36,7 @@ def arithmetic_task(architecture: Architecture) -> PruneTask:
         model=None,
         base="base",
         text=Calibration(name="none", train=nothing, validation=nothing),
-        target=Target(limit=1.0, predict=lambda _: 0.0),
+        cost_limit=CostLimit(limit=1.0, predict=lambda _: 0.0),
         space=Space(architecture=architecture, choices=(), fixed_cost=0.0),
     )
 
@@ -196,7 +196,7 @@ def test_adapters_merge_to_what_they_compute_and_come_off() -> None:
             expected = model(task.text.train).logits
         merged = adapted.merged()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert len(merged) == len(matrices_of(family_of(model.config))) * task.num_layers
+    assert len(merged) == len(family_of(model.config).matrices) * task.num_layers
     model.load_state_dict({**before, **merged})
     with torch.no_grad():
         assert_close(model(task.text.train).logits, expected, rtol=1e-3, atol=1e-3)
@@ -239,4 +239,4 @@ def test_compresso_gates_start_open() -> None:
     with Adapters(task, rank=2, alpha=2, dropout=0.0) as adapted:
         gates = _Gates(Compresso(), task, adapted, outs)
         assert float(gates.sparsity().detach()) < 0.01
-        assert task.target.cost(gates.plan(0.0)) == task.target.predict(task.architecture.layers)
+        assert task.cost_limit.cost(gates.plan(0.0)) == task.cost_limit.predict(task.architecture.layers)

@@ -40,7 +40,11 @@ def pruned(name: str, kind: str = "gqa") -> Pruned:
 @pytest.mark.parametrize("name", NAMES)
 def test_plan_keeps_the_target(name: str, kind: str) -> None:
     task = tiny_task(model_of(kind), share=0.7)
-    assert 0.5 * task.target.limit < task.target.cost(pruned(name, kind).plan) <= task.target.limit * (1 + 1e-9)
+    assert (
+        0.5 * task.cost_limit.limit
+        < task.cost_limit.cost(pruned(name, kind).plan)
+        <= task.cost_limit.limit * (1 + 1e-9)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,7 +75,7 @@ def test_result_shrinks_to_the_widths_of_its_plan(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_query_heads_are_never_removed_unevenly(name: str) -> None:
-    """F6: every layer keeps a whole number of query heads a KV head."""
+    """Every layer keeps a whole number of query heads a KV head."""
     for widths in pruned(name).plan.all_widths():
         assert widths.num_heads % max(1, widths.num_kv_heads) == 0
 
@@ -106,7 +110,7 @@ def test_readmes_own_method_is_found_by_module_and_name(tmp_path: Path, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     task = tiny_task(model_of("gqa"), share=0.8)
     found = methods.get("my_module:SmallestGates", {"power": "1"})(task)
-    assert task.target.cost(found.plan) <= task.target.limit
+    assert task.cost_limit.cost(found.plan) <= task.cost_limit.limit
     kept = found.plan.kept["layers.0.channels"]
     gates = task.model.model.layers[0].mlp.gate_proj.weight.detach().abs().sum(1)
     assert set(kept) == set(gates.topk(len(kept)).indices.tolist())

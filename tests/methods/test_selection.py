@@ -73,8 +73,8 @@ def test_spdy_starts_a_corrected_limit_from_the_best_weightings_before_it() -> N
     lines: list[str] = []
     task = tiny_task(deep_model(), report=lines.append)
     measured = iter([1.05, 0.99])
-    target = replace(task.target, measure=lambda _: next(measured))
-    ZipLm(starts=12, failures=0)(replace(task, target=target))
+    cost_limit = replace(task.cost_limit, measure=lambda _: next(measured))
+    ZipLm(starts=12, failures=0)(replace(task, cost_limit=cost_limit))
     first, corrected = (line.split(", ")[:2] for line in lines if line.startswith("SPDY"))
     assert first[0] == "SPDY: 12 weightings"
     assert corrected[0] == f"SPDY: {first[1].removesuffix(' configs')} weightings"
@@ -194,22 +194,22 @@ def test_halp_d_exact_selection_is_no_worse_than_the_published_program(seed: int
 # SPRINT
 
 
-def test_p1_latency_solve() -> None:
-    found = saved_seconds(dense=100, without_ffn=84, without_attention=92, num_removed=4)
+def test_latency_solve() -> None:
+    found = saved_seconds(dense=100, without={"ffn": 84, "attention": 92}, num_removed=4)
     assert found == {"ffn": 4, "attention": 2}
 
 
-def test_p1_sizing_example() -> None:
+def test_sizing_example() -> None:
     """32 layers of 2 and 4 ms: 4 attention and 12 feed-forward sublayers give a speed-up of at least 1.41."""
     assert 192 / (192 - 2 * 4 - 4 * 11) < 1.41 <= 192 / (192 - 2 * 4 - 4 * 12)
 
 
-def test_p1_noise_that_saves_nothing_is_refused() -> None:
+def test_noise_that_saves_nothing_is_refused() -> None:
     with pytest.raises(Mismatch, match="removing attention sublayers saves no time"):
-        saved_seconds(dense=100, without_ffn=84, without_attention=101, num_removed=4)
+        saved_seconds(dense=100, without={"ffn": 84, "attention": 101}, num_removed=4)
 
 
-def test_p2_of_equal_sensitivities_the_dearer_kind_goes_first() -> None:
+def test_of_equal_sensitivities_the_dearer_kind_goes_first() -> None:
     task = tiny_task(deep_model())
     run = _Run(Sprint(tune=False), task, list(sublayers(task.model)))
     run.untuned = {s: 1.0 / run.seconds[("attention", "ffn")[s % 2]] for s in range(9)}
@@ -221,7 +221,7 @@ def test_p2_of_equal_sensitivities_the_dearer_kind_goes_first() -> None:
 
 @pytest.mark.parametrize("ratio", [1.0, 0.5])
 @pytest.mark.parametrize("seed", range(10))
-def test_p3_tuning_without_ridge_never_raises_the_squared_error(seed: int, ratio: float) -> None:
+def test_tuning_without_ridge_never_raises_the_squared_error(seed: int, ratio: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight, a = torch.randn(6, 10, generator=generator), torch.randn(50, 10, generator=generator)
     wanted = a @ torch.randn(10, 6, generator=generator) + 0.1 * torch.randn(50, 6, generator=generator)
@@ -243,7 +243,7 @@ def test_strong_ridge_keeps_the_weights() -> None:
 
 
 @pytest.mark.parametrize("tune", [True, False])
-def test_p4_checkpoints_change_no_choice(tune: bool) -> None:
+def test_checkpoints_change_no_choice(tune: bool) -> None:
     removed = [
         Sprint(checkpoints=checkpoints, tune=tune)(tiny_task(deep_model(), share=0.6)).facts["removed_sublayers"]
         for checkpoints in (0, 8)
@@ -252,21 +252,21 @@ def test_p4_checkpoints_change_no_choice(tune: bool) -> None:
 
 
 @pytest.mark.parametrize("silent", [2, 3, 5])
-def test_p5_a_sublayer_that_adds_nothing_goes_first(silent: int) -> None:
+def test_a_sublayer_that_adds_nothing_goes_first(silent: int) -> None:
     model = deep_model(silent=silent)
     found = Sprint(tune=False)(tiny_task(model, share=0.9))
     name = f"layers.{silent // 2}.{('attention', 'ffn')[silent % 2]}"
     assert found.facts["removed_sublayers"][0] == name
 
 
-def test_p6_removal_stops_at_the_first_plan_that_keeps_the_target() -> None:
+def test_removal_stops_at_the_first_plan_that_keeps_the_target() -> None:
     task = tiny_task(deep_model(), share=0.6)
     outs = list(sublayers(task.model))
     run = _Run(Sprint(tune=False), task, outs)
     costs = []
     for plan in run.plans():
-        costs.append(task.target.cost(plan))
-        if costs[-1] <= task.target.limit:
+        costs.append(task.cost_limit.cost(plan))
+        if costs[-1] <= task.cost_limit.limit:
             break
     assert costs == sorted(costs, reverse=True)
     assert len(Sprint(tune=False)(task).facts["removed_sublayers"]) == len(costs) - 1
@@ -316,7 +316,7 @@ def test_distances_to_oneself_are_zero(norm: Any) -> None:
         assert distance(y, -y, kind=kind, norm=norm) > 0
 
 
-def test_l1_and_l2_are_what_they_are_called() -> None:
+def test_and_l2_are_what_they_are_called() -> None:
     y, x = torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[0.0, 0.0]]]) + torch.tensor([0.0, 4.0])
     assert distance(y, x, kind="l1", norm="sentence") == pytest.approx(3 / 7)
     assert distance(y, x, kind="l2", norm="sentence") == pytest.approx(3 / 5)

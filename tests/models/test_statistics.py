@@ -11,7 +11,7 @@ from dilap.models.anatomy import decoder_layers
 from dilap.models.compute import compute_precision
 from dilap.models.families import family_of
 from dilap.models.modeling_dilap import linear_at
-from dilap.models.statistics import InputStatistics, Role, first_of, paths_of, walk
+from dilap.models.statistics import InputStatistics, Role, first_of, layer_statistics, paths_of
 
 TOKENS = random_tokens(6, 20)
 ROLES: tuple[Role, ...] = ("attention_in", "attention_out", "ffn_in", "ffn_out")
@@ -30,9 +30,9 @@ def inputs_of(model: PreTrainedModel, role: Role, layer: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nn2_layerwise_forward_equals_the_model(family: str) -> None:
+def test_layerwise_forward_equals_the_model(family: str) -> None:
     model = tiny_model(family)
-    *_, last = walk(model, TOKENS, batch_tokens=50)
+    *_, last = layer_statistics(model, TOKENS, batch_tokens=50)
     expected: list[torch.Tensor] = []
     hook = decoder_layers(model)[-1].register_forward_hook(lambda _m, _i, out: expected.append(first_of(out)))
     with torch.no_grad(), compute_precision():
@@ -47,7 +47,7 @@ def test_nn2_layerwise_forward_equals_the_model(family: str) -> None:
 def test_statistics_are_those_of_the_inputs(family: str, role: Role) -> None:
     model = tiny_model(family)
     x = inputs_of(model, role, 0)
-    first = next(iter(walk(model, TOKENS, roles=[role], covariance=True, batch_tokens=10_000)))
+    first = next(iter(layer_statistics(model, TOKENS, roles=[role], covariance=True, batch_tokens=10_000)))
     found = first.statistics[role]
     assert (found.num_tokens, len(found.mean)) == x.shape
     assert_close(found.mean.float(), x.mean(0), rtol=1e-4, atol=1e-5)
@@ -56,8 +56,8 @@ def test_statistics_are_those_of_the_inputs(family: str, role: Role) -> None:
     assert_close(found.covariance, x.T @ x / len(x), rtol=1e-4, atol=1e-4)
 
 
-def test_nn4_every_token_is_counted_once() -> None:
-    for step in walk(tiny_model("llama"), TOKENS, roles=ROLES, batch_tokens=40):
+def test_every_token_is_counted_once() -> None:
+    for step in layer_statistics(tiny_model("llama"), TOKENS, roles=ROLES, batch_tokens=40):
         assert {one.num_tokens for one in step.statistics.values()} == {TOKENS.numel()}
         assert {one.num_sequences for one in step.statistics.values()} == {len(TOKENS)}
 
@@ -95,14 +95,14 @@ def test_pruned_layers_feed_the_next_one_where_asked(family: str) -> None:
     def second_layer(propagate: str) -> torch.Tensor:
         model = tiny_model(family)
         out = family_of(model.config).ffn_out
-        for step in walk(model, TOKENS, roles=["attention_in"], propagate=propagate):  # type: ignore[arg-type]
+        for step in layer_statistics(model, TOKENS, roles=["attention_in"], propagate=propagate):  # type: ignore[arg-type]
             if step.index == 1:
                 return step.statistics["attention_in"].norms
             nn.init.zeros_(step.layer.get_parameter(f"{out}.weight"))
         raise AssertionError
 
     untouched = next(
-        step for step in walk(tiny_model(family), TOKENS, roles=["attention_in"]) if step.index == 1
+        step for step in layer_statistics(tiny_model(family), TOKENS, roles=["attention_in"]) if step.index == 1
     ).statistics["attention_in"]
     assert torch.equal(second_layer("dense"), untouched.norms)
     assert not torch.equal(second_layer("pruned"), untouched.norms)
@@ -111,7 +111,7 @@ def test_pruned_layers_feed_the_next_one_where_asked(family: str) -> None:
 def test_a_layer_computed_elsewhere_gives_the_same() -> None:
     model = tiny_model("llama")
     here, there = (
-        [step.statistics["ffn_out"].norms for step in walk(model, TOKENS, device=device)]
+        [step.statistics["ffn_out"].norms for step in layer_statistics(model, TOKENS, device=device)]
         for device in (None, torch.device("cpu"))
     )
     assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))

@@ -105,7 +105,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_a_response_carries_the_seq_of_its_request(served: agent.Agent) -> None:
-    assert served.answer({"seq": 41, "op": "memory"})["seq"] == 41
+    assert served.answer({"seq": 41, "op": "state"})["seq"] == 41
 
 
 def test_samples_come_from_the_loaded_model(served: agent.Agent, model: Path) -> None:
@@ -124,10 +124,9 @@ def test_other_content_than_was_sent_is_a_mismatch(served: agent.Agent, model: P
     assert served.answer(request)["error"]["type"] == "Mismatch"
 
 
-def test_an_unloaded_handle_is_unknown(served: agent.Agent, model: Path) -> None:
-    handle = loaded(served, model)["handle"]
-    served.answer({"seq": 2, "op": "unload", "handle": handle})
-    assert "no model" in served.answer({"seq": 3, "op": "sample", "handle": handle, "n": 1})["error"]["message"]
+def test_a_model_that_is_not_loaded_is_unknown(served: agent.Agent) -> None:
+    error = served.answer({"seq": 4, "op": "sample", "handle": 9, "n": 1})["error"]
+    assert (error["type"], "handle 9" in error["message"]) == ("InvalidInput", True)
 
 
 def test_an_unknown_operation_is_an_error_not_the_end(served: agent.Agent) -> None:
@@ -140,13 +139,21 @@ def test_loading_before_hello_is_refused(model: Path) -> None:
 
 def test_a_line_that_is_no_json_is_answered_with_an_error() -> None:
     responses = io.StringIO()
-    agent.serve(io.StringIO("nonsense\n"), responses)
+    agent.serve(agent.Agent(), io.StringIO("nonsense\n"), responses)
     assert "unreadable" in json.loads(responses.getvalue())["error"]["message"]
+
+
+def test_the_agent_waits_for_a_copy_that_it_was_told_of_and_no_longer(served: agent.Agent) -> None:
+    usual = served.idle_seconds
+    served.answer({"seq": 1, "op": "expect", "seconds": 3 * usual})
+    assert served.idle_seconds == 3 * usual
+    served.answer({"seq": 2, "op": "state"})
+    assert served.idle_seconds == usual
 
 
 def test_nothing_is_served_after_bye() -> None:
     responses = io.StringIO()
-    agent.serve(io.StringIO('{"seq": 1, "op": "bye"}\n{"seq": 2, "op": "memory"}\n'), responses)
+    agent.serve(agent.Agent(), io.StringIO('{"seq": 1, "op": "bye"}\n{"seq": 2, "op": "state"}\n'), responses)
     assert len(responses.getvalue().splitlines()) == 1
 
 
@@ -161,7 +168,7 @@ def test_two_fingerprints_of_one_machine_agree() -> None:
 
 
 def test_the_busy_clock_says_none_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "_text", lambda path: "")
+    monkeypatch.setattr(host, "text", lambda path: "")
     assert host.BusyClock().lap()[1] is None
 
 
@@ -288,7 +295,7 @@ def test_a_load_is_waited_for_as_long_as_its_runtime_may_take(backend: str) -> N
     connection = PatientConnection()
     with AgentClient(connection, backend=backend, device="host_cpu") as client:
         client.load(Path("model"), sha256="", workload=Workload())
-    assert connection.timeouts[1] == backends.get(backend).load_seconds
+    assert connection.timeouts[2] == backends.get(backend).load_seconds  # after hello, and the word about the copy
 
 
 def test_tensorrt_may_build_for_an_hour() -> None:
@@ -360,7 +367,6 @@ def test_the_real_agent_introduces_itself(running: AgentClient) -> None:
 def test_the_real_agent_times_a_real_model(running: AgentClient, tiny: Path) -> None:
     one = running.load(tiny, sha256=codec.file_sha256(tiny), workload=WORKLOAD)
     samples = InstrumentBench(running, [one.handle]).sample(0, 5)
-    running.unload(one.handle)
     assert len(samples) == 5
     assert min(samples) > 0
 
@@ -375,7 +381,7 @@ def test_a_damaged_model_is_invalid_input_and_the_agent_lives_on(running: AgentC
     damaged.write_bytes(b"GGUF and nothing more")
     with pytest.raises(InvalidInput, match=r"damaged\.gguf"):
         running.load(damaged, sha256=codec.file_sha256(damaged), workload=WORKLOAD)
-    assert running.call("memory")["peak_bytes"] > 0
+    assert running.call("state")["state"]
 
 
 def test_an_unknown_backend_is_refused_by_the_real_agent() -> None:

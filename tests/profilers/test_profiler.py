@@ -23,7 +23,7 @@ from dilap.profilers.devices import device as devices
 from dilap.profilers.profiler import Case, Profiler, budget_share, is_shown, speedup
 from dilap.profilers.protocol import Protocol
 from dilap.profilers.tables import probes
-from dilap.profilers.tables.filling import Progress
+from dilap.profilers.tables.measuring import Progress
 from dilap.profilers.tables.table import LatencyTable
 
 WORKLOAD = Workload(precision="f32", context=16)

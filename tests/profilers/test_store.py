@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from standins.local_transport import LocalTransport
 
 from dilap.core.codec import file_sha256
 from dilap.core.errors import InvalidInput, LinkLost, Unavailable
 from dilap.profilers.links import store as stores
 from dilap.profilers.links.shells import powershell
 from dilap.profilers.links.store import Programs, Store, posix_programs, python_programs
-from dilap.profilers.links.transports import Completed, LocalTransport
+from dilap.profilers.links.transports import Completed
 
 PROGRAMS = {"posix": posix_programs(), "python": python_programs(sys.executable)}
 

@@ -9,7 +9,7 @@ from standins.fabricated import TINY_LAYER, tiny_llama
 from dilap.core.errors import Infeasible
 from dilap.core.plan import Plan, full_plan
 from dilap.core.shape import Architecture, LayerWidths
-from dilap.search.limit import Target
+from dilap.search.limit import CostLimit
 
 ARCHITECTURE = tiny_llama(*(TINY_LAYER,) * 10)
 
@@ -39,27 +39,27 @@ def shrinking(made: list[int]) -> Iterator[Plan]:
         yield plan_of(64, layers=layers)
 
 
-def share_of(limit: float, *, factor: float) -> Target:
+def share_of(limit: float, *, factor: float) -> CostLimit:
     """A device on which everything takes `factor` of what the table says."""
 
     def measure(architecture: Architecture) -> float:
         return factor * cost(architecture.layers) / limit
 
-    return Target(limit=limit, predict=cost, measure=measure)
+    return CostLimit(limit=limit, predict=cost, measure=measure)
 
 
 def test_bisection_finds_the_largest_plan_within_the_limit() -> None:
-    target = Target(limit=333.0, predict=cost)
-    assert cost(target.bisect(at).all_widths()) == 330
+    cost_limit = CostLimit(limit=333.0, predict=cost)
+    assert cost(cost_limit.bisect(at).all_widths()) == 330
 
 
 def test_bisection_keeps_everything_where_the_limit_allows_it() -> None:
-    assert Target(limit=640.0, predict=cost).bisect(at) == plan_of(64)
+    assert CostLimit(limit=640.0, predict=cost).bisect(at) == plan_of(64)
 
 
 def test_bisection_beyond_the_knob_is_infeasible() -> None:
     with pytest.raises(Infeasible, match=r"the smallest plan takes 200.0% of what is allowed"):
-        Target(limit=20.0, predict=cost).bisect(at)
+        CostLimit(limit=20.0, predict=cost).bisect(at)
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.25])
@@ -70,7 +70,7 @@ def test_limit_is_corrected_by_the_measured_gap(factor: float) -> None:
 
 def test_first_is_the_largest_of_the_plans_within_the_limit() -> None:
     made: list[int] = []
-    assert Target(limit=400.0, predict=cost).first(shrinking(made)) == plan_of(64, layers=6)
+    assert CostLimit(limit=400.0, predict=cost).first(shrinking(made)) == plan_of(64, layers=6)
     assert made == [10, 9, 8, 7, 6]
 
 
@@ -86,13 +86,13 @@ def test_first_goes_back_where_measuring_leaves_room() -> None:
 
 def test_too_few_plans_are_infeasible() -> None:
     with pytest.raises(Infeasible, match="this method cannot prune more"):
-        Target(limit=32.0, predict=cost).first(shrinking([]))
+        CostLimit(limit=32.0, predict=cost).first(shrinking([]))
 
 
 def test_best_attempt_is_kept_where_corrections_run_out() -> None:
     """A device on which every plan misses: the nearest one is returned, not an error."""
-    target = Target(limit=400.0, predict=cost, measure=lambda one: 1.1 + 1e-6 * cost(one.layers))
-    assert target.cost(target.bisect(at)) < 400
+    cost_limit = CostLimit(limit=400.0, predict=cost, measure=lambda one: 1.1 + 1e-6 * cost(one.layers))
+    assert cost_limit.cost(cost_limit.bisect(at)) < 400
 
 
 def test_added_biases_are_measured_too() -> None:
@@ -102,5 +102,5 @@ def test_added_biases_are_measured_too() -> None:
         seen.append(architecture)
         return 0.99
 
-    Target(limit=400.0, predict=cost, measure=measure).bisect(at, output_biases=True)
+    CostLimit(limit=400.0, predict=cost, measure=measure).bisect(at, output_biases=True)
     assert [(one.out_bias, one.ffn_out_bias) for one in seen] == [(True, True)]

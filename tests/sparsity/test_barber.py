@@ -41,7 +41,7 @@ def beneficial(kept: torch.Tensor, scores: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("seed", range(20))
-def test_b1_and_b3_zeros_stay_and_flips_are_twice_the_swaps(seed: int, threshold: float) -> None:
+def test_and_b3_zeros_stay_and_flips_are_twice_the_swaps(seed: int, threshold: float) -> None:
     kept, scores = drawn(seed)
     found = swapped(kept, scores, threshold=threshold)
     assert torch.equal(found.sum(1), kept.sum(1))
@@ -51,7 +51,7 @@ def test_b1_and_b3_zeros_stay_and_flips_are_twice_the_swaps(seed: int, threshold
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_b1_zeros_of_every_group_stay(granularity: Granularity) -> None:
+def test_zeros_of_every_group_stay(granularity: Granularity) -> None:
     kept = {name: drawn(seed)[0] for seed, name in enumerate("ab")}
     scores = {name: drawn(seed)[1] for seed, name in enumerate("ab")}
     found = rebuilt_masks(kept, scores, granularity=granularity, threshold=0.5)
@@ -72,7 +72,7 @@ def test_b1_zeros_of_every_group_stay(granularity: Granularity) -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_b4_every_grown_weight_is_better_than_every_newly_pruned_one(seed: int) -> None:
+def test_every_grown_weight_is_better_than_every_newly_pruned_one(seed: int) -> None:
     kept, scores = drawn(seed)
     found = swapped(kept, scores, threshold=0.6)
     for row in range(6):
@@ -81,7 +81,7 @@ def test_b4_every_grown_weight_is_better_than_every_newly_pruned_one(seed: int) 
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_b5_groups_of_n_in_m_stay(seed: int) -> None:
+def test_groups_of_n_in_m_stay(seed: int) -> None:
     scores = drawn(seed)[1]
     kept = Pattern.parse("2:4").keep(drawn(seed + 100)[1])
     found = swapped(kept, scores, threshold=1.0, group=4)
@@ -101,7 +101,7 @@ def test_matrices_taken_before_pruning_stay_dense_without_a_copy() -> None:
     assert not torch.equal(first, dense["0.mlp.up_proj"])
 
 
-def test_b2_no_swaps_leave_the_mask_and_reset_the_weights() -> None:
+def test_no_swaps_leave_the_mask_and_reset_the_weights() -> None:
     model = tiny_model("llama")
     dense = decoder_matrices(model)
     sparsify_(model, TOKENS, SparseGpt(), Pattern.parse("0.5"))
@@ -112,7 +112,7 @@ def test_b2_no_swaps_leave_the_mask_and_reset_the_weights() -> None:
         assert torch.equal(weight, dense[name] * (before[name] != 0))
 
 
-def test_b2_retained_weights_are_those_of_the_first_pass() -> None:
+def test_retained_weights_are_those_of_the_first_pass() -> None:
     model = tiny_model("llama")
     dense = decoder_matrices(model)
     sparsify_(model, TOKENS, SparseGpt(), Pattern.parse("0.5"))
@@ -134,7 +134,7 @@ class Plain(nn.Module):
         return found
 
 
-def test_b6_gradient_of_a_linear_block_is_the_formula() -> None:
+def test_gradient_of_a_linear_block_is_the_formula() -> None:
     """R = X (W_dense - W_sparse)^T, gradient = 2 / (T O) R^T X."""
     generator = torch.Generator().manual_seed(0)
     dense, x = torch.randn(3, 5, generator=generator), torch.randn(7, 5, generator=generator)
@@ -146,7 +146,7 @@ def test_b6_gradient_of_a_linear_block_is_the_formula() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_b7_a_dense_model_changes_nothing(family: str) -> None:
+def test_a_dense_model_changes_nothing(family: str) -> None:
     model = tiny_model(family)
     dense = decoder_matrices(model)
     Barber(threshold=1.0).rebuild_(model, dense, TOKENS, Pattern.parse("0.5"))

@@ -44,18 +44,18 @@ def zeros(weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("text", ["4:4", "a:b", "0:4", "5:4", "1.5", "0", "1", "-0.5", "2:4:8", ""])
-def test_nn3_nonsense_patterns_are_rejected(text: str) -> None:
+def test_nonsense_patterns_are_rejected(text: str) -> None:
     with pytest.raises(InvalidInput, match="is not understood"):
         Pattern.parse(text)
 
 
-def test_nn3_n_of_m_counts_what_is_kept() -> None:
+def test_n_of_m_counts_what_is_kept() -> None:
     assert (Pattern.parse("1:4").sparsity, Pattern.parse("3:4").sparsity) == (0.75, 0.25)
     assert Pattern.parse("1:4").keep(torch.tensor([[1.0, 4.0, 2.0, 3.0]])).tolist() == [[False, True, False, False]]
 
 
 @pytest.mark.parametrize("pattern", [HALF, TWO_OF_FOUR])
-def test_nn1_check_rejects_a_planted_violation(pattern: Pattern) -> None:
+def test_check_rejects_a_planted_violation(pattern: Pattern) -> None:
     weight = torch.tensor([[0.0, 1, 0, 2, 0, 3, 0, 4]]).repeat(2, 1)
     pattern.require(weight, name="x")
     weight[0, 0] = 1.0
@@ -215,7 +215,7 @@ def test_wanda_variant_has_the_sparsity_but_not_in_every_row() -> None:
 # SparseGPT
 
 
-def test_s1_sum_of_squared_errors_is_the_damped_error() -> None:
+def test_sum_of_squared_errors_is_the_damped_error() -> None:
     weight, x = problem(5, 12)
     rule = SparseGpt(blocksize=4)
     covariance = x.T @ x / len(x)
@@ -231,7 +231,7 @@ def test_s1_sum_of_squared_errors_is_the_damped_error() -> None:
 
 
 @pytest.mark.parametrize("blocksize", [4, 8, 32])
-def test_s2_blocks_do_not_change_a_given_mask(blocksize: int) -> None:
+def test_blocks_do_not_change_a_given_mask(blocksize: int) -> None:
     weight, x = problem(6, 32)
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) > 0.5
     upper = SparseGpt().factor(x.T @ x / len(x))
@@ -240,14 +240,14 @@ def test_s2_blocks_do_not_change_a_given_mask(blocksize: int) -> None:
 
 
 @pytest.mark.parametrize("blocksize", [4, 8, 32])
-def test_s2_blocks_do_not_change_two_of_four(blocksize: int) -> None:
+def test_blocks_do_not_change_two_of_four(blocksize: int) -> None:
     weight, x = problem(6, 32)
     upper = SparseGpt().factor(x.T @ x / len(x))
     whole = SparseGpt(blocksize=128).solve(weight, upper, TWO_OF_FOUR)
     assert_close(SparseGpt(blocksize=blocksize).solve(weight, upper, TWO_OF_FOUR), whole, rtol=1e-9, atol=1e-9)
 
 
-def test_s3_orthogonal_inputs_leave_plain_masking() -> None:
+def test_orthogonal_inputs_leave_plain_masking() -> None:
     weight, _ = problem(6, 8)
     upper = SparseGpt().factor(torch.diag(torch.arange(1.0, 9.0, dtype=torch.float64)))
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) > 0.5
@@ -255,7 +255,7 @@ def test_s3_orthogonal_inputs_leave_plain_masking() -> None:
 
 
 @pytest.mark.parametrize(("mask", "expected", "loss"), [([False, True], [0, 1.5], 1.5), ([True, False], [1, 0], 2.0)])
-def test_s4_hand_examples(mask: list[bool], expected: list[float], loss: float) -> None:
+def test_hand_examples(mask: list[bool], expected: list[float], loss: float) -> None:
     """The first column's loss goes to the second; after the last column there is none left to take it."""
     G = torch.tensor([[2.0, 1], [1, 2]], dtype=torch.float64)
     rule, weight = SparseGpt(dampening=0.0), torch.ones(1, 2, dtype=torch.float64)
@@ -265,7 +265,7 @@ def test_s4_hand_examples(mask: list[bool], expected: list[float], loss: float) 
     assert float(change @ G @ change.T) == pytest.approx(loss)
 
 
-def test_s5_mean_error_is_well_below_wandas() -> None:
+def test_mean_error_is_well_below_wandas() -> None:
     """On inputs that are each correlated with their neighbours by 0.7."""
     ratios = []
     for seed in range(50):
@@ -280,7 +280,7 @@ def test_s5_mean_error_is_well_below_wandas() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_s5_least_squares_on_the_kept_weights_bounds_it(seed: int) -> None:
+def test_least_squares_on_the_kept_weights_bounds_it(seed: int) -> None:
     weight, x = problem(4, 16, seed=seed)
     found = SparseGpt()(weight.float(), statistics_of(x.float()), HALF)
     best = torch.zeros_like(weight)
@@ -291,13 +291,13 @@ def test_s5_least_squares_on_the_kept_weights_bounds_it(seed: int) -> None:
     assert error(weight, best, x) <= error(weight, weight * (found != 0), x) * (1 + 1e-6)
 
 
-def test_s6_nothing_to_prune_changes_nothing() -> None:
+def test_nothing_to_prune_changes_nothing() -> None:
     weight, x = problem(4, 8)
     none = Pattern(sparsity=0.0)
     assert torch.equal(SparseGpt()(weight.float(), statistics_of(x.float()), none), weight.float())
 
 
-def test_s6_everything_pruned_is_handled() -> None:
+def test_everything_pruned_is_handled() -> None:
     weight, x = problem(4, 8)
     assert torch.isfinite(SparseGpt()(weight.float(), statistics_of(x.float()), Pattern(sparsity=1.0))).all()
 

@@ -18,7 +18,7 @@ from dilap.models.anatomy import architecture_of, sublayers
 from dilap.models.cut import shrink_
 from dilap.models.text import Calibration
 from dilap.search.library import LibraryOptions, build_library
-from dilap.search.limit import Target
+from dilap.search.limit import CostLimit
 from dilap.search.method import PruneTask
 from dilap.search.supernet import Supernet
 from dilap.search.weights import WeightCosts
@@ -121,7 +121,7 @@ def tiny_task(model: PreTrainedModel, *, share: float = 0.7, **changes: Any) -> 
         model=model,
         base="base",
         text=Calibration(name="random", train=train, validation=validation),
-        target=Target(limit=share * predict(space.architecture.layers), predict=predict),
+        cost_limit=CostLimit(limit=share * predict(space.architecture.layers), predict=predict),
         space=space,
     )
     return replace(task, **changes)

@@ -40,6 +40,29 @@ class Family(Paths):
         own = {field.name: getattr(self, field.name) for field in fields(Paths)}
         return {name: path for name, path in own.items() if path != getattr(Paths(), name)}
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of sublayers that a layer has, in the order in which they are computed."""
+        return ("attention", "ffn")
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Paths of all matrices of a layer."""
+        return tuple(path for kind in self.kinds for path in (*self.inputs_of(kind), self.output_of(kind)))
+
+    def ends_of(self, kind: str) -> tuple[str, str]:
+        """Paths of the modules whose input and output are those of a sublayer, its norm and residual left out."""
+        if kind == "attention":
+            return self.attention, self.attention
+        return self.ffn or self.ffn_in[0], self.ffn or self.ffn_out
+
+    def computed(self, layer: nn.Module, kind: str, *arguments: Any, **keywords: Any) -> Any:
+        """Run a sublayer of `layer`, without its norm and residual, on what the first of `ends_of` is given."""
+        first, last = self.ends_of(kind)
+        if first == last:
+            return layer.get_submodule(first)(*arguments, **keywords)
+        raise NotImplementedError(f"the family {self.name} does not say how its {kind} is computed")
+
     def inputs_of(self, kind: str) -> tuple[str, ...]:
         """Return the paths of the matrices of an `attention` or `ffn` sublayer that read the residual stream."""
         return (self.query, self.key, self.value) if kind == "attention" else self.ffn_in

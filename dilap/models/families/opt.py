@@ -1,7 +1,9 @@
 """OPT: learned positions, LayerNorm with biases, and a feed-forward network that lies in the layer itself."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dilap.core.errors import Unsupported
@@ -19,6 +21,14 @@ class _Opt(Family):
         if not config.do_layer_norm_before:
             raise Unsupported("the norms of OPT-350m stand behind its sublayers, which cannot be refitted")
         return 1.0
+
+    def computed(self, layer: nn.Module, kind: str, *arguments: Any, **keywords: Any) -> Any:
+        """The feed-forward network is no module of its own."""
+        if kind != "ffn":
+            return super().computed(layer, kind, *arguments, **keywords)
+        activation: Any = layer.activation_fn
+        hidden = activation(layer.get_submodule(self.ffn_in[0])(*arguments))
+        return layer.get_submodule(self.ffn_out)(hidden)
 
     def stock_sizes(self, widths: LayerWidths, architecture: Architecture) -> dict[str, int] | None:
         """Return None for fewer heads, because the stock class derives head_dim from hidden_size // heads."""

@@ -11,7 +11,7 @@ from dilap.core.errors import InvalidInput
 from dilap.models.pretrained import from_pretrained
 
 
-class Words(Protocol):
+class TextTokenizer(Protocol):
     """A tokenizer.
 
     `prefix` is the token that is put before a text without other context: the one for the beginning of a text, or for
@@ -25,7 +25,7 @@ class Words(Protocol):
         """Return token ids, with or without the special tokens that the tokenizer adds by itself."""
 
 
-class HuggingFaceWords:
+class HuggingFaceTokenizer:
     """A tokenizer of transformers."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -38,7 +38,7 @@ class HuggingFaceWords:
         self.prefix_text = str(tokenizer.decode(self.prefix))
 
     @classmethod
-    def read(cls, folder: Path) -> "HuggingFaceWords":
+    def read(cls, folder: Path) -> "HuggingFaceTokenizer":
         """Read the tokenizer beside an artifact. Raises InvalidInput."""
         try:
             return cls(from_pretrained(AutoTokenizer, folder, local_files_only=True))
@@ -50,7 +50,7 @@ class HuggingFaceWords:
         return ids
 
 
-class GgufWords:
+class GgufTokenizer:
     """The tokenizer inside a GGUF file, through llama.cpp."""
 
     def __init__(self, path: Path) -> None:

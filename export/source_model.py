@@ -1,0 +1,44 @@
+"""What all exporters take from the torch model: its tensors, and the facts that an artifact keeps of it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from dilap.core.artifact import Artifact
+from dilap.core.errors import InvalidInput
+from dilap.models.context import window_notes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def tensor(
+    tensors: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Return the tensor `name` on the CPU in `dtype`.
+
+    Raises InvalidInput, naming it, where it is missing, has another shape, or holds what `dtype` cannot.
+    """
+    if name not in tensors:
+        raise InvalidInput(f"the model has no tensor {name}")
+    found = tensors[name].detach()
+    if tuple(found.shape) != shape:
+        raise InvalidInput(f"{name} is {tuple(found.shape)}, the architecture needs {shape}")
+    found = found.to(device="cpu", dtype=dtype)
+    if not torch.isfinite(found).all():
+        raise InvalidInput(f"{name} holds NaN, infinity or a value too large for {str(dtype).removeprefix('torch.')}")
+    return found
+
+
+def described(
+    artifact: Artifact, model: "PreTrainedModel", *, plan_digest: str, notes: tuple[str, ...] = ()
+) -> Artifact:
+    """Return `artifact` with the facts of the model that it was made from; `notes` say what was checked."""
+    details = {
+        **artifact.details,
+        "torch_dtype": str(model.dtype),
+        "notes": [*notes, *window_notes(model.config)],
+    }
+    return replace(artifact, plan_digest=plan_digest, details=details)
