@@ -53,8 +53,8 @@ class Goal:
     """A budget in numbers, with the choices of width that a method has to keep it.
 
     `cost_limit` is in seconds of the latency table, or in weights where a ratio is asked. `floor_seconds`, which no
-    plan removes, and `fastest_seconds`, which the fastest plan takes, are scaled to the machine's speed of today; both are
-    None for a ratio. `caveats` are those of the latency table.
+    plan removes, and `fastest_seconds`, which the fastest plan takes, are scaled to the machine's speed of today; both
+    are None for a ratio. `caveats` are those of the latency table.
     """
 
     space: Space
