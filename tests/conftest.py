@@ -16,6 +16,7 @@ from dilap.core.codec import encode, write_json
 from dilap.core.progress import Progress
 from dilap.core.workload import Workload
 from dilap.job.bench import Bench
+from dilap.models import compute
 from dilap.models.load import save_checkpoint
 from dilap.profilers.devices.device import Device
 
@@ -77,7 +78,7 @@ def evaluated(run: Path) -> Path:
 
 
 def use_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dilap.models.compute.has_fast_bf16", lambda: False)
+    monkeypatch.setattr(compute, "has_fast_bf16", lambda: False)
 
 
 def use_fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +91,7 @@ def use_fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
             return real(devices, backend, workload, progress, estimate=True, **rest)
         return FakeBench(device=devices[0], backend=backends.get(backend), workload=workload, progress=progress)
 
-    monkeypatch.setattr("dilap.job.prune.Bench.of", made)
+    monkeypatch.setattr(Bench, "of", made)
 
 
 def write_checkpoint(folder: Path) -> Path:

@@ -17,8 +17,8 @@ def get(table: Mapping[str, str], name: str, *, kind: str) -> Any:
     """
     if name not in table:
         close = difflib.get_close_matches(name, table, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InvalidInput(f"unknown {kind} {name!r}{hint} Known: {', '.join(sorted(table))}")
+        hint = f"; did you mean {close[0]!r}" if close else ""
+        raise InvalidInput(f"unknown {kind} {name!r}{hint}; known: {', '.join(sorted(table))}")
     module, attribute = table[name].split(":")
     return getattr(importlib.import_module(module), attribute)
 

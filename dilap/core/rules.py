@@ -148,7 +148,7 @@ def portable_levels(block: Block, levels: Sequence[Counts]) -> list[Counts]:
 
 
 def spread(values: Sequence[T], count: int) -> list[T]:
-    """Return at most `count` of the values, evenly spread, the first and the last included."""
+    """Return at most `count` of the values, evenly spread, the first and the last included; `count` is at least 2."""
     if len(values) <= count:
         return list(values)
     return [values[round(index * (len(values) - 1) / (count - 1))] for index in range(count)]

@@ -164,17 +164,18 @@ class Architecture:
         )
 
     @property
+    def _layer_parameters(self) -> int:
+        return sum(self.attention_parameters(layer) + self.ffn_parameters(layer) for layer in self.layers)
+
+    @property
     def num_parameters(self) -> int:
         """Number of all parameters; a head that is tied to the embeddings is counted once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        layers = sum(self.attention_parameters(layer) + self.ffn_parameters(layer) for layer in self.layers)
-        return embeddings + layers + (self.num_positions + self.norm_vectors) * self.hidden_size
+        return embeddings + self._layer_parameters + (self.num_positions + self.norm_vectors) * self.hidden_size
 
     def decode_flops(self, *, context: int) -> int:
         """Return the FLOPs of one token that attends to `context` tokens; a multiply-add is two."""
-        weights = self.vocab_size * self.hidden_size + sum(
-            self.attention_parameters(layer) + self.ffn_parameters(layer) for layer in self.layers
-        )
+        weights = self.vocab_size * self.hidden_size + self._layer_parameters
         heads = sum(layer.num_heads for layer in self.layers)
         return 2 * weights + 4 * heads * self.head_dim * context
 
@@ -196,9 +197,7 @@ class Architecture:
         return self._weight_bytes(precision) + embeddings + cached
 
     def _weight_bytes(self, precision: str) -> int:
-        weights = self.vocab_size * self.hidden_size + sum(
-            self.attention_parameters(layer) + self.ffn_parameters(layer) for layer in self.layers
-        )
+        weights = self.vocab_size * self.hidden_size + self._layer_parameters
         return int(weights * PRECISION_BITS[precision] / 8)
 
     def _cache_row_bits(self, cache_bits: float) -> float:
@@ -208,7 +207,7 @@ class Architecture:
     def prefill_flops(self, *, prompt_tokens: int) -> int:
         """Return the FLOPs of a prompt, with causal attention and the head at the last token; a multiply-add is two."""
         head = self.vocab_size * self.hidden_size
-        weights = sum(self.attention_parameters(layer) + self.ffn_parameters(layer) for layer in self.layers)
+        weights = self._layer_parameters
         heads = sum(layer.num_heads for layer in self.layers)
         pairs = prompt_tokens * (prompt_tokens + 1) // 2
         return 2 * (weights * prompt_tokens + head) + 4 * heads * self.head_dim * pairs

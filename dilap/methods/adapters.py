@@ -1,6 +1,6 @@
 """Low-rank adapters that are put on a model for a while, and leave it as it was."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,11 +53,3 @@ class Adapters:
                 weight = self.matrix(name).base_layer.weight.detach()
                 found[name] = weight + self.update(name).to(weight.dtype)
         return found
-
-
-def shuffled(tokens: torch.Tensor, *, batch_tokens: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yield batches of `tokens` (sequences x length) without end, in a new random order every epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(tokens), generator=generator)
-        yield from (tokens[rows] for rows in order.split(max(1, batch_tokens // tokens.shape[1])))

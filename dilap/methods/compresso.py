@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from dilap.core.plan import Plan
-from dilap.methods.adapters import Adapters, shuffled
+from dilap.methods.adapters import Adapters
 from dilap.methods.units import has_heads
 from dilap.models.anatomy import Sublayer, sublayers
+from dilap.models.compute import shuffled_rows
 from dilap.models.families import family_of
 from dilap.models.reference import next_token_loss
 from dilap.search.method import Pruned, PruneTask
@@ -117,7 +118,10 @@ class _Gates:
             torch.optim.AdamW([multipliers], lr=options.gate_learning_rate, weight_decay=0.0, maximize=True),
         ]
         final, hooks = self._final_sparsity(), list(self._hooks())
-        batches = shuffled(self.task.text.train, batch_tokens=options.batch_tokens, seed=self.task.seed)
+        tokens = self.task.text.train
+        batches = (
+            tokens[rows] for rows in shuffled_rows(tokens, batch_tokens=options.batch_tokens, seed=self.task.seed)
+        )
         try:
             with self.task.bar("Compresso", total=options.steps, unit="step") as bar:
                 for step, batch in zip(range(options.steps), batches, strict=False):

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from dilap.core.groups import Group, Member
-from dilap.methods.adapters import Adapters, shuffled
+from dilap.methods.adapters import Adapters
 from dilap.methods.units import num_units
+from dilap.models.compute import shuffled_rows
 from dilap.models.reference import next_token_loss
 from dilap.search.method import Pruned, PruneTask
 
@@ -93,7 +94,10 @@ class _Run:
         self.masks = {name: torch.ones(group.num_units) for name, group in self.groups.items()}
         parameters = [p for p in self.adapted.wrapped.parameters() if p.requires_grad]
         adam, hooks = torch.optim.AdamW(parameters, lr=self.options.learning_rate), list(self._mask_hooks())
-        batches = shuffled(self.task.text.train, batch_tokens=self.options.batch_tokens, seed=self.task.seed)
+        tokens = self.task.text.train
+        batches = (
+            tokens[rows] for rows in shuffled_rows(tokens, batch_tokens=self.options.batch_tokens, seed=self.task.seed)
+        )
         self.adapted.wrapped.train()
         try:
             with self.task.bar("LoRAPrune", total=self.options.steps, unit="step") as bar:

@@ -10,6 +10,14 @@ def batches(tokens: torch.Tensor, *, batch_tokens: int) -> Iterator[torch.Tensor
     yield from tokens.split(max(1, batch_tokens // tokens.shape[1]))
 
 
+def shuffled_rows(tokens: torch.Tensor, *, batch_tokens: int, seed: int) -> Iterator[torch.Tensor]:
+    """Yield indices of rows of `tokens` (sequences x length) in batches without end, in a new order every epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(tokens), generator=generator)
+        yield from order.split(max(1, batch_tokens // tokens.shape[1]))
+
+
 def compute_precision() -> torch.autocast:
     """Return a context in which products are in bf16 where the CPU has them in hardware, else in the model's type."""
     # On AVX512-bf16 they are 5 times as fast as f32.

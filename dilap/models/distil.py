@@ -1,7 +1,7 @@
 """Recovery by distillation: the pruned model is trained to predict what the dense model does on the training split."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dilap.models.anatomy import decoder_layers
+from dilap.models.compute import shuffled_rows
 from dilap.models.reference import Teacher, final_hidden, head_of
 
 Mode = Literal["none", "lora", "full"]
@@ -58,7 +59,11 @@ def distil(
     adam = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, options))
     losses: list[float] = []
-    for _, rows in zip(range(options.steps), _shuffled_rows(teacher, options), strict=False):
+    for _, rows in zip(
+        range(options.steps),
+        shuffled_rows(teacher.tokens, batch_tokens=options.batch_tokens, seed=options.seed),
+        strict=False,
+    ):
         adam.zero_grad()
         losses.append(_accumulate_gradients_(model, teacher, rows))
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -103,11 +108,3 @@ def _rate(step: int, options: RecoveryOptions) -> float:
     if step < warm:
         return (step + 1) / warm
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, options.steps - warm)))
-
-
-def _shuffled_rows(teacher: Teacher, options: RecoveryOptions) -> Iterator[torch.Tensor]:
-    """Yield batches of sequence indices without end, in a new random order every epoch."""
-    generator = torch.Generator().manual_seed(options.seed)
-    size = max(1, options.batch_tokens // teacher.tokens.shape[1])
-    while True:
-        yield from torch.randperm(len(teacher.tokens), generator=generator).split(size)

@@ -38,6 +38,11 @@ class Quadratic:
         """The position of the first level of each choice."""
         return [sum(self.sizes[:index]) for index in range(len(self.sizes))]
 
+    @property
+    def owner(self) -> torch.Tensor:
+        """The index of the choice of every level (levels)."""
+        return torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
+
     def value(self, config: Sequence[int]) -> float:
         """Return the loss that the model predicts for `config`."""
         chosen = torch.tensor([offset + level for offset, level in zip(self.offsets, config, strict=True)])
@@ -148,7 +153,7 @@ def _start_logits(config: Config, mask: torch.Tensor) -> torch.Tensor:
 
 def _within_blocks(quadratic: Quadratic) -> torch.Tensor:
     """Return Q with zeros for pairs of levels of different choices."""
-    owner = torch.repeat_interleave(torch.arange(len(quadratic.sizes)), torch.tensor(quadratic.sizes))
+    owner = quadratic.owner
     return torch.where(owner[:, None] == owner[None, :], quadratic.Q, 0.0)
 
 
@@ -280,7 +285,7 @@ def move_gains(quadratic: Quadratic, space: Space, config: Config, *, limit: flo
     two levels is chosen already, only the other choice moves.
     """
     offsets = torch.tensor(quadratic.offsets)
-    owner = torch.repeat_interleave(torch.arange(len(quadratic.sizes)), torch.tensor(quadratic.sizes))
+    owner = quadratic.owner
     chosen = offsets + torch.tensor(config)
     current = chosen[owner]  # the chosen level of every level's own choice
     seconds, W = _cost_terms(space)
@@ -308,7 +313,7 @@ def _changes(b: torch.Tensor, Q: torch.Tensor, chosen: torch.Tensor, current: to
 
 def move(quadratic: Quadratic, config: Config, index: int) -> Config:
     """Return `config` after the move at this index of the flattened result of `move_gains`."""
-    owner = torch.repeat_interleave(torch.arange(len(quadratic.sizes)), torch.tensor(quadratic.sizes))
+    owner = quadratic.owner
     moved = list(config)
     for level in divmod(index, len(quadratic.b)):
         choice = int(owner[level])

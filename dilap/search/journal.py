@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from dilap.core.codec import checked, digest, write_json, written_aside
+from dilap.core.codec import checked, digest, write_json
 from dilap.core.documents import parse_json, read_text
 from dilap.core.errors import InvalidInput
 from dilap.models.reference import Teacher
+from dilap.models.tensor_file import opened_tensors, save_tensors
 from dilap.search.supernet import Curvature, Supernet, linearise
 
 
@@ -49,10 +48,9 @@ class Evaluator:
         self.net.set(config)
         curvature = linearise(self.net, self.teacher, samples=samples, seed=seed)
         if path is not None:
-            with written_aside(path) as temporary:
-                metadata = {"value": repr(curvature.value), "num_rows": str(curvature.num_rows)}
-                tensors = {"b": curvature.b, "b_error": curvature.b_error, "Q": curvature.Q}
-                save_file(tensors, temporary, metadata=metadata)
+            metadata = {"value": repr(curvature.value), "num_rows": str(curvature.num_rows)}
+            tensors = {"b": curvature.b, "b_error": curvature.b_error, "Q": curvature.Q}
+            save_tensors(path, tensors, metadata=metadata)
         return curvature
 
     def _entry(self, kind: str, key: list[object], *, suffix: str) -> Path | None:
@@ -68,15 +66,12 @@ def _read_kls(path: Path) -> torch.Tensor:
 
 
 def _read_curvature(path: Path) -> Curvature:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            return Curvature(
-                value=float(metadata["value"]),
-                b=file.get_tensor("b"),
-                b_error=file.get_tensor("b_error"),
-                Q=file.get_tensor("Q"),
-                num_rows=int(metadata["num_rows"]),
-            )
-    except Exception as error:  # safetensors raises its own type for damaged files
-        raise InvalidInput(f"{path}: damaged journal entry ({error}); remove the file and run again") from error
+    with opened_tensors(path, what="journal entry") as file:
+        metadata = file.metadata()
+        return Curvature(
+            value=float(metadata["value"]),
+            b=file.get_tensor("b"),
+            b_error=file.get_tensor("b_error"),
+            Q=file.get_tensor("Q"),
+            num_rows=int(metadata["num_rows"]),
+        )

@@ -172,7 +172,7 @@ def test_what_is_no_number_is_not_written(tmp_path: Path) -> None:
 
 
 def test_unknown_name_suggests_a_close_one() -> None:
-    with pytest.raises(InvalidInput, match=r"unknown method 'unifrom'; did you mean 'uniform'\? Known: dilap, uniform"):
+    with pytest.raises(InvalidInput, match=r"unknown method 'unifrom'; did you mean 'uniform'; known: dilap, uniform"):
         registry.get({"uniform": "x:y", "dilap": "x:y"}, "unifrom", kind="method")
 
 
