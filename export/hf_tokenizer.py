@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dilap.core.errors import InvalidInput, VerificationFailed
-from dilap.export.text_samples import SAMPLES, first_difference
 from dilap.models.load import load_tokenizer
+from dilap.models.text_samples import SAMPLES, first_difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

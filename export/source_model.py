@@ -32,6 +32,15 @@ def tensor(
     return found
 
 
+def end_tokens(model: "PreTrainedModel", end: int | None) -> list[int]:
+    """Return the tokens at which a generated text ends: the tokenizer's `end`, and those of the generation config."""
+    generation = model.generation_config
+    said = None if generation is None else generation.eos_token_id
+    said = model.config.eos_token_id if said is None else said
+    found = [end, *(said if isinstance(said, list | tuple) else [said])]
+    return list(dict.fromkeys(token for token in found if token is not None))
+
+
 def described(
     artifact: Artifact, model: "PreTrainedModel", *, plan_digest: str, notes: tuple[str, ...] = ()
 ) -> Artifact:

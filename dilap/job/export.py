@@ -44,11 +44,11 @@ def export(
     from dilap.models.anatomy import architecture_of  # noqa: PLC0415
     from dilap.models.load import checkpoint_of, load  # noqa: PLC0415
 
-    source = load(checkpoint)
+    source = load(checkpoint, tokenizer=tokenizer)
     backends.require_loadable(backends.get(backend), architecture_of(source.model), precision=chosen)
     return exporters.get(backend).export(
         source.model,
-        tokenizer=tokenizer or source.tokenizer_path,
+        tokenizer=source.tokenizer_path,
         precision=chosen,
         plan_digest=_plan_digest(checkpoint_of(Path(checkpoint))),
         out=out,

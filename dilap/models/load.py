@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,19 +16,29 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import cached_file
 
-from dilap.backends.llamacpp.gguf_header import read_header
 from dilap.core.codec import written_aside
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported
 from dilap.models.anatomy import model_digest, require_finite
 from dilap.models.builtin import DEFAULT_MODEL, builtin_model
+from dilap.models.faithful import (
+    exact_type,
+    read_rest_of_gguf_,
+    require_every_tensor,
+    require_no_adapter,
+    tie_as_files_do_,
+)
 from dilap.models.families import family_of
+from dilap.models.families.family import has_tied_head
+from dilap.models.gguf_tokenizer import read_gguf_tokenizer
 from dilap.models.modeling_dilap import pruned_class
 from dilap.models.pretrained import from_pretrained
+from dilap.models.text_samples import SAMPLES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,31 +52,34 @@ class Source:
     digest: str
 
 
-def load(name: str) -> Source:
+def load(name: str, *, tokenizer: Path | None = None) -> Source:
     """Load a model and its tokenizer, in the precision that its files have (a GGUF file is dequantised to f32).
 
+    `tokenizer` is the folder or GGUF file of the tokenizer, by default the model's own.
     Raises InvalidInput where the files are damaged or there is no such model, Unavailable where the model cannot be
     fetched, Unsupported where the architecture is not known.
     """
     _quiet_transformers()
     path = builtin_model() if name == DEFAULT_MODEL else checkpoint_of(Path(name))
+    require_no_adapter(path)
     if path.is_file():
         arguments: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
         folder, tokenizer_path = path.parent, path
     elif path.is_dir() or _looks_like_hub_id(name):
-        arguments = {"dtype": "auto"}
+        arguments = {"dtype": exact_type(path)}
         folder, tokenizer_path = path, path
     else:
         raise InvalidInput(
             f"no model {name!r}: give {DEFAULT_MODEL}, a folder with config.json, a .gguf file or a hub id (user/model)"
         )
-    model, tokenizer = _read(name, str(folder), arguments)
+    model = _read(name, str(folder), arguments)
     require_finite(model)
-    if not tokenizer_path.exists():  # a hub id: its files are in the hub's local cache by now
+    words = _tokenizer(name, tokenizer or tokenizer_path)
+    if tokenizer is not None:
+        tokenizer_path = tokenizer
+    elif not tokenizer_path.exists():  # a hub id: its files are in the hub's local cache by now
         tokenizer_path = Path(cached_file(name, "tokenizer_config.json")).parent
-    return Source(
-        name=name, model=model, tokenizer=tokenizer, tokenizer_path=tokenizer_path, digest=model_digest(model)
-    )
+    return Source(name=name, model=model, tokenizer=words, tokenizer_path=tokenizer_path, digest=model_digest(model))
 
 
 def checkpoint_of(path: Path) -> Path:
@@ -76,14 +89,23 @@ def checkpoint_of(path: Path) -> Path:
     return inside if is_run else path
 
 
-def _read(name: str, folder: str, arguments: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _tokenizer(name: str, place: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder, a hub id or a GGUF file. Raises InvalidInput, Unavailable for a hub id."""
+    folder, gguf_file = (place.parent, place.name) if place.is_file() else (place, None)
+    try:
+        return load_tokenizer(folder, gguf_file=gguf_file)
+    except InvalidInput as error:
+        kind = InvalidInput if folder.is_dir() else Unavailable
+        raise kind(f"the tokenizer of model {name!r} cannot be loaded: {error}") from error
+
+
+def _read(name: str, folder: str, arguments: dict[str, Any]) -> PreTrainedModel:
     # A checkpoint's own code is never run: pruned checkpoints load with the classes that their code is a copy of.
     keep = {key: value for key, value in arguments.items() if key != "dtype"}
     try:
         config = from_pretrained(AutoConfig, folder, **keep)
         family_of(config)  # raises clear errors, before gigabytes are read
         _require_known_functions(config, name=name)
-        tokenizer = load_tokenizer(folder, **keep)
         pruned = getattr(config, "layer_widths", None)
         loader = _pruned_class_of(config) if pruned else AutoModelForCausalLM
         # Tensors of wrong sizes are reported below: the loader's own error does not name them.
@@ -94,13 +116,17 @@ def _read(name: str, folder: str, arguments: dict[str, Any]) -> tuple[PreTrained
         raise kind(f"model {name!r} cannot be loaded: {error}") from error
     for tensor, found, wanted in sorted(report["mismatched_keys"]):
         raise InvalidInput(f"model {name!r}: {_words_of_sizes(tensor, found, wanted, config)}")
-    if missing := sorted(report["missing_keys"]):
-        raise InvalidInput(f"model {name!r}: tensor {missing[0]} is missing from its files, and its config asks for it")
-    # The GGUF reader leaves these attributes; a dequantised model that has them refuses to be saved.
-    for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
+    tie_as_files_do_(model, missing=report["missing_keys"])
+    require_every_tensor(report, has_tied_head=has_tied_head(model), source=f"model {name!r}")
+    if "gguf_file" in keep:
+        read_rest_of_gguf_(model, Path(folder) / keep["gguf_file"])
+    # The GGUF reader leaves the first three; a dequantised model that has them refuses to be saved. The last names
+    # files of code, which are never run and not saved.
+    stale = ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized"))
+    for owner, attribute in (*stale, (model.config, "auto_map")):
         if hasattr(owner, attribute):
             delattr(owner, attribute)
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def _pruned_class_of(config: PreTrainedConfig) -> Any:
@@ -110,17 +136,27 @@ def _pruned_class_of(config: PreTrainedConfig) -> Any:
 
 
 def load_tokenizer(folder: str | Path, *, gguf_file: str | None = None, **arguments: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder, a hub id or a GGUF file in `folder`. Raises InvalidInput.
-
-    The pre-tokenizer of SmolLM's GGUF files is repaired: transformers reads it without the rule that every digit is a
-    token of its own.
-    """
-    tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, folder, gguf_file=gguf_file, **arguments)
-    metadata = {} if gguf_file is None else read_header(Path(folder) / gguf_file).metadata
-    if metadata.get("tokenizer.ggml.pre") == "smollm":
-        parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    """Load the tokenizer of a folder, a hub id or a GGUF file in `folder`. Raises InvalidInput."""
+    if gguf_file is not None:
+        return read_gguf_tokenizer(Path(folder) / gguf_file)
+    tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, folder, **arguments)
+    tokenizer.init_kwargs.pop("auto_map", None)  # names files of code, which are never run and not saved
+    described = Path(folder) / "tokenizer.json"
+    if described.is_file() and _first_differing(tokenizer, described):
+        # Some classes of transformers 5 make the split of their family again and drop the file's own.
+        tokenizer = from_pretrained(PreTrainedTokenizerFast, folder, **arguments)
+        if text := _first_differing(tokenizer, described):
+            raise InvalidInput(f"{described}: transformers splits {text!r} in another way than the file says")
     return tokenizer
+
+
+def _first_differing(tokenizer: PreTrainedTokenizerBase, described: Path) -> str:
+    """Return the first sample that a tokenizer splits in another way than its file says; empty for none."""
+    file = Tokenizer.from_file(str(described))
+    for text in SAMPLES:
+        if tokenizer(text, add_special_tokens=False)["input_ids"] != file.encode(text, add_special_tokens=False).ids:
+            return text
+    return ""
 
 
 def _looks_like_hub_id(name: str) -> bool:

@@ -54,6 +54,10 @@ def from_pretrained(loader: Any, folder: str | Path, *, gguf_file: str | None = 
 def require_sound_gguf(path: Path) -> None:
     """Raise InvalidInput for a file that is cut off, or whose header has numbers that no model has."""
     header = read_header(path)
+    if (parts := header.metadata.get("split.count") or 1) > 1:
+        raise InvalidInput(
+            f"{path}: one of the {parts} files of a model; join them first: llama-gguf-split --merge FIRST OUT.gguf"
+        )
     architecture = f"{header.metadata.get('general.architecture')}."
     counts = {key.removeprefix(architecture): value for key, value in header.metadata.items()}
     require_plausible(counts, source=str(path))

@@ -7,10 +7,11 @@ from dilap.backends.executorch.bindings import MAX_CONTEXT
 from dilap.core.errors import Unsupported
 from dilap.core.numerics import Numerics
 from dilap.core.shape import Architecture
+from dilap.export.source_model import end_tokens
 from dilap.models.anatomy import architecture_of, numerics_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ACTIVATIONS = ("silu", "relu")
 PRECISIONS = ("8da4w", "f32")
@@ -62,17 +63,15 @@ class Header:
         }
 
 
-def header_of(model: "PreTrainedModel", *, precision: str) -> Header:
+def header_of(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, precision: str) -> Header:
     """Read from a loaded model. Raises Unsupported for what the program does not compute."""
-    generation = model.generation_config
-    ids = generation if generation is not None and generation.eos_token_id is not None else model.config
-    eos = ids.eos_token_id if ids.eos_token_id is not None else []
+    first = model.config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return Header(
         architecture=architecture_of(model),
         numerics=numerics_of(model),
         precision=precision,
-        bos_id=ids.bos_token_id or 0,
-        eos_ids=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
+        bos_id=first or 0,
+        eos_ids=tuple(end_tokens(model, tokenizer.eos_token_id)),
     )
 
 

@@ -21,9 +21,9 @@ from dilap.export.executorch.header import GROUP_SIZE, Header, header_of
 from dilap.export.hf_tokenizer import read_tokenizer
 from dilap.export.random_weights import RandomWeights
 from dilap.export.source_model import described, tensor
-from dilap.export.text_samples import SAMPLES, first_difference
 from dilap.export.verify import verify_logits
-from dilap.models.anatomy import stand_in_numerics
+from dilap.models.anatomy import architecture_of, stand_in_numerics
+from dilap.models.text_samples import SAMPLES, first_difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -51,8 +51,8 @@ class ExecuTorchExporter:
         self, model: "PreTrainedModel", *, tokenizer: Path, precision: str, plan_digest: str, out: Path
     ) -> Artifact:
         """Write `model` into the folder `out`, verified, or leave nothing behind."""
-        header = header_of(model, precision=precision)
-        words = _read_tokenizer(tokenizer, vocab_size=header.architecture.vocab_size)
+        words = _read_tokenizer(tokenizer, vocab_size=architecture_of(model).vocab_size)
+        header = header_of(model, words, precision=precision)
         with written_aside(out) as folder:
             folder.mkdir()
             path = folder / "model.pte"

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,9 @@ from gguf import GGUFValueType, TokenType
 from dilap.backends.child import opened
 from dilap.backends.llamacpp.file import Gguf
 from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed, reason_of
-from dilap.export.text_samples import SAMPLES, first_difference
-from dilap.models.pretrained import from_pretrained, require_sound_gguf
+from dilap.models.load import load_tokenizer
+from dilap.models.pretrained import require_sound_gguf
+from dilap.models.text_samples import SAMPLES, first_difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -52,6 +53,11 @@ class Tokenizer:
     def write(self, writer: gguf.GGUFWriter) -> None:
         for field in self.fields:
             writer.add_key_value(field.key, field.value, field.kind, sub_type=field.item_kind)
+
+    @property
+    def end(self) -> int | None:
+        """The token that ends a text; None where the tokenizer names none."""
+        return next((field.value for field in self.fields if field.key == "tokenizer.ggml.eos_token_id"), None)
 
     def padded(self, vocab_size: int) -> "Tokenizer":
         """Return the tokenizer filled up with unused tokens to `vocab_size`, the rows of the embedding.
@@ -95,18 +101,52 @@ def read_tokenizer(source: Path, *, vocab_size: int) -> Tokenizer:
     return _with_pre_tokenizer(_byte_level(document, reference).padded(vocab_size), reference)
 
 
-def verify_tokenizer(path: Path, source: Path) -> None:
-    """Raise VerificationFailed at the first text that llama.cpp and the source split differently."""
+def with_end_tokens(tokenizer: Tokenizer, ends: Sequence[int]) -> Tokenizer:
+    """Return the tokenizer with all tokens that end a text: GGUF has room for three, of a text, a turn and a message.
+
+    A file's own entries stay, and so does the end token of the tokenizer where it is one of `ends`.
+    """
+    given = {field.key: field.value for field in tokenizer.fields}
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    known = [given[key] for key in keys if key in given and given[key] in ends]
+    free = [key for key in keys if given.get(key) not in ends]
+    new = dict(zip(free, (token for token in ends if token not in known), strict=False))
+    kept = tuple(field for field in tokenizer.fields if field.key not in new)
+    return Tokenizer((*kept, *(Field(key=key, value=value, kind=GGUFValueType.UINT32) for key, value in new.items())))
+
+
+def verify_tokenizer(path: Path, source: Path) -> list[str]:
+    """Return what a reader must know of the tokenizer that was written.
+
+    llama.cpp does not normalise texts: where the source's tokenizer does, texts are compared in their normalised form,
+    and a sample that only differs without it is told. Raises VerificationFailed at the first other text that llama.cpp
+    and the source split differently.
+    """
     with opened(Gguf, path, runtime="llamacpp", vocab_only=True) as file:
         if source.is_file():
             with opened(Gguf, source, runtime="llamacpp", vocab_only=True) as original:
-                expected = [(text, original.tokens(text)) for text in SAMPLES]
+                texts = [(text, text, original.tokens(text)) for text in SAMPLES]
         else:
             reference = _transformers_tokenizer(source)
-            expected = [(text, reference(text)["input_ids"]) for text in _texts(reference)]
-        for text, ids in expected:
-            if (got := file.tokens(text)) != ids:
+            texts = [(text, _normalised(reference, text), reference(text)["input_ids"]) for text in _texts(reference)]
+        raw = []
+        for text, normalised, ids in texts:
+            if (got := file.tokens(normalised)) != ids:
                 raise VerificationFailed(_difference(file, text, ids, got))
+            if file.tokens(text) != ids:
+                raw.append(text)
+    if not raw:
+        return []
+    return [f"llama.cpp does not normalise texts as this tokenizer does: {raw[0]!r} is split alike only in normal form"]
+
+
+def _normalised(reference: "PreTrainedTokenizerFast", text: str) -> str:
+    """Return a text in the normal form that a byte-level tokenizer reads it in; others put marks of their own there."""
+    normaliser = reference.backend_tokenizer.normalizer
+    if normaliser is None or getattr(reference.backend_tokenizer.model, "byte_fallback", False):
+        return text
+    found: str = normaliser.normalize_str(text)
+    return found
 
 
 def _difference(file: Gguf, text: str, expected: list[int], got: list[int]) -> str:
@@ -118,10 +158,8 @@ def _difference(file: Gguf, text: str, expected: list[int], got: list[int]) -> s
 
 
 def _transformers_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    from transformers import AutoTokenizer  # noqa: PLC0415
-
     try:
-        reference: PreTrainedTokenizerFast = from_pretrained(AutoTokenizer, folder, local_files_only=True)
+        reference = load_tokenizer(folder, local_files_only=True)
     except InvalidInput as error:
         line = str(error)
         if not (folder / "tokenizer.json").exists():
@@ -129,7 +167,8 @@ def _transformers_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
         raise InvalidInput(f"{folder}: transformers cannot load a tokenizer from it: {line}") from error
     if not hasattr(reference, "backend_tokenizer"):
         raise Unsupported(f"{folder}: {type(reference).__name__} has no tokenizer.json form")
-    return reference
+    found: PreTrainedTokenizerFast = reference
+    return found
 
 
 def _texts(reference: "PreTrainedTokenizerFast") -> Iterator[str]:
@@ -249,8 +288,21 @@ def _special(reference: "PreTrainedTokenizerFast") -> Iterator[Field]:
     adds_eos = len(full) > len(bare) + adds_bos and full[-1] == reference.eos_token_id
     yield Field(key="tokenizer.ggml.add_bos_token", value=adds_bos, kind=GGUFValueType.BOOL)
     yield Field(key="tokenizer.ggml.add_eos_token", value=adds_eos, kind=GGUFValueType.BOOL)
-    if isinstance(reference.chat_template, str):
-        yield Field(key="tokenizer.chat_template", value=reference.chat_template, kind=GGUFValueType.STRING)
+    yield from _templates(reference.chat_template)
+
+
+def _templates(found: str | Mapping[str, str] | None) -> Iterator[Field]:
+    """Yield the chat template, or the default one of several and the named others, as llama.cpp looks for them."""
+    templates = {"default": found} if isinstance(found, str) else dict(found or {})
+    for name, text in templates.items():
+        key = "tokenizer.chat_template" + ("" if name == "default" else f".{name}")
+        yield Field(key=key, value=text, kind=GGUFValueType.STRING)
+    if others := [name for name in templates if name != "default"]:
+        yield _names("tokenizer.chat_templates", others)
+
+
+def _names(key: str, values: Sequence[str]) -> Field:
+    return Field(key=key, value=list(values), kind=GGUFValueType.ARRAY, item_kind=GGUFValueType.STRING)
 
 
 def _text(name: str, value: str) -> Field:
@@ -263,7 +315,7 @@ def _list(name: str, values: Sequence[Any], kind: GGUFValueType) -> Field:
 
 def _with_pre_tokenizer(tokenizer: Tokenizer, reference: "PreTrainedTokenizerFast") -> Tokenizer:
     """Add the first of llama.cpp's pre-tokenizers that splits all texts like `reference`, else the best of them."""
-    expected = [(text, reference(text)["input_ids"]) for text in _texts(reference)]
+    expected = [(_normalised(reference, text), reference(text)["input_ids"]) for text in _texts(reference)]
     best, most = tokenizer, -1
     with tempfile.TemporaryDirectory() as folder:
         for name in PRE_TOKENIZERS:

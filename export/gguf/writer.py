@@ -20,13 +20,13 @@ from dilap.core.codec import encode, file_sha256, write_json, written_aside
 from dilap.core.errors import Unsupported
 from dilap.core.shape import Architecture
 from dilap.export.gguf.layout import Layout, TensorSpec, layout_of
-from dilap.export.gguf.tokenizer import NO_TOKENIZER, Tokenizer, read_tokenizer, verify_tokenizer
+from dilap.export.gguf.tokenizer import NO_TOKENIZER, Tokenizer, read_tokenizer, verify_tokenizer, with_end_tokens
 from dilap.export.random_weights import RandomWeights
-from dilap.export.source_model import described, tensor
-from dilap.export.text_samples import SAMPLES
+from dilap.export.source_model import described, end_tokens, tensor
 from dilap.export.verify import NUM_TOKENS, verify_logits
 from dilap.models.anatomy import architecture_of, numerics_of, stand_in_numerics
 from dilap.models.context import max_tokens_of
+from dilap.models.text_samples import SAMPLES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,14 +58,17 @@ class GgufExporter:
         layout = layout_of(architecture, numerics_of(model))
         values = ModelValues(tensors=model.state_dict(), layout=layout)
         words = read_tokenizer(tokenizer, vocab_size=architecture.vocab_size)
+        words = with_end_tokens(words, end_tokens(model, words.end))
+
+        notes: set[str] = set()
 
         def verify(path: Path, precision: str) -> float:
-            verify_tokenizer(path, tokenizer)
+            notes.update(verify_tokenizer(path, tokenizer))
             return verify_gguf(model, path, precision=precision)
 
         with written_aside(out) as folder:
             artifact = _write_folder(folder, layout, values, tokenizer=words, precision=precision, verify=verify)
-            artifact = described(artifact, model, plan_digest=plan_digest)
+            artifact = described(artifact, model, plan_digest=plan_digest, notes=tuple(notes))
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
 

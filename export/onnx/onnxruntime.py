@@ -17,17 +17,18 @@ from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.onnx.graph import build_model
 from dilap.export.onnx.matrices import Storage
 from dilap.export.onnx.weights import ModelWeights, ProbeWeights
-from dilap.export.source_model import described
-from dilap.export.text_samples import SAMPLES
+from dilap.export.source_model import described, end_tokens
 from dilap.export.verify import NUM_TOKENS, verify_logits
 from dilap.models.anatomy import architecture_of, numerics_of, stand_in_numerics
 from dilap.models.context import max_tokens_of
+from dilap.models.text_samples import SAMPLES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 STORAGE: dict[str, Storage] = {"f32": "float", "int8": "int8", "int4": "int4"}
+_NO_TOKEN = -1  # for GenAI, which refuses a model without an end token
 _MAX_LENGTH = 4096  # GenAI allocates the cache for this many tokens unless it is told another number
 
 # Measured, in dB (f32, int8, int4):
@@ -129,9 +130,9 @@ def _genai_config(
     Its widths are those of the first layer with attention; GenAI takes the true ones, layer by layer, from the graph.
     """
     layers = [widths for widths in architecture.layers if widths.num_heads]
-    eos = model.config.eos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ends = end_tokens(model, tokenizer.eos_token_id) or [_NO_TOKEN]
+    bos = ends[0] if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": MODEL,
@@ -158,7 +159,7 @@ def _genai_config(
             "bos_token_id": bos,
             "context_length": numerics.context_length,
             "decoder": decoder,
-            "eos_token_id": eos,
+            "eos_token_id": ends if len(ends) > 1 else ends[0],
             "pad_token_id": pad,
             "type": "llama",  # GenAI's name for an ordinary decoder
             "vocab_size": architecture.vocab_size,

@@ -25,9 +25,9 @@ from dilap.export.onnx.graph import build_model
 from dilap.export.onnx.tensorrt_report import CompileReport, compiled, one_layer_a_width
 from dilap.export.onnx.weights import ModelWeights, ProbeWeights
 from dilap.export.source_model import described
-from dilap.export.text_samples import SAMPLES
 from dilap.export.verify import NUM_TOKENS, torch_logits, verify_logits
 from dilap.models.anatomy import architecture_of, numerics_of, stand_in_numerics
+from dilap.models.text_samples import SAMPLES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -370,7 +371,8 @@ def test_the_agent_outlives_a_damaged_program(running: AgentClient, dense: Path,
 
 
 def header(model: PreTrainedModel, precision: str = "f32") -> Any:
-    return header_of(model, precision=precision)
+    words: Any = SimpleNamespace(bos_token_id=None, eos_token_id=0)
+    return header_of(model, words, precision=precision)
 
 
 def test_a_sliding_window_bounds_the_context() -> None:

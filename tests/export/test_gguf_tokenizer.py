@@ -17,8 +17,8 @@ from dilap.backends.llamacpp.file import Gguf
 from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed
 from dilap.export.gguf import tokenizer as gguf_tokenizer
 from dilap.export.gguf.tokenizer import read_tokenizer, verify_tokenizer
-from dilap.export.text_samples import SAMPLES
 from dilap.models.load import load_tokenizer
+from dilap.models.text_samples import SAMPLES
 
 SENTENCEPIECE_SIZE = 700
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -253,3 +253,44 @@ def test_real_vocabulary_splits_as_transformers_does(smollm2: Path, tokenizer: P
     AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name).save_pretrained(tmp_path / "hf")
     path = write_vocabulary(tmp_path / "hf", tmp_path / "vocabulary.gguf", vocab_size=49152)
     verify_tokenizer(path, tmp_path / "hf")
+
+
+def test_named_chat_templates_are_kept_beside_the_default_one(tmp_path: Path) -> None:
+    folder = byte_level(tmp_path / "words", pre_tokenizers.ByteLevel(add_prefix_space=False), eos_token="<|end|>")
+    words = AutoTokenizer.from_pretrained(folder)
+    words.chat_template = {"default": TEMPLATE, "tool_use": "tools"}
+    words.save_pretrained(folder)
+    found = fields(write_vocabulary(folder, tmp_path / "words.gguf", vocab_size=1000))
+    assert found["tokenizer.chat_template"] == TEMPLATE
+    assert found["tokenizer.chat_templates"] == ["tool_use"]
+    assert found["tokenizer.chat_template.tool_use"] == "tools"
+
+
+@pytest.mark.parametrize(
+    ("ends", "wanted"),
+    [
+        ([7], {"eos": 7}),
+        ([0, 7], {"eos": 0, "eot": 7}),
+        ([0, 7, 9], {"eos": 0, "eot": 7, "eom": 9}),
+        ([], {"eos": 0}),
+    ],
+)
+def test_every_end_token_has_an_entry(ends: list[int], wanted: dict[str, int]) -> None:
+    given = gguf_tokenizer.Tokenizer(
+        (gguf_tokenizer.Field(key="tokenizer.ggml.eos_token_id", value=0, kind=gguf.GGUFValueType.UINT32),)
+    )
+    found = gguf_tokenizer.with_end_tokens(given, ends)
+    assert {one.key: one.value for one in found.fields} == {
+        f"tokenizer.ggml.{name}_token_id": value for name, value in wanted.items()
+    }
+
+
+def test_a_normal_form_that_llamacpp_does_not_make_is_told(tmp_path: Path) -> None:
+    """As Qwen's tokenizers have it: the family is not refused for it."""
+    folder = byte_level(tmp_path / "words", pre_tokenizers.ByteLevel(add_prefix_space=False), eos_token="<|end|>")
+    words = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    words.normalizer = normalizers.NFC()
+    words.save(str(folder / "tokenizer.json"))
+    (note,) = verify_tokenizer(write_vocabulary(folder, tmp_path / "words.gguf", vocab_size=1000), folder)
+    assert "llama.cpp does not normalise texts as this tokenizer does" in note
+    assert "combining" in note

@@ -24,7 +24,7 @@ from dilap.backends.onnxruntime.file import OnnxFile  # noqa: E402
 from dilap.export import hf_tokenizer  # noqa: E402
 from dilap.export.onnx.onnxruntime import OnnxRuntimeExporter  # noqa: E402
 from dilap.export.onnx.weights import ModelWeights  # noqa: E402
-from dilap.export.text_samples import SAMPLES  # noqa: E402
+from dilap.models.text_samples import SAMPLES  # noqa: E402
 
 PROMPT = (5, 17, 80, 3, 3, 41)
 PRECISIONS = ("f32", "int8", "int4")
@@ -101,6 +101,28 @@ def test_folder_holds_what_stock_programs_look_for(words: Path, tmp_path: Path) 
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+
+
+def test_genai_knows_every_end_token(words: Path, tmp_path: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = [7, 9]
+    write(model, words, tmp_path / "out")
+    said = read_json(tmp_path / "out" / "genai_config.json")["model"]["eos_token_id"]
+    assert said == [AutoTokenizer.from_pretrained(words).eos_token_id, 7, 9]
+    genai.Model(str(tmp_path / "out"))
+
+
+def test_genai_opens_a_model_without_an_end_token(words: Path, tmp_path: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    folder = tmp_path / "words"
+    tokenizer = AutoTokenizer.from_pretrained(words)
+    tokenizer.eos_token = tokenizer.bos_token = None
+    tokenizer.save_pretrained(folder)
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    write(model, folder, tmp_path / "out")
+    genai.Model(str(tmp_path / "out"))
 
 
 def test_weights_lie_in_the_data_file_alone(words: Path, tmp_path: Path) -> None:

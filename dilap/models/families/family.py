@@ -108,7 +108,7 @@ class Family(Paths):
             hidden_size=config.hidden_size,
             head_dim=head_dim,
             vocab_size=model.get_input_embeddings().weight.shape[0],
-            tied_embeddings=bool(config.tie_word_embeddings),
+            tied_embeddings=has_tied_head(model),
             ffn_matrices=len(self.ffn_in) + 1,
             norm_vectors=_num_vectors(model, self.final_norm),
             qkv_bias=has_bias[self.query],
@@ -125,7 +125,7 @@ class Family(Paths):
         config = model.config
         return Numerics(
             context_length=max_tokens_of(config),
-            norm_eps=config.rms_norm_eps,
+            norm_eps=float(config.rms_norm_eps),  # an integer in some configs
             activation=config.hidden_act,
             rotary=_rotary(model, self.rotary),
         )
@@ -174,6 +174,11 @@ class Family(Paths):
             set_heads_(layer.get_submodule(self.attention), num_kv_heads * ratio, num_kv_heads)
 
 
+def has_tied_head(model: PreTrainedModel) -> bool:
+    """Return whether the head is the embedding: what its tensors say, and not what its config does."""
+    return bool(model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+
+
 def head_dim_of(config: PreTrainedConfig) -> int:
     """Return the number of channels of one head; heads * head_dim need not equal the hidden size."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
@@ -211,7 +216,8 @@ def _rotary(model: PreTrainedModel, path: str) -> Rotary:
     # Made afresh, because the frequencies of a model in half precision are rounded.
     made: Any = type(model.get_submodule(path))(config)
     frequencies, kind = tuple(made.inv_freq.tolist()), rope.get("rope_type", "default")
-    if kind not in _ROTARY_KINDS or 2 * len(frequencies) != head_dim_of(config):
+    is_constant = kind in _ROTARY_KINDS or (kind == "longrope" and rope["short_factor"] == rope["long_factor"])
+    if not is_constant or 2 * len(frequencies) != head_dim_of(config):
         raise Unsupported(
             f"rotary embedding {rope} cannot be exported yet; known, on whole heads: {', '.join(_ROTARY_KINDS)}"
         )

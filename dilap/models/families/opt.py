@@ -40,6 +40,8 @@ class _Opt(Family):
         config = model.config
         if not config.do_layer_norm_before or config._remove_final_layer_norm:
             raise Unsupported("OPT with norms behind its sublayers (OPT-350m) cannot be exported yet")
+        if not config.layer_norm_elementwise_affine:
+            raise Unsupported("OPT with norms that have no weights cannot be exported yet")
         context, activation = max_tokens_of(config), config.activation_function
         return Numerics(context_length=context, norm_eps=_NORM_EPS, activation=activation, rotary=None)
 

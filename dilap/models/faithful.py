@@ -1,0 +1,161 @@
+"""A model is loaded as its files have it, or refused: nothing of them is left out, and nothing invented, in silence.
+
+transformers loads what its classes have a place for, and passes over the rest with a warning.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from transformers import PreTrainedModel
+
+from dilap.backends.llamacpp.gguf_header import GgufHeader, read_header
+from dilap.core.errors import InvalidInput
+from dilap.models.families import family_of
+from dilap.models.families.family import has_tied_head, head_dim_of
+from dilap.models.tensor_file import opened_tensors
+
+_HEAD = "lm_head.weight"
+# Tensors that older versions of transformers saved and that are computed from the config.
+_COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
+_ROPE_FACTORS = "rope_freqs.weight"
+# Keys of a GGUF file after its architecture's name: those that transformers reads, those that only repeat another one,
+# and those that change nothing at the values given.
+_READ = (
+    *("context_length", "block_count", "embedding_length", "feed_forward_length", "attention.head_count"),
+    *("attention.head_count_kv", "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base"),
+    *("vocab_size", "attention.key_length", "attention.value_length"),
+)
+_NEUTRAL: Mapping[str, Collection[Any]] = {
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (1.0, 0.0),
+    "rope.scale_linear": (1.0,),
+    "rope.scaling.finetuned": (False, True),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "attention.causal": (True,),
+    "attention.sliding_window": (0,),
+    "pooling_type": (0,),
+    "tensor_data_layout": ("Meta AI original pth",),
+}
+_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Factors of the rotary frequencies that Llama 3.1 and 3.2 have.
+_LLAMA3 = ({"factor": 8.0}, {"factor": 32.0})
+_LLAMA3_REST = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def require_no_adapter(path: Path) -> None:
+    """Raise InvalidInput for the folder of a LoRA adapter, and for one beside a whole model."""
+    described = path / "adapter_config.json"
+    if not described.is_file():
+        return
+    merge = "merge it with peft (merge_and_unload, save_pretrained), and give the merged folder"
+    if not (path / "config.json").is_file():
+        base = json.loads(described.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise InvalidInput(f"{path} holds an adapter of {str(base)!r:.80} and no model: {merge}")
+    raise InvalidInput(f"{path} holds a model and an adapter: {merge}, or move adapter_config.json away")
+
+
+def tie_as_files_do_(model: PreTrainedModel, *, missing: Collection[str]) -> None:
+    """Tie the head to the embedding where the files have no head, and let the config say whether it is tied."""
+    if _HEAD in missing:
+        model.config.tie_word_embeddings = True
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    model.config.tie_word_embeddings = has_tied_head(model)
+
+
+def require_every_tensor(report: Mapping[str, Any], *, has_tied_head: bool, source: str) -> None:
+    """Raise InvalidInput, naming a tensor, where the model lacks one of the files or the files lack one of the model.
+
+    `report` is transformers' loading report.
+    """
+    tied = {_HEAD} if has_tied_head else set()
+    if missing := sorted(set(report["missing_keys"]) - tied):
+        raise InvalidInput(f"{source}: tensor {missing[0]} is missing from its files, and its config asks for it")
+    unread = sorted(one for one in report["unexpected_keys"] if not one.endswith(_COMPUTED))
+    if unread:
+        raise InvalidInput(
+            f"{source}: its files have {_counted(unread)} that its config has no place for; mend the config (does it "
+            "say that there is no bias?), or remove the tensor if it is not part of the model"
+        )
+
+
+def exact_type(folder: Path) -> torch.dtype | str:
+    """Return the type in which all tensors of a folder's safetensors files are exact, or "auto" where they have one.
+
+    Otherwise transformers rounds all tensors to the type of the first. 8-bit floats are exact in every other type.
+    """
+    types: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with opened_tensors(path, what="model file") as file:
+            types |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    wide = {one for one in types if one in _TYPES}
+    if len(types) < 2 and wide == types:
+        return "auto"
+    return _TYPES[wide.pop()] if len(wide) == 1 else torch.bfloat16 if not wide else torch.float32
+
+
+def read_rest_of_gguf_(model: PreTrainedModel, path: Path) -> None:
+    """Read what transformers passes over in a GGUF file. Raises InvalidInput, by name, for what cannot be read."""
+    header = read_header(path)
+    _require_keys_read(header, path)
+    own = {name: name for name in _gguf_names(model)}
+    if unread := sorted(set(header.shapes) - set(own) - {_ROPE_FACTORS}):
+        raise InvalidInput(f"{path}: {_counted(unread)} of this file has no place in a {model.config.model_type} model")
+    if _ROPE_FACTORS in header.shapes:
+        _scale_rotary_(model, path, header)
+
+
+def _require_keys_read(header: GgufHeader, path: Path) -> None:
+    architecture = header.metadata.get("general.architecture")
+    for key, value in header.metadata.items():
+        prefix, _, name = key.partition(".")
+        if prefix != architecture or name in _READ or name == "rope.scaling.attn_factor":
+            continue
+        if value not in _NEUTRAL.get(name, ()):
+            raise InvalidInput(
+                f"{path}: its key {key} ({value!r:.40}) is not read, and the model would compute something else without"
+            )
+
+
+def _gguf_names(model: PreTrainedModel) -> set[str]:
+    """Return the names that a model's tensors have in a GGUF file."""
+    kind = {"mistral": "llama"}.get(model.config.model_type, model.config.model_type)
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
+    names = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
+    found = (names.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.state_dict())
+    return {one for one in found if one is not None}
+
+
+def _scale_rotary_(model: PreTrainedModel, path: Path, header: GgufHeader) -> None:
+    """Give a model the rotary frequencies that the file's divisors make.
+
+    They are those of Llama 3, or a table, which transformers has as longrope with equal tables for all lengths.
+    """
+    config, family = model.config, family_of(model.config)
+    tensors = {one.name: one.data for one in gguf.GGUFReader(path).tensors}
+    factors = torch.tensor(tensors[_ROPE_FACTORS].astype("float32"))
+    magnitude = float(header.metadata.get(f"{header.metadata['general.architecture']}.rope.scaling.attn_factor", 1.0))
+    base = config.rope_parameters["rope_theta"]
+    plain = torch.tensor([base ** (-2 * i / head_dim_of(config)) for i in range(head_dim_of(config) // 2)])
+    table = {
+        "rope_type": "longrope",
+        "short_factor": factors.tolist(),
+        "long_factor": factors.tolist(),
+        "attention_factor": magnitude,
+        "original_max_position_embeddings": config.max_position_embeddings,
+    }
+    named = [{"rope_type": "llama3", **one, **_LLAMA3_REST} for one in _LLAMA3] if magnitude == 1.0 else []
+    for parameters in (*named, table):
+        config.rope_parameters = {"rope_theta": base, **parameters}
+        rotary: Any = type(model.get_submodule(family.rotary))(config)
+        if parameters is table or torch.allclose(rotary.inv_freq, plain / factors, rtol=1e-4):
+            model.set_submodule(family.rotary, rotary)
+            return
+
+
+def _counted(names: list[str]) -> str:
+    return f"tensor {names[0]}" + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
