@@ -3,7 +3,6 @@
 transformers loads what its classes have a place for, and passes over the rest with a warning.
 """
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ import torch
 from transformers import PreTrainedModel
 
 from dilap.backends.llamacpp.gguf_header import GgufHeader, read_header
+from dilap.core.codec import read_json
 from dilap.core.errors import InvalidInput
 from dilap.models.families import family_of
 from dilap.models.families.family import has_tied_head, head_dim_of
+from dilap.models.pretrained import errors_of_damaged_files
 from dilap.models.tensor_file import opened_tensors
 
 _HEAD = "lm_head.weight"
@@ -54,7 +55,7 @@ def require_no_adapter(path: Path) -> None:
         return
     merge = "merge it with peft (merge_and_unload, save_pretrained), and give the merged folder"
     if not (path / "config.json").is_file():
-        base = json.loads(described.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = read_json(described).get("base_model_name_or_path")
         raise InvalidInput(f"{path} holds an adapter of {str(base)!r:.80} and no model: {merge}")
     raise InvalidInput(f"{path} holds a model and an adapter: {merge}, or move adapter_config.json away")
 
@@ -102,11 +103,11 @@ def read_rest_of_gguf_(model: PreTrainedModel, path: Path) -> None:
     """Read what transformers passes over in a GGUF file. Raises InvalidInput, by name, for what cannot be read."""
     header = read_header(path)
     _require_keys_read(header, path)
-    own = {name: name for name in _gguf_names(model)}
-    if unread := sorted(set(header.shapes) - set(own) - {_ROPE_FACTORS}):
+    if unread := sorted(set(header.shapes) - _gguf_names(model) - {_ROPE_FACTORS}):
         raise InvalidInput(f"{path}: {_counted(unread)} of this file has no place in a {model.config.model_type} model")
     if _ROPE_FACTORS in header.shapes:
-        _scale_rotary_(model, path, header)
+        with errors_of_damaged_files():
+            _scale_rotary_(model, path, header)
 
 
 def _require_keys_read(header: GgufHeader, path: Path) -> None:

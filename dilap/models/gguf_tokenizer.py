@@ -5,18 +5,20 @@ transformers' own reader knows no pre-tokenizer but one, and adds tokens that th
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import gguf
+from gguf import GGUFValueType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dilap.backends.child import opened
 from dilap.backends.llamacpp.file import Gguf
-from dilap.core.errors import InvalidInput, Unavailable
-from dilap.models.pretrained import from_pretrained, require_sound_gguf
+from dilap.core.errors import InvalidInput, Unavailable, reason_of
+from dilap.models.pretrained import errors_of_damaged_files, from_pretrained, require_sound_gguf
 from dilap.models.text_samples import SAMPLES, first_difference
 
 _CONTROL, _USER_DEFINED = 3, 4  # gguf's types of tokens
@@ -68,28 +70,54 @@ _ALIKE = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """One entry of a GGUF file's metadata; `item_kind` is the type of an array's items."""
+
+    key: str
+    value: Any
+    kind: GGUFValueType
+    item_kind: GGUFValueType | None = None
+
+
+def tokenizer_fields(path: Path) -> tuple[Field, ...]:
+    """Return the `tokenizer.*` entries of a GGUF file. Raises InvalidInput where it is damaged or has no tokenizer."""
+    require_sound_gguf(path)
+    try:
+        found = [one for name, one in gguf.GGUFReader(path).fields.items() if name.startswith("tokenizer.")]
+        fields = tuple(
+            Field(
+                key=one.name,
+                value=one.contents(),
+                kind=one.types[0],
+                item_kind=one.types[-1] if one.types[0] == GGUFValueType.ARRAY else None,
+            )
+            for one in found
+        )
+    except (ValueError, IndexError, OSError) as error:  # ValueError: a text that is no UTF-8
+        raise InvalidInput(f"{path}: not a GGUF file ({reason_of(error)})") from error
+    if not any(one.key == "tokenizer.ggml.tokens" and one.value for one in fields):
+        raise InvalidInput(f"{path}: it holds no tokenizer")
+    return fields
+
+
 def read_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a GGUF file.
 
     Raises InvalidInput, with the text that differs, where no tokenizer of transformers splits texts as llama.cpp does
     with this file.
     """
-    require_sound_gguf(path)
-    fields = {
-        name: one.contents() for name, one in gguf.GGUFReader(path).fields.items() if name.startswith("tokenizer")
-    }
-    tokens = fields.get("tokenizer.ggml.tokens") or []
-    if not tokens:
-        raise InvalidInput(f"{path}: it holds no tokenizer")
+    fields = {one.key: one.value for one in tokenizer_fields(path)}
+    tokens, differing = fields["tokenizer.ggml.tokens"], ""
     expected = _split_by_llamacpp(path)
-    differing = ""
-    for candidate in _candidates(path, fields):
-        if len(candidate) > len(tokens):
-            differing = f"it would have {len(candidate)} tokens, and the file has {len(tokens)}"
-            continue
-        differing = _difference(candidate, expected)
-        if not differing:
-            return candidate
+    with errors_of_damaged_files():
+        for candidate in _candidates(path, fields):
+            if len(candidate) > len(tokens):
+                differing = f"it would have {len(candidate)} tokens, and the file has {len(tokens)}"
+                continue
+            differing = _difference(candidate, expected)
+            if not differing:
+                return candidate
     raise InvalidInput(f"{path}: its tokenizer ({fields.get('tokenizer.ggml.pre')}) cannot be rebuilt: {differing}")
 
 

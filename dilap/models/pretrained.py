@@ -1,6 +1,7 @@
 """Safe calls of transformers' loaders: no code of a checkpoint runs, no question is asked, no absurd size is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,15 @@ def from_pretrained(loader: Any, folder: str | Path, *, gguf_file: str | None = 
         require_sound_gguf(Path(folder) / gguf_file)
     elif (config := Path(folder) / "config.json").is_file():
         require_plausible(read_json(config), source=str(config))
-    try:
+    with errors_of_damaged_files():
         return loader.from_pretrained(folder, trust_remote_code=False, **arguments)
+
+
+@contextmanager
+def errors_of_damaged_files() -> Iterator[None]:
+    """Raise InvalidInput, with a text of one line, for any error of a library that reads what may be damaged."""
+    try:
+        yield
     except DilapError:
         raise
     except BaseException as error:

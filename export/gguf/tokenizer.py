@@ -12,15 +12,14 @@ from gguf import GGUFValueType, TokenType
 
 from dilap.backends.child import opened
 from dilap.backends.llamacpp.file import Gguf
-from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed, reason_of
+from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed
+from dilap.models.gguf_tokenizer import Field, tokenizer_fields
 from dilap.models.load import load_tokenizer
-from dilap.models.pretrained import require_sound_gguf
 from dilap.models.text_samples import SAMPLES, first_difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PREFIX = "tokenizer."
 PER_TOKEN = {  # arrays with one value per token, and the value of a token that only fills up the vocabulary
     "tokenizer.ggml.scores": 0.0,
     "tokenizer.ggml.token_type": int(TokenType.UNUSED),
@@ -32,16 +31,6 @@ PRE_TOKENIZERS = (
     *("falcon", "starcoder", "command-r", "olmo", "stablelm2", "dbrx", "refact", "glm4", "mpt", "bloom", "viking"),
     *("exaone", "superbpe", "seed-coder", "hunyuan", "bailingmoe", "qwen35", "default"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Field:
-    """One metadata entry; `item_kind` is the type of an array's items."""
-
-    key: str
-    value: Any
-    kind: GGUFValueType
-    item_kind: GGUFValueType | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +76,7 @@ def read_tokenizer(source: Path, *, vocab_size: int) -> Tokenizer:
     Raises InvalidInput where it cannot be read or has more tokens, Unsupported where GGUF cannot hold it (BPE only).
     """
     if source.is_file():
-        return _from_gguf(source).padded(vocab_size)
+        return Tokenizer(tokenizer_fields(source)).padded(vocab_size)
     reference = _transformers_tokenizer(source)
     document = json.loads(reference.backend_tokenizer.to_str())
     model = document["model"]
@@ -187,28 +176,6 @@ def _texts(reference: "PreTrainedTokenizerFast") -> Iterator[str]:
             yield f"user\nHello{token}"
         if token and anywhere:
             yield f"{token}user\nHello, world{token}\nassistant"
-
-
-def _from_gguf(path: Path) -> Tokenizer:
-    require_sound_gguf(path)
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, OSError) as error:
-        raise InvalidInput(f"{path}: not a GGUF file ({reason_of(error)})") from error
-    found = [field for name, field in reader.fields.items() if name.startswith(PREFIX)]
-    if not any(field.name == "tokenizer.ggml.tokens" for field in found):
-        raise InvalidInput(f"{path}: it holds no tokenizer")
-    return Tokenizer(
-        tuple(
-            Field(
-                key=field.name,
-                value=field.contents(),
-                kind=field.types[0],
-                item_kind=field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None,
-            )
-            for field in found
-        )
-    )
 
 
 def _byte_level(document: dict[str, Any], reference: "PreTrainedTokenizerFast") -> Tokenizer:

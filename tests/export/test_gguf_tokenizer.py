@@ -17,6 +17,7 @@ from dilap.backends.llamacpp.file import Gguf
 from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed
 from dilap.export.gguf import tokenizer as gguf_tokenizer
 from dilap.export.gguf.tokenizer import read_tokenizer, verify_tokenizer
+from dilap.models.gguf_tokenizer import Field
 from dilap.models.load import load_tokenizer
 from dilap.models.text_samples import SAMPLES
 
@@ -196,7 +197,7 @@ def test_swapped_merges_fail_naming_the_difference(tokenizer: Path, tmp_path: Pa
 
 
 def test_token_held_twice_is_refused() -> None:  # llama.cpp would abort the process
-    field = gguf_tokenizer.Field(key="tokenizer.ggml.tokens", value=["a", "b", "a"], kind=gguf.GGUFValueType.ARRAY)
+    field = Field(key="tokenizer.ggml.tokens", value=["a", "b", "a"], kind=gguf.GGUFValueType.ARRAY)
     with pytest.raises(InvalidInput, match="'a' twice"):
         gguf_tokenizer.Tokenizer((field,)).padded(10)
 
@@ -277,7 +278,7 @@ def test_named_chat_templates_are_kept_beside_the_default_one(tmp_path: Path) ->
 )
 def test_every_end_token_has_an_entry(ends: list[int], wanted: dict[str, int]) -> None:
     given = gguf_tokenizer.Tokenizer(
-        (gguf_tokenizer.Field(key="tokenizer.ggml.eos_token_id", value=0, kind=gguf.GGUFValueType.UINT32),)
+        (Field(key="tokenizer.ggml.eos_token_id", value=0, kind=gguf.GGUFValueType.UINT32),)
     )
     found = gguf_tokenizer.with_end_tokens(given, ends)
     assert {one.key: one.value for one in found.fields} == {

@@ -18,9 +18,9 @@ from dilap.core.measurement import DeviceState
 from dilap.core.plan import Plan
 from dilap.core.workload import Workload
 from dilap.evaluation.local_task import _read as read_rows
-from dilap.export.gguf.tokenizer import _from_gguf
 from dilap.job import comparison, result
 from dilap.job.command import command_line
+from dilap.models.gguf_tokenizer import tokenizer_fields
 from dilap.models.load import load
 from dilap.models.pretrained import require_sound_gguf
 from dilap.models.text_files import read_text
@@ -209,7 +209,7 @@ def gguf_target(folder: Path) -> Target:
     def read(content: bytes) -> None:
         path.write_bytes(content)
         require_sound_gguf(path)
-        _from_gguf(path)
+        tokenizer_fields(path)
 
     return Target(path.read_bytes(), read, is_text=False)
 
