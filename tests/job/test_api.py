@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from standins import ROOT
-from standins.fake_job import FinishedJob
+from standins.fake_job import QUICK, FinishedJob, quick
 
 import dilap
 from dilap.core.codec import decode, read_json
@@ -21,16 +21,9 @@ from dilap.job.result import PruneResult
 from dilap.models.anatomy import model_digest
 from dilap.profilers.devices import device as devices
 
-FAST: dict[str, Any] = {"evaluations": 3, "step": 0.2, "calib_length": 32, "context": 64}
-
 
 def job(corpus: Path, tmp_path: Path, **changes: Any) -> dict[str, Any]:
-    texts = {"calib": str(corpus), "eval_text": str(corpus)}
-    return (
-        {"budget": "70%", "out": tmp_path / "run", "cache": tmp_path / "cache", "method": "magnitude"}
-        | texts
-        | (FAST | changes)
-    )
+    return quick(corpus, tmp_path / "run", budget="70%", method="magnitude", **changes)
 
 
 @pytest.mark.parametrize("name", dilap.__all__)
@@ -73,7 +66,7 @@ def test_a_job_is_that_of_the_command(finished: FinishedJob, tmp_path: Path) -> 
 @pytest.mark.usefixtures("fake_device")
 def test_a_loaded_model_is_left_as_it_is(finished: FinishedJob, tmp_path: Path) -> None:
     source = dilap.load(str(finished.checkpoint))
-    dilap.prune(source, **job(finished.corpus, tmp_path, progress=lambda _: None))
+    dilap.prune(source, **job(finished.corpus, tmp_path))
     assert model_digest(source.model) == source.digest
 
 
@@ -83,7 +76,7 @@ def test_nothing_is_written_but_into_out_and_the_cache(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    dilap.prune(str(finished.checkpoint), **job(finished.corpus, tmp_path, progress=lambda _: None))
+    dilap.prune(str(finished.checkpoint), **job(finished.corpus, tmp_path))
     assert list((tmp_path / "here").iterdir()) == []
 
 
@@ -117,10 +110,10 @@ def test_the_lines_of_the_readme_run(finished: FinishedJob, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def quick(**options: Any) -> Any:
-        return job_options(**options | FAST | {"calib": str(finished.corpus), "eval_text": str(finished.corpus)})
+    def shortened(**options: Any) -> Any:
+        return job_options(**options | QUICK | {"calib": str(finished.corpus), "eval_text": str(finished.corpus)})
 
-    monkeypatch.setattr("dilap.job.api.job_options", quick)
+    monkeypatch.setattr(api, "job_options", shortened)
     assert len(blocks) == 1
     assert len(blocks[0].strip().splitlines()) <= 6
     exec(blocks[0].replace("smollm2-135m", str(finished.checkpoint)), {})

@@ -1,18 +1,19 @@
 """The comparison: every method on the same rails, resumable, and one failure loses nothing else."""
 
 import csv
-import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from standins.fake_job import FAST, call, last_line
+from standins.fake_job import compare_tiny
 
-from dilap.cli import compare
 from dilap.core.codec import read_json
-from dilap.job.comparison import Row, markdown, read_row
+from dilap.core.errors import InvalidInput
+from dilap.job import api
+from dilap.job.comparison import Row, markdown, read_row, read_rows
 from dilap.job.run_folder import held
 from dilap.job.verdict import Verdict
-from dilap.methods import METHODS
+from dilap.methods import shortgpt
 from dilap.search.method import Pruned, PruneTask
 
 pytestmark = pytest.mark.usefixtures("fake_device")
@@ -23,168 +24,128 @@ def fail(task: PruneTask) -> Pruned:
     raise KeyError("no such layer")
 
 
-def compare_tiny(checkpoint: Path, corpus: Path, out: Path, *extra: str) -> int:
-    arguments = ["--target", "host_cpu", "--model", checkpoint, "--calib", corpus, "--eval-text", corpus, "--out", out]
-    return call(compare.main, *arguments, *FAST, "--recover-steps", "2", *extra)
+FAIL = f"{__name__}:{fail.__name__}"
 
 
-def rows(out: Path) -> list[dict[str, object]]:
-    found: list[dict[str, object]] = read_json(out / "compare.json")["rows"]
-    return found
+def rows(out: Path) -> list[Row]:
+    """The rows that a comparison has written."""
+    return read_rows(read_json(out / "compare.json")["rows"], source="compare.json")
 
 
 def test_rows_hold_what_is_compared(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    names = ["dilap", "flap", "shortgpt"]
-    assert compare_tiny(checkpoint, corpus, out, "--budget", "80%", "65%", "--methods", *names) == 0
-    assert [(row["method"], row["budget"]) for row in rows(out)] == [
+    out, names = tmp_path / "out", ["dilap", "flap", "shortgpt"]
+    found = compare_tiny(checkpoint, corpus, out, *names, budgets=["80%", "65%"], recover_steps=2)
+    assert [(row.method, row.budget) for row in found] == [
         (method, budget) for budget in ("80%", "65%") for method in names
     ]
-    for row in rows(out):
-        empty = {key for key, value in row.items() if value is None}
-        assert empty == {"error"}
-        assert row["budget_used"] <= 1.0  # type: ignore[operator]
-        low, high = row["seconds_ci"]  # type: ignore[misc]
-        assert low <= row["seconds"] <= high  # type: ignore[has-type]
+    assert rows(out) == found
+    for row in found:
+        assert {name for name, value in asdict(row).items() if value is None} == {"error"}
+        assert row.budget_used is not None
+        assert row.budget_used <= 1.0
+        assert row.seconds_ci is not None
+        assert row.seconds is not None
+        low, high = row.seconds_ci
+        assert low <= row.seconds <= high
 
 
 def test_ratios_stand_beside_budgets(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    asked = ("--budget", "80%", "--ratio", "0.3", "0.5", "--methods", "magnitude", "--keep-models", "--recover", "none")
-    assert compare_tiny(checkpoint, corpus, out, *asked) == 0
+    asked = {"budgets": ["80%"], "ratios": [0.3, 0.5]}
+    compare_tiny(checkpoint, corpus, out, "magnitude", **asked, keep_models=True, recover="none")
     found = rows(out)
-    assert [row["budget"] for row in found] == ["80%", "ratio 0.3", "ratio 0.5"]
-    assert found[2]["parameters"] < found[1]["parameters"]  # type: ignore[operator]
+    assert [row.budget for row in found] == ["80%", "ratio 0.3", "ratio 0.5"]
+    left = [row.parameters or 0 for row in found]
+    assert 0 < left[2] < left[1]
     assert (out / "runs" / "ratio-0.3" / "magnitude" / "checkpoint").is_dir()
 
 
-def test_nothing_to_compare_at_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(compare.main, "--target", "host_cpu") == 2
-    assert "name a --budget or a --ratio" in last_line(capsys)
+def test_nothing_to_compare_at_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="name budgets or ratios"):
+        api.compare(out=tmp_path / "out")
 
 
 def test_one_failed_method_does_not_lose_the_others(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    methods = [f"{__name__}:fail", "magnitude"]
-    assert compare_tiny(checkpoint, corpus, out, "--budget", "80%", "--methods", *methods) == 0
+    compare_tiny(checkpoint, corpus, out, FAIL, "magnitude", budgets=["80%"], recover_steps=2)
     failed, done = rows(out)
-    assert failed["error"] == "KeyError: no such layer"
-    assert done["error"] is None
-    assert f"{__name__}:fail failed: KeyError: no such layer" in (out / "compare.md").read_text()
+    assert failed.error == "KeyError: no such layer"
+    assert done.error is None
+    assert f"{FAIL} failed: KeyError: no such layer" in (out / "compare.md").read_text()
 
 
-def test_a_comparison_that_another_process_is_at_is_left_to_it(
-    checkpoint: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with held(tmp_path / "out" / "shared"):
-        assert compare_tiny(checkpoint, corpus, tmp_path / "out", "--budget", "80%", "--methods", "magnitude") == 2
-    assert "another process is at work" in last_line(capsys)
+def test_a_comparison_that_another_process_is_at_is_left_to_it(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    with held(tmp_path / "out" / "shared"), pytest.raises(InvalidInput, match="another process is at work"):
+        compare_tiny(checkpoint, corpus, tmp_path / "out", "magnitude", budgets=["80%"])
 
 
 def test_killed_comparison_goes_on_where_it_stopped(
-    checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("--budget", "80%", "--methods", "magnitude", "shortgpt", "--recover", "none")
+    out, names, lines = tmp_path / "out", ("magnitude", "shortgpt"), list[str]()
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dilap.methods.shortgpt.layer_statistics", interrupt)
-        assert compare_tiny(checkpoint, corpus, tmp_path / "out", *arguments) == 130
-    assert [row["method"] for row in rows(tmp_path / "out")] == ["magnitude"]
-    capsys.readouterr()
-    assert compare_tiny(checkpoint, corpus, tmp_path / "out", *arguments) == 0
-    said = capsys.readouterr().err
-    assert "=== 2 of 2: shortgpt" in said
-    assert "=== 1 of 2" not in said
-    assert [row["method"] for row in rows(tmp_path / "out")] == ["magnitude", "shortgpt"]
+        patch.setattr(shortgpt, "layer_statistics", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compare_tiny(checkpoint, corpus, out, *names, budgets=["80%"], recover="none")
+    assert [row.method for row in rows(out)] == ["magnitude"]
+    compare_tiny(checkpoint, corpus, out, *names, budgets=["80%"], recover="none", progress=lines.append)
+    assert any("=== 2 of 2: shortgpt" in line for line in lines)
+    assert not any("=== 1 of 2" in line for line in lines)
+    assert [row.method for row in rows(out)] == ["magnitude", "shortgpt"]
 
 
 def test_budgets_share_what_does_not_depend_on_them(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
     names = ["dilap", "ziplm", "puzzle", "sleb", "sprint", "shortgpt", "flap", "llm_pruner"]
-    fewer = ("--recover", "none", "--set", "ziplm.starts=2", "--set", "failures=1")
+    fewer = {"recover": "none", "settings": {"ziplm": {"starts": "2", "failures": "1"}}}
     both, second = tmp_path / "both", tmp_path / "second"
-    assert compare_tiny(checkpoint, corpus, both, "--budget", "90%", "78%", "--methods", *names, *fewer) == 0
-    assert compare_tiny(checkpoint, corpus, second, "--budget", "78%", "--methods", *names, *fewer) == 0
+    compare_tiny(checkpoint, corpus, both, *names, budgets=["90%", "78%"], **fewer)
+    compare_tiny(checkpoint, corpus, second, *names, budgets=["78%"], **fewer)
     for name in names:
         plans = [read_json(out / "runs" / "78pct" / name / "plan.json") for out in (both, second)]
         assert plans[0] == plans[1], name
 
 
 def test_what_methods_share_is_dropped_when_all_are_done(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
-    out, arguments = tmp_path / "out", ("--budget", "80%", "--recover", "none", "--methods", "uniform")
-    compare_tiny(checkpoint, corpus, out, *arguments, f"{__name__}:fail")
+    out = tmp_path / "out"
+    compare_tiny(checkpoint, corpus, out, "uniform", FAIL, budgets=["80%"], recover="none")
     assert list((out / "shared" / "methods").glob("library-*.safetensors"))
-    compare_tiny(checkpoint, corpus, out, *arguments)
+    compare_tiny(checkpoint, corpus, out, "uniform", budgets=["80%"], recover="none")
     assert not (out / "shared" / "methods").exists()
 
 
 def test_settings_go_to_the_methods_that_have_them(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
-    settings = ("--set", "flap.metric=IFV", "--set", "steps=1")
-    arguments = ("--budget", "80%", "--recover", "none", "--methods", "flap", "llm_streamline", *settings)
-    assert compare_tiny(checkpoint, corpus, tmp_path / "out", *arguments) == 0
+    settings = {"flap": {"metric": "IFV"}, "llm_streamline": {"steps": "1"}}
+    compare_tiny(checkpoint, corpus, tmp_path / "out", *settings, budgets=["80%"], recover="none", settings=settings)
     found = {
         name: read_json(tmp_path / "out" / "runs" / "80pct" / name / "result.json")["options"]["settings"]
-        for name in ("flap", "llm_streamline")
+        for name in settings
     }
-    assert found == {"flap": {"metric": "IFV"}, "llm_streamline": {"steps": "1"}}
-
-
-@pytest.mark.parametrize(
-    ("pair", "message"),
-    [
-        ("flap.metrik=IFV", "method flap has no setting 'metrik'"),
-        ("flap.metric=none", "metric is IFV or WIFV or WIFN"),
-        ("nothing=1", "--set takes METHOD.NAME=VALUE"),
-        ("sleb.num_tokens=1", "--set takes METHOD.NAME=VALUE"),
-    ],
-)
-def test_wrong_settings_are_found_before_any_work(
-    pair: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ("--target", "host_cpu", "--budget", "80%", "--methods", "flap", "--out", tmp_path / "out")
-    assert call(compare.main, *arguments, "--set", pair) == 2
-    assert message in last_line(capsys)
-    assert not (tmp_path / "out").exists()
-
-
-def test_methods_are_listed_with_their_sources(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(compare.main, "--list-methods") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(METHODS)
-    assert all("arXiv" in line or "this project" in line for line in lines)
+    assert found == settings
 
 
 def test_models_are_dropped_unless_kept(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
-    arguments = ("--budget", "80%", "--methods", "magnitude", "--recover", "none")
-    compare_tiny(checkpoint, corpus, tmp_path / "dropped", *arguments)
-    compare_tiny(checkpoint, corpus, tmp_path / "kept", *arguments, "--keep-models")
+    asked = {"budgets": ["80%"], "recover": "none"}
+    compare_tiny(checkpoint, corpus, tmp_path / "dropped", "magnitude", **asked)
+    compare_tiny(checkpoint, corpus, tmp_path / "kept", "magnitude", **asked, keep_models=True)
     dropped, kept = ({p.name for p in (tmp_path / n / "runs/80pct/magnitude").iterdir()} for n in ("dropped", "kept"))
     assert kept - dropped == {"checkpoint", "artifact"}
 
 
-def test_other_options_do_not_mix(
-    checkpoint: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ("--budget", "80%", "--methods", "magnitude", "--recover", "none")
-    compare_tiny(checkpoint, corpus, tmp_path / "out", *arguments)
-    assert compare_tiny(checkpoint, corpus, tmp_path / "out", *arguments, "--seed", "1") == 2
-    assert "a comparison with other options" in last_line(capsys)
-
-
-def test_unknown_method_is_found_before_any_work(
-    checkpoint: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert compare_tiny(checkpoint, corpus, tmp_path / "out", "--budget", "80%", "--methods", "dilap", "magic") == 2
-    assert "unknown method 'magic'" in last_line(capsys)
-    assert not (tmp_path / "out").exists()
+def test_other_options_do_not_mix(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    asked = {"budgets": ["80%"], "recover": "none"}
+    compare_tiny(checkpoint, corpus, tmp_path / "out", "magnitude", **asked)
+    with pytest.raises(InvalidInput, match="a comparison with other options"):
+        compare_tiny(checkpoint, corpus, tmp_path / "out", "magnitude", **asked, seed=1)
 
 
 def test_csv_and_json_say_the_same(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
-    compare_tiny(checkpoint, corpus, tmp_path / "out", "--budget", "80%", "--methods", "magnitude", "--recover", "none")
+    compare_tiny(checkpoint, corpus, tmp_path / "out", "magnitude", budgets=["80%"], recover="none")
     (line,) = csv.DictReader((tmp_path / "out" / "compare.csv").read_text().splitlines())
-    (row,) = rows(tmp_path / "out")
+    (row,) = read_json(tmp_path / "out" / "compare.json")["rows"]
     assert (line["method"], float(line["artifact_kl"]), line["error"]) == (row["method"], row["artifact_kl"], "")
 
 
@@ -219,14 +180,6 @@ def test_less_text_than_published_is_named() -> None:
     *_, note = markdown(made).splitlines()
     assert "the same 16,384 tokens; published with more: flap (131,072); trained on them" in note
     assert "wanda_sp" not in note
-
-
-def test_json_on_standard_output_is_json_alone(
-    checkpoint: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ("--budget", "80%", "--methods", "magnitude", "--recover", "none", "--json")
-    compare_tiny(checkpoint, corpus, tmp_path / "out", *arguments)
-    assert json.loads(capsys.readouterr().out)["rows"][0]["method"] == "magnitude"
 
 
 @pytest.mark.parametrize(("status", "remark"), [("kept", ""), ("missed", " MISSED"), ("estimated", " ESTIMATED")])

@@ -1,6 +1,5 @@
 """The quality that a run shows is that of the file that it ships, read through the file's own runtime."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,35 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from standins.fake_job import FAST, FakeBench, call, last_line
+from standins.fake_job import FakeBench, compare_tiny, prune_tiny
 from standins.models import pruned_model, random_tokens, tiny_model
 
 from dilap import backends
 from dilap.backends import readers
-from dilap.cli import compare, prune
-from dilap.core.codec import decode, read_json, write_json
-from dilap.core.errors import Crashed, Unsupported
+from dilap.core.codec import read_json, write_json
+from dilap.core.errors import Crashed, Mismatch, Unsupported
 from dilap.core.measurement import Measurement
 from dilap.evaluation.scoring import beside_teacher
 from dilap.evaluation.subject import open_subject
 from dilap.evaluation.text_quality import compare as beside
 from dilap.evaluation.torch_reader import TorchReader
 from dilap.job import exam, result
+from dilap.job.result import read_result
 from dilap.models.reference import Teacher, head_of
 from dilap.profilers.profiler import Case
 
 pytestmark = pytest.mark.usefixtures("fake_device")
 TOKENS = random_tokens(3, 24)
-
-
-def prune_tiny(checkpoint: Path, corpus: Path, out: Path, *extra: str) -> int:
-    text = ["--calib", corpus, "--eval-text", corpus, "--method", "magnitude"]
-    arguments = ["--target", "host_cpu", "--budget", "70%", "--model", checkpoint, *text, "--out", out]
-    return call(prune.main, *arguments, *FAST, *extra)
-
-
-def read(run: Path) -> result.PruneResult:
-    return decode(result.PruneResult, read_json(run / "result.json"), source=str(run))
 
 
 @pytest.fixture
@@ -45,14 +34,14 @@ def quantised(checkpoint: Path, corpus: Path, tmp_path: Path) -> Path:
     if reason := backends.get("onnxruntime").unavailable():
         pytest.skip(reason)
     out = tmp_path / "run"
-    assert prune_tiny(checkpoint, corpus, out, "--backend", "onnxruntime", "--precision", "int4") == 0
+    assert prune_tiny(checkpoint, corpus, out, backend="onnxruntime", precision="int4").status == "kept"
     return out
 
 
 def test_quality_is_that_of_the_file_and_torchs_stands_beside_it(
     quantised: Path, checkpoint: Path, corpus: Path
 ) -> None:
-    found = read(quantised)
+    found = read_result(quantised)
     dense = open_subject(str(checkpoint))
     for side, artifact in ((found.dense, quantised / "dense"), (found.pruned, quantised)):
         alone = beside(open_subject(str(artifact)), dense, text=str(corpus), length=32)
@@ -66,7 +55,7 @@ def test_quality_is_that_of_the_file_and_torchs_stands_beside_it(
 
 
 def test_the_table_says_whose_quality_it_shows(quantised: Path) -> None:
-    found = read(quantised)
+    found = read_result(quantised)
     printed = result.table(found)
     assert "of the artifacts, read through onnxruntime" in printed
     assert f"torch model in floats: KL {found.pruned.in_torch.kl:.3f}" in printed
@@ -78,8 +67,8 @@ def test_what_cannot_be_read_here_has_torchs_quality_and_the_reason(
     checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(readers.READERS, "llamacpp")
-    assert prune_tiny(checkpoint, corpus, tmp_path / "run") == 0
-    found = read(tmp_path / "run")
+    assert prune_tiny(checkpoint, corpus, tmp_path / "run").status == "kept"
+    found = read_result(tmp_path / "run")
     assert (found.pruned.quality.through, found.pruned.quality.kl) == ("torch", found.pruned.in_torch.kl)
     printed = result.table(found)
     assert "KL to dense (torch)" in printed
@@ -94,17 +83,14 @@ def test_a_runtime_that_dies_while_it_reads_costs_the_run_its_numbers_alone(
     def dying(*_: object, **__: object) -> None:
         raise Crashed("llamacpp died of a segmentation fault")
 
-    monkeypatch.setattr("dilap.job.exam.open_reader", dying)
-    assert prune_tiny(checkpoint, corpus, tmp_path / "run") == 0
-    assert "not of the artifacts (llamacpp died of a segmentation fault)" in result.table(read(tmp_path / "run"))
+    monkeypatch.setattr(exam, "open_reader", dying)
+    assert prune_tiny(checkpoint, corpus, tmp_path / "run").status == "kept"
+    printed = result.table(read_result(tmp_path / "run"))
+    assert "not of the artifacts (llamacpp died of a segmentation fault)" in printed
 
 
 def test_a_file_that_changes_before_it_is_measured_is_one_line(
-    checkpoint: Path,
-    corpus: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure = FakeBench.measure_cases
 
@@ -114,8 +100,9 @@ def test_a_file_that_changes_before_it_is_measured_is_one_line(
         return [replace(one, artifact_sha256="f" * 64) for one in found] if is_claim else found
 
     monkeypatch.setattr(FakeBench, "measure_cases", changed)
-    assert prune_tiny(checkpoint, corpus, tmp_path / "run") == 2
-    assert "measured was a file of sha256 ffffffffffff, exported model.gguf" in last_line(capsys)
+    with pytest.raises(Mismatch, match=r"measured was a file of sha256 ffffffffffff, exported model\.gguf") as caught:
+        prune_tiny(checkpoint, corpus, tmp_path / "run")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_comparison_reads_the_dense_file_once(
@@ -128,9 +115,7 @@ def test_a_comparison_reads_the_dense_file_once(
         return real(name, path, **options)
 
     monkeypatch.setattr(exam, "open_reader", counted)
-    text = ["--calib", corpus, "--eval-text", corpus, "--methods", "magnitude", "uniform", "--recover", "none"]
-    arguments = ["--target", "host_cpu", "--budget", "80%", "--model", checkpoint, *text, "--out", tmp_path / "out"]
-    assert call(compare.main, *arguments, *FAST) == 0
+    compare_tiny(checkpoint, corpus, tmp_path / "out", "magnitude", "uniform", budgets=["80%"], recover="none")
     assert sorted(read_files) == ["artifact", "artifact", "dense"]
 
 
@@ -141,7 +126,7 @@ def test_results_of_earlier_versions_show_torchs_quality(run: Path) -> None:
         for name in ("through", "reason", "artifact_sha256"):
             del document[side]["quality"][name]
     write_json(run / "result.json", document)
-    assert "of the torch models in floats" in result.table(read(run))
+    assert "of the torch models in floats" in result.table(read_result(run))
 
 
 def test_a_model_beside_its_own_teacher_has_no_kl() -> None:
@@ -167,12 +152,3 @@ def test_a_text_longer_than_the_artifact_reads_is_refused() -> None:
     reader.max_tokens = 16
     with pytest.raises(Unsupported, match="16 tokens at once"):
         beside_teacher(reader, teacher, head_of(model))
-
-
-def test_json_has_both_qualities(
-    checkpoint: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["quality_through"] == "llamacpp"
-    assert {"kl", "dense_kl", "torch_kl", "torch_kl_without_recovery"} <= set(found)

@@ -1,22 +1,21 @@
 """Folders are what they say, nothing that was done is lost, and nothing of anybody else's is removed."""
 
 import os
+import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from standins.fake_job import last_line
 from standins.models import tiny_model
 
-from dilap.cli.console import Console
-from dilap.cli.export import _beside
 from dilap.core.codec import scratch_folder, write_json, written_aside
 from dilap.core.errors import Infeasible, InvalidInput, LinkLost
+from dilap.job import run_folder
+from dilap.job.api import Lines
 from dilap.job.inputs import code_sha256, inputs_of
 from dilap.job.outputs import home_of, name_of
 from dilap.job.run_folder import Workspace, tidy
@@ -33,18 +32,22 @@ def dead() -> int:
     return child.pid
 
 
-def space(tmp_path: Path) -> Workspace:
-    return Workspace(tmp_path / "run", Console())
+def ignore(_: str) -> None:
+    pass
 
 
-def begin(tmp_path: Path, error: Exception, *, stage: str | None = None, identity: dict[str, Any] = IDENTITY) -> None:
+def space(tmp_path: Path, *, progress: Callable[[str], None] = ignore) -> Workspace:
+    return Workspace(tmp_path / "run", Lines(progress))
+
+
+def begin(workspace: Workspace, error: Exception, *, stage: str | None = None) -> None:
     """A run that ends with an error, after a stage perhaps."""
     with pytest.raises(type(error)):
-        _fail(space(tmp_path), error, stage, identity)
+        _fail(workspace, error, stage)
 
 
-def _fail(workspace: Workspace, error: Exception, stage: str | None, identity: dict[str, Any]) -> None:
-    with workspace.opened(identity):
+def _fail(workspace: Workspace, error: Exception, stage: str | None) -> None:
+    with workspace.opened(IDENTITY):
         if stage is not None:
             with workspace.stage(stage):
                 pass
@@ -75,7 +78,7 @@ def test_a_run_killed_between_its_name_and_its_cache_is_tidied_and_not_run_again
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dilap.job.run_folder.drop", killed)
+        patch.setattr(run_folder, "drop", killed)
         with pytest.raises(KeyboardInterrupt):
             finished(tmp_path)
     assert (tmp_path / "run" / "cache").is_dir()
@@ -139,30 +142,31 @@ def test_a_run_killed_before_it_said_what_it_is_starts(tmp_path: Path, dead: int
     ],
 )
 def test_what_changed_since_a_run_began_is_said(change: dict[str, Any], words: str, tmp_path: Path) -> None:
-    begin(tmp_path, LinkLost("gone"), stage="calibration text")
+    begin(space(tmp_path), LinkLost("gone"), stage="calibration text")
     with pytest.raises(InvalidInput, match=words), space(tmp_path).opened(IDENTITY | change):
         pass
 
 
 @pytest.mark.parametrize("error", [LinkLost("gone"), InvalidInput("no space left"), RuntimeError("a defect")])
 def test_an_error_after_a_stage_keeps_the_work(error: Exception, tmp_path: Path) -> None:
-    begin(tmp_path, error, stage="calibration text")
+    begin(space(tmp_path), error, stage="calibration text")
     workspace = space(tmp_path)
     with workspace.opened(IDENTITY):
         assert workspace.is_continued
         assert "calibration text" in workspace.stage_seconds
 
 
-def test_an_error_after_a_stage_says_where_the_work_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    begin(tmp_path, LinkLost("gone"), stage="calibration text")
-    assert f"kept in {tmp_path / '.run.unfinished'}: the same command" in last_line(capsys)
+def test_an_error_after_a_stage_says_where_the_work_is(tmp_path: Path) -> None:
+    lines: list[str] = []
+    begin(space(tmp_path, progress=lines.append), LinkLost("gone"), stage="calibration text")
+    assert f"kept in {tmp_path / '.run.unfinished'}: the same command" in lines[-1]
 
 
 @pytest.mark.parametrize(("error", "stage"), [(InvalidInput("bad"), None), (Infeasible("never"), "latency table")])
 def test_a_new_run_that_has_nothing_or_can_never_work_leaves_nothing(
     error: Exception, stage: str | None, tmp_path: Path
 ) -> None:
-    begin(tmp_path, error, stage=stage)
+    begin(space(tmp_path), error, stage=stage)
     assert names(tmp_path) == []
 
 
@@ -170,10 +174,10 @@ def test_a_run_killed_while_it_is_discarded_starts_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead: int
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("dilap.job.run_folder.shutil.rmtree", _killed)
-        patch.setattr("dilap.core.codec.os.getpid", lambda: dead)
+        patch.setattr(shutil, "rmtree", _killed)
+        patch.setattr(os, "getpid", lambda: dead)
         with pytest.raises(KeyboardInterrupt):
-            _fail(space(tmp_path), InvalidInput("bad"), None, IDENTITY)
+            _fail(space(tmp_path), InvalidInput("bad"), None)
     assert names(tmp_path) == [f"..run.unfinished.{dead}.part"]
     finished(tmp_path)
     assert names(tmp_path) == ["run"]
@@ -340,25 +344,15 @@ def test_a_scratch_folder_of_a_dead_process_is_removed_by_the_next(tmp_path: Pat
     assert names(tmp_path) == []
 
 
-@contextmanager
-def current(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
 @pytest.mark.parametrize(
     ("cwd", "given"), [("llama", "."), ("llama", "./"), ("llama/sub", ".."), ("", "llama/"), ("", "llama/sub/..")]
 )
-def test_outputs_are_named_after_the_model_and_lie_outside_of_it(cwd: str, given: str, tmp_path: Path) -> None:
+def test_outputs_are_named_after_the_model_and_lie_outside_of_it(
+    cwd: str, given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "llama" / "sub").mkdir(parents=True)
-    with current(tmp_path / cwd):
-        assert name_of(given) == "llama"
-        places = [home_of(given).resolve(), _beside(given, "llamacpp-f16").resolve()]
-    assert places == [tmp_path, tmp_path / "llama-llamacpp-f16"]
+    monkeypatch.chdir(tmp_path / cwd)
+    assert (name_of(given), home_of(given).resolve()) == ("llama", tmp_path)
 
 
 def test_a_hub_id_is_named_as_it_is() -> None:

@@ -1,6 +1,5 @@
-"""A verdict says no more than the interval: the words, the exit codes, and the room that the search leaves for it."""
+"""A verdict says no more than the interval: the words for it, and the room that the search leaves for it."""
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,17 +7,17 @@ from pathlib import Path
 
 import pytest
 from standins.fabricated import FINGERPRINT, TINY_LAYER, tiny_llama
-from standins.fake_job import FAST, FakeBench, call
+from standins.fake_job import FakeBench, prune_tiny
 
-from dilap.cli import prune, report
-from dilap.core.codec import decode, read_json, write_json
+from dilap.core.codec import read_json, write_json
 from dilap.core.measurement import Interval, Measurement
 from dilap.core.shape import Architecture
 from dilap.core.workload import Budget, Workload
-from dilap.job.result import PruneResult, table
+from dilap.job.result import read_result, table
 from dilap.job.stages import AIM
 from dilap.job.verdict import percent, verdict, words
 from dilap.profilers.profiler import Case, budget_share
+from dilap.report.report import Report
 from dilap.search.limit import CostLimit
 
 
@@ -74,18 +73,9 @@ def of_starts(one: Measurement, levels: Sequence[float]) -> Measurement:
     )
 
 
-def prune_tiny(checkpoint: Path, corpus: Path, out: Path, *extra: str) -> int:
-    arguments = ["--target", "host_cpu", "--model", checkpoint, "--calib", corpus, "--eval-text", corpus, "--out", out]
-    return call(prune.main, *arguments, *FAST, "--budget", "70%", "--method", "magnitude", *extra)
-
-
 @pytest.mark.usefixtures("fake_device")
 def test_a_job_whose_interval_crosses_its_budget_ends_uncertain_everywhere(
-    checkpoint: Path,
-    corpus: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure = FakeBench.measure_cases
 
@@ -94,22 +84,18 @@ def test_a_job_whose_interval_crosses_its_budget_ends_uncertain_everywhere(
         return [of_starts(first, [1.0] * 8), *(of_starts(one, [0.9, 1.1] * 4) for one in others)]
 
     monkeypatch.setattr(FakeBench, "measure_cases", noisy)
-    assert prune_tiny(checkpoint, corpus, tmp_path / "run") == 1
-    assert ": kept, within the noise, " in capsys.readouterr().out
-    result = read_json(tmp_path / "run" / "result.json")
-    assert result["status"] == "uncertain"
-    assert result["budget_interval"]["low"] <= 1 < result["budget_interval"]["high"]
-    assert call(report.main, tmp_path / "run", "--markdown", "-") == 0
-    assert "70% (kept, within the noise)" in capsys.readouterr().out
+    result = prune_tiny(checkpoint, corpus, tmp_path / "run")
+    assert result.status == "uncertain"
+    assert ": kept, within the noise, " in table(result)
+    stored = read_json(tmp_path / "run" / "result.json")
+    assert stored["status"] == "uncertain"
+    assert stored["budget_interval"]["low"] <= 1 < stored["budget_interval"]["high"]
+    assert "70% (kept, within the noise)" in Report.of([tmp_path / "run"]).markdown()
 
 
 @pytest.mark.usefixtures("fake_device")
 def test_a_job_beside_other_load_claims_nothing(
-    checkpoint: Path,
-    corpus: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure = FakeBench.measure_cases
 
@@ -117,22 +103,21 @@ def test_a_job_beside_other_load_claims_nothing(
         return [replace(one, status="contended") for one in measure(self, cases, final=final)]
 
     monkeypatch.setattr(FakeBench, "measure_cases", busy)
-    assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--json") == 1
-    found = json.loads(capsys.readouterr().out)
-    assert (found["status"], found["verdict"]) == ("uncertain", "uncertain, other processes used the cores")
+    result = prune_tiny(checkpoint, corpus, tmp_path / "run")
+    assert (result.status, result.verdict) == ("uncertain", "uncertain, other processes used the cores")
     assert not read_json(tmp_path / "run" / "result.json")["speedup_shown"]
 
 
 @pytest.mark.usefixtures("fake_device")
 def test_results_of_earlier_versions_are_read(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
-    assert prune_tiny(checkpoint, corpus, tmp_path / "run") == 0
+    assert prune_tiny(checkpoint, corpus, tmp_path / "run").status == "kept"
     path = tmp_path / "run" / "result.json"
     old = read_json(path)
     del old["budget_interval"]
     for side in ("dense", "pruned"):
         del old[side]["measurement"]["first_rounds"]
     write_json(path, old)
-    result = decode(PruneResult, read_json(path), source=str(path))
+    result = read_result(tmp_path / "run")
     assert "kept, " + f"{result.budget_used:.1%} of it used" in table(result)
 
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,10 @@ from dilap.core.measurement import Measurement
 from dilap.core.rules import spread
 from dilap.core.shape import Architecture, LayerWidths
 from dilap.core.workload import Workload
+from dilap.job import api
 from dilap.job.bench import Bench
+from dilap.job.comparison import Row
+from dilap.job.result import PruneResult
 from dilap.profilers.profiler import Case
 from dilap.profilers.protocol import TABLE
 from dilap.profilers.tables.probes import default_levels, list_probes
@@ -24,6 +28,7 @@ from standins.fabricated import FINGERPRINT
 
 LLAMACPP = backends.get("llamacpp")
 FAST = ["--evaluations", "3", "--step", "0.2", "--calib-length", "32", "--context", "64"]
+QUICK: dict[str, Any] = {"evaluations": 3, "step": 0.2, "calib_length": 32, "context": 64}
 
 
 def seconds_of(widths: Sequence[LayerWidths]) -> float:
@@ -118,6 +123,32 @@ def fabricated_table(architecture: Architecture, workload: Workload, backend: Ba
         )
         for probe in probes
     )
+
+
+def quick(corpus: Path, out: Path, **options: Any) -> dict[str, Any]:
+    """The options of a quick and silent job that reads `corpus`, and writes only into `out` and a folder beside it."""
+    texts = {"calib": str(corpus), "eval_text": str(corpus)}
+    return {"out": out, "cache": out.with_name("cache"), "progress": lambda _: None} | QUICK | texts | options
+
+
+def prune_tiny(
+    checkpoint: Path,
+    corpus: Path,
+    out: Path,
+    *,
+    budget: str | None = "70%",
+    method: str = "magnitude",
+    **options: Any,
+) -> PruneResult:
+    """A quick job through the Python interface; a ratio needs `budget=None`."""
+    result = api.prune(str(checkpoint), **quick(corpus, out, budget=budget, method=method, **options))
+    assert result is not None
+    return result
+
+
+def compare_tiny(checkpoint: Path, corpus: Path, out: Path, *methods: str, **options: Any) -> list[Row]:
+    """A quick comparison of `methods` through the Python interface."""
+    return api.compare(str(checkpoint), methods=methods, **quick(corpus, out, **options))
 
 
 def call(main: Callable[[], None], *arguments: object) -> int:
