@@ -80,7 +80,7 @@ def _command() -> int:
     budgets += map(Budget.of_ratio, given.ratio)
     if not budgets:
         raise InvalidInput("nothing to compare at: name a --budget or a --ratio; --help has examples")
-    names = _names(given.methods)
+    names = methods.named(given.methods)
     settings = _settings(given.set, names)
     devices = arguments.devices_of(given, given.target)
     base = job_options(given, device=devices[0], budget=budgets[0])
@@ -104,16 +104,6 @@ def _command() -> int:
     return 0
 
 
-def _names(asked: Sequence[str]) -> list[str]:
-    """Return the methods asked for. Raises InvalidInput for an unknown one, before hours are spent on the others."""
-    if "all" in asked:
-        return [name for name in METHODS if name not in methods.NOT_COMPARED]
-    for name in asked:
-        if ":" not in name and name not in METHODS:
-            raise InvalidInput(f"unknown method {name!r}; known: all, {', '.join(sorted(METHODS))}")
-    return list(asked)
-
-
 def _settings(pairs: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, str]]:
     """Return the settings of every method, given `METHOD.name=value` for one method, `name=value` for all that have it.
 
@@ -131,8 +121,6 @@ def _settings(pairs: Sequence[str], names: Sequence[str]) -> dict[str, dict[str,
             )
         for name in chosen:
             found[name][setting] = value
-    for name in names:
-        methods.get(name, found[name])
     return found
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_search(made: argparse.ArgumentParser) -> None:
+    from dilap.job.options import RANGES
     from dilap.search.library import LibraryOptions
     from dilap.search.task import SearchOptions
 
@@ -33,18 +34,19 @@ def add_search(made: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--evaluations",
-        type=arguments.whole(0, 100_000),
+        type=arguments.whole(*RANGES["evaluations"]),
         default=search.evaluations,
         metavar="N",
         help=f"({search.evaluations})",
     )
     group.add_argument(
-        "--seed", type=arguments.whole(0, (1 << 32) - 1), default=search.seed, metavar="N", help=f"({search.seed})"
+        "--seed", type=arguments.whole(*RANGES["seed"]), default=search.seed, metavar="N", help=f"({search.seed})"
     )
 
 
 def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", steps: int | None = None) -> None:
     """Add the options about text and recovery; `mode` and `steps` are this command's defaults of the recovery."""
+    from dilap.job.options import RANGES
     from dilap.models.distil import RecoveryOptions
     from dilap.models.text import CalibrationOptions
 
@@ -57,7 +59,7 @@ def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", 
     )
     group.add_argument(
         "--calib-length",
-        type=arguments.whole(1, 1 << 20),
+        type=arguments.whole(*RANGES["calib_length"]),
         default=text.sequence_length,
         metavar="N",
         help="tokens a sequence",
@@ -65,7 +67,7 @@ def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", 
     group.add_argument("--eval-text", default="python-docs", metavar="TEXT", help="scored, never searched on")
     group.add_argument("--recover", choices=["none", "lora", "full"], default=mode, help=f"({mode})")
     group.add_argument(
-        "--recover-steps", type=arguments.whole(1, 1_000_000), default=steps, metavar="N", help=f"({steps})"
+        "--recover-steps", type=arguments.whole(*RANGES["recover_steps"]), default=steps, metavar="N", help=f"({steps})"
     )
 
 

@@ -69,6 +69,8 @@ class Budget:
             raise ValueError(
                 f"a budget is one positive number of seconds, fraction or ratio, at most {MAX_BUDGET:g}, got {given}"
             )
+        if self.statistic not in FRACTIONS:
+            raise ValueError(f"a latency is {' or '.join(FRACTIONS)}, got {self.statistic!r:.80}")
         if self.ratio is not None and self.ratio >= 1:
             raise ValueError(f"a pruning ratio lies between 0 and 1, got {self.ratio:g}")
 

@@ -35,7 +35,7 @@ from dilap.job.comparison import Row
 from dilap.job.options import job_options
 from dilap.job.profile import Profile
 from dilap.job.result import PruneResult
-from dilap.methods import METHODS, NOT_COMPARED
+from dilap.methods import named
 from dilap.models.builtin import DEFAULT_MODEL
 from dilap.models.load import Source, load
 from dilap.profilers.devices.device import Device
@@ -54,7 +54,7 @@ Place = str | os.PathLike[str]
 
 
 def prune(
-    model: str | Source = DEFAULT_MODEL,
+    model: Place | Source = DEFAULT_MODEL,
     *,
     out: Place,
     budget: str | Budget | None = None,
@@ -73,12 +73,12 @@ def prune(
     `recover`, `seed` and so on. A model that is passed as a `Source` is not changed. Raises DilapError with a one-line
     message; the same call, made again, goes on with what was done so far.
     """
-    source = None if isinstance(model, str) else replace(model, model=copy.deepcopy(model.model))
+    source = replace(model, model=copy.deepcopy(model.model)) if isinstance(model, Source) else None
     found = _devices(target, devices)
     asked = job_options(
         device=found[0],
         budget=_budget(budget, ratio, stat),
-        model=model if isinstance(model, str) else model.name,
+        model=model.name if isinstance(model, Source) else os.fspath(model),
         **_known(options, among=_JOB_OPTIONS),
     )
     return pruning.prune(
@@ -87,11 +87,11 @@ def prune(
 
 
 def compare(
-    model: str = DEFAULT_MODEL,
+    model: Place = DEFAULT_MODEL,
     *,
     out: Place,
-    budgets: Sequence[str | Budget] = (),
-    ratios: Sequence[float] = (),
+    budgets: Sequence[str | Budget] | str | Budget = (),
+    ratios: Sequence[float] | float = (),
     methods: Sequence[str] = ("all",),
     settings: Mapping[str, Mapping[str, str]] | None = None,
     stat: Statistic = "p50",
@@ -107,14 +107,17 @@ def compare(
     `settings` holds the settings of each method by the method's name. Recovery is by default that of `dilap-compare`,
     16 steps of full fine-tuning. Raises DilapError; the error of a single method is kept in its row instead.
     """
-    asked = [_budget(one, None, stat) for one in budgets] + [_budget(None, one, stat) for one in ratios]
+    asked = [_budget(one, None, stat) for one in _several(budgets)]
+    asked = list(dict.fromkeys(asked + [_budget(None, one, stat) for one in _several(ratios)]))
     if not asked:
         raise InvalidInput("nothing to compare at: name budgets or ratios")
-    names = [name for name in METHODS if name not in NOT_COMPARED] if "all" in methods else list(methods)
-    found, chosen = _devices(target, devices), settings or {}
+    names, chosen = named(_several(methods)), settings or {}
+    if strange := sorted(set(chosen) - set(names)):
+        raise InvalidInput(f"settings of {strange[0]!r}, which is not compared; methods: {', '.join(names)}")
+    found = _devices(target, devices)
     known = _known(options, among=_JOB_OPTIONS - {"method", "settings"})  # it has `methods`, and settings of each
     base = job_options(
-        device=found[0], budget=asked[0], model=model, **{"recover": "full", "recover_steps": 16, **known}
+        device=found[0], budget=asked[0], model=os.fspath(model), **{"recover": "full", "recover_steps": 16, **known}
     )
     return comparing.compare(
         base,
@@ -129,7 +132,7 @@ def compare(
 
 
 def profile(
-    model: str = DEFAULT_MODEL,
+    model: Place = DEFAULT_MODEL,
     *,
     target: str = "host_cpu",
     out: Place | None = None,
@@ -144,7 +147,7 @@ def profile(
     """
     found = _devices(target, devices)
     asked = job_options(
-        device=found[0], budget=Budget(fraction=1.0), model=model, **_known(options, among=_TIMED_OPTIONS)
+        device=found[0], budget=Budget(fraction=1.0), model=os.fspath(model), **_known(options, among=_TIMED_OPTIONS)
     )
     return profiling.profile(
         asked,
@@ -217,10 +220,15 @@ def _devices(target: str, file: Place | None) -> tuple[Device, ...]:
 
 
 def _known(options: Mapping[str, Any], *, among: Set[str]) -> Mapping[str, Any]:
-    """Return `options`. Raises InvalidInput for an option that is not `among` the known ones."""
+    """Return `options`, paths as text. Raises InvalidInput for an option that is not `among` the known ones."""
     if odd := sorted(set(options) - among):
         raise InvalidInput(f"there is no option {odd[0]!r}; there are: {', '.join(sorted(among))}")
-    return options
+    return {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in options.items()}
+
+
+def _several(given: Any) -> list[Any]:
+    """Return the items of a list; one that is no list is the only item."""
+    return [given] if isinstance(given, str | Budget | float | int) else list(given)
 
 
 def _tables(cache: Place | None) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from dilap import __version__
+from dilap import __version__, methods
 from dilap.core.codec import decode, digest, encode, read_json, write_json
 from dilap.core.errors import InvalidInput, reason_of
 from dilap.core.progress import Progress
@@ -41,6 +41,8 @@ def compare(
     by methods that fail: the same call goes on in it. Raises InvalidInput where the folder was begun by a comparison
     with other options, or by anything else.
     """
+    for method, chosen in settings.items():  # before hours are spent on the others
+        methods.get(method, chosen)
     jobs = [
         replace(base, budget=budget, method=method, settings=dict(chosen))
         for budget in budgets

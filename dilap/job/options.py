@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
+from dilap.core.bounds import MAX_THREADS
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget, Phase, Workload
 from dilap.models.builtin import DEFAULT_MODEL
@@ -13,11 +14,25 @@ from dilap.models.distil import Mode, RecoveryOptions
 from dilap.models.text import CalibrationOptions
 from dilap.profilers.configuration import thread_counts
 from dilap.profilers.devices.device import Device
-from dilap.search.layouts import Layout
+from dilap.search.layouts import LAYOUTS, Layout
 from dilap.search.library import LibraryOptions, Order
 from dilap.search.method import LevelOptions
 from dilap.search.task import SearchOptions
 
+# The whole numbers that an option takes, from the first to the second.
+RANGES: Mapping[str, tuple[int, int]] = {
+    "calib_length": (1, 1 << 20),
+    "recover_steps": (1, 1_000_000),
+    "evaluations": (0, 100_000),
+    "seed": (0, (1 << 32) - 1),
+    "threads": (1, MAX_THREADS),
+}
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "configuration": ("fastest", "plain"),
+    "layout": LAYOUTS,
+    "importance": get_args(Order),
+    "recover": get_args(Mode),
+}
 _NONE: Mapping[str, str] = MappingProxyType({})
 _TIMED, _TEXT, _LIBRARY, _SEARCH, _RECOVERY = (
     Workload(), CalibrationOptions(), LibraryOptions(), SearchOptions(), RecoveryOptions()
@@ -105,6 +120,10 @@ def job_options(
     """
     if not (math.isfinite(step) and 0 < step <= 1):
         raise InvalidInput(f"--step is a share of the dense latency above 0, got {step:g}")
+    _require_known(configuration=configuration, layout=layout, importance=importance, recover=recover)
+    _require_in_range(
+        calib_length=calib_length, recover_steps=recover_steps, evaluations=evaluations, seed=seed, threads=threads
+    )
     backend = backend or next(iter(device.backends))
     tried = thread_counts(device.default_threads()) if threads is None else (threads,)
     try:
@@ -138,3 +157,18 @@ def job_options(
         recovery=RecoveryOptions(mode=recover, steps=recover_steps),
         seed=seed,
     )
+
+
+def _require_known(**given: str | None) -> None:
+    """Raise InvalidInput for an option with a value that it does not have; None is the default of the device."""
+    for name, value in given.items():
+        if value is not None and value not in _CHOICES[name]:
+            raise InvalidInput(f"{name} is one of {', '.join(_CHOICES[name])}, got {value!r:.80}")
+
+
+def _require_in_range(**given: int | None) -> None:
+    """Raise InvalidInput for a number outside the range of its option; None is the default of the device."""
+    for name, value in given.items():
+        least, most = RANGES[name]
+        if value is not None and not (type(value) is int and least <= value <= most):
+            raise InvalidInput(f"{name} is a whole number from {least:,} to {most:,}, got {value!r:.80}")

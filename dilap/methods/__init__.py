@@ -7,7 +7,7 @@ The interface of methods is in `dilap.search.method`.
 """
 
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any
@@ -79,6 +79,16 @@ def get(name: str, settings: Mapping[str, str] = _NO_SETTINGS, *, table: Mapping
     if settings:
         raise InvalidInput(f"method {name} has no settings, got {', '.join(settings)}")
     return found
+
+
+def named(asked: Sequence[str]) -> list[str]:
+    """Return the methods asked for, once each; `all` stands for all that are compared. Raises InvalidInput."""
+    if "all" in asked:
+        return [name for name in METHODS if name not in NOT_COMPARED]
+    for name in asked:
+        if ":" not in name and name not in METHODS:
+            raise InvalidInput(f"unknown method {name!r}; known: all, {', '.join(sorted(METHODS))}")
+    return list(dict.fromkeys(asked))
 
 
 def settings_of(name: str) -> list[str]:

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,59 @@ def test_tables_lie_in_the_cache(tmp_path: Path, finished: FinishedJob, monkeypa
         ({"budgt": "70%"}, "no option 'budgt'"),
         ({"target": "toaster"}, "toaster"),
         ({"step": 0.0}, "--step"),
+        ({"stat": "p95"}, "a latency is p50 or p90, got 'p95'"),
+        ({"layout": "unifrm"}, "layout is one of free, portable, uniform, got 'unifrm'"),
+        ({"configuration": "fast"}, "configuration is one of fastest, plain"),
+        ({"importance": "wnda"}, "importance is one of"),
+        ({"recover": "ful"}, "recover is one of none, lora, full"),
+        ({"calib_length": 0}, "calib_length is a whole number from 1 to 1,048,576, got 0"),
+        ({"recover_steps": 0}, "recover_steps is a whole number from 1"),
+        ({"evaluations": -1}, "evaluations is a whole number from 0"),
+        ({"seed": -1}, "seed is a whole number from 0"),
+        ({"threads": 1.5}, "threads is a whole number from 1 to .* got 1.5"),
     ],
 )
 def test_impossible_options_are_told_in_one_line(given: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=words) as caught:
         dilap.prune(**{"budget": "70%", "out": tmp_path / "run"} | given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"budgets": []}, "nothing to compare at"),
+        ({"budgets": ["8"]}, "budget '8' is not understood"),
+        ({"methods": ["magnitud"]}, "unknown method 'magnitud'; known: all"),
+        ({"methods": ["no_such_module:prune"]}, "method 'no_such_module:prune' cannot be imported"),
+        ({"methods": ["flap"], "settings": {"flap": {"metrc": "x"}}}, "method flap has no setting 'metrc'"),
+        ({"methods": ["flap"], "settings": {"sleb": {}}}, "settings of 'sleb', which is not compared"),
+        ({"method": "flap"}, "no option 'method'"),
+    ],
+)
+def test_a_comparison_that_cannot_end_well_does_not_begin(given: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        dilap.compare(**{"budgets": "80%", "out": tmp_path / "out"} | given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: dilap.profile(method="flap"), "no option 'method'; there are: backend"),
+        (lambda: dilap.evaluate("x", task="piqa"), "no option 'task'"),
+    ],
+)
+def test_an_option_of_another_function_is_refused(call: Callable[[], object], words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        call()
+
+
+@pytest.mark.usefixtures("fake_device")
+def test_paths_may_be_given_as_paths(finished: FinishedJob, tmp_path: Path) -> None:
+    options = job(finished.corpus, tmp_path, calib=finished.corpus, eval_text=finished.corpus)
+    result = dilap.prune(finished.checkpoint, **options)
+    assert result.model == str(finished.checkpoint)
 
 
 @pytest.mark.usefixtures("fake_device")
