@@ -9,6 +9,7 @@ from typing import Any
 
 import gguf
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from dilap.backends.llamacpp.gguf_header import GgufHeader, read_header
@@ -17,7 +18,6 @@ from dilap.core.errors import InvalidInput
 from dilap.models.families import family_of
 from dilap.models.families.family import has_tied_head, head_dim_of
 from dilap.models.pretrained import errors_of_damaged_files
-from dilap.models.tensor_file import opened_tensors
 
 _HEAD = "lm_head.weight"
 # Tensors that older versions of transformers saved and that are computed from the config.
@@ -91,7 +91,7 @@ def exact_type(folder: Path) -> torch.dtype | str:
     """
     types: set[str] = set()
     for path in sorted(folder.glob("*.safetensors")):
-        with opened_tensors(path, what="model file") as file:
+        with errors_of_damaged_files(), safe_open(path, framework="pt") as file:
             types |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
     wide = {one for one in types if one in _TYPES}
     if len(types) < 2 and wide == types:

@@ -66,7 +66,7 @@ def load(name: str, *, tokenizer: Path | None = None) -> Source:
         arguments: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
         folder, tokenizer_path = path.parent, path
     elif path.is_dir() or _looks_like_hub_id(name):
-        arguments = {"dtype": exact_type(path)}
+        arguments = {}
         folder, tokenizer_path = path, path
     else:
         raise InvalidInput(
@@ -103,6 +103,7 @@ def _read(name: str, folder: str, arguments: dict[str, Any]) -> PreTrainedModel:
     # A checkpoint's own code is never run: pruned checkpoints load with the classes that their code is a copy of.
     keep = {key: value for key, value in arguments.items() if key != "dtype"}
     try:
+        arguments.setdefault("dtype", exact_type(Path(folder)))
         config = from_pretrained(AutoConfig, folder, **keep)
         family_of(config)  # raises clear errors, before gigabytes are read
         _require_known_functions(config, name=name)

@@ -22,7 +22,7 @@ PARSERS: dict[str, argparse.ArgumentParser] = {
     "dilap-eval": evaluation._parser(),
     "dilap-report": report._parser(),
 }
-OF_OTHERS = {"--fan", "--n-depth", "--onnx", "--repack"}  # jetson_clocks, llama.cpp, trtexec
+OF_OTHERS = {"--fan", "--merge", "--n-depth", "--onnx", "--repack"}  # jetson_clocks, llama.cpp, trtexec
 FOLDERS = ("dilap", "backends", "export", "profilers")
 
 

@@ -274,8 +274,8 @@ def test_the_constant_methods_say_what_the_runner_asks(dense: Path) -> None:
         "get_max_context_len": [128],
         "get_n_layers": [3],
         "get_vocab_size": [VOCAB_SIZE],
-        "get_bos_id": [1],
-        "get_eos_ids": [2],
+        "get_bos_id": [0],
+        "get_eos_ids": [0, 2],  # the tokenizer's and the generation config's
         "use_kv_cache": [True],
         "use_sdpa_with_kv_cache": [True],
         "enable_dynamic_shape": [True],

@@ -283,7 +283,7 @@ class PatientConnection(LocalConnection):
 
     def read_line(self, *, timeout: float) -> str:
         self.timeouts.append(timeout)
-        answers: list[dict[str, Any]] = [{"fingerprint": codec.encode(FINGERPRINT)}, LOADED]
+        answers: list[dict[str, Any]] = [{"fingerprint": codec.encode(FINGERPRINT)}, {}, LOADED]
         return json.dumps({"seq": self._seq, **answers[self._seq - 1]})
 
 

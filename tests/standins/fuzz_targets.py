@@ -246,10 +246,11 @@ def answers(folder: Path) -> dict[str, Target]:
     """What agents, phones and timing programs say."""
     lines: list[dict[str, object]] = [
         {"seq": 1, "dilap": "0", "fingerprint": encode(FINGERPRINT)},
-        {"seq": 2, "handle": 1, "load_seconds": 0.5, "peak_memory_bytes": 1000},
-        {"seq": 3, "samples_ns": [1000, 1001, 1002], "host_ns": [], "seconds": 0.1, "other_seconds": 0.0},
-        {"seq": 4, "state": encode(DeviceState(clocks_khz={"policy0": 1000}, load=0.5))},
-        {"seq": 5, "average_bytes": 1000},
+        {"seq": 2},
+        {"seq": 3, "handle": 1, "load_seconds": 0.5, "peak_memory_bytes": 1000},
+        {"seq": 4, "samples_ns": [1000, 1001, 1002], "host_ns": [], "seconds": 0.1, "other_seconds": 0.0},
+        {"seq": 5, "state": encode(DeviceState(clocks_khz={"policy0": 1000}, load=0.5))},
+        {"seq": 6, "average_bytes": 1000},
     ]
     refusal = [lines[0], {"seq": 2, "error": {"type": "Unfit", "message": "it is hot"}}]
     times = folder / "times.json"
