@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dilap.backends.llamacpp.gguf_header import GgufHeader, read_header
 from dilap.core.codec import read_json
@@ -20,8 +20,8 @@ from dilap.models.families.family import has_tied_head, head_dim_of
 from dilap.models.pretrained import errors_of_damaged_files
 
 _HEAD = "lm_head.weight"
-# Tensors that older versions of transformers saved and that are computed from the config.
-_COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
+# A buffer that older versions of transformers saved and that is computed from the config.
+_COMPUTED = ".rotary_emb.inv_freq"
 _ROPE_FACTORS = "rope_freqs.weight"
 # Keys of a GGUF file after its architecture's name: those that transformers reads, those that only repeat another one,
 # and those that change nothing at the values given.
@@ -43,9 +43,14 @@ _NEUTRAL: Mapping[str, Collection[Any]] = {
     "tensor_data_layout": ("Meta AI original pth",),
 }
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Factors of the rotary frequencies that Llama 3.1 and 3.2 have.
-_LLAMA3 = ({"factor": 8.0}, {"factor": 32.0})
-_LLAMA3_REST = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# How Llama 3.1 and 3.2 scale their rotary frequencies.
+_LLAMA3_FACTORS = (8.0, 32.0)
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def require_no_adapter(path: Path) -> None:
@@ -68,12 +73,22 @@ def tie_as_files_do_(model: PreTrainedModel, *, missing: Collection[str]) -> Non
     model.config.tie_word_embeddings = has_tied_head(model)
 
 
-def require_every_tensor(report: Mapping[str, Any], *, has_tied_head: bool, source: str) -> None:
+def take_special_tokens_(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the configs of a model that was read from a GGUF file the special tokens of the file's tokenizer.
+
+    transformers gives them those of its config class instead, whatever these are in the file's vocabulary.
+    """
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for config in (model.config, model.generation_config):
+            setattr(config, name, getattr(tokenizer, name))
+
+
+def require_every_tensor(report: Mapping[str, Any], *, is_tied: bool, source: str) -> None:
     """Raise InvalidInput, naming a tensor, where the model lacks one of the files or the files lack one of the model.
 
     `report` is transformers' loading report.
     """
-    tied = {_HEAD} if has_tied_head else set()
+    tied = {_HEAD} if is_tied else set()
     if missing := sorted(set(report["missing_keys"]) - tied):
         raise InvalidInput(f"{source}: tensor {missing[0]} is missing from its files, and its config asks for it")
     unread = sorted(one for one in report["unexpected_keys"] if not one.endswith(_COMPUTED))
@@ -141,7 +156,8 @@ def _scale_rotary_(model: PreTrainedModel, path: Path, header: GgufHeader) -> No
     factors = torch.tensor(tensors[_ROPE_FACTORS].astype("float32"))
     magnitude = float(header.metadata.get(f"{header.metadata['general.architecture']}.rope.scaling.attn_factor", 1.0))
     base = config.rope_parameters["rope_theta"]
-    plain = torch.tensor([base ** (-2 * i / head_dim_of(config)) for i in range(head_dim_of(config) // 2)])
+    head_dim = head_dim_of(config)
+    plain = torch.tensor([base ** (-2 * i / head_dim) for i in range(head_dim // 2)])
     table = {
         "rope_type": "longrope",
         "short_factor": factors.tolist(),
@@ -149,7 +165,7 @@ def _scale_rotary_(model: PreTrainedModel, path: Path, header: GgufHeader) -> No
         "attention_factor": magnitude,
         "original_max_position_embeddings": config.max_position_embeddings,
     }
-    named = [{"rope_type": "llama3", **one, **_LLAMA3_REST} for one in _LLAMA3] if magnitude == 1.0 else []
+    named = [{**_LLAMA3, "factor": factor} for factor in _LLAMA3_FACTORS] if magnitude == 1.0 else []
     for parameters in (*named, table):
         config.rope_parameters = {"rope_theta": base, **parameters}
         rotary: Any = type(model.get_submodule(family.rotary))(config)

@@ -1,9 +1,10 @@
 """The tokenizer of a GGUF file as transformers has it, checked against llama.cpp on the file itself.
 
-transformers' own reader knows no pre-tokenizer but one, and adds tokens that the file does not have.
+transformers' own reader splits texts in one way, whichever of llama.cpp's pre-tokenizers the file names, and adds
+tokens that the file does not have.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
@@ -173,6 +174,12 @@ def _byte_level(
     words = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     special = {words[name]: tokens[index] for name, index in named.items() if index is not None}
     found = PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False, **special)
-    if template := fields.get("tokenizer.chat_template"):
-        found.chat_template = template
+    found.chat_template = _templates(fields)
     return found
+
+
+def _templates(fields: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """Return the file's chat template; all of them by name where it has several."""
+    default, key = fields.get("tokenizer.chat_template"), "tokenizer.chat_template."
+    others = {name.removeprefix(key): value for name, value in fields.items() if name.startswith(key)}
+    return {"default": default, **others} if default and others else others or default

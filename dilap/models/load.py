@@ -1,7 +1,8 @@
 """Load models from a name, a local folder, a GGUF file or a hub id, and write checkpoints."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,14 @@ from dilap.models.faithful import (
     read_rest_of_gguf_,
     require_every_tensor,
     require_no_adapter,
+    take_special_tokens_,
     tie_as_files_do_,
 )
 from dilap.models.families import family_of
 from dilap.models.families.family import has_tied_head
 from dilap.models.gguf_tokenizer import read_gguf_tokenizer
 from dilap.models.modeling_dilap import pruned_class
-from dilap.models.pretrained import from_pretrained
+from dilap.models.pretrained import errors_of_damaged_files, from_pretrained
 from dilap.models.text_samples import SAMPLES
 
 
@@ -72,9 +74,12 @@ def load(name: str, *, tokenizer: Path | None = None) -> Source:
         raise InvalidInput(
             f"no model {name!r}: give {DEFAULT_MODEL}, a folder with config.json, a .gguf file or a hub id (user/model)"
         )
-    model = _read(name, str(folder), arguments)
+    config = _config(name, str(folder), arguments)
+    words = _tokenizer(name, tokenizer or tokenizer_path)  # before gigabytes are read
+    model = _model(name, str(folder), config, arguments)
     require_finite(model)
-    words = _tokenizer(name, tokenizer or tokenizer_path)
+    if path.is_file():
+        take_special_tokens_(model, words)
     if tokenizer is not None:
         tokenizer_path = tokenizer
     elif not tokenizer_path.exists():  # a hub id: its files are in the hub's local cache by now
@@ -92,35 +97,43 @@ def checkpoint_of(path: Path) -> Path:
 def _tokenizer(name: str, place: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder, a hub id or a GGUF file. Raises InvalidInput, Unavailable for a hub id."""
     folder, gguf_file = (place.parent, place.name) if place.is_file() else (place, None)
-    try:
+    with _errors_of(name, str(folder)):
         return load_tokenizer(folder, gguf_file=gguf_file)
-    except InvalidInput as error:
-        kind = InvalidInput if folder.is_dir() else Unavailable
-        raise kind(f"the tokenizer of model {name!r} cannot be loaded: {error}") from error
 
 
-def _read(name: str, folder: str, arguments: dict[str, Any]) -> PreTrainedModel:
-    # A checkpoint's own code is never run: pruned checkpoints load with the classes that their code is a copy of.
-    keep = {key: value for key, value in arguments.items() if key != "dtype"}
+@contextmanager
+def _errors_of(name: str, folder: str) -> Iterator[None]:
+    """Let errors say which model it is; those of a hub id are Unavailable, because it may only be out of reach."""
     try:
-        arguments.setdefault("dtype", exact_type(Path(folder)))
-        config = from_pretrained(AutoConfig, folder, **keep)
-        family_of(config)  # raises clear errors, before gigabytes are read
-        _require_known_functions(config, name=name)
-        pruned = getattr(config, "layer_widths", None)
-        loader = _pruned_class_of(config) if pruned else AutoModelForCausalLM
-        # Tensors of wrong sizes are reported below: the loader's own error does not name them.
-        arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, report = from_pretrained(loader, folder, **arguments)
+        yield
     except InvalidInput as error:
         kind = InvalidInput if Path(folder).is_dir() else Unavailable
         raise kind(f"model {name!r} cannot be loaded: {error}") from error
+
+
+def _config(name: str, folder: str, arguments: Mapping[str, Any]) -> PreTrainedConfig:
+    """Load the config. Raises Unsupported, before gigabytes are read, for a family or function that is not known."""
+    with _errors_of(name, folder):
+        config = from_pretrained(AutoConfig, folder, gguf_file=arguments.get("gguf_file"))
+        family_of(config)
+        _require_known_functions(config, name=name)
+    return config
+
+
+def _model(name: str, folder: str, config: PreTrainedConfig, arguments: dict[str, Any]) -> PreTrainedModel:
+    # A checkpoint's own code is never run: pruned checkpoints load with the classes that their code is a copy of.
+    loader = _pruned_class_of(config) if getattr(config, "layer_widths", None) else AutoModelForCausalLM
+    with _errors_of(name, folder):
+        arguments.setdefault("dtype", exact_type(Path(folder)))
+        # Tensors of wrong sizes are reported below: the loader's own error does not name them.
+        arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = from_pretrained(loader, folder, **arguments)
     for tensor, found, wanted in sorted(report["mismatched_keys"]):
         raise InvalidInput(f"model {name!r}: {_words_of_sizes(tensor, found, wanted, config)}")
     tie_as_files_do_(model, missing=report["missing_keys"])
-    require_every_tensor(report, has_tied_head=has_tied_head(model), source=f"model {name!r}")
-    if "gguf_file" in keep:
-        read_rest_of_gguf_(model, Path(folder) / keep["gguf_file"])
+    require_every_tensor(report, is_tied=has_tied_head(model), source=f"model {name!r}")
+    if "gguf_file" in arguments:
+        read_rest_of_gguf_(model, Path(folder) / arguments["gguf_file"])
     # The GGUF reader leaves the first three; a dequantised model that has them refuses to be saved. The last names
     # files of code, which are never run and not saved.
     stale = ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized"))
@@ -153,7 +166,8 @@ def load_tokenizer(folder: str | Path, *, gguf_file: str | None = None, **argume
 
 def _first_differing(tokenizer: PreTrainedTokenizerBase, described: Path) -> str:
     """Return the first sample that a tokenizer splits in another way than its file says; empty for none."""
-    file = Tokenizer.from_file(str(described))
+    with errors_of_damaged_files():
+        file = Tokenizer.from_file(str(described))
     for text in SAMPLES:
         if tokenizer(text, add_special_tokens=False)["input_ids"] != file.encode(text, add_special_tokens=False).ids:
             return text

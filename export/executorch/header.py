@@ -1,4 +1,4 @@
-"""What an ExecuTorch program holds beyond its weights, read from a config; needs no ExecuTorch."""
+"""What an ExecuTorch program holds beyond its weights, read from a loaded model; needs no ExecuTorch."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 ACTIVATIONS = ("silu", "relu")
 PRECISIONS = ("8da4w", "f32")
 GROUP_SIZE = 32  # input channels that share the scale of 4-bit weights; the only step that XNNPACK's kernels take
-# Room for a prompt and an answer: the cache is allocated as a whole, 94 MB for SmolLM2-135M.
 SCORED_TOKENS = 128  # whose logits are given at once: for a vocabulary of 50k they are 25 MB
 
 

@@ -93,15 +93,14 @@ def read_tokenizer(source: Path, *, vocab_size: int) -> Tokenizer:
 def with_end_tokens(tokenizer: Tokenizer, ends: Sequence[int]) -> Tokenizer:
     """Return the tokenizer with all tokens that end a text: GGUF has room for three, of a text, a turn and a message.
 
-    A file's own entries stay, and so does the end token of the tokenizer where it is one of `ends`.
+    The tokenizer's own entries stay.
     """
     given = {field.key: field.value for field in tokenizer.fields}
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
-    known = [given[key] for key in keys if key in given and given[key] in ends]
-    free = [key for key in keys if given.get(key) not in ends]
-    new = dict(zip(free, (token for token in ends if token not in known), strict=False))
-    kept = tuple(field for field in tokenizer.fields if field.key not in new)
-    return Tokenizer((*kept, *(Field(key=key, value=value, kind=GGUFValueType.UINT32) for key, value in new.items())))
+    new = [token for token in ends if token not in {given.get(key) for key in keys}]
+    added = zip((key for key in keys if key not in given), new, strict=False)
+    fields = (Field(key=key, value=token, kind=GGUFValueType.UINT32) for key, token in added)
+    return Tokenizer((*tokenizer.fields, *fields))
 
 
 def verify_tokenizer(path: Path, source: Path) -> list[str]:

@@ -18,7 +18,7 @@ from dilap.profilers.devices.preflight import find_problems
 from dilap.profilers.profiler import Case, Profiler
 
 _ROOM_BYTES = 1e9  # room for a model and a block of probes
-_TINY = Architecture(
+TINY = Architecture(
     family="llama",
     hidden_size=64,
     head_dim=16,
@@ -83,7 +83,7 @@ def _run_tiny(name: str, precision: str) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "tiny"
-        artifact = export.get(name).export_probe(_TINY, precision=precision, seed=0, out=out)
+        artifact = export.get(name).export_probe(TINY, precision=precision, seed=0, out=out)
         profiler = Profiler(devices.get("host_cpu"), backend=name, force=True)
         for phase in ("prefill", "decode"):
             workload = Workload(phase=phase, prompt_tokens=8, context=8, precision=precision)

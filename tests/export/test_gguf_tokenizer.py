@@ -270,7 +270,7 @@ def test_named_chat_templates_are_kept_beside_the_default_one(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("ends", "wanted"),
     [
-        ([7], {"eos": 7}),
+        ([7], {"eos": 0, "eot": 7}),
         ([0, 7], {"eos": 0, "eot": 7}),
         ([0, 7, 9], {"eos": 0, "eot": 7, "eom": 9}),
         ([], {"eos": 0}),
@@ -295,3 +295,14 @@ def test_a_normal_form_that_llamacpp_does_not_make_is_told(tmp_path: Path) -> No
     (note,) = verify_tokenizer(write_vocabulary(folder, tmp_path / "words.gguf", vocab_size=1000), folder)
     assert "llama.cpp does not normalise texts as this tokenizer does" in note
     assert "combining" in note
+
+
+def test_a_files_own_end_of_a_turn_stays() -> None:
+    given = gguf_tokenizer.Tokenizer(
+        tuple(
+            Field(key=f"tokenizer.ggml.{name}_token_id", value=value, kind=gguf.GGUFValueType.UINT32)
+            for name, value in {"eos": 0, "eot": 5}.items()
+        )
+    )
+    found = gguf_tokenizer.with_end_tokens(given, [0, 7])
+    assert [one.value for one in found.fields] == [0, 5, 7]

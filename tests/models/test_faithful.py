@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from standins.models import byte_level_tokenizer, logits, needs_llamacpp, random_tokens, tiny_model
 from tokenizers import Tokenizer, pre_tokenizers
 from torch.testing import assert_close
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from dilap import export
 from dilap.core.errors import InvalidInput
@@ -248,6 +248,26 @@ def test_a_tensor_of_a_gguf_file_without_a_place_is_named(tmp_path: Path) -> Non
     path = exported(tiny_model("llama", attention_bias=True), tmp_path)
     with pytest.raises(InvalidInput, match=r"blk\.0\.attn_k\.bias \(and \d+ more\) of this file has no place"):
         load(str(path))
+
+
+def test_the_special_tokens_of_a_gguf_file_are_its_tokenizers(tmp_path: Path) -> None:
+    """Those of Llama's config class, 1 and 2, are any tokens in another vocabulary."""
+    model = tiny_model("llama", eos_token_id=7, bos_token_id=7)
+    source = load(str(exported(model, tmp_path)))
+    wanted = source.tokenizer.eos_token_id
+    assert wanted != source.model.config.__class__().eos_token_id
+    assert source.model.config.eos_token_id == source.model.generation_config.eos_token_id == wanted
+
+
+def test_named_chat_templates_of_a_gguf_file_are_read(tmp_path: Path) -> None:
+    words = AutoTokenizer.from_pretrained(byte_level_tokenizer(tmp_path / "words"))
+    words.chat_template = {"default": "a", "tool_use": "b"}
+    words.save_pretrained(tmp_path / "words")
+    needs_llamacpp()
+    made = export.get("llamacpp").export(
+        tiny_model("llama"), tokenizer=tmp_path / "words", precision="f32", plan_digest="", out=tmp_path / "out"
+    )
+    assert load(str(tmp_path / "out" / made.path)).tokenizer.chat_template == {"default": "a", "tool_use": "b"}
 
 
 def test_one_of_several_gguf_files_says_how_to_join_them(tmp_path: Path) -> None:

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from standins.fabricated import FINGERPRINT, TINY_LAYER, tiny_llama
+from standins.standin_backend import StandIn
 
 from dilap import backends, export
 from dilap.backends import agent, host
 from dilap.core import codec
 from dilap.core.errors import InvalidInput, LinkLost, Mismatch, Unavailable
 from dilap.core.measurement import DeviceState, Fingerprint
-from dilap.core.rules import Capabilities
-from dilap.core.shape import Architecture
 from dilap.core.workload import Workload
 from dilap.profilers.devices import device as devices
 from dilap.profilers.instruments.agent import AgentClient, InstrumentBench, LocalConnection, Sampled
@@ -42,41 +41,14 @@ class FakeSession:
         self.nanoseconds = 0
 
 
-class FakeBackend:
+class FakeBackend(StandIn):
     """A file's size in bytes is its latency in microseconds."""
 
     name = "fake"
-    format = "fake"
     load_seconds = 1.0
-    shares_threads = False
-    lossy_switches: frozenset[str] = frozenset()
-
-    def unavailable(self) -> str | None:
-        return None
 
     def version(self) -> str:
         return "1"
-
-    def build(self) -> str:
-        return "none"
-
-    def precisions(self) -> tuple[str, ...]:
-        return ("f32",)
-
-    def switches(self) -> dict[str, tuple[str, ...]]:
-        return {}
-
-    def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:
-        return {}
-
-    def cache_bits(self, workload: Workload) -> float:
-        return 16.0
-
-    def after_a_crash(self) -> str:
-        return "try another"
-
-    def capabilities(self, architecture: Architecture, *, precision: str) -> Capabilities:
-        return Capabilities()
 
     def load(self, path: Path, workload: Workload) -> FakeSession:
         if not path.stat().st_size:

@@ -1,9 +1,12 @@
 """A made-up device and a small architecture for tests that need no weights."""
 
+from dataclasses import replace
+
 from dilap.core.measurement import Fingerprint, Measurement
 from dilap.core.shape import Architecture, LayerWidths
 from dilap.core.workload import Workload
 from dilap.evaluation.document import Costs, Evaluation, PhaseCosts, TaskFacts, TextQuality
+from dilap.profilers.devices.doctor import TINY
 
 FINGERPRINT = Fingerprint(
     device="host_cpu",
@@ -22,21 +25,7 @@ TINY_LAYER = LayerWidths(num_heads=4, num_kv_heads=2, num_channels=64)
 
 def tiny_llama(*layers: LayerWidths) -> Architecture:
     """A llama of hidden size 64 with heads of 16."""
-    return Architecture(
-        family="llama",
-        hidden_size=64,
-        head_dim=16,
-        vocab_size=96,
-        tied_embeddings=True,
-        ffn_matrices=3,
-        norm_vectors=1,
-        qkv_bias=False,
-        out_bias=False,
-        ffn_bias=False,
-        qk_norm=False,
-        num_positions=0,
-        layers=layers,
-    )
+    return replace(TINY, vocab_size=96, tied_embeddings=True, layers=layers)
 
 
 def evaluation(model: str, accuracy: float) -> Evaluation:
