@@ -94,12 +94,12 @@ class Measurement:
 
     `rounds` gives the round of every sample: in a round all artifacts are measured in turn, so that the samples of two
     measurements can be paired. `status` is `ok`, `noisy` (too many outliers or a wide interval), `contended` (other
-    load on the cores) or `estimated` (nothing was measured; a model of the device gave the number). `dropped_ns` keeps
-    the samples of rounds that were left out because of drift or other load. `host_seconds` is the median time of a run
-    as the host saw it, launch and wait included, where the samples are a GPU's own times. `states` are the device's,
-    before and after every fresh start; `forced` says what made it unfit and was overridden. `peak_memory_bytes` is
-    None for an estimate. `first_rounds` are the first rounds of the fresh starts; measurements of earlier versions have
-    none and are read as those of one start.
+    load on the cores, or a device that ran slower than before) or `estimated` (nothing was measured; a model of the
+    device gave the number). `dropped_ns` keeps the samples of rounds that were left out because of drift or other load.
+    `host_seconds` is the median time of a run as the host saw it, launch and wait included, where the samples are a
+    GPU's own times. `states` are the device's, before and after every fresh start; `forced` says what made it unfit and
+    was overridden. `peak_memory_bytes` is None for an estimate. `first_rounds` are the first rounds of the fresh
+    starts; measurements of earlier versions have none and are read as those of one start.
     """
 
     artifact_sha256: str

@@ -51,12 +51,14 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration) -> Prun
     with workspace.stage("save the checkpoint"):
         remove(workspace.folder / "checkpoint")  # left by an earlier start
         save_checkpoint(source.model, source.tokenizer, workspace.folder / "checkpoint")
-    dense, side, plain = _sides(stages, plan, exam, recovered)
+    dense, side, plain = _sides(stages, goal, plan, exam, recovered)
     result = _result(stages, goal, pruned, text, dense=dense, side=side, shrunk=shrunk, validation_kl=validation_kl)
     return replace(result, recovery_kls=recovery_kls, plain=plain)
 
 
-def _sides(stages: Stages, plan: Plan, exam: Exam, recovered: Quality) -> tuple[Side, Side, PlainDefaults | None]:
+def _sides(
+    stages: Stages, goal: Goal, plan: Plan, exam: Exam, recovered: Quality
+) -> tuple[Side, Side, PlainDefaults | None]:
     """Score both artifacts through their runtime, then measure them together; return the dense and the pruned side.
 
     The third value is what was measured in the runtime's plain defaults. Raises Mismatch where a file is replaced
@@ -76,7 +78,7 @@ def _sides(stages: Stages, plan: Plan, exam: Exam, recovered: Quality) -> tuple[
         ]
     with workspace.stage("latency for the claim"):
         paths = [folder / one.path for folder, one in zip(folders, artifacts, strict=True)]
-        measurements, plain = _measured(stages, paths)
+        measurements, plain = _measured(stages, goal, paths)
     for folder, artifact, measurement in zip(folders, artifacts, measurements, strict=True):
         require_measured(measurement, artifact, source=str(folder))
         require_unchanged(folder, artifact)
@@ -84,13 +86,17 @@ def _sides(stages: Stages, plan: Plan, exam: Exam, recovered: Quality) -> tuple[
     return dense, pruned, plain
 
 
-def _measured(stages: Stages, paths: Sequence[Path]) -> tuple[list[Measurement], PlainDefaults | None]:
+def _measured(stages: Stages, goal: Goal, paths: Sequence[Path]) -> tuple[list[Measurement], PlainDefaults | None]:
     """Measure both models in the configuration found and, where it differs, in the runtime's plain defaults."""
     found = stages.configuration
-    if found is None or found.is_plain:
-        return stages.bench.measure(paths, final=True), None
-    cases = [Case(path=path, workload=workload) for workload in (found.workload, found.plain) for path in paths]
-    *measured, dense, pruned = stages.bench.measure_cases(cases, final=True)
+    workloads = [stages.bench.workload]
+    if found is not None and not found.is_plain:
+        workloads.append(found.plain)
+    cases = [Case(path=path, workload=workload) for workload in workloads for path in paths]
+    measured = stages.bench.measure_final(cases, goal.usual)
+    if len(workloads) == 1:
+        return measured, None
+    *measured, dense, pruned = measured
     budget = stages.options.budget
     plain = PlainDefaults(
         dense=dense,

@@ -166,7 +166,7 @@ class PruneResult:
     def why_not_shown(self) -> str:
         """Why the speed-up is not shown, where `speedup_shown` is false."""
         crosses = self.speedup is None or not is_shown(self.speedup)
-        return "the interval includes 1" if crosses else "other processes used the cores"
+        return "the interval includes 1" if crosses else "the device was busy or slowed down"
 
     @property
     def is_estimate(self) -> bool:

@@ -18,7 +18,7 @@ from dilap.core.rules import WidthRules
 from dilap.core.shape import Architecture
 from dilap.core.space import Space
 from dilap.evaluation.subject import require_unchanged
-from dilap.job.bench import Bench, kept_configuration
+from dilap.job.bench import Bench, Usual, kept_configuration
 from dilap.job.calibration import calibration_text
 from dilap.job.inputs import code_sha256
 from dilap.job.options import JobOptions
@@ -54,7 +54,7 @@ class Goal:
 
     `cost_limit` is in seconds of the latency table, or in weights where a ratio is asked. `floor_seconds`, which no
     plan removes, and `fastest_seconds`, which the fastest plan takes, are scaled to the machine's speed of today; both
-    are None for a ratio. `caveats` are those of the latency table.
+    are None for a ratio, as is `usual`. `caveats` are those of the latency table.
     """
 
     space: Space
@@ -63,6 +63,7 @@ class Goal:
     cost_limit: CostLimit
     floor_seconds: float | None = None
     fastest_seconds: float | None = None
+    usual: Usual | None = None
     caveats: tuple[str, ...] = ()
 
 
@@ -151,7 +152,9 @@ class Stages:
         with self.workspace.stage("latency of the dense model"):
             measured = self._dense_measurement(dense)
         dense_seconds = measured.seconds(budget.statistic)
-        scale = dense_seconds / space.cost(space.dense)  # the machine's speed of today against that of the table
+        table_seconds = space.cost(space.dense)
+        usual = Usual(seconds=min(dense_seconds, table_seconds), statistic=budget.statistic)
+        scale = dense_seconds / table_seconds  # the machine's speed of today against that of the table
         floor, fastest = scale * space.fixed_cost, scale * space.cost(space.fastest)
         limit = budget.limit_seconds(dense_seconds=dense_seconds)
         self.workspace.log.say(
@@ -170,7 +173,7 @@ class Stages:
         cost_limit = CostLimit(
             limit=AIM * limit / scale,
             predict=costs.predict,
-            measure=lambda architecture: self._share_used(architecture, dense),
+            measure=lambda architecture: self._share_used(architecture, dense, usual),
             aim=AIM,
         )
         return Goal(
@@ -180,6 +183,7 @@ class Stages:
             cost_limit=cost_limit,
             floor_seconds=floor,
             fastest_seconds=fastest,
+            usual=usual,
             caveats=costs.caveats,
         )
 
@@ -275,18 +279,22 @@ class Stages:
         name, folder = self.options.method, self.workspace.methods
         return folder / f"own-{code_sha256(name)[:16]}" if ":" in name else folder
 
-    def _share_used(self, architecture: Architecture, dense: Artifact) -> float:
+    def _share_used(self, architecture: Architecture, dense: Artifact, usual: Usual) -> float | None:
         """Return the share of the budget that an architecture uses: the upper end of the measured interval.
 
         It is measured as for the proof, and kept for a continued run. The model that is measured has random weights,
-        because latency does not depend on them. Noise adds at most `_MOST_ALLOWED_FOR` to the share.
+        because latency does not depend on them. Noise adds at most `_MOST_ALLOWED_FOR` to the share. It is None where
+        the device was disturbed, because a search that trusted such a number went 4 % over its budget.
         """
         path = self.workspace.common / f"measured-{digest(asdict(architecture))[:16]}.json"
         with self.workspace.stage(_MEASURE):
-            both = self.bench.measure_widths(self.workspace.dense / dense.path, architecture, path)
+            both = self.bench.measure_widths(self.workspace.dense / dense.path, architecture, path, usual=usual)
         require_measured(both[0], dense, source=str(path))
         used = budget_share(self.options.budget, *both)
         self.workspace.log.say(f"this plan, {self.bench.measured}: {percent(used)} of the budget{both[-1].mark}")
+        if any(one.status == "contended" for one in both):
+            self.workspace.log.say("the device was disturbed meanwhile, so the latency table's prediction stands")
+            return None
         return min(used.high, used.value + _MOST_ALLOWED_FOR)
 
 

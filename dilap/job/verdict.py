@@ -11,12 +11,13 @@ Verdict = Literal["kept", "uncertain", "missed", "estimated"]
 def verdict(share: Interval, measurements: Iterable[Status]) -> Verdict:
     """Return the verdict on a budget of which `share` is used, given the status of the measurements behind it.
 
-    A noisy measurement has a wide interval, which says enough. From a contended one nothing is claimed.
+    A noisy measurement has a wide interval, which says enough. From a contended one, which other load or a slower
+    device spoiled, nothing is claimed.
     """
     found = set(measurements)
     if "estimated" in found:
         return "estimated"
-    # Other load changes a latency by more than its interval shows: 88.9 % and then 121.9 % of one budget were seen.
+    # Both change a latency by more than its interval shows: 88.9 % and then 121.9 % of one budget were seen.
     if "contended" in found or share.low <= 1 < share.high:
         return "uncertain"
     return "kept" if share.high <= 1 else "missed"
@@ -27,7 +28,7 @@ def words(status: Verdict, share: Interval) -> str:
     if status == "uncertain":
         if share.low <= 1 < share.high:
             return f"{'kept' if share.value <= 1 else 'missed'}, within the noise"
-        return "uncertain, other processes used the cores"
+        return "uncertain, the device was busy or slowed down"
     return {"kept": "kept", "missed": "MISSED", "estimated": "ESTIMATED, measured on no device"}[status]
 
 

@@ -31,12 +31,13 @@ class CostLimit:
 
     `predict` returns the cost of a network with these widths: seconds by the latency table, or weights where a ratio is
     asked for. `measure` returns the share of the budget that an architecture really uses, the upper end of its
-    interval; it is None where predictions are exact. Methods aim at `limit`, which is the share `aim` of the budget.
+    interval, or None where the device was disturbed and the prediction stands; it is itself None where predictions are
+    exact. Methods aim at `limit`, which is the share `aim` of the budget.
     """
 
     limit: float
     predict: Callable[[Sequence[LayerWidths]], float]
-    measure: Callable[[Architecture], float] | None = None
+    measure: Callable[[Architecture], float | None] | None = None
     aim: float = 1.0
 
     def cost(self, plan: Plan) -> float:
@@ -62,7 +63,8 @@ class CostLimit:
                     raise
                 break
             predicted = self.aim * cost(found) / self.limit
-            used = predicted if self.measure is None else self.measure(architecture(found))
+            measured = None if self.measure is None else self.measure(architecture(found))
+            used = predicted if measured is None else measured
             attempts.append((used, found))
             gaps.append(used / predicted)
             # The mean, because the last ratio alone sent a search 8 % too far on a busy machine.

@@ -45,7 +45,7 @@ def test_a_budget_that_is_not_shown_to_be_kept_exits_with_1(
     monkeypatch.setattr(FakeBench, "measure_cases", busy)
     assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--json") == 1
     found = json.loads(capsys.readouterr().out)
-    assert (found["status"], found["verdict"]) == ("uncertain", "uncertain, other processes used the cores")
+    assert (found["status"], found["verdict"]) == ("uncertain", "uncertain, the device was busy or slowed down")
 
 
 def test_json_has_both_qualities(

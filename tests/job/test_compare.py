@@ -193,7 +193,7 @@ def test_a_budget_that_was_not_shown_to_be_kept_says_so(status: Verdict, remark:
     [
         (0.995, (0.985, 1.005), "99.5% [98.5%, 100.5%] (kept, within the noise)"),
         (1.005, (0.995, 1.015), "100.5% [99.5%, 101.5%] (missed, within the noise)"),
-        (0.9, (0.89, 0.91), "90.0% [89.0%, 91.0%] (uncertain, other processes used the cores)"),
+        (0.9, (0.89, 0.91), "90.0% [89.0%, 91.0%] (uncertain, the device was busy or slowed down)"),
     ],
 )
 def test_a_budget_that_is_not_certain_says_why(used: float, ends: tuple[float, float], cell: str) -> None:

@@ -1,8 +1,9 @@
 """A verdict says no more than the interval: the words for it, and the room that the search leaves for it."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_only_a_whole_interval_decides(share: Interval, expected: str) -> None:
 def test_nothing_is_claimed_from_a_contended_measurement(value: float) -> None:
     share = around(value, 0.01)
     found = verdict(share, ["ok", "contended"])
-    assert (found, words(found, share)) == ("uncertain", "uncertain, other processes used the cores")
+    assert (found, words(found, share)) == ("uncertain", "uncertain, the device was busy or slowed down")
 
 
 def test_an_estimate_stays_one() -> None:
@@ -104,8 +105,61 @@ def test_a_job_beside_other_load_claims_nothing(
 
     monkeypatch.setattr(FakeBench, "measure_cases", busy)
     result = prune_tiny(checkpoint, corpus, tmp_path / "run")
-    assert (result.status, result.verdict) == ("uncertain", "uncertain, other processes used the cores")
+    assert (result.status, result.verdict) == ("uncertain", "uncertain, the device was busy or slowed down")
     assert not read_json(tmp_path / "run" / "result.json")["speedup_shown"]
+
+
+def slowing(monkeypatch: pytest.MonkeyPatch, factors: Iterator[float], *, pruned: float) -> list[float]:
+    """Multiply the seconds of final measurements by the next factor; the pruned model's also by `pruned`."""
+    measure, seen = FakeBench.measure_cases, []
+
+    def slowed(self: FakeBench, cases: Sequence[Case], *, final: bool = False) -> list[Measurement]:
+        found = measure(self, cases, final=final)
+        if not final:
+            return found
+        seen.append(next(factors))
+        relative = [pruned if seen[-1] > 1 and number % 2 else 1.0 for number in range(len(found))]
+        return [of_starts(one, [seen[-1] * share] * 8) for one, share in zip(found, relative, strict=True)]
+
+    monkeypatch.setattr(FakeBench, "measure_cases", slowed)
+    return seen
+
+
+@pytest.mark.usefixtures("fake_device")
+def test_a_device_that_stays_slower_than_before_claims_and_corrects_nothing(
+    checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = prune_tiny(checkpoint, corpus, tmp_path / "undisturbed")
+    seen = slowing(monkeypatch, repeat(1.24), pruned=0.92)
+    result = prune_tiny(checkpoint, corpus, tmp_path / "run")
+    assert (result.status, result.speedup_shown) == ("uncertain", False)
+    assert result.plan_digest == undisturbed.plan_digest
+    assert len(seen) == 6  # three times for the plan, three times for the claim
+    assert any("the device is slower than before: the dense model took " in note for note in result.all_notes)
+
+
+@pytest.mark.usefixtures("fake_device")
+def test_a_device_that_was_slower_for_a_while_is_measured_again(
+    checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = slowing(monkeypatch, chain([1.24, 1.24], repeat(1.0)), pruned=0.92)
+    assert prune_tiny(checkpoint, corpus, tmp_path / "run").status == "kept"
+    assert seen[:3] == [1.24, 1.24, 1.0]
+
+
+@pytest.mark.usefixtures("fake_device")
+def test_a_device_whose_starts_differ_is_not_slower(
+    checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels = [0.95, 1.2, 1.0, 1.15, 0.97, 1.18, 1.02, 1.1]
+    measure = FakeBench.measure_cases
+
+    def uneven(self: FakeBench, cases: Sequence[Case], *, final: bool = False) -> list[Measurement]:
+        found = measure(self, cases, final=final)
+        return [of_starts(one, levels) for one in found] if final else found
+
+    monkeypatch.setattr(FakeBench, "measure_cases", uneven)
+    assert prune_tiny(checkpoint, corpus, tmp_path / "run").status == "kept"
 
 
 @pytest.mark.usefixtures("fake_device")

@@ -95,6 +95,12 @@ def test_best_attempt_is_kept_where_corrections_run_out() -> None:
     assert cost_limit.cost(cost_limit.bisect(at)) < 400
 
 
+def test_a_prediction_stands_where_the_device_was_disturbed() -> None:
+    seen: list[Architecture] = []
+    cost_limit = CostLimit(limit=390.0, predict=cost, measure=seen.append, aim=0.975)
+    assert (cost(cost_limit.bisect(at).all_widths()), len(seen)) == (390, 1)
+
+
 def test_added_biases_are_measured_too() -> None:
     seen: list[Architecture] = []
 

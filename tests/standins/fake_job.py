@@ -112,13 +112,16 @@ def fabricated_table(architecture: Architecture, workload: Workload, backend: Ba
         num_holdout=3,
         seed=0,
     )
-    dense = round(seconds_of(architecture.layers) * 1e9)
+
+    def nanoseconds(widths: Sequence[LayerWidths]) -> int:
+        return round(slowness_of(workload) * seconds_of(widths) * 1e9)
+
     return LatencyTable(header).with_entries(
         TableEntry(
             role=probe.role,
             runs=runs_of(probe.widths),
-            samples_ns=(round(seconds_of(probe.widths) * 1e9),) * 15,
-            sentinel_ns=(dense,) * 15,
+            samples_ns=(nanoseconds(probe.widths),) * 15,
+            sentinel_ns=(nanoseconds(architecture.layers),) * 15,
             status="ok",
         )
         for probe in probes
