@@ -38,8 +38,8 @@ _REPEATS = 2
 # Slower by this much, and by more than the interval of fresh starts explains, is another state of the device. Seen on a
 # virtual machine whose neighbours took memory bandwidth for an hour: the dense model took 25.0 ms instead of 20.2, and
 # a pruned one, which reads less, used 93.7 % [90.7, 96.8] of a budget of which it uses 101.6 % [99.9, 102.9] when all
-# is quiet.
-_SLOWER = 0.05
+# is quiet. Less is usual: on another quiet one it was 6 to 8 % from one minute to the next.
+_SLOWER = 0.10
 
 
 @dataclass(frozen=True, kw_only=True)
