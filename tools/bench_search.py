@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,8 +38,8 @@ from dilap.models.text import CalibrationOptions, calibration, evaluation_text
 from dilap.profilers.devices.device import get
 from dilap.search.journal import Evaluator
 from dilap.search.layouts import build_space
-from dilap.search.library import LevelFit, LibraryOptions, build_library
-from dilap.search.library_file import load_library, save_library
+from dilap.search.library import LibraryOptions, fit_choices
+from dilap.search.library_file import Library, kept_library
 from dilap.search.refit import best_refit
 from dilap.search.supernet import Supernet
 from dilap.search.task import SearchOptions, SearchTask
@@ -121,12 +122,10 @@ class Study:
                 save_file({"train": text.train.contiguous(), "validation": text.validation.contiguous()}, temporary)
         return load_file(path)
 
-    def _library(self) -> list[list[LevelFit]]:
-        path = self.folder / "library.safetensors"
-        if not path.exists():
-            options = LibraryOptions(order=self.given.importance)
-            save_library(path, build_library(self.source.model, self.space, self.train, options=options))
-        return load_library(path)
+    def _library(self) -> Library:
+        options = LibraryOptions(order=self.given.importance)
+        fit = partial(fit_choices, self.source.model, tokens=self.train, options=options)
+        return kept_library(self.folder / "library", self.space.choices, fit)
 
     def score(self, variant: Variant, budget: int) -> dict[str, float]:
         """Return KL on unseen and on validation text, the share of the dense latency, and the search's seconds.

@@ -56,16 +56,13 @@ class Capabilities:
     def levels(self, block: Block) -> list[Counts]:
         """Return the widths of a block that are worth offering to a search, ascending, the full one included.
 
-        Removal comes first, where the runtime loads it. Attention has at most 12 other levels: numbers of KV groups or
-        of query slots, whichever has more, are left out until no more are left.
+        Removal comes first, where the runtime loads it. Attention has at most 12 other levels: an even spread of the
+        numbers of KV groups, with an even spread of the numbers of query slots.
         """
         sizes = [group.num_units for group in block.groups]
         if block.kind == "attention":
-            num_kv_heads, num_slots = (list(range(1, size + 1)) for size in sizes)
-            while len(num_kv_heads) * len(num_slots) > _MAX_ATTENTION_LEVELS:
-                longer = num_kv_heads if len(num_kv_heads) >= len(num_slots) else num_slots
-                longer[:] = spread(longer, len(longer) - 1)
-            found = sorted(product(num_kv_heads, num_slots), key=lambda level: (level[0] * level[1], level[0]))
+            axes = [spread(range(1, size + 1), count) for size, count in zip(sizes, _how_many(*sizes), strict=True)]
+            found = sorted(product(*axes), key=lambda level: (level[0] * level[1], level[0]))
             return [*[(0, 0)] * self.attention_removal, *found]
         step = max(1, round(sizes[0] / 12 / self.ffn_multiple)) * self.ffn_multiple
         widths = sorted({*range(step, sizes[0], step), sizes[0]})
@@ -137,6 +134,19 @@ class WidthRules:
         if widths.num_channels not in (0, dense.num_channels) and widths.num_channels % self.ffn_multiple:
             return f"{widths.num_channels} channels but multiples of {self.ffn_multiple}"
         return None
+
+
+def _how_many(num_groups: int, num_slots: int) -> tuple[int, int]:
+    """Return how many numbers of KV groups and of query slots to offer, such that their product is no more than 12.
+
+    Of the two, whichever is larger falls; KV groups are preferred, because each also takes its keys and values along.
+    """
+    while num_groups * num_slots > _MAX_ATTENTION_LEVELS:
+        if num_groups > num_slots:
+            num_groups -= 1
+        else:
+            num_slots -= 1
+    return num_groups, num_slots
 
 
 def portable_levels(block: Block, levels: Sequence[Counts]) -> list[Counts]:

@@ -197,21 +197,23 @@ class Bench:
     ) -> list[Measurement]:
         """Measure the dense model beside a model of shape `architecture` with random weights; see `measure_final`.
 
-        The two measurements are kept in the file `path`, where a continued run finds them.
+        The two measurements are kept in the file `path`, where a continued run finds them, unless they are contended.
         """
         if self.estimate:
             whole = self.read_artifact(dense.parent).architecture
             return self._estimates(whole, [(whole, file_sha256(dense)), (architecture, "")])
-        if not path.exists():
-            folder = path.with_suffix("")
-            exporter = export.get(self.backend.name)
-            shutil.rmtree(folder, ignore_errors=True)
-            probe = exporter.export_probe(architecture, precision=self.workload.precision, seed=0, out=folder)
-            cases = [Case(path=one, workload=self.workload) for one in (dense, folder / probe.path)]
-            measurements = self.measure_final(cases, usual)
-            shutil.rmtree(folder)
+        if path.exists():
+            return list(checked(tuple[Measurement, ...], read_json(path).get("measurements"), source=str(path)))
+        folder = path.with_suffix("")
+        exporter = export.get(self.backend.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        probe = exporter.export_probe(architecture, precision=self.workload.precision, seed=0, out=folder)
+        cases = [Case(path=one, workload=self.workload) for one in (dense, folder / probe.path)]
+        measurements = self.measure_final(cases, usual)
+        shutil.rmtree(folder)
+        if all(one.status != "contended" for one in measurements):
             write_json(path, {"measurements": [asdict(one) for one in measurements]})
-        return list(checked(tuple[Measurement, ...], read_json(path).get("measurements"), source=str(path)))
+        return measurements
 
     def _estimates(self, dense: Architecture, shapes: Sequence[tuple[Architecture, str]]) -> list[Measurement]:
         """Return estimates for models that are given by their shape and the SHA-256 of their file."""

@@ -1,7 +1,8 @@
 """Puzzle: every replacement of one block is scored in the whole model, then the best combination is chosen exactly."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from dilap.core.codec import checked, read_json, write_json
-from dilap.core.space import Level
+from dilap.core.space import Choice, Level
 from dilap.methods.shortgpt import mean_cosine
 from dilap.methods.units import has_heads
 from dilap.models.anatomy import Sublayer, sublayers
@@ -19,8 +20,9 @@ from dilap.models.reference import final_hidden
 from dilap.models.statistics import OUTPUTS, layer_statistics
 from dilap.search.allocation import Config, solve
 from dilap.search.journal import Evaluator
-from dilap.search.levels import Library, level_library, prune_by_library
+from dilap.search.levels import level_library, prune_by_library
 from dilap.search.library import LevelFit
+from dilap.search.library_file import Fits
 from dilap.search.method import Pruned, PruneTask
 from dilap.search.task import SearchResult, SearchTask
 
@@ -50,7 +52,7 @@ class Puzzle:
     steps: int = 8
 
     def __call__(self, task: PruneTask) -> Pruned:
-        library, name = level_library(task, self.build, name="puzzle")
+        library, name = level_library(task, partial(self.fit, task), name="puzzle")
         costs: list[NDArray[np.float64]] = []
 
         def search(asked: SearchTask) -> SearchResult:
@@ -98,25 +100,21 @@ class Puzzle:
         reference = hidden(dense)
         return lambda config: 1 - mean_cosine(hidden(config), reference)
 
-    def build(self, task: PruneTask) -> Library:
-        """Return the library of cut blocks: the best units of every level, with their projections unchanged."""
-        ranks: dict[str, torch.Tensor] = {}
-        found = {one.name: one for one in sublayers(task.model)}
+    def fit(self, task: PruneTask, choices: Sequence[Choice]) -> Fits:
+        """Yield the levels of cut blocks: the best units of every level, with their projections unchanged."""
+        found, wanted = {one.name: one for one in sublayers(task.model)}, {choice.name: choice for choice in choices}
         total = task.num_layers * task.text.validation.numel()
         with task.bar("block library", total=total, unit="tok") as bar:
             for step in layer_statistics(task.model, task.text.validation, keep_inputs=True, progress=bar.update):
                 for kind, role in OUTPUTS:
                     name = f"layers.{step.index}.{kind}"
-                    if name in found:
+                    if name in wanted:
                         one, inputs = found[name], torch.cat(step.statistics[role].kept)
                         weight = one.out.weight.detach().float()
-                        ranks[name] = (
+                        ranks = (
                             head_norms(one, weight, inputs) if has_heads(one) else self.channel_ranks(weight, inputs)
                         )
-        return [
-            [_truncated(found[choice.name], level, ranks[choice.name]) for level in choice.levels]
-            for choice in task.space.choices
-        ]
+                        yield name, [_truncated(one, level, ranks) for level in wanted[name].levels]
 
     def channel_ranks(self, weight: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """Return the rank of every channel (channels), 0 for the first to be removed.

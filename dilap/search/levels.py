@@ -1,23 +1,21 @@
 """The common parts of methods that choose one measured level per sublayer: a level library, a search, a refit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 from dilap.core.codec import digest
 from dilap.core.plan import Plan
 from dilap.core.shape import Architecture
-from dilap.core.space import plan_of
+from dilap.core.space import Choice, plan_of
 from dilap.models.reference import Teacher
 from dilap.search.allocation import Config
 from dilap.search.journal import Evaluator
-from dilap.search.library import LevelFit, LibraryOptions, build_library
-from dilap.search.library_file import load_library, save_library
+from dilap.search.library import LibraryOptions, fit_choices
+from dilap.search.library_file import Fits, Library, kept_library
 from dilap.search.method import Pruned, PruneTask
 from dilap.search.refit import best_refit
 from dilap.search.supernet import Supernet
 from dilap.search.task import Search, SearchResult, SearchTask
-
-Library = list[list[LevelFit]]
 
 
 def prune_by_levels(task: PruneTask, search: Search) -> Pruned:
@@ -76,19 +74,17 @@ def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teach
     return found
 
 
-def level_library(task: PruneTask, build: Callable[[PruneTask], Library], *, name: str) -> tuple[Library, str]:
-    """Return the library that `build` makes, and its name in the task's cache, where it is kept.
+def level_library(task: PruneTask, fit: Callable[[Sequence[Choice]], Fits], *, name: str) -> tuple[Library, str]:
+    """Return the library of the levels that `fit` fits, and its name in the task's cache, where it is kept.
 
-    The name is `name` with a digest of the levels.
+    The name is `name` with a digest of the levels. `fit` is called only for what is not kept yet.
     """
-    name = f"{name}-{digest([[asdict(level) for level in choice.levels] for choice in task.space.choices])[:8]}"
-    path = None if task.cache is None else task.cache / f"{name}.safetensors"
-    if path is not None and path.exists():
-        return load_library(path), name
-    library = build(task)
-    if path is not None:
-        save_library(path, library)
-    return library, name
+    choices = task.space.choices
+    name = f"{name}-{digest([[asdict(level) for level in choice.levels] for choice in choices])[:8]}"
+    if task.cache is not None:
+        return kept_library(task.cache / name, choices, fit), name
+    fitted = dict(fit(choices))
+    return [fitted[choice.name] for choice in choices], name
 
 
 def compensated_library(task: PruneTask, options: LibraryOptions) -> tuple[Library, str]:
@@ -97,11 +93,11 @@ def compensated_library(task: PruneTask, options: LibraryOptions) -> tuple[Libra
     Methods with equal options share it.
     """
 
-    def build(task: PruneTask) -> Library:
+    def fit(choices: Sequence[Choice]) -> Fits:
         with task.bar("library", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
-            return build_library(task.model, task.space, task.text.train, options=options, progress=bar.update)
+            yield from fit_choices(task.model, choices, task.text.train, options=options, progress=bar.update)
 
-    return level_library(task, build, name=f"library-{digest(asdict(options))[:8]}")
+    return level_library(task, fit, name=f"library-{digest(asdict(options))[:8]}")
 
 
 def validation_teacher(task: PruneTask) -> Teacher:

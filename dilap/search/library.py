@@ -7,19 +7,20 @@ removed entries to zero gives the same output as cutting them out.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
+from dilap.core.costs import Counts
 from dilap.core.groups import Kept
-from dilap.core.space import Level, Space
+from dilap.core.space import Choice, Level
 from dilap.models.anatomy import Sublayer, sublayers
 from dilap.models.statistics import OUTPUTS, layer_statistics
 
 Order = Literal["wanda", "obs"]
 Progress = Callable[[int], None]
+Units = tuple[tuple[int, ...], tuple[int, ...]]  # the KV groups and the query slots that stay, ascending
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,20 +65,19 @@ def input_covariances(
                 yield name, step.statistics[role].covariance
 
 
-def build_library(
+def fit_choices(
     model: PreTrainedModel,
-    space: Space,
+    choices: Sequence[Choice],
     tokens: torch.Tensor,
     *,
     options: LibraryOptions = LibraryOptions(),
     progress: Progress = lambda _: None,
-) -> list[list[LevelFit]]:
-    """Fit every level of every choice on `tokens` (sequences x length); the result is in the order of `space`."""
-    found = {sublayer.name: sublayer for sublayer in sublayers(model)}
-    choices, library = {choice.name: choice for choice in space.choices}, {}
+) -> Iterator[tuple[str, list[LevelFit]]]:
+    """Yield the name of every choice with its levels fitted on `tokens` (sequences x length), layer by layer."""
+    found, wanted = {one.name: one for one in sublayers(model)}, {choice.name: choice for choice in choices}
     for name, covariance in input_covariances(model, tokens, batch_tokens=options.batch_tokens, progress=progress):
-        library[name] = fit_levels(found[name], choices[name].levels, covariance, options=options)
-    return [library[choice.name] for choice in space.choices]
+        if name in wanted:
+            yield name, fit_levels(found[name], wanted[name].levels, covariance, options=options)
 
 
 def fit_levels(
@@ -173,29 +173,99 @@ def _by_channel(
 def _by_head(
     sublayer: Sublayer, levels: Sequence[Level], weight: torch.Tensor, damped: torch.Tensor, *, order: Order
 ) -> Iterator[Kept]:
-    """Yield the KV groups and query slots that stay at every level; the order `obs` tries all their combinations."""
+    """Yield the KV groups and query slots that stay at every level of a sublayer that has both."""
     groups, slots = sublayer.block.groups
-
-    def kept(chosen: Sequence[int], chosen_slots: Sequence[int]) -> Kept:
-        return {groups.name: tuple(chosen), slots.name: tuple(chosen_slots)}
-
-    def error(candidate: tuple[tuple[int, ...], tuple[int, ...]]) -> float:
-        columns = sublayer.columns(kept(*candidate))
-        return output_error(weight, refit(weight, damped, columns), columns, damped)
-
+    wanted = [level.counts for level in levels if not level.is_removed]
+    if order == "wanda":
+        heads = wanda_scores(weight, damped).square().reshape(groups.num_units, slots.num_units, -1).sum(-1)
+        chosen = {counts: _strongest(heads, counts) for counts in wanted}
+    else:
+        chosen = greedy_heads(weight, damped, wanted, num_units=(groups.num_units, slots.num_units))
     for level in levels:
-        num_groups, num_slots = level.counts
-        if level.is_removed:
-            yield kept((), range(slots.num_units))
-        elif order == "wanda":
-            heads = wanda_scores(weight, damped).square().reshape(groups.num_units, slots.num_units, -1).sum(-1)
-            best = _ascending(heads.sum(1).argsort(descending=True, stable=True)[:num_groups])
-            yield kept(best, _ascending(heads[list(best)].sum(0).argsort(descending=True, stable=True)[:num_slots]))
-        else:
-            candidates = product(
-                combinations(range(groups.num_units), num_groups), combinations(range(slots.num_units), num_slots)
-            )
-            yield kept(*min(candidates, key=error))
+        nothing = (), tuple(range(slots.num_units))
+        yield dict(zip((groups.name, slots.name), chosen.get(level.counts, nothing), strict=True))
+
+
+def _strongest(heads: torch.Tensor, counts: Counts) -> Units:
+    """Return the KV groups with the largest sums of the scores `heads` (KV groups x slots), then their best slots."""
+    best = _ascending(heads.sum(1).argsort(descending=True, stable=True)[: counts[0]])
+    return best, _ascending(heads[list(best)].sum(0).argsort(descending=True, stable=True)[: counts[1]])
+
+
+def greedy_heads(
+    weight: torch.Tensor, damped: torch.Tensor, wanted: Sequence[Counts], *, num_units: tuple[int, int]
+) -> dict[Counts, Units]:
+    """Return the KV groups and query slots that stay for every pair of their numbers in `wanted`, by greedy removal.
+
+    `weight` is hidden x inputs, `damped` inputs x inputs, and the inputs are `num_units` (KV groups x slots) heads. One
+    by one that group or slot goes whose removal costs the output least when the others are refitted, as in ZipLM (arXiv
+    2302.04089). Groups go first or slots do, whichever loses less in the end.
+    """
+    # In 226 of the 240 narrower levels of SmolLM2-135M's 30 layers this is the best of all combinations; the errors are
+    # 0.3 % larger on average. Trying all of them takes 1.4 million refits a layer for 32 KV groups.
+    found: dict[Counts, _Heads] = {}
+    dense = _Heads.of(weight, damped, num_units)
+    for first, second in ((0, 1), (1, 0)):
+        outer = dense
+        for count in sorted({counts[first] for counts in wanted}, reverse=True):
+            outer = inner = outer.narrowed(first, count)
+            for counts in sorted((one for one in wanted if one[first] == count), key=lambda one: -one[second]):
+                inner = inner.narrowed(second, counts[second])
+                if counts not in found or inner.lost < found[counts].lost:
+                    found[counts] = inner
+    return {counts: one.units for counts, one in found.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Heads:
+    """What is left of an attention's output projection while heads are removed.
+
+    `units` are the KV groups and the slots that are left, `weight` is the projection over their inputs, refitted, and
+    `inverse` the inverse of those inputs' covariance. `lost` is the squared output error so far.
+    """
+
+    units: Units
+    weight: torch.Tensor
+    inverse: torch.Tensor
+    lost: float = 0.0
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, damped: torch.Tensor, num_units: tuple[int, int]) -> "_Heads":
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        return cls(units=(tuple(range(num_units[0])), tuple(range(num_units[1]))), weight=weight, inverse=inverse)
+
+    def narrowed(self, axis: int, count: int) -> "_Heads":
+        """Return what is left when the cheapest groups (axis 0) or slots (axis 1) were removed, all but `count`."""
+        left = self
+        while len(left.units[axis]) > count:
+            costs = [left._cost(left._inputs(axis, position)) for position in range(len(left.units[axis]))]
+            cheapest = min(range(len(costs)), key=costs.__getitem__)
+            left = left._without(axis, cheapest, costs[cheapest])
+        return left
+
+    def _inputs(self, axis: int, position: int) -> torch.Tensor:
+        """Return the inputs of one of the groups or slots that are left."""
+        heads = torch.arange(self.weight.shape[1]).reshape(len(self.units[0]), len(self.units[1]), -1)
+        return heads.select(axis, position).reshape(-1)
+
+    def _cost(self, gone: torch.Tensor) -> float:
+        """Return the squared output error that removing these inputs adds when the others are refitted."""
+        rows = self.weight[:, gone].T
+        return float((rows * torch.linalg.solve(self.inverse[gone][:, gone], rows)).sum())
+
+    def _without(self, axis: int, position: int, cost: float) -> "_Heads":
+        gone = self._inputs(axis, position)
+        stays = torch.ones(self.weight.shape[1], dtype=torch.bool)
+        stays[gone] = False
+        factor = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone][:, stays])
+        units = list(self.units)
+        units[axis] = (*units[axis][:position], *units[axis][position + 1 :])
+        return _Heads(
+            units=(units[0], units[1]),
+            weight=self.weight[:, stays] - self.weight[:, gone] @ factor,
+            inverse=self.inverse[stays][:, stays] - self.inverse[stays][:, gone] @ factor,
+            lost=self.lost + cost,
+        )
 
 
 def _ascending(indices: torch.Tensor) -> tuple[int, ...]:

@@ -18,6 +18,9 @@ from dilap.search.library import LevelFit
 from dilap.search.stitcher import Level, Skipped, Stitcher, cut_layer
 
 _NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
+# What the levels change in the projections is kept for a whole pass for as many sublayers as this holds, which is all
+# of them for a model of 135M parameters; for the others it is made again for every batch.
+_CHANGES_BYTES = 2 << 30
 
 
 class Supernet:
@@ -182,21 +185,29 @@ class _Tap:
     def __init__(self, net: Supernet) -> None:
         self.net = net
         self.dtype = product_type(torch.float32)
-        self.changes = [self._weight_changes(index) for index in range(len(net.library))]
         self.offsets = [0]
         for levels in net.library:
             self.offsets.append(self.offsets[-1] + len(levels))
+        self.kept: dict[int, torch.Tensor] = {}  # the changes of as many sublayers as fit, by index
+        left = _CHANGES_BYTES
+        for index, (out, levels) in enumerate(zip(net.outs, net.library, strict=True)):
+            left -= len(levels) * out.weight.numel() * self.dtype.itemsize
+            if left < 0:
+                break
+            self.kept[index] = self._weight_changes(index)
         self.products = torch.zeros(0)
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def _weight_changes(self, index: int) -> torch.Tensor:
         """Return every level's projection minus the current one (levels x hidden * inputs)."""
         out, levels = self.net.outs[index], self.net.library[index]
-        changes = (-out.weight.detach().float()).repeat(len(levels), 1, 1)
+        changes = torch.zeros(len(levels), *out.weight.shape, dtype=self.dtype)
         for level, fit in enumerate(levels):
-            changes[level][:, fit.columns] += fit.weight
-        changes[self.net.config[index]] = 0
-        return changes.reshape(len(levels), -1).to(self.dtype)
+            if level != self.net.config[index]:
+                change = -out.weight.detach().float()
+                change[:, fit.columns] += fit.weight
+                changes[level] = change
+        return changes.flatten(1)
 
     def _bias_changes(self, index: int) -> torch.Tensor | None:
         """Return every level's bias minus the current one (levels x hidden); a removed sublayer has no bias."""
@@ -245,7 +256,8 @@ class _Tap:
         """
         g = gradient.to(self.dtype).reshape(len(self.products), -1, gradient.shape[-1])
         outer = torch.bmm(g.mT, x.reshape(*g.shape[:2], -1))
-        products = (outer.reshape(len(g), -1) @ self.changes[index].T).float()
+        changes = self.kept[index] if index in self.kept else self._weight_changes(index)
+        products = (outer.reshape(len(g), -1) @ changes.T).float()
         bias = self._bias_changes(index)
         if bias is not None:
             products += g.float().sum(1) @ bias.T

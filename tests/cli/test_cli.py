@@ -157,7 +157,7 @@ def test_an_unfinished_run_with_other_options_is_not_touched(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dilap.search.levels.build_library", interrupt)
+        patch.setattr("dilap.search.levels.fit_choices", interrupt)
         assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--budget", "70%") == 130
     assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--budget", "60%") == 2
     assert "unfinished run with other options" in last_line(capsys)

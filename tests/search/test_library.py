@@ -1,22 +1,26 @@
 """The level library: closed-form refits, importance orders and the file."""
 
-from itertools import combinations
+from collections.abc import Iterator, Sequence
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
 import torch
-from standins.models import random_tokens, tiny_model, tiny_space
+from standins.models import library_of, random_tokens, tiny_model, tiny_space
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
+from dilap.core.costs import Counts
 from dilap.core.errors import InvalidInput
-from dilap.models.anatomy import sublayers
+from dilap.core.space import Choice
 from dilap.search.library import (
     LevelFit,
     LibraryOptions,
     Order,
-    build_library,
+    Units,
     channel_order,
+    fit_choices,
+    greedy_heads,
     input_covariances,
     obs_order,
     output_error,
@@ -24,7 +28,7 @@ from dilap.search.library import (
     regularised,
     wanda_scores,
 )
-from dilap.search.library_file import load_library, save_library
+from dilap.search.library_file import Fits, kept_library, load_fits, save_fits
 
 TOKENS = random_tokens(8, 32)
 
@@ -154,7 +158,7 @@ def test_inactive_inputs_leave_the_covariance_invertible() -> None:
 def library(request: pytest.FixtureRequest) -> list[list[LevelFit]]:
     order: Order = request.param
     model = tiny_model("llama")
-    return build_library(model, tiny_space(model), TOKENS, options=LibraryOptions(order=order))
+    return library_of(model, tiny_space(model), TOKENS, options=LibraryOptions(order=order))
 
 
 def test_full_level_is_the_dense_projection(library: list[list[LevelFit]]) -> None:
@@ -189,38 +193,85 @@ def test_narrower_channels_are_a_subset(library: list[list[LevelFit]]) -> None:
         assert set(narrow.units["layers.1.channels"]) <= set(wide.units["layers.1.channels"])
 
 
-def test_obs_heads_are_the_best_combination() -> None:
-    model = tiny_model("llama")
-    space = tiny_space(model)
-    library = build_library(model, space, TOKENS, options=LibraryOptions(order="obs"))
-    H = regularised(dict(input_covariances(model, TOKENS, batch_tokens=256))["layers.0.attention"], ridge=0.01)
-    first = next(sublayers(model))
-    weight = first.out.weight.detach()
-    for level, fit in zip(space.choices[0].levels[1:-1], library[0][1:-1], strict=True):
-        errors = [
-            output_error(weight, refit(weight, H, columns), columns, H)
-            for groups in combinations(range(2), level.counts[0])
-            for slots in combinations(range(2), level.counts[1])
-            for columns in [first.columns({"layers.0.kv_groups": groups, "layers.0.query_slots": slots})]
-        ]
-        assert output_error(weight, fit.weight, fit.columns, H) == pytest.approx(min(errors), rel=1e-4)
+def heads_error(weight: torch.Tensor, H: torch.Tensor, shape: tuple[int, int], units: Units) -> float:
+    """The output error that is left when only these KV groups and slots stay and the projection is refitted."""
+    heads = torch.arange(H.shape[0]).reshape(*shape, -1)
+    columns = heads[list(units[0])][:, list(units[1])].reshape(-1)
+    return output_error(weight, refit(weight, H, columns), columns, H)
+
+
+def combinations_of(shape: tuple[int, int], counts: Counts) -> Iterator[Units]:
+    return product(combinations(range(shape[0]), counts[0]), combinations(range(shape[1]), counts[1]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("shape", "counts"), [((3, 3), (2, 3)), ((3, 3), (3, 2)), ((4, 1), (3, 1)), ((1, 6), (1, 5))])
+def test_one_head_is_removed_as_the_best_of_all(shape: tuple[int, int], counts: Counts, seed: int) -> None:
+    weight, H = problem(4 * shape[0] * shape[1], seed=seed)
+    units = greedy_heads(weight, H, [counts], num_units=shape)[counts]
+    best = min(combinations_of(shape, counts), key=lambda units: heads_error(weight, H, shape, units))
+    assert units == best
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_greedy_heads_are_near_the_best_combination(seed: int) -> None:
+    shape, wanted = (3, 3), list(product(range(1, 4), range(1, 4)))
+    weight, H = problem(36, seed=seed)
+    for counts, units in greedy_heads(weight, H, wanted, num_units=shape).items():
+        assert tuple(map(len, units)) == counts
+        least = min(heads_error(weight, H, shape, one) for one in combinations_of(shape, counts))
+        assert heads_error(weight, H, shape, units) <= 1.2 * least + 1e-9
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (32, 8), (64, 8), (14, 2)])
+def test_heads_of_real_numbers_are_ordered_by_removals_not_by_combinations(heads: int, kv_heads: int) -> None:
+    shape = kv_heads, heads // kv_heads
+    weight, H = problem(2 * heads)
+    wanted = [(groups, slots) for groups in (1, shape[0] // 2, shape[0]) for slots in {1, shape[1]}]
+    found = greedy_heads(weight, H, wanted, num_units=shape)
+    assert set(found) == set(wanted)
 
 
 def test_library_survives_a_round_trip(library: list[list[LevelFit]], tmp_path: Path) -> None:
-    save_library(tmp_path / "library.safetensors", library)
-    for levels, read in zip(library, load_library(tmp_path / "library.safetensors"), strict=True):
-        for fit, found in zip(levels, read, strict=True):
+    for levels in library:
+        save_fits(tmp_path / "fits.safetensors", levels)
+        for fit, found in zip(levels, load_fits(tmp_path / "fits.safetensors"), strict=True):
             assert (found.units, found.error) == (fit.units, fit.error)
             assert torch.equal(found.columns, fit.columns)
             assert torch.equal(found.weight, fit.weight)
+
+
+def test_a_library_in_bf16_keeps_the_full_width_exactly(library: list[list[LevelFit]], tmp_path: Path) -> None:
+    save_fits(tmp_path / "fits.safetensors", library[1], dtype=torch.bfloat16)
+    full, *narrower = load_fits(tmp_path / "fits.safetensors")
+    assert torch.equal(full.weight, library[1][0].weight)
+    for fit, found in zip(library[1][1:], narrower, strict=True):
+        assert found.weight.dtype == torch.bfloat16
+        assert_close(found.weight.float(), fit.weight, rtol=2**-8, atol=0)
+
+
+def test_only_what_a_library_lacks_is_fitted(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    choices, asked = tiny_space(model).choices, []
+
+    def fit(missing: Sequence[Choice]) -> Fits:
+        asked.append([choice.name for choice in missing])
+        yield from fit_choices(model, missing, TOKENS)
+
+    whole = kept_library(tmp_path, choices, fit)
+    (tmp_path / "layers.1.ffn.safetensors").unlink()
+    again = kept_library(tmp_path, choices, fit)
+    assert asked == [[choice.name for choice in choices], ["layers.1.ffn"]]
+    for levels, others in zip(whole, again, strict=True):
+        assert all(torch.equal(one.weight, other.weight) for one, other in zip(levels, others, strict=True))
 
 
 @pytest.mark.parametrize("keep", [0, 100, 20_000])
 def test_damaged_library_is_invalid_input_that_says_what_to_do(
     library: list[list[LevelFit]], tmp_path: Path, keep: int
 ) -> None:
-    path = tmp_path / "library.safetensors"
-    save_library(path, library)
+    path = tmp_path / "fits.safetensors"
+    save_fits(path, library[1])
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(InvalidInput, match=r"damaged level library .*; remove the file and run again"):
-        load_library(path)
+        load_fits(path)

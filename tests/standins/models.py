@@ -17,7 +17,7 @@ from dilap.core.space import Choice, Level, Space, plan_of
 from dilap.models.anatomy import architecture_of, sublayers
 from dilap.models.cut import shrink_
 from dilap.models.text import Calibration
-from dilap.search.library import LibraryOptions, build_library
+from dilap.search.library import LevelFit, LibraryOptions, fit_choices
 from dilap.search.limit import CostLimit
 from dilap.search.method import PruneTask
 from dilap.search.supernet import Supernet
@@ -105,7 +105,15 @@ def tiny_net(
 ) -> tuple[Space, Supernet]:
     """A supernet over `tiny_space`, its library fitted on `tokens`."""
     space = tiny_space(model)
-    return space, Supernet(model, build_library(model, space, tokens, options=options))
+    return space, Supernet(model, library_of(model, space, tokens, options=options))
+
+
+def library_of(
+    model: PreTrainedModel, space: Space, tokens: torch.Tensor, *, options: LibraryOptions = _DEFAULTS
+) -> list[list[LevelFit]]:
+    """The levels of all choices of a space, fitted on `tokens`, in memory."""
+    fitted = dict(fit_choices(model, space.choices, tokens, options=options))
+    return [fitted[choice.name] for choice in space.choices]
 
 
 def tiny_task(model: PreTrainedModel, *, share: float = 0.7, **changes: Any) -> PruneTask:
