@@ -200,6 +200,7 @@ def _result(
         method_facts={k: v for k, v in pruned.facts.items() if k not in ("seconds", "peak_memory_bytes")},
         options=asdict(options),
         stage_seconds=dict(stages.workspace.stage_seconds),
+        stage_peak_bytes=dict(stages.workspace.stage_peak_bytes),
         versions=versions(),
         seed=options.seed,
         notes=(*caveats(dense.measurement, side.measurement), *goal.caveats),

@@ -133,6 +133,7 @@ class PruneResult:
     method_facts: dict[str, Any] = field(default_factory=dict)
     plain: PlainDefaults | None = None  # None where the configuration measured is plain too
     budget_interval: Interval | None = None  # of the share used; None where it was not measured
+    stage_peak_bytes: dict[str, int] = field(default_factory=dict)  # of the job's process, without those of runtimes
 
     def __post_init__(self) -> None:
         if self.backend not in backends.BACKENDS or self.workload.precision not in PRECISION_BITS:

@@ -10,6 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dilap.backends import host
 from dilap.core.codec import (
     checked,
     digest,
@@ -45,7 +46,7 @@ def held(folder: Path) -> Iterator[FileLock]:
 
 
 class Workspace:
-    """The folder of a run that is not finished, with the run's log and the seconds of its stages.
+    """The folder of a run that is not finished, with the run's log, and the seconds and peak memory of its stages.
 
     A killed run leaves its folder behind, and the same run, started again, goes on in it. Only the file
     `FOLDER/cache/identity.json` says to which run a folder belongs.
@@ -67,6 +68,8 @@ class Workspace:
         self.methods = self.common / "methods"
         self.dense = (shared or self.folder) / "dense"
         self.stage_seconds: dict[str, float] = {}
+        self.stage_peak_bytes: dict[str, int] = {}
+        self._peaks: list[int] = []  # of the stages that are running, the outer ones first
         self.is_continued = False
         self._is_open = False
         self._has_kept = False
@@ -105,8 +108,9 @@ class Workspace:
         if self._identity.exists():
             self._require_same(read_json(self._identity), identity)
             if self._stages.exists():
-                earlier = checked(dict[str, float], read_json(self._stages), source=str(self._stages))
-                self.stage_seconds = {**earlier, **self.stage_seconds}
+                earlier = checked(dict[str, tuple[float, int]], read_json(self._stages), source=str(self._stages))
+                self.stage_seconds = {name: one[0] for name, one in earlier.items()} | self.stage_seconds
+                self.stage_peak_bytes = {name: one[1] for name, one in earlier.items()} | self.stage_peak_bytes
             self.is_continued = True
             self.log.say(f"going on with the unfinished run in {self.folder}")
         else:
@@ -139,15 +143,36 @@ class Workspace:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage, and add its seconds to those of earlier starts; they are kept when the run is killed."""
+        """Time a stage and take this process's peak memory in it; both are kept when the run is killed.
+
+        The seconds are added to those of earlier starts. The memory is without that of the processes of runtimes.
+        """
         start = time.monotonic()
-        yield
+        with self._peak_of(name):
+            yield
         seconds = self.stage_seconds.get(name, 0.0) + time.monotonic() - start
         self.stage_seconds[name] = round(seconds, 3)
-        self.log.say(f"[{seconds:6.1f} s] {name}")
-        if self._is_open:  # only then the seconds of earlier starts have been read
+        self.log.say(f"[{seconds:6.1f} s, {self.stage_peak_bytes[name] / 1e9:4.1f} GB] {name}")
+        if self._is_open:  # only then what earlier starts kept has been read
             self._has_kept = True
-            write_json(self._stages, self.stage_seconds)
+            kept = {one: (self.stage_seconds[one], self.stage_peak_bytes[one]) for one in self.stage_seconds}
+            write_json(self._stages, kept)
+
+    @contextmanager
+    def _peak_of(self, name: str) -> Iterator[None]:
+        """Take the peak memory of a stage, that of the stages inside it included."""
+        self._raise_peaks_()
+        self._peaks.append(0)
+        host.reset_peak_memory_()
+        try:
+            yield
+        finally:
+            self._raise_peaks_()
+            self.stage_peak_bytes[name] = max(self.stage_peak_bytes.get(name, 0), self._peaks.pop())
+
+    def _raise_peaks_(self) -> None:
+        peak = host.memory_use().peak_bytes
+        self._peaks = [max(earlier, peak) for earlier in self._peaks]
 
     def finish(self) -> None:
         """Rename the folder to `out`, in one step, and then remove its cache.

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from dilap.backends import host
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, digest, encode, read_json, write_json
 from dilap.core.costs import Costs
@@ -242,12 +241,11 @@ class Stages:
         if not path.exists():
             start, measured = time.monotonic(), self._seconds_measured
             with self.workspace.stage("prune"):
-                host.reset_peak_memory_()
                 pruned = method(self._task(goal, text))
             goal.rules.require(pruned.plan)
             cost = {
                 "seconds": time.monotonic() - start - (self._seconds_measured - measured),
-                "peak_memory_bytes": host.memory_use().peak_bytes,
+                "peak_memory_bytes": self.workspace.stage_peak_bytes["prune"],
             }
             save_pruned(path, replace(pruned, facts={**pruned.facts, **cost}))
         return load_pruned(path)

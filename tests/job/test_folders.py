@@ -12,6 +12,7 @@ import pytest
 import torch
 from standins.models import tiny_model
 
+from dilap.backends import host
 from dilap.core.codec import scratch_folder, write_json, written_aside
 from dilap.core.errors import Infeasible, InvalidInput, LinkLost
 from dilap.job import run_folder
@@ -69,6 +70,33 @@ def names(folder: Path) -> list[str]:
 def test_a_finished_run_has_its_name_and_no_cache(tmp_path: Path) -> None:
     assert names(finished(tmp_path)) == ["result.json"]
     assert names(tmp_path) == ["run"]
+
+
+def test_the_peak_memory_of_a_stage_has_that_of_the_stages_inside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = iter([1, 5, 9, 2, 2, 3])  # read where a stage begins or ends
+
+    def memory_use() -> host.MemoryUse:
+        return host.MemoryUse(peak_bytes=next(peaks), anonymous_bytes=0, file_bytes=0)
+
+    monkeypatch.setattr(host, "memory_use", memory_use)
+    workspace = space(tmp_path)
+    with workspace.stage("outer"):
+        with workspace.stage("inner"):
+            pass
+        with workspace.stage("later"):
+            pass
+    assert workspace.stage_peak_bytes == {"inner": 9, "later": 2, "outer": 9}
+
+
+def test_a_continued_run_knows_the_seconds_and_the_memory_of_earlier_stages(tmp_path: Path) -> None:
+    first = space(tmp_path)
+    begin(first, LinkLost("gone"), stage="measure")
+    second = space(tmp_path)
+    with second.opened(IDENTITY):
+        assert second.stage_seconds == first.stage_seconds
+        assert second.stage_peak_bytes == first.stage_peak_bytes
 
 
 def test_a_run_killed_between_its_name_and_its_cache_is_tidied_and_not_run_again(

@@ -399,6 +399,23 @@ def test_many_attention_levels_are_thinned_to_a_dozen_with_the_extremes_kept() -
     assert {(0, 0), (1, 1), (64, 8)} <= set(levels)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "groups", "slots"),
+    [
+        (32, 32, [1, 4, 7, 9, 12, 15, 18, 21, 24, 26, 29, 32], [1]),
+        (32, 8, [1, 3, 6, 8], [1, 3, 4]),
+        (64, 8, [1, 3, 6, 8], [1, 5, 8]),
+        (16, 8, [1, 2, 4, 5, 7, 8], [1, 2]),
+        (14, 2, [1, 2], [1, 2, 3, 5, 6, 7]),
+        (9, 3, [1, 2, 3], [1, 2, 3]),
+    ],
+)
+def test_levels_are_an_even_spread_of_each_axis(heads: int, kv_heads: int, groups: list[int], slots: list[int]) -> None:
+    wide = LayerWidths(num_heads=heads, num_kv_heads=kv_heads, num_channels=768)
+    levels, _ = default_levels(replace(ARCHITECTURE, layers=(wide,) * 8), Capabilities(attention_removal=False))
+    assert set(levels) == {(group * slot, group) for group in groups for slot in slots}
+
+
 def test_a_runtime_without_removal_is_offered_none() -> None:
     attention, ffn = default_levels(ARCHITECTURE, Capabilities(attention_removal=False, ffn_removal=False))
     assert ((0, 0) in attention, 0 in ffn) == (False, False)
