@@ -86,14 +86,16 @@ def fit_levels(
     """Fit every level of one sublayer; `covariance` is that of its output projection's inputs (inputs x inputs)."""
     weight = sublayer.out.weight.detach().float()
     damped = regularised(covariance, ridge=options.ridge)
-    reference = max(float(torch.einsum("di,ij,dj->", weight, covariance, weight)), 1e-30)
+    # Both products are the same for all levels, and for 8192 channels take as long as fitting several of them.
+    products, undamped = weight @ damped, weight @ covariance
+    total = max(float((undamped * weight).sum()), 1e-30)
     choose = _by_channel if len(sublayer.block.groups) == 1 else _by_head
     fits = []
     for index, units in enumerate(choose(sublayer, levels, weight, damped, order=options.order)):
         columns = sublayer.columns(units)
-        kept = weight.clone() if index == 0 else refit(weight, damped, columns)
-        error = output_error(weight, kept, columns, covariance) / reference
-        fits.append(LevelFit(units=units, columns=columns, weight=kept, error=error))
+        kept = weight.clone() if index == 0 else refit(products, damped, columns)
+        lost = output_error(kept, columns, covariance, products=undamped, total=total) if index else 0.0
+        fits.append(LevelFit(units=units, columns=columns, weight=kept, error=lost / total))
     return fits
 
 
@@ -104,24 +106,28 @@ def regularised(covariance: torch.Tensor, *, ridge: float) -> torch.Tensor:
     return covariance + torch.diag(extra)
 
 
-def refit(weight: torch.Tensor, damped: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Return the projection over `columns` whose output is nearest to that of `weight`: W H[:,K] H[K,K]^-1.
+def refit(products: torch.Tensor, damped: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return the projection over `columns` whose output is nearest to that of W: W H[:,K] H[K,K]^-1.
 
-    W is `weight` (hidden x inputs), H the damped covariance (inputs x inputs), K are the columns; ZipLM and optimal
-    brain surgery use the same formula.
+    `products` is W H, with W the whole projection (hidden x inputs) and H the damped covariance (inputs x inputs); K
+    are the columns. ZipLM and optimal brain surgery use the same formula.
     """
     if len(columns) == 0:
-        return weight.new_zeros(weight.shape[0], 0)
+        return products.new_zeros(products.shape[0], 0)
     factor = torch.linalg.cholesky(damped[columns][:, columns])
-    solution: torch.Tensor = torch.cholesky_solve((weight @ damped[:, columns]).T, factor)
+    solution: torch.Tensor = torch.cholesky_solve(products[:, columns].T, factor)
     return solution.T.contiguous()
 
 
-def output_error(weight: torch.Tensor, kept: torch.Tensor, columns: torch.Tensor, covariance: torch.Tensor) -> float:
-    """Return the mean squared change of the output, summed over channels, when `kept` over `columns` is the weight."""
-    change = weight.clone()
-    change[:, columns] -= kept
-    return float(((change @ covariance) * change).sum())
+def output_error(
+    kept: torch.Tensor, columns: torch.Tensor, covariance: torch.Tensor, *, products: torch.Tensor, total: float
+) -> float:
+    """Return the mean squared change of the output, summed over channels, when `kept` over `columns` is the projection.
+
+    `products` is W C and `total` is tr(W C W'), with W the whole projection and C the covariance.
+    """
+    own = float((kept @ covariance[columns][:, columns] * kept).sum())
+    return max(0.0, total - 2 * float((kept * products[:, columns]).sum()) + own)
 
 
 def wanda_scores(weight: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
