@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from dilap.backends import MAX_READ_TOKENS
 from dilap.backends.inputs import random_tokens, setting
+from dilap.backends.llamacpp.bench_flags import llama_bench_flags
 from dilap.backends.llamacpp.build import cmake_args_here
 from dilap.backends.llamacpp.library import CACHE_TYPES, batch_of, fill_, library, load_model, new_context, reason
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported
@@ -59,9 +60,7 @@ class LlamaCpp:
     def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:
         flash, repack, cache = (setting(workload, _SWITCHES, name) for name in _SWITCHES)
         threads = workload.threads
-        bench = [f"llama-bench -m {file} -t {threads}"]
-        bench += [] if flash == "auto" else ["-fa 0"]
-        bench += [] if repack == "on" else ["--repack 0"]
+        bench = ["llama-bench", "-m", file, *llama_bench_flags(workload)]
         command = [f"llama-cli -m {file} -t {threads}"]
         command += [] if flash == "auto" else ["-fa off"]
         command += [] if repack == "on" else ["--no-repack"]
@@ -69,7 +68,6 @@ class LlamaCpp:
         call = [f'llama_cpp.Llama("{file}", n_threads={threads}, n_threads_batch={threads}']
         call += [f"flash_attn={flash != 'off'}"]
         if cache != "f16":
-            bench.append(f"-ctk {cache} -ctv {cache}")
             command.append(f"-ctk {cache} -ctv {cache}")
             call.append(f"type_k={CACHE_TYPES[cache]}, type_v={CACHE_TYPES[cache]}")
         return {"llama-bench": " ".join(bench), "llama-cli": " ".join(command), "python": ", ".join(call) + ")"}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from dilap.backends.llamacpp.bench_flags import llama_bench_flags
 from dilap.core.bounds import MAX_TOKENS
 from dilap.core.codec import checked, read_json
 from dilap.core.documents import parse_object, value_at
@@ -22,16 +23,6 @@ _SECONDS = 600.0  # limit of a start, of the loading of a model and of one answe
 _SESSION_SECONDS = 24 * 3600.0
 _MAX_LOG_LINES = 100_000  # before the line that is waited for: a runner logs a dozen lines a run
 _GENERATED = 32  # tokens of one start: many, because llama_main's clock counts milliseconds
-# By switch and value, as `dilap.backends.llamacpp.runtime` names them; llama.cpp's defaults need no flag.
-_LLAMA_BENCH_FLAGS: Mapping[tuple[str, str], tuple[str, ...]] = {
-    ("flash_attention", "auto"): (),
-    ("flash_attention", "off"): ("-fa", "0"),
-    ("repack", "on"): (),
-    ("repack", "off"): ("--repack", "0"),
-    ("kv_cache", "f16"): (),
-    ("kv_cache", "q8_0"): ("-ctk", "q8_0", "-ctv", "q8_0"),
-    ("kv_cache", "f32"): ("-ctk", "f32", "-ctv", "f32"),
-}
 _TOKENS_A_SAMPLE = 8  # llama-bench times so many at once; decoding them moves the context by less than 3 %
 
 
@@ -243,9 +234,8 @@ class LlamaBench:
             if workload.phase == "decode"
             else ["-p", str(workload.prompt_tokens), "-n", "0"]
         )
-        threads = ["-t", str(workload.threads)]
-        switches = [word for name, value in workload.switches.items() for word in _LLAMA_BENCH_FLAGS[name, value]]
-        return [*job.prefix, program, "-m", job.model, *work, *threads, *switches, "-r", str(count), "-o", "jsonl"]
+        flags = llama_bench_flags(workload)
+        return [*job.prefix, program, "-m", job.model, *work, *flags, "-r", str(count), "-o", "jsonl"]
 
 
 def parse_llama_bench(output: str) -> list[int]:
