@@ -36,12 +36,13 @@ def test_refit_leaves_the_supernet_dense(family: str) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_refit_of_the_dense_config_is_the_dense_model() -> None:
-    model = tiny_model("opt")
+@pytest.mark.parametrize("family", ["opt", "granite"])
+def test_refit_of_the_dense_config_is_the_dense_model(family: str) -> None:
+    model = tiny_model(family)
     dense = logits(model, TOKENS[:2])
     space, net = tiny_net(model, TOKENS)
     weights = refit_sequentially(net, space.dense, TOKENS, correction=1.0)
-    shrunk = shrink_(tiny_model("opt"), plan_at(space, net, space.dense), parameters=projections(model, weights))
+    shrunk = shrink_(tiny_model(family), plan_at(space, net, space.dense), parameters=projections(model, weights))
     # Least squares in f32 on inputs whose covariance has a condition number of about 100.
     assert_close(logits(shrunk, TOKENS[:2]), dense, rtol=1e-3, atol=1e-3)
 
