@@ -22,16 +22,12 @@ class _Granite(Family):
         return _Scaled(tensors=model.state_dict(), factors=self._factors(model))
 
     def _factors(self, model: PreTrainedModel) -> dict[str, float]:
-        """Return the factors of a module's tensors, biases included, by the paths of the modules that have one."""
-        config, embeddings, norm = (
-            model.config,
-            float(model.config.embedding_multiplier),
-            self.logits_scale(model.config),
-        )
-        factors = {self.embeddings: embeddings}
+        """Return the factors of tensors, biases included, by the paths of their modules."""
+        config = model.config
+        factors = {self.embeddings: float(config.embedding_multiplier), self.final_norm: self.logits_scale(config)}
         if has_tied_head(model):  # the head grows with the embedding, so the norm before it shrinks
-            factors["lm_head"], norm = embeddings, norm / embeddings
-        factors[self.final_norm] = norm
+            factors["lm_head"] = factors[self.embeddings]
+            factors[self.final_norm] /= factors["lm_head"]
         for index in range(len(model.get_submodule(self.layers))):
             # Llama multiplies the scores by head_dim**-0.5, and rotation keeps a factor of the queries.
             factors[f"{self.layers}.{index}.{self.query}"] = config.attention_multiplier * head_dim_of(config) ** 0.5
@@ -42,7 +38,7 @@ class _Granite(Family):
 
 @dataclass(frozen=True, kw_only=True)
 class _Scaled(Mapping[str, torch.Tensor]):
-    """Tensors of which one is multiplied in f32, whenever it is read, where its module has one of the `factors`."""
+    """The `tensors` by name; those of a module with a factor are multiplied in f32 when they are read."""
 
     tensors: Mapping[str, torch.Tensor]
     factors: Mapping[str, float]
