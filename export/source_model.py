@@ -21,9 +21,10 @@ def tensor(
 
     Raises InvalidInput, naming it, where it is missing, has another shape, or holds what `dtype` cannot.
     """
-    if name not in tensors:
-        raise InvalidInput(f"the model has no tensor {name}")
-    found = tensors[name].detach()
+    try:
+        found = tensors[name].detach()
+    except KeyError:
+        raise InvalidInput(f"the model has no tensor {name}") from None
     if tuple(found.shape) != shape:
         raise InvalidInput(f"{name} is {tuple(found.shape)}, the architecture needs {shape}")
     found = found.to(device="cpu", dtype=dtype)

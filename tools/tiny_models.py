@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -20,6 +24,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
 )
 
 from dilap.core.plan import full_plan
@@ -32,6 +38,9 @@ CLASSES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "opt": (OPTConfig, OPTForCausalLM),
+    "granite": (GraniteConfig, GraniteForCausalLM),
+    "ministral": (MinistralConfig, MinistralForCausalLM),
+    "seed_oss": (SeedOssConfig, SeedOssForCausalLM),
 }
 VOCAB_SIZE = 300
 _END = "<|end|>"
@@ -41,14 +50,17 @@ _END = "<|end|>"
 def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     """3 layers, 4 heads on 2 KV heads of 16; weights large enough for attention to matter in the logits."""
     config_class, model_class = CLASSES[family]
-    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCAB_SIZE}
-    sizes |= {"max_position_embeddings": 128}
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes |= {"max_position_embeddings": 128, "vocab_size": VOCAB_SIZE}
     if family == "opt":
         sizes |= {"ffn_dim": 96, "word_embed_proj_dim": 64}
     else:
         sizes |= {"intermediate_size": 96, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    if family == "qwen3":
-        sizes |= {"head_dim": 16}  # its default is 128, whatever the hidden size
+    if family in ("qwen3", "ministral", "seed_oss"):
+        sizes |= {"head_dim": 16}  # theirs is 128 or missing, whatever the hidden size
+    if family == "granite":  # no factor at the value at which it would change nothing
+        sizes |= {"embedding_multiplier": 3.0, "residual_multiplier": 0.5}
+        sizes |= {"attention_multiplier": 0.4, "logits_scaling": 2.0}
     generator = torch.Generator().manual_seed(0)
     model = model_class(config_class(**sizes | changes)).eval()
     for name, parameter in model.named_parameters():

@@ -15,6 +15,7 @@ from dilap.core.errors import Mismatch, Unsupported
 from dilap.core.plan import Plan
 from dilap.methods.units import restored
 from dilap.models.anatomy import Sublayer, decoder_layers, sublayers
+from dilap.models.families import family_of
 from dilap.models.skipping import sublayer_skipped
 from dilap.models.statistics import LayerCall, State, layer_calls, run_layer
 from dilap.models.tensor_file import Tensors
@@ -319,10 +320,11 @@ class _Run:
         wanted = self._wanted(candidate, end)
         a = torch.cat([one.reshape(-1, one.shape[-1]) for one in inputs])
         bias = 0.0 if out.bias is None else out.bias.detach()
-        gaps = [(y - x - bias).reshape(-1, y.shape[-1]) for y, x in zip(wanted, residuals, strict=True)]
+        scale = family_of(self.task.model.config).residual_scale(self.task.model.config)
+        gaps = [((y - x) / scale - bias).reshape(-1, y.shape[-1]) for y, x in zip(wanted, residuals, strict=True)]
         weight = tuned_projection(out.weight, a, torch.cat(gaps), ridge=self.sprint.ridge, ratio=self.sprint.ratio)
         total = 0.0
         for y, x, z in zip(wanted, residuals, inputs, strict=True):
-            found = x + (z.float() @ weight.T + bias).reshape(y.shape)
+            found = x + scale * (z.float() @ weight.T + bias).reshape(y.shape)
             total += distance(y, found, kind=self.sprint.distance, norm=self.sprint.norm)
         return _Tuned(importance=total / self.seconds[_KINDS[candidate % 2]], tuned=end, weight=weight)

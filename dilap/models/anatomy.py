@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +63,11 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
 def numerics_of(model: PreTrainedModel) -> Numerics:
     """Return what a loaded model computes beside its shapes. Raises Unsupported for what no exporter computes."""
     return family_of(model.config).numerics(model)
+
+
+def exported_tensors(model: PreTrainedModel) -> Mapping[str, torch.Tensor]:
+    """Return the tensors of a loaded model as exporters write them, by their names in the model."""
+    return family_of(model.config).exported(model)
 
 
 def stand_in_numerics(architecture: Architecture) -> Numerics:

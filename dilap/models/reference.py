@@ -9,6 +9,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from dilap.models.compute import batches, compute_precision, product_type
+from dilap.models.families import family_of
 from dilap.models.tensor_file import Tensors, computed_once
 
 ROWS = 128  # positions whose logits are held at once: 128 x 49152 in f32 is 25 MB, which malloc reuses
@@ -182,10 +183,15 @@ class Teacher:
 
 
 def final_hidden(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the hidden states that the head reads (positions x hidden)."""
+    """Return what the head makes the logits of by its product alone (positions x hidden)."""
     with compute_precision():
         hidden: torch.Tensor = model.model(input_ids=tokens, use_cache=False).last_hidden_state
-    return hidden.reshape(-1, hidden.shape[-1])
+    return before_head(model, hidden)
+
+
+def before_head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the last hidden states of a model, scaled as its logits are (positions x hidden)."""
+    return hidden.reshape(-1, hidden.shape[-1]) * family_of(model.config).logits_scale(model.config)
 
 
 def _next_tokens(batch: torch.Tensor) -> torch.Tensor:

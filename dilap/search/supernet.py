@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dilap.models.anatomy import Sublayer, decoder_layers, sublayers
 from dilap.models.compute import batches, compute_precision, product_type
-from dilap.models.reference import Teacher, head_of
+from dilap.models.reference import Teacher, before_head, head_of
 from dilap.search.allocation import Config
 from dilap.search.library import LevelFit
 from dilap.search.stitcher import Level, Skipped, Stitcher, cut_layer
@@ -233,7 +233,7 @@ class _Tap:
         with compute_precision():
             hidden: torch.Tensor = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         self.products = torch.zeros(len(tokens), self.offsets[-1])
-        return hidden.reshape(-1, hidden.shape[-1])
+        return before_head(model, hidden)
 
     def backward(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Return rows of A (sequences x levels) for a loss with that `gradient` at the final hidden states."""

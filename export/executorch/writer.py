@@ -22,7 +22,7 @@ from dilap.export.hf_tokenizer import read_tokenizer
 from dilap.export.random_weights import RandomWeights
 from dilap.export.source_model import described, tensor
 from dilap.export.verify import verify_logits
-from dilap.models.anatomy import architecture_of, stand_in_numerics
+from dilap.models.anatomy import architecture_of, exported_tensors, stand_in_numerics
 from dilap.models.text_samples import SAMPLES, first_difference
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class ExecuTorchExporter:
         with written_aside(out) as folder:
             folder.mkdir()
             path = folder / "model.pte"
-            _write(path, header, functools.partial(tensor, model.state_dict()))
+            _write(path, header, functools.partial(tensor, exported_tensors(model)))
             words.save_pretrained(folder)
             _verify_tokenizer(folder / "tokenizer.json", words)
             token_ids = words("\n".join(SAMPLES))["input_ids"][: min(NUM_TOKENS, header.max_context)]

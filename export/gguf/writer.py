@@ -3,7 +3,7 @@
 import collections
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from dilap.export.gguf.tokenizer import NO_TOKENIZER, Tokenizer, read_tokenizer,
 from dilap.export.random_weights import RandomWeights
 from dilap.export.source_model import described, end_tokens, tensor
 from dilap.export.verify import NUM_TOKENS, verify_logits
-from dilap.models.anatomy import architecture_of, numerics_of, stand_in_numerics
+from dilap.models.anatomy import architecture_of, exported_tensors, numerics_of, stand_in_numerics
 from dilap.models.context import max_tokens_of
 from dilap.models.text_samples import SAMPLES
 
@@ -56,7 +56,7 @@ class GgufExporter:
         """Write `model` into the folder `out`, verified, or leave nothing behind."""
         architecture = architecture_of(model)
         layout = layout_of(architecture, numerics_of(model))
-        values = ModelValues(tensors=model.state_dict(), layout=layout)
+        values = ModelValues(tensors=exported_tensors(model), layout=layout)
         words = read_tokenizer(tokenizer, vocab_size=architecture.vocab_size)
         words = with_end_tokens(words, end_tokens(model, words.end))
 
@@ -110,7 +110,7 @@ def _token_ids(file: llamacpp.Gguf, count: int) -> list[int]:
 class ModelValues:
     """Tensors of a torch model, converted one at a time."""
 
-    tensors: dict[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor]
     layout: Layout
 
     def __call__(self, spec: TensorSpec, dtype: "np.dtype[np.floating]") -> NDArray[np.floating]:

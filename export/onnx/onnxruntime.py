@@ -19,7 +19,7 @@ from dilap.export.onnx.matrices import Storage
 from dilap.export.onnx.weights import ModelWeights, ProbeWeights
 from dilap.export.source_model import described, end_tokens
 from dilap.export.verify import NUM_TOKENS, verify_logits
-from dilap.models.anatomy import architecture_of, numerics_of, stand_in_numerics
+from dilap.models.anatomy import architecture_of, exported_tensors, numerics_of, stand_in_numerics
 from dilap.models.context import max_tokens_of
 from dilap.models.text_samples import SAMPLES
 
@@ -54,7 +54,7 @@ class OnnxRuntimeExporter:
         _require_known(precision)
         architecture = architecture_of(model)
         numerics = numerics_of(model)
-        weights = ModelWeights(model.state_dict())
+        weights = ModelWeights(exported_tensors(model))
         words = read_tokenizer(tokenizer, vocab_size=architecture.vocab_size)
         with written_aside(out) as folder:
             folder.mkdir()

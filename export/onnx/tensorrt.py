@@ -26,7 +26,7 @@ from dilap.export.onnx.tensorrt_report import CompileReport, compiled, one_layer
 from dilap.export.onnx.weights import ModelWeights, ProbeWeights
 from dilap.export.source_model import described
 from dilap.export.verify import NUM_TOKENS, torch_logits, verify_logits
-from dilap.models.anatomy import architecture_of, numerics_of, stand_in_numerics
+from dilap.models.anatomy import architecture_of, exported_tensors, numerics_of, stand_in_numerics
 from dilap.models.text_samples import SAMPLES
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class TensorRTExporter:
         """Write `model` into the folder `out`, verified as far as this machine can, or leave nothing behind."""
         architecture = architecture_of(model)
         numerics = numerics_of(model)
-        values = RoundedValues(ModelWeights(model.state_dict()).values, precision)
+        values = RoundedValues(ModelWeights(exported_tensors(model)).values, precision)
         words = read_tokenizer(tokenizer, vocab_size=architecture.vocab_size)
         token_ids = words("\n".join(SAMPLES))["input_ids"][: min(NUM_TOKENS, numerics.context_length)]
         with written_aside(out) as folder:

@@ -1,6 +1,7 @@
 """The numbers of an ONNX graph: a model's own, or random ones for timing."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ class ModelWeights:
     Quantised matrices are kept, because their bytes and their scales are read separately.
     """
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
         self.blocks = functools.cache(self._quantise)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from standins.fabricated import TINY_LAYER, tiny_llama
-from standins.models import tiny_model
+from standins.models import FAMILIES, tiny_model
 
 from dilap import backends
 from dilap.core import codec
@@ -179,7 +179,7 @@ def test_batches_are_unsupported(model: Path) -> None:
         backends.get("onnxruntime").load(model, Workload(batch=2))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_may_have_widths_of_its_own_in_every_layer(family: str) -> None:
     found = backends.get("onnxruntime").capabilities(architecture_of(tiny_model(family)), precision="int4")
     assert (found.unsupported, found.per_layer_widths, found.ffn_multiple) == (None, True, 32)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from standins.fabricated import tiny_llama
 from standins.models import (
+    FAMILIES,
     VOCAB_SIZE,
     byte_level_tokenizer,
     compensated_model,
@@ -118,7 +119,7 @@ def test_a_dense_model_is_exact(dense: Path) -> None:
     assert_exact(artifact_in(dense))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_unequal_widths_and_missing_sublayers_are_exact(family: str, tokenizer: Path, tmp_path: Path) -> None:
     assert_exact(exported(pruned_model(family, RAGGED), tokenizer, tmp_path / "out"))
 
@@ -137,8 +138,9 @@ def test_a_pruned_llama_is_exact(kept: Kept, tokenizer: Path, tmp_path: Path) ->
     assert_exact(exported(pruned_model("llama", kept), tokenizer, tmp_path / "out"))
 
 
-def test_biases_of_output_projections_alone_are_exact(tokenizer: Path, tmp_path: Path) -> None:
-    assert_exact(exported(compensated_model("llama", RAGGED), tokenizer, tmp_path / "out"))
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_biases_of_output_projections_alone_are_exact(family: str, tokenizer: Path, tmp_path: Path) -> None:
+    assert_exact(exported(compensated_model(family, RAGGED), tokenizer, tmp_path / "out"))
 
 
 def test_four_bit_weights_cost_what_they_should(four_bits: Path) -> None:
@@ -419,7 +421,7 @@ def test_a_failed_export_leaves_nothing(tokenizer: Path, tmp_path: Path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", ["f32", "8da4w"])
 def test_every_family_may_have_widths_of_its_own_in_every_layer(family: str, precision: str) -> None:
     capabilities = backends.get("executorch").capabilities(architecture_of(tiny_model(family)), precision=precision)

@@ -20,7 +20,7 @@ from dilap.core.sqnr import sqnr_db  # noqa: E402
 from dilap.export.onnx.graph import Form, build_model  # noqa: E402
 from dilap.export.onnx.weights import ModelWeights, quantise  # noqa: E402
 from dilap.export.verify import verify_logits  # noqa: E402
-from dilap.models.anatomy import architecture_of, numerics_of  # noqa: E402
+from dilap.models.anatomy import architecture_of, exported_tensors, numerics_of  # noqa: E402
 
 TOKENS = [5, 17, 80, 3, 3, 41, 0, 95, 250, 7, 7, 12]
 FORMS: tuple[Form, ...] = ("onnxruntime", "plain")
@@ -40,7 +40,7 @@ PLANS: dict[str, Kept] = {
 
 
 def save(model: PreTrainedModel, path: Path, form: Form) -> Path:
-    architecture, weights = architecture_of(model), ModelWeights(model.state_dict())
+    architecture, weights = architecture_of(model), ModelWeights(exported_tensors(model))
     graph = build_model(architecture, numerics_of(model), weights.values, form=form)
     ir.save(graph, path, external_data=f"{path.name}.data")
     return path
@@ -62,7 +62,7 @@ def test_graph_computes_what_torch_computes(family: str, kept: Kept, form: Form,
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt", "granite"])
 def test_tied_head_is_exact_and_stored_once(family: str, form: Form, tmp_path: Path) -> None:
     model = tiny_model(family, tie_word_embeddings=True)
     path = save(model, tmp_path / "m.onnx", form)
@@ -103,8 +103,9 @@ def test_untied_head_of_opt_is_exact(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_biases_of_output_projections_alone_are_exact(form: Form, tmp_path: Path) -> None:
-    model = compensated_model("llama", PLANS["mixed widths"])
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_biases_of_output_projections_alone_are_exact(family: str, form: Form, tmp_path: Path) -> None:
+    model = compensated_model(family, PLANS["mixed widths"])
     assert_exact(model, save(model, tmp_path / "m.onnx", form))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from standins.fabricated import tiny_llama
-from standins.models import byte_level_tokenizer, pruned_model, tiny_model
+from standins.models import FAMILIES, byte_level_tokenizer, pruned_model, tiny_model
 from transformers import AutoTokenizer, PreTrainedModel
 
 from dilap import backends
@@ -59,7 +59,7 @@ def export(model: PreTrainedModel, tokenizer: Path, out: Path, precision: str = 
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_widths_compute_torchs_logits(family: str, tokenizer: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: exports are not verified")
     artifact = export(pruned_model(family, MIXED), tokenizer, tmp_path / "out")

@@ -137,9 +137,10 @@ def test_a_model_beside_its_own_teacher_has_no_kl() -> None:
     assert found.perplexity == pytest.approx(teacher.perplexity, rel=1e-4)
 
 
-def test_a_reader_beside_a_teacher_scores_as_its_torch_model() -> None:
-    teacher = Teacher.of(tiny_model("llama"), TOKENS, keep_states=True)
-    pruned = pruned_model("llama", {"layers.1.channels": tuple(range(32))})
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_a_reader_beside_a_teacher_scores_as_its_torch_model(family: str) -> None:
+    teacher = Teacher.of(tiny_model(family), TOKENS, keep_states=True)
+    pruned = pruned_model(family, {"layers.1.channels": tuple(range(32))})
     found, wanted = beside_teacher(TorchReader(pruned), teacher, head_of(pruned)), teacher.scores(pruned)
     torch.testing.assert_close(found.kls, wanted.kls, rtol=1e-3, atol=1e-5)  # another order of sums
     torch.testing.assert_close(found.losses, wanted.losses, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from standins.models import logits, random_tokens, tiny_model, tiny_task
+from standins.models import exported_llama, logits, random_tokens, tiny_model, tiny_task
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
@@ -306,6 +306,14 @@ def test_tuned_models_are_nearer_to_the_dense_one() -> None:
         model = shrink_(deep_model(), found.plan, parameters=found.parameters)
         errors.append(float((logits(model, tokens) - dense).square().mean()))
     assert errors[1] < errors[0]
+
+
+def test_tuning_knows_the_factor_of_a_sublayers_output() -> None:
+    """Granite halves its sublayers' outputs; the Llama that computes the same has halved projections instead."""
+    models = tiny_model("granite"), exported_llama(tiny_model("granite"))
+    granite, llama = (_Run(Sprint(), tiny_task(one), list(sublayers(one)))._tune(0) for one in models)
+    assert_close(0.5 * granite.weight, llama.weight, rtol=1e-3, atol=1e-3)  # f32 sums of other numbers, then solved
+    assert granite.importance == pytest.approx(llama.importance, rel=1e-3)
 
 
 @pytest.mark.parametrize("norm", ["sentence", "token", "channel", "element", "none"])

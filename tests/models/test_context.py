@@ -31,6 +31,7 @@ def config(family: str, **changes: Any) -> PreTrainedConfig:
         ("mistral", {"sliding_window": 16}, 16),
         ("mistral", {"sliding_window": None}, 128),
         ("mistral", {"sliding_window": 4096}, 128),
+        ("ministral", {"sliding_window": 16}, 16),
         ("qwen2", {"sliding_window": 16, **ALL_SLIDE}, 16),
         ("qwen3", {"sliding_window": 16, **ALL_SLIDE}, 16),
         ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 3}, 128),

@@ -217,6 +217,13 @@ def test_a_gguf_files_rotary_factors_are_read(kind: str, tmp_path: Path) -> None
     assert_close(logits(source.model, TOKENS), logits(model, TOKENS), rtol=1e-4, atol=1e-4)
 
 
+def test_a_gguf_file_of_granite_is_read_as_the_llama_that_it_holds(tmp_path: Path) -> None:
+    model = tiny_model("granite", tie_word_embeddings=True)
+    source = load(str(exported(model, tmp_path)))
+    assert source.model.config.model_type == "llama"
+    assert_close(logits(source.model, TOKENS), logits(model, TOKENS), rtol=1e-4, atol=1e-4)
+
+
 def test_factors_of_llama_3_are_called_so(tmp_path: Path) -> None:
     rope = {"rope_theta": 5e5, "original_max_position_embeddings": 8192, "rope_type": "llama3", **ROPES["llama3"]}
     source = load(str(exported(tiny_model("llama", rope_parameters=rope), tmp_path)))

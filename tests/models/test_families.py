@@ -1,17 +1,30 @@
-"""A family that is a plain variation of Llama is one new file and nothing else."""
+"""A family that is a plain variation of Llama is one new file; one with factors exports tensors that have them."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from standins.models import Kept, byte_level_tokenizer, logits, masked_, plan_for, random_tokens, tiny_model
+import torch
+from standins.models import (
+    FAMILIES,
+    Kept,
+    byte_level_tokenizer,
+    compensated_model,
+    exported_llama,
+    logits,
+    masked_,
+    plan_for,
+    random_tokens,
+    tiny_model,
+)
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from dilap import backends, export
 from dilap.core.errors import Unsupported
 from dilap.models import families
-from dilap.models.anatomy import architecture_of, blocks_of, numerics_of, stand_in_numerics
+from dilap.models.anatomy import architecture_of, blocks_of, exported_tensors, numerics_of, stand_in_numerics
 from dilap.models.cut import shrink_
 from dilap.models.families import family_of
 
@@ -72,7 +85,7 @@ def test_runtimes_hold_it_as_they_hold_llama(backend: str, precision: str, tmp_p
     assert artifact.sqnr_db > 60
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_units_lie_in_every_tensor_whose_size_they_set(family: str) -> None:
     """Cutting one unit of every group changes the shape of each of its members, and of no other tensor."""
     model = tiny_model(family)
@@ -97,7 +110,7 @@ def test_learned_positions_turn_nothing() -> None:
     assert numerics_of(tiny_model("opt")).rotary is None
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_stand_ins_compute_with_what_the_family_does(family: str) -> None:
     """Timed with random weights, a model takes the time of the real one."""
     model = tiny_model(family)
@@ -114,3 +127,46 @@ def test_a_rotary_embedding_that_depends_on_the_length_is_refused() -> None:
 def test_norms_behind_the_sublayers_are_refused() -> None:
     with pytest.raises(Unsupported, match="OPT-350m"):
         numerics_of(tiny_model("opt", do_layer_norm_before=False))
+
+
+FACTORS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+
+
+def assert_exports_a_llama(**changes: Any) -> None:
+    """A Llama with the tensors that a Granite exports has its logits."""
+    model, tokens = tiny_model("granite", **changes), random_tokens(2, 12)
+    llama = exported_llama(model, **{name: one for name, one in changes.items() if name not in FACTORS})
+    assert_close(logits(llama, tokens), logits(model, tokens), rtol=1e-4, atol=1e-4)  # f32 rounds other numbers
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+@pytest.mark.parametrize("biases", [False, True], ids=["no biases", "biases"])
+def test_granite_exports_a_llama_that_computes_the_same(tied: bool, biases: bool) -> None:
+    assert_exports_a_llama(tie_word_embeddings=tied, attention_bias=biases, mlp_bias=biases)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_granite_may_have_any_of_its_factors(factor: str) -> None:
+    assert_exports_a_llama(**{**dict.fromkeys(FACTORS, 1), "attention_multiplier": 0.25, factor: 0.7})
+
+
+def test_biases_that_a_method_adds_are_exported_with_the_factor() -> None:
+    model = compensated_model("granite", {})
+    own, exported = model.state_dict(), exported_tensors(model)
+    names = [name for name in own if name.endswith(("o_proj.bias", "down_proj.bias"))]
+    assert len(names) == 6
+    assert all(torch.equal(exported[name], 0.5 * own[name]) for name in names)
+
+
+def test_factors_are_applied_in_f32() -> None:
+    model = tiny_model("granite", residual_multiplier=0.22).to(torch.bfloat16)
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(exported_tensors(model)[name], 0.22 * model.get_parameter(name).float())
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "granite"])
+def test_families_without_factors_export_their_own_tensors(family: str) -> None:
+    own, exported = (model := tiny_model(family)).state_dict(), exported_tensors(model)
+    assert {name: one.data_ptr() for name, one in exported.items()} == {
+        name: one.data_ptr() for name, one in own.items()
+    }

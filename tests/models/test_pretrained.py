@@ -112,8 +112,8 @@ def test_a_sound_folder_loads(folder: Path) -> None:
     assert from_pretrained(AutoConfig, folder).hidden_size == 64
 
 
-def gguf_file(path: Path, **numbers: int) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
+def gguf_file(path: Path, architecture: str = "llama", /, **numbers: int) -> Path:
+    writer = gguf.GGUFWriter(path, architecture)
     for key, value in {"block_count": 1, "embedding_length": 8, **numbers}.items():
         writer.add_uint32(f"llama.{key}", value)
     writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
@@ -140,6 +140,11 @@ def test_a_gguf_file_with_counts_beyond_reason_is_refused(key: str, tmp_path: Pa
         require_sound_gguf(path)
     with pytest.raises(InvalidInput, match=f"{key} is 2,147,483,648"):
         load(str(path))
+
+
+def test_a_gguf_file_of_an_architecture_that_cannot_be_read_is_refused_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="architecture granite is not supported"):
+        load(str(gguf_file(tmp_path / "x.gguf", "granite")))
 
 
 def test_a_gguf_file_is_refused_wherever_it_is_cut_off(tmp_path: Path) -> None:

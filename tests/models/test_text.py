@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from standins.models import tiny_model, tiny_tokenizer
+from standins.models import FAMILIES, tiny_model, tiny_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from dilap.core.errors import InvalidInput
@@ -88,7 +88,7 @@ def test_generated_text_follows_the_model(tokenizer: PreTrainedTokenizerBase) ->
     assert int((tokens[:, 2:] == 7).sum()) > 8
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "opt", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_generated_token_is_what_the_model_says_about_those_before_it(
     family: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from standins.models import FAMILIES, logits, plan_at, projections, random_tokens, tiny_model, tiny_net
+from standins.models import FAMILIES, exported_llama, logits, plan_at, projections, random_tokens, tiny_model, tiny_net
 from torch.testing import assert_close
 
 from dilap.models.cut import shrink_
@@ -36,14 +36,23 @@ def test_refit_leaves_the_supernet_dense(family: str) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_refit_of_the_dense_config_is_the_dense_model() -> None:
-    model = tiny_model("opt")
+@pytest.mark.parametrize("family", ["opt", "granite"])
+def test_refit_of_the_dense_config_is_the_dense_model(family: str) -> None:
+    model = tiny_model(family)
     dense = logits(model, TOKENS[:2])
     space, net = tiny_net(model, TOKENS)
     weights = refit_sequentially(net, space.dense, TOKENS, correction=1.0)
-    shrunk = shrink_(tiny_model("opt"), plan_at(space, net, space.dense), parameters=projections(model, weights))
+    shrunk = shrink_(tiny_model(family), plan_at(space, net, space.dense), parameters=projections(model, weights))
     # Least squares in f32 on inputs whose covariance has a condition number of about 100.
     assert_close(logits(shrunk, TOKENS[:2]), dense, rtol=1e-3, atol=1e-3)
+
+
+def test_refit_asks_for_corrections_in_the_scale_of_the_residual_stream() -> None:
+    """Granite halves its sublayers' outputs; the Llama that computes the same has halved projections instead."""
+    models = tiny_model("granite"), exported_llama(tiny_model("granite"))
+    granite, llama = (refit_sequentially(tiny_net(one, TOKENS)[1], CONFIG, TOKENS, correction=1.0) for one in models)
+    for name, weight in llama.items():
+        assert_close(0.5 * granite[name], weight, rtol=1e-3, atol=1e-3)  # f32 sums of other numbers, then solved
 
 
 def test_refit_names_the_sublayers_that_are_kept() -> None:

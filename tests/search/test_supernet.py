@@ -86,14 +86,16 @@ def test_slope_at_the_head_is_that_of_autograd() -> None:
 
 
 @torch.no_grad()
-def test_perplexity_is_that_of_the_loss_of_transformers() -> None:
-    model = tiny_model("llama")
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_perplexity_is_that_of_the_loss_of_transformers(family: str) -> None:
+    model = tiny_model(family)
     loss = model(input_ids=TOKENS, labels=TOKENS).loss
     assert perplexity(model, TOKENS) == pytest.approx(float(loss.exp()), rel=1e-4)
 
 
-def test_next_token_loss_and_its_gradient_are_those_of_transformers() -> None:
-    found, expected = tiny_model("llama"), tiny_model("llama")
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_next_token_loss_and_its_gradient_are_those_of_transformers(family: str) -> None:
+    found, expected = tiny_model(family), tiny_model(family)
     loss = next_token_loss(found, TOKENS)
     loss.backward()
     other = expected(input_ids=TOKENS, labels=TOKENS).loss

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from dilap.core.plan import Plan, full_plan
 from dilap.core.shape import LayerWidths
 from dilap.core.space import Choice, Level, Space, plan_of
-from dilap.models.anatomy import architecture_of, sublayers
+from dilap.models.anatomy import architecture_of, exported_tensors, sublayers
 from dilap.models.cut import shrink_
 from dilap.models.text import Calibration
 from dilap.search.library import LevelFit, LibraryOptions, fit_choices
@@ -40,6 +40,13 @@ def compensated_model(family: str, kept: Kept) -> PreTrainedModel:
     model, generator = tiny_model(family), torch.Generator().manual_seed(1)
     biases = {f"{one.path}.bias": torch.randn(64, generator=generator) for one in sublayers(model)}
     return shrink_(model, plan_for(model, kept), parameters=biases)
+
+
+def exported_llama(model: PreTrainedModel, **changes: Any) -> PreTrainedModel:
+    """The tiny Llama with the tensors that a tiny model of its shape exports, so that both should compute the same."""
+    llama = tiny_model("llama", **changes)
+    llama.load_state_dict(dict(exported_tensors(model)))
+    return llama
 
 
 def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -1,9 +1,10 @@
 """A family of decoder models: where its parts are, which units they have, and how they join the residual stream."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -85,6 +86,19 @@ class Family(Paths):
         Raises Unsupported where the two are joined by more than an addition, such as a norm behind the sublayer.
         """
         return 1.0
+
+    def logits_scale(self, config: PreTrainedConfig) -> float:  # noqa: ARG002
+        """Return the factor of the product of the final hidden states and the head that makes it the logits."""
+        return 1.0
+
+    def exported(self, model: PreTrainedModel) -> Mapping[str, torch.Tensor]:
+        """Return the tensors to export, by their names in `model`.
+
+        A model without factors beside its tensors computes with them what `model` computes. By default they are its
+        own, not copied.
+        """
+        tensors: dict[str, torch.Tensor] = model.state_dict()
+        return tensors
 
     def stock_sizes(self, widths: LayerWidths, architecture: Architecture) -> dict[str, int] | None:
         """Return config entries of a stock model with these widths in all layers; None where its class has none."""
