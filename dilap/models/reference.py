@@ -183,14 +183,14 @@ class Teacher:
 
 
 def final_hidden(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Return what the head makes the logits of by its product alone (positions x hidden)."""
+    """Return the final hidden states, scaled so that their product with the head is the logits (positions x hidden)."""
     with compute_precision():
         hidden: torch.Tensor = model.model(input_ids=tokens, use_cache=False).last_hidden_state
     return before_head(model, hidden)
 
 
 def before_head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Return the last hidden states of a model, scaled as its logits are (positions x hidden)."""
+    """Return the last hidden states of a model with the scale of its logits (positions x hidden)."""
     return hidden.reshape(-1, hidden.shape[-1]) * family_of(model.config).logits_scale(model.config)
 
 
