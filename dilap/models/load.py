@@ -40,6 +40,7 @@ from dilap.models.families import family_of
 from dilap.models.families.family import has_tied_head
 from dilap.models.gguf_tokenizer import read_gguf_tokenizer
 from dilap.models.modeling_dilap import pruned_class
+from dilap.models.older_names import add_older_names
 from dilap.models.pretrained import errors_of_damaged_files, from_pretrained
 from dilap.models.text_samples import SAMPLES
 
@@ -230,3 +231,4 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     with written_aside(out) as folder:
         model.save_pretrained(folder, max_shard_size="2GB")
         tokenizer.save_pretrained(folder)
+        add_older_names(folder)
