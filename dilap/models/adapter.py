@@ -22,6 +22,13 @@ from dilap.models.pretrained import errors_of_damaged_files
 CONFIG = "adapter_config.json"
 # Of the kinds that peft has, those that are a change of single matrices, whatever the text is.
 KINDS = ("LORA", "LOHA", "LOKR", "IA3")
+# Entries of an adapter's config with which it is none, and what they do; peft imports a module that stands beside the
+# first one, and merges with the second as if it were not there.
+_NO_CHANGE_OF_MATRICES = {
+    "megatron_config": "names modules of Megatron's code",
+    "layer_replication": "repeats layers",
+    "alora_invocation_tokens": "adapts only what stands behind certain tokens",
+}
 _WEIGHTS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -29,8 +36,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 def merge_adapter_(model: PreTrainedModel, folder: Path) -> None:
     """Add the adapter in `folder` to the weights of `model`, in their precision.
 
-    Raises InvalidInput, in one line, for a folder without an adapter in safetensors, for an adapter that is no sum with
-    the weights, and for one whose tensors are not all those that it needs in this model.
+    Raises InvalidInput, in one line, for a folder without an adapter in safetensors, for an adapter that is no change
+    of the weights alone, and for one whose tensors are not all those that it needs in this model.
     """
     _require_mergeable(folder)
     try:
@@ -50,7 +57,7 @@ def merge_adapter_(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _require_mergeable(folder: Path) -> None:
-    """Raise InvalidInput where the folder has no adapter, one of a kind that is no sum, or one that runs code."""
+    """Raise InvalidInput where the folder has no adapter, one that runs code, or one that is no change of matrices."""
     if not (folder / CONFIG).is_file():
         raise InvalidInput(f"no adapter in {str(folder)!r}: there is no {CONFIG}; give the folder that peft wrote")
     if not (folder / _WEIGHTS).is_file():
@@ -60,8 +67,9 @@ def _require_mergeable(folder: Path) -> None:
     config = read_json(folder / CONFIG)
     if (kind := config.get("peft_type")) not in KINDS:
         raise InvalidInput(f"adapter {folder}: it is of the kind {kind!r:.80}; {', '.join(KINDS)} can be merged")
-    if config.get("megatron_config"):  # peft imports the module that stands beside it
-        raise InvalidInput(f"adapter {folder}: it names Megatron's modules, which are code; remove megatron_config")
+    for name, why in _NO_CHANGE_OF_MATRICES.items():
+        if config.get(name):
+            raise InvalidInput(f"adapter {folder}: its {name} {why}, which cannot be merged")
 
 
 def _shapes_of(path: Path) -> Shapes:

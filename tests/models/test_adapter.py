@@ -132,7 +132,7 @@ def test_an_adapter_without_one_of_its_tensors_is_refused(tmp_path: Path) -> Non
         load(str(saved(model, tmp_path)), merge_adapter=tmp_path / "adapter")
 
 
-def test_an_adapter_that_is_no_sum_with_the_weights_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_of_a_kind_that_changes_no_weights_is_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
     written(model, PromptTuningConfig(num_virtual_tokens=2), tmp_path / "adapter")
     with pytest.raises(InvalidInput, match="it is of the kind 'PROMPT_TUNING'; LORA, LOHA, LOKR, IA3 can be merged"):
@@ -146,11 +146,23 @@ def test_an_adapter_in_a_pickle_is_not_read(tmp_path: Path) -> None:
         merge_adapter_(tiny_model("llama"), tmp_path)
 
 
-def test_code_that_an_adapter_names_is_not_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        (
+            {"megatron_config": {"a": 1}, "megatron_core": "evil"},
+            "its megatron_config names modules of Megatron's code",
+        ),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "its layer_replication repeats layers, which cannot be merged"),
+        ({"alora_invocation_tokens": [1]}, "its alora_invocation_tokens adapts only what stands behind certain tokens"),
+    ],
+    ids=["code", "replication", "alora"],
+)
+def test_what_is_more_than_a_change_of_matrices_is_refused(entries: dict[str, Any], words: str, tmp_path: Path) -> None:
     adapter(tiny_model("llama"), tmp_path)
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"megatron_config": {"a": 1}, "megatron_core": "evil"}))
-    with pytest.raises(InvalidInput, match="names Megatron's modules, which are code"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    with pytest.raises(InvalidInput, match=words):
         merge_adapter_(tiny_model("llama"), tmp_path)
 
 
