@@ -3,11 +3,13 @@
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -70,6 +72,9 @@ def _require_mergeable(folder: Path) -> None:
     for name, why in _NO_CHANGE_OF_MATRICES.items():
         if config.get(name):
             raise InvalidInput(f"adapter {folder}: its {name} {why}, which cannot be merged")
+    known = {one.name for one in fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)])}
+    if unknown := [name for name, value in config.items() if value and name not in known]:
+        raise InvalidInput(f"adapter {folder}: peft does not know its {unknown[0]}; pip install -U peft")
 
 
 def _shapes_of(path: Path) -> Shapes:

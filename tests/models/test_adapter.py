@@ -155,8 +155,9 @@ def test_an_adapter_in_a_pickle_is_not_read(tmp_path: Path) -> None:
         ),
         ({"layer_replication": [[0, 2], [1, 3]]}, "its layer_replication repeats layers, which cannot be merged"),
         ({"alora_invocation_tokens": [1]}, "its alora_invocation_tokens adapts only what stands behind certain tokens"),
+        ({"lora_of_tomorrow": True}, "peft does not know its lora_of_tomorrow; pip install -U peft"),
     ],
-    ids=["code", "replication", "alora"],
+    ids=["code", "replication", "alora", "unknown"],
 )
 def test_what_is_more_than_a_change_of_matrices_is_refused(entries: dict[str, Any], words: str, tmp_path: Path) -> None:
     adapter(tiny_model("llama"), tmp_path)
