@@ -78,6 +78,13 @@ def add_model(to: argparse.ArgumentParser) -> None:
         metavar="M",
         help=f"{DEFAULT_MODEL} (the default), a folder with config.json, a run's folder, a .gguf file or a hub id",
     )
+    add_adapter(to)
+
+
+def add_adapter(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
+        "--merge-adapter", metavar="DIR", help="the folder of a LoRA adapter that is merged into the model first (peft)"
+    )
 
 
 def add_workload(to: argparse.ArgumentParser) -> None:

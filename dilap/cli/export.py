@@ -7,6 +7,7 @@ from pathlib import Path
 from dilap import backends
 from dilap.cli import arguments, console
 from dilap.job.export import chosen_precision, export
+from dilap.job.outputs import name_of
 
 _EXAMPLES = """\
   dilap-export --backend llamacpp runs/smollm2-135m-host_cpu-70pct/checkpoint
@@ -25,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--backend", required=True, help=f"the runtime: {', '.join(backends.BACKENDS)}")
     made.add_argument("--precision", help="the runtime's default otherwise")
     made.add_argument("--tokenizer", metavar="PATH", help="a folder or GGUF file; the checkpoint's own by default")
+    arguments.add_adapter(made)
     made.add_argument("--out", metavar="DIR", help="the artifact's folder (CHECKPOINT-BACKEND-PRECISION)")
     made.add_argument("--json", action="store_true", help="print the sidecar as JSON")
     return made
@@ -33,12 +35,15 @@ def _parser() -> argparse.ArgumentParser:
 def _command() -> int:
     given = _parser().parse_args()
     precision = chosen_precision(given.backend, given.precision)
-    out = arguments.new_path(given.out) if given.out else _beside(given.checkpoint, f"{given.backend}-{precision}")
+    adapter = f"{name_of(given.merge_adapter)}-" if given.merge_adapter else ""
+    default = _beside(given.checkpoint, f"{adapter}{given.backend}-{precision}")
+    out = arguments.new_path(given.out) if given.out else default
     artifact = export(
         given.checkpoint,
         backend=given.backend,
         precision=precision,
         tokenizer=Path(given.tokenizer) if given.tokenizer else None,
+        merge_adapter=given.merge_adapter,
         out=out,
         progress=console.Console(),
     )

@@ -41,15 +41,29 @@ class Subject:
     run: HowToRun | None = None
 
 
-def open_subject(name: str, *, backend: str | None = None, precision: str | None = None, threads: int = 1) -> Subject:
+def open_subject(
+    name: str,
+    *,
+    backend: str | None = None,
+    precision: str | None = None,
+    merge_adapter: str | None = None,
+    threads: int = 1,
+) -> Subject:
     """Open a run's or an artifact's folder, a GGUF file (in llama.cpp), or what `dilap.models.load` loads (in torch).
 
-    `backend="torch"` takes a run's checkpoint instead of its artifact; `precision` (f32, bf16, f16) is for torch alone.
-    Raises InvalidInput, Unavailable, Unsupported, and Mismatch where a file is not the one that its sidecar describes.
+    `backend="torch"` takes a run's checkpoint instead of its artifact; `precision` (f32, bf16, f16) and `merge_adapter`
+    are for torch alone. Raises InvalidInput, Unavailable, Unsupported, and Mismatch where a file is not the one that
+    its sidecar describes.
     """
     path = Path(name)
-    if (path / "result.json").is_file():
-        return replace(_of_run(path, backend, precision, threads), name=name)
+    is_run = (path / "result.json").is_file()
+    has_artifact = is_run or (path / "artifact.json").is_file() or (path.suffix == ".gguf" and path.is_file())
+    if merge_adapter is not None and has_artifact and backend != "torch":
+        raise InvalidInput(f"{name} is an artifact, which no adapter can be merged into: score it with --backend torch")
+    if is_run and backend == "torch":
+        return replace(_of_model(str(path / "checkpoint"), precision, merge_adapter), name=name)
+    if is_run:
+        return replace(_of_run(path, backend, threads), name=name)
     if backend != "torch" and (path / "artifact.json").is_file():
         return _of_artifact(name, path, backend, threads)
     if backend not in (None, "torch", "llamacpp") or (backend == "llamacpp" and path.suffix != ".gguf"):
@@ -57,12 +71,10 @@ def open_subject(name: str, *, backend: str | None = None, precision: str | None
     if path.suffix == ".gguf" and path.is_file() and backend != "torch":
         has_sidecar = path.with_name("artifact.json").is_file()
         return _of_artifact(name, path.parent, backend, threads) if has_sidecar else _of_gguf(name, path, threads)
-    return _of_model(name, precision)
+    return _of_model(name, precision, merge_adapter)
 
 
-def _of_run(run: Path, backend: str | None, precision: str | None, threads: int) -> Subject:
-    if backend == "torch":
-        return _of_model(str(run / "checkpoint"), precision)
+def _of_run(run: Path, backend: str | None, threads: int) -> Subject:
     if not (run / "artifact").is_dir():
         raise InvalidInput(f"{run} has no artifact, {why_no_artifact(run)}")
     subject = _of_artifact(str(run), run / "artifact", backend, threads)
@@ -134,8 +146,8 @@ def _of_gguf(name: str, path: Path, threads: int) -> Subject:
     )
 
 
-def _of_model(name: str, precision: str | None) -> Subject:
-    source = load(name)
+def _of_model(name: str, precision: str | None, merge_adapter: str | None) -> Subject:
+    source = load(name, merge_adapter=merge_adapter)
     if precision is not None:
         source.model.to(DTYPES[precision])
     names = {dtype: name for name, dtype in DTYPES.items()}

@@ -45,6 +45,7 @@ __all__ = ["compare", "evaluate", "export", "load", "profile", "prune"]
 _JOB_OPTIONS = set(inspect.signature(job_options).parameters) - {"device", "budget", "model"}
 _TIMED_OPTIONS = {
     "backend", "phase", "context", "prompt_tokens", "precision", "threads", "configuration", "estimate", "force",
+    "merge_adapter",
 }  # fmt: skip
 _EVALUATION_OPTIONS = {one.name for one in fields(evaluating.EvaluationOptions)} - {
     "subject", "tasks", "costs_on", "data_dir", "out",
@@ -74,6 +75,10 @@ def prune(
     message; the same call, made again, goes on with what was done so far.
     """
     source = replace(model, model=copy.deepcopy(model.model)) if isinstance(model, Source) else None
+    if isinstance(model, Source):
+        if "merge_adapter" in options:
+            raise InvalidInput("the model is loaded already: give merge_adapter to dilap.load instead")
+        options["merge_adapter"] = model.merge_adapter
     found = _devices(target, devices)
     asked = job_options(
         device=found[0],
@@ -165,6 +170,7 @@ def export(
     out: Place,
     precision: str | None = None,
     tokenizer: Place | None = None,
+    merge_adapter: Place | None = None,
     progress: Told = None,
 ) -> Artifact:
     """Write a checkpoint in a runtime's format into the new folder `out`, checked against torch."""
@@ -173,6 +179,7 @@ def export(
         backend=backend,
         precision=precision,
         tokenizer=None if tokenizer is None else Path(tokenizer),
+        merge_adapter=None if merge_adapter is None else os.fspath(merge_adapter),
         out=Path(out),
         progress=_progress(progress),
     )

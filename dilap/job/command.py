@@ -12,6 +12,7 @@ from dilap.job.result import PruneResult
 # For every flag, where its value is in a job's options. A flag at the default of `JobOptions` is left out.
 _FLAGS: Mapping[str, tuple[str, ...]] = {
     "--model": ("model",),
+    "--merge-adapter": ("merge_adapter",),
     "--backend": ("backend",),
     "--phase": ("workload", "phase"),
     "--context": ("workload", "context"),

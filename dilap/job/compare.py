@@ -48,7 +48,7 @@ def compare(
         for budget in budgets
         for method, chosen in settings.items()
     ]
-    runs = _Runs(model=base.model, devices=devices, out=out, progress=progress, keep_models=keep_models, tables=tables)
+    runs = _Runs(base=base, devices=devices, out=out, progress=progress, keep_models=keep_models, tables=tables)
     if foreign_content(out, out / "shared"):
         raise InvalidInput(f"{out} exists and is no comparison; move it away or choose another --out")
     with held(out / "shared"):
@@ -75,7 +75,7 @@ def _open(out: Path, base: JobOptions, settings: Mapping[str, Mapping[str, str]]
 class _Runs:
     """The runs of a comparison, in folders below `out`; what they have in common is in the folder `out`/shared."""
 
-    model: str
+    base: JobOptions
     devices: Sequence[Device]
     out: Path
     progress: Progress
@@ -84,7 +84,7 @@ class _Runs:
 
     @cached_property
     def _dense(self) -> Source:
-        return load(self.model)
+        return load(self.base.model, merge_adapter=self.base.merge_adapter)
 
     def rows(self, jobs: Sequence[JobOptions]) -> list[Row]:
         """Return all rows, after doing the runs that have none yet; the tables are rewritten after each row."""

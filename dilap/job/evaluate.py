@@ -39,6 +39,7 @@ class EvaluationOptions:
     backend: str | None = None
     precision: str | None = None
     threads: int | None = None
+    merge_adapter: str | None = None
     reference: str | None = None
     eval_text: str = "python-docs"
     costs_on: Device | None = None
@@ -73,7 +74,11 @@ def evaluate(options: EvaluationOptions, *, progress: Progress) -> Evaluation:
         options = replace(options, backend="torch")
         progress.say(f"{options.subject} has zeros inside matrices and no artifact: its checkpoint is scored in torch")
     subject = open_subject(
-        options.subject, backend=options.backend, precision=options.precision, threads=options.num_threads
+        options.subject,
+        backend=options.backend,
+        precision=options.precision,
+        merge_adapter=options.merge_adapter,
+        threads=options.num_threads,
     )
     with closing(subject.reader):
         done = _with_tasks(_started(subject, options, progress), subject, tasks, options, progress)

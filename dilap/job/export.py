@@ -24,6 +24,7 @@ def export(
     backend: str,
     precision: str | None = None,
     tokenizer: Path | None = None,
+    merge_adapter: str | None = None,
     out: Path,
     progress: Progress,
 ) -> Artifact:
@@ -44,7 +45,7 @@ def export(
     from dilap.models.anatomy import architecture_of  # noqa: PLC0415
     from dilap.models.load import checkpoint_of, load  # noqa: PLC0415
 
-    source = load(checkpoint, tokenizer=tokenizer)
+    source = load(checkpoint, tokenizer=tokenizer, merge_adapter=merge_adapter)
     backends.require_loadable(backends.get(backend), architecture_of(source.model), precision=chosen)
     return exporters.get(backend).export(
         source.model,

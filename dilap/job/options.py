@@ -44,11 +44,13 @@ class JobOptions:
     """Everything that a prune job is asked for: two jobs with equal options are the same job.
 
     For the `fastest` configuration, the runtime's switches and `threads_tried` are tried, starting from `workload`;
-    the `plain` one has the runtime's default switches.
+    the `plain` one has the runtime's default switches. `merge_adapter` is the folder of an adapter that becomes part of
+    the model.
     """
 
     budget: Budget
     model: str = DEFAULT_MODEL
+    merge_adapter: str | None = None
     target: str = "host_cpu"
     backend: str = "llamacpp"
     workload: Workload = field(default_factory=Workload)
@@ -90,6 +92,7 @@ def job_options(
     device: Device,
     budget: Budget,
     model: str = DEFAULT_MODEL,
+    merge_adapter: str | None = None,
     method: str = "dilap",
     settings: Mapping[str, str] = _NONE,
     backend: str | None = None,
@@ -140,6 +143,7 @@ def job_options(
     return JobOptions(
         budget=budget,
         model=model,
+        merge_adapter=merge_adapter,
         target=device.label,
         backend=backend,
         workload=workload,

@@ -3,10 +3,14 @@
 from pathlib import Path
 
 
-def name_of(model: str) -> str:
-    """Return the name for a model's outputs: that of its file or folder (for `.` too), or the end of its hub id."""
+def name_of(model: str, *, merge_adapter: str | None = None) -> str:
+    """Return the name for a model's outputs: that of its file or folder (for `.` too), or the end of its hub id.
+
+    That of an adapter which is merged into it stands after a plus.
+    """
     path = Path(model)
-    return (path.resolve() if path.exists() else path).name.removesuffix(".gguf")
+    name = (path.resolve() if path.exists() else path).name.removesuffix(".gguf")
+    return name if merge_adapter is None else f"{name}+{name_of(merge_adapter)}"
 
 
 def home_of(model: str) -> Path:

@@ -43,7 +43,7 @@ def profile(
     bench = Bench.of(
         devices, backend, workload, progress, force=options.force, tables=tables, estimate=options.estimate
     )
-    source = load(model)
+    source = load(model, merge_adapter=options.merge_adapter)
     architecture = architecture_of(source.model)
     backends.require_loadable(bench.backend, architecture, precision=workload.precision)
     held = bench.backend.capabilities(architecture, precision=workload.precision).max_tokens

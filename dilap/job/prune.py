@@ -53,7 +53,7 @@ def prune(
         estimate=options.estimate,
     )
     with workspace.stage("load the model"):
-        source = source or load(options.model)
+        source = source or load(options.model, merge_adapter=options.merge_adapter)
     architecture = architecture_of(source.model)
     layout = _layout(options, bench.backend, architecture)
     method = _method(options, layout)

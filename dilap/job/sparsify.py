@@ -44,6 +44,7 @@ class SparseOptions:
     method: str = "wanda"
     settings: dict[str, str] = field(default_factory=dict)
     model: str = DEFAULT_MODEL
+    merge_adapter: str | None = None
     propagate: Propagate = "pruned"
     rebuild: bool = False
     granularity: Granularity | None = None
@@ -84,7 +85,7 @@ def sparsify(options: SparseOptions, *, out: Path, progress: Progress) -> Sparse
     pattern, rule = Pattern.parse(options.pattern), _rule(options)
     workspace = Workspace(out, progress)
     with workspace.stage("load the model"):
-        source = load(options.model)
+        source = load(options.model, merge_adapter=options.merge_adapter)
     require_matrices(source.model, pattern)
     require_sequences(source.model.config, options.calibration.sequence_length)
     require_texts(options.calibration, options.evaluation_text, source.tokenizer)

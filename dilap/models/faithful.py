@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dilap.backends.llamacpp.gguf_header import GgufHeader, read_header
 from dilap.core.codec import read_json
 from dilap.core.errors import InvalidInput
+from dilap.models.adapter import CONFIG
 from dilap.models.families import family_of
 from dilap.models.families.family import has_tied_head, head_dim_of
 from dilap.models.pretrained import errors_of_damaged_files
@@ -55,14 +56,18 @@ _LLAMA3 = {
 
 def require_no_adapter(path: Path) -> None:
     """Raise InvalidInput for the folder of a LoRA adapter, and for one beside a whole model."""
-    described = path / "adapter_config.json"
+    described = path / CONFIG
     if not described.is_file():
         return
-    merge = "merge it with peft (merge_and_unload, save_pretrained), and give the merged folder"
     if not (path / "config.json").is_file():
-        base = read_json(described).get("base_model_name_or_path")
-        raise InvalidInput(f"{path} holds an adapter of {str(base)!r:.80} and no model: {merge}")
-    raise InvalidInput(f"{path} holds a model and an adapter: {merge}, or move adapter_config.json away")
+        base = str(read_json(described).get("base_model_name_or_path"))
+        raise InvalidInput(
+            f"{path} holds an adapter of {base!r:.80} and no model: give that model, and --merge-adapter {path}"
+        )
+    raise InvalidInput(
+        f"{path} holds a model and an adapter: move {CONFIG} and adapter_model.safetensors into a folder of their own, "
+        "and give that folder with --merge-adapter to merge them"
+    )
 
 
 def tie_as_files_do_(model: PreTrainedModel, *, missing: Collection[str]) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from dilap.backends.child import opened
 from dilap.backends.llamacpp.file import Gguf
 from dilap.core.errors import InvalidInput, Unavailable, reason_of
+from dilap.models.gguf_sentencepiece import sentencepiece_tokenizer
 from dilap.models.pretrained import errors_of_damaged_files, from_pretrained, require_sound_gguf
 from dilap.models.text_samples import SAMPLES, first_difference
 
@@ -141,7 +142,11 @@ def _difference(tokenizer: PreTrainedTokenizerBase, expected: Sequence[tuple[str
 
 def _candidates(path: Path, fields: dict[str, Any]) -> Iterator[PreTrainedTokenizerBase]:
     """Yield tokenizers that may be the file's: the one that its name says first."""
-    if fields.get("tokenizer.ggml.model") != "gpt2":
+    kind = fields.get("tokenizer.ggml.model")
+    if kind == "llama":
+        yield from _sentencepiece_candidates(fields)
+        return
+    if kind != "gpt2":
         yield from_pretrained(AutoTokenizer, path.parent, gguf_file=path.name, local_files_only=True)
         return
     named = str(fields.get("tokenizer.ggml.pre") or "default")
@@ -152,17 +157,32 @@ def _candidates(path: Path, fields: dict[str, Any]) -> Iterator[PreTrainedTokeni
             yield _byte_level(fields, _SPLITS[name], ignores_merges=ignores_merges, adds_bos=with_bos)
 
 
+def _sentencepiece_candidates(fields: dict[str, Any]) -> Iterator[PreTrainedTokenizerBase]:
+    """Yield tokenizers with and without a space and the first token before a text, as the file says first."""
+    adds_space, adds_bos = (
+        bool(fields.get(f"tokenizer.ggml.add_{name}", True)) for name in ("space_prefix", "bos_token")
+    )
+    for with_space, with_bos in product((adds_space, not adds_space), (adds_bos, not adds_bos)):
+        yield _finished(sentencepiece_tokenizer(fields, adds_space=with_space), fields, adds_bos=with_bos)
+
+
 def _byte_level(
     fields: dict[str, Any], splits: Sequence[str], *, ignores_merges: bool, adds_bos: bool
 ) -> PreTrainedTokenizerFast:
     tokens = fields["tokenizer.ggml.tokens"]
-    types = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges") or []]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignores_merges))
     parts = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in splits]
     made.pre_tokenizer = pre_tokenizers.Sequence([*parts, pre_tokenizers.ByteLevel(False, use_regex=False)])
     made.decoder = decoders.ByteLevel()
+    return _finished(made, fields, adds_bos=adds_bos)
+
+
+def _finished(made: Tokenizer, fields: dict[str, Any], *, adds_bos: bool) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with the file's special tokens, those that users defined, and its chat templates."""
+    tokens = fields["tokenizer.ggml.tokens"]
+    types = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     for kind, add in ((_CONTROL, made.add_special_tokens), (_USER_DEFINED, made.add_tokens)):
         add([AddedToken(token, normalized=False) for token, one in zip(tokens, types, strict=True) if one == kind])
     named = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")}

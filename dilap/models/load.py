@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 
 from dilap.core.codec import written_aside
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported
+from dilap.models.adapter import merge_adapter_
 from dilap.models.anatomy import model_digest, require_finite
 from dilap.models.builtin import DEFAULT_MODEL, builtin_model
 from dilap.models.faithful import (
@@ -39,25 +40,31 @@ from dilap.models.families import family_of
 from dilap.models.families.family import has_tied_head
 from dilap.models.gguf_tokenizer import read_gguf_tokenizer
 from dilap.models.modeling_dilap import pruned_class
+from dilap.models.older_names import add_older_names
 from dilap.models.pretrained import errors_of_damaged_files, from_pretrained
 from dilap.models.text_samples import SAMPLES
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A loaded model. `tokenizer_path` is the folder or GGUF file from which exporters take the tokenizer."""
+    """A loaded model. `tokenizer_path` is the folder or GGUF file from which exporters take the tokenizer.
+
+    `merge_adapter` is the folder of the adapter that is part of the model, None for most.
+    """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     tokenizer_path: Path
     digest: str
+    merge_adapter: str | None = None
 
 
-def load(name: str, *, tokenizer: Path | None = None) -> Source:
+def load(name: str, *, tokenizer: Path | None = None, merge_adapter: str | Path | None = None) -> Source:
     """Load a model and its tokenizer, in the precision that its files have (a GGUF file is dequantised to f32).
 
-    `tokenizer` is the folder or GGUF file of the tokenizer, by default the model's own.
+    `tokenizer` is the folder or GGUF file of the tokenizer, by default the model's own. `merge_adapter` is the folder
+    of a LoRA adapter that is added to the weights: the model, and so its digest, is then the merged one.
     Raises InvalidInput where the files are damaged or there is no such model, Unavailable where the model cannot be
     fetched, Unsupported where the architecture is not known.
     """
@@ -77,6 +84,8 @@ def load(name: str, *, tokenizer: Path | None = None) -> Source:
     config = _config(name, str(folder), arguments)
     words = _tokenizer(name, tokenizer or tokenizer_path)  # before gigabytes are read
     model = _model(name, str(folder), config, arguments)
+    if merge_adapter is not None:
+        merge_adapter_(model, Path(merge_adapter).expanduser())
     require_finite(model)
     if path.is_file():
         take_special_tokens_(model, words)
@@ -84,7 +93,14 @@ def load(name: str, *, tokenizer: Path | None = None) -> Source:
         tokenizer_path = tokenizer
     elif not tokenizer_path.exists():  # a hub id: its files are in the hub's local cache by now
         tokenizer_path = Path(cached_file(name, "tokenizer_config.json")).parent
-    return Source(name=name, model=model, tokenizer=words, tokenizer_path=tokenizer_path, digest=model_digest(model))
+    return Source(
+        name=name,
+        model=model,
+        tokenizer=words,
+        tokenizer_path=tokenizer_path,
+        digest=model_digest(model),
+        merge_adapter=None if merge_adapter is None else str(merge_adapter),
+    )
 
 
 def checkpoint_of(path: Path) -> Path:
@@ -215,3 +231,4 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     with written_aside(out) as folder:
         model.save_pretrained(folder, max_shard_size="2GB")
         tokenizer.save_pretrained(folder)
+        add_older_names(folder)

@@ -4,11 +4,11 @@ This file is also copied beside every checkpoint that stock classes cannot hold,
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-works where DiLAP is not installed. `config.layer_widths` has one [num_heads, num_kv_heads, num_channels] per layer;
-zeros remove the sublayer. `config.output_biases` gives every output projection a bias, even where the family has none:
-it holds the mean output of removed units. `config.module_paths` says where a family keeps its parts, if not where Llama
-does. Everything else is the stock model: `PrunedLlamaForCausalLM` is `LlamaForCausalLM` with narrower layers, and so
-for every stock class.
+works where DiLAP is not installed, with transformers 4.57 or later. `config.layer_widths` has one [num_heads,
+num_kv_heads, num_channels] per layer; zeros remove the sublayer. `config.output_biases` gives every output projection a
+bias, even where the family has none: it holds the mean output of removed units. `config.module_paths` says where a
+family keeps its parts, if not where Llama does. Everything else is the stock model: `PrunedLlamaForCausalLM` is
+`LlamaForCausalLM` with narrower layers, and so for every stock class.
 """
 
 import functools
@@ -19,7 +19,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig as PreTrainedConfig  # its name in transformers 4; 5 has both
+from transformers import PreTrainedModel
+from transformers.utils.versions import require_version
+
+# Older versions have other attention modules: three results, a count of heads of its own. 4.57 and 5 compute the same.
+require_version("transformers>=4.57", "This checkpoint's layers have widths of their own: pip install -U transformers")
 
 _PREFIX = "Pruned"  # stands before the stock class's name
 

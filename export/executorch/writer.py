@@ -12,21 +12,19 @@ import torch
 from dilap.backends.child import opened
 from dilap.backends.executorch.bindings import bindings
 from dilap.backends.executorch.program import Program
-from dilap.backends.executorch.tokenizer import ExecuTorchTokenizer
 from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, file_sha256, write_json, written_aside
-from dilap.core.errors import Unsupported, VerificationFailed
 from dilap.core.shape import Architecture
 from dilap.export.executorch.header import GROUP_SIZE, Header, header_of
-from dilap.export.hf_tokenizer import read_tokenizer
+from dilap.export.executorch.tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.random_weights import RandomWeights
 from dilap.export.source_model import described, tensor
 from dilap.export.verify import verify_logits
 from dilap.models.anatomy import architecture_of, exported_tensors, stand_in_numerics
-from dilap.models.text_samples import SAMPLES, first_difference
+from dilap.models.text_samples import SAMPLES
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
     from dilap.export.executorch.program import Values
 
@@ -51,20 +49,19 @@ class ExecuTorchExporter:
         self, model: "PreTrainedModel", *, tokenizer: Path, precision: str, plan_digest: str, out: Path
     ) -> Artifact:
         """Write `model` into the folder `out`, verified, or leave nothing behind."""
-        words = _read_tokenizer(tokenizer, vocab_size=architecture_of(model).vocab_size)
+        words = read_tokenizer(tokenizer, vocab_size=architecture_of(model).vocab_size)
         header = header_of(model, words, precision=precision)
         with written_aside(out) as folder:
             folder.mkdir()
             path = folder / "model.pte"
             _write(path, header, functools.partial(tensor, exported_tensors(model)))
-            words.save_pretrained(folder)
-            _verify_tokenizer(folder / "tokenizer.json", words)
+            notes = tuple(save_tokenizer(words, folder))
             token_ids = words("\n".join(SAMPLES))["input_ids"][: min(NUM_TOKENS, header.max_context)]
             sqnr_db = min(
                 _verify_method(path, method, model, token_ids, precision=precision) for method in ("forward", "score")
             )
             artifact = _describe(path, header, sqnr_db=sqnr_db)
-            artifact = described(artifact, model, plan_digest=plan_digest)
+            artifact = described(artifact, model, plan_digest=plan_digest, notes=notes)
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
 
@@ -96,15 +93,6 @@ def _write(path: Path, header: Header, values: "Values") -> None:
         program.write_to_file(file)
 
 
-def _read_tokenizer(source: Path, *, vocab_size: int) -> "PreTrainedTokenizerFast":
-    """Read the tokenizer of a Hugging Face folder or a GGUF file. Raises InvalidInput, Unsupported."""
-    words = read_tokenizer(source, vocab_size=vocab_size)
-    if not hasattr(words, "backend_tokenizer"):
-        raise Unsupported(f"{source}: {type(words).__name__} has no tokenizer.json form")
-    found: PreTrainedTokenizerFast = words
-    return found
-
-
 def _verify_method(
     path: Path, method: str, model: "PreTrainedModel", token_ids: Sequence[int], *, precision: str
 ) -> float:
@@ -112,19 +100,6 @@ def _verify_method(
     with opened(Program, path, runtime="executorch", method=method) as file:
         name = f"{method} of {path.name} in {precision}"
         return verify_logits(model, file, token_ids, bound_db=SQNR_BOUNDS_DB[precision], name=name)
-
-
-def _verify_tokenizer(path: Path, reference: "PreTrainedTokenizerFast") -> None:
-    """Raise VerificationFailed at the first text that ExecuTorch's tokenizer and transformers' split differently."""
-    tokenizer = opened(ExecuTorchTokenizer, path, runtime="executorch")
-    for text in SAMPLES:
-        expected = reference(text, add_special_tokens=False)["input_ids"]
-        if (got := tokenizer.tokens(text)) != expected:
-            at = first_difference(expected, got)
-            raise VerificationFailed(
-                f"ExecuTorch's tokenizer differs from transformers': {text!r} at token {at}: expected"
-                f" {expected[at : at + 3]}, got {got[at : at + 3]}"
-            )
 
 
 def _describe(path: Path, header: Header, *, sqnr_db: float | None) -> Artifact:

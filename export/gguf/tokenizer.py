@@ -12,10 +12,11 @@ from gguf import GGUFValueType, TokenType
 
 from dilap.backends.child import opened
 from dilap.backends.llamacpp.file import Gguf
-from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed
+from dilap.core.errors import InvalidInput, Unsupported
+from dilap.export.splits import Split, require_alike, splits_of
 from dilap.models.gguf_tokenizer import Field, tokenizer_fields
 from dilap.models.load import load_tokenizer
-from dilap.models.text_samples import SAMPLES, first_difference
+from dilap.models.text_samples import SAMPLES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -104,45 +105,18 @@ def with_end_tokens(tokenizer: Tokenizer, ends: Sequence[int]) -> Tokenizer:
 
 
 def verify_tokenizer(path: Path, source: Path) -> list[str]:
-    """Return what a reader must know of the tokenizer that was written.
+    """Return what a reader must know of the tokenizer that was written: llama.cpp does not normalise texts.
 
-    llama.cpp does not normalise texts: where the source's tokenizer does, texts are compared in their normalised form,
-    and a sample that only differs without it is told. Raises VerificationFailed at the first other text that llama.cpp
-    and the source split differently.
+    Raises VerificationFailed at the first text that llama.cpp and the source split differently.
     """
     with opened(Gguf, path, runtime="llamacpp", vocab_only=True) as file:
         if source.is_file():
             with opened(Gguf, source, runtime="llamacpp", vocab_only=True) as original:
-                texts = [(text, text, original.tokens(text)) for text in SAMPLES]
+                splits = [Split(text=text, normal=text, ids=original.tokens(text)) for text in SAMPLES]
         else:
             reference = _transformers_tokenizer(source)
-            texts = [(text, _normalised(reference, text), reference(text)["input_ids"]) for text in _texts(reference)]
-        raw = []
-        for text, normalised, ids in texts:
-            if (got := file.tokens(normalised)) != ids:
-                raise VerificationFailed(_difference(file, text, ids, got))
-            if file.tokens(text) != ids:
-                raw.append(text)
-    if not raw:
-        return []
-    return [f"llama.cpp does not normalise texts as this tokenizer does: {raw[0]!r} is split alike only in normal form"]
-
-
-def _normalised(reference: "PreTrainedTokenizerFast", text: str) -> str:
-    """Return a text in the normal form that a byte-level tokenizer reads it in; others put marks of their own there."""
-    normaliser = reference.backend_tokenizer.normalizer
-    if normaliser is None or getattr(reference.backend_tokenizer.model, "byte_fallback", False):
-        return text
-    found: str = normaliser.normalize_str(text)
-    return found
-
-
-def _difference(file: Gguf, text: str, expected: list[int], got: list[int]) -> str:
-    at = first_difference(expected, got)
-    theirs, ours = (
-        f"{ids[at]} {file.token_text(ids[at])!r}" if at < len(ids) else "nothing more" for ids in (expected, got)
-    )
-    return f"the exported tokenizer differs: {text!r} at token {at}: expected {theirs}, llama.cpp gives {ours}"
+            splits = list(splits_of(reference, _texts(reference)))
+        return require_alike(splits, file.tokens, runtime="llama.cpp", word=file.token_text)
 
 
 def _transformers_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
@@ -281,7 +255,7 @@ def _list(name: str, values: Sequence[Any], kind: GGUFValueType) -> Field:
 
 def _with_pre_tokenizer(tokenizer: Tokenizer, reference: "PreTrainedTokenizerFast") -> Tokenizer:
     """Add the first of llama.cpp's pre-tokenizers that splits all texts like `reference`, else the best of them."""
-    expected = [(_normalised(reference, text), reference(text)["input_ids"]) for text in _texts(reference)]
+    expected = list(splits_of(reference, _texts(reference)))
     best, most = tokenizer, -1
     with tempfile.TemporaryDirectory() as folder:
         for name in PRE_TOKENIZERS:
@@ -294,7 +268,7 @@ def _with_pre_tokenizer(tokenizer: Tokenizer, reference: "PreTrainedTokenizerFas
     return best
 
 
-def _num_agreeing(tokenizer: Tokenizer, expected: Sequence[tuple[str, list[int]]], path: Path) -> int:
+def _num_agreeing(tokenizer: Tokenizer, expected: Sequence[Split], path: Path) -> int:
     writer = gguf.GGUFWriter(path, "llama")
     tokenizer.write(writer)
     writer.write_header_to_file()
@@ -302,4 +276,4 @@ def _num_agreeing(tokenizer: Tokenizer, expected: Sequence[tuple[str, list[int]]
     writer.write_ti_data_to_file()
     writer.close()
     with opened(Gguf, path, runtime="llamacpp", vocab_only=True) as file:
-        return sum(file.tokens(text) == ids for text, ids in expected)
+        return sum(file.tokens(one.normal) == one.ids for one in expected)

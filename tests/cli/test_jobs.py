@@ -1,14 +1,15 @@
 """The commands that run jobs: how their words become a job's options, what they print, and their exit codes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from standins.fake_job import FAST, FakeBench, call, last_line
 
-from dilap.cli import compare, prune
+from dilap.cli import compare, export, profile, prune
+from dilap.cli import eval as evaluation
 from dilap.cli.export import _beside
 from dilap.core.codec import read_json
 from dilap.core.measurement import Measurement
@@ -138,3 +139,27 @@ def test_an_export_lies_beside_the_checkpoint_by_default(
     (tmp_path / "llama" / "sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / cwd)
     assert _beside(given, "llamacpp-f16").resolve() == tmp_path / "llama-llamacpp-f16"
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (prune.main, ["--target", "host_cpu", "--budget", "70%", "--model"]),
+        (prune.main, ["--pattern", "2:4", "--model"]),
+        (compare.main, ["--target", "host_cpu", "--budget", "70%", "--methods", "magnitude", "--model"]),
+        (profile.main, ["--device", "host_cpu", "--estimate", "--model"]),
+        (evaluation.main, ["--costs"]),
+        (export.main, ["--backend", "llamacpp"]),
+    ],
+    ids=["prune", "prune-pattern", "compare", "profile", "eval", "export"],
+)
+def test_every_command_that_loads_a_model_merges_an_adapter_first(
+    main: Callable[[], None],
+    arguments: list[str],
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+    assert call(main, *arguments, checkpoint, "--merge-adapter", "nowhere") == 2
+    assert "no adapter in 'nowhere': there is no adapter_config.json" in last_line(capsys)

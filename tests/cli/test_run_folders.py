@@ -55,6 +55,11 @@ def test_a_run_whose_artifact_was_dropped_says_so(run: Path, capsys: pytest.Capt
     assert "has no artifact, dilap-compare drops it unless --keep-models" in last_line(capsys)
 
 
+def test_no_adapter_is_merged_into_an_artifact(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(evaluation.main, run, "--costs", "--merge-adapter", "adapter") == 2
+    assert "which no adapter can be merged into: score it with --backend torch" in last_line(capsys)
+
+
 @pytest.mark.parametrize("kind", ["run", "sparse_run"])
 def test_a_run_is_loaded_and_exported_by_its_checkpoint(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]

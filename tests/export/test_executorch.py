@@ -23,10 +23,12 @@ from standins.models import (
     random_tokens,
     tiny_model,
 )
+from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer, PreTrainedModel
 
 from dilap import backends, export
 from dilap.backends import readers
+from dilap.backends.executorch.tokenizer import ExecuTorchTokenizer
 from dilap.core import codec
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, file_sha256, read_json
@@ -34,6 +36,7 @@ from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed
 from dilap.core.sqnr import sqnr_db
 from dilap.core.workload import Workload
 from dilap.export.executorch.header import Header, header_of
+from dilap.export.executorch.tokenizer import save_tokenizer
 from dilap.export.executorch.writer import matrix_types
 from dilap.export.source_model import tensor
 from dilap.models.anatomy import architecture_of, numerics_of
@@ -435,3 +438,33 @@ def test_an_unknown_precision_of_the_runtime_is_refused_with_the_known_ones() ->
 
 def test_the_build_names_its_delegates() -> None:
     assert "XnnpackBackend" in backends.get("executorch").build()
+
+
+def with_normal_form(folder: Path) -> Path:
+    """A byte-level tokenizer that brings texts into the normal form NFC first."""
+    words = Tokenizer.from_file(str(byte_level_tokenizer(folder) / "tokenizer.json"))
+    words.normalizer = normalizers.NFC()
+    words.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_normal_form_that_executorch_does_not_make_is_told(tmp_path: Path) -> None:
+    """Its NFC makes an E of an É. As Qwen's tokenizers have it: the family is not refused for it."""
+    folder = with_normal_form(tmp_path / "words")
+    artifact = exported(tiny_model("llama"), folder, tmp_path / "out")
+    (note,) = artifact.details["notes"]
+    assert "ExecuTorch does not normalise texts as this tokenizer does" in note
+    assert "combining" in note
+
+
+def test_texts_in_normal_form_are_split_alike_in_executorch(tmp_path: Path) -> None:
+    words = AutoTokenizer.from_pretrained(with_normal_form(tmp_path / "words"))
+    (tmp_path / "out").mkdir()
+    save_tokenizer(words, tmp_path / "out")
+    saved = ExecuTorchTokenizer(tmp_path / "out" / "tokenizer.json")
+    assert saved.tokens("Élève") == words("Élève")["input_ids"]
+    assert saved.tokens("E\u0301") != words("E\u0301")["input_ids"]  # no longer E alone, and not yet É
+
+
+def test_a_tokenizer_without_a_normal_form_has_no_note(tokenizer: Path, tmp_path: Path) -> None:
+    assert save_tokenizer(AutoTokenizer.from_pretrained(tokenizer), tmp_path) == []

@@ -165,3 +165,9 @@ def test_the_lines_of_the_readme_run(finished: FinishedJob, tmp_path: Path, monk
     assert len(blocks) == 1
     assert len(blocks[0].strip().splitlines()) <= 6
     exec(blocks[0].replace("smollm2-135m", str(finished.checkpoint)), {})
+
+
+def test_an_adapter_is_merged_when_a_model_is_loaded_and_not_later(finished: FinishedJob, tmp_path: Path) -> None:
+    source = dilap.load(str(finished.checkpoint))
+    with pytest.raises(InvalidInput, match=r"give merge_adapter to dilap\.load instead"):
+        dilap.prune(source, **job(finished.corpus, tmp_path, merge_adapter="adapter"))

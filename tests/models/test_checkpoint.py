@@ -2,9 +2,11 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,6 +156,57 @@ def test_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(InvalidInput, match="no space left"):
         save_checkpoint(pruned("llama", MIXED), Full(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+ROPE = {"rope_theta": 5000.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE |= {"original_max_position_embeddings": 32}
+
+
+def saved_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
+    save_checkpoint(model, tokenizer, folder)
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def test_the_rotary_embedding_is_written_by_its_older_names_too(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """transformers 4.57 passes over rope_parameters in silence, and computes with a base of 10000."""
+    config = saved_config(tiny_model("llama", rope_parameters=ROPE), tokenizer, tmp_path / "out")
+    assert config["rope_parameters"] == ROPE
+    assert {"rope_theta": config["rope_theta"], **config["rope_scaling"]} == ROPE
+
+
+def test_a_rotary_embedding_that_is_not_scaled_has_no_scaling_by_its_older_name(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rope = {"rope_theta": 5000.0, "rope_type": "default"}
+    config = saved_config(tiny_model("llama", rope_parameters=rope), tokenizer, tmp_path / "out")
+    assert (config["rope_theta"], config["rope_scaling"]) == (5000.0, None)
+
+
+def test_the_weights_type_is_written_by_its_older_name_too(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    config = saved_config(tiny_model("opt").to(torch.bfloat16), tokenizer, tmp_path / "out")
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+
+
+def test_the_tokenizer_has_a_class_that_older_versions_know(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_older_names_change_no_digest(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = tiny_model("llama", rope_parameters=ROPE)
+    model.save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    save_checkpoint(model, tokenizer, tmp_path / "out")
+    assert load(str(tmp_path / "out")).digest == load(str(tmp_path / "plain")).digest
+
+
+def test_own_widths_need_a_version_that_has_their_modules(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "4.53.3")
+    with pytest.raises(ImportError, match=r"transformers>=4\.57 is required .* but found transformers==4\.53\.3"):
+        runpy.run_path(str(checkpoint / "modeling_dilap.py"))
 
 
 def assert_one_line(error: DilapError, *words: str) -> None:

@@ -189,7 +189,7 @@ def test_code_that_is_not_there_is_not_pointed_at(tmp_path: Path) -> None:
 
 def test_an_adapter_alone_names_its_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "meta/llama"}))
-    with pytest.raises(InvalidInput, match="an adapter of 'meta/llama' and no model: merge it with peft"):
+    with pytest.raises(InvalidInput, match="an adapter of 'meta/llama' and no model: give that model, and --merge"):
         load(str(tmp_path))
 
 

@@ -6,11 +6,14 @@ from typing import Any
 
 import gguf
 import pytest
+import sentencepiece
 from standins.models import needs_llamacpp
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from dilap.backends.llamacpp.file import Gguf
 from dilap.core.errors import InvalidInput
+from dilap.export.gguf.tokenizer import read_tokenizer, verify_tokenizer
+from dilap.export.hf_tokenizer import save_tokenizer
 from dilap.models.gguf_tokenizer import read_gguf_tokenizer
 from dilap.models.text_samples import SAMPLES
 
@@ -84,3 +87,94 @@ def test_a_text_that_is_no_utf_8_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"not a GGUF file .*decode byte 0x80") as caught:
         read_gguf_tokenizer(path)
     assert "\n" not in str(caught.value)
+
+
+# SentencePiece
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A SentencePiece BPE model with byte fallback, which covers most of the samples."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    (folder / "text").write_text("\n".join(" ".join(text.split()) for text in SAMPLES * 20), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"),
+        model_prefix=str(folder / "model"),
+        vocab_size=900,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["<|turn|>"],
+        minloglevel=2,
+    )
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "model.model"))
+
+
+def sentencepiece_file(path: Path, model: Any, **fields: Any) -> Path:
+    """The GGUF file of a SentencePiece model, as llama.cpp's converter writes it."""
+    needs_llamacpp()
+    ids = range(model.get_piece_size())
+    kinds = ((model.is_unknown, 2), (model.is_control, 3), (model.is_byte, 6))
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([model.id_to_piece(index) for index in ids])
+    writer.add_token_scores([model.get_score(index) for index in ids])
+    types = [next((number for test, number in kinds if test(index)), 1) for index in ids]
+    types[model.piece_to_id("<|turn|>")] = 4
+    writer.add_token_types(types)
+    writer.add_bos_token_id(model.bos_id())
+    writer.add_eos_token_id(model.eos_id())
+    writer.add_unk_token_id(model.unk_id())
+    for key, value in fields.items():
+        writer.add_bool(f"tokenizer.ggml.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("space", [True, False])
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_sentencepiece_file_is_split_as_llamacpp_splits_it(
+    space: bool, bos: bool, sentencepiece_model: Any, tmp_path: Path
+) -> None:
+    path = sentencepiece_file(tmp_path / "a.gguf", sentencepiece_model, add_space_prefix=space, add_bos_token=bos)
+    tokenizer = read_gguf_tokenizer(path)
+    with Gguf(path, vocab_only=True) as file:
+        for text in (*TEXTS, "a<|turn|>b <|turn|> c", "</s>", "tab\there\r\n", " leading", "\u2581 a mark"):
+            assert tokenizer(text)["input_ids"] == file.tokens(text), text
+
+
+def test_a_sentencepiece_file_without_entries_about_spaces_has_llamacpps(
+    sentencepiece_model: Any, tmp_path: Path
+) -> None:
+    tokenizer = read_gguf_tokenizer(sentencepiece_file(tmp_path / "a.gguf", sentencepiece_model))
+    assert tokenizer.tokenize("fox")[0].startswith("▁")
+    assert tokenizer("fox")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def test_a_sentencepiece_file_gets_no_token_more(sentencepiece_model: Any, tmp_path: Path) -> None:
+    path = sentencepiece_file(tmp_path / "a.gguf", sentencepiece_model)
+    assert len(read_gguf_tokenizer(path)) == sentencepiece_model.get_piece_size()
+
+
+def test_a_sentencepiece_file_is_decoded_to_its_text(sentencepiece_model: Any, tmp_path: Path) -> None:
+    tokenizer = read_gguf_tokenizer(sentencepiece_file(tmp_path / "a.gguf", sentencepiece_model))
+    for text in SAMPLES:
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_a_sentencepiece_file_is_written_again_alike(sentencepiece_model: Any, tmp_path: Path) -> None:
+    """Through a checkpoint, whose tokenizer has merges in the place of scores."""
+    tokenizer = read_gguf_tokenizer(sentencepiece_file(tmp_path / "a.gguf", sentencepiece_model))
+    save_tokenizer(tokenizer, tmp_path / "checkpoint")
+    writer = gguf.GGUFWriter(tmp_path / "b.gguf", "llama")
+    read_tokenizer(tmp_path / "checkpoint", vocab_size=920).write(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    assert verify_tokenizer(tmp_path / "b.gguf", tmp_path / "checkpoint") == []
