@@ -20,6 +20,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from dilap.core.plan import full_plan
@@ -31,6 +33,7 @@ CLASSES = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
     "opt": (OPTConfig, OPTForCausalLM),
 }
 VOCAB_SIZE = 300
@@ -41,14 +44,16 @@ _END = "<|end|>"
 def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     """3 layers, 4 heads on 2 KV heads of 16; weights large enough for attention to matter in the logits."""
     config_class, model_class = CLASSES[family]
-    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCAB_SIZE}
-    sizes |= {"max_position_embeddings": 128}
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes |= {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 128}
     if family == "opt":
         sizes |= {"ffn_dim": 96, "word_embed_proj_dim": 64}
     else:
         sizes |= {"intermediate_size": 96, "num_key_value_heads": 2, "tie_word_embeddings": False}
     if family == "qwen3":
         sizes |= {"head_dim": 16}  # its default is 128, whatever the hidden size
+    if family == "smollm3":  # its default, every fourth layer, would leave none of three without rotary embedding
+        sizes |= {"no_rope_layer_interval": 2, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
     generator = torch.Generator().manual_seed(0)
     model = model_class(config_class(**sizes | changes)).eval()
     for name, parameter in model.named_parameters():

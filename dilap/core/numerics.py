@@ -8,13 +8,15 @@ class Rotary:
     """Rotary position embedding: pair i of a head's channels is turned by `frequencies[i]` radians a token.
 
     The frequencies are the scaled ones, and `magnitude` multiplies their sines and cosines; `kind` and `base` say what
-    they were made from, as transformers names it (`default`, `linear`, `llama3`, `yarn`).
+    they were made from, as transformers names it (`default`, `linear`, `llama3`, `yarn`). `unturned_layers` are the
+    indices of the layers whose heads are not turned (SmolLM3).
     """
 
     frequencies: tuple[float, ...]
     magnitude: float = 1.0
     kind: str = "default"
     base: float = 10_000.0
+    unturned_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,3 +31,7 @@ class Numerics:
     norm_eps: float
     activation: str
     rotary: Rotary | None
+
+    def turns(self, layer: int) -> bool:
+        """Return whether the heads of the layer with that index have a rotary embedding."""
+        return self.rotary is not None and layer not in self.rotary.unturned_layers

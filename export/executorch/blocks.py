@@ -35,7 +35,10 @@ _EXAMPLE_TOKENS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:
-    """Everything that decides the code of a block. Widths that its kind has no use for are 0."""
+    """Everything that decides the code of a block. Widths that its kind has no use for are 0.
+
+    `turns` says that an `attention_in` block has a rotary embedding.
+    """
 
     kind: Kind
     precision: str
@@ -43,6 +46,7 @@ class BlockShape:
     activation: str
     architecture: Architecture  # without its layers
     widths: LayerWidths
+    turns: bool = False
     max_tokens: int  # of one run, any number up to it: XNNPACK reserves memory for as many when it loads a program
 
     def build(self) -> "Block":
@@ -94,7 +98,7 @@ class AttentionIn(Block):
     """Norm, query, key and value projections, q/k norms, rotary embedding.
 
     Inputs: residual stream, norm vectors, q and k norm weights (if any), cosines and sines (1 x tokens x 1 x head_dim,
-    if rotary). Outputs: queries, keys, values (1 x tokens x heads x head_dim).
+    if the block turns heads). Outputs: queries, keys, values (1 x tokens x heads x head_dim).
     """
 
     half_turn: torch.Tensor
@@ -108,7 +112,7 @@ class AttentionIn(Block):
         self.value = nn.Linear(model.hidden_size, widths.num_kv_heads * model.head_dim, bias=model.qkv_bias)
         if model.qk_norm:
             self.head_norm = Norm(model.head_dim, eps=shape.norm_eps)
-        if not model.num_positions:
+        if shape.turns:
             self.register_buffer("half_turn", _half_turn(model.head_dim))
 
     def forward(self, x: torch.Tensor, *vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -120,7 +124,7 @@ class AttentionIn(Block):
         value = self.value(x).view(1, -1, widths.num_kv_heads, model.head_dim)
         if model.qk_norm:
             query, key = self.head_norm(query, rest[0]), self.head_norm(key, rest[1])
-        if not model.num_positions:
+        if self.shape.turns:
             query, key = self._rotated(query, *rest[-2:]), self._rotated(key, *rest[-2:])
         return query, key, value
 
@@ -132,7 +136,7 @@ class AttentionIn(Block):
         model = self.shape.architecture
         vectors = [torch.ones(model.hidden_size) for _ in range(model.norm_vectors)]
         vectors += [torch.ones(model.head_dim) for _ in range(2 * model.qk_norm)]
-        angles = [torch.ones(1, _EXAMPLE_TOKENS, 1, model.head_dim) for _ in range(0 if model.num_positions else 2)]
+        angles = [torch.ones(1, _EXAMPLE_TOKENS, 1, model.head_dim) for _ in range(2 * self.shape.turns)]
         return (torch.ones(1, _EXAMPLE_TOKENS, model.hidden_size), *vectors, *angles)
 
 

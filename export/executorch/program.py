@@ -144,7 +144,8 @@ class Decoder(nn.Module):
                 cache = torch.zeros(1, self.header.max_context, widths.num_kv_heads, model.head_dim)
                 self.register_buffer(f"{name}_{index}", cache, persistent=False)
             matrices = {name: f"{prefix}.{path}" for name, path in paths.items()}
-            yield self._block("attention_in", replace(widths, num_channels=0), matrices, norms)
+            turns = self.header.numerics.turns(index)
+            yield self._block("attention_in", replace(widths, num_channels=0), matrices, norms, turns=turns)
             out = LayerWidths(num_heads=widths.num_heads, num_kv_heads=widths.num_heads, num_channels=0)
             yield self._block("attention_out", out, {"out": f"{prefix}.{family.attention_out}"}, [])
         if widths.num_channels:
@@ -173,6 +174,7 @@ class Decoder(nn.Module):
         matrices: dict[str, str],
         vectors: Sequence[tuple[str, int]],
         *,
+        turns: bool = False,
         max_tokens: int | None = None,
     ) -> _Call:
         """Lower a block with the model's matrices, and keep its vectors as buffers."""
@@ -184,6 +186,7 @@ class Decoder(nn.Module):
             activation=header.numerics.activation,
             architecture=_relevant(header.architecture, kind),
             widths=widths,
+            turns=turns,
             max_tokens=max_tokens or header.max_context,
         )
         block = shape.build()
@@ -253,7 +256,7 @@ class Decoder(nn.Module):
         widths, (before, after, *_) = self.header.architecture.layers[index], self._layers[index]
         keys, values = getattr(self, f"keys_{index}"), getattr(self, f"values_{index}")
         counts = [widths.num_heads, widths.num_kv_heads, widths.num_kv_heads]
-        inputs = [x, *self._vectors(before), *angles]
+        inputs = [x, *self._vectors(before), *(angles if self.header.numerics.turns(index) else [])]
         query, key, value = attention_in(inputs, before.block, counts, self.header.architecture.head_dim)
         torch.ops.llama.update_cache(key, keys, start)
         torch.ops.llama.update_cache(value, values, start)

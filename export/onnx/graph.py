@@ -100,11 +100,13 @@ class _Builder:
         self._declare_inputs()
         self._residual = self._embedding()
         positions = self._fused_positions() if self._fused else self._plain_positions()
+        rotations = self._rotations()
         present: list[tuple[Sequence[ir.Value], int]] = []
         for index, widths in enumerate(self._architecture.layers):
             layer = f"{self._family.layers}.{index}"
             if widths.num_heads:
-                self._update, cache = self._attention(layer, widths, positions, len(present))
+                turns = rotations if self._numerics.turns(index) else ()
+                self._update, cache = self._attention(layer, widths, (*positions, *turns), len(present))
                 present.append((cache, widths.num_kv_heads))
             if widths.num_channels:
                 self._update = self._ffn(layer, widths.num_channels)
@@ -204,12 +206,12 @@ class _Builder:
     # attention on ONNX Runtime
 
     def _fused_positions(self) -> tuple[ir.Value, ...]:
-        """Return what every GroupQueryAttention reads: last positions, total length, cosines and sines of positions."""
+        """Return what every GroupQueryAttention reads: last positions and total length."""
         mask = self._mask
         lengths = self._op("ReduceSum", mask, self._emitter.integers(1), keepdims=0)
         last = self._op("Cast", self._op("Sub", lengths, self._emitter.integers(1)), to=ir.DataType.INT32)
         total = self._op("Squeeze", self._op("Shape", mask, start=1, end=2))
-        return last, self._op("Cast", total, to=ir.DataType.INT32), *self._rotations()
+        return last, self._op("Cast", total, to=ir.DataType.INT32)
 
     def _fused_attention(
         self,
@@ -218,7 +220,8 @@ class _Builder:
         positions: Sequence[ir.Value],
         widths: LayerWidths,
     ) -> Sequence[ir.Value]:
-        rotary = self._numerics.rotary is not None
+        """`positions` are those of `_fused_positions`, and the rotations in a layer that turns its heads."""
+        rotary = len(positions) > 2
         return self._emitter.ops(
             "GroupQueryAttention",
             *inputs,
@@ -236,10 +239,7 @@ class _Builder:
     # attention in standard operators
 
     def _plain_positions(self) -> tuple[ir.Value, ...]:
-        """Return the additive mask (B x 1 x S x (P + S)), and with rotary embedding the cosines and sines.
-
-        Cosines and sines are those of the new tokens (B x 1 x S x head_dim / 2).
-        """
+        """Return the additive mask (B x 1 x S x (P + S))."""
         positions = self._position_ids
         first = next(widths for widths in self._architecture.layers if widths.num_heads)
         past = self._op("Shape", self._past(0, "key", first.num_kv_heads), start=2, end=3)
@@ -249,14 +249,8 @@ class _Builder:
         queries = self._op("Unsqueeze", positions, self._emitter.integers(1, 3))
         visible = self._op("LessOrEqual", keys, queries)
         lowest = np.finfo(np.float16 if self._emitter.dtype == ir.DataType.FLOAT16 else np.float32).min
-        mask = self._op(
-            "Where", visible, self._emitter.number("visible", 0.0), self._emitter.number("hidden", float(lowest))
-        )
-        rotations = [
-            self._op("Unsqueeze", self._op("Gather", table, positions), self._emitter.integers(1))
-            for table in self._rotations()
-        ]
-        return mask, *rotations
+        shown, hidden = self._emitter.number("visible", 0.0), self._emitter.number("hidden", float(lowest))
+        return (self._op("Where", visible, shown, hidden),)
 
     def _plain_attention(
         self, inputs: Sequence[ir.Value], past: Sequence[ir.Value], positions: Sequence[ir.Value], widths: LayerWidths
@@ -350,7 +344,11 @@ class _Builder:
         return float(self._architecture.head_dim**-0.5)
 
     def _rotations(self) -> tuple[ir.Value, ...]:
-        """Return tables of cosines and sines (context x head_dim / 2); none for learned positions."""
+        """Return cosines and sines; none for learned positions.
+
+        In the form `onnxruntime` they are tables (context x head_dim / 2), in the form `plain` those of the new tokens
+        (B x 1 x S x head_dim / 2).
+        """
         if (rotary := self._numerics.rotary) is None:
             return ()
         positions = np.arange(self._numerics.context_length, dtype=np.float32)
@@ -358,7 +356,11 @@ class _Builder:
         tables = {"cosines": np.cos(angles), "sines": np.sin(angles)}
         # Queries and keys take the square root of the scale each: MLAS multiplies one row at once only by a scale of 1.
         magnitude = rotary.magnitude * (self._scale() ** 0.5 if self._fused else 1)
-        return tuple(self._emitter.number(name, table * magnitude) for name, table in tables.items())
+        found = [self._emitter.number(name, table * magnitude) for name, table in tables.items()]
+        if self._fused:
+            return tuple(found)
+        rows = (self._op("Gather", table, self._position_ids) for table in found)
+        return tuple(self._op("Unsqueeze", one, self._emitter.integers(1)) for one in rows)
 
     def _stacked_linear(self, x: ir.Value, path: str, rows: Mapping[str, int], *, bias: bool) -> ir.Value:
         """Apply several of torch's Linears to `x` as one, called `path`; `rows` are the rows of each, by path."""

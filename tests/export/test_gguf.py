@@ -251,6 +251,30 @@ def test_qwen3_without_whole_layers_is_exact(tokenizer: Path, tmp_path: Path) ->
     assert_exact(model, tokenizer, tmp_path / "out", "qwen3")
 
 
+FOURTH = {"num_hidden_layers": 4, "no_rope_layer_interval": 4}  # the pattern that is fixed in llama.cpp
+
+
+def test_smollm3_is_exact_in_its_own_architecture(tokenizer: Path, tmp_path: Path) -> None:
+    kept = {f"layers.{layer}.channels": tuple(range(64)) for layer in range(4)}
+    assert_exact(pruned_model("smollm3", kept, **FOURTH), tokenizer, tmp_path / "out", "smollm3")
+
+
+def test_smollm3_whose_layers_all_turn_is_a_llama(tokenizer: Path, tmp_path: Path) -> None:
+    model = pruned_model("smollm3", MIXED, no_rope_layers=[1, 1, 1])
+    assert_exact(model, tokenizer, tmp_path / "out", "deci")
+
+
+def test_smollm3_with_unequal_widths_is_refused_naming_the_layer(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match=r"layer 1: .*SmolLM3.* 40 channels"):
+        export(pruned_model("smollm3", {"layers.1.channels": tuple(range(40))}, **FOURTH), tokenizer, tmp_path / "out")
+
+
+def test_smollm3_without_a_layer_is_refused_naming_the_layer_that_it_shifts(tokenizer: Path, tmp_path: Path) -> None:
+    model = pruned_model("smollm3", {"layers.1.channels": (), "layers.1.kv_groups": ()}, **FOURTH)
+    with pytest.raises(Unsupported, match=r"layer 2: llama\.cpp turns .* this layer does not turn its heads"):
+        export(model, tokenizer, tmp_path / "out")
+
+
 def test_opt_is_refused(tokenizer: Path, tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="OPT"):
         export(tiny_model("opt"), tokenizer, tmp_path / "out")

@@ -72,7 +72,7 @@ def test_runtimes_hold_it_as_they_hold_llama(backend: str, precision: str, tmp_p
     assert artifact.sqnr_db > 60
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3", "opt"])
 def test_units_lie_in_every_tensor_whose_size_they_set(family: str) -> None:
     """Cutting one unit of every group changes the shape of each of its members, and of no other tensor."""
     model = tiny_model(family)
@@ -93,11 +93,29 @@ def test_numerics_are_those_that_the_model_computes_with() -> None:
     assert numerics.context_length == model.config.max_position_embeddings
 
 
+def test_smollm3_turns_the_heads_of_the_layers_that_its_config_says() -> None:
+    numerics = numerics_of(tiny_model("smollm3", no_rope_layers=[0, 1, 1]))
+    assert [numerics.turns(layer) for layer in range(3)] == [False, True, True]
+
+
+def test_layers_keep_their_kind_of_positions_when_another_is_removed() -> None:
+    model = tiny_model("smollm3")  # its layer 1 has no rotary embedding
+    shrunk = shrink_(model, plan_for(model, {"layers.0.kv_groups": (), "layers.0.channels": ()}))
+    assert shrunk.config.no_rope_layers == [0, 1]
+    assert [numerics_of(shrunk).turns(layer) for layer in range(2)] == [False, True]
+
+
+def test_probes_of_smollm3_have_its_usual_pattern() -> None:
+    architecture = architecture_of(tiny_model("smollm3", num_hidden_layers=9))
+    numerics = stand_in_numerics(architecture)
+    assert [layer for layer in range(9) if not numerics.turns(layer)] == [3, 7]
+
+
 def test_learned_positions_turn_nothing() -> None:
     assert numerics_of(tiny_model("opt")).rotary is None
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3", "opt"])
 def test_stand_ins_compute_with_what_the_family_does(family: str) -> None:
     """Timed with random weights, a model takes the time of the real one."""
     model = tiny_model(family)
