@@ -95,7 +95,7 @@ class LlamaCpp:
                 attention_removal=False,
                 ffn_removal=False,
                 ffn_multiple=32,
-                output_biases=False,  # llama.cpp's graph of Qwen3 adds none
+                output_biases=False,  # llama.cpp's graphs of Qwen3 and OLMo 2 add none
             )
         if architecture.family == "smollm3":  # of which llama.cpp turns the heads of fixed layers, and adds no biases
             return Capabilities(

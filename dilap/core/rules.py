@@ -63,7 +63,10 @@ class Capabilities:
         """
         sizes = [group.num_units for group in block.groups]
         if block.kind == "attention":
-            axes = [spread(range(1, size + 1), count) for size, count in zip(sizes, _how_many(*sizes), strict=True)]
+            axes = [
+                [group.num_units] if group.whole else spread(range(1, group.num_units + 1), count)
+                for group, count in zip(block.groups, _how_many(*sizes), strict=True)
+            ]
             found = sorted(product(*axes), key=lambda level: (level[0] * level[1], level[0]))
             return [*[(0, 0)] * self.attention_removal, *found]
         step = max(1, round(sizes[0] / 12 / self.ffn_multiple)) * self.ffn_multiple
@@ -112,7 +115,7 @@ class WidthRules:
         """Return the allowed number of units nearest to `wanted`, at least one."""
         if group.name.endswith(".channels"):
             wanted = max(1, round(wanted / self.ffn_multiple)) * self.ffn_multiple
-        elif not self.head_pruning:
+        elif group.whole or not self.head_pruning:
             wanted = group.num_units
         return min(max(1, wanted), group.num_units)
 

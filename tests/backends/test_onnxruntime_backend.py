@@ -179,7 +179,7 @@ def test_batches_are_unsupported(model: Path) -> None:
         backends.get("onnxruntime").load(model, Workload(batch=2))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "opt"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "opt"])
 def test_every_family_may_have_widths_of_its_own_in_every_layer(family: str) -> None:
     found = backends.get("onnxruntime").capabilities(architecture_of(tiny_model(family)), precision="int4")
     assert (found.unsupported, found.per_layer_widths, found.ffn_multiple) == (None, True, 32)

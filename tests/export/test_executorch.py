@@ -118,7 +118,7 @@ def test_a_dense_model_is_exact(dense: Path) -> None:
     assert_exact(artifact_in(dense))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "opt"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "opt"])
 def test_unequal_widths_and_missing_sublayers_are_exact(family: str, tokenizer: Path, tmp_path: Path) -> None:
     assert_exact(exported(pruned_model(family, RAGGED), tokenizer, tmp_path / "out"))
 
@@ -419,7 +419,7 @@ def test_a_failed_export_leaves_nothing(tokenizer: Path, tmp_path: Path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "opt"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "opt"])
 @pytest.mark.parametrize("precision", ["f32", "8da4w"])
 def test_every_family_may_have_widths_of_its_own_in_every_layer(family: str, precision: str) -> None:
     capabilities = backends.get("executorch").capabilities(architecture_of(tiny_model(family)), precision=precision)

@@ -47,7 +47,8 @@ def assert_exact(model: PreTrainedModel, tokenizer: Path, out: Path, architectur
 
 
 @pytest.mark.parametrize(
-    ("family", "architecture"), [("llama", "llama"), ("mistral", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")]
+    ("family", "architecture"),
+    [("llama", "llama"), ("mistral", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3"), ("olmo2", "olmo2")],
 )
 def test_uniform_model_is_exact_in_its_stock_architecture(
     family: str, architecture: str, tokenizer: Path, tmp_path: Path
@@ -249,6 +250,26 @@ def test_qwen3_with_unequal_widths_is_refused_naming_the_layer(tokenizer: Path, 
 def test_qwen3_without_whole_layers_is_exact(tokenizer: Path, tmp_path: Path) -> None:
     model = pruned_model("qwen3", {"layers.1.channels": (), "layers.1.kv_groups": ()})
     assert_exact(model, tokenizer, tmp_path / "out", "qwen3")
+
+
+def test_olmo2_without_whole_layers_is_exact(tokenizer: Path, tmp_path: Path) -> None:
+    model = pruned_model("olmo2", {"layers.1.channels": (), "layers.1.kv_groups": ()})
+    assert_exact(model, tokenizer, tmp_path / "out", "olmo2")
+
+
+def test_tied_head_of_olmo2_is_written_as_its_loader_asks(tokenizer: Path, tmp_path: Path) -> None:
+    assert_exact(tiny_model("olmo2", tie_word_embeddings=True), tokenizer, tmp_path / "out", "olmo2")
+    assert "output.weight" in tensor_shapes(tmp_path / "out" / "model.gguf")
+
+
+def test_olmo2_with_unequal_widths_is_refused_naming_the_layer(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match=r"layer 1: .*OLMo 2.* 40 channels"):
+        export(pruned_model("olmo2", {"layers.1.channels": tuple(range(40))}), tokenizer, tmp_path / "out")
+
+
+def test_olmo2_whose_heads_do_not_fill_the_hidden_size_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="only with heads that fill the hidden size"):
+        export(tiny_model("olmo2", head_dim=32), tokenizer, tmp_path / "out")
 
 
 FOURTH = {"num_hidden_layers": 4, "no_rope_layer_interval": 4}  # the pattern that is fixed in llama.cpp

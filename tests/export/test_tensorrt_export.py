@@ -59,7 +59,7 @@ def export(model: PreTrainedModel, tokenizer: Path, out: Path, precision: str = 
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "opt"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "opt"])
 def test_mixed_widths_compute_torchs_logits(family: str, tokenizer: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: exports are not verified")
     artifact = export(pruned_model(family, MIXED), tokenizer, tmp_path / "out")
@@ -210,8 +210,8 @@ def test_bf16_compiles(tmp_path: Path) -> None:
     assert compiled(tiny_llama(WIDE, NARROW), tmp_path / "out", precision="bf16").num_bytes > 0
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "smollm3", "opt"])
-def test_biases_head_norms_and_other_positions_compile(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2", "smollm3", "opt"])
+def test_biases_other_norms_and_other_positions_compile(family: str, tmp_path: Path) -> None:
     assert compiled(architecture_of(pruned_model(family, MIXED)), tmp_path / "out").num_bytes > 0
 
 

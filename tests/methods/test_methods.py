@@ -144,6 +144,16 @@ def test_no_group_loses_all_units() -> None:
     assert min(len(units) for units in plan.kept.values()) == 1
 
 
+def test_the_default_method_skips_the_refit_of_a_family_with_norms_behind_its_sublayers() -> None:
+    said: list[str] = []
+    task = tiny_task(tiny_model("olmo2"), share=0.6, report=said.append)
+    pruned = methods.get("dilap")(task)
+    assert task.cost_limit.predict(pruned.plan.all_widths()) <= task.cost_limit.limit
+    assert [line for line in said if line.startswith("refit")] == [
+        "refit: skipped, the projections of the search stay: the norms of OLMo 2 stand behind its sublayers"
+    ]
+
+
 RULES: dict[str, tuple[WidthRules, dict[str, tuple[int, ...]]]] = {
     "without attention": (WidthRules(attention_removal=False), {"layers.1.kv_groups": ()}),
     "without a feed-forward network": (WidthRules(ffn_removal=False), {"layers.1.channels": ()}),

@@ -31,6 +31,7 @@ def test_groups_are_found_in_every_layer(family: str) -> None:
         ("mistral", {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": False, "ffn_matrices": 3}),
         ("qwen2", {"qkv_bias": True, "out_bias": False, "ffn_bias": False, "qk_norm": False, "ffn_matrices": 3}),
         ("qwen3", {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": True, "ffn_matrices": 3}),
+        ("olmo2", {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": "joint", "ffn_matrices": 3}),
         ("smollm3", {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": False, "ffn_matrices": 3}),
         ("opt", {"out_bias": True, "ffn_bias": True, "ffn_out_bias": True, "qk_norm": False, "ffn_matrices": 2}),
     ],
@@ -67,7 +68,8 @@ def test_sublayers_come_layer_by_layer_attention_first(family: str) -> None:
 
 def test_unknown_architecture_lists_the_known_ones() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=1, vocab_size=20))
-    with pytest.raises(Unsupported, match=r"'gpt2' is not known; DiLAP prunes: llama, mistral, opt, qwen2, qwen3"):
+    known = "llama, mistral, olmo2, opt, qwen2, qwen3, smollm3"
+    with pytest.raises(Unsupported, match=f"'gpt2' is not known; DiLAP prunes: {known}"):
         architecture_of(model)
 
 

@@ -1,6 +1,7 @@
 """A family that is a plain variation of Llama is one new file and nothing else."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from dilap import backends, export
 from dilap.core.errors import Unsupported
+from dilap.core.plan import full_plan
+from dilap.core.rules import Capabilities, WidthRules
 from dilap.models import families
 from dilap.models.anatomy import architecture_of, blocks_of, numerics_of, stand_in_numerics
 from dilap.models.cut import shrink_
@@ -111,16 +114,32 @@ def test_probes_of_smollm3_have_its_usual_pattern() -> None:
     assert [layer for layer in range(9) if not numerics.turns(layer)] == [3, 7]
 
 
+def test_heads_under_one_norm_stay_or_go_together() -> None:
+    model = tiny_model("olmo2")
+    kept = full_plan(architecture_of(model), base="base").kept
+    replace(plan_for(model, {}), kept=kept | {"layers.1.kv_groups": ()})
+    for group in ("kv_groups", "query_slots"):
+        with pytest.raises(ValueError, match=f"{group}: 1 of 2 units kept, but they stay or go together"):
+            replace(plan_for(model, {}), kept=kept | {f"layers.1.{group}": (0,)})
+
+
+def test_runtimes_offer_no_part_of_heads_under_one_norm() -> None:
+    attention = architecture_of(tiny_model("olmo2")).blocks[0]
+    assert Capabilities().levels(attention) == [(0, 0), (2, 2)]
+    assert [WidthRules().rounded(group, 1) for group in attention.groups] == [2, 2]
+
+
 def test_learned_positions_turn_nothing() -> None:
     assert numerics_of(tiny_model("opt")).rotary is None
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3", "opt"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "olmo2", "smollm3", "opt"])
 def test_stand_ins_compute_with_what_the_family_does(family: str) -> None:
     """Timed with random weights, a model takes the time of the real one."""
     model = tiny_model(family)
     real, stand_in = numerics_of(model), stand_in_numerics(architecture_of(model))
-    assert (real.activation, real.rotary is None) == (stand_in.activation, stand_in.rotary is None)
+    found, expected = ((one.activation, one.rotary is None, one.norms) for one in (stand_in, real))
+    assert found == expected
 
 
 def test_a_rotary_embedding_that_depends_on_the_length_is_refused() -> None:

@@ -88,7 +88,7 @@ def test_generated_text_follows_the_model(tokenizer: PreTrainedTokenizerBase) ->
     assert int((tokens[:, 2:] == 7).sum()) > 8
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "opt", "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "olmo2", "opt", "qwen2", "qwen3", "smollm3"])
 def test_every_generated_token_is_what_the_model_says_about_those_before_it(
     family: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:

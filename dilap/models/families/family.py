@@ -1,7 +1,7 @@
 """A family of decoder models: where its parts are, which units they have, and how they join the residual stream."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -86,6 +86,10 @@ class Family(Paths):
         """
         return 1.0
 
+    def norm_behind(self, kind: str) -> str | None:  # noqa: ARG002
+        """Return the path of the norm between a sublayer's output and the residual stream, None without one."""
+        return None
+
     def stock_sizes(self, widths: LayerWidths, architecture: Architecture) -> dict[str, int] | None:
         """Return config entries of a stock model with these widths in all layers; None where its class has none."""
         return {
@@ -154,7 +158,7 @@ class Family(Paths):
     def _with_members(self, block: Block, layer: nn.Module, architecture: Architecture) -> Block:
         prefix, head_dim = f"{self.layers}.{block.layer}", architecture.head_dim
         sizes = [group.num_units for group in block.groups]
-        groups = []
+        groups: list[Group] = []
         for dimension, group in enumerate(block.groups):
             members: list[Member] = []
             for path in (*self.inputs_of(block.kind), self.output_of(block.kind)):
@@ -164,7 +168,7 @@ class Family(Paths):
                     if dimension and path in (self.key, self.value):
                         continue  # all query heads of a KV head read the same keys and values
                 members += _members(layer, prefix, path, grid, dimension, is_output=path == self.output_of(block.kind))
-            groups.append(Group(name=group.name, num_units=group.num_units, members=tuple(members)))
+            groups.append(replace(group, members=tuple(members)))
         return Block(name=block.name, layer=block.layer, kind=block.kind, groups=tuple(groups))
 
     def tell_widths_(self, layer: nn.Module, block: Block, kept: Kept) -> None:
