@@ -130,12 +130,13 @@ class AttentionIn(Block):
         if self.shape.norms == "before":
             x, rest = self.norm(x, *vectors[: model.norm_vectors]), vectors[model.norm_vectors :]
         query, key, value = self.query(x), self.key(x), self.value(x)
-        if model.qk_norm == "joint":
+        is_joint = model.qk_norm == "joint"
+        if is_joint:
             query, key = self.query_norm(query, rest[0]), self.key_norm(key, rest[1])
         query = query.view(1, -1, widths.num_heads, model.head_dim)
         key = key.view(1, -1, widths.num_kv_heads, model.head_dim)
         value = value.view(1, -1, widths.num_kv_heads, model.head_dim)
-        if model.qk_norm is True:
+        if model.qk_norm and not is_joint:
             query, key = self.query_norm(query, rest[0]), self.key_norm(key, rest[1])
         if self.shape.turns:
             query, key = self._rotated(query, *rest[-2:]), self._rotated(key, *rest[-2:])

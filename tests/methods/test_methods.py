@@ -144,6 +144,13 @@ def test_no_group_loses_all_units() -> None:
     assert min(len(units) for units in plan.kept.values()) == 1
 
 
+def test_sprint_tunes_nothing_in_front_of_a_norm() -> None:
+    task = tiny_task(tiny_model("olmo2"))
+    with pytest.raises(Unsupported, match="the norms of OLMo 2 stand behind its sublayers; use --set tune=false"):
+        methods.get("sprint")(task)
+    assert methods.get("sprint", {"tune": "false"})(task).plan.architecture == task.architecture
+
+
 def test_the_default_method_skips_the_refit_of_a_family_with_norms_behind_its_sublayers() -> None:
     said: list[str] = []
     task = tiny_task(tiny_model("olmo2"), share=0.6, report=said.append)
