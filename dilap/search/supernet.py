@@ -193,6 +193,8 @@ class _Tap:
         self.kept: dict[int, torch.Tensor] = {}  # the changes of as many sublayers as fit, by index
         left = _CHANGES_BYTES
         for index, (out, levels) in enumerate(zip(net.outs, net.library, strict=True)):
+            if net.norms_behind[index] is not None:
+                continue  # `_multiply_behind` needs none
             left -= len(levels) * out.weight.numel() * self.dtype.itemsize
             if left < 0:
                 break

@@ -320,7 +320,7 @@ def lower(block: Block) -> Delegate:
     tokens = torch.export.Dim("tokens", min=1, max=max_tokens) if max_tokens > 1 else None
     dynamic = tuple({1: tokens} if tokens and example.dim() > 1 else None for example in examples)
     named = 2 if block.shape.kind == "attention_out" else 1  # inputs before the vectors
-    forward_dynamic: Any = (*dynamic[:named], dynamic[named:])
+    forward_dynamic: Any = (*dynamic[:named], dynamic[named:]) if dynamic[named:] else dynamic
     program = torch.export.export(block, examples, dynamic_shapes=forward_dynamic, strict=False)
     if block.shape.precision != "f32":
         program = program.run_decompositions({})  # torchao's tensor subclasses become plain operators

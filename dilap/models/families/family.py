@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -23,7 +23,8 @@ class Family(Paths):
 
     `name` is the `model_type` of its configs. Paths beyond those of a layer's matrices: `embeddings`, `final_norm` and
     `rotary` in the model, `query_norm` and `key_norm` in a layer. `position_offset` is how many rows of a learned table
-    of positions, at `positions` in the model, come before that of position 0.
+    of positions, at `positions` in the model, come before that of position 0. `norms` says whether the norms at
+    `attention_norm` and `ffn_norm` stand before the sublayers or after them.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Family(Paths):
     key_norm: str = "self_attn.k_norm"
     positions: str = ""
     position_offset: int = 0
+    norms: Literal["before", "after"] = "before"
 
     def module_paths(self) -> dict[str, Any]:
         """Return the paths that differ from Llama's, as a checkpoint's config keeps them."""
@@ -86,9 +88,11 @@ class Family(Paths):
         """
         return 1.0
 
-    def norm_behind(self, kind: str) -> str | None:  # noqa: ARG002
+    def norm_behind(self, kind: str) -> str | None:
         """Return the path of the norm between a sublayer's output and the residual stream, None without one."""
-        return None
+        if self.norms == "before":
+            return None
+        return self.attention_norm if kind == "attention" else self.ffn_norm
 
     def stock_sizes(self, widths: LayerWidths, architecture: Architecture) -> dict[str, int] | None:
         """Return config entries of a stock model with these widths in all layers; None where its class has none."""
@@ -132,13 +136,14 @@ class Family(Paths):
             norm_eps=float(config.rms_norm_eps),  # an integer in some configs
             activation=config.hidden_act,
             rotary=_rotary(model, self.rotary),
+            norms=self.norms,
         )
 
     def stand_in_numerics(self, architecture: Architecture) -> Numerics:
         """Return usual values of the family, for a model with random weights that is only timed."""
         frequencies = (10_000.0 ** (-i / architecture.head_dim) for i in range(0, architecture.head_dim, 2))
         rotary = Rotary(frequencies=tuple(frequencies))
-        return Numerics(context_length=4096, norm_eps=1e-5, activation="silu", rotary=rotary)
+        return Numerics(context_length=4096, norm_eps=1e-5, activation="silu", rotary=rotary, norms=self.norms)
 
     def _widths(self, layer: nn.Module, head_dim: int) -> LayerWidths:
         heads, kv_heads, channels = 0, 0, 0

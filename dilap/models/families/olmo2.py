@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dilap.core.errors import Unsupported
-from dilap.core.numerics import Numerics
 from dilap.core.shape import Architecture
 from dilap.models.families.family import Family
 
@@ -21,17 +20,13 @@ class _Olmo2(Family):
     def residual_scale(self, config: PreTrainedConfig) -> float:  # noqa: ARG002
         raise Unsupported("the norms of OLMo 2 stand behind its sublayers")
 
-    def norm_behind(self, kind: str) -> str | None:
-        return self.attention_norm if kind == "attention" else self.ffn_norm
-
     def architecture(self, model: PreTrainedModel) -> Architecture:
         return replace(super().architecture(model), qk_norm="joint")
 
-    def numerics(self, model: PreTrainedModel) -> Numerics:
-        return replace(super().numerics(model), norms="after")
 
-    def stand_in_numerics(self, architecture: Architecture) -> Numerics:
-        return replace(super().stand_in_numerics(architecture), norms="after")
-
-
-FAMILY = _Olmo2(name="olmo2", attention_norm="post_attention_layernorm", ffn_norm="post_feedforward_layernorm")
+FAMILY = _Olmo2(
+    name="olmo2",
+    norms="after",
+    attention_norm="post_attention_layernorm",
+    ffn_norm="post_feedforward_layernorm",
+)
