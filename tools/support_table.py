@@ -41,6 +41,11 @@ _KEPT: Mapping[str, Mapping[str, tuple[int, ...]]] = {
         "layers.2.kv_groups": (),
         "layers.2.channels": (),
     },
+    "equal widths, all layers": {f"layers.{layer}.channels": tuple(range(64)) for layer in range(4)},
+}
+# llama.cpp holds SmolLM3 only where the fourth layer is the first without rotary embedding.
+_CHANGES: Mapping[str, Mapping[str, int]] = {
+    "equal widths, all layers": {"num_hidden_layers": 4, "no_rope_layer_interval": 4}
 }
 
 
@@ -58,7 +63,8 @@ class Pair:
 def declared(family: str, backend: str, precision: str) -> Pair:
     """Return what the backend's capabilities say of the pair."""
     capabilities = backends.get(backend).capabilities(architecture_of(tiny_model(family)), precision=precision)
-    held = "any plan" if capabilities.per_layer_widths else "equal widths, whole layers"
+    equal = "equal widths, whole layers" if capabilities.layer_removal else "equal widths, all layers"
+    held = "any plan" if capabilities.per_layer_widths else equal
     plans = "no" if capabilities.unsupported else held
     return Pair(family=family, backend=backend, precision=precision, plans=plans, reason=capabilities.unsupported or "")
 
@@ -87,7 +93,7 @@ def try_out(pair: Pair, folder: Path) -> None:
         except Unsupported:
             return
         raise VerificationFailed(f"{pair.backend} {pair.precision} exports {pair.family}, which it says it cannot hold")
-    model = pruned_model(pair.family, _KEPT[pair.plans])
+    model = pruned_model(pair.family, _KEPT[pair.plans], **_CHANGES.get(pair.plans, {}))
     backends.require_loadable(backends.get(pair.backend), architecture_of(model), precision=pair.precision)
     artifact = exporter.export(model, tokenizer=tokenizer, precision=pair.precision, plan_digest="", out=out)
     OPEN[pair.backend](out, artifact)

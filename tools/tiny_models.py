@@ -16,6 +16,8 @@ from transformers import (
     MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -26,10 +28,12 @@ from transformers import (
     Qwen3ForCausalLM,
     SeedOssConfig,
     SeedOssForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
-from dilap.core.plan import full_plan
-from dilap.models.anatomy import architecture_of
+from dilap.core.plan import Plan, full_plan
+from dilap.models.anatomy import architecture_of, blocks_of
 from dilap.models.cut import shrink_
 
 CLASSES = {
@@ -37,6 +41,8 @@ CLASSES = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
     "opt": (OPTConfig, OPTForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
     "ministral": (MinistralConfig, MinistralForCausalLM),
@@ -61,6 +67,10 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     if family == "granite":  # no factor at the value at which it would change nothing
         sizes |= {"embedding_multiplier": 3.0, "residual_multiplier": 0.5}
         sizes |= {"attention_multiplier": 0.4, "logits_scaling": 2.0}
+    if family == "olmo2":
+        sizes |= {"pad_token_id": None, "eos_token_id": 0}
+    if family == "smollm3":  # its default, every fourth layer, would leave none of three without rotary embedding
+        sizes |= {"no_rope_layer_interval": 2, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
     generator = torch.Generator().manual_seed(0)
     model = model_class(config_class(**sizes | changes)).eval()
     for name, parameter in model.named_parameters():
@@ -75,8 +85,15 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
 def pruned_model(family: str, kept: Mapping[str, tuple[int, ...]], **changes: Any) -> PreTrainedModel:
     """Return `tiny_model` with some groups cut to the units given."""
     model = tiny_model(family, **changes)
-    plan = full_plan(architecture_of(model), base="base")
-    return shrink_(model, replace(plan, kept={**plan.kept, **kept}))
+    return shrink_(model, plan_for(model, kept))
+
+
+def plan_for(model: PreTrainedModel, kept: Mapping[str, tuple[int, ...]]) -> Plan:
+    """Return the plan that keeps everything but in the groups given; a group whose units go only together stays."""
+    full = full_plan(architecture_of(model), base="base")
+    whole = {group.name for block in blocks_of(model) for group in block.groups if group.whole}
+    wanted = {name: units for name, units in kept.items() if not units or name not in whole}
+    return replace(full, kept=full.kept | wanted)
 
 
 def byte_level_tokenizer(folder: Path) -> Path:

@@ -93,7 +93,16 @@ class LlamaCpp:
                 attention_removal=False,
                 ffn_removal=False,
                 ffn_multiple=32,
-                output_biases=False,  # llama.cpp's graph of Qwen3 adds none
+                output_biases=False,  # llama.cpp's graphs of Qwen3 and OLMo 2 add none
+            )
+        if architecture.family == "smollm3":  # of which llama.cpp turns the heads of fixed layers, and adds no biases
+            return Capabilities(
+                per_layer_widths=False,
+                attention_removal=False,
+                ffn_removal=False,
+                layer_removal=False,
+                ffn_multiple=32,
+                output_biases=False,
             )
         # 32: a quantisation block; one step for every precision keeps plans portable between them
         return Capabilities(ffn_multiple=32)

@@ -33,7 +33,7 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Units that can be removed one by one; a unit is its slice of every member.
+    """Units that can be removed one by one, or only all together if it is `whole`; a unit is its slice of every member.
 
     `members` is empty where only the shape of a network is known, and not its tensors.
     """
@@ -41,6 +41,7 @@ class Group:
     name: str
     num_units: int
     members: tuple[Member, ...] = ()
+    whole: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

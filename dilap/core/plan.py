@@ -55,9 +55,11 @@ class Plan:
 
 
 def _require_units(group: Group, units: Sequence[int]) -> None:
-    """Raise ValueError unless `units` are ascending indices of units of the group."""
+    """Raise ValueError unless `units` are ascending indices of units of the group, all or none of a whole one."""
     if list(units) != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < group.num_units):
         raise ValueError(f"{group.name}: kept units are not ascending indices below {group.num_units}")
+    if group.whole and len(units) not in (0, group.num_units):
+        raise ValueError(f"{group.name}: {len(units)} of {group.num_units} units kept, but they stay or go together")
 
 
 def full_plan(architecture: Architecture, *, base: str) -> Plan:

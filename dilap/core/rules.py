@@ -23,7 +23,8 @@ class Capabilities:
     `unsupported` is the reason why the runtime cannot load the family at all. `head_dim_multiple` and `hidden_multiple`
     are what its kernels and quantised tables need. `ffn_multiple` is the step of FFN widths that fills kernels and
     quantisation blocks: other widths load, but run no faster than the next multiple, so a search is not offered them.
-    `output_biases` says whether output projections may have a bias that the family lacks. `max_tokens` is the longest
+    `layer_removal` says whether whole layers may be removed, which no shape of what is left shows. `output_biases` says
+    whether output projections may have a bias that the family lacks. `max_tokens` is the longest
     sequence that artifacts for the runtime hold, even where the model itself holds more.
     """
 
@@ -31,6 +32,7 @@ class Capabilities:
     per_layer_widths: bool = True
     attention_removal: bool = True
     ffn_removal: bool = True
+    layer_removal: bool = True
     ffn_multiple: int = 1
     head_dim_multiple: int = 1
     hidden_multiple: int = 1
@@ -61,7 +63,10 @@ class Capabilities:
         """
         sizes = [group.num_units for group in block.groups]
         if block.kind == "attention":
-            axes = [spread(range(1, size + 1), count) for size, count in zip(sizes, _how_many(*sizes), strict=True)]
+            axes = [
+                [group.num_units] if group.whole else spread(range(1, group.num_units + 1), count)
+                for group, count in zip(block.groups, _how_many(*sizes), strict=True)
+            ]
             found = sorted(product(*axes), key=lambda level: (level[0] * level[1], level[0]))
             return [*[(0, 0)] * self.attention_removal, *found]
         step = max(1, round(sizes[0] / 12 / self.ffn_multiple)) * self.ffn_multiple
@@ -94,14 +99,15 @@ class Capabilities:
 class WidthRules:
     """The plans that a runtime and a layout allow, whether or not a width makes the model faster.
 
-    Whole layers may always be removed. `output_biases` says that output projections may get a bias that the family
-    lacks.
+    `attention_removal` and `ffn_removal` are about a layer that keeps its other sublayer, `layer_removal` about whole
+    layers. `output_biases` says that output projections may get a bias that the family lacks.
     """
 
     ffn_multiple: int = 1
     head_pruning: bool = True
     attention_removal: bool = True
     ffn_removal: bool = True
+    layer_removal: bool = True
     equal_widths: bool = False
     output_biases: bool = True
 
@@ -109,7 +115,7 @@ class WidthRules:
         """Return the allowed number of units nearest to `wanted`, at least one."""
         if group.name.endswith(".channels"):
             wanted = max(1, round(wanted / self.ffn_multiple)) * self.ffn_multiple
-        elif not self.head_pruning:
+        elif group.whole or not self.head_pruning:
             wanted = group.num_units
         return min(max(1, wanted), group.num_units)
 
@@ -119,12 +125,12 @@ class WidthRules:
         if self.equal_widths and len(set(kept)) > 1:
             raise Unsupported("this method gives layers their own widths, the runtime or layout needs equal ones")
         for index, (dense, widths) in enumerate(zip(plan.architecture.layers, plan.all_widths(), strict=True)):
-            if reason := self._refusal(dense, widths):
+            if widths != dense and (reason := self._refusal(dense, widths)):
                 raise Unsupported(f"layer {index}: this runtime or layout loads no {reason}; choose another method")
 
     def _refusal(self, dense: LayerWidths, widths: LayerWidths) -> str | None:
-        if widths.is_empty or widths == dense:
-            return None
+        if widths.is_empty:
+            return None if self.layer_removal else "model without this layer"
         if widths.num_heads == 0 and not self.attention_removal:
             return "layer without attention"
         if widths.num_channels == 0 and not self.ffn_removal:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from dilap.core.bounds import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH
 from dilap.core.groups import Block, Group
@@ -47,7 +48,8 @@ class Architecture:
 
     `num_positions` is the number of learned position embeddings (0 with rotary ones). `norm_vectors` is the number of
     vectors of one norm (1: RMSNorm, 2: LayerNorm). `ffn_matrices` is 3 with a gate, else 2. `ffn_bias` says whether the
-    feed-forward matrices before the activation have biases, `ffn_out_bias` whether the one after it has.
+    feed-forward matrices before the activation have biases, `ffn_out_bias` whether the one after it has. `qk_norm` says
+    whether queries and keys are normalised, every head by itself (True: Qwen3) or all heads in one (`joint`: OLMo 2).
     """
 
     family: str
@@ -61,7 +63,7 @@ class Architecture:
     out_bias: bool
     ffn_bias: bool
     ffn_out_bias: bool = False
-    qk_norm: bool
+    qk_norm: Literal[False, True, "joint"]
     num_positions: int
     layers: tuple[LayerWidths, ...]
 
@@ -91,13 +93,16 @@ class Architecture:
         """The sublayers that can be narrowed or removed, layer by layer, attention first.
 
         A KV group is a KV head with its query heads; a query slot is one query head of every KV group, the same in
-        each. Single query heads cannot be removed, because every runtime maps query head h to KV head h // ratio.
+        each. Single query heads cannot be removed, because every runtime maps query head h to KV head h // ratio. With
+        one norm over all heads they stay or go together: without some of them it would divide the others by another
+        number, on every token, and no weights make up for that.
         """
         found: list[Block] = []
+        whole = self.qk_norm == "joint"
         for index, layer in enumerate(self.layers):
             if layer.num_heads:
                 sizes = {"kv_groups": layer.num_kv_heads, "query_slots": layer.num_heads // layer.num_kv_heads}
-                found.append(_block(index, "attention", sizes))
+                found.append(_block(index, "attention", sizes, whole=whole))
             if layer.num_channels:
                 found.append(_block(index, "ffn", {"channels": layer.num_channels}))
         return tuple(found)
@@ -148,9 +153,13 @@ class Architecture:
             (2 * query + key_value) * self.hidden_size
             + (query + key_value) * self.qkv_bias
             + self.hidden_size * self.out_bias
-            + 2 * self.head_dim * self.qk_norm
+            + self._qk_norm_parameters(layer)
             + self.norm_vectors * self.hidden_size
         )
+
+    def _qk_norm_parameters(self, layer: LayerWidths) -> int:
+        num_heads = layer.num_heads + layer.num_kv_heads if self.qk_norm == "joint" else 2
+        return num_heads * self.head_dim if self.qk_norm else 0
 
     def ffn_parameters(self, layer: LayerWidths) -> int:
         """Return the number of weights and biases of a layer's feed-forward sublayer, its norm included."""
@@ -213,6 +222,6 @@ class Architecture:
         return 2 * (weights * prompt_tokens + head) + 4 * heads * self.head_dim * pairs
 
 
-def _block(layer: int, kind: str, sizes: Mapping[str, int]) -> Block:
-    groups = tuple(Group(name=f"layers.{layer}.{name}", num_units=size) for name, size in sizes.items())
+def _block(layer: int, kind: str, sizes: Mapping[str, int], *, whole: bool = False) -> Block:
+    groups = tuple(Group(name=f"layers.{layer}.{name}", num_units=size, whole=whole) for name, size in sizes.items())
     return Block(name=f"layers.{layer}.{kind}", layer=layer, kind=kind, groups=groups)

@@ -20,6 +20,7 @@ from dilap.models.skipping import sublayer_skipped
 from dilap.models.statistics import LayerCall, State, layer_calls, run_layer
 from dilap.models.tensor_file import Tensors
 from dilap.search.method import Pruned, PruneTask
+from dilap.search.refit import refit_refusal
 
 Distance = Literal["l1", "l2", "cos"]
 Norm = Literal["sentence", "token", "channel", "element", "none"]
@@ -108,6 +109,8 @@ class Sprint:
     def __call__(self, task: PruneTask) -> Pruned:
         if not (task.rules.attention_removal and task.rules.ffn_removal):
             raise Unsupported("SPRINT removes single sublayers, which this runtime or layout does not load")
+        if self.tune and (reason := refit_refusal(task.model)):
+            raise Unsupported(f"SPRINT tunes projections that are only added, and {reason}; use --set tune=false")
         outs = list(sublayers(task.model))
         with restored(outs):
             run = _Run(self, task, outs)

@@ -90,6 +90,12 @@ def sublayers(model: PreTrainedModel) -> Iterator[Sublayer]:
         yield Sublayer(block=block, path=f"{family.layers}.{block.layer}.{path}", out=out)
 
 
+def norm_behind(model: PreTrainedModel, sublayer: Sublayer) -> nn.Module | None:
+    """Return the norm between a sublayer's output and the residual stream, None where the two are only added."""
+    path = family_of(model.config).norm_behind(sublayer.kind)
+    return None if path is None else decoder_layers(model)[sublayer.layer].get_submodule(path)
+
+
 def model_digest(model: PreTrainedModel) -> str:
     """Return the SHA-256 of the configuration and of the name, shape, type and every byte of every tensor.
 

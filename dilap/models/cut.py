@@ -22,6 +22,7 @@ from dilap.models.modeling_dilap import add_output_biases_, narrow_layers_, prun
 # projection's bias may be among them even where the dense model has none.
 Parameters = Mapping[str, torch.Tensor]
 _NONE: Parameters = MappingProxyType({})
+_BY_LAYER = ("layer_types", "no_rope_layers")  # entries of configs that are lists with a value for every layer
 
 
 @torch.no_grad()
@@ -103,8 +104,9 @@ def _delete_empty_layers_(model: PreTrainedModel, plan: Plan) -> None:
     kept = [i for i, widths in enumerate(plan.all_widths()) if not widths.is_empty]
     model.set_submodule(family.layers, nn.ModuleList(layers[i] for i in kept))
     model.config.num_hidden_layers = len(kept)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[i] for i in kept]
+    for name in _BY_LAYER:
+        if values := getattr(model.config, name, None):
+            setattr(model.config, name, [values[i] for i in kept])
 
 
 def _describe_(model: PreTrainedModel, plan: Plan) -> None:

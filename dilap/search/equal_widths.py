@@ -81,9 +81,17 @@ def _exchange(task: SearchTask, quadratic: Quadratic, result: SearchResult) -> S
 
 
 def _present(space: Space, config: Config) -> list[int]:
-    """Return the layers that can still be removed: all that are left, apart from the first layer."""
+    """Return the layers that can still be removed: all that are left, apart from the first layer, or none.
+
+    A space of a runtime that loads no model without some layer has no level for that.
+    """
     layers = range(1, len(space.architecture.layers))
-    return [layer for layer in layers if not space.choices[2 * layer].levels[config[2 * layer]].is_removed]
+    return [
+        layer
+        for layer in layers
+        if space.choices[2 * layer].levels[-1].is_removed
+        and not space.choices[2 * layer].levels[config[2 * layer]].is_removed
+    ]
 
 
 def _without(space: Space, config: Config, layer: int) -> Config:

@@ -35,6 +35,7 @@ def width_rules(layout: Layout, capabilities: Capabilities) -> WidthRules:
         head_pruning=not portable,
         attention_removal=capabilities.attention_removal and not uniform,
         ffn_removal=capabilities.ffn_removal and not (portable or uniform),
+        layer_removal=capabilities.layer_removal,
         equal_widths=uniform,
         output_biases=capabilities.output_biases and not portable,
     )
@@ -44,8 +45,8 @@ def build_space(costs: Costs, architecture: Architecture, capabilities: Capabili
     """Return every sublayer with the widths that the runtime loads and that cost less than the next larger one.
 
     The layout `portable` removes no single heads and has FFN widths that are positive multiples of 256, which more
-    runtimes load. `uniform` is for equal widths in every layer, with whole layers removed. The block that the network
-    cannot do without keeps at least its narrowest width.
+    runtimes load. `uniform` is for equal widths in every layer, with whole layers removed if the runtime loads that.
+    The block that the network cannot do without keeps at least its narrowest width.
     """
     choices = []
     for block in architecture.blocks:
@@ -55,7 +56,7 @@ def build_space(costs: Costs, architecture: Architecture, capabilities: Capabili
         levels = [Level(counts=one, cost=costs.block(block, one)) for one in costs.cheaper(block, offered)]
         if layout == "uniform":  # a layer is removed as a whole, and costs nothing then
             removed = Level(counts=(0,) * len(block.groups), cost=0.0)
-            levels = [*(level for level in levels if not level.is_removed), removed]
+            levels = [*(level for level in levels if not level.is_removed), *[removed] * capabilities.layer_removal]
         kept = tuple(level for level in levels if block.name != architecture.required_block or not level.is_removed)
         choices.append(Choice(block=block, levels=kept))
     couplings = tuple(_coupling(choices, names, cost) for names, cost in costs.pairs.items())

@@ -13,16 +13,22 @@ from dilap.search.journal import Evaluator
 from dilap.search.library import LibraryOptions, fit_choices
 from dilap.search.library_file import Fits, Library, kept_library
 from dilap.search.method import Pruned, PruneTask
-from dilap.search.refit import best_refit
+from dilap.search.refit import best_refit, refit_refusal
 from dilap.search.supernet import Supernet
 from dilap.search.task import Search, SearchResult, SearchTask
 
 
 def prune_by_levels(task: PruneTask, search: Search) -> Pruned:
-    """Prune to the config that `search` finds, corrected by its measured latency, and refit the projections."""
+    """Prune to the config that `search` finds, corrected by its measured latency, and refit the projections.
+
+    Where the family's projections cannot be refitted in sequence, the library's stay, and a line says why.
+    """
     library, name = compensated_library(task, task.levels.library)
     net, teacher = Supernet(task.model, library), validation_teacher(task)
     found = search_levels(task, search, net, teacher, journal=f"journal-{name}")
+    if reason := refit_refusal(task.model):
+        task.report(f"refit: skipped, the projections of the search stay: {reason}")
+        return _by_library(task, net, found.config)
     with task.bar("refit", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
         refit = best_refit(
             net, found.config, task.text.train, teacher=teacher, options=task.levels.refit, progress=bar.update
@@ -36,9 +42,14 @@ def prune_by_library(task: PruneTask, search: Search, library: Library, *, name:
     """Prune to the config that `search` finds, with the library's own projections; `name` is the library's."""
     net = Supernet(task.model, library)
     found = search_levels(task, search, net, validation_teacher(task), journal=f"journal-{name}")
-    fits = {one.path: levels[level] for one, levels, level in zip(net.sublayers, library, found.config, strict=True)}
+    return _by_library(task, net, found.config)
+
+
+def _by_library(task: PruneTask, net: Supernet, config: Config) -> Pruned:
+    """Return the plan of `config`, with the library's projections."""
+    fits = {one.path: levels[level] for one, levels, level in zip(net.sublayers, net.library, config, strict=True)}
     parameters = {f"{path}.weight": fit.weight for path, fit in fits.items() if len(fit.columns)}
-    return Pruned(plan=plan_at(task, library, found.config), parameters=parameters)
+    return Pruned(plan=plan_at(task, net.library, config), parameters=parameters)
 
 
 def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teacher, *, journal: str) -> SearchResult:

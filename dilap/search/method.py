@@ -151,9 +151,11 @@ class PruneTask:
         return Plan(base=self.base, architecture=self.architecture, kept=kept | {one.main.name: () for one in blocks})
 
     def without_layers(self, layers: Iterable[int]) -> Plan:
-        """Return the plan that removes these layers whole and keeps everything else."""
+        """Return the plan that removes these layers whole and keeps everything else. Raises Unsupported by `rules`."""
         gone = set(layers)
-        return self.without(block for block in self.architecture.blocks if block.layer in gone)
+        plan = self.without(block for block in self.architecture.blocks if block.layer in gone)
+        self.rules.require(plan)
+        return plan
 
 
 @dataclass(frozen=True, kw_only=True)

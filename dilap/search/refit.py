@@ -6,7 +6,9 @@ from functools import partial
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from dilap.core.errors import Unsupported
 from dilap.models.anatomy import decoder_layers
 from dilap.models.compute import compute_precision
 from dilap.models.families import family_of
@@ -71,6 +73,15 @@ def best_refit(
             break
     net.close()
     return found
+
+
+def refit_refusal(model: PreTrainedModel) -> str | None:
+    """Return why the projections of a model cannot be refitted in sequence, None where they can."""
+    try:
+        family_of(model.config).residual_scale(model.config)
+    except Unsupported as error:
+        return str(error)
+    return None
 
 
 @torch.no_grad()

@@ -8,9 +8,10 @@ from types import MappingProxyType
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
-from dilap.models.anatomy import Sublayer, decoder_layers, sublayers
+from dilap.models.anatomy import Sublayer, decoder_layers, norm_behind, sublayers
 from dilap.models.compute import batches, compute_precision, product_type
 from dilap.models.reference import Teacher, before_head, head_of
 from dilap.search.allocation import Config
@@ -40,6 +41,7 @@ class Supernet:
             assert torch.equal(out.weight.float(), levels[0].weight.float()), "another supernet was left open"
         self.config: Config = (0,) * len(library)
         self.biases = [None if out.bias is None else out.bias.detach().clone() for out in self.outs]
+        self.norms_behind = [norm_behind(model, sublayer) for sublayer in self.sublayers]
         self._stitcher = Stitcher(model, self._layer)
         model.requires_grad_(False)
 
@@ -139,12 +141,12 @@ def linearise(
     """Return the quadratic model of the KL around the current config, from one pass over the teacher's text.
 
     Both parts come from a matrix A with a row for every sequence r and a column for every level k of every sublayer s:
-    A[r, (s, k)] is the sum over the positions t of <g_st, delta_skt>, with g the gradient at the sublayer's output and
-    delta the change that the level makes there. For b the gradient is that of KL(dense || current). For Q, the mean of
-    A'A / T over `samples` draws with T the number of positions, it is that of the log-likelihood of labels drawn from
-    the current model itself. So Q is an unbiased estimate of the Fisher matrix, which at the dense model is the
-    curvature of the KL. Rows are sequences, because rows of single positions would miss how the changes at several
-    positions add up.
+    A[r, (s, k)] is the sum over the positions t of <g_st, delta_skt>, with g the gradient at the sublayer's output,
+    behind its norm if it has one there, and delta the change that the level makes there. For b the gradient is that of
+    KL(dense || current). For Q, the mean of A'A / T over `samples` draws with T the number of positions, it is that of
+    the log-likelihood of labels drawn from the current model itself. So Q is an unbiased estimate of the Fisher matrix,
+    which at the dense model is the curvature of the KL. Rows are sequences, because rows of single positions would miss
+    how the changes at several positions add up.
     """
     net.forget()
     generator = torch.Generator().manual_seed(seed)
@@ -191,6 +193,8 @@ class _Tap:
         self.kept: dict[int, torch.Tensor] = {}  # the changes of as many sublayers as fit, by index
         left = _CHANGES_BYTES
         for index, (out, levels) in enumerate(zip(net.outs, net.library, strict=True)):
+            if net.norms_behind[index] is not None:
+                continue  # `_multiply_behind` needs none
             left -= len(levels) * out.weight.numel() * self.dtype.itemsize
             if left < 0:
                 break
@@ -218,8 +222,11 @@ class _Tap:
         return (has_bias - has_bias[self.net.config[index]])[:, None] * bias.float()
 
     def __enter__(self) -> "_Tap":
-        for index, out in enumerate(self.net.outs):
-            self.hooks.append(out.register_forward_hook(self._record(index)))
+        for index, (out, norm) in enumerate(zip(self.net.outs, self.net.norms_behind, strict=True)):
+            if norm is None:
+                self.hooks.append(out.register_forward_hook(self._record(index)))
+            else:
+                self.hooks += self._hooks_around(index, norm)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -246,6 +253,38 @@ class _Tap:
             output.register_hook(lambda gradient: self._multiply(index, x, gradient))
 
         return hook
+
+    def _hooks_around(self, index: int, norm: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+        """Hook a sublayer with a norm behind it: the inputs of its projection, and the gradient behind the norm."""
+        inputs: list[torch.Tensor] = []
+
+        def keep(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            inputs[:] = [arguments[0].detach()]
+
+        def record(_: nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            x, before = inputs[0], output.detach()
+            output.register_hook(lambda gradient: self._multiply_behind(index, norm, x, before, gradient))
+
+        return [self.net.outs[index].register_forward_pre_hook(keep), norm.register_forward_hook(record)]
+
+    @torch.no_grad()
+    def _multiply_behind(
+        self, index: int, norm: nn.Module, x: torch.Tensor, before: torch.Tensor, gradient: torch.Tensor
+    ) -> None:
+        """Compute rows of A for one sublayer from its inputs x, and from output and gradient of the norm behind it.
+
+        The output of a norm is the same for every length of its input, so a gradient before it would say that the loss
+        does not change when a sublayer is removed. The norm of every level is computed instead.
+        """
+        bias = self.net.biases[index]
+        for level, fit in enumerate(self.net.library[index]):
+            change = -before.float()
+            if len(fit.columns):
+                y = functional.linear(x[..., fit.columns].to(self.dtype), fit.weight.to(self.dtype)).to(before.dtype)
+                change += norm.forward(y if bias is None else y + bias).float()  # past the hook on the norm
+            column = self.offsets[index] + level
+            self.products[:, column] = (gradient.float() * change).flatten(1).sum(1)
+        self.products[:, self.offsets[index] + self.net.config[index]] = 0  # not quite, in another order of sums
 
     @torch.no_grad()
     def _multiply(self, index: int, x: torch.Tensor, gradient: torch.Tensor) -> None:

@@ -35,7 +35,11 @@ _EXAMPLE_TOKENS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:
-    """Everything that decides the code of a block. Widths that its kind has no use for are 0."""
+    """Everything that decides the code of a block. Widths that its kind has no use for are 0.
+
+    `turns` says that an `attention_in` block has a rotary embedding, `norms` whether the norms of sublayers stand
+    before or after them.
+    """
 
     kind: Kind
     precision: str
@@ -43,6 +47,8 @@ class BlockShape:
     activation: str
     architecture: Architecture  # without its layers
     widths: LayerWidths
+    turns: bool = False
+    norms: Literal["before", "after"] = "before"
     max_tokens: int  # of one run, any number up to it: XNNPACK reserves memory for as many when it loads a program
 
     def build(self) -> "Block":
@@ -90,11 +96,16 @@ class Norm(nn.Module):
         return x if bias is None else x + bias
 
 
-class AttentionIn(Block):
-    """Norm, query, key and value projections, q/k norms, rotary embedding.
+def _norm_vectors(shape: BlockShape) -> list[torch.Tensor]:
+    """Examples of a norm's vectors (hidden)."""
+    return [torch.ones(shape.architecture.hidden_size) for _ in range(shape.architecture.norm_vectors)]
 
-    Inputs: residual stream, norm vectors, q and k norm weights (if any), cosines and sines (1 x tokens x 1 x head_dim,
-    if rotary). Outputs: queries, keys, values (1 x tokens x heads x head_dim).
+
+class AttentionIn(Block):
+    """Norm if it is before, query, key and value projections, q/k norms, rotary embedding.
+
+    Inputs: residual stream, norm vectors (if any), q and k norm weights (if any), cosines and sines (1 x tokens x 1 x
+    head_dim, if the block turns heads). Outputs: queries, keys, values (1 x tokens x heads x head_dim).
     """
 
     half_turn: torch.Tensor
@@ -102,25 +113,32 @@ class AttentionIn(Block):
     def __init__(self, shape: BlockShape) -> None:
         super().__init__(shape)
         model, widths = shape.architecture, shape.widths
-        self.norm = Norm(model.hidden_size, eps=shape.norm_eps)
+        if shape.norms == "before":
+            self.norm = Norm(model.hidden_size, eps=shape.norm_eps)
         self.query = nn.Linear(model.hidden_size, widths.num_heads * model.head_dim, bias=model.qkv_bias)
         self.key = nn.Linear(model.hidden_size, widths.num_kv_heads * model.head_dim, bias=model.qkv_bias)
         self.value = nn.Linear(model.hidden_size, widths.num_kv_heads * model.head_dim, bias=model.qkv_bias)
         if model.qk_norm:
-            self.head_norm = Norm(model.head_dim, eps=shape.norm_eps)
-        if not model.num_positions:
+            query, key = qk_norm_sizes(model, widths)
+            self.query_norm, self.key_norm = Norm(query, eps=shape.norm_eps), Norm(key, eps=shape.norm_eps)
+        if shape.turns:
             self.register_buffer("half_turn", _half_turn(model.head_dim))
 
     def forward(self, x: torch.Tensor, *vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         model, widths = self.shape.architecture, self.shape.widths
-        norm, rest = vectors[: model.norm_vectors], vectors[model.norm_vectors :]
-        x = self.norm(x, *norm)
-        query = self.query(x).view(1, -1, widths.num_heads, model.head_dim)
-        key = self.key(x).view(1, -1, widths.num_kv_heads, model.head_dim)
-        value = self.value(x).view(1, -1, widths.num_kv_heads, model.head_dim)
-        if model.qk_norm:
-            query, key = self.head_norm(query, rest[0]), self.head_norm(key, rest[1])
-        if not model.num_positions:
+        rest = vectors
+        if self.shape.norms == "before":
+            x, rest = self.norm(x, *vectors[: model.norm_vectors]), vectors[model.norm_vectors :]
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        is_joint = model.qk_norm == "joint"
+        if is_joint:
+            query, key = self.query_norm(query, rest[0]), self.key_norm(key, rest[1])
+        query = query.view(1, -1, widths.num_heads, model.head_dim)
+        key = key.view(1, -1, widths.num_kv_heads, model.head_dim)
+        value = value.view(1, -1, widths.num_kv_heads, model.head_dim)
+        if model.qk_norm and not is_joint:
+            query, key = self.query_norm(query, rest[0]), self.key_norm(key, rest[1])
+        if self.shape.turns:
             query, key = self._rotated(query, *rest[-2:]), self._rotated(key, *rest[-2:])
         return query, key, value
 
@@ -130,32 +148,43 @@ class AttentionIn(Block):
 
     def examples(self) -> tuple[torch.Tensor, ...]:
         model = self.shape.architecture
-        vectors = [torch.ones(model.hidden_size) for _ in range(model.norm_vectors)]
-        vectors += [torch.ones(model.head_dim) for _ in range(2 * model.qk_norm)]
-        angles = [torch.ones(1, _EXAMPLE_TOKENS, 1, model.head_dim) for _ in range(0 if model.num_positions else 2)]
+        vectors = _norm_vectors(self.shape) if self.shape.norms == "before" else []
+        if model.qk_norm:
+            vectors += [torch.ones(size) for size in qk_norm_sizes(model, self.shape.widths)]
+        angles = [torch.ones(1, _EXAMPLE_TOKENS, 1, model.head_dim) for _ in range(2 * self.shape.turns)]
         return (torch.ones(1, _EXAMPLE_TOKENS, model.hidden_size), *vectors, *angles)
 
 
 class AttentionOut(Block):
-    """Output projection, added to the residual stream. Inputs: residual stream, attention's output by head."""
+    """Output projection, normalised if the norm is after, added to the residual stream.
+
+    Inputs: residual stream, attention's output by head, norm vectors (if any).
+    """
 
     def __init__(self, shape: BlockShape) -> None:
         super().__init__(shape)
         model = shape.architecture
         self.out = nn.Linear(shape.widths.num_heads * model.head_dim, model.hidden_size, bias=model.out_bias)
+        if shape.norms == "after":
+            self.norm = Norm(model.hidden_size, eps=shape.norm_eps)
 
-    def forward(self, x: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = x + self.out(heads.view(1, -1, self.out.in_features))
+    def forward(self, x: torch.Tensor, heads: torch.Tensor, *norm: torch.Tensor) -> torch.Tensor:
+        y = self.out(heads.view(1, -1, self.out.in_features))
+        found: torch.Tensor = x + (self.norm(y, *norm) if norm else y)
         return found
 
     def examples(self) -> tuple[torch.Tensor, ...]:
         model = self.shape.architecture
         heads = torch.ones(1, _EXAMPLE_TOKENS, self.shape.widths.num_heads, model.head_dim)
-        return torch.ones(1, _EXAMPLE_TOKENS, model.hidden_size), heads
+        vectors = _norm_vectors(self.shape) if self.shape.norms == "after" else []
+        return (torch.ones(1, _EXAMPLE_TOKENS, model.hidden_size), heads, *vectors)
 
 
 class FeedForward(Block):
-    """Norm and feed-forward network, added to the residual stream. Inputs: residual stream, norm vectors."""
+    """Norm and feed-forward network, or the other way round, added to the residual stream.
+
+    Inputs: residual stream, norm vectors.
+    """
 
     def __init__(self, shape: BlockShape) -> None:
         super().__init__(shape)
@@ -168,16 +197,16 @@ class FeedForward(Block):
 
     def forward(self, x: torch.Tensor, *norm: torch.Tensor) -> torch.Tensor:
         activation = functional.silu if self.shape.activation == "silu" else functional.relu
-        normed = self.norm(x, *norm)
-        inner = self.up(normed)
-        inner = activation(self.gate(normed)) * inner if hasattr(self, "gate") else activation(inner)
-        found: torch.Tensor = x + self.down(inner)
+        is_before = self.shape.norms == "before"
+        read = self.norm(x, *norm) if is_before else x
+        inner = self.up(read)
+        inner = activation(self.gate(read)) * inner if hasattr(self, "gate") else activation(inner)
+        y = self.down(inner)
+        found: torch.Tensor = x + (y if is_before else self.norm(y, *norm))
         return found
 
     def examples(self) -> tuple[torch.Tensor, ...]:
-        model = self.shape.architecture
-        vectors = [torch.ones(model.hidden_size) for _ in range(model.norm_vectors)]
-        return (torch.ones(1, _EXAMPLE_TOKENS, model.hidden_size), *vectors)
+        return (torch.ones(1, _EXAMPLE_TOKENS, self.shape.architecture.hidden_size), *_norm_vectors(self.shape))
 
 
 class Head(Block):
@@ -194,9 +223,8 @@ class Head(Block):
         return found
 
     def examples(self) -> tuple[torch.Tensor, ...]:
-        model = self.shape.architecture
-        vectors = [torch.ones(model.hidden_size) for _ in range(model.norm_vectors)]
-        return (torch.ones(1, min(_EXAMPLE_TOKENS, self.shape.max_tokens), model.hidden_size), *vectors)
+        count = min(_EXAMPLE_TOKENS, self.shape.max_tokens)
+        return (torch.ones(1, count, self.shape.architecture.hidden_size), *_norm_vectors(self.shape))
 
 
 _MODULES: Mapping[Kind, type[Block]] = {
@@ -205,6 +233,13 @@ _MODULES: Mapping[Kind, type[Block]] = {
     "ffn": FeedForward,
     "head": Head,
 }
+
+
+def qk_norm_sizes(architecture: Architecture, widths: LayerWidths) -> tuple[int, int]:
+    """Return how many channels the norm of the queries and that of the keys normalise at once."""
+    if architecture.qk_norm == "joint":
+        return widths.num_heads * architecture.head_dim, widths.num_kv_heads * architecture.head_dim
+    return architecture.head_dim, architecture.head_dim
 
 
 def _half_turn(head_dim: int) -> torch.Tensor:
@@ -284,7 +319,8 @@ def lower(block: Block) -> Delegate:
     max_tokens = block.shape.max_tokens
     tokens = torch.export.Dim("tokens", min=1, max=max_tokens) if max_tokens > 1 else None
     dynamic = tuple({1: tokens} if tokens and example.dim() > 1 else None for example in examples)
-    forward_dynamic: Any = (dynamic[0], dynamic[1:]) if block.shape.kind != "attention_out" else dynamic
+    named = 2 if block.shape.kind == "attention_out" else 1  # inputs before the vectors
+    forward_dynamic: Any = (*dynamic[:named], dynamic[named:]) if dynamic[named:] else dynamic
     program = torch.export.export(block, examples, dynamic_shapes=forward_dynamic, strict=False)
     if block.shape.precision != "f32":
         program = program.run_decompositions({})  # torchao's tensor subclasses become plain operators

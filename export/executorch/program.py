@@ -27,7 +27,7 @@ from torch.fx import Node
 from torch.nn import functional
 
 from dilap.core.shape import Architecture, LayerWidths
-from dilap.export.executorch.blocks import EDGE, BlockShape, Delegate, Kind, template
+from dilap.export.executorch.blocks import EDGE, BlockShape, Delegate, Kind, qk_norm_sizes, template
 from dilap.export.executorch.header import Header
 from dilap.export.executorch.quantisation import quantised_rows
 from dilap.models.families import families
@@ -135,18 +135,20 @@ class Decoder(nn.Module):
         model, family, prefix = self.header.architecture, self._family, f"{self._family.layers}.{index}"
         widths = model.layers[index]
         if widths.num_heads:
-            norms = self._norm(f"{prefix}.{family.attention_norm}")
+            norm = self._norm(f"{prefix}.{family.attention_norm}")
+            before, after = (norm, []) if self.header.numerics.norms == "before" else ([], norm)
             if model.qk_norm:
                 names = (f"{prefix}.{path}.weight" for path in (family.query_norm, family.key_norm))
-                norms += [(name, model.head_dim) for name in names]
+                before += zip(names, qk_norm_sizes(model, widths), strict=True)
             paths = {"query": family.query, "key": family.key, "value": family.value}
             for name in ("keys", "values"):
                 cache = torch.zeros(1, self.header.max_context, widths.num_kv_heads, model.head_dim)
                 self.register_buffer(f"{name}_{index}", cache, persistent=False)
             matrices = {name: f"{prefix}.{path}" for name, path in paths.items()}
-            yield self._block("attention_in", replace(widths, num_channels=0), matrices, norms)
+            turns = self.header.numerics.turns(index)
+            yield self._block("attention_in", replace(widths, num_channels=0), matrices, before, turns=turns)
             out = LayerWidths(num_heads=widths.num_heads, num_kv_heads=widths.num_heads, num_channels=0)
-            yield self._block("attention_out", out, {"out": f"{prefix}.{family.attention_out}"}, [])
+            yield self._block("attention_out", out, {"out": f"{prefix}.{family.attention_out}"}, after)
         if widths.num_channels:
             *gate, up = (f"{prefix}.{path}" for path in family.ffn_in)
             matrices = {"gate": gate[0]} if gate else {}
@@ -173,6 +175,7 @@ class Decoder(nn.Module):
         matrices: dict[str, str],
         vectors: Sequence[tuple[str, int]],
         *,
+        turns: bool = False,
         max_tokens: int | None = None,
     ) -> _Call:
         """Lower a block with the model's matrices, and keep its vectors as buffers."""
@@ -184,6 +187,8 @@ class Decoder(nn.Module):
             activation=header.numerics.activation,
             architecture=_relevant(header.architecture, kind),
             widths=widths,
+            turns=turns,
+            norms="before" if kind == "head" else header.numerics.norms,
             max_tokens=max_tokens or header.max_context,
         )
         block = shape.build()
@@ -253,7 +258,7 @@ class Decoder(nn.Module):
         widths, (before, after, *_) = self.header.architecture.layers[index], self._layers[index]
         keys, values = getattr(self, f"keys_{index}"), getattr(self, f"values_{index}")
         counts = [widths.num_heads, widths.num_kv_heads, widths.num_kv_heads]
-        inputs = [x, *self._vectors(before), *angles]
+        inputs = [x, *self._vectors(before), *(angles if self.header.numerics.turns(index) else [])]
         query, key, value = attention_in(inputs, before.block, counts, self.header.architecture.head_dim)
         torch.ops.llama.update_cache(key, keys, start)
         torch.ops.llama.update_cache(value, values, start)

@@ -12,6 +12,7 @@ from dilap.models.families.family import Family
 # deci drops the attention of a layer whose FFN width is 0, so such a layer gets an FFN of zeros: 32 channels are
 # the least that q8_0 and q4_0 blocks hold, and add nothing to the residual stream.
 ZERO_CHANNELS = 32
+_NORM_ROTARY = ("llama", "deci", "smollm3")  # architectures with the NORM rotary embedding (see TensorSpec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +85,10 @@ class Layout:
             yield from self._attention(index, held, zero=widths.num_heads == 0)
             yield from self._ffn(index, held, zero=widths.num_channels == 0)
         yield TensorSpec(name="output_norm.weight", shape=(hidden,), source=f"{family.final_norm}.weight")
-        if not self.architecture.tied_embeddings:
-            yield TensorSpec(name="output.weight", shape=(vocab, hidden), source="lm_head.weight")
+        is_tied = self.architecture.tied_embeddings
+        if not is_tied or self.name == "olmo2":  # the only one of these whose loader asks for a head in any case
+            head = family.embeddings if is_tied else "lm_head"
+            yield TensorSpec(name="output.weight", shape=(vocab, hidden), source=f"{head}.weight")
 
     @property
     def _family(self) -> Family:
@@ -97,9 +100,11 @@ class Layout:
         architecture, family = self.architecture, self._family
         hidden, head_dim = architecture.hidden_size, architecture.head_dim
         query, key_value = held.num_heads * head_dim, held.num_kv_heads * head_dim
-        turned = (held.num_heads, held.num_kv_heads) if self.name in ("llama", "deci") else (0, 0)
+        turned = (held.num_heads, held.num_kv_heads) if self.name in _NORM_ROTARY else (0, 0)
         block = _Block(index=index, layer=f"{family.layers}.{index}", zero=zero)
-        yield block.norm("attn_norm", family.attention_norm, hidden)
+        is_before = self.numerics.norms == "before"
+        if is_before:
+            yield block.norm("attn_norm", family.attention_norm, hidden)
         projections = (
             ("attn_q", family.query, query, turned[0]),
             ("attn_k", family.key, key_value, turned[1]),
@@ -108,18 +113,25 @@ class Layout:
         for name, source, rows, heads in projections:
             yield from block.linear(name, source, (rows, hidden), bias=architecture.qkv_bias, heads=heads)
         if architecture.qk_norm:
-            yield block.norm("attn_q_norm", family.query_norm, head_dim)
-            yield block.norm("attn_k_norm", family.key_norm, head_dim)
+            is_joint = architecture.qk_norm == "joint"
+            yield block.norm("attn_q_norm", family.query_norm, query if is_joint else head_dim)
+            yield block.norm("attn_k_norm", family.key_norm, key_value if is_joint else head_dim)
         yield from block.linear("attn_output", family.attention_out, (hidden, query), bias=architecture.out_bias)
+        if not is_before:
+            yield block.norm("post_attention_norm", family.attention_norm, hidden)
 
     def _ffn(self, index: int, held: LayerWidths, *, zero: bool) -> Iterator[TensorSpec]:
         architecture, family, width = self.architecture, self._family, held.num_channels
         hidden, bias = architecture.hidden_size, architecture.ffn_bias
         block = _Block(index=index, layer=f"{family.layers}.{index}", zero=zero)
-        yield block.norm("ffn_norm", family.ffn_norm, hidden)
+        is_before = self.numerics.norms == "before"
+        if is_before:
+            yield block.norm("ffn_norm", family.ffn_norm, hidden)
         for name, source in zip(("ffn_gate", "ffn_up"), family.ffn_in, strict=True):
             yield from block.linear(name, source, (width, hidden), bias=bias)
         yield from block.linear("ffn_down", family.ffn_out, (hidden, width), bias=architecture.ffn_out_bias)
+        if not is_before:
+            yield block.norm("post_ffw_norm", family.ffn_norm, hidden)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,31 +176,52 @@ def layout_of(architecture: Architecture, numerics: Numerics) -> Layout:
         raise Unsupported("OPT cannot be exported to llama.cpp: it has no such architecture; use another backend")
     if numerics.activation != "silu":
         raise Unsupported(f"llama.cpp computes these families with silu only, the model has {numerics.activation}")
-    name = _name(architecture, is_scaled=rotary.kind != "default")
+    name = _name(architecture, rotary)
     return Layout(name=name, architecture=architecture, numerics=numerics, rotary=rotary)
 
 
-def _name(architecture: Architecture, *, is_scaled: bool) -> str:
-    """llama.cpp's name of the architecture; `is_scaled` says whether the rotary frequencies are."""
-    first = architecture.layers[0]
+def _name(architecture: Architecture, rotary: Rotary) -> str:
+    """llama.cpp's name of the architecture. Raises Unsupported for what none of them holds."""
+    first, is_scaled = architecture.layers[0], rotary.kind != "default"
+    has_bias = architecture.out_bias or architecture.ffn_out_bias
+    is_square = first.num_heads * architecture.head_dim == architecture.hidden_size
     odd = next((i for i, w in enumerate(architecture.layers) if w != first or 0 in (w.num_heads, w.num_channels)), None)
-    if architecture.qk_norm:
+    if (stock := _stock_only(architecture, rotary)) is not None:
+        name, words = stock
         if odd is not None:
             raise Unsupported(
-                f"layer {odd}: llama.cpp holds Qwen3 (its q/k norms) only with equal widths and both sublayers in"
-                f" every layer; got {_words(architecture.layers[odd])} against {_words(first)} in layer 0"
+                f"layer {odd}: llama.cpp holds {words} only with equal widths and both sublayers in every layer; got"
+                f" {_words(architecture.layers[odd])} against {_words(first)} in layer 0"
             )
-        if architecture.out_bias or architecture.ffn_out_bias or is_scaled:
-            raise Unsupported("llama.cpp holds Qwen3 without output biases and without rotary scaling only")
-        return "qwen3"
+        if has_bias or is_scaled:
+            raise Unsupported(f"llama.cpp holds {words} without output biases and without rotary scaling only")
+        if name == "olmo2" and not is_square:
+            raise Unsupported(f"llama.cpp holds {words} only with heads that fill the hidden size; got {_words(first)}")
+        return name
     if odd is not None:
         return "deci"
     if architecture.family != "qwen2":  # llama.cpp computes the others as it does Llama
         return "llama"
     # llama.cpp's qwen2 declares the query projection square, and has no rotary factors and no output biases.
-    square = first.num_heads * architecture.head_dim == architecture.hidden_size
-    has_bias = architecture.out_bias or architecture.ffn_out_bias
-    return "qwen2" if square and not is_scaled and not has_bias else "deci"
+    return "qwen2" if is_square and not is_scaled and not has_bias else "deci"
+
+
+def _stock_only(architecture: Architecture, rotary: Rotary) -> tuple[str, str] | None:
+    """llama.cpp's name of an architecture that `deci` cannot stand in for, and ours for it with the reason."""
+    if architecture.qk_norm == "joint":
+        return "olmo2", "OLMo 2 (its norms)"
+    if architecture.qk_norm:
+        return "qwen3", "Qwen3 (its q/k norms)"
+    if not rotary.unturned_layers:
+        return None
+    for index in range(len(architecture.layers)):
+        is_turned, turns = index not in rotary.unturned_layers, index % 4 != 3
+        if is_turned != turns:
+            raise Unsupported(
+                f"layer {index}: llama.cpp turns the heads of SmolLM3 in all layers but every fourth, whatever a file"
+                f" says; this layer {'turns' if is_turned else 'does not turn'} its heads: use another backend"
+            )
+    return "smollm3", "SmolLM3 (its layers without rotary embedding)"
 
 
 def _words(widths: LayerWidths) -> str:

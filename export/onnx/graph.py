@@ -100,11 +100,13 @@ class _Builder:
         self._declare_inputs()
         self._residual = self._embedding()
         positions = self._fused_positions() if self._fused else self._plain_positions()
+        rotations = self._rotations()
         present: list[tuple[Sequence[ir.Value], int]] = []
         for index, widths in enumerate(self._architecture.layers):
             layer = f"{self._family.layers}.{index}"
             if widths.num_heads:
-                self._update, cache = self._attention(layer, widths, positions, len(present))
+                turns = rotations if self._numerics.turns(index) else ()
+                self._update, cache = self._attention(layer, widths, (*positions, *turns), len(present))
                 present.append((cache, widths.num_kv_heads))
             if widths.num_channels:
                 self._update = self._ffn(layer, widths.num_channels)
@@ -151,13 +153,14 @@ class _Builder:
     ) -> tuple[ir.Value, Sequence[ir.Value]]:
         """Return what attention adds to the residual stream, and the cache with the new tokens."""
         architecture, family = self._architecture, self._family
-        x = self._norm(f"{layer}.{family.attention_norm}")
+        x = self._entering(f"{layer}.{family.attention_norm}")
         inputs = self._projections(x, layer, widths)
         past = [self._past(cache_index, part, widths.num_kv_heads) for part in ("key", "value")]
         attend = self._fused_attention if self._fused else self._plain_attention
         mixed, *present = attend(inputs, past, positions, widths)
         shape = (architecture.hidden_size, widths.num_heads * architecture.head_dim)
-        return self._linear(mixed, f"{layer}.{family.attention_out}", shape, bias=architecture.out_bias), present
+        y = self._linear(mixed, f"{layer}.{family.attention_out}", shape, bias=architecture.out_bias)
+        return self._leaving(y, f"{layer}.{family.attention_norm}"), present
 
     def _projections(self, x: ir.Value, layer: str, widths: LayerWidths) -> Sequence[ir.Value]:
         """Return query, key and value, or one tensor that holds all three, as GroupQueryAttention takes it."""
@@ -168,8 +171,8 @@ class _Builder:
             return (self._stacked_linear(x, f"{layer}.self_attn.qkv_proj", rows, bias=architecture.qkv_bias),)
         query, key, value = self._linears(x, rows, bias=architecture.qkv_bias)
         if architecture.qk_norm:
-            query = self._head_norm(query, f"{layer}.{family.query_norm}", widths.num_heads)
-            key = self._head_norm(key, f"{layer}.{family.key_norm}", widths.num_kv_heads)
+            query = self._qk_norm(query, f"{layer}.{family.query_norm}", widths.num_heads)
+            key = self._qk_norm(key, f"{layer}.{family.key_norm}", widths.num_kv_heads)
         return query, key, value
 
     def _past(self, index: int, part: str, num_kv_heads: int) -> ir.Value:
@@ -178,14 +181,15 @@ class _Builder:
 
     def _ffn(self, layer: str, num_channels: int) -> ir.Value:
         architecture, family = self._architecture, self._family
-        x = self._norm(f"{layer}.{family.ffn_norm}")
+        x = self._entering(f"{layer}.{family.ffn_norm}")
         rows = {f"{layer}.{path}": num_channels for path in family.ffn_in}
         first, *up = self._ffn_inputs(x, layer, rows)
         y = self._activation(first)
         if up:
             y = self._op("Mul", y, up[0])
         shape = (architecture.hidden_size, num_channels)
-        return self._linear(y, f"{layer}.{family.ffn_out}", shape, bias=architecture.ffn_out_bias)
+        y = self._linear(y, f"{layer}.{family.ffn_out}", shape, bias=architecture.ffn_out_bias)
+        return self._leaving(y, f"{layer}.{family.ffn_norm}")
 
     def _ffn_inputs(self, x: ir.Value, layer: str, rows: Mapping[str, int]) -> Sequence[ir.Value]:
         """Return the products with gate and up, or the only one of an FFN without a gate."""
@@ -204,12 +208,12 @@ class _Builder:
     # attention on ONNX Runtime
 
     def _fused_positions(self) -> tuple[ir.Value, ...]:
-        """Return what every GroupQueryAttention reads: last positions, total length, cosines and sines of positions."""
+        """Return what every GroupQueryAttention reads: last positions and total length."""
         mask = self._mask
         lengths = self._op("ReduceSum", mask, self._emitter.integers(1), keepdims=0)
         last = self._op("Cast", self._op("Sub", lengths, self._emitter.integers(1)), to=ir.DataType.INT32)
         total = self._op("Squeeze", self._op("Shape", mask, start=1, end=2))
-        return last, self._op("Cast", total, to=ir.DataType.INT32), *self._rotations()
+        return last, self._op("Cast", total, to=ir.DataType.INT32)
 
     def _fused_attention(
         self,
@@ -218,7 +222,8 @@ class _Builder:
         positions: Sequence[ir.Value],
         widths: LayerWidths,
     ) -> Sequence[ir.Value]:
-        rotary = self._numerics.rotary is not None
+        """`positions` are those of `_fused_positions`, and the rotations in a layer that turns its heads."""
+        rotary = len(positions) > 2
         return self._emitter.ops(
             "GroupQueryAttention",
             *inputs,
@@ -236,10 +241,7 @@ class _Builder:
     # attention in standard operators
 
     def _plain_positions(self) -> tuple[ir.Value, ...]:
-        """Return the additive mask (B x 1 x S x (P + S)), and with rotary embedding the cosines and sines.
-
-        Cosines and sines are those of the new tokens (B x 1 x S x head_dim / 2).
-        """
+        """Return the additive mask (B x 1 x S x (P + S))."""
         positions = self._position_ids
         first = next(widths for widths in self._architecture.layers if widths.num_heads)
         past = self._op("Shape", self._past(0, "key", first.num_kv_heads), start=2, end=3)
@@ -249,14 +251,8 @@ class _Builder:
         queries = self._op("Unsqueeze", positions, self._emitter.integers(1, 3))
         visible = self._op("LessOrEqual", keys, queries)
         lowest = np.finfo(np.float16 if self._emitter.dtype == ir.DataType.FLOAT16 else np.float32).min
-        mask = self._op(
-            "Where", visible, self._emitter.number("visible", 0.0), self._emitter.number("hidden", float(lowest))
-        )
-        rotations = [
-            self._op("Unsqueeze", self._op("Gather", table, positions), self._emitter.integers(1))
-            for table in self._rotations()
-        ]
-        return mask, *rotations
+        shown, hidden = self._emitter.number("visible", 0.0), self._emitter.number("hidden", float(lowest))
+        return (self._op("Where", visible, shown, hidden),)
 
     def _plain_attention(
         self, inputs: Sequence[ir.Value], past: Sequence[ir.Value], positions: Sequence[ir.Value], widths: LayerWidths
@@ -301,14 +297,36 @@ class _Builder:
 
     # norms
 
+    def _entering(self, path: str) -> ir.Value:
+        """Return what a sublayer with the norm at `path` reads."""
+        return self._norm(path) if self._numerics.norms == "before" else self._stream()
+
+    def _leaving(self, y: ir.Value, path: str) -> ir.Value:
+        """Return what a sublayer with the norm at `path` and the output y adds to the residual stream."""
+        return y if self._numerics.norms == "before" else self._normed(y, self._vectors(path))
+
+    def _stream(self) -> ir.Value:
+        """Return the residual stream, to which the last sublayer's output is added first."""
+        if self._update is not None:
+            self._residual, self._update = self._op("Add", self._residual, self._update), None
+        return self._residual
+
+    def _vectors(self, path: str) -> list[ir.Value]:
+        """Return the weight of the norm at `path`, and the bias of a LayerNorm."""
+        names = ("weight", "bias")[: self._architecture.norm_vectors]
+        return [self._emitter.weight(f"{path}.{name}", (self._architecture.hidden_size,)) for name in names]
+
+    def _normed(self, x: ir.Value, vectors: Sequence[ir.Value]) -> ir.Value:
+        if len(vectors) == 2:
+            return self._op("LayerNormalization", x, *vectors, epsilon=self._numerics.norm_eps)
+        return self._rms_norm(x, *vectors)
+
     def _norm(self, path: str) -> ir.Value:
         """Return the norm of the residual stream, to which the last sublayer's output is added first."""
-        names = ("weight", "bias")[: self._architecture.norm_vectors]
-        vectors = [self._emitter.weight(f"{path}.{name}", (self._architecture.hidden_size,)) for name in names]
-        layer_norm = len(vectors) == 2
+        vectors = self._vectors(path)
         if self._fused and self._update is not None:
             normed, _, _, self._residual = self._emitter.ops(
-                "SkipLayerNormalization" if layer_norm else "SkipSimplifiedLayerNormalization",
+                "SkipLayerNormalization" if len(vectors) == 2 else "SkipSimplifiedLayerNormalization",
                 self._residual,
                 self._update,
                 *vectors,
@@ -318,11 +336,7 @@ class _Builder:
             )
             self._update = None
             return normed
-        if self._update is not None:
-            self._residual, self._update = self._op("Add", self._residual, self._update), None
-        if layer_norm:
-            return self._op("LayerNormalization", self._residual, *vectors, epsilon=self._numerics.norm_eps)
-        return self._rms_norm(self._residual, *vectors)
+        return self._normed(self._stream(), vectors)
 
     def _rms_norm(self, x: ir.Value, weight: ir.Value) -> ir.Value:
         """Return the RMSNorm over the last axis, in f32 as in torch; ONNX Runtime fuses its nodes on loading."""
@@ -337,9 +351,14 @@ class _Builder:
             normed = self._op("Cast", normed, to=self._emitter.dtype)
         return self._op("Mul", normed, weight)
 
-    def _head_norm(self, x: ir.Value, path: str, num_heads: int) -> ir.Value:
-        """Return the RMSNorm of every head by itself (Qwen3); B x S x (heads * head_dim) in and out."""
+    def _qk_norm(self, x: ir.Value, path: str, num_heads: int) -> ir.Value:
+        """Return the RMSNorm of all heads in one (OLMo 2) or of every head by itself (Qwen3).
+
+        Shapes in and out are B x S x (heads * head_dim).
+        """
         head_dim = self._architecture.head_dim
+        if self._architecture.qk_norm == "joint":
+            return self._rms_norm(x, self._emitter.weight(f"{path}.weight", (num_heads * head_dim,)))
         split = self._op("Reshape", x, self._emitter.integers(0, 0, num_heads, head_dim))
         normed = self._rms_norm(split, self._emitter.weight(f"{path}.weight", (head_dim,)))
         return self._op("Reshape", normed, self._emitter.integers(0, 0, num_heads * head_dim))
@@ -350,7 +369,11 @@ class _Builder:
         return float(self._architecture.head_dim**-0.5)
 
     def _rotations(self) -> tuple[ir.Value, ...]:
-        """Return tables of cosines and sines (context x head_dim / 2); none for learned positions."""
+        """Return cosines and sines; none for learned positions.
+
+        In the form `onnxruntime` they are tables (context x head_dim / 2), in the form `plain` those of the new tokens
+        (B x 1 x S x head_dim / 2).
+        """
         if (rotary := self._numerics.rotary) is None:
             return ()
         positions = np.arange(self._numerics.context_length, dtype=np.float32)
@@ -358,7 +381,11 @@ class _Builder:
         tables = {"cosines": np.cos(angles), "sines": np.sin(angles)}
         # Queries and keys take the square root of the scale each: MLAS multiplies one row at once only by a scale of 1.
         magnitude = rotary.magnitude * (self._scale() ** 0.5 if self._fused else 1)
-        return tuple(self._emitter.number(name, table * magnitude) for name, table in tables.items())
+        found = [self._emitter.number(name, table * magnitude) for name, table in tables.items()]
+        if self._fused:
+            return tuple(found)
+        rows = (self._op("Gather", table, self._position_ids) for table in found)
+        return tuple(self._op("Unsqueeze", one, self._emitter.integers(1)) for one in rows)
 
     def _stacked_linear(self, x: ir.Value, path: str, rows: Mapping[str, int], *, bias: bool) -> ir.Value:
         """Apply several of torch's Linears to `x` as one, called `path`; `rows` are the rows of each, by path."""

@@ -110,6 +110,12 @@ def test_qwen3_keeps_equal_widths_and_both_sublayers() -> None:
     assert offered == (False, False, False)
 
 
+def test_smollm3_keeps_all_layers_too() -> None:
+    capabilities = backends.get("llamacpp").capabilities(replace(tiny_llama(), family="smollm3"), precision="q8_0")
+    offered = (capabilities.per_layer_widths, capabilities.attention_removal, capabilities.ffn_removal)
+    assert (*offered, capabilities.layer_removal) == (False, False, False, False)
+
+
 def test_opt_is_unsupported_with_the_reason() -> None:
     assert "no OPT architecture" in str(
         backends.get("llamacpp").capabilities(replace(tiny_llama(), num_positions=64), precision="f16").unsupported

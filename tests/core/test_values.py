@@ -1,8 +1,9 @@
 """The values that travel: budgets, plans, architectures and statistics."""
 
+import json
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -83,6 +84,15 @@ def test_groups_are_kv_heads_query_slots_and_channels() -> None:
 def test_plan_survives_a_round_trip() -> None:
     plan = replace(FULL, kept=FULL.kept | {"layers.0.channels": (1, 5), "layers.1.kv_groups": ()})
     assert decode(Plan, encode(plan), source="plan.json") == plan
+
+
+@pytest.mark.parametrize("qk_norm", [False, True, "joint"])
+def test_the_kind_of_query_norm_survives_a_round_trip(qk_norm: Literal[False, True, "joint"]) -> None:
+    shape = replace(DENSE, qk_norm=qk_norm)
+    document = json.loads(json.dumps(encode(shape)))
+    assert decode(Architecture, document, source="x") == shape
+    with pytest.raises(InvalidInput, match="'both' is none of False, True, 'joint'"):
+        decode(Architecture, document | {"qk_norm": "both"}, source="x")
 
 
 def test_digest_changes_with_the_kept_units() -> None:

@@ -28,6 +28,7 @@ MIXED = {  # other heads, KV heads and channels in every layer; 33 channels fill
     "layers.2.channels": tuple(range(33)),
 }
 HELD = tuple(name for name in FAMILIES if name != "opt")
+STOCK_ONLY = ("qwen3", "olmo2", "smollm3")  # which llama.cpp holds with equal widths alone
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -48,7 +49,8 @@ def assert_exact(model: PreTrainedModel, tokenizer: Path, out: Path, architectur
 
 
 @pytest.mark.parametrize(
-    ("family", "architecture"), [(name, name if name in ("qwen2", "qwen3") else "llama") for name in HELD]
+    ("family", "architecture"),
+    [(name, name if name in ("qwen2", "qwen3", "olmo2") else "llama") for name in HELD if name != "smollm3"],
 )
 def test_uniform_model_is_exact_in_its_stock_architecture(
     family: str, architecture: str, tokenizer: Path, tmp_path: Path
@@ -56,7 +58,7 @@ def test_uniform_model_is_exact_in_its_stock_architecture(
     assert_exact(tiny_model(family), tokenizer, tmp_path / "out", architecture)
 
 
-@pytest.mark.parametrize("family", [name for name in HELD if name != "qwen3"])
+@pytest.mark.parametrize("family", [name for name in HELD if name not in STOCK_ONLY])
 def test_mixed_widths_are_exact_in_deci(family: str, tokenizer: Path, tmp_path: Path) -> None:
     assert_exact(pruned_model(family, MIXED), tokenizer, tmp_path / "out", "deci")
 
@@ -249,6 +251,50 @@ def test_qwen3_with_unequal_widths_is_refused_naming_the_layer(tokenizer: Path, 
 def test_qwen3_without_whole_layers_is_exact(tokenizer: Path, tmp_path: Path) -> None:
     model = pruned_model("qwen3", {"layers.1.channels": (), "layers.1.kv_groups": ()})
     assert_exact(model, tokenizer, tmp_path / "out", "qwen3")
+
+
+def test_olmo2_without_whole_layers_is_exact(tokenizer: Path, tmp_path: Path) -> None:
+    model = pruned_model("olmo2", {"layers.1.channels": (), "layers.1.kv_groups": ()})
+    assert_exact(model, tokenizer, tmp_path / "out", "olmo2")
+
+
+def test_tied_head_of_olmo2_is_written_as_its_loader_asks(tokenizer: Path, tmp_path: Path) -> None:
+    assert_exact(tiny_model("olmo2", tie_word_embeddings=True), tokenizer, tmp_path / "out", "olmo2")
+    assert "output.weight" in tensor_shapes(tmp_path / "out" / "model.gguf")
+
+
+def test_olmo2_with_unequal_widths_is_refused_naming_the_layer(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match=r"layer 1: .*OLMo 2.* 40 channels"):
+        export(pruned_model("olmo2", {"layers.1.channels": tuple(range(40))}), tokenizer, tmp_path / "out")
+
+
+def test_olmo2_whose_heads_do_not_fill_the_hidden_size_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="only with heads that fill the hidden size"):
+        export(tiny_model("olmo2", head_dim=32), tokenizer, tmp_path / "out")
+
+
+FOURTH = {"num_hidden_layers": 4, "no_rope_layer_interval": 4}  # the pattern that is fixed in llama.cpp
+
+
+def test_smollm3_is_exact_in_its_own_architecture(tokenizer: Path, tmp_path: Path) -> None:
+    kept = {f"layers.{layer}.channels": tuple(range(64)) for layer in range(4)}
+    assert_exact(pruned_model("smollm3", kept, **FOURTH), tokenizer, tmp_path / "out", "smollm3")
+
+
+def test_smollm3_whose_layers_all_turn_is_a_llama(tokenizer: Path, tmp_path: Path) -> None:
+    model = pruned_model("smollm3", MIXED, no_rope_layers=[1, 1, 1])
+    assert_exact(model, tokenizer, tmp_path / "out", "deci")
+
+
+def test_smollm3_with_unequal_widths_is_refused_naming_the_layer(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match=r"layer 1: .*SmolLM3.* 40 channels"):
+        export(pruned_model("smollm3", {"layers.1.channels": tuple(range(40))}, **FOURTH), tokenizer, tmp_path / "out")
+
+
+def test_smollm3_without_a_layer_is_refused_naming_the_layer_that_it_shifts(tokenizer: Path, tmp_path: Path) -> None:
+    model = pruned_model("smollm3", {"layers.1.channels": (), "layers.1.kv_groups": ()}, **FOURTH)
+    with pytest.raises(Unsupported, match=r"layer 2: llama\.cpp turns .* this layer does not turn its heads"):
+        export(model, tokenizer, tmp_path / "out")
 
 
 def test_opt_is_refused(tokenizer: Path, tmp_path: Path) -> None:

@@ -144,11 +144,29 @@ def test_no_group_loses_all_units() -> None:
     assert min(len(units) for units in plan.kept.values()) == 1
 
 
+def test_sprint_tunes_nothing_in_front_of_a_norm() -> None:
+    task = tiny_task(tiny_model("olmo2"))
+    with pytest.raises(Unsupported, match="the norms of OLMo 2 stand behind its sublayers; use --set tune=false"):
+        methods.get("sprint")(task)
+    assert methods.get("sprint", {"tune": "false"})(task).plan.architecture == task.architecture
+
+
+def test_the_default_method_skips_the_refit_of_a_family_with_norms_behind_its_sublayers() -> None:
+    said: list[str] = []
+    task = tiny_task(tiny_model("olmo2"), share=0.6, report=said.append)
+    pruned = methods.get("dilap")(task)
+    assert task.cost_limit.predict(pruned.plan.all_widths()) <= task.cost_limit.limit
+    assert [line for line in said if line.startswith("refit")] == [
+        "refit: skipped, the projections of the search stay: the norms of OLMo 2 stand behind its sublayers"
+    ]
+
+
 RULES: dict[str, tuple[WidthRules, dict[str, tuple[int, ...]]]] = {
     "without attention": (WidthRules(attention_removal=False), {"layers.1.kv_groups": ()}),
     "without a feed-forward network": (WidthRules(ffn_removal=False), {"layers.1.channels": ()}),
     "fewer heads": (WidthRules(head_pruning=False), {"layers.1.kv_groups": (0,)}),
     "multiples of 32": (WidthRules(ffn_multiple=32), {"layers.1.channels": tuple(range(33))}),
+    "without this layer": (WidthRules(layer_removal=False), {"layers.1.kv_groups": (), "layers.1.channels": ()}),
     "equal ones": (WidthRules(equal_widths=True), {"layers.1.channels": tuple(range(32))}),
 }
 
@@ -162,7 +180,13 @@ def test_plan_that_does_not_load_is_refused(what: str) -> None:
         rules.require(plan)
 
 
-def test_removed_layers_always_load() -> None:
+def test_a_method_that_removes_layers_is_refused_at_its_first_plan() -> None:
+    task = tiny_task(model_of("gqa"), rules=WidthRules(layer_removal=False))
+    with pytest.raises(Unsupported, match=r"layer 1: .* loads no model without this layer"):
+        task.without_layers([1])
+
+
+def test_removed_layers_load_whatever_sublayers_may_be_removed() -> None:
     task = tiny_task(model_of("gqa"))
     rules = WidthRules(attention_removal=False, ffn_removal=False, equal_widths=True, head_pruning=False)
     rules.require(task.without_layers([1, 3]))

@@ -1,6 +1,7 @@
 """A family that is a plain variation of Llama is one new file; one with factors exports tensors that have them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from dilap import backends, export
 from dilap.core.errors import Unsupported
+from dilap.core.plan import full_plan
+from dilap.core.rules import Capabilities, WidthRules
 from dilap.models import families
 from dilap.models.anatomy import architecture_of, blocks_of, exported_tensors, numerics_of, stand_in_numerics
 from dilap.models.cut import shrink_
@@ -90,7 +93,7 @@ def test_units_lie_in_every_tensor_whose_size_they_set(family: str) -> None:
     """Cutting one unit of every group changes the shape of each of its members, and of no other tensor."""
     model = tiny_model(family)
     before = {name: tuple(one.shape) for name, one in model.named_parameters()}
-    groups = [group for block in blocks_of(model) for group in block.groups if group.num_units > 1]
+    groups = [one for block in blocks_of(model) for one in block.groups if one.num_units > 1 and not one.whole]
     members = {member.tensor for group in groups for member in group.members}
     kept: Kept = {group.name: tuple(range(1, group.num_units)) for group in groups}
     after = {name: tuple(one.shape) for name, one in shrink_(model, plan_for(model, kept)).named_parameters()}
@@ -106,6 +109,39 @@ def test_numerics_are_those_that_the_model_computes_with() -> None:
     assert numerics.context_length == model.config.max_position_embeddings
 
 
+def test_smollm3_turns_the_heads_of_the_layers_that_its_config_says() -> None:
+    numerics = numerics_of(tiny_model("smollm3", no_rope_layers=[0, 1, 1]))
+    assert [numerics.turns(layer) for layer in range(3)] == [False, True, True]
+
+
+def test_layers_keep_their_kind_of_positions_when_another_is_removed() -> None:
+    model = tiny_model("smollm3")  # its layer 1 has no rotary embedding
+    shrunk = shrink_(model, plan_for(model, {"layers.0.kv_groups": (), "layers.0.channels": ()}))
+    assert shrunk.config.no_rope_layers == [0, 1]
+    assert [numerics_of(shrunk).turns(layer) for layer in range(2)] == [False, True]
+
+
+def test_probes_of_smollm3_have_its_usual_pattern() -> None:
+    architecture = architecture_of(tiny_model("smollm3", num_hidden_layers=9))
+    numerics = stand_in_numerics(architecture)
+    assert [layer for layer in range(9) if not numerics.turns(layer)] == [3, 7]
+
+
+def test_heads_under_one_norm_stay_or_go_together() -> None:
+    model = tiny_model("olmo2")
+    kept = full_plan(architecture_of(model), base="base").kept
+    replace(plan_for(model, {}), kept=kept | {"layers.1.kv_groups": ()})
+    for group in ("kv_groups", "query_slots"):
+        with pytest.raises(ValueError, match=f"{group}: 1 of 2 units kept, but they stay or go together"):
+            replace(plan_for(model, {}), kept=kept | {f"layers.1.{group}": (0,)})
+
+
+def test_runtimes_offer_no_part_of_heads_under_one_norm() -> None:
+    attention = architecture_of(tiny_model("olmo2")).blocks[0]
+    assert Capabilities().levels(attention) == [(0, 0), (2, 2)]
+    assert [WidthRules().rounded(group, 1) for group in attention.groups] == [2, 2]
+
+
 def test_learned_positions_turn_nothing() -> None:
     assert numerics_of(tiny_model("opt")).rotary is None
 
@@ -115,7 +151,8 @@ def test_stand_ins_compute_with_what_the_family_does(family: str) -> None:
     """Timed with random weights, a model takes the time of the real one."""
     model = tiny_model(family)
     real, stand_in = numerics_of(model), stand_in_numerics(architecture_of(model))
-    assert (real.activation, real.rotary is None) == (stand_in.activation, stand_in.rotary is None)
+    found, expected = ((one.activation, one.rotary is None, one.norms) for one in (stand_in, real))
+    assert found == expected
 
 
 def test_a_rotary_embedding_that_depends_on_the_length_is_refused() -> None:

@@ -75,6 +75,29 @@ def measured_table(*, noise: float = 0.0, drifting: bool = False, num_measured: 
     )
 
 
+STOCK = Capabilities(ffn_multiple=32, per_layer_widths=False, attention_removal=False, ffn_removal=False)
+
+
+@pytest.mark.parametrize("capabilities", [Capabilities(ffn_multiple=32), STOCK], ids=["sublayers go", "equal widths"])
+def test_heads_that_stay_or_go_together_cost_what_they_cost(capabilities: Capabilities) -> None:
+    architecture = replace(ARCHITECTURE, family="olmo2", qk_norm="joint")
+    levels = default_levels(architecture, capabilities)
+    assert levels[0] == [(0, 0)] * capabilities.attention_removal + [(6, 3)]
+    probes = list_probes(
+        architecture,
+        measured=levels,
+        levels=levels,
+        uniform=not capabilities.per_layer_widths,
+        num_random=8,
+        num_holdout=6,
+        seed=0,
+    )
+    table = LatencyTable(replace(HEADER, architecture=architecture))
+    model = table.with_entries(entry(probe.role, probe.widths) for probe in probes).model()
+    for probe in probes:
+        assert model.predict(probe.widths) == pytest.approx(true_seconds(probe.widths), rel=0.01)
+
+
 def test_a_table_survives_a_round_trip(tmp_path: Path) -> None:
     table = measured_table()
     table.write(tmp_path / "t.jsonl")

@@ -5,16 +5,18 @@ import torch
 from standins.models import FAMILIES, exported_llama, logits, plan_at, projections, random_tokens, tiny_model, tiny_net
 from torch.testing import assert_close
 
+from dilap.core.errors import Unsupported
 from dilap.models.cut import shrink_
 from dilap.models.reference import Teacher
 from dilap.search.library import LibraryOptions
-from dilap.search.refit import RefitOptions, best_refit, refit_sequentially
+from dilap.search.refit import RefitOptions, best_refit, refit_refusal, refit_sequentially
 
 TOKENS = random_tokens(32, 32)  # 1,024 positions for at most 96 unknowns a row
 CONFIG = (1, 1, 1, 2, 0, 1)
+REFITTED = [family for family in FAMILIES if family != "olmo2"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", REFITTED)
 def test_refit_lowers_the_kl_on_its_own_text(family: str) -> None:
     model = tiny_model(family)
     teacher = Teacher.of(model, TOKENS)
@@ -25,7 +27,7 @@ def test_refit_lowers_the_kl_on_its_own_text(family: str) -> None:
     assert teacher.kl(shrunk) < before
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", REFITTED)
 def test_refit_leaves_the_supernet_dense(family: str) -> None:
     model = tiny_model(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -34,6 +36,17 @@ def test_refit_leaves_the_supernet_dense(family: str) -> None:
     refit_sequentially(net, CONFIG, TOKENS, correction=1.0)
     assert net.config == (0,) * 6
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_cannot_be_refitted_is_known_before(family: str) -> None:
+    assert (refit_refusal(tiny_model(family)) is None) == (family in REFITTED)
+
+
+def test_a_refit_through_norms_behind_the_sublayers_is_refused() -> None:
+    _, net = tiny_net(tiny_model("olmo2"), TOKENS)
+    with pytest.raises(Unsupported, match="the norms of OLMo 2 stand behind its sublayers"):
+        refit_sequentially(net, (0,) * 6, TOKENS, correction=1.0)
 
 
 @pytest.mark.parametrize("family", ["opt", "granite"])

@@ -16,7 +16,7 @@ from dilap.models.reference import Teacher
 from dilap.search.allocation import RelaxationOptions
 from dilap.search.dilap import linear_model, polish, search
 from dilap.search.journal import Evaluator
-from dilap.search.supernet import Curvature
+from dilap.search.supernet import Curvature, Supernet
 from dilap.search.task import Search, SearchOptions, SearchResult, SearchTask
 
 OPTIONS = SearchOptions(step=0.15, evaluations=12, restarts=3, relaxation=RelaxationOptions(steps=80))
@@ -65,6 +65,16 @@ def test_impossible_limit_is_infeasible(name: str) -> None:
     asked = replace(task(), limit=0.5 * task().space.fixed_cost)
     with pytest.raises(Infeasible):
         method(name)(asked)
+
+
+def test_equal_widths_keep_every_layer_where_none_may_be_removed() -> None:
+    whole = task()
+    choices = tuple(replace(choice, levels=choice.levels[:-1]) for choice in whole.space.choices)
+    net = Supernet(tiny_model("llama"), [levels[:-1] for levels in whole.evaluator.net.library])
+    asked = replace(whole, space=replace(whole.space, choices=choices), evaluator=replace(whole.evaluator, net=net))
+    widths = asked.space.widths(method("equal_widths")(asked).config)
+    assert len(set(widths)) == 1
+    assert not widths[0].is_empty
 
 
 @pytest.mark.parametrize("name", ["equal_widths", "layer_error", "uniform"])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from standins.models import FAMILIES, random_tokens, tiny_model, tiny_net
+from standins.models import FAMILIES, levels_of, random_tokens, tiny_model, tiny_net
 from torch.testing import assert_close
 
 from dilap.models.anatomy import decoder_layers
@@ -25,7 +25,7 @@ def scored(family: str) -> tuple[Supernet, Teacher]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cut_layers_score_as_masked_ones(family: str) -> None:
     net, teacher = scored(family)
-    for config in CONFIGS:
+    for config in (levels_of(net, one) for one in CONFIGS):
         found = net.kls(teacher, config)
         net.set(config)
         assert_close(found, teacher.kls(net.model), rtol=1e-4, atol=1e-5)
@@ -37,7 +37,7 @@ def test_scoring_leaves_the_model_as_it_was(family: str) -> None:
     before = {name: tensor.clone() for name, tensor in net.model.state_dict().items()}
     modules = [(name, type(module)) for name, module in net.model.named_modules()]
     for config in CONFIGS:
-        net.kls(teacher, config)
+        net.kls(teacher, levels_of(net, config))
     assert [(name, type(module)) for name, module in net.model.named_modules()] == modules
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in net.model.modules())

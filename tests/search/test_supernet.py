@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from standins.models import FAMILIES, logits, plan_at, projections, random_tokens, tiny_model, tiny_net
+from standins.models import FAMILIES, levels_of, logits, plan_at, projections, random_tokens, tiny_model, tiny_net
 from torch.nn import functional
 from torch.testing import assert_close
 from transformers import PreTrainedModel
@@ -28,6 +28,7 @@ def kl_from_logits(dense: torch.Tensor, pruned: torch.Tensor) -> float:
 def test_config_computes_what_the_shrunk_model_computes(family: str, config: tuple[int, ...]) -> None:
     model = tiny_model(family)
     space, net = tiny_net(model, TOKENS)
+    config = levels_of(net, config)
     net.set(config)
     weights = {s.name: net.library[i][config[i]].weight for i, s in enumerate(net.sublayers)}
     shrunk = shrink_(tiny_model(family), plan_at(space, net, config), parameters=projections(model, weights))
@@ -41,8 +42,8 @@ def test_close_restores_the_dense_model_exactly(family: str, dtype: torch.dtype)
     model = tiny_model(family).to(dtype)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     _, net = tiny_net(model, TOKENS)
-    net.set(MIXED)
-    net.set((2, 1, 0, 3, 4, 0))
+    net.set(levels_of(net, MIXED))
+    net.set(levels_of(net, (2, 1, 0, 3, 4, 0)))
     net.close()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -53,8 +54,9 @@ def test_teacher_kl_is_that_of_the_full_logits(family: str) -> None:
     dense = logits(model, OTHERS)
     teacher = Teacher.of(model, OTHERS)
     _, net = tiny_net(model, TOKENS)
-    found = net.kl(teacher, MIXED)
-    net.set(MIXED)
+    config = levels_of(net, MIXED)
+    found = net.kl(teacher, config)
+    net.set(config)
     assert found == pytest.approx(kl_from_logits(dense, logits(model, OTHERS)), rel=1e-4)
     assert found > 0.01
 
@@ -188,8 +190,8 @@ def test_slope_away_from_the_dense_model_is_that_of_the_real_kl(length: int) -> 
         assert float(b[level]) == pytest.approx((ahead - behind) / (2 * step), rel=0.02, abs=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_slope_holds_in_every_family(family: str) -> None:
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "olmo2"])
+def test_slope_holds_where_sublayers_are_only_added(family: str) -> None:
     model = tiny_model(family)
     teacher = Teacher.of(model, OTHERS)
     _, net = tiny_net(model, TOKENS)
@@ -202,6 +204,41 @@ def test_slope_holds_in_every_family(family: str) -> None:
     ahead, behind = (perturbed_kl(net, teacher, config, sign * step * change) for sign in (1, -1))
     expected = (ahead - behind) / (2 * step)
     assert float(curvature.b @ change) == pytest.approx(expected, rel=0.03, abs=3e-3)
+
+
+@torch.no_grad()
+def kl_on_the_way(net: Supernet, teacher: Teacher, index: int, level: int, share: float) -> float:
+    """The real KL where the norm behind a sublayer gives `share` of a level's output in place of its own."""
+    fit, norm, inputs = net.library[index][level], net.norms_behind[index], list[torch.Tensor]()
+    assert norm is not None
+
+    def move(_: torch.nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
+        wanted = norm.forward(inputs.pop()[..., fit.columns] @ fit.weight.T)
+        moved: torch.Tensor = output + share * (wanted - output)
+        return moved
+
+    hooks = [
+        net.outs[index].register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])),
+        norm.register_forward_hook(move),
+    ]
+    value = teacher.kl(net.model)
+    for hook in hooks:
+        hook.remove()
+    return value
+
+
+@pytest.mark.parametrize("config", [(1, 1, 0, 1, 0, 2), (0, 3, 1, 0, 0, 1)])
+def test_slope_behind_a_norm_is_that_towards_the_outputs_of_the_levels(config: tuple[int, ...]) -> None:
+    """Removal is among them, which no slope before a norm shows, because a norm does not see how long its input is."""
+    model, step = tiny_model("olmo2"), 0.001
+    teacher = Teacher.of(model, OTHERS)
+    _, net = tiny_net(model, TOKENS)
+    net.set(config)
+    b = linearise(net, teacher, samples=1, seed=0).b.split([len(levels) for levels in net.library])
+    for index, slopes in enumerate(b):
+        for level, slope in enumerate(slopes.tolist()):
+            ahead, behind = (kl_on_the_way(net, teacher, index, level, share) for share in (step, -step))
+            assert slope == pytest.approx((ahead - behind) / (2 * step), rel=0.03, abs=5e-3)
 
 
 def test_value_is_the_real_kl() -> None:

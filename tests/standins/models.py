@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dilap.core.plan import Plan, full_plan
+from dilap.core.plan import Plan
 from dilap.core.shape import LayerWidths
 from dilap.core.space import Choice, Level, Space, plan_of
 from dilap.models.anatomy import architecture_of, exported_tensors, sublayers
@@ -22,9 +22,9 @@ from dilap.search.limit import CostLimit
 from dilap.search.method import PruneTask
 from dilap.search.supernet import Supernet
 from dilap.search.weights import WeightCosts
-from tools.tiny_models import CLASSES, VOCAB_SIZE, byte_level_tokenizer, pruned_model, tiny_model
+from tools.tiny_models import CLASSES, VOCAB_SIZE, byte_level_tokenizer, plan_for, pruned_model, tiny_model
 
-__all__ = ["CLASSES", "FAMILIES", "VOCAB_SIZE", "byte_level_tokenizer", "pruned_model", "tiny_model"]
+__all__ = ["CLASSES", "FAMILIES", "VOCAB_SIZE", "byte_level_tokenizer", "plan_for", "pruned_model", "tiny_model"]
 FAMILIES = tuple(CLASSES)
 _DEFAULTS = LibraryOptions()
 Kept = dict[str, tuple[int, ...]]
@@ -55,12 +55,6 @@ def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def random_tokens(num_sequences: int, length: int, *, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> torch.Tensor:
     return torch.randint(vocab_size, (num_sequences, length), generator=torch.Generator().manual_seed(seed))
-
-
-def plan_for(model: PreTrainedModel, kept: Kept) -> Plan:
-    """The plan that keeps everything but in the groups given."""
-    full = full_plan(architecture_of(model), base="base")
-    return replace(full, kept=full.kept | kept)
 
 
 @torch.no_grad()
@@ -99,7 +93,7 @@ def tiny_space(model: PreTrainedModel, *, fractions: tuple[float, ...] = (1.0, 0
     for block in architecture.blocks:
         sizes = [group.num_units for group in block.groups]
         if block.kind == "attention":
-            counts = list(product(*(range(1, size + 1) for size in sizes)))
+            counts = list(product(*(range(size if block.main.whole else 1, size + 1) for size in sizes)))
         else:
             counts = [(round(sizes[0] * fraction),) for fraction in fractions]
         levels = [Level(counts=one, cost=1e-6 * weights.block(block, one)) for one in [*counts, (0,) * len(sizes)]]
@@ -113,6 +107,11 @@ def tiny_net(
     """A supernet over `tiny_space`, its library fitted on `tokens`."""
     space = tiny_space(model)
     return space, Supernet(model, library_of(model, space, tokens, options=options))
+
+
+def levels_of(net: Supernet, config: Sequence[int]) -> tuple[int, ...]:
+    """`config` with other levels where the family has fewer of them."""
+    return tuple(level % len(levels) for level, levels in zip(config, net.library, strict=True))
 
 
 def library_of(

@@ -14,6 +14,8 @@ tool: Any = importlib.import_module("tools.support_table")
 PAIRS = [
     ("llama", "llamacpp", "q4_0"),
     ("qwen3", "llamacpp", "q8_0"),
+    ("olmo2", "llamacpp", "q8_0"),
+    ("smollm3", "llamacpp", "q8_0"),
     ("opt", "llamacpp", "f16"),
     ("qwen3", "onnxruntime", "int4"),
     ("opt", "onnxruntime", "f32"),

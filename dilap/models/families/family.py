@@ -1,8 +1,8 @@
 """A family of decoder models: where its parts are, which units they have, and how they join the residual stream."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,7 +24,8 @@ class Family(Paths):
 
     `name` is the `model_type` of its configs. Paths beyond those of a layer's matrices: `embeddings`, `final_norm` and
     `rotary` in the model, `query_norm` and `key_norm` in a layer. `position_offset` is how many rows of a learned table
-    of positions, at `positions` in the model, come before that of position 0.
+    of positions, at `positions` in the model, come before that of position 0. `norms` says whether the norms at
+    `attention_norm` and `ffn_norm` stand before the sublayers or after them.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Family(Paths):
     key_norm: str = "self_attn.k_norm"
     positions: str = ""
     position_offset: int = 0
+    norms: Literal["before", "after"] = "before"
 
     def module_paths(self) -> dict[str, Any]:
         """Return the paths that differ from Llama's, as a checkpoint's config keeps them."""
@@ -100,6 +102,12 @@ class Family(Paths):
         tensors: dict[str, torch.Tensor] = model.state_dict()
         return tensors
 
+    def norm_behind(self, kind: str) -> str | None:
+        """Return the path of the norm between a sublayer's output and the residual stream, None without one."""
+        if self.norms == "before":
+            return None
+        return self.attention_norm if kind == "attention" else self.ffn_norm
+
     def stock_sizes(self, widths: LayerWidths, architecture: Architecture) -> dict[str, int] | None:
         """Return config entries of a stock model with these widths in all layers; None where its class has none."""
         return {
@@ -142,13 +150,14 @@ class Family(Paths):
             norm_eps=float(config.rms_norm_eps),  # an integer in some configs
             activation=config.hidden_act,
             rotary=_rotary(model, self.rotary),
+            norms=self.norms,
         )
 
     def stand_in_numerics(self, architecture: Architecture) -> Numerics:
         """Return usual values of the family, for a model with random weights that is only timed."""
         frequencies = (10_000.0 ** (-i / architecture.head_dim) for i in range(0, architecture.head_dim, 2))
         rotary = Rotary(frequencies=tuple(frequencies))
-        return Numerics(context_length=4096, norm_eps=1e-5, activation="silu", rotary=rotary)
+        return Numerics(context_length=4096, norm_eps=1e-5, activation="silu", rotary=rotary, norms=self.norms)
 
     def _widths(self, layer: nn.Module, head_dim: int) -> LayerWidths:
         heads, kv_heads, channels = 0, 0, 0
@@ -168,7 +177,7 @@ class Family(Paths):
     def _with_members(self, block: Block, layer: nn.Module, architecture: Architecture) -> Block:
         prefix, head_dim = f"{self.layers}.{block.layer}", architecture.head_dim
         sizes = [group.num_units for group in block.groups]
-        groups = []
+        groups: list[Group] = []
         for dimension, group in enumerate(block.groups):
             members: list[Member] = []
             for path in (*self.inputs_of(block.kind), self.output_of(block.kind)):
@@ -178,7 +187,7 @@ class Family(Paths):
                     if dimension and path in (self.key, self.value):
                         continue  # all query heads of a KV head read the same keys and values
                 members += _members(layer, prefix, path, grid, dimension, is_output=path == self.output_of(block.kind))
-            groups.append(Group(name=group.name, num_units=group.num_units, members=tuple(members)))
+            groups.append(replace(group, members=tuple(members)))
         return Block(name=block.name, layer=block.layer, kind=block.kind, groups=tuple(groups))
 
     def tell_widths_(self, layer: nn.Module, block: Block, kept: Kept) -> None:

@@ -19,7 +19,7 @@ _NORM_EPS = 1e-5  # of torch's LayerNorm, which the stock class takes as it is
 class _Opt(Family):
     def residual_scale(self, config: PreTrainedConfig) -> float:
         if not config.do_layer_norm_before:
-            raise Unsupported("the norms of OPT-350m stand behind its sublayers, which cannot be refitted")
+            raise Unsupported("the norms of OPT-350m stand behind its sublayers")
         return 1.0
 
     def computed(self, layer: nn.Module, kind: str, *arguments: Any, **keywords: Any) -> Any:
