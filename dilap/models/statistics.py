@@ -59,8 +59,9 @@ class InputStatistics:
             self.sum_squares += squares
         if covariance:
             with torch.autocast(x.device.type, enabled=False):
-                product = x.T @ x  # f32, because after rounding to bf16 it would not be positive definite
-            self.covariance_sum = product if self.covariance_sum is None else self.covariance_sum.add_(product)
+                if self.covariance_sum is None:
+                    self.covariance_sum = x.new_zeros(x.shape[1], x.shape[1])
+                self.covariance_sum.addmm_(x.T, x)  # f32: after rounding to bf16 it would not be positive definite
         self.num_tokens += count
         self.num_sequences += inputs.shape[0] if inputs.dim() == 3 else 1
 

@@ -194,8 +194,8 @@ class _Problem:
     def add(self, inputs: torch.Tensor, output: torch.Tensor) -> None:
         """Add inputs (... x all columns) with the output (... x hidden) that is wanted for them, bias included."""
         x = inputs.reshape(-1, inputs.shape[-1])[:, self.columns].float()
-        self.H += x.T @ x
-        self.R += x.T @ (output.float() - self.bias).reshape(-1, self.weight.shape[0])
+        self.H.addmm_(x.T, x)
+        self.R.addmm_(x.T, (output.float() - self.bias).reshape(-1, self.weight.shape[0]))
 
     def solve(self) -> torch.Tensor:
         """Return the projection that fits the outputs best, with its difference from the library's penalised."""
