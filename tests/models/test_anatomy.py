@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from standins.models import FAMILIES, plan_for, tiny_model
+from standins.models import CLASSES, FAMILIES, plan_for, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from dilap.core.errors import InvalidInput, Unsupported
@@ -68,7 +68,7 @@ def test_sublayers_come_layer_by_layer_attention_first(family: str) -> None:
 
 def test_unknown_architecture_lists_the_known_ones() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=1, vocab_size=20))
-    known = ", ".join(sorted(FAMILIES))
+    known = ", ".join(sorted(CLASSES))
     with pytest.raises(Unsupported, match=f"'gpt2' is not known; DiLAP prunes: {known}"):
         architecture_of(model)
 

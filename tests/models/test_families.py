@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from standins.models import (
+    CLASSES,
+    CLONES,
     FAMILIES,
     Kept,
     byte_level_tokenizer,
@@ -88,7 +90,19 @@ def test_runtimes_hold_it_as_they_hold_llama(backend: str, precision: str, tmp_p
     assert artifact.sqnr_db > 60
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLONES)
+@pytest.mark.parametrize("backend", ["llamacpp", "onnxruntime"])
+def test_a_llama_under_another_name_is_held_as_llama_is(family: str, backend: str, tmp_path: Path) -> None:
+    if reason := backends.get(backend).unavailable():
+        pytest.skip(reason)
+    model = shrink_(tiny_model(family), plan_for(tiny_model(family), KEPT))
+    words = byte_level_tokenizer(tmp_path / "words")
+    out = tmp_path / "out"
+    artifact = export.get(backend).export(model, tokenizer=words, precision="f32", plan_digest="", out=out)
+    assert (artifact.sqnr_db or 0) > 60
+
+
+@pytest.mark.parametrize("family", CLASSES)
 def test_units_lie_in_every_tensor_whose_size_they_set(family: str) -> None:
     """Cutting one unit of every group changes the shape of each of its members, and of no other tensor."""
     model = tiny_model(family)
@@ -146,7 +160,7 @@ def test_learned_positions_turn_nothing() -> None:
     assert numerics_of(tiny_model("opt")).rotary is None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLASSES)
 def test_stand_ins_compute_with_what_the_family_does(family: str) -> None:
     """Timed with random weights, a model takes the time of the real one."""
     model = tiny_model(family)
