@@ -24,8 +24,8 @@ class Capabilities:
     are what its kernels and quantised tables need. `ffn_multiple` is the step of FFN widths that fills kernels and
     quantisation blocks: other widths load, but run no faster than the next multiple, so a search is not offered them.
     `layer_removal` says whether whole layers may be removed, which no shape of what is left shows. `output_biases` says
-    whether output projections may have a bias that the family lacks. `max_tokens` is the longest
-    sequence that artifacts for the runtime hold, even where the model itself holds more.
+    whether output projections may have a bias that the family lacks. `max_tokens` is the longest sequence that
+    artifacts for the runtime hold, even where the model itself holds more.
     """
 
     unsupported: str | None = None

@@ -182,13 +182,12 @@ class Bench:
         found = self.measure_cases(cases, final=True)
         if usual is None or self.estimate:
             return found
-        for _ in range(_REPEATS):
-            if usual.excess(found[0]) is None:
+        for left in reversed(range(1 + _REPEATS)):
+            if (excess := usual.excess(found[0])) is None:
                 return found
-            self.progress.say(f"{usual.excess(found[0])}: measuring again")
-            found = self.measure_cases(cases, final=True)
-        if (excess := usual.excess(found[0])) is None:
-            return found
+            if left:
+                self.progress.say(f"{excess}: measuring again")
+                found = self.measure_cases(cases, final=True)
         advice = "repeat when it is quiet and cool, or measure the latency table again if this is its speed now"
         return [replace(one, status="contended", note=f"{excess}; {advice}") for one in found]
 

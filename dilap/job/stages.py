@@ -282,7 +282,7 @@ class Stages:
 
         It is measured as for the proof, and kept for a continued run. The model that is measured has random weights,
         because latency does not depend on them. Noise adds at most `_MOST_ALLOWED_FOR` to the share. It is None where
-        the device was disturbed, because a search that trusted such a number went 4 % over its budget.
+        the device was disturbed, because a search that trusted such a number went 2 % over its budget.
         """
         path = self.workspace.common / f"measured-{digest(asdict(architecture))[:16]}.json"
         with self.workspace.stage(_MEASURE):

@@ -11,7 +11,7 @@ Verdict = Literal["kept", "uncertain", "missed", "estimated"]
 def verdict(share: Interval, measurements: Iterable[Status]) -> Verdict:
     """Return the verdict on a budget of which `share` is used, given the status of the measurements behind it.
 
-    A noisy measurement has a wide interval, which says enough. From a contended one, which other load or a slower
+    Of a noisy measurement the interval decides, which is wide. From a contended one, which other load or a slower
     device spoiled, nothing is claimed.
     """
     found = set(measurements)

@@ -47,7 +47,7 @@ def merge_adapter_(model: PreTrainedModel, folder: Path) -> None:
             warnings.simplefilter("ignore")  # peft warns of tensors that it passes over; they are refused below
             shapes = _shapes_of(folder / _WEIGHTS)
             adapted: Any = PeftModel.from_pretrained(
-                model, folder, torch_device="cpu", ignore_mismatched_sizes=True, local_files_only=True
+                model, folder, torch_device=str(model.device), ignore_mismatched_sizes=True, local_files_only=True
             )
             _require_its_tensors(adapted, shapes)
             _untie_(adapted.get_base_model())

@@ -35,10 +35,9 @@ def kept_library(folder: Path, choices: Sequence[Choice], fit: Callable[[Sequenc
 
 
 def _dtype(fits: Sequence[LevelFit], num_choices: int) -> torch.dtype:
-    """Return the type in which a library is kept whose choices are all of this size."""
-    return (
-        torch.bfloat16 if 4 * num_choices * sum(fit.weight.numel() for fit in fits) > _MOST_F32_BYTES else torch.float32
-    )
+    """Return the type in which a choice is kept: bf16 where a library of such choices would be large."""
+    num_bytes = 4 * num_choices * sum(fit.weight.numel() for fit in fits)
+    return torch.bfloat16 if num_bytes > _MOST_F32_BYTES else torch.float32
 
 
 def save_fits(path: Path, fits: Sequence[LevelFit], *, dtype: torch.dtype = torch.float32) -> None:

@@ -1,6 +1,7 @@
 """The tokenizer of a GGUF file is the file's: split as llama.cpp splits with it, and with no token more."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,16 @@ NAMES = (
     *("gpt-2", "llama-bpe", "qwen2", "smollm", "gpt-4o", "tekken", "falcon", "deepseek-llm", "deepseek-coder"),
     *("deepseek-v3", "starcoder", "command-r", "refact", "default", "stablelm2", "dbrx"),
 )
+
+
+def finish(writer: gguf.GGUFWriter, fields: Mapping[str, bool]) -> None:
+    """Write the file of a vocabulary without tensors, with some switches of its tokenizer."""
+    for key, value in fields.items():
+        writer.add_bool(f"tokenizer.ggml.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
 
 
 def vocabulary(path: Path, name: str, **fields: Any) -> Path:
@@ -46,12 +57,7 @@ def vocabulary(path: Path, name: str, **fields: Any) -> Path:
     writer.add_token_merges(merges)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
-    for key, value in fields.items():
-        writer.add_bool(f"tokenizer.ggml.{key}", value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
+    finish(writer, fields)
     return path
 
 
@@ -127,12 +133,7 @@ def sentencepiece_file(path: Path, model: Any, **fields: Any) -> Path:
     writer.add_bos_token_id(model.bos_id())
     writer.add_eos_token_id(model.eos_id())
     writer.add_unk_token_id(model.unk_id())
-    for key, value in fields.items():
-        writer.add_bool(f"tokenizer.ggml.{key}", value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
+    finish(writer, fields)
     return path
 
 

@@ -1,6 +1,7 @@
 """The level library: closed-form refits, importance orders and the file."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from dilap.core.costs import Counts
 from dilap.core.errors import InvalidInput
 from dilap.core.space import Choice
+from dilap.search import library_file
 from dilap.search.library import (
     LevelFit,
     LibraryOptions,
@@ -29,6 +31,7 @@ from dilap.search.library import (
     wanda_scores,
 )
 from dilap.search.library_file import Fits, kept_library, load_fits, save_fits
+from dilap.search.supernet import Supernet
 
 TOKENS = random_tokens(8, 32)
 
@@ -264,6 +267,14 @@ def test_a_library_in_bf16_keeps_the_full_width_exactly(library: list[list[Level
     for fit, found in zip(library[1][1:], narrower, strict=True):
         assert found.weight.dtype == torch.bfloat16
         assert_close(found.weight.float(), fit.weight, rtol=2**-8, atol=0)
+
+
+def test_a_large_library_is_kept_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_file, "_MOST_F32_BYTES", 0)
+    model = tiny_model("llama")
+    library = kept_library(tmp_path, tiny_space(model).choices, partial(fit_choices, model, tokens=TOKENS))
+    assert {fit.weight.dtype for levels in library for fit in levels[1:]} == {torch.bfloat16}
+    assert Supernet(model, library).library is library  # which compares the full widths with the model's projections
 
 
 def test_only_what_a_library_lacks_is_fitted(tmp_path: Path) -> None:

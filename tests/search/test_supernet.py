@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from dilap.models.cut import shrink_
 from dilap.models.reference import Teacher, final_hidden, next_token_loss, perplexity
+from dilap.search import supernet
 from dilap.search.supernet import Supernet, linearise
 
 TOKENS = random_tokens(4, 12)
@@ -164,6 +165,15 @@ def test_curvature_is_that_of_the_real_kl(length: int) -> None:
         both = sum(perturbed_kl(net, teacher, dense, sign * step * change) for sign in (-1, 1))
         curvature = both / step**2  # central difference; value and slope are zero at the dense model
         assert float(change @ Q @ change) == pytest.approx(curvature, rel=0.1)
+
+
+def test_changes_that_are_not_kept_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, teacher, _ = toy(length=6)
+    kept = linearise(net, teacher, samples=2, seed=0)
+    monkeypatch.setattr(supernet, "_CHANGES_BYTES", 0)
+    made = linearise(net, teacher, samples=2, seed=0)
+    assert torch.equal(made.Q, kept.Q)
+    assert torch.equal(made.b, kept.b)
 
 
 def test_diagonal_of_the_curvature_is_that_of_single_levels() -> None:
