@@ -33,7 +33,8 @@ _PREFIX = "Pruned"  # stands before the stock class's name
 class Paths:
     """Where a model keeps its parts: `layers` is a dotted path in the model, all others are paths in a layer.
 
-    `ffn` is the path of the feed-forward module, None where its matrices lie in the layer itself.
+    `ffn` is the path of the feed-forward module, None where its matrices lie in the layer itself. Norms stand before a
+    sublayer, behind it (between its output and the residual stream), or both; None where there is none.
     """
 
     layers: str = "model.layers"
@@ -42,11 +43,13 @@ class Paths:
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
     attention_out: str = "self_attn.o_proj"
-    attention_norm: str = "input_layernorm"
+    attention_norm: str | None = "input_layernorm"
+    attention_norm_behind: str | None = None
     ffn: str | None = "mlp"
     ffn_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     ffn_out: str = "mlp.down_proj"
-    ffn_norm: str = "post_attention_layernorm"
+    ffn_norm: str | None = "post_attention_layernorm"
+    ffn_norm_behind: str | None = None
 
 
 def paths_of(config: PreTrainedConfig) -> Paths:
@@ -113,7 +116,7 @@ def set_heads_(attention: Any, num_heads: int, num_kv_heads: int) -> None:
 def _narrow_attention_(layer: nn.Module, paths: Paths, num_heads: int, num_kv_heads: int, cache_index: int) -> None:
     if num_heads == 0:
         layer.set_submodule(paths.attention, NoAttention())
-        _drop_norm_(layer, paths.attention_norm)
+        _drop_norms_(layer, paths.attention_norm, paths.attention_norm_behind)
         return
     attention: Any = layer.get_submodule(paths.attention)
     attention.layer_idx = cache_index
@@ -131,17 +134,18 @@ def _narrow_ffn_(layer: nn.Module, paths: Paths, num_channels: int) -> None:
             for path in paths.ffn_in:
                 layer.set_submodule(path, nn.Identity())
         layer.set_submodule(paths.ffn or paths.ffn_out, NoFeedForward())
-        _drop_norm_(layer, paths.ffn_norm)
+        _drop_norms_(layer, paths.ffn_norm, paths.ffn_norm_behind)
         return
     for path in paths.ffn_in:
         _resize_(layer, path, out_features=num_channels)
     _resize_(layer, paths.ffn_out, in_features=num_channels)
 
 
-def _drop_norm_(layer: nn.Module, path: str) -> None:
-    """Remove the norm of a removed sublayer, unless it normalises the residual stream itself (OPT-350m)."""
+def _drop_norms_(layer: nn.Module, *paths: str | None) -> None:
+    """Remove the norms of a removed sublayer, unless they normalise the residual stream itself (OPT-350m)."""
     if getattr(layer, "do_layer_norm_before", True):
-        layer.set_submodule(path, nn.Identity())
+        for path in filter(None, paths):
+            layer.set_submodule(path, nn.Identity())
 
 
 def _resize_(layer: nn.Module, path: str, *, in_features: int | None = None, out_features: int | None = None) -> None:

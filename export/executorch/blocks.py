@@ -37,8 +37,8 @@ _EXAMPLE_TOKENS = 5
 class BlockShape:
     """Everything that decides the code of a block. Widths that its kind has no use for are 0.
 
-    `turns` says that an `attention_in` block has a rotary embedding, `norms` whether the norms of sublayers stand
-    before or after them.
+    `turns` says that an `attention_in` block has a rotary embedding, `norm_before` and `norm_behind` that the block
+    begins or ends with a norm.
     """
 
     kind: Kind
@@ -48,7 +48,8 @@ class BlockShape:
     architecture: Architecture  # without its layers
     widths: LayerWidths
     turns: bool = False
-    norms: Literal["before", "after"] = "before"
+    norm_before: bool = False
+    norm_behind: bool = False
     max_tokens: int  # of one run, any number up to it: XNNPACK reserves memory for as many when it loads a program
 
     def build(self) -> "Block":
@@ -102,7 +103,7 @@ def _norm_vectors(shape: BlockShape) -> list[torch.Tensor]:
 
 
 class AttentionIn(Block):
-    """Norm if it is before, query, key and value projections, q/k norms, rotary embedding.
+    """Norm if the block begins with one, query, key and value projections, q/k norms, rotary embedding.
 
     Inputs: residual stream, norm vectors (if any), q and k norm weights (if any), cosines and sines (1 x tokens x 1 x
     head_dim, if the block turns heads). Outputs: queries, keys, values (1 x tokens x heads x head_dim).
@@ -113,7 +114,7 @@ class AttentionIn(Block):
     def __init__(self, shape: BlockShape) -> None:
         super().__init__(shape)
         model, widths = shape.architecture, shape.widths
-        if shape.norms == "before":
+        if shape.norm_before:
             self.norm = Norm(model.hidden_size, eps=shape.norm_eps)
         self.query = nn.Linear(model.hidden_size, widths.num_heads * model.head_dim, bias=model.qkv_bias)
         self.key = nn.Linear(model.hidden_size, widths.num_kv_heads * model.head_dim, bias=model.qkv_bias)
@@ -127,7 +128,7 @@ class AttentionIn(Block):
     def forward(self, x: torch.Tensor, *vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         model, widths = self.shape.architecture, self.shape.widths
         rest = vectors
-        if self.shape.norms == "before":
+        if self.shape.norm_before:
             x, rest = self.norm(x, *vectors[: model.norm_vectors]), vectors[model.norm_vectors :]
         query, key, value = self.query(x), self.key(x), self.value(x)
         is_joint = model.qk_norm == "joint"
@@ -148,7 +149,7 @@ class AttentionIn(Block):
 
     def examples(self) -> tuple[torch.Tensor, ...]:
         model = self.shape.architecture
-        vectors = _norm_vectors(self.shape) if self.shape.norms == "before" else []
+        vectors = _norm_vectors(self.shape) if self.shape.norm_before else []
         if model.qk_norm:
             vectors += [torch.ones(size) for size in qk_norm_sizes(model, self.shape.widths)]
         angles = [torch.ones(1, _EXAMPLE_TOKENS, 1, model.head_dim) for _ in range(2 * self.shape.turns)]
@@ -156,7 +157,7 @@ class AttentionIn(Block):
 
 
 class AttentionOut(Block):
-    """Output projection, normalised if the norm is after, added to the residual stream.
+    """Output projection, normalised if the block ends with a norm, added to the residual stream.
 
     Inputs: residual stream, attention's output by head, norm vectors (if any).
     """
@@ -165,7 +166,7 @@ class AttentionOut(Block):
         super().__init__(shape)
         model = shape.architecture
         self.out = nn.Linear(shape.widths.num_heads * model.head_dim, model.hidden_size, bias=model.out_bias)
-        if shape.norms == "after":
+        if shape.norm_behind:
             self.norm = Norm(model.hidden_size, eps=shape.norm_eps)
 
     def forward(self, x: torch.Tensor, heads: torch.Tensor, *norm: torch.Tensor) -> torch.Tensor:
@@ -176,37 +177,46 @@ class AttentionOut(Block):
     def examples(self) -> tuple[torch.Tensor, ...]:
         model = self.shape.architecture
         heads = torch.ones(1, _EXAMPLE_TOKENS, self.shape.widths.num_heads, model.head_dim)
-        vectors = _norm_vectors(self.shape) if self.shape.norms == "after" else []
+        vectors = _norm_vectors(self.shape) if self.shape.norm_behind else []
         return (torch.ones(1, _EXAMPLE_TOKENS, model.hidden_size), heads, *vectors)
 
 
 class FeedForward(Block):
-    """Norm and feed-forward network, or the other way round, added to the residual stream.
+    """Feed-forward network with a norm before it, behind it or both, added to the residual stream.
 
-    Inputs: residual stream, norm vectors.
+    Inputs: residual stream, vectors of the norm before, of the norm behind.
     """
 
     def __init__(self, shape: BlockShape) -> None:
         super().__init__(shape)
         model, channels = shape.architecture, shape.widths.num_channels
-        self.norm = Norm(model.hidden_size, eps=shape.norm_eps)
+        if shape.norm_before:
+            self.norm = Norm(model.hidden_size, eps=shape.norm_eps)
+        if shape.norm_behind:
+            self.norm_behind = Norm(model.hidden_size, eps=shape.norm_eps)
         if model.ffn_matrices == 3:
             self.gate = nn.Linear(model.hidden_size, channels, bias=model.ffn_bias)
         self.up = nn.Linear(model.hidden_size, channels, bias=model.ffn_bias)
         self.down = nn.Linear(channels, model.hidden_size, bias=model.ffn_out_bias)
 
-    def forward(self, x: torch.Tensor, *norm: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *vectors: torch.Tensor) -> torch.Tensor:
         activation = functional.silu if self.shape.activation == "silu" else functional.relu
-        is_before = self.shape.norms == "before"
-        read = self.norm(x, *norm) if is_before else x
+        before, behind = self._of_norms(vectors)
+        read = self.norm(x, *before) if before else x
         inner = self.up(read)
         inner = activation(self.gate(read)) * inner if hasattr(self, "gate") else activation(inner)
         y = self.down(inner)
-        found: torch.Tensor = x + (y if is_before else self.norm(y, *norm))
+        found: torch.Tensor = x + (self.norm_behind(y, *behind) if behind else y)
         return found
 
+    def _of_norms(self, vectors: Sequence[torch.Tensor]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+        """Divide `vectors` into those of the norm before and those of the norm behind."""
+        count = self.shape.architecture.norm_vectors * self.shape.norm_before
+        return vectors[:count], vectors[count:]
+
     def examples(self) -> tuple[torch.Tensor, ...]:
-        return (torch.ones(1, _EXAMPLE_TOKENS, self.shape.architecture.hidden_size), *_norm_vectors(self.shape))
+        vectors = _norm_vectors(self.shape) * (self.shape.norm_before + self.shape.norm_behind)
+        return (torch.ones(1, _EXAMPLE_TOKENS, self.shape.architecture.hidden_size), *vectors)
 
 
 class Head(Block):

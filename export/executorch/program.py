@@ -96,8 +96,6 @@ class Decoder(nn.Module):
     embedding: torch.Tensor
     embedding_scales: torch.Tensor
     positions: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
 
     def __init__(self, header: Header, values: Values) -> None:
         super().__init__()
@@ -105,6 +103,7 @@ class Decoder(nn.Module):
         self.delegates: list[Delegate] = []
         self._values = values
         self._family = families()[header.architecture.family]
+        self._rotaries = list(dict.fromkeys(one.rotary for one in header.numerics.layers if one.rotary))
         self._make_embedding_()
         self._make_positions_()
         self._layers = [tuple(self._layer(index)) for index in range(len(header.architecture.layers))]
@@ -125,61 +124,69 @@ class Decoder(nn.Module):
             name = f"{self._family.positions}.weight"
             rows = self._values(name, (model.num_positions, model.hidden_size))[self._family.position_offset :]
             self.register_buffer("positions", rows[: header.max_context].clone())
-        if (rotary := header.numerics.rotary) is not None:
+        for number, rotary in enumerate(self._rotaries):
             angles = torch.outer(torch.arange(header.max_context), torch.tensor(rotary.frequencies)).repeat(1, 2)
-            self.register_buffer("cos", angles.cos() * rotary.magnitude)
-            self.register_buffer("sin", angles.sin() * rotary.magnitude)
+            self.register_buffer(f"cos_{number}", angles.cos() * rotary.magnitude)
+            self.register_buffer(f"sin_{number}", angles.sin() * rotary.magnitude)
 
     def _layer(self, index: int) -> Iterator[_Call]:
         """Make the blocks of a layer: two for attention, one for the feed-forward network, none for what it lacks."""
         model, family, prefix = self.header.architecture, self._family, f"{self._family.layers}.{index}"
         widths = model.layers[index]
         if widths.num_heads:
-            norm = self._norm(f"{prefix}.{family.attention_norm}")
-            before, after = (norm, []) if self.header.numerics.norms == "before" else ([], norm)
+            qk_norms: list[tuple[str, int]] = []
             if model.qk_norm:
                 names = (f"{prefix}.{path}.weight" for path in (family.query_norm, family.key_norm))
-                before += zip(names, qk_norm_sizes(model, widths), strict=True)
+                qk_norms = list(zip(names, qk_norm_sizes(model, widths), strict=True))
             paths = {"query": family.query, "key": family.key, "value": family.value}
             for name in ("keys", "values"):
                 cache = torch.zeros(1, self.header.max_context, widths.num_kv_heads, model.head_dim)
                 self.register_buffer(f"{name}_{index}", cache, persistent=False)
             matrices = {name: f"{prefix}.{path}" for name, path in paths.items()}
-            turns = self.header.numerics.turns(index)
-            yield self._block("attention_in", replace(widths, num_channels=0), matrices, before, turns=turns)
+            turns = self.header.numerics.layers[index].rotary is not None
+            inside, before = replace(widths, num_channels=0), self._norm(prefix, family.attention_norm)
+            yield self._block("attention_in", inside, matrices, before=before, qk_norms=qk_norms, turns=turns)
             out = LayerWidths(num_heads=widths.num_heads, num_kv_heads=widths.num_heads, num_channels=0)
-            yield self._block("attention_out", out, {"out": f"{prefix}.{family.attention_out}"}, after)
+            behind = self._norm(prefix, family.attention_norm_behind)
+            yield self._block("attention_out", out, {"out": f"{prefix}.{family.attention_out}"}, behind=behind)
         if widths.num_channels:
             *gate, up = (f"{prefix}.{path}" for path in family.ffn_in)
             matrices = {"gate": gate[0]} if gate else {}
             matrices |= {"up": up, "down": f"{prefix}.{family.ffn_out}"}
             ffn = LayerWidths(num_heads=0, num_kv_heads=0, num_channels=widths.num_channels)
-            yield self._block("ffn", ffn, matrices, self._norm(f"{prefix}.{family.ffn_norm}"))
+            before, behind = self._norm(prefix, family.ffn_norm), self._norm(prefix, family.ffn_norm_behind)
+            yield self._block("ffn", ffn, matrices, before=before, behind=behind)
 
     def _make_head_(self, *, max_tokens: int) -> _Call:
         model = self.header.architecture
         none = LayerWidths(num_heads=0, num_kv_heads=0, num_channels=0)
         matrix = self._family.embeddings if model.tied_embeddings else "lm_head"
-        vectors = self._norm(self._family.final_norm)
-        return self._block("head", none, {"out": matrix}, vectors, max_tokens=max_tokens)
+        before = self._norm(*self._family.final_norm.rsplit(".", 1))
+        return self._block("head", none, {"out": matrix}, before=before, max_tokens=max_tokens)
 
-    def _norm(self, path: str) -> list[tuple[str, int]]:
-        """Return names and sizes of a norm's vectors."""
+    def _norm(self, prefix: str, path: str | None) -> list[tuple[str, int]]:
+        """Return names and sizes of the vectors of the norm at `path` in `prefix`; none where there is no norm."""
         model = self.header.architecture
-        return [(f"{path}.{name}", model.hidden_size) for name in ("weight", "bias")[: model.norm_vectors]]
+        names = ("weight", "bias")[: model.norm_vectors] if path else ()
+        return [(f"{prefix}.{path}.{name}", model.hidden_size) for name in names]
 
     def _block(
         self,
         kind: Kind,
         widths: LayerWidths,
         matrices: dict[str, str],
-        vectors: Sequence[tuple[str, int]],
         *,
+        before: Sequence[tuple[str, int]] = (),
+        qk_norms: Sequence[tuple[str, int]] = (),
+        behind: Sequence[tuple[str, int]] = (),
         turns: bool = False,
         max_tokens: int | None = None,
     ) -> _Call:
-        """Lower a block with the model's matrices, and keep its vectors as buffers."""
-        header = self.header
+        """Lower a block with the model's matrices, and keep the vectors of its norms as buffers.
+
+        `matrices` are paths in the model; vectors are given with their sizes.
+        """
+        header, vectors = self.header, [*before, *qk_norms, *behind]
         shape = BlockShape(
             kind=kind,
             precision=header.precision,
@@ -188,7 +195,8 @@ class Decoder(nn.Module):
             architecture=_relevant(header.architecture, kind),
             widths=widths,
             turns=turns,
-            norms="before" if kind == "head" else header.numerics.norms,
+            norm_before=bool(before),
+            norm_behind=bool(behind),
             max_tokens=max_tokens or header.max_context,
         )
         block = shape.build()
@@ -221,10 +229,12 @@ class Decoder(nn.Module):
         torch._check(start >= 0)
         torch._check(start < self.header.max_context)
         torch._check(start + count <= self.header.max_context)
-        x, angles = self._embed(tokens, start)
+        x = self._embed(tokens, start)
+        angles = [self._angles(number, start, count) for number in range(len(self._rotaries))]
         for index, (widths, calls) in enumerate(zip(self.header.architecture.layers, self._layers, strict=True)):
             if widths.num_heads:
-                x = self._attention(x, angles, index, start)
+                rotary = self.header.numerics.layers[index].rotary
+                x = self._attention(x, angles[self._rotaries.index(rotary)] if rotary else [], index, start)
             if widths.num_channels:
                 x = self._run(calls[-1], [x], width=x.shape[-1])
         return x
@@ -239,9 +249,8 @@ class Decoder(nn.Module):
     def _vectors(self, call: _Call) -> list[torch.Tensor]:
         return [getattr(self, name) for name in call.vectors]
 
-    def _embed(self, tokens: torch.Tensor, start: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the residual stream, and cosines and sines (1 x tokens x 1 x head_dim) if positions are rotary."""
-        count = tokens.shape[1]
+    def _embed(self, tokens: torch.Tensor, start: Any) -> torch.Tensor:
+        """Return the residual stream (1 x tokens x hidden) before the first layer."""
         if self.header.precision == "f32":
             x: torch.Tensor = functional.embedding(tokens, self.embedding)
         else:
@@ -250,15 +259,20 @@ class Decoder(nn.Module):
                 self.embedding, self.embedding_scales, None, -128, 127, tokens, dtype=torch.float32
             )
         if self.header.architecture.num_positions:
-            return x + self.positions.narrow(0, start, count), []
-        tables = [table.narrow(0, start, count) for table in (self.cos, self.sin)]
-        return x, [table.view(1, -1, 1, self.header.architecture.head_dim) for table in tables]
+            return x + self.positions.narrow(0, start, tokens.shape[1])
+        return x
+
+    def _angles(self, rotary: int, start: Any, count: Any) -> list[torch.Tensor]:
+        """Return cosines and sines (1 x tokens x 1 x head_dim) of a rotary embedding, by its number."""
+        tables: list[torch.Tensor] = [getattr(self, f"{name}_{rotary}") for name in ("cos", "sin")]
+        rows = (table.narrow(0, start, count) for table in tables)
+        return [row.view(1, -1, 1, self.header.architecture.head_dim) for row in rows]
 
     def _attention(self, x: torch.Tensor, angles: list[torch.Tensor], index: int, start: Any) -> torch.Tensor:
         widths, (before, after, *_) = self.header.architecture.layers[index], self._layers[index]
         keys, values = getattr(self, f"keys_{index}"), getattr(self, f"values_{index}")
         counts = [widths.num_heads, widths.num_kv_heads, widths.num_kv_heads]
-        inputs = [x, *self._vectors(before), *(angles if self.header.numerics.turns(index) else [])]
+        inputs = [x, *self._vectors(before), *angles]
         query, key, value = attention_in(inputs, before.block, counts, self.header.architecture.head_dim)
         torch.ops.llama.update_cache(key, keys, start)
         torch.ops.llama.update_cache(value, values, start)

@@ -102,8 +102,7 @@ class Layout:
         query, key_value = held.num_heads * head_dim, held.num_kv_heads * head_dim
         turned = (held.num_heads, held.num_kv_heads) if self.name in _NORM_ROTARY else (0, 0)
         block = _Block(index=index, layer=f"{family.layers}.{index}", zero=zero)
-        is_before = self.numerics.norms == "before"
-        if is_before:
+        if family.attention_norm:
             yield block.norm("attn_norm", family.attention_norm, hidden)
         projections = (
             ("attn_q", family.query, query, turned[0]),
@@ -117,21 +116,20 @@ class Layout:
             yield block.norm("attn_q_norm", family.query_norm, query if is_joint else head_dim)
             yield block.norm("attn_k_norm", family.key_norm, key_value if is_joint else head_dim)
         yield from block.linear("attn_output", family.attention_out, (hidden, query), bias=architecture.out_bias)
-        if not is_before:
-            yield block.norm("post_attention_norm", family.attention_norm, hidden)
+        if family.attention_norm_behind:
+            yield block.norm("post_attention_norm", family.attention_norm_behind, hidden)
 
     def _ffn(self, index: int, held: LayerWidths, *, zero: bool) -> Iterator[TensorSpec]:
         architecture, family, width = self.architecture, self._family, held.num_channels
         hidden, bias = architecture.hidden_size, architecture.ffn_bias
         block = _Block(index=index, layer=f"{family.layers}.{index}", zero=zero)
-        is_before = self.numerics.norms == "before"
-        if is_before:
+        if family.ffn_norm:
             yield block.norm("ffn_norm", family.ffn_norm, hidden)
         for name, source in zip(("ffn_gate", "ffn_up"), family.ffn_in, strict=True):
             yield from block.linear(name, source, (width, hidden), bias=bias)
         yield from block.linear("ffn_down", family.ffn_out, (hidden, width), bias=architecture.ffn_out_bias)
-        if not is_before:
-            yield block.norm("post_ffw_norm", family.ffn_norm, hidden)
+        if family.ffn_norm_behind:
+            yield block.norm("post_ffw_norm", family.ffn_norm_behind, hidden)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,22 +169,22 @@ def _held(widths: LayerWidths, *, first: bool) -> LayerWidths:
 
 def layout_of(architecture: Architecture, numerics: Numerics) -> Layout:
     """The stock architecture where its loader holds the model, else deci. Raises Unsupported."""
-    rotary = numerics.rotary
+    rotary = next((layer.rotary for layer in numerics.layers if layer.rotary), None)
     if rotary is None:
         raise Unsupported("OPT cannot be exported to llama.cpp: it has no such architecture; use another backend")
     if numerics.activation != "silu":
         raise Unsupported(f"llama.cpp computes these families with silu only, the model has {numerics.activation}")
-    name = _name(architecture, rotary)
+    name = _name(architecture, numerics, rotary)
     return Layout(name=name, architecture=architecture, numerics=numerics, rotary=rotary)
 
 
-def _name(architecture: Architecture, rotary: Rotary) -> str:
+def _name(architecture: Architecture, numerics: Numerics, rotary: Rotary) -> str:
     """llama.cpp's name of the architecture. Raises Unsupported for what none of them holds."""
     first, is_scaled = architecture.layers[0], rotary.kind != "default"
     has_bias = architecture.out_bias or architecture.ffn_out_bias
     is_square = first.num_heads * architecture.head_dim == architecture.hidden_size
     odd = next((i for i, w in enumerate(architecture.layers) if w != first or 0 in (w.num_heads, w.num_channels)), None)
-    if (stock := _stock_only(architecture, rotary)) is not None:
+    if (stock := _stock_only(architecture, numerics)) is not None:
         name, words = stock
         if odd is not None:
             raise Unsupported(
@@ -206,17 +204,17 @@ def _name(architecture: Architecture, rotary: Rotary) -> str:
     return "qwen2" if is_square and not is_scaled and not has_bias else "deci"
 
 
-def _stock_only(architecture: Architecture, rotary: Rotary) -> tuple[str, str] | None:
+def _stock_only(architecture: Architecture, numerics: Numerics) -> tuple[str, str] | None:
     """llama.cpp's name of an architecture that `deci` cannot stand in for, and ours for it with the reason."""
     if architecture.qk_norm == "joint":
         return "olmo2", "OLMo 2 (its norms)"
     if architecture.qk_norm:
         return "qwen3", "Qwen3 (its q/k norms)"
-    if not rotary.unturned_layers:
+    turned = [layer.rotary is not None for layer in numerics.layers]
+    if all(turned):
         return None
-    for index in range(len(architecture.layers)):
-        is_turned, turns = index not in rotary.unturned_layers, index % 4 != 3
-        if is_turned != turns:
+    for index, is_turned in enumerate(turned):
+        if is_turned != (index % 4 != 3):
             raise Unsupported(
                 f"layer {index}: llama.cpp turns the heads of SmolLM3 in all layers but every fourth, whatever a file"
                 f" says; this layer {'turns' if is_turned else 'does not turn'} its heads: use another backend"

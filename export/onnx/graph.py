@@ -35,7 +35,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dilap.core.errors import Unsupported
-from dilap.core.numerics import Numerics
+from dilap.core.numerics import Numerics, Rotary
 from dilap.core.shape import Architecture, LayerWidths
 from dilap.export.onnx.emitter import MICROSOFT, Emitter, Values
 from dilap.export.onnx.matrices import HEAD, BlockMatrices, Blocks, FloatMatrices, Matrices, PanelMatrices, Storage
@@ -100,12 +100,13 @@ class _Builder:
         self._declare_inputs()
         self._residual = self._embedding()
         positions = self._fused_positions() if self._fused else self._plain_positions()
-        rotations = self._rotations()
+        rotations = {rotary: self._rotations(rotary) for rotary in self._rotaries()}
         present: list[tuple[Sequence[ir.Value], int]] = []
         for index, widths in enumerate(self._architecture.layers):
             layer = f"{self._family.layers}.{index}"
             if widths.num_heads:
-                turns = rotations if self._numerics.turns(index) else ()
+                rotary = self._numerics.layers[index].rotary
+                turns = rotations[rotary] if rotary else ()
                 self._update, cache = self._attention(layer, widths, (*positions, *turns), len(present))
                 present.append((cache, widths.num_kv_heads))
             if widths.num_channels:
@@ -153,14 +154,14 @@ class _Builder:
     ) -> tuple[ir.Value, Sequence[ir.Value]]:
         """Return what attention adds to the residual stream, and the cache with the new tokens."""
         architecture, family = self._architecture, self._family
-        x = self._entering(f"{layer}.{family.attention_norm}")
+        x = self._entering(layer, family.attention_norm)
         inputs = self._projections(x, layer, widths)
         past = [self._past(cache_index, part, widths.num_kv_heads) for part in ("key", "value")]
         attend = self._fused_attention if self._fused else self._plain_attention
         mixed, *present = attend(inputs, past, positions, widths)
         shape = (architecture.hidden_size, widths.num_heads * architecture.head_dim)
         y = self._linear(mixed, f"{layer}.{family.attention_out}", shape, bias=architecture.out_bias)
-        return self._leaving(y, f"{layer}.{family.attention_norm}"), present
+        return self._leaving(y, layer, family.attention_norm_behind), present
 
     def _projections(self, x: ir.Value, layer: str, widths: LayerWidths) -> Sequence[ir.Value]:
         """Return query, key and value, or one tensor that holds all three, as GroupQueryAttention takes it."""
@@ -181,7 +182,7 @@ class _Builder:
 
     def _ffn(self, layer: str, num_channels: int) -> ir.Value:
         architecture, family = self._architecture, self._family
-        x = self._entering(f"{layer}.{family.ffn_norm}")
+        x = self._entering(layer, family.ffn_norm)
         rows = {f"{layer}.{path}": num_channels for path in family.ffn_in}
         first, *up = self._ffn_inputs(x, layer, rows)
         y = self._activation(first)
@@ -189,7 +190,7 @@ class _Builder:
             y = self._op("Mul", y, up[0])
         shape = (architecture.hidden_size, num_channels)
         y = self._linear(y, f"{layer}.{family.ffn_out}", shape, bias=architecture.ffn_out_bias)
-        return self._leaving(y, f"{layer}.{family.ffn_norm}")
+        return self._leaving(y, layer, family.ffn_norm_behind)
 
     def _ffn_inputs(self, x: ir.Value, layer: str, rows: Mapping[str, int]) -> Sequence[ir.Value]:
         """Return the products with gate and up, or the only one of an FFN without a gate."""
@@ -297,13 +298,16 @@ class _Builder:
 
     # norms
 
-    def _entering(self, path: str) -> ir.Value:
-        """Return what a sublayer with the norm at `path` reads."""
-        return self._norm(path) if self._numerics.norms == "before" else self._stream()
+    def _entering(self, layer: str, norm: str | None) -> ir.Value:
+        """Return what a sublayer of `layer` reads, where `norm` is the path of the norm before it, if it has one."""
+        return self._norm(f"{layer}.{norm}") if norm else self._stream()
 
-    def _leaving(self, y: ir.Value, path: str) -> ir.Value:
-        """Return what a sublayer with the norm at `path` and the output y adds to the residual stream."""
-        return y if self._numerics.norms == "before" else self._normed(y, self._vectors(path))
+    def _leaving(self, y: ir.Value, layer: str, norm: str | None) -> ir.Value:
+        """Return what a sublayer of `layer` with the output y adds to the residual stream.
+
+        `norm` is the path of the norm behind the sublayer, None where it has none.
+        """
+        return self._normed(y, self._vectors(f"{layer}.{norm}")) if norm else y
 
     def _stream(self) -> ir.Value:
         """Return the residual stream, to which the last sublayer's output is added first."""
@@ -368,14 +372,17 @@ class _Builder:
     def _scale(self) -> float:
         return float(self._architecture.head_dim**-0.5)
 
-    def _rotations(self) -> tuple[ir.Value, ...]:
-        """Return cosines and sines; none for learned positions.
+    def _rotaries(self) -> list[Rotary]:
+        """Return the different rotary embeddings that the layers with attention have."""
+        layers = zip(self._architecture.layers, self._numerics.layers, strict=True)
+        return list(dict.fromkeys(values.rotary for widths, values in layers if widths.num_heads and values.rotary))
+
+    def _rotations(self, rotary: Rotary) -> tuple[ir.Value, ...]:
+        """Return the cosines and sines of a rotary embedding.
 
         In the form `onnxruntime` they are tables (context x head_dim / 2), in the form `plain` those of the new tokens
         (B x 1 x S x head_dim / 2).
         """
-        if (rotary := self._numerics.rotary) is None:
-            return ()
         positions = np.arange(self._numerics.context_length, dtype=np.float32)
         angles = np.outer(positions, np.array(rotary.frequencies, np.float32))
         tables = {"cosines": np.cos(angles), "sines": np.sin(angles)}

@@ -389,7 +389,7 @@ def test_scaled_rotary_frequencies_are_those_of_transformers(kind: str) -> None:
     scaling = {"rope_type": kind, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope = {"rope_theta": 5000.0, "original_max_position_embeddings": 32, **scaling}
     model = tiny_model("llama", rope_parameters=rope)
-    rotary = header(model).numerics.rotary
+    rotary = header(model).numerics.layers[0].rotary
     assert rotary is not None
     assert rotary.frequencies == tuple(model.model.rotary_emb.inv_freq.tolist())
 

@@ -190,8 +190,8 @@ def test_blocks_are_those_of_onnx_runtimes_quantiser(bits: int, columns: int) ->
 
 def test_a_bfloat16_model_rotates_with_unrounded_frequencies() -> None:
     model = tiny_model("llama")
-    expected = numerics_of(model).rotary
-    assert numerics_of(model.to(torch.bfloat16)).rotary == expected
+    expected = numerics_of(model).layers
+    assert numerics_of(model.to(torch.bfloat16)).layers == expected
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dilap.core.errors import Unsupported
 from dilap.core.groups import Block, Group, Kept, Member
-from dilap.core.numerics import Numerics, Rotary
+from dilap.core.numerics import LayerNumerics, Numerics, Rotary
 from dilap.core.shape import Architecture, LayerWidths
 from dilap.models.context import max_tokens_of
 from dilap.models.modeling_dilap import NoAttention, NoFeedForward, Paths, linear_at, set_heads_
@@ -24,8 +24,7 @@ class Family(Paths):
 
     `name` is the `model_type` of its configs. Paths beyond those of a layer's matrices: `embeddings`, `final_norm` and
     `rotary` in the model, `query_norm` and `key_norm` in a layer. `position_offset` is how many rows of a learned table
-    of positions, at `positions` in the model, come before that of position 0. `norms` says whether the norms at
-    `attention_norm` and `ffn_norm` stand before the sublayers or after them.
+    of positions, at `positions` in the model, come before that of position 0.
     """
 
     name: str
@@ -36,7 +35,6 @@ class Family(Paths):
     key_norm: str = "self_attn.k_norm"
     positions: str = ""
     position_offset: int = 0
-    norms: Literal["before", "after"] = "before"
 
     def module_paths(self) -> dict[str, Any]:
         """Return the paths that differ from Llama's, as a checkpoint's config keeps them."""
@@ -104,9 +102,7 @@ class Family(Paths):
 
     def norm_behind(self, kind: str) -> str | None:
         """Return the path of the norm between a sublayer's output and the residual stream, None without one."""
-        if self.norms == "before":
-            return None
-        return self.attention_norm if kind == "attention" else self.ffn_norm
+        return self.attention_norm_behind if kind == "attention" else self.ffn_norm_behind
 
     def stock_sizes(self, widths: LayerWidths, architecture: Architecture) -> dict[str, int] | None:
         """Return config entries of a stock model with these widths in all layers; None where its class has none."""
@@ -149,15 +145,15 @@ class Family(Paths):
             context_length=max_tokens_of(config),
             norm_eps=float(config.rms_norm_eps),  # an integer in some configs
             activation=config.hidden_act,
-            rotary=_rotary(model, self.rotary),
-            norms=self.norms,
+            layers=(LayerNumerics(rotary=_rotary(model, self.rotary)),) * config.num_hidden_layers,
         )
 
     def stand_in_numerics(self, architecture: Architecture) -> Numerics:
         """Return usual values of the family, for a model with random weights that is only timed."""
         frequencies = (10_000.0 ** (-i / architecture.head_dim) for i in range(0, architecture.head_dim, 2))
-        rotary = Rotary(frequencies=tuple(frequencies))
-        return Numerics(context_length=4096, norm_eps=1e-5, activation="silu", rotary=rotary, norms=self.norms)
+        layer = LayerNumerics(rotary=Rotary(frequencies=tuple(frequencies)))
+        layers = (layer,) * len(architecture.layers)
+        return Numerics(context_length=4096, norm_eps=1e-5, activation="silu", layers=layers)
 
     def _widths(self, layer: nn.Module, head_dim: int) -> LayerWidths:
         heads, kv_heads, channels = 0, 0, 0

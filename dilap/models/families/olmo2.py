@@ -26,7 +26,8 @@ class _Olmo2(Family):
 
 FAMILY = _Olmo2(
     name="olmo2",
-    norms="after",
-    attention_norm="post_attention_layernorm",
-    ffn_norm="post_feedforward_layernorm",
+    attention_norm=None,
+    attention_norm_behind="post_attention_layernorm",
+    ffn_norm=None,
+    ffn_norm_behind="post_feedforward_layernorm",
 )

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dilap.core.errors import Unsupported
-from dilap.core.numerics import Numerics
+from dilap.core.numerics import LayerNumerics, Numerics
 from dilap.core.shape import Architecture, LayerWidths
 from dilap.models.context import max_tokens_of
 from dilap.models.families.family import Family
@@ -42,12 +42,17 @@ class _Opt(Family):
             raise Unsupported("OPT with norms behind its sublayers (OPT-350m) cannot be exported yet")
         if not config.layer_norm_elementwise_affine:
             raise Unsupported("OPT with norms that have no weights cannot be exported yet")
-        context, activation = max_tokens_of(config), config.activation_function
-        return Numerics(context_length=context, norm_eps=_NORM_EPS, activation=activation, rotary=None)
+        return Numerics(
+            context_length=max_tokens_of(config),
+            norm_eps=_NORM_EPS,
+            activation=config.activation_function,
+            layers=(LayerNumerics(rotary=None),) * config.num_hidden_layers,
+        )
 
     def stand_in_numerics(self, architecture: Architecture) -> Numerics:
         context = architecture.num_positions - self.position_offset
-        return Numerics(context_length=context, norm_eps=_NORM_EPS, activation="relu", rotary=None)
+        layers = (LayerNumerics(rotary=None),) * len(architecture.layers)
+        return Numerics(context_length=context, norm_eps=_NORM_EPS, activation="relu", layers=layers)
 
 
 FAMILY = _Opt(

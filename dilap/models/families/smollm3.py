@@ -1,5 +1,6 @@
 """SmolLM3: Llama whose every fourth layer has no rotary embedding, and so sees no positions but by the causal mask."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
@@ -13,17 +14,16 @@ from dilap.models.families.family import Family
 class _SmolLm3(Family):
     def numerics(self, model: PreTrainedModel) -> Numerics:
         turned = model.config.no_rope_layers[: model.config.num_hidden_layers]  # 1 for a layer that turns its heads
-        unturned = (index for index, is_turned in enumerate(turned) if not is_turned)
-        return _with_unturned(super().numerics(model), tuple(unturned))
+        return _unturned(super().numerics(model), [index for index, is_turned in enumerate(turned) if not is_turned])
 
     def stand_in_numerics(self, architecture: Architecture) -> Numerics:
-        unturned = range(3, len(architecture.layers), 4)
-        return _with_unturned(super().stand_in_numerics(architecture), tuple(unturned))
+        return _unturned(super().stand_in_numerics(architecture), range(3, len(architecture.layers), 4))
 
 
-def _with_unturned(numerics: Numerics, layers: tuple[int, ...]) -> Numerics:
-    assert numerics.rotary is not None
-    return replace(numerics, rotary=replace(numerics.rotary, unturned_layers=layers))
+def _unturned(numerics: Numerics, unturned: Sequence[int]) -> Numerics:
+    """Return the numerics with no rotary embedding in the layers `unturned`."""
+    layers = (replace(one, rotary=None) if i in unturned else one for i, one in enumerate(numerics.layers))
+    return replace(numerics, layers=tuple(layers))
 
 
 FAMILY = _SmolLm3(name="smollm3")
