@@ -26,6 +26,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SeedOssConfig,
     SeedOssForCausalLM,
     SmolLM3Config,
@@ -41,6 +43,7 @@ CLASSES = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
     "opt": (OPTConfig, OPTForCausalLM),
@@ -62,8 +65,10 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
         sizes |= {"ffn_dim": 96, "word_embed_proj_dim": 64}
     else:
         sizes |= {"intermediate_size": 96, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    if family in ("qwen3", "ministral", "seed_oss"):
+    if family in ("qwen3", "qwen3_moe", "ministral", "seed_oss"):
         sizes |= {"head_dim": 16}  # theirs is 128 or missing, whatever the hidden size
+    if family == "qwen3_moe":  # as published, the weights of a token's experts sum to 1
+        sizes |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
     if family == "granite":  # no factor at the value at which it would change nothing
         sizes |= {"embedding_multiplier": 3.0, "residual_multiplier": 0.5}
         sizes |= {"attention_multiplier": 0.4, "logits_scaling": 2.0}
@@ -89,10 +94,10 @@ def pruned_model(family: str, kept: Mapping[str, tuple[int, ...]], **changes: An
 
 
 def plan_for(model: PreTrainedModel, kept: Mapping[str, tuple[int, ...]]) -> Plan:
-    """Return the plan that keeps everything but in the groups given; a group whose units go only together stays."""
+    """Return the plan that keeps everything but in the groups given; a group that needs more units stays whole."""
     full = full_plan(architecture_of(model), base="base")
-    whole = {group.name for block in blocks_of(model) for group in block.groups if group.whole}
-    wanted = {name: units for name, units in kept.items() if not units or name not in whole}
+    least = {group.name: group.least for block in blocks_of(model) for group in block.groups}
+    wanted = {name: units for name, units in kept.items() if not units or len(units) >= least[name]}
     return replace(full, kept=full.kept | wanted)
 
 

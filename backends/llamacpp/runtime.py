@@ -87,6 +87,8 @@ class LlamaCpp:
             raise InvalidInput(f"llama.cpp precision {precision!r} is unknown; use {', '.join(self.precisions())}")
         if architecture.num_positions:
             return Capabilities(unsupported="llama.cpp has no OPT architecture; use --backend onnxruntime")
+        if architecture.experts is not None:  # llama.cpp has one number of experts for all layers
+            return Capabilities(per_layer_widths=False, attention_removal=False, ffn_removal=False, output_biases=False)
         if architecture.qk_norm:  # llama.cpp's only architecture with widths per layer, `deci`, has none
             return Capabilities(
                 per_layer_widths=False,

@@ -33,7 +33,8 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Units that can be removed one by one, or only all together if it is `whole`; a unit is its slice of every member.
+    """Units that can be removed one by one while `least` of them stay, or all together; a unit is its slice of every
+    member.
 
     `members` is empty where only the shape of a network is known, and not its tensors.
     """
@@ -41,7 +42,7 @@ class Group:
     name: str
     num_units: int
     members: tuple[Member, ...] = ()
-    whole: bool = False
+    least: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Block:
     The first group is the one whose units methods rank; keeping none of them removes the block. A second group, where
     there is one, divides the same tensors in another way (query slots beside KV groups) and never loses all its units.
     `layer` is the index of the decoder layer; a layer whose blocks are all removed is deleted. Blocks of the same
-    `kind`, `attention` or `ffn`, have the same groups.
+    `kind`, `attention` or `ffn`, have the same groups; the units of an `ffn` are channels, or experts.
     """
 
     name: str
@@ -63,6 +64,11 @@ class Block:
     def main(self) -> Group:
         """The group whose units methods rank."""
         return self.groups[0]
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the units are the experts of a feed-forward network."""
+        return self.main.name.endswith(".experts")
 
 
 def indices_kept(groups: Iterable[Group], kept: Kept) -> dict[tuple[str, int], NDArray[np.int64]]:

@@ -37,9 +37,13 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the plan's content; for a plan without `precisions` the same as in version 1."""
+        """SHA-256 of the plan's content; without `precisions` and experts the same as before there were any."""
         document = asdict(self)
-        return digest(document if self.precisions else {k: v for k, v in document.items() if k != "precisions"})
+        if not self.precisions:
+            del document["precisions"]
+        if self.architecture.experts is None:
+            del document["architecture"]["experts"]
+        return digest(document)
 
     @property
     def _counts(self) -> dict[str, int]:
@@ -55,11 +59,12 @@ class Plan:
 
 
 def _require_units(group: Group, units: Sequence[int]) -> None:
-    """Raise ValueError unless `units` are ascending indices of units of the group, all or none of a whole one."""
+    """Raise ValueError unless `units` are ascending indices of units of the group, none or at least its `least`."""
     if list(units) != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < group.num_units):
         raise ValueError(f"{group.name}: kept units are not ascending indices below {group.num_units}")
-    if group.whole and len(units) not in (0, group.num_units):
-        raise ValueError(f"{group.name}: {len(units)} of {group.num_units} units kept, but they stay or go together")
+    if 0 < len(units) < group.least:
+        need = f"at least {group.least} stay" if group.least < group.num_units else "they stay or go together"
+        raise ValueError(f"{group.name}: {len(units)} of {group.num_units} units kept, but {need}")
 
 
 def full_plan(architecture: Architecture, *, base: str) -> Plan:

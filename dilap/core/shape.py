@@ -22,7 +22,10 @@ PRECISION_BITS: Mapping[str, float] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWidths:
-    """Widths of one decoder layer; 0 heads mean no attention, 0 channels no feed-forward network."""
+    """Widths of one decoder layer; 0 heads mean no attention, 0 channels no feed-forward network.
+
+    Where the feed-forward network consists of experts, the channels are those of all of them together.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -43,6 +46,21 @@ class LayerWidths:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Experts:
+    """How the channels of every feed-forward network are divided into experts.
+
+    An expert is a network of `num_channels`; a token is sent to the `num_active` experts that a router prefers.
+    """
+
+    num_channels: int
+    num_active: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.num_channels <= MAX_WIDTH or not 0 < self.num_active <= MAX_WIDTH:
+            raise ValueError(f"experts have channels, and tokens are sent to some of them, got {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """The shape of a decoder-only model, without its weights.
 
@@ -50,6 +68,7 @@ class Architecture:
     vectors of one norm (1: RMSNorm, 2: LayerNorm). `ffn_matrices` is 3 with a gate, else 2. `ffn_bias` says whether the
     feed-forward matrices before the activation have biases, `ffn_out_bias` whether the one after it has. `qk_norm` says
     whether queries and keys are normalised, every head by itself (True: Qwen3) or all heads in one (`joint`: OLMo 2).
+    `experts` is None where every token uses all channels.
     """
 
     family: str
@@ -66,6 +85,7 @@ class Architecture:
     qk_norm: Literal[False, True, "joint"]
     num_positions: int
     layers: tuple[LayerWidths, ...]
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "head_dim", "vocab_size"):
@@ -75,6 +95,9 @@ class Architecture:
             raise ValueError(f"{self.ffn_matrices} feed-forward matrices, {self.norm_vectors} norm vectors")
         if not 0 <= self.num_positions <= MAX_TOKENS or len(self.layers) > MAX_LAYERS:
             raise ValueError(f"{self.num_positions} positions, {len(self.layers)} layers")
+        if self.experts is not None:
+            for index, layer in enumerate(self.layers):
+                _require_experts(index, layer, self.experts)
 
     @property
     def envelope(self) -> "Architecture":
@@ -95,16 +118,19 @@ class Architecture:
         A KV group is a KV head with its query heads; a query slot is one query head of every KV group, the same in
         each. Single query heads cannot be removed, because every runtime maps query head h to KV head h // ratio. With
         one norm over all heads they stay or go together: without some of them it would divide the others by another
-        number, on every token, and no weights make up for that.
+        number, on every token, and no weights make up for that. A token is sent to as many experts as ever, so no fewer
+        stay, unless all go.
         """
         found: list[Block] = []
-        whole = self.qk_norm == "joint"
         for index, layer in enumerate(self.layers):
             if layer.num_heads:
                 sizes = {"kv_groups": layer.num_kv_heads, "query_slots": layer.num_heads // layer.num_kv_heads}
-                found.append(_block(index, "attention", sizes, whole=whole))
-            if layer.num_channels:
-                found.append(_block(index, "ffn", {"channels": layer.num_channels}))
+                found.append(_block(index, "attention", sizes, least=sizes if self.qk_norm == "joint" else {}))
+            if layer.num_channels and self.experts is not None:
+                sizes = {"experts": layer.num_channels // self.experts.num_channels}
+                found.append(_block(index, "ffn", sizes, least={"experts": self.experts.num_active}))
+            elif layer.num_channels:
+                found.append(_block(index, "ffn", {"channels": layer.num_channels}, least={}))
         return tuple(found)
 
     def widths_at(self, counts: Mapping[str, int]) -> tuple[LayerWidths, ...]:
@@ -114,14 +140,18 @@ class Architecture:
         """
         return tuple(self._layer_at(f"layers.{index}", counts) for index in range(len(self.layers)))
 
-    @staticmethod
-    def _layer_at(name: str, counts: Mapping[str, int]) -> LayerWidths:
+    def _layer_at(self, name: str, counts: Mapping[str, int]) -> LayerWidths:
         num_kv_heads = counts.get(f"{name}.kv_groups", 0)
         return LayerWidths(
             num_heads=num_kv_heads * counts.get(f"{name}.query_slots", 0),
             num_kv_heads=num_kv_heads,
-            num_channels=counts.get(f"{name}.channels", 0),
+            num_channels=self._num_channels(name, counts),
         )
+
+    def _num_channels(self, name: str, counts: Mapping[str, int]) -> int:
+        if self.experts is None:
+            return counts.get(f"{name}.channels", 0)
+        return counts.get(f"{name}.experts", 0) * self.experts.num_channels
 
     def widths_of(self, block: Block, counts: Sequence[int]) -> LayerWidths:
         """Return the widths of a layer that has nothing but this block, with so many units left of its groups."""
@@ -162,7 +192,7 @@ class Architecture:
         return num_heads * self.head_dim if self.qk_norm else 0
 
     def ffn_parameters(self, layer: LayerWidths) -> int:
-        """Return the number of weights and biases of a layer's feed-forward sublayer, its norm included."""
+        """Return the number of weights and biases of a layer's feed-forward sublayer, its norm and router included."""
         if layer.num_channels == 0:
             return 0
         return (
@@ -170,11 +200,39 @@ class Architecture:
             + (self.ffn_matrices - 1) * layer.num_channels * self.ffn_bias
             + self.hidden_size * self.ffn_out_bias
             + self.norm_vectors * self.hidden_size
+            + self._router_parameters(layer)
         )
+
+    def active_ffn_parameters(self, layer: LayerWidths) -> int:
+        """Return the number of weights and biases of a layer's feed-forward sublayer with which one token computes."""
+        active = replace(layer, num_channels=self.active_channels(layer))
+        unused_rows = self._router_parameters(layer) - self._router_parameters(active)  # the router is read whole
+        return self.ffn_parameters(active) + unused_rows
+
+    def active_channels(self, layer: LayerWidths) -> int:
+        """Return the number of channels of a layer's feed-forward network with which one token computes."""
+        if self.experts is None:
+            return layer.num_channels
+        return min(layer.num_channels, self.experts.num_active * self.experts.num_channels)
+
+    def ffn_words(self, layer: LayerWidths) -> str:
+        """Return in words how wide a layer's feed-forward network is."""
+        if self.experts is None:
+            return f"{layer.num_channels} channels"
+        num_channels = self.experts.num_channels
+        return f"{layer.num_channels // num_channels} experts of {num_channels} channels"
+
+    def _router_parameters(self, layer: LayerWidths) -> int:
+        return 0 if self.experts is None else self.hidden_size * layer.num_channels // self.experts.num_channels
 
     @property
     def _layer_parameters(self) -> int:
         return sum(self.attention_parameters(layer) + self.ffn_parameters(layer) for layer in self.layers)
+
+    @property
+    def _active_parameters(self) -> int:
+        """The number of weights and biases of all layers with which one token computes."""
+        return sum(self.attention_parameters(layer) + self.active_ffn_parameters(layer) for layer in self.layers)
 
     @property
     def num_parameters(self) -> int:
@@ -184,29 +242,32 @@ class Architecture:
 
     def decode_flops(self, *, context: int) -> int:
         """Return the FLOPs of one token that attends to `context` tokens; a multiply-add is two."""
-        weights = self.vocab_size * self.hidden_size + self._layer_parameters
+        weights = self.vocab_size * self.hidden_size + self._active_parameters
         heads = sum(layer.num_heads for layer in self.layers)
         return 2 * weights + 4 * heads * self.head_dim * context
 
     def decode_bytes(self, *, context: int, precision: str, cache_bits: float) -> int:
         """Return the bytes that are read or written for one token after `context` others.
 
-        They are all weights, the keys and values of the earlier tokens, and those of the new one. The head is read
-        whole, tied to the embeddings or not; activations stay in the processor's caches and are not counted.
+        They are all weights but those of experts that the token is not sent to, the keys and values of the earlier
+        tokens, and those of the new one. The head is read whole, tied to the embeddings or not; activations stay in the
+        processor's caches and are not counted.
         """
-        return self._weight_bytes(precision) + round((context + 1) * self._cache_row_bits(cache_bits) / 8)
+        weights = self._weight_bytes(self._active_parameters, precision)
+        return weights + round((context + 1) * self._cache_row_bits(cache_bits) / 8)
 
     def prefill_bytes(self, *, prompt_tokens: int, precision: str, cache_bits: float) -> int:
         """Return the bytes that are read or written for a prompt.
 
-        They are all weights once, one embedding per token, and the keys and values, written once and read once.
+        They are all weights once, one embedding per token, and the keys and values, written once and read once. The
+        tokens of a prompt together are taken to be sent to all experts.
         """
         embeddings = int(prompt_tokens * self.hidden_size * PRECISION_BITS[precision] / 8)
         cached = round(2 * prompt_tokens * self._cache_row_bits(cache_bits) / 8)
-        return self._weight_bytes(precision) + embeddings + cached
+        return self._weight_bytes(self._layer_parameters, precision) + embeddings + cached
 
-    def _weight_bytes(self, precision: str) -> int:
-        weights = self.vocab_size * self.hidden_size + self._layer_parameters
+    def _weight_bytes(self, layer_parameters: int, precision: str) -> int:
+        weights = self.vocab_size * self.hidden_size + layer_parameters
         return int(weights * PRECISION_BITS[precision] / 8)
 
     def _cache_row_bits(self, cache_bits: float) -> float:
@@ -216,12 +277,24 @@ class Architecture:
     def prefill_flops(self, *, prompt_tokens: int) -> int:
         """Return the FLOPs of a prompt, with causal attention and the head at the last token; a multiply-add is two."""
         head = self.vocab_size * self.hidden_size
-        weights = self._layer_parameters
+        weights = self._active_parameters
         heads = sum(layer.num_heads for layer in self.layers)
         pairs = prompt_tokens * (prompt_tokens + 1) // 2
         return 2 * (weights * prompt_tokens + head) + 4 * heads * self.head_dim * pairs
 
 
-def _block(layer: int, kind: str, sizes: Mapping[str, int], *, whole: bool = False) -> Block:
-    groups = tuple(Group(name=f"layers.{layer}.{name}", num_units=size, whole=whole) for name, size in sizes.items())
+def _block(layer: int, kind: str, sizes: Mapping[str, int], *, least: Mapping[str, int]) -> Block:
+    groups = tuple(
+        Group(name=f"layers.{layer}.{name}", num_units=size, least=least.get(name, 1)) for name, size in sizes.items()
+    )
     return Block(name=f"layers.{layer}.{kind}", layer=layer, kind=kind, groups=groups)
+
+
+def _require_experts(index: int, layer: LayerWidths, experts: Experts) -> None:
+    """Raise ValueError unless the channels of a layer are those of whole experts, enough of them for a token."""
+    num_experts, rest = divmod(layer.num_channels, experts.num_channels)
+    if rest or 0 < num_experts < experts.num_active:
+        raise ValueError(
+            f"layer {index}: {layer.num_channels} channels are not {experts.num_active} or more experts of "
+            f"{experts.num_channels} channels"
+        )

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dilap.core.groups import Group, Member
-from dilap.models.anatomy import decoder_layers
+from dilap.models.anatomy import decoder_layers, require_projections
 from dilap.models.families import family_of
 from dilap.models.reference import next_token_loss
 from dilap.search.method import Pruned, PruneTask
@@ -83,6 +83,7 @@ class LlmPruner:
     folded: bool = False
 
     def __call__(self, task: PruneTask) -> Pruned:
+        require_projections(task.model)
         return Pruned(plan=task.keep_equal_shares(task.once("llm_pruner", lambda: self._all_scores(task))))
 
     def _all_scores(self, task: PruneTask) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from torch import nn
 from dilap.core.groups import Group, Member
 from dilap.methods.adapters import Adapters
 from dilap.methods.units import num_units
+from dilap.models.anatomy import require_projections
 from dilap.models.compute import shuffled_rows
 from dilap.models.reference import next_token_loss
 from dilap.search.method import Pruned, PruneTask
@@ -62,6 +63,7 @@ class LoraPrune:
     untouched_first: float = 0.1
 
     def __call__(self, task: PruneTask) -> Pruned:
+        require_projections(task.model)
         first, last = int(self.untouched_first * task.num_layers), task.num_layers - 1
         groups = {block.main.name: block.main for block in task.blocks if first <= block.layer < last}
         blank = {name: torch.zeros(group.num_units) for name, group in groups.items()}

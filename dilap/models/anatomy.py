@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dilap.core.codec import digest
-from dilap.core.errors import InvalidInput
+from dilap.core.errors import InvalidInput, Unsupported
 from dilap.core.groups import Block, Kept, indices_kept
 from dilap.core.numerics import Numerics
 from dilap.core.shape import Architecture
@@ -25,12 +25,11 @@ _OF_THE_READING = ("_name_or_path", "transformers_version", "architectures")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sublayer:
-    """A block of a loaded model; `out` is its output projection (hidden x inputs), at `path` in the model."""
+class _Placed:
+    """A block of a loaded model; `path` is that of the module whose weights say which of its units are left."""
 
     block: Block
     path: str
-    out: nn.Linear
 
     @property
     def name(self) -> str:
@@ -44,9 +43,37 @@ class Sublayer:
     def kind(self) -> str:
         return self.block.kind
 
+
+@dataclass(frozen=True, kw_only=True)
+class Sublayer(_Placed):
+    """A block with an output projection `out` (hidden x inputs), which is at `path` in the model."""
+
+    out: nn.Linear
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.out.weight
+
     def columns(self, kept: Kept) -> torch.Tensor:
         """Return the inputs of the output projection that stay when the units `kept` stay, ascending."""
         return torch.from_numpy(indices_kept(self.block.groups, kept)[f"{self.path}.weight", 1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSublayer(_Placed):
+    """A block whose units are experts: `router`, at `path` in the model, sends tokens to those of the network `out`."""
+
+    out: nn.Module
+    router: nn.Module
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The router's weights (experts x hidden)."""
+        return self.router.get_parameter("weight")
+
+    def columns(self, kept: Kept) -> torch.Tensor:
+        """Return the experts that stay when the units `kept` stay, ascending."""
+        return torch.tensor(kept[self.block.main.name], dtype=torch.int64)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -81,16 +108,41 @@ def blocks_of(model: PreTrainedModel) -> tuple[Block, ...]:
 
 
 def sublayers(model: PreTrainedModel) -> Iterator[Sublayer]:
-    """Yield the sublayers of a model with their output projections, layer by layer, attention first."""
+    """Yield the sublayers of a model with their output projections, layer by layer, attention first.
+
+    Raises Unsupported for a model with experts.
+    """
+    require_projections(model)
+    for one in all_sublayers(model):
+        assert isinstance(one, Sublayer)
+        yield one
+
+
+def all_sublayers(model: PreTrainedModel) -> Iterator[Sublayer | ExpertSublayer]:
+    """Yield the sublayers of a model, those with experts included, layer by layer, attention first."""
     family, layers = family_of(model.config), decoder_layers(model)
     for block in blocks_of(model):
+        layer, start = layers[block.layer], f"{family.layers}.{block.layer}"
+        if block.has_experts:
+            network, router = (layer.get_submodule(path or "") for path in (family.ffn, family.router))
+            yield ExpertSublayer(block=block, path=f"{start}.{family.router}", out=network, router=router)
+            continue
         path = family.output_of(block.kind)
-        out = linear_at(layers[block.layer], path)
+        out = linear_at(layer, path)
         assert out is not None
-        yield Sublayer(block=block, path=f"{family.layers}.{block.layer}.{path}", out=out)
+        yield Sublayer(block=block, path=f"{start}.{path}", out=out)
 
 
-def norm_behind(model: PreTrainedModel, sublayer: Sublayer) -> nn.Module | None:
+def require_projections(model: PreTrainedModel) -> None:
+    """Raise Unsupported for a model with experts, which have no output projection whose inputs are their units."""
+    if architecture_of(model).experts is not None:
+        raise Unsupported(
+            "this method weighs single channels of matrices, and this model's units are whole experts: use one that"
+            " chooses measured levels (dilap, uniform, layer_error, ziplm) or removes layers (shortgpt, sleb)"
+        )
+
+
+def norm_behind(model: PreTrainedModel, sublayer: Sublayer | ExpertSublayer) -> nn.Module | None:
     """Return the norm between a sublayer's output and the residual stream, None where the two are only added."""
     path = family_of(model.config).norm_behind(sublayer.kind)
     return None if path is None else decoder_layers(model)[sublayer.layer].get_submodule(path)

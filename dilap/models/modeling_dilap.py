@@ -5,10 +5,10 @@ This file is also copied beside every checkpoint that stock classes cannot hold,
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
 works where DiLAP is not installed, with transformers 4.57 or later. `config.layer_widths` has one [num_heads,
-num_kv_heads, num_channels] per layer; zeros remove the sublayer. `config.output_biases` gives every output projection a
-bias, even where the family has none: it holds the mean output of removed units. `config.module_paths` says where a
-family keeps its parts, if not where Llama does. Everything else is the stock model: `PrunedLlamaForCausalLM` is
-`LlamaForCausalLM` with narrower layers, and so for every stock class.
+num_kv_heads, num_channels] per layer, where the channels are those of all experts together; zeros remove the sublayer.
+`config.output_biases` gives every output projection a bias, even where the family has none: it holds the mean output of
+removed units. `config.module_paths` says where a family keeps its parts, if not where Llama does. Everything else is
+the stock model: `PrunedLlamaForCausalLM` is `LlamaForCausalLM` with narrower layers, and so for every stock class.
 """
 
 import functools
@@ -35,6 +35,8 @@ class Paths:
 
     `ffn` is the path of the feed-forward module, None where its matrices lie in the layer itself. Norms stand before a
     sublayer, behind it (between its output and the residual stream), or both; None where there is none.
+    `experts` and `router` are the paths of the experts and of what sends tokens to them, None where every token uses all
+    channels.
     """
 
     layers: str = "model.layers"
@@ -50,6 +52,8 @@ class Paths:
     ffn_out: str = "mlp.down_proj"
     ffn_norm: str | None = "post_attention_layernorm"
     ffn_norm_behind: str | None = None
+    experts: str | None = None
+    router: str | None = None
 
 
 def paths_of(config: PreTrainedConfig) -> Paths:
@@ -113,6 +117,13 @@ def set_heads_(attention: Any, num_heads: int, num_kv_heads: int) -> None:
         attention.num_heads = num_heads
 
 
+def set_experts_(layer: nn.Module, paths: Paths, num_experts: int) -> None:
+    """Tell the modules of a feed-forward network how many experts its tensors have."""
+    for path in (paths.experts, paths.router):
+        module: Any = layer.get_submodule(path or "")
+        module.num_experts = num_experts
+
+
 def _narrow_attention_(layer: nn.Module, paths: Paths, num_heads: int, num_kv_heads: int, cache_index: int) -> None:
     if num_heads == 0:
         layer.set_submodule(paths.attention, NoAttention())
@@ -136,9 +147,32 @@ def _narrow_ffn_(layer: nn.Module, paths: Paths, num_channels: int) -> None:
         layer.set_submodule(paths.ffn or paths.ffn_out, NoFeedForward())
         _drop_norms_(layer, paths.ffn_norm, paths.ffn_norm_behind)
         return
+    if paths.experts is not None:
+        _narrow_experts_(layer, paths, num_channels)
+        return
     for path in paths.ffn_in:
         _resize_(layer, path, out_features=num_channels)
     _resize_(layer, paths.ffn_out, in_features=num_channels)
+
+
+def _narrow_experts_(layer: nn.Module, paths: Paths, num_channels: int) -> None:
+    experts: Any = layer.get_submodule(paths.experts or "")
+    if isinstance(experts, nn.ModuleList):  # transformers 4: a module for each expert, and a router that is a matrix
+        first: Any = experts[0]
+        num_experts = num_channels // first.down_proj.in_features
+        layer.set_submodule(paths.experts or "", experts[:num_experts])
+        _resize_(layer, paths.router or "", out_features=num_experts)
+        network: Any = layer.get_submodule(paths.ffn or "")
+        network.num_experts = num_experts
+        return
+    num_experts = num_channels // experts.down_proj.shape[2]
+    for path in (paths.experts, paths.router):
+        module = layer.get_submodule(path or "")
+        for name, own in list(module.named_parameters(recurse=False)):
+            if len(own) != num_experts:  # the experts are the first axis of every tensor
+                empty = own.new_empty(num_experts, *own.shape[1:])
+                setattr(module, name, nn.Parameter(empty, requires_grad=own.requires_grad))
+    set_experts_(layer, paths, num_experts)
 
 
 def _drop_norms_(layer: nn.Module, *paths: str | None) -> None:

@@ -25,11 +25,13 @@ def _rewrite(path: Path, older: Callable[[dict[str, Any]], dict[str, Any]]) -> N
 
 
 def _older_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the type of the weights and the rotary embedding by their older names."""
+    """Return the type of the weights, the rotary embedding and the number of experts by their older names."""
     older = {"torch_dtype": config["dtype"]}
     if rope := dict(config.get("rope_parameters") or {}):
         older["rope_theta"] = rope.pop("rope_theta")
         older["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    if "num_local_experts" in config:
+        older["num_experts"] = config["num_local_experts"]
     return older
 
 

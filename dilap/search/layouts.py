@@ -75,6 +75,6 @@ def describe(architecture: Architecture) -> str:
     layer = architecture.layers[0]
     return (
         f"{architecture.family}, {len(architecture.layers)} layers, hidden {architecture.hidden_size}, "
-        f"{layer.num_heads} heads, {layer.num_kv_heads} KV heads, {layer.num_channels} channels, "
+        f"{layer.num_heads} heads, {layer.num_kv_heads} KV heads, {architecture.ffn_words(layer)}, "
         f"{architecture.num_parameters / 1e6:.1f} M parameters"
     )

@@ -2,7 +2,7 @@
 
 A sublayer's output is W x, with x the inputs of its output projection. Removing units removes entries of x; the
 projection that is left is refitted in closed form so that W_kept x_kept is as near to W x as it can be. Setting the
-removed entries to zero gives the same output as cutting them out.
+removed entries to zero gives the same output as cutting them out. Where the units are experts, nothing is refitted.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from dilap.core.costs import Counts
 from dilap.core.groups import Kept
 from dilap.core.space import Choice, Level
-from dilap.models.anatomy import Sublayer, sublayers
+from dilap.models.anatomy import ExpertSublayer, Sublayer, all_sublayers
 from dilap.models.statistics import OUTPUTS, layer_statistics
+from dilap.search.experts import Batches, importances, inputs_recorded, output_errors
 
 Order = Literal["wanda", "obs"]
 Progress = Callable[[int], None]
@@ -27,7 +28,8 @@ Units = tuple[tuple[int, ...], tuple[int, ...]]  # the KV groups and the query s
 class LevelFit:
     """A level with its values: the units that stay, the columns of the projection that stay, the refitted projection.
 
-    `error` is the mean squared output error, relative to that of removing the sublayer (0 full, 1 removed).
+    Of experts, `columns` are those that stay and `weight` has the router's rows for them. `error` is the mean squared
+    output error, relative to that of removing the sublayer (0 full, 1 removed).
     """
 
     units: Kept
@@ -51,20 +53,6 @@ class LibraryOptions:
     batch_tokens: int = 2048
 
 
-def input_covariances(
-    model: PreTrainedModel, tokens: torch.Tensor, *, batch_tokens: int, progress: Progress = lambda _: None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the name of every sublayer, in order, and X'X / T of its output projection's inputs (inputs x inputs, f32).
-
-    X are the inputs on the T positions of `tokens` (sequences x length). Only one layer's are held at a time.
-    """
-    names = {one.name for one in sublayers(model)}
-    for step in layer_statistics(model, tokens, covariance=True, batch_tokens=batch_tokens, progress=progress):
-        for kind, role in OUTPUTS:
-            if (name := f"layers.{step.index}.{kind}") in names:
-                yield name, step.statistics[role].covariance
-
-
 def fit_choices(
     model: PreTrainedModel,
     choices: Sequence[Choice],
@@ -74,10 +62,19 @@ def fit_choices(
     progress: Progress = lambda _: None,
 ) -> Iterator[tuple[str, list[LevelFit]]]:
     """Yield the name of every choice with its levels fitted on `tokens` (sequences x length), layer by layer."""
-    found, wanted = {one.name: one for one in sublayers(model)}, {choice.name: choice for choice in choices}
-    for name, covariance in input_covariances(model, tokens, batch_tokens=options.batch_tokens, progress=progress):
-        if name in wanted:
-            yield name, fit_levels(found[name], wanted[name].levels, covariance, options=options)
+    wanted = {choice.name: choice for choice in choices}
+    found = [one for one in all_sublayers(model) if one.name in wanted]
+    with inputs_recorded([one for one in found if isinstance(one, ExpertSublayer)]) as inputs:
+        for step in layer_statistics(
+            model, tokens, covariance=True, batch_tokens=options.batch_tokens, progress=progress
+        ):
+            for one in (one for one in found if one.layer == step.index):
+                levels = wanted[one.name].levels
+                if isinstance(one, ExpertSublayer):
+                    yield one.name, fit_experts(one, levels, inputs.pop(one.name))
+                else:
+                    covariance = step.statistics[dict(OUTPUTS)[one.kind]].covariance
+                    yield one.name, fit_levels(one, levels, covariance, options=options)
 
 
 def fit_levels(
@@ -97,6 +94,18 @@ def fit_levels(
         lost = output_error(kept, columns, covariance, products=undamped, total=total) if index else 0.0
         fits.append(LevelFit(units=units, columns=columns, weight=kept, error=lost / total))
     return fits
+
+
+def fit_experts(sublayer: ExpertSublayer, levels: Sequence[Level], batches: Batches) -> list[LevelFit]:
+    """Return every level of a network of experts, of which `batches` are the inputs; the best experts are left."""
+    ranked = importances(sublayer, batches).argsort(descending=True, stable=True)
+    weight, name = sublayer.weight.detach().float(), sublayer.block.main.name
+    kept = [ranked[: level.counts[0]].sort().values for level in levels]
+    errors = output_errors(sublayer, kept, batches)
+    return [
+        LevelFit(units={name: _ascending(experts)}, columns=experts, weight=weight[experts], error=error)
+        for experts, error in zip(kept, errors, strict=True)
+    ]
 
 
 def regularised(covariance: torch.Tensor, *, ridge: float) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""Recovery in closed form: refit every output projection that is left, in order, on its inputs in the pruned model."""
+"""Recovery in closed form: refit every output projection that is left, in order, on its inputs in the pruned model.
+
+Experts have no such projection, and stay as they are.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -63,7 +66,7 @@ def best_refit(
     Where none does, return the library's projections. `net` is dense again afterwards.
     """
     library = {one.name: net.library[i][config[i]].weight for i, one in enumerate(net.sublayers)}
-    kept = {name: weight for name, weight in library.items() if weight.shape[1]}
+    kept = {name: weight for name, weight in library.items() if weight.numel()}
     found = Refit(weights=kept, correction=None, kl=net.kl(teacher, config))
     for correction in options.corrections:
         weights = refit_sequentially(net, config, tokens, correction=correction, options=options, progress=progress)
@@ -120,8 +123,11 @@ def refit_sequentially(
             fit = net.library[i][config[i]]
             if len(fit.columns) == 0:
                 continue
-            problem = _Problem(fit.weight, fit.columns, net.biases[i], ridge=options.ridge)
             found = list(map(trace_of, calls, pruned_states))
+            if i in net.routings:
+                results = [here.result for here in found]
+                continue
+            problem = _Problem(fit.weight, fit.columns, net.biases[i], ridge=options.ridge)
             for here, trace in zip(found, traces, strict=True):
                 gap = (trace.residuals[i] - here.residuals[i]) / scale
                 problem.add(here.inputs[i], trace.outputs[i].float() + correction * gap.float())

@@ -15,9 +15,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dilap.core.groups import indices_kept
-from dilap.models.anatomy import Sublayer, decoder_layers
+from dilap.models.anatomy import ExpertSublayer, Sublayer, decoder_layers
 from dilap.models.cut import cut_
 from dilap.models.families import family_of
+from dilap.models.routing import Routing
 from dilap.models.skipping import Known, layers_replaced
 from dilap.models.statistics import State
 from dilap.search.library import LevelFit
@@ -104,8 +105,13 @@ def _keeping(states: list[State]) -> Callable[[nn.Module, tuple[State, ...], dic
     return hook
 
 
-def cut_layer(model: PreTrainedModel, index: int, fits: Sequence[tuple[Sublayer, LevelFit]]) -> nn.Module:
-    """Return a layer of a dense model with some of its sublayers cut to their levels; the model stays as it is."""
+def cut_layer(
+    model: PreTrainedModel, index: int, fits: Sequence[tuple[Sublayer | ExpertSublayer, LevelFit]]
+) -> nn.Module:
+    """Return a layer of a dense model with some of its sublayers cut to their levels; the model stays as it is.
+
+    Experts are only left out by the router, which computes the same, and as fast.
+    """
     family, own = family_of(model.config), decoder_layers(model)[index]
     if not fits:
         return own
@@ -116,6 +122,10 @@ def cut_layer(model: PreTrainedModel, index: int, fits: Sequence[tuple[Sublayer,
         if len(fit.columns) == 0:
             for path, module in family.absent(sublayer.kind).items():
                 layer.set_submodule(path, module)
+            continue
+        if isinstance(sublayer, ExpertSublayer):
+            network, router = (layer.get_submodule(path or "") for path in (family.ffn, family.router))
+            Routing(network, router).choose_among(fit.columns, fit.weight)
             continue
         kept = indices_kept(sublayer.block.groups, fit.units)
         values = {f"{sublayer.path.removeprefix(prefix)}.weight": fit.weight}

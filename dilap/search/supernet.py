@@ -5,15 +5,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from dilap.models.anatomy import Sublayer, decoder_layers, norm_behind, sublayers
+from dilap.models.anatomy import ExpertSublayer, Sublayer, all_sublayers, decoder_layers, norm_behind
 from dilap.models.compute import batches, compute_precision, product_type
 from dilap.models.reference import Teacher, before_head, head_of
+from dilap.models.routing import Routing
 from dilap.search.allocation import Config
 from dilap.search.library import LevelFit
 from dilap.search.stitcher import Level, Skipped, Stitcher, cut_layer
@@ -27,26 +29,32 @@ _CHANGES_BYTES = 2 << 30
 class Supernet:
     """A model whose sublayers can be set to levels of a library; `config` holds the current level of every choice.
 
-    A level is set by writing its projection into the dense matrix, with zeros at the removed inputs. The output is that
-    of the cut model, and gradients reach all levels. `close` restores the dense model. Scoring a config by `kl` writes
-    nothing into the model: it runs layers that are cut, which is faster.
+    A level is set by writing its projection into the dense matrix, with zeros at the removed inputs, or by letting the
+    router choose among its experts. The output is that of the cut model, and gradients reach all levels. `close`
+    restores the dense model. Scoring a config by `kl` writes nothing into the model: it runs layers that are cut, which
+    is faster.
     """
 
     def __init__(self, model: PreTrainedModel, library: Sequence[Sequence[LevelFit]]) -> None:
         self.model, self.library = model, library
-        self.sublayers = list(sublayers(model))
-        self.outs = [sublayer.out for sublayer in self.sublayers]
+        self.sublayers = list(all_sublayers(model))
+        self.outs: list[Any] = [sublayer.out for sublayer in self.sublayers]  # matrices, or networks of experts
         assert len(self.outs) == len(library)
-        for out, levels in zip(self.outs, library, strict=True):
-            assert torch.equal(out.weight.float(), levels[0].weight.float()), "another supernet was left open"
+        for sublayer, levels in zip(self.sublayers, library, strict=True):
+            assert torch.equal(sublayer.weight.float(), levels[0].weight.float()), "another supernet was left open"
         self.config: Config = (0,) * len(library)
-        self.biases = [None if out.bias is None else out.bias.detach().clone() for out in self.outs]
+        self.biases = [_bias_of(sublayer) for sublayer in self.sublayers]
+        self.routings = {
+            index: Routing(one.out, one.router)
+            for index, one in enumerate(self.sublayers)
+            if isinstance(one, ExpertSublayer)
+        }
         self.norms_behind = [norm_behind(model, sublayer) for sublayer in self.sublayers]
         self._stitcher = Stitcher(model, self._layer)
         model.requires_grad_(False)
 
     def set(self, config: Sequence[int]) -> None:
-        """Write the projections of `config` into the model."""
+        """Write the projections of `config` into the model, and let its routers choose among its experts."""
         for index, (old, new) in enumerate(zip(self.config, config, strict=True)):
             if old != new:
                 fit = self.library[index][new]
@@ -55,13 +63,44 @@ class Supernet:
 
     @torch.no_grad()
     def write(self, index: int, columns: torch.Tensor, weight: torch.Tensor) -> None:
-        """Give one sublayer the projection `weight` (hidden x columns) over `columns`, and zeros elsewhere."""
+        """Give one sublayer the projection `weight` (hidden x columns) over `columns`, and zeros elsewhere.
+
+        Where its units are experts, `columns` are those that stay, and `weight` has the router's rows for them.
+        """
+        if index in self.routings:
+            self.routings[index].choose_among(columns, weight)
+            return
         out = self.outs[index]
         out.weight.zero_()
         out.weight[:, columns] = weight.to(out.weight.dtype)
         bias = self.biases[index]
         if bias is not None:
             out.bias.copy_(bias if len(columns) else torch.zeros_like(bias))
+
+    def is_linear(self, index: int) -> bool:
+        """Return whether the output of a sublayer, behind its norm if it has one there, is a matrix times its inputs.
+
+        It is no such product behind a norm, nor where levels change the experts to which tokens are sent.
+        """
+        return self.norms_behind[index] is None and index not in self.routings
+
+    def output_at(self, index: int, fit: LevelFit, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the output at a level of a sublayer that is not linear, behind its norm, in f32.
+
+        `x` are the inputs of its projection or of its experts, and `dtype` is the type of its outputs.
+        """
+        if index in self.routings:
+            current = self.library[index][self.config[index]]
+            self.write(index, fit.columns, fit.weight)
+            with compute_precision():
+                found: torch.Tensor = self.outs[index].forward(x)  # past the hooks on it
+            self.write(index, current.columns, current.weight)
+            return found.float()
+        norm, bias, kind = self.norms_behind[index], self.biases[index], product_type(torch.float32)
+        assert norm is not None
+        y = functional.linear(x[..., fit.columns].to(kind), fit.weight.to(kind)).to(dtype)
+        found = norm.forward(y if bias is None else y + bias)
+        return found.float()
 
     def kl(
         self, teacher: Teacher, config: Sequence[int], *, weights: Mapping[str, torch.Tensor] | None = None
@@ -95,7 +134,7 @@ class Supernet:
 
     def _layer(self, index: int, level: Level, weights: Mapping[str, torch.Tensor] = _NONE) -> nn.Module:
         """Return a layer with its sublayers cut to their levels, with other projections where `weights` has them."""
-        fits: list[tuple[Sublayer, LevelFit]] = []
+        fits: list[tuple[Sublayer | ExpertSublayer, LevelFit]] = []
         own = [i for i, sublayer in enumerate(self.sublayers) if sublayer.layer == index]
         for i, chosen in zip(own, level, strict=True):
             fit, sublayer = self.library[i][chosen], self.sublayers[i]
@@ -111,6 +150,11 @@ class Supernet:
     def close(self) -> None:
         """Restore the dense model."""
         self.set((0,) * len(self.library))
+
+
+def _bias_of(sublayer: Sublayer | ExpertSublayer) -> torch.Tensor | None:
+    bias = sublayer.out.bias if isinstance(sublayer, Sublayer) else None
+    return None if bias is None else bias.detach().clone()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,10 +236,10 @@ class _Tap:
             self.offsets.append(self.offsets[-1] + len(levels))
         self.kept: dict[int, torch.Tensor] = {}  # the changes of as many sublayers as fit, by index
         left = _CHANGES_BYTES
-        for index, (out, levels) in enumerate(zip(net.outs, net.library, strict=True)):
-            if net.norms_behind[index] is not None:
-                continue  # `_multiply_behind` needs none
-            left -= len(levels) * out.weight.numel() * self.dtype.itemsize
+        for index, (sublayer, levels) in enumerate(zip(net.sublayers, net.library, strict=True)):
+            if not net.is_linear(index):
+                continue  # `_multiply_outputs` needs none
+            left -= len(levels) * sublayer.weight.numel() * self.dtype.itemsize
             if left < 0:
                 break
             self.kept[index] = self._weight_changes(index)
@@ -204,11 +248,11 @@ class _Tap:
 
     def _weight_changes(self, index: int) -> torch.Tensor:
         """Return every level's projection minus the current one (levels x hidden * inputs)."""
-        out, levels = self.net.outs[index], self.net.library[index]
-        changes = torch.zeros(len(levels), *out.weight.shape, dtype=self.dtype)
+        weight, levels = self.net.sublayers[index].weight.detach(), self.net.library[index]
+        changes = torch.zeros(len(levels), *weight.shape, dtype=self.dtype)
         for level, fit in enumerate(levels):
             if level != self.net.config[index]:
-                change = -out.weight.detach().float()
+                change = -weight.float()
                 change[:, fit.columns] += fit.weight
                 changes[level] = change
         return changes.flatten(1)
@@ -222,11 +266,11 @@ class _Tap:
         return (has_bias - has_bias[self.net.config[index]])[:, None] * bias.float()
 
     def __enter__(self) -> "_Tap":
-        for index, (out, norm) in enumerate(zip(self.net.outs, self.net.norms_behind, strict=True)):
-            if norm is None:
+        for index, out in enumerate(self.net.outs):
+            if self.net.is_linear(index):
                 self.hooks.append(out.register_forward_hook(self._record(index)))
             else:
-                self.hooks += self._hooks_around(index, norm)
+                self.hooks += self._hooks_around(index)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -254,8 +298,8 @@ class _Tap:
 
         return hook
 
-    def _hooks_around(self, index: int, norm: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-        """Hook a sublayer with a norm behind it: the inputs of its projection, and the gradient behind the norm."""
+    def _hooks_around(self, index: int) -> list[torch.utils.hooks.RemovableHandle]:
+        """Hook a sublayer that is not linear: the inputs of its projection or experts, and the gradient behind all."""
         inputs: list[torch.Tensor] = []
 
         def keep(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -263,25 +307,24 @@ class _Tap:
 
         def record(_: nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             x, before = inputs[0], output.detach()
-            output.register_hook(lambda gradient: self._multiply_behind(index, norm, x, before, gradient))
+            output.register_hook(lambda gradient: self._multiply_outputs(index, x, before, gradient))
 
-        return [self.net.outs[index].register_forward_pre_hook(keep), norm.register_forward_hook(record)]
+        out = self.net.outs[index]
+        last = self.net.norms_behind[index] or out
+        return [out.register_forward_pre_hook(keep), last.register_forward_hook(record)]
 
     @torch.no_grad()
-    def _multiply_behind(
-        self, index: int, norm: nn.Module, x: torch.Tensor, before: torch.Tensor, gradient: torch.Tensor
-    ) -> None:
-        """Compute rows of A for one sublayer from its inputs x, and from output and gradient of the norm behind it.
+    def _multiply_outputs(self, index: int, x: torch.Tensor, before: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Compute rows of A for one sublayer that is not linear, from its inputs x, its output and the gradient there.
 
         The output of a norm is the same for every length of its input, so a gradient before it would say that the loss
-        does not change when a sublayer is removed. The norm of every level is computed instead.
+        does not change when a sublayer is removed; and a token goes to other experts where its own are removed. The
+        output of every level is computed instead.
         """
-        bias = self.net.biases[index]
         for level, fit in enumerate(self.net.library[index]):
             change = -before.float()
             if len(fit.columns):
-                y = functional.linear(x[..., fit.columns].to(self.dtype), fit.weight.to(self.dtype)).to(before.dtype)
-                change += norm.forward(y if bias is None else y + bias).float()  # past the hook on the norm
+                change += self.net.output_at(index, fit, x, before.dtype)
             column = self.offsets[index] + level
             self.products[:, column] = (gradient.float() * change).flatten(1).sum(1)
         self.products[:, self.offsets[index] + self.net.config[index]] = 0  # not quite, in another order of sums

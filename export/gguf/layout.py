@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 from dilap.core.errors import Unsupported
 from dilap.core.numerics import Numerics, Rotary
-from dilap.core.shape import Architecture, LayerWidths
+from dilap.core.shape import Architecture, Experts, LayerWidths
 from dilap.models.families import families
-from dilap.models.families.family import Family
+from dilap.models.families.family import GATE, UP, Family
 
 # deci drops the attention of a layer whose FFN width is 0, so such a layer gets an FFN of zeros: 32 channels are
 # the least that q8_0 and q4_0 blocks hold, and add nothing to the residual stream.
@@ -59,7 +59,7 @@ class Layout:
         columns = {
             "attention.head_count": [layer.num_heads for layer in self.layers],
             "attention.head_count_kv": [layer.num_kv_heads for layer in self.layers],
-            "feed_forward_length": [layer.num_channels for layer in self.layers],
+            "feed_forward_length": [architecture.active_channels(layer) for layer in self.layers],
         }
         return {
             "block_count": len(self.layers),
@@ -72,7 +72,18 @@ class Layout:
             "rope.dimension_count": architecture.head_dim,
             "rope.freq_base": rotary.base,
             "rope.scaling.attn_factor": rotary.magnitude,
+            **self._expert_keys(),
             **{key: widths if self.name == "deci" else widths[0] for key, widths in columns.items()},
+        }
+
+    def _expert_keys(self) -> dict[str, int]:
+        experts = self.architecture.experts
+        if experts is None:
+            return {}
+        return {
+            "expert_count": self.layers[0].num_channels // experts.num_channels,
+            "expert_used_count": experts.num_active,
+            "expert_feed_forward_length": experts.num_channels,
         }
 
     def tensors(self) -> Iterator[TensorSpec]:
@@ -125,11 +136,22 @@ class Layout:
         block = _Block(index=index, layer=f"{family.layers}.{index}", zero=zero)
         if family.ffn_norm:
             yield block.norm("ffn_norm", family.ffn_norm, hidden)
+        if architecture.experts is not None:
+            yield from self._experts(block, architecture.experts, width // architecture.experts.num_channels)
+            return
         for name, source in zip(("ffn_gate", "ffn_up"), family.ffn_in, strict=True):
             yield from block.linear(name, source, (width, hidden), bias=bias)
         yield from block.linear("ffn_down", family.ffn_out, (hidden, width), bias=architecture.ffn_out_bias)
         if family.ffn_norm_behind:
             yield block.norm("post_ffw_norm", family.ffn_norm_behind, hidden)
+
+    def _experts(self, block: "_Block", experts: Experts, num_experts: int) -> Iterator[TensorSpec]:
+        """The router, and the experts' matrices as 3-D tensors."""
+        family, hidden, width = self._family, self.architecture.hidden_size, experts.num_channels
+        yield block.tensor("ffn_gate_inp", f"{family.router}.weight", (num_experts, hidden))
+        yield block.tensor("ffn_gate_exps", f"{family.experts}.{GATE}", (num_experts, width, hidden))
+        yield block.tensor("ffn_up_exps", f"{family.experts}.{UP}", (num_experts, width, hidden))
+        yield block.tensor("ffn_down_exps", f"{family.experts}.down_proj", (num_experts, hidden, width))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +168,9 @@ class _Block:
     def norm(self, name: str, source: str, size: int) -> TensorSpec:
         spec = TensorSpec(name=f"blk.{self.index}.{name}.weight", shape=(size,), constant=1.0)
         return spec if self.zero else replace(spec, source=f"{self.layer}.{source}.weight")
+
+    def tensor(self, name: str, source: str, shape: tuple[int, ...]) -> TensorSpec:
+        return TensorSpec(name=f"blk.{self.index}.{name}.weight", shape=shape, source=f"{self.layer}.{source}")
 
     def linear(
         self, name: str, source: str, shape: tuple[int, int], *, bias: bool, heads: int = 0
@@ -172,6 +197,11 @@ def layout_of(architecture: Architecture, numerics: Numerics) -> Layout:
     rotary = next((layer.rotary for layer in numerics.layers if layer.rotary), None)
     if rotary is None:
         raise Unsupported("OPT cannot be exported to llama.cpp: it has no such architecture; use another backend")
+    if not numerics.normed_routing:
+        raise Unsupported(
+            "llama.cpp makes the weights of a token's experts sum to 1, whatever a file says, and this model does not"
+            " (norm_topk_prob is false): use another backend"
+        )
     if numerics.activation != "silu":
         raise Unsupported(f"llama.cpp computes these families with silu only, the model has {numerics.activation}")
     name = _name(architecture, numerics, rotary)
@@ -189,12 +219,13 @@ def _name(architecture: Architecture, numerics: Numerics, rotary: Rotary) -> str
         if odd is not None:
             raise Unsupported(
                 f"layer {odd}: llama.cpp holds {words} only with equal widths and both sublayers in every layer; got"
-                f" {_words(architecture.layers[odd])} against {_words(first)} in layer 0"
+                f" {_words(architecture.layers[odd], architecture)} against {_words(first, architecture)} in layer 0"
             )
         if has_bias or is_scaled:
             raise Unsupported(f"llama.cpp holds {words} without output biases and without rotary scaling only")
         if name == "olmo2" and not is_square:
-            raise Unsupported(f"llama.cpp holds {words} only with heads that fill the hidden size; got {_words(first)}")
+            got = _words(first, architecture)
+            raise Unsupported(f"llama.cpp holds {words} only with heads that fill the hidden size; got {got}")
         return name
     if odd is not None:
         return "deci"
@@ -206,6 +237,8 @@ def _name(architecture: Architecture, numerics: Numerics, rotary: Rotary) -> str
 
 def _stock_only(architecture: Architecture, numerics: Numerics) -> tuple[str, str] | None:
     """llama.cpp's name of an architecture that `deci` cannot stand in for, and ours for it with the reason."""
+    if architecture.experts is not None:
+        return "qwen3moe", "Qwen3-MoE (its experts)"
     if architecture.qk_norm == "joint":
         return "olmo2", "OLMo 2 (its norms)"
     if architecture.qk_norm:
@@ -222,5 +255,5 @@ def _stock_only(architecture: Architecture, numerics: Numerics) -> tuple[str, st
     return "smollm3", "SmolLM3 (its layers without rotary embedding)"
 
 
-def _words(widths: LayerWidths) -> str:
-    return f"{widths.num_heads} heads, {widths.num_kv_heads} KV heads, {widths.num_channels} channels"
+def _words(widths: LayerWidths, architecture: Architecture) -> str:
+    return f"{widths.num_heads} heads, {widths.num_kv_heads} KV heads, {architecture.ffn_words(widths)}"

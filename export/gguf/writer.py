@@ -181,8 +181,12 @@ def _add(writer: gguf.GGUFWriter, key: str, value: int | float | list[int]) -> N
 
 
 def _dtype(spec: TensorSpec, precision: str) -> "np.dtype[np.floating]":
-    """Return a tensor's type. llama.cpp needs vectors (norms, biases, rotary factors) in f32, whatever matrices are."""
-    return np.dtype(np.float16 if precision == "f16" and len(spec.shape) > 1 else np.float32)
+    """Return a tensor's type. llama.cpp needs vectors (norms, biases, rotary factors) in f32, whatever matrices are.
+
+    Routers are in f32 too, as llama.cpp's own converter and quantiser leave them.
+    """
+    is_matrix = len(spec.shape) > 1 and not spec.name.endswith(".ffn_gate_inp.weight")
+    return np.dtype(np.float16 if precision == "f16" and is_matrix else np.float32)
 
 
 def _content(spec: TensorSpec, dtype: "np.dtype[np.floating]", layout: Layout, values: Values) -> NDArray[np.floating]:

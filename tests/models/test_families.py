@@ -108,7 +108,7 @@ def test_units_lie_in_every_tensor_whose_size_they_set(family: str) -> None:
     """Cutting one unit of every group changes the shape of each of its members, and of no other tensor."""
     model = tiny_model(family)
     before = {name: tuple(one.shape) for name, one in model.named_parameters()}
-    groups = [one for block in blocks_of(model) for one in block.groups if one.num_units > 1 and not one.whole]
+    groups = [one for block in blocks_of(model) for one in block.groups if one.num_units > one.least]
     members = {member.tensor for group in groups for member in group.members}
     kept: Kept = {group.name: tuple(range(1, group.num_units)) for group in groups}
     after = {name: tuple(one.shape) for name, one in shrink_(model, plan_for(model, kept)).named_parameters()}

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from dilap.core.costs import Counts
 from dilap.core.errors import InvalidInput
 from dilap.core.space import Choice
+from dilap.models.statistics import layer_statistics
 from dilap.search import library_file
 from dilap.search.library import (
     LevelFit,
@@ -23,7 +24,6 @@ from dilap.search.library import (
     channel_order,
     fit_choices,
     greedy_heads,
-    input_covariances,
     obs_order,
     output_error,
     refit,
@@ -145,11 +145,17 @@ def inputs_of(model: PreTrainedModel, path: str) -> torch.Tensor:
     return found[0].reshape(-1, found[0].shape[-1])
 
 
+def covariance_of(model: PreTrainedModel, layer: int, *, batch_tokens: int) -> torch.Tensor:
+    """That of the inputs of a layer's second feed-forward matrix, as the library is fitted on it."""
+    steps = layer_statistics(model, TOKENS, covariance=True, batch_tokens=batch_tokens)
+    return next(step.statistics["ffn_out"].covariance for step in steps if step.index == layer)
+
+
 @pytest.mark.parametrize("batch_tokens", [32, 100, 100_000])
 def test_covariance_is_that_of_the_inputs(batch_tokens: int) -> None:
     model = tiny_model("llama")
     x = inputs_of(model, "model.layers.1.mlp.down_proj")
-    found = dict(input_covariances(model, TOKENS, batch_tokens=batch_tokens))["layers.1.ffn"]
+    found = covariance_of(model, 1, batch_tokens=batch_tokens)
     assert_close(found, x.T @ x / len(x), rtol=1e-4, atol=1e-5)  # f32 sums in another order
 
 
@@ -157,7 +163,7 @@ def test_wanda_scores_are_weight_norm_times_activation_norm() -> None:
     model = tiny_model("llama")
     x = inputs_of(model, "model.layers.1.mlp.down_proj")
     weight = model.model.layers[1].mlp.down_proj.weight.detach()
-    covariance = dict(input_covariances(model, TOKENS, batch_tokens=256))["layers.1.ffn"]
+    covariance = covariance_of(model, 1, batch_tokens=256)
     expected = torch.stack([weight[:, c].norm() * (x[:, c].square().mean()).sqrt() for c in range(96)])
     assert_close(wanda_scores(weight, covariance), expected, rtol=1e-4, atol=1e-5)
 

@@ -15,6 +15,7 @@ from dilap.core.shape import Architecture, LayerWidths
 from dilap.models.context import max_tokens_of
 from dilap.models.modeling_dilap import NoAttention, NoFeedForward, Paths, linear_at, set_heads_
 
+GATE, UP = "gate_proj", "up_proj"  # names of the halves of experts' fused tensor, as exporters get them
 _ROTARY_KINDS = ("default", "linear", "llama3", "yarn")  # whose frequencies are the same for every length of text
 
 
