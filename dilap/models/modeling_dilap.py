@@ -35,8 +35,8 @@ class Paths:
 
     `ffn` is the path of the feed-forward module, None where its matrices lie in the layer itself. Norms stand before a
     sublayer, behind it (between its output and the residual stream), or both; None where there is none.
-    `experts` and `router` are the paths of the experts and of what sends tokens to them, None where every token uses all
-    channels.
+    `experts` and `router` are the paths of the experts and of what sends tokens to them, None where every token uses
+    all channels.
     """
 
     layers: str = "model.layers"
