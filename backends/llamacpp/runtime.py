@@ -26,6 +26,10 @@ _SWITCHES = {
     "repack": ("on", "off"),
     "kv_cache": ("f16", "q8_0", "f32"),
 }
+_NOT_NORMED = (
+    "llama.cpp makes the weights of a token's experts sum to 1, and this model does not (norm_topk_prob is false);"
+    " use --backend onnxruntime"
+)
 
 
 class LlamaCpp:
@@ -87,8 +91,14 @@ class LlamaCpp:
             raise InvalidInput(f"llama.cpp precision {precision!r} is unknown; use {', '.join(self.precisions())}")
         if architecture.num_positions:
             return Capabilities(unsupported="llama.cpp has no OPT architecture; use --backend onnxruntime")
-        if architecture.experts is not None:  # llama.cpp has one number of experts for all layers
-            return Capabilities(per_layer_widths=False, attention_removal=False, ffn_removal=False, output_biases=False)
+        if architecture.experts is not None:  # of which llama.cpp has one number for all layers
+            return Capabilities(
+                unsupported=None if architecture.experts.normed else _NOT_NORMED,
+                per_layer_widths=False,
+                attention_removal=False,
+                ffn_removal=False,
+                output_biases=False,
+            )
         if architecture.qk_norm:  # llama.cpp's only architecture with widths per layer, `deci`, has none
             return Capabilities(
                 per_layer_widths=False,

@@ -77,6 +77,12 @@ class OnnxRuntime:
     def capabilities(self, architecture: Architecture, *, precision: str) -> Capabilities:
         if precision not in self.precisions():
             raise InvalidInput(f"ONNX Runtime precision {precision!r} is unknown; use {', '.join(self.precisions())}")
+        experts = architecture.experts
+        if experts is not None and precision != "f32" and experts.num_channels % 32:
+            return Capabilities(
+                unsupported=f"ONNX Runtime quantises experts of a multiple of 32 channels, not {experts.num_channels};"
+                " use --precision f32"
+            )
         return Capabilities(
             # 32: a quantisation block; one step for every precision keeps plans portable between them
             ffn_multiple=32,

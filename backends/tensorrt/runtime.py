@@ -91,9 +91,11 @@ class TensorRT:
     def after_a_crash(self) -> str:
         return "look at the device with: dilap-profile --check"
 
-    def capabilities(self, architecture: Architecture, *, precision: str) -> Capabilities:  # noqa: ARG002
+    def capabilities(self, architecture: Architecture, *, precision: str) -> Capabilities:
         if precision not in _PRECISIONS:
             raise InvalidInput(f"TensorRT precision {precision!r} is unknown; use {', '.join(_PRECISIONS)}")
+        if architecture.experts is not None:
+            return Capabilities(unsupported="standard ONNX has no operator that computes only a token's own experts")
         # 8: tensor cores multiply blocks of 8 x 8 f16 or bf16; other widths run, padded or on slower kernels
         return Capabilities(ffn_multiple=8, max_tokens=MAX_TOKENS)
 

@@ -30,12 +30,10 @@ class Numerics:
 
     `context_length` is the number of tokens that an exported model may hold, `norm_eps` the epsilon of every norm,
     `activation` the function's name in transformers. `layers` has one entry per layer, those without attention
-    included. `normed_routing` says whether the weights of the experts that a token is sent to sum to 1, where there are
-    any.
+    included.
     """
 
     context_length: int
     norm_eps: float
     activation: str
     layers: tuple[LayerNumerics, ...]
-    normed_routing: bool = True

@@ -50,10 +50,12 @@ class Experts:
     """How the channels of every feed-forward network are divided into experts.
 
     An expert is a network of `num_channels`; a token is sent to the `num_active` experts that a router prefers.
+    `normed` says whether the weights of their outputs are made to sum to 1.
     """
 
     num_channels: int
     num_active: int
+    normed: bool
 
     def __post_init__(self) -> None:
         if not 0 < self.num_channels <= MAX_WIDTH or not 0 < self.num_active <= MAX_WIDTH:

@@ -77,6 +77,8 @@ def header_of(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *,
 def _require_supported(architecture: Architecture, precision: str) -> None:
     if precision not in PRECISIONS:
         raise Unsupported(f"precision {precision!r} is not known; ExecuTorch runs {', '.join(PRECISIONS)}")
+    if architecture.experts is not None:
+        raise Unsupported("experts cannot be exported to ExecuTorch: XNNPACK has no operator that sends tokens to them")
     if precision == "8da4w" and architecture.hidden_size % GROUP_SIZE:
         raise Unsupported(
             f"8da4w needs a hidden size that {GROUP_SIZE} divides, got {architecture.hidden_size}: use f32"

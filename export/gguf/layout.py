@@ -197,10 +197,10 @@ def layout_of(architecture: Architecture, numerics: Numerics) -> Layout:
     rotary = next((layer.rotary for layer in numerics.layers if layer.rotary), None)
     if rotary is None:
         raise Unsupported("OPT cannot be exported to llama.cpp: it has no such architecture; use another backend")
-    if not numerics.normed_routing:
+    if architecture.experts is not None and not architecture.experts.normed:
         raise Unsupported(
             "llama.cpp makes the weights of a token's experts sum to 1, whatever a file says, and this model does not"
-            " (norm_topk_prob is false): use another backend"
+            " (norm_topk_prob is false); use another backend"
         )
     if numerics.activation != "silu":
         raise Unsupported(f"llama.cpp computes these families with silu only, the model has {numerics.activation}")

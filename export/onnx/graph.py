@@ -68,6 +68,8 @@ def build_model(
     if numerics.activation not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
         raise Unsupported(f"activation {numerics.activation!r} cannot be exported to ONNX yet; known: {known}")
+    if architecture.experts is not None:
+        _require_experts(numerics, form)
     fused, stacks = form == "onnxruntime", Stacks()
     emitter = Emitter(dtype=_DTYPES[dtype], values=stacks.of_values(values), contrib=fused)
     matrices: Matrices = PanelMatrices(emitter) if fused else FloatMatrices(emitter)
@@ -75,6 +77,14 @@ def build_model(
         assert fused and dtype == "f32" and blocks is not None  # noqa: PT018
         matrices = BlockMatrices(emitter, stacks.of_blocks(blocks), bits=8 if storage == "int8" else 4)
     return _Builder(architecture, numerics, emitter, matrices, stacks, fused=fused).build()
+
+
+def _require_experts(numerics: Numerics, form: Form) -> None:
+    """Raise Unsupported where the graph computes no experts, or not with the model's activation."""
+    if form != "onnxruntime":
+        raise Unsupported("experts cannot be exported in standard ONNX operators: none computes only the chosen ones")
+    if numerics.activation != "silu":
+        raise Unsupported(f"ONNX Runtime computes experts with silu only, the model has {numerics.activation}")
 
 
 class _Builder:
@@ -183,6 +193,8 @@ class _Builder:
     def _ffn(self, layer: str, num_channels: int) -> ir.Value:
         architecture, family = self._architecture, self._family
         x = self._entering(layer, family.ffn_norm)
+        if architecture.experts is not None:
+            return self._leaving(self._mixture(x, layer, num_channels), layer, family.ffn_norm_behind)
         rows = {f"{layer}.{path}": num_channels for path in family.ffn_in}
         first, *up = self._ffn_inputs(x, layer, rows)
         y = self._activation(first)
@@ -191,6 +203,26 @@ class _Builder:
         shape = (architecture.hidden_size, num_channels)
         y = self._linear(y, f"{layer}.{family.ffn_out}", shape, bias=architecture.ffn_out_bias)
         return self._leaving(y, layer, family.ffn_norm_behind)
+
+    def _mixture(self, x: ir.Value, layer: str, num_channels: int) -> ir.Value:
+        """Return what a layer's experts give."""
+        architecture, experts = self._architecture, self._architecture.experts
+        assert experts is not None
+        shape = num_channels // experts.num_channels, experts.num_channels, architecture.hidden_size
+        name = f"{layer}.{self._family.router}.weight"
+        router = self._emitter.weight(name, (shape[0], shape[2]), transposed=True)  # in floats: it decides who computes
+        scores = self._op("Reshape", self._op("MatMul", x, router, name=name), self._emitter.integers(-1, shape[0]))
+        path, count = f"{layer}.{self._family.experts}", experts.num_active
+        found = self._matrices.mixture(x, scores, path, shape, num_active=count)
+        return found if experts.normed else self._op("Mul", found, self._chosen_share(x, scores, count))
+
+    def _chosen_share(self, x: ir.Value, scores: ir.Value, num_active: int) -> ir.Value:
+        """Return, for every token of `x`, the sum of the probabilities of its experts."""
+        probabilities = self._op("Softmax", scores, axis=-1)
+        chosen, _ = self._emitter.ops("TopK", probabilities, self._emitter.integers(num_active), num_outputs=2)
+        share = self._op("ReduceSum", chosen, self._emitter.integers(-1), keepdims=1)
+        tokens = self._op("Shape", x, start=0, end=2)
+        return self._op("Reshape", share, self._op("Concat", tokens, self._emitter.integers(1), axis=0))
 
     def _ffn_inputs(self, x: ir.Value, layer: str, rows: Mapping[str, int]) -> Sequence[ir.Value]:
         """Return the products with gate and up, or the only one of an FFN without a gate."""

@@ -1,7 +1,7 @@
 """How the matrices of an ONNX graph are stored and multiplied: as floats, or in blocks of 8 or 4 bits."""
 
-from collections.abc import Callable
-from typing import Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -9,11 +9,13 @@ from numpy.typing import NDArray
 
 from dilap.core.errors import Unsupported
 from dilap.export.onnx.emitter import MICROSOFT, Emitter
+from dilap.models.families.family import GATE, UP
 
 Storage = Literal["float", "int8", "int4"]
 # Reads one quantised matrix: its torch name, torch shape and bits -> its bytes (rows x blocks x bytes of a block) and
-# its scales (rows x blocks).
-Blocks = Callable[[str, tuple[int, int], int], tuple[NDArray[np.uint8], NDArray[np.float32]]]
+# its scales (rows x blocks). A tensor of experts has the rows of all of them.
+Blocks = Callable[[str, tuple[int, ...], int], tuple[NDArray[np.uint8], NDArray[np.float32]]]
+Sizes = tuple[int, int, int]  # experts, channels of one, hidden size
 
 HEAD = "lm_head.weight"
 BLOCK = 32  # channels that share a scale
@@ -43,6 +45,24 @@ class Matrices(Protocol):
     def tied_matmul(self, x: ir.Value, name: str, shape: tuple[int, int]) -> ir.Value:
         """Do as `matmul` for a matrix that `gather` reads as well: it is stored once, and transposed when loaded."""
 
+    def mixture(self, x: ir.Value, scores: ir.Value, path: str, shape: Sizes, *, num_active: int) -> ir.Value:
+        """Return what the experts at `path` give for `x` with the router's `scores` (tokens x experts).
+
+        Those with the `num_active` highest scores are computed for a token.
+        The weights of their outputs sum to 1.
+        """
+
+
+# Gate and up lie side by side, and silu(gate) * up is the SwiGLU in which beta is 0 and nothing is cut off.
+_SWIGLU: Mapping[str, Any] = {
+    "activation_type": "swiglu",
+    "swiglu_fusion": 1,
+    "activation_alpha": 1.0,
+    "activation_beta": 0.0,
+    "swiglu_limit": float(np.finfo(np.float32).max),
+    "normalize_routing_weights": 1,  # without it QMoE computes the same on CPUs
+}
+
 
 class FloatMatrices:
     """Matrices as floats, stored transposed, as MatMul reads them."""
@@ -59,6 +79,16 @@ class FloatMatrices:
     def tied_matmul(self, x: ir.Value, name: str, shape: tuple[int, int]) -> ir.Value:
         turned = self._emitter.op("Transpose", self._emitter.weight(name, shape), perm=[1, 0])
         return self._emitter.op("MatMul", x, turned, name=name)
+
+    def mixture(self, x: ir.Value, scores: ir.Value, path: str, shape: Sizes, *, num_active: int) -> ir.Value:
+        num_experts, channels, hidden = shape
+
+        def read() -> NDArray[np.floating]:
+            return _side_by_side(*(self._emitter.values(f"{path}.{half}", shape) for half in (GATE, UP)))
+
+        first = self._emitter.lazy(f"{path}.gate_up", (num_experts, 2 * channels, hidden), self._emitter.dtype, read)
+        last = self._emitter.weight(f"{path}.down_proj", (num_experts, hidden, channels))
+        return self._emitter.op("MoE", x, scores, first, None, last, domain=MICROSOFT, k=num_active, **_SWIGLU)
 
 
 class PanelMatrices(FloatMatrices):
@@ -99,6 +129,11 @@ def _has_panels(shape: tuple[int, int]) -> bool:
     return shape[0] % _PANEL == 0 and shape[0] * shape[1] >= _PANELS_FROM
 
 
+def _side_by_side(*parts: NDArray[Any]) -> NDArray[Any]:
+    """Return 3-D tensors with their rows side by side: the first row of each, then the second."""
+    return np.stack(parts, axis=2).reshape(len(parts[0]), -1, parts[0].shape[2])
+
+
 class BlockMatrices:
     """Matrices quantised in symmetric blocks of 32 weights, which the operator MatMulNBits multiplies.
 
@@ -126,6 +161,43 @@ class BlockMatrices:
     def tied_matmul(self, x: ir.Value, name: str, shape: tuple[int, int]) -> ir.Value:
         dims = self._emitter.integers(shape[0], shape[1] // BLOCK, BLOCK)
         return self._product(x, self._emitter.op("Reshape", self._table(name, shape), dims), name, shape, 8)
+
+    def mixture(self, x: ir.Value, scores: ir.Value, path: str, shape: Sizes, *, num_active: int) -> ir.Value:
+        num_experts, channels, hidden = shape
+        halves = [(f"{path}.{half}", shape) for half in (GATE, UP)]
+        parts = [self._expert_blocks(f"{path}.gate_up", halves, (num_experts, 2 * channels, hidden))]
+        down = f"{path}.down_proj", (num_experts, hidden, channels)
+        parts.append(self._expert_blocks(down[0], [down], down[1]))
+        inputs = [value for values, scales in parts for value in (values, scales, None)]
+        return self._emitter.op(
+            "QMoE",
+            x,
+            scores,
+            *inputs,
+            domain=MICROSOFT,
+            k=num_active,
+            expert_weight_bits=self._bits,
+            block_size=BLOCK,
+            **_SWIGLU,
+        )
+
+    def _expert_blocks(
+        self, name: str, parts: Sequence[tuple[str, tuple[int, ...]]], shape: Sizes
+    ) -> tuple[ir.Value, ir.Value]:
+        """Return bytes and scales of the experts' matrices (experts x rows x columns) of `parts`, rows side by side."""
+        num_experts, rows, columns = shape
+        per_byte = 8 // self._bits
+
+        def read(index: int) -> NDArray[np.generic]:
+            found = [self._blocks(*part, self._bits)[index] for part in parts]
+            return _side_by_side(*(one.reshape(num_experts, rows // len(parts), -1) for one in found))
+
+        values = (num_experts, rows, columns // per_byte)
+        scales = (num_experts, rows, columns // BLOCK)
+        return (
+            self._emitter.lazy(f"{name}.int{self._bits}", values, ir.DataType.UINT8, lambda: read(0)),
+            self._emitter.lazy(f"{name}.scales", scales, self._emitter.dtype, lambda: read(1)),
+        )
 
     def _product(self, x: ir.Value, values: ir.Value, name: str, shape: tuple[int, int], bits: int) -> ir.Value:
         return self._emitter.op(

@@ -15,7 +15,7 @@ from dilap.core.numerics import Numerics
 from dilap.core.shape import Architecture
 from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.onnx.graph import build_model
-from dilap.export.onnx.matrices import Storage
+from dilap.export.onnx.matrices import BLOCK, Storage
 from dilap.export.onnx.weights import ModelWeights, ProbeWeights
 from dilap.export.source_model import described, end_tokens
 from dilap.export.verify import NUM_TOKENS, verify_logits
@@ -53,6 +53,7 @@ class OnnxRuntimeExporter:
         """Write `model` into the folder `out`, verified, or leave nothing behind."""
         _require_known(precision)
         architecture = architecture_of(model)
+        _require_blocks(architecture, precision)
         numerics = numerics_of(model)
         weights = ModelWeights(exported_tensors(model))
         words = read_tokenizer(tokenizer, vocab_size=architecture.vocab_size)
@@ -86,6 +87,13 @@ class OnnxRuntimeExporter:
 def _require_known(precision: str) -> None:
     if precision not in STORAGE:
         raise Unsupported(f"precision {precision!r} is not known; ONNX Runtime runs {', '.join(STORAGE)}")
+
+
+def _require_blocks(architecture: Architecture, precision: str) -> None:
+    """Raise Unsupported for experts that are no whole number of quantised blocks wide, which QMoE does not take."""
+    experts = architecture.experts
+    if experts is not None and precision != "f32" and experts.num_channels % BLOCK:
+        raise Unsupported(f"experts of {experts.num_channels} channels cannot be in blocks of {BLOCK}; use f32")
 
 
 def _write_model(

@@ -48,7 +48,7 @@ class Stacks:
         Every row is quantised by itself, so it makes no difference that matrices are stacked after quantisation.
         """
 
-        def blocks(name: str, shape: tuple[int, int], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        def blocks(name: str, shape: tuple[int, ...], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
             if parts := self._parts(name, shape):
                 values, scales = zip(*(read(*part, bits) for part in parts), strict=True)
                 return np.concatenate(values), np.concatenate(scales)

@@ -1,6 +1,7 @@
 """The numbers of an ONNX graph: a model's own, or random ones for timing."""
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,8 +32,8 @@ class ModelWeights:
         array: NDArray[np.float32] = tensor(self._tensors, name, shape).numpy()
         return array
 
-    def _quantise(self, name: str, shape: tuple[int, int], bits: int) -> _Quantised:
-        return quantise(self.values(name, shape), bits=bits)
+    def _quantise(self, name: str, shape: tuple[int, ...], bits: int) -> _Quantised:
+        return quantise(self.values(name, shape).reshape(-1, shape[-1]), bits=bits)
 
 
 class ProbeWeights:
@@ -44,8 +45,8 @@ class ProbeWeights:
     def values(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         return self._random.weights(name, shape)
 
-    def blocks(self, name: str, shape: tuple[int, int], bits: int) -> _Quantised:
-        rows, num_blocks = shape[0], -(-shape[1] // BLOCK)
+    def blocks(self, name: str, shape: tuple[int, ...], bits: int) -> _Quantised:
+        rows, num_blocks = math.prod(shape[:-1]), -(-shape[-1] // BLOCK)
         scales = np.full((rows, num_blocks), 0.06 / (1 << bits), np.float32)  # so that the largest weight is 0.03
         return self._random.bytes(name, (rows, num_blocks, BLOCK * bits // 8)), scales
 

@@ -14,7 +14,7 @@ from dilap.core.errors import Unsupported
 from dilap.core.plan import full_plan
 from dilap.core.rules import Capabilities, WidthRules, portable_levels
 from dilap.core.shape import Architecture, Experts
-from dilap.models.anatomy import architecture_of, blocks_of, numerics_of
+from dilap.models.anatomy import architecture_of, blocks_of
 from dilap.models.cut import shrink_
 from dilap.models.load import load, save_checkpoint
 from dilap.models.routing import Routed
@@ -161,10 +161,11 @@ def test_plans_of_models_without_experts_have_the_digests_that_they_had() -> Non
 
 
 def test_the_weights_of_experts_are_normed_as_the_config_says() -> None:
-    assert numerics_of(tiny_model("qwen3_moe")).normed_routing
-    assert not numerics_of(tiny_model("qwen3_moe", norm_topk_prob=False)).normed_routing
+    for normed in (True, False):
+        architecture = architecture_of(tiny_model("qwen3_moe", norm_topk_prob=normed))
+        assert architecture.experts == Experts(num_channels=32, num_active=2, normed=normed)
 
 
 def test_experts_are_at_least_one() -> None:
     with pytest.raises(ValueError, match="tokens are sent to some of them"):
-        Experts(num_channels=32, num_active=0)
+        Experts(num_channels=32, num_active=0, normed=True)

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from dilap.core.errors import Unsupported
 from dilap.core.groups import Block, Kept, Member
-from dilap.core.numerics import Numerics
 from dilap.core.shape import Architecture, Experts, LayerWidths
 from dilap.models.families.family import GATE, UP, Family
 from dilap.models.modeling_dilap import NoFeedForward, set_experts_
@@ -34,11 +33,12 @@ class _Qwen3Moe(Family):
                     f"layer {index} has no experts (mlp_only_layers, decoder_sparse_step): models that mix layers with"
                     " and without experts cannot be pruned yet"
                 )
-        experts = Experts(num_channels=config.moe_intermediate_size, num_active=config.num_experts_per_tok)
+        experts = Experts(
+            num_channels=config.moe_intermediate_size,
+            num_active=config.num_experts_per_tok,
+            normed=config.norm_topk_prob,
+        )
         return replace(super().architecture(model), experts=experts)
-
-    def numerics(self, model: PreTrainedModel) -> Numerics:
-        return replace(super().numerics(model), normed_routing=model.config.norm_topk_prob)
 
     def exported(self, model: PreTrainedModel) -> Mapping[str, torch.Tensor]:
         """Return the model's own tensors, and the halves of fused ones by names of their own."""
