@@ -10,12 +10,13 @@ from typing import Any
 import gguf
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dilap.backends.llamacpp.gguf_header import GgufHeader, read_header
 from dilap.core.codec import read_json
 from dilap.core.errors import InvalidInput
 from dilap.models.adapter import CONFIG
+from dilap.models.anatomy import exported_tensors
 from dilap.models.families import family_of
 from dilap.models.families.family import has_tied_head, head_dim_of
 from dilap.models.pretrained import errors_of_damaged_files
@@ -31,6 +32,8 @@ _READ = (
     *("attention.head_count_kv", "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base"),
     *("vocab_size", "attention.key_length", "attention.value_length"),
 )
+_EXPERT_WIDTH = "expert_feed_forward_length"
+_READ_OF_EXPERTS = ("expert_count", "expert_used_count", _EXPERT_WIDTH)  # where the family has experts
 _NEUTRAL: Mapping[str, Collection[Any]] = {
     "rope.scaling.type": ("none",),
     "rope.scaling.factor": (1.0, 0.0),
@@ -119,10 +122,20 @@ def exact_type(folder: Path) -> torch.dtype | str:
     return _TYPES[wide.pop()] if len(wide) == 1 else torch.bfloat16 if not wide else torch.float32
 
 
+def read_width_of_experts_(config: PreTrainedConfig, path: Path) -> None:
+    """Give the config of a GGUF file the width of its experts, which transformers passes over. Raises InvalidInput."""
+    metadata = read_header(path).metadata
+    key = f"{metadata.get('general.architecture')}.{_EXPERT_WIDTH}"
+    if key not in metadata:
+        raise InvalidInput(f"{path}: it has experts, and no key {key} that says how wide they are")
+    config.moe_intermediate_size = metadata[key]
+
+
 def read_rest_of_gguf_(model: PreTrainedModel, path: Path) -> None:
     """Read what transformers passes over in a GGUF file. Raises InvalidInput, by name, for what cannot be read."""
     header = read_header(path)
-    _require_keys_read(header, path)
+    has_experts = family_of(model.config).experts is not None
+    _require_keys_read(header, path, read=(*_READ, *_READ_OF_EXPERTS) if has_experts else _READ)
     if unread := sorted(set(header.shapes) - _gguf_names(model) - {_ROPE_FACTORS}):
         raise InvalidInput(f"{path}: {_counted(unread)} of this file has no place in a {model.config.model_type} model")
     if _ROPE_FACTORS in header.shapes:
@@ -130,11 +143,11 @@ def read_rest_of_gguf_(model: PreTrainedModel, path: Path) -> None:
             _scale_rotary_(model, path, header)
 
 
-def _require_keys_read(header: GgufHeader, path: Path) -> None:
+def _require_keys_read(header: GgufHeader, path: Path, *, read: Collection[str]) -> None:
     architecture = header.metadata.get("general.architecture")
     for key, value in header.metadata.items():
         prefix, _, name = key.partition(".")
-        if prefix != architecture or name in _READ or name == "rope.scaling.attn_factor":
+        if prefix != architecture or name in read or name == "rope.scaling.attn_factor":
             continue
         if value not in _NEUTRAL.get(name, ()):
             raise InvalidInput(
@@ -144,11 +157,12 @@ def _require_keys_read(header: GgufHeader, path: Path) -> None:
 
 def _gguf_names(model: PreTrainedModel) -> set[str]:
     """Return the names that a model's tensors have in a GGUF file."""
-    kind = {"mistral": "llama"}.get(model.config.model_type, model.config.model_type)
+    own = model.config.model_type
+    kind = {"mistral": "llama", "qwen3_moe": "qwen3moe"}.get(own, own)
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     names = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
-    found = (names.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.state_dict())
-    return {one for one in found if one is not None}
+    found = (names.get_name(name, try_suffixes=(".weight", ".bias")) for name in exported_tensors(model))
+    return {one if one.endswith((".weight", ".bias")) else f"{one}.weight" for one in found if one is not None}
 
 
 def _scale_rotary_(model: PreTrainedModel, path: Path, header: GgufHeader) -> None:

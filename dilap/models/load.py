@@ -31,6 +31,7 @@ from dilap.models.builtin import DEFAULT_MODEL, builtin_model
 from dilap.models.faithful import (
     exact_type,
     read_rest_of_gguf_,
+    read_width_of_experts_,
     require_every_tensor,
     require_no_adapter,
     take_special_tokens_,
@@ -131,7 +132,8 @@ def _config(name: str, folder: str, arguments: Mapping[str, Any]) -> PreTrainedC
     """Load the config. Raises Unsupported, before gigabytes are read, for a family or function that is not known."""
     with _errors_of(name, folder):
         config = from_pretrained(AutoConfig, folder, gguf_file=arguments.get("gguf_file"))
-        family_of(config)
+        if family_of(config).experts is not None and "gguf_file" in arguments:
+            read_width_of_experts_(config, Path(folder) / arguments["gguf_file"])
         _require_known_functions(config, name=name)
     return config
 
@@ -143,6 +145,8 @@ def _model(name: str, folder: str, config: PreTrainedConfig, arguments: dict[str
         arguments.setdefault("dtype", exact_type(Path(folder)))
         # Tensors of wrong sizes are reported below: the loader's own error does not name them.
         arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        if family_of(config).experts is not None and "gguf_file" in arguments:
+            arguments["config"] = config  # with what transformers does not read
         model, report = from_pretrained(loader, folder, **arguments)
     for tensor, found, wanted in sorted(report["mismatched_keys"]):
         raise InvalidInput(f"model {name!r}: {_words_of_sizes(tensor, found, wanted, config)}")

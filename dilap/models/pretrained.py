@@ -19,6 +19,8 @@ _WIDTHS = (
     *("hidden_size", "intermediate_size", "ffn_dim", "vocab_size", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "word_embed_proj_dim", "embedding_length", "feed_forward_length", "attention.head_count"),
     *("attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.dimension_count"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "expert_count"),
+    *("expert_used_count", "expert_feed_forward_length"),
 )
 _POSITIONS = ("max_position_embeddings", "context_length")
 _LIMITS = {
@@ -114,7 +116,8 @@ def _num_weights(config: Mapping[str, Any]) -> int:
     hidden, heads = count("hidden_size"), count("num_attention_heads", default=1)
     head_dim = count("head_dim", default=hidden // max(1, heads))
     rows = _rows(config.get("layer_widths"), "")
-    inner = 2 * heads * head_dim + 2 * count("intermediate_size", "ffn_dim")
+    experts = count("num_local_experts", "num_experts") * count("moe_intermediate_size")
+    inner = 2 * heads * head_dim + 2 * (experts or count("intermediate_size", "ffn_dim"))
     layers = sum(2 * row[0] * head_dim + 2 * row[2] for row in rows) or count("num_hidden_layers") * inner
     positions = count("max_position_embeddings") if config.get("model_type") == "opt" else 0
     return hidden * (layers + count("vocab_size") + positions)

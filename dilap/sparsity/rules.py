@@ -7,7 +7,8 @@ from typing import ClassVar, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from dilap.core.errors import InvalidInput
+from dilap.core.errors import InvalidInput, Unsupported
+from dilap.models.anatomy import architecture_of
 from dilap.models.families import family_of
 from dilap.models.modeling_dilap import linear_at
 from dilap.models.statistics import InputStatistics, Propagate, Role, layer_statistics, paths_of
@@ -200,7 +201,14 @@ def sparsify_(
 
 
 def require_matrices(model: PreTrainedModel, pattern: Pattern) -> None:
-    """Raise InvalidInput where there is no matrix to prune, or one that the pattern does not divide."""
+    """Raise InvalidInput where there is no matrix to prune, or one that the pattern does not divide.
+
+    Raises Unsupported for a model with experts, most of whose weights are in no matrix.
+    """
+    if architecture_of(model).experts is not None:
+        raise Unsupported(
+            "zeros inside matrices of experts are not supported yet: remove experts, with --budget or --ratio"
+        )
     family = family_of(model.config)
     names = [path for role in ROLES for path in paths_of(family, role)]
     layers = model.get_submodule(family.layers)

@@ -26,9 +26,11 @@ AttentionLevel = tuple[int, int]  # heads, KV heads; (0, 0) is none
 def default_levels(architecture: Architecture, capabilities: Capabilities) -> tuple[list[AttentionLevel], list[int]]:
     """Return the attention levels and FFN widths to choose from, ascending, the dense ones included."""
     dense = replace(architecture, layers=(_uniform_layer(architecture),))
-    levels = {block.kind: capabilities.levels(block) for block in dense.blocks}
-    attention = [(groups * slots, groups) for groups, slots in levels.get("attention", [])]
-    return attention, [channels for (channels,) in levels.get("ffn", [])]
+    found: dict[str, list[LayerWidths]] = {"attention": [], "ffn": []}
+    for block in dense.blocks:
+        found[block.kind] = [dense.widths_of(block, level) for level in capabilities.levels(block)]
+    attention = [(layer.num_heads, layer.num_kv_heads) for layer in found["attention"]]
+    return attention, [layer.num_channels for layer in found["ffn"]]
 
 
 def build_table(
@@ -132,10 +134,11 @@ def probe_architecture(architecture: Architecture, workload: Workload, *, cache_
     """Return the model with only as many layers as it needs so that no probe's weights fit in the cache.
 
     A probe in the cache would be read faster than the real model is. The dense probe gets eight times the size of the
-    cache, so that a probe of half its width still has four times.
+    cache, so that a probe of half its width still has four times. Of experts only those count to which one token is
+    sent, because the same token is timed again and again.
     """
     layer = _uniform_layer(architecture)
-    parameters = architecture.attention_parameters(layer) + architecture.ffn_parameters(layer)
+    parameters = architecture.attention_parameters(layer) + architecture.active_ffn_parameters(layer)
     layer_bytes = parameters * PRECISION_BITS[workload.precision] / 8
     needed = max(2, -(-8 * cache_bytes // max(1, int(layer_bytes))))
     return replace(architecture, layers=architecture.layers[: min(len(architecture.layers), needed)])

@@ -3,6 +3,8 @@
 Such an estimate says which parts of a model weigh most, but not whether a budget is kept.
 """
 
+from dataclasses import replace
+
 from dilap.core.errors import InvalidInput
 from dilap.core.measurement import Fingerprint, Measurement
 from dilap.core.shape import PRECISION_BITS, Architecture, LayerWidths
@@ -14,19 +16,27 @@ METHOD = "estimated"  # stands wherever a measurement would say how it was made
 
 
 def roofline(architecture: Architecture, workload: Workload, device: Device, *, cache_bits: float) -> LatencyModel:
-    """Return a latency model that is linear in every width.
+    """Return a latency model that is linear in every width, from as many experts on as a token is sent to.
 
-    Every part takes as long as its reads or its operations, whichever is slower. Raises InvalidInput for a device
-    without published numbers.
+    Every part takes as long as its reads or its operations, whichever is slower. A prompt is taken to read all experts.
+    Raises InvalidInput for a device without published numbers.
     """
     layer = architecture.layers[0]
     tokens = 1 if workload.phase == "decode" else workload.prompt_tokens
     byte = PRECISION_BITS[workload.precision] / 8
-    attention, ffn = architecture.attention_parameters(layer), architecture.ffn_parameters(layer)
+    attention = architecture.attention_parameters(layer)
     work = attention_work(architecture, workload, cache_bits=cache_bits)
     narrowest = work(LayerWidths(num_heads=1, num_kv_heads=1, num_channels=0)) / work(layer)
     pairs = workload.context if workload.phase == "decode" else tokens * (tokens + 1) // 2
     head = architecture.vocab_size * architecture.hidden_size
+    widths = sorted({0, architecture.active_channels(layer), layer.num_channels})
+
+    def ffn_seconds(num_channels: int) -> float:
+        network = replace(layer, num_channels=num_channels)
+        active = architecture.active_ffn_parameters(network)
+        read = active if workload.phase == "decode" else architecture.ffn_parameters(network)
+        return _seconds(device, num_bytes=read * byte, flops=2 * active * tokens)
+
     attention_seconds = _seconds(
         device,
         num_bytes=work(layer) if workload.phase == "decode" else attention * byte,
@@ -43,8 +53,8 @@ def roofline(architecture: Architecture, workload: Workload, device: Device, *, 
             seconds=(0.0, narrowest * attention_seconds, attention_seconds),
         ),
         ffn=Curve(
-            work=(0.0, float(layer.num_channels)),
-            seconds=(0.0, _seconds(device, num_bytes=ffn * byte, flops=2 * ffn * tokens)),
+            work=tuple(float(channels) for channels in widths),
+            seconds=(0.0, *map(ffn_seconds, widths[1:])),
         ),
         cross_validation={},
         noise_seconds=0.0,
