@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from dilap import backends, export
 from dilap.cli.console import run
@@ -29,17 +30,22 @@ from dilap.models.families import families
 from tools.tiny_models import byte_level_tokenizer, pruned_model, tiny_model
 
 RUNTIMES = ("llamacpp", "onnxruntime", "executorch", "tensorrt")
+# Of the groups that a model has. Networks of experts have those in place of channels.
 _KEPT: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "any plan": {
         "layers.0.channels": tuple(range(32)),
+        "layers.0.experts": (0, 2, 5),
         "layers.1.kv_groups": (0,),
         "layers.1.channels": (),
+        "layers.1.experts": (),
         "layers.2.kv_groups": (),
     },
     "equal widths, whole layers": {
         **{f"layers.{layer}.channels": tuple(range(64)) for layer in (0, 1)},
+        **{f"layers.{layer}.experts": (0, 2, 5) for layer in (0, 1)},
         "layers.2.kv_groups": (),
         "layers.2.channels": (),
+        "layers.2.experts": (),
     },
     "equal widths, all layers": {f"layers.{layer}.channels": tuple(range(64)) for layer in range(4)},
 }
@@ -93,10 +99,19 @@ def try_out(pair: Pair, folder: Path) -> None:
         except Unsupported:
             return
         raise VerificationFailed(f"{pair.backend} {pair.precision} exports {pair.family}, which it says it cannot hold")
-    model = pruned_model(pair.family, _KEPT[pair.plans], **_CHANGES.get(pair.plans, {}))
+    model = _pruned(pair)
     backends.require_loadable(backends.get(pair.backend), architecture_of(model), precision=pair.precision)
     artifact = exporter.export(model, tokenizer=tokenizer, precision=pair.precision, plan_digest="", out=out)
     OPEN[pair.backend](out, artifact)
+
+
+def _pruned(pair: Pair) -> PreTrainedModel:
+    """Return a tiny model of the family with as unequal widths as the pair holds."""
+    changes = _CHANGES.get(pair.plans, {})
+    blocks = architecture_of(tiny_model(pair.family, **changes)).blocks
+    groups = {group.name for block in blocks for group in block.groups}
+    kept = {name: units for name, units in _KEPT[pair.plans].items() if name in groups}
+    return pruned_model(pair.family, kept, **changes)
 
 
 def _open_llamacpp(folder: Path, artifact: Artifact) -> None:

@@ -1,6 +1,7 @@
 """Recovery by distillation: the pruned model is trained to predict what the dense model does on the training split."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -95,7 +96,9 @@ def _trainable(model: PreTrainedModel, options: RecoveryOptions) -> Any:
     torch.manual_seed(options.seed)
     if options.mode == "lora":
         config = LoraConfig(r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules="all-linear")
-        adapted: nn.Module = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft warns of its own names for the fused tensors of experts
+            adapted: nn.Module = get_peft_model(model, config)
         return adapted
     model.requires_grad_(False)
     decoder_layers(model).requires_grad_(True)

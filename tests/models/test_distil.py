@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from standins.models import FAMILIES, logits, plan_for, random_tokens, tiny_model, tiny_tokenizer
+from standins.models import FAMILIES, SPARSE, Kept, logits, plan_for, random_tokens, tiny_model, tiny_tokenizer
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
@@ -16,7 +16,8 @@ from dilap.models.reference import Teacher
 # peft reads an attribute that transformers 5.23 renames.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 TOKENS = random_tokens(16, 16)
-KEPT = {"layers.0.channels": tuple(range(48)), "layers.1.kv_groups": (1,), "layers.2.channels": ()}
+KEPT: Kept = {"layers.0.channels": tuple(range(48)), "layers.1.kv_groups": (1,), "layers.2.channels": ()}
+KEPT_EXPERTS: Kept = {"layers.0.experts": (0, 2, 3), "layers.1.kv_groups": (1,), "layers.2.experts": ()}
 MODES: tuple[Mode, ...] = ("lora", "full")
 
 
@@ -26,7 +27,7 @@ def options(mode: Mode, *, seed: int = 0, steps: int = 30) -> RecoveryOptions:
 
 def pruned(family: str) -> PreTrainedModel:
     model = tiny_model(family)
-    return shrink_(model, plan_for(model, KEPT))
+    return shrink_(model, plan_for(model, KEPT_EXPERTS if family in SPARSE else KEPT))
 
 
 def shapes(model: PreTrainedModel) -> dict[str, tuple[type, tuple[int, ...], torch.dtype]]:
@@ -38,7 +39,7 @@ def modules(model: PreTrainedModel) -> list[tuple[str, type]]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *SPARSE])
 def test_distillation_lowers_the_kl_on_its_text(family: str, mode: Mode) -> None:
     teacher, model = Teacher.of(tiny_model(family), TOKENS), pruned(family)
     before = teacher.kl(model)
@@ -55,7 +56,7 @@ def test_a_step_does_not_depend_on_how_many_tokens_run_at_once(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *SPARSE])
 def test_distillation_leaves_a_plain_model(family: str, mode: Mode) -> None:
     model, plain = pruned(family), pruned(family)
     distil(model, Teacher.of(tiny_model(family), TOKENS), options(mode, steps=2))
@@ -74,7 +75,7 @@ def test_distilled_model_saves_and_loads(mode: Mode, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *SPARSE])
 def test_only_the_decoder_layers_are_trained(family: str, mode: Mode) -> None:
     model, before = pruned(family), dict(pruned(family).named_parameters())
     distil(model, Teacher.of(tiny_model(family), TOKENS), options(mode, steps=2))

@@ -16,10 +16,14 @@ PAIRS = [
     ("qwen3", "llamacpp", "q8_0"),
     ("olmo2", "llamacpp", "q8_0"),
     ("smollm3", "llamacpp", "q8_0"),
+    ("qwen3_moe", "llamacpp", "q8_0"),
     ("opt", "llamacpp", "f16"),
     ("qwen3", "onnxruntime", "int4"),
+    ("qwen3_moe", "onnxruntime", "int4"),
     ("opt", "onnxruntime", "f32"),
     ("qwen2", "executorch", "8da4w"),
+    ("qwen3_moe", "executorch", "f32"),
+    ("qwen3_moe", "tensorrt", "f16"),
 ]
 
 
