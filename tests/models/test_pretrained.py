@@ -73,6 +73,11 @@ COUNTS: dict[str, tuple[Mapping[str, Any], str]] = {
     "a text": ({"hidden_size": "64"}, "hidden_size is no whole number but '64'"),
     "yes": ({"num_hidden_layers": True}, "num_hidden_layers is no whole number but True"),
     "an integer of 100 digits": ({"vocab_size": 10**100}, "more than 64 bits"),
+    "more experts than the memory": (
+        {"num_local_experts": 1 << 20, "moe_intermediate_size": 1 << 20},
+        "this machine's memory has",
+    ),
+    "no number of experts": ({"num_local_experts": "many"}, "num_local_experts is no whole number but 'many'"),
     "more than the memory": ({"hidden_size": 1 << 22, "intermediate_size": 1 << 22}, "this machine's memory has"),
     "widths": ({"layer_widths": [[4, 2, 10**9]] * 3}, "layer_widths has"),
     "no widths": ({"layer_widths": 3}, "layer_widths is no list"),

@@ -13,7 +13,7 @@ from standins.models import tiny_model, tiny_tokenizer
 from dilap.cli import profile, prune
 from dilap.core.codec import read_json
 from dilap.core.errors import InvalidInput
-from dilap.core.shape import LayerWidths
+from dilap.core.shape import Experts, LayerWidths
 from dilap.core.workload import Workload
 from dilap.models.load import save_checkpoint
 from dilap.profilers.devices import device as devices
@@ -51,6 +51,40 @@ def test_a_slow_processor_is_bound_by_what_it_computes() -> None:
     assert model.ffn_seconds(TINY_LAYER.num_channels) == pytest.approx(
         2 * ARCHITECTURE.ffn_parameters(TINY_LAYER) / 1e9
     )
+
+
+EXPERTS = replace(
+    ARCHITECTURE,
+    experts=Experts(num_channels=16, num_active=2, normed=True),
+    layers=(replace(TINY_LAYER, num_channels=96),) * 2,
+)
+
+
+def test_a_token_takes_as_long_with_fewer_experts_but_for_the_router() -> None:
+    model = roofline(EXPERTS, DECODE, replace(DEVICE, flops_per_second=1e15), cache_bits=16.0)
+    row = 4 * EXPERTS.hidden_size / 1e9  # of the router, for one expert
+    whole = 4 * EXPERTS.active_ffn_parameters(EXPERTS.layers[0]) / 1e9
+    assert [model.ffn_seconds(channels) for channels in (96, 2 * 16, 0)] == pytest.approx([whole, whole - 4 * row, 0])
+
+
+def test_fewer_experts_are_not_offered_where_a_token_takes_as_long() -> None:
+    layers = (replace(TINY_LAYER, num_channels=6 * 2048),) * 2
+    wide = replace(EXPERTS, experts=Experts(num_channels=2048, num_active=2, normed=True), layers=layers)
+    levels, device = [(0,), (2,), (4,), (6,)], replace(DEVICE, flops_per_second=1e15)
+    prompt = Workload(precision="f32", phase="prefill", prompt_tokens=16)
+    of_token, of_prompt = (roofline(wide, one, device, cache_bits=16.0) for one in (DECODE, prompt))
+    assert of_token.cheaper(wide.blocks[1], levels) == [(6,), (0,)]
+    assert of_prompt.cheaper(wide.blocks[1], levels) == [(6,), (4,), (2,), (0,)]
+
+
+def test_a_prompt_reads_all_experts_and_computes_with_few() -> None:
+    prompt = Workload(precision="f32", phase="prefill", prompt_tokens=16)
+    reading, computing = (
+        roofline(EXPERTS, prompt, one, cache_bits=16.0).ffn_seconds(96)
+        for one in (replace(DEVICE, flops_per_second=1e15), replace(DEVICE, bytes_per_second=1e15))
+    )
+    assert reading == pytest.approx(4 * EXPERTS.ffn_parameters(EXPERTS.layers[0]) / 1e9)
+    assert computing == pytest.approx(2 * 16 * EXPERTS.active_ffn_parameters(EXPERTS.layers[0]) / 1e9)
 
 
 def test_a_narrower_layer_costs_less() -> None:

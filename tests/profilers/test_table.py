@@ -13,7 +13,7 @@ from standins.fabricated import FINGERPRINT, tiny_llama
 
 from dilap.core.errors import InvalidInput, Mismatch, Unsupported
 from dilap.core.rules import Capabilities, spread
-from dilap.core.shape import LayerWidths
+from dilap.core.shape import Experts, LayerWidths
 from dilap.core.workload import Workload
 from dilap.profilers.protocol import TABLE
 from dilap.profilers.tables.fit import attention_work
@@ -96,6 +96,23 @@ def test_heads_that_stay_or_go_together_cost_what_they_cost(capabilities: Capabi
     model = table.with_entries(entry(probe.role, probe.widths) for probe in probes).model()
     for probe in probes:
         assert model.predict(probe.widths) == pytest.approx(true_seconds(probe.widths), rel=0.01)
+
+
+def test_experts_are_probed_whole_and_survive_a_round_trip(tmp_path: Path) -> None:
+    architecture = replace(ARCHITECTURE, experts=Experts(num_channels=96, num_active=2, normed=True))
+    _, ffn = default_levels(architecture, STOCK)
+    assert ffn == [2 * 96, 3 * 96, 4 * 96, 5 * 96, 6 * 96, 7 * 96, 8 * 96]
+    table = LatencyTable(replace(HEADER, architecture=architecture))
+    table.write(tmp_path / "t.jsonl")
+    assert LatencyTable.read(tmp_path / "t.jsonl").header.architecture == architecture
+
+
+def test_a_probe_outgrows_the_cache_with_the_experts_of_one_token() -> None:
+    """The same token is timed again and again, and the others are never read."""
+    dense = replace(ARCHITECTURE, layers=ARCHITECTURE.layers[:1] * 64)
+    few = replace(dense, experts=Experts(num_channels=96, num_active=2, normed=True))
+    found = [len(probe_architecture(one, WORKLOAD, cache_bytes=1 << 20).layers) for one in (dense, few)]
+    assert found[0] < found[1] < 64
 
 
 def test_a_table_survives_a_round_trip(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from standins.models import FAMILIES, random_tokens, tiny_model
 from torch.testing import assert_close
 
-from dilap.core.errors import InvalidInput, VerificationFailed
+from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed
 from dilap.models.anatomy import decoder_layers
 from dilap.models.families import family_of
 from dilap.models.modeling_dilap import linear_at
@@ -61,6 +61,11 @@ def test_check_rejects_a_planted_violation(pattern: Pattern) -> None:
     weight[0, 0] = 1.0
     with pytest.raises(VerificationFailed, match="x: "):
         pattern.require(weight, name="x")
+
+
+def test_experts_are_refused_before_anything_is_changed() -> None:
+    with pytest.raises(Unsupported, match="zeros inside matrices of experts are not supported yet"):
+        sparsify_(tiny_model("qwen3_moe"), random_tokens(2, 8), Wanda(), TWO_OF_FOUR)
 
 
 def test_groups_that_do_not_divide_are_refused_before_anything_is_changed() -> None:
