@@ -8,7 +8,7 @@ import torch
 
 from dilap.core.artifact import Artifact
 from dilap.core.errors import InvalidInput
-from dilap.models.context import window_notes
+from dilap.models.context import context_notes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +49,6 @@ def described(
     details = {
         **artifact.details,
         "torch_dtype": str(model.dtype),
-        "notes": [*notes, *window_notes(model.config)],
+        "notes": [*notes, *context_notes(model.config)],
     }
     return replace(artifact, plan_digest=plan_digest, details=details)

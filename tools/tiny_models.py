@@ -20,6 +20,8 @@ from transformers import (
     Olmo2ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -47,6 +49,7 @@ CLASSES = {
     "olmo2": (Olmo2Config, Olmo2ForCausalLM),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
     "opt": (OPTConfig, OPTForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
     "ministral": (MinistralConfig, MinistralForCausalLM),
     "seed_oss": (SeedOssConfig, SeedOssForCausalLM),
@@ -76,6 +79,9 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
         sizes |= {"pad_token_id": None, "eos_token_id": 0}
     if family == "smollm3":  # its default, every fourth layer, would leave none of three without rotary embedding
         sizes |= {"no_rope_layer_interval": 2, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
+    if family == "phi3":  # its defaults are tokens beyond this vocabulary; 12 of 16 channels of a head are turned
+        sizes |= {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
+        sizes |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.75}}
     generator = torch.Generator().manual_seed(0)
     model = model_class(config_class(**sizes | changes)).eval()
     for name, parameter in model.named_parameters():

@@ -7,6 +7,7 @@ indices_kept([channels], {"channels": (0, 2)})  # {("up.weight", 0): [0, 2], ("d
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,11 @@ class Member:
     grid: tuple[int, ...]
     dimension: int = 0
     offset: int = 0
+
+    @property
+    def span(self) -> slice:
+        """The entries of the axis that the grid covers."""
+        return slice(self.offset, self.offset + prod(self.grid))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ class Rotary:
     """Rotary position embedding: pair i of a head's channels is turned by `frequencies[i]` radians a token.
 
     The frequencies are the scaled ones, and `magnitude` multiplies their sines and cosines; `kind` and `base` say what
-    they were made from, as transformers names it (`default`, `linear`, `llama3`, `yarn`).
+    they were made from, as transformers names it (`default`, `linear`, `llama3`, `yarn`, `longrope`), or `partial`
+    where some pairs are not turned, whose frequency is 0.
     """
 
     frequencies: tuple[float, ...]

@@ -46,9 +46,9 @@ def lagrangian(sparsity: torch.Tensor, target: float, multipliers: torch.Tensor)
 class Compresso:
     """Compresso with its published settings, trained on `steps` batches of calibration text.
 
-    Gates and multipliers have the learning rate 0.1, adapters of rank 8 on query and value 5e-5. The target sparsity is
-    reached after half of the training. At the end the gates of units that are kept are folded in at their soft values.
-    The authors train for 8 epochs of an instruction corpus.
+    Gates and multipliers have the learning rate 0.1, adapters of rank 8 on query and value (with the key, where one
+    matrix holds all three) 5e-5. The target sparsity is reached after half of the training. At the end the gates of
+    units that are kept are folded in at their soft values. The authors train for 8 epochs of an instruction corpus.
 
     Two parts are left out: gates on the residual stream, whose width our plans do not change, and the prompt, which
     would be needed at inference too. The target sparsity is that of the plan that keeps the limit with equal shares in
@@ -64,7 +64,8 @@ class Compresso:
 
     def __call__(self, task: PruneTask) -> Pruned:
         family = family_of(task.model.config)
-        paths, outs = (family.query, family.value), list(sublayers(task.model))  # before adapters hide the matrices
+        paths = tuple(dict.fromkeys((family.query, family.value)))  # fused ones are one
+        outs = list(sublayers(task.model))  # before adapters hide the matrices
         with Adapters(task, rank=self.rank, alpha=self.alpha, dropout=0.0, paths=paths) as adapted:
             gates = _Gates(self, task, adapted, outs)
             gates.train()

@@ -104,12 +104,12 @@ class LlmPruner:
         return reduced(parts, self.reduce).sum(1)
 
     def _channels(self, model: PreTrainedModel, member: Member, found: "_Gradients") -> torch.Tensor:
-        """Return the score of every entry of a member's axis, that is of every output or every input of a matrix."""
+        """Return the scores of a member's entries of its axis, that is of outputs or inputs of a matrix."""
         zero = torch.zeros(())
         weight, gradient = model.get_parameter(member.tensor).detach().float(), found.means.get(member.tensor, zero)
         curvature = found.squares.get(member.tensor, zero)
         sums = element_scores(self.variant, weight, gradient, curvature).sum(1 - member.axis)
-        return sums.abs() if self.variant == "vectorize" else sums
+        return (sums.abs() if self.variant == "vectorize" else sums)[member.span]
 
 
 @dataclass(frozen=True)

@@ -123,12 +123,13 @@ class _Run:
         for name, group in self.groups.items():
             for member in _matrices(group):
                 if member.axis == 0:
-                    yield self.adapted.matrix(member.tensor).register_forward_hook(self._masking(name))
+                    yield self.adapted.matrix(member.tensor).register_forward_hook(self._masking(name, member.span))
 
-    def _masking(self, name: str) -> Any:
+    def _masking(self, name: str, span: slice) -> Any:
         def hook(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
-            mask = self.masks[name]
-            return output * mask.repeat_interleave(output.shape[-1] // len(mask)).to(output.dtype)
+            mask, factors = self.masks[name], output.new_ones(output.shape[-1])
+            factors[span] = mask.repeat_interleave(len(factors[span]) // len(mask)).to(output.dtype)
+            return output * factors
 
         return hook
 
@@ -148,7 +149,7 @@ class _Run:
             a, b = matrix.lora_A["default"].weight, matrix.lora_B["default"].weight
             weight = matrix.base_layer.weight + self.adapted.scale * b @ a
             elements = (estimated_gradient(a, b, a.grad, b.grad) * weight).abs().float()
-            units = (elements.T if member.axis else elements).reshape(group.num_units, -1).sum(1)
+            units = (elements.T if member.axis else elements)[member.span].reshape(group.num_units, -1).sum(1)
             total += units / units.norm().clamp_min(1e-30)
         return total
 

@@ -4,6 +4,7 @@ transformers loads what its classes have a place for, and passes over the rest w
 """
 
 from collections.abc import Collection, Mapping
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ _HEAD = "lm_head.weight"
 # A buffer that older versions of transformers saved and that is computed from the config.
 _COMPUTED = ".rotary_emb.inv_freq"
 _ROPE_FACTORS = "rope_freqs.weight"
+_PHI3_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 # Keys of a GGUF file after its architecture's name: those that transformers reads, those that only repeat another one,
 # and those that change nothing at the values given.
 _READ = (
@@ -34,6 +36,7 @@ _READ = (
 )
 _EXPERT_WIDTH = "expert_feed_forward_length"
 _READ_OF_EXPERTS = ("expert_count", "expert_used_count", _EXPERT_WIDTH)  # where the family has experts
+_READ_OF_PHI3 = ("attention.sliding_window", "rope.scaling.original_context_length")
 _NEUTRAL: Mapping[str, Collection[Any]] = {
     "rope.scaling.type": ("none",),
     "rope.scaling.factor": (1.0, 0.0),
@@ -134,12 +137,16 @@ def read_width_of_experts_(config: PreTrainedConfig, path: Path) -> None:
 def read_rest_of_gguf_(model: PreTrainedModel, path: Path) -> None:
     """Read what transformers passes over in a GGUF file. Raises InvalidInput, by name, for what cannot be read."""
     header = read_header(path)
-    has_experts = family_of(model.config).experts is not None
-    _require_keys_read(header, path, read=(*_READ, *_READ_OF_EXPERTS) if has_experts else _READ)
-    if unread := sorted(set(header.shapes) - _gguf_names(model) - {_ROPE_FACTORS}):
+    has_experts, is_phi3 = family_of(model.config).experts is not None, model.config.model_type == "phi3"
+    own = _READ_OF_EXPERTS if has_experts else _READ_OF_PHI3 if is_phi3 else ()
+    _require_keys_read(header, path, read=(*_READ, "rope.scaling.attn_factor", *own))
+    factors = _PHI3_FACTORS if is_phi3 else (_ROPE_FACTORS,)
+    if unread := sorted(set(header.shapes) - _gguf_names(model) - set(factors)):
         raise InvalidInput(f"{path}: {_counted(unread)} of this file has no place in a {model.config.model_type} model")
-    if _ROPE_FACTORS in header.shapes:
-        with errors_of_damaged_files():
+    with errors_of_damaged_files():
+        if is_phi3:
+            _read_phi3_(model, path, header)
+        elif _ROPE_FACTORS in header.shapes:
             _scale_rotary_(model, path, header)
 
 
@@ -147,7 +154,7 @@ def _require_keys_read(header: GgufHeader, path: Path, *, read: Collection[str])
     architecture = header.metadata.get("general.architecture")
     for key, value in header.metadata.items():
         prefix, _, name = key.partition(".")
-        if prefix != architecture or name in read or name == "rope.scaling.attn_factor":
+        if prefix != architecture or name in read:
             continue
         if value not in _NEUTRAL.get(name, ()):
             raise InvalidInput(
@@ -191,6 +198,29 @@ def _scale_rotary_(model: PreTrainedModel, path: Path, header: GgufHeader) -> No
         if parameters is table or torch.allclose(rotary.inv_freq, plain / factors, rtol=1e-4):
             model.set_submodule(family.rotary, rotary)
             return
+
+
+def _read_phi3_(model: PreTrainedModel, path: Path, header: GgufHeader) -> None:
+    """Give a Phi-3 the sliding window of its file, and the rotary embedding, which may turn a part of a head."""
+    config, family, head_dim = model.config, family_of(model.config), head_dim_of(model.config)
+    given = {key.removeprefix("phi3."): value for key, value in header.metadata.items()}
+    config.sliding_window = given.get("attention.sliding_window") or None
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
+    turned = given.get("rope.dimension_count", head_dim)
+    rope["partial_rotary_factor"] = turned / head_dim
+    if set(_PHI3_FACTORS) <= set(header.shapes):
+        tensors = {one.name: one.data for one in gguf.GGUFReader(path).tensors}
+        short, long = (tensors[name].tolist() for name in _PHI3_FACTORS)
+        config.original_max_position_embeddings = given["rope.scaling.original_context_length"]
+        rope |= {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+        rope["original_max_position_embeddings"] = config.original_max_position_embeddings
+    config.rope_parameters, magnitude = rope, given.get("rope.scaling.attn_factor", 1.0)
+    kind: Any = type(model.get_submodule(family.rotary))
+    if not isclose(kind(config).attention_scaling, magnitude, rel_tol=1e-6):
+        config.rope_parameters = {**rope, "attention_factor": magnitude}
+    model.set_submodule(family.rotary, rotary := kind(config))
+    if 2 * len(rotary.inv_freq) != turned:  # transformers rounds the share down
+        raise InvalidInput(f"{path}: turns {turned} of {head_dim} channels of a head, a share that cannot be read")
 
 
 def _counted(names: list[str]) -> str:

@@ -4,7 +4,7 @@ transformers' own reader splits texts in one way, whichever of llama.cpp's pre-t
 tokens that the file does not have.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
@@ -23,7 +23,7 @@ from dilap.models.gguf_sentencepiece import sentencepiece_tokenizer
 from dilap.models.pretrained import errors_of_damaged_files, from_pretrained, require_sound_gguf
 from dilap.models.text_samples import SAMPLES, first_difference
 
-_CONTROL, _USER_DEFINED = 3, 4  # gguf's types of tokens
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # gguf's types of tokens
 _SPACES = r"\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|" + _SPACES
 _LLAMA3 = (
@@ -70,6 +70,10 @@ _ALIKE = {
     **dict.fromkeys(("stablelm2", "hunyuan", "deepseek-r1-qwen", "qwen35", "megrez"), "qwen2"),
     **dict.fromkeys(("mpt", "olmo", "jais", "phi-2", "gigachat", "trillion"), "gpt-2"),
 }
+NAME = "general.name"
+# Where that is Phi-3's, llama.cpp drops spaces behind all special tokens but these, which it takes to be there.
+_PHI3_NAMES = ("phi-3", "phi3")
+_STRIPS, _KEEPS = ("</s>",), ("<unk>", "<s>", "<|endoftext|>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +87,16 @@ class Field:
 
 
 def tokenizer_fields(path: Path) -> tuple[Field, ...]:
-    """Return the `tokenizer.*` entries of a GGUF file. Raises InvalidInput where it is damaged or has no tokenizer."""
+    """Return the `tokenizer.*` entries of a GGUF file, and its name where llama.cpp splits texts by that.
+
+    Raises InvalidInput where it is damaged or has no tokenizer.
+    """
     require_sound_gguf(path)
     try:
-        found = [one for name, one in gguf.GGUFReader(path).fields.items() if name.startswith("tokenizer.")]
+        entries = gguf.GGUFReader(path).fields
+        found = [one for name, one in entries.items() if name.startswith("tokenizer.")]
+        if NAME in entries and _is_phi3(entries[NAME].contents()):
+            found.append(entries[NAME])
         fields = tuple(
             Field(
                 key=one.name,
@@ -101,6 +111,16 @@ def tokenizer_fields(path: Path) -> tuple[Field, ...]:
     if not any(one.key == "tokenizer.ggml.tokens" and one.value for one in fields):
         raise InvalidInput(f"{path}: it holds no tokenizer")
     return fields
+
+
+def drops_spaces(name: str, tokens: Collection[str]) -> set[str]:
+    """Return those of the special `tokens` behind which llama.cpp drops spaces in a file of that name."""
+    is_known = _is_phi3(name) and {*_STRIPS, *_KEEPS} <= set(tokens)
+    return set(tokens).difference(_KEEPS) if is_known else set()
+
+
+def _is_phi3(name: str) -> bool:
+    return any(one in name.lower() for one in _PHI3_NAMES)
 
 
 def read_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -183,8 +203,13 @@ def _finished(made: Tokenizer, fields: dict[str, Any], *, adds_bos: bool) -> Pre
     """Return a tokenizer with the file's special tokens, those that users defined, and its chat templates."""
     tokens = fields["tokenizer.ggml.tokens"]
     types = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    kinds = {
+        kind: [token for token, one in zip(tokens, types, strict=True) if one == kind]
+        for kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    }
+    dropping = drops_spaces(fields.get(NAME, ""), [token for some in kinds.values() for token in some])
     for kind, add in ((_CONTROL, made.add_special_tokens), (_USER_DEFINED, made.add_tokens)):
-        add([AddedToken(token, normalized=False) for token, one in zip(tokens, types, strict=True) if one == kind])
+        add([AddedToken(token, normalized=False, rstrip=token in dropping) for token in kinds[kind]])
     named = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")}
     bos = named["bos"]
     if adds_bos and bos is not None:

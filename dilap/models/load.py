@@ -73,7 +73,8 @@ def load(name: str, *, tokenizer: Path | None = None, merge_adapter: str | Path 
     path = builtin_model() if name == DEFAULT_MODEL else checkpoint_of(Path(name))
     require_no_adapter(path)
     if path.is_file():
-        arguments: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
+        # Phi-3's config class has a token for padding that a vocabulary may lack.
+        arguments: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32, "pad_token_id": None}
         folder, tokenizer_path = path.parent, path
     elif path.is_dir() or _looks_like_hub_id(name):
         arguments = {}

@@ -12,6 +12,7 @@ the stock model: `PrunedLlamaForCausalLM` is `LlamaForCausalLM` with narrower la
 """
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,8 @@ class Paths:
     """Where a model keeps its parts: `layers` is a dotted path in the model, all others are paths in a layer.
 
     `ffn` is the path of the feed-forward module, None where its matrices lie in the layer itself. Norms stand before a
-    sublayer, behind it (between its output and the residual stream), or both; None where there is none.
+    sublayer, behind it (between its output and the residual stream), or both; None where there is none. `query`, `key`
+    and `value` with the same path are one matrix that holds them one after another; so are entries of `ffn_in`.
     `experts` and `router` are the paths of the experts and of what sends tokens to them, None where every token uses
     all channels.
     """
@@ -113,8 +115,23 @@ def linear_at(layer: nn.Module, path: str) -> nn.Linear | None:
 def set_heads_(attention: Any, num_heads: int, num_kv_heads: int) -> None:
     """Tell an attention module how many heads its matrices have."""
     attention.num_key_value_groups = num_heads // num_kv_heads
-    if hasattr(attention, "num_heads"):
-        attention.num_heads = num_heads
+    for name, count in (("num_heads", num_heads), ("num_key_value_heads", num_kv_heads)):
+        if hasattr(attention, name):
+            setattr(attention, name, count)
+    attention.config = _LayerConfig(attention.config, num_attention_heads=num_heads)
+
+
+class _LayerConfig:
+    """The config of a model with the number of heads of one layer, which Phi-3's attention divides its matrix by."""
+
+    def __init__(self, config: Any, *, num_attention_heads: int) -> None:
+        self.of_model: Any = config.of_model if isinstance(config, _LayerConfig) else config
+        self.num_attention_heads = num_attention_heads
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copying asks for these before there is a config
+            raise AttributeError(name)
+        return getattr(self.of_model, name)
 
 
 def set_experts_(layer: nn.Module, paths: Paths, num_experts: int) -> None:
@@ -132,11 +149,12 @@ def _narrow_attention_(layer: nn.Module, paths: Paths, num_heads: int, num_kv_he
     attention: Any = layer.get_submodule(paths.attention)
     attention.layer_idx = cache_index
     set_heads_(attention, num_heads, num_kv_heads)
-    query, key_value = num_heads * attention.head_dim, num_kv_heads * attention.head_dim
-    _resize_(layer, paths.query, out_features=query)
-    _resize_(layer, paths.key, out_features=key_value)
-    _resize_(layer, paths.value, out_features=key_value)
-    _resize_(layer, paths.attention_out, in_features=query)
+    heads: Counter[str] = Counter()
+    for path, count in ((paths.query, num_heads), (paths.key, num_kv_heads), (paths.value, num_kv_heads)):
+        heads[path] += count
+    for path, count in heads.items():
+        _resize_(layer, path, out_features=count * attention.head_dim)
+    _resize_(layer, paths.attention_out, in_features=num_heads * attention.head_dim)
 
 
 def _narrow_ffn_(layer: nn.Module, paths: Paths, num_channels: int) -> None:
@@ -150,8 +168,8 @@ def _narrow_ffn_(layer: nn.Module, paths: Paths, num_channels: int) -> None:
     if paths.experts is not None:
         _narrow_experts_(layer, paths, num_channels)
         return
-    for path in paths.ffn_in:
-        _resize_(layer, path, out_features=num_channels)
+    for path, count in Counter(paths.ffn_in).items():
+        _resize_(layer, path, out_features=count * num_channels)
     _resize_(layer, paths.ffn_out, in_features=num_channels)
 
 

@@ -28,11 +28,21 @@ def _older_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return the type of the weights, the rotary embedding and the number of experts by their older names."""
     older = {"torch_dtype": config["dtype"]}
     if rope := dict(config.get("rope_parameters") or {}):
-        older["rope_theta"] = rope.pop("rope_theta")
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in rope:
+                older[name] = rope.pop(name)
         older["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        if older["rope_scaling"] and config["model_type"] == "phi3":
+            older["rope_scaling"] = _older_phi3_scaling(rope)
     if "num_local_experts" in config:
         older["num_experts"] = config["num_local_experts"]
     return older
+
+
+def _older_phi3_scaling(rope: dict[str, Any]) -> dict[str, Any]:
+    """Return Phi-3's scaling by the names that its older class asks for; others are beside it in the config."""
+    beside = ("rope_type", "type", "original_max_position_embeddings")
+    return {"type": rope["rope_type"], **{name: value for name, value in rope.items() if name not in beside}}
 
 
 def _older_tokenizer(config: dict[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class Decoder(nn.Module):
         self.header = header
         self.delegates: list[Delegate] = []
         self._values = values
-        self._family = families()[header.architecture.family]
+        self._family = families()[header.architecture.family].exported_paths
         self._rotaries = list(dict.fromkeys(one.rotary for one in header.numerics.layers if one.rotary))
         self._make_embedding_()
         self._make_positions_()

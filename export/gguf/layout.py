@@ -12,6 +12,8 @@ from dilap.models.families.family import GATE, UP, Family
 # deci drops the attention of a layer whose FFN width is 0, so such a layer gets an FFN of zeros: 32 channels are
 # the least that q8_0 and q4_0 blocks hold, and add nothing to the residual stream.
 ZERO_CHANNELS = 32
+# Divides a rotary frequency to an angle of nothing; infinity would be a damaged tensor to llama.cpp.
+_UNTURNED = 1e30
 _NORM_ROTARY = ("llama", "deci", "smollm3")  # architectures with the NORM rotary embedding (see TensorSpec)
 
 
@@ -41,12 +43,13 @@ class Layout:
 
     @property
     def rope_factors(self) -> tuple[float, ...]:
-        """Divisors of the default rotary frequencies, which hold linear, llama3 and yarn scaling; none without one."""
+        """Divisors of the default rotary frequencies, which hold every scaling; none where there is none."""
         rotary, head_dim = self.rotary, self.architecture.head_dim
         if rotary.kind == "default":
             return ()
         default = (rotary.base ** (-2 * i / head_dim) for i in range(head_dim // 2))
-        return tuple(plain / scaled for plain, scaled in zip(default, rotary.frequencies, strict=True))
+        pairs = zip(default, rotary.frequencies, strict=True)
+        return tuple(plain / scaled if scaled else _UNTURNED for plain, scaled in pairs)
 
     @property
     def layers(self) -> tuple[LayerWidths, ...]:
@@ -103,7 +106,7 @@ class Layout:
 
     @property
     def _family(self) -> Family:
-        return families()[self.architecture.family]
+        return families()[self.architecture.family].exported_paths
 
     def _attention(self, index: int, held: LayerWidths, *, zero: bool) -> Iterator[TensorSpec]:
         if held.num_heads == 0:

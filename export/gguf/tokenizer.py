@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from dilap.backends.child import opened
 from dilap.backends.llamacpp.file import Gguf
 from dilap.core.errors import InvalidInput, Unsupported
 from dilap.export.splits import Split, require_alike, splits_of
-from dilap.models.gguf_tokenizer import Field, tokenizer_fields
+from dilap.models.gguf_tokenizer import NAME, Field, drops_spaces, tokenizer_fields
 from dilap.models.load import load_tokenizer
 from dilap.models.text_samples import SAMPLES
 
@@ -32,11 +33,15 @@ PRE_TOKENIZERS = (
     *("falcon", "starcoder", "command-r", "olmo", "stablelm2", "dbrx", "refact", "glm4", "mpt", "bloom", "viking"),
     *("exaone", "superbpe", "seed-coder", "hunyuan", "bailingmoe", "qwen35", "default"),
 )
+# Of these, that whose expression in llama.cpp takes no combining mark for a part of a word, although the tokenizers
+# that it stands for (GPT-4o's, Phi-4-mini's) do.
+_WITHOUT_MARKS = "gpt-4o"
+_PHI3 = "Phi-3"
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """The `tokenizer.*` entries of a GGUF file."""
+    """The `tokenizer.*` entries of a GGUF file, and the file's name where llama.cpp splits texts by that."""
 
     fields: tuple[Field, ...]
 
@@ -105,10 +110,12 @@ def with_end_tokens(tokenizer: Tokenizer, ends: Sequence[int]) -> Tokenizer:
 
 
 def verify_tokenizer(path: Path, source: Path) -> list[str]:
-    """Return what a reader must know of the tokenizer that was written: llama.cpp does not normalise texts.
+    """Return what a reader must know of the tokenizer that was written: what llama.cpp does not do to texts.
 
-    Raises VerificationFailed at the first text that llama.cpp and the source split differently.
+    It normalises none, and may split words at combining marks. Raises VerificationFailed at the first text that
+    llama.cpp and the source split differently for another reason.
     """
+    notes: list[str] = []
     with opened(Gguf, path, runtime="llamacpp", vocab_only=True) as file:
         if source.is_file():
             with opened(Gguf, source, runtime="llamacpp", vocab_only=True) as original:
@@ -116,7 +123,19 @@ def verify_tokenizer(path: Path, source: Path) -> list[str]:
         else:
             reference = _transformers_tokenizer(source)
             splits = list(splits_of(reference, _texts(reference)))
-        return require_alike(splits, file.tokens, runtime="llama.cpp", word=file.token_text)
+            if _pre_tokenizer_of(path) == _WITHOUT_MARKS:
+                differing = [one.text for one in splits if file.tokens(one.normal) != one.ids]
+                notes = [f"llama.cpp splits words at combining marks: {text!r}" for text in differing[:1]]
+                splits = list(splits_of(reference, map(_without_marks, _texts(reference))))
+        return notes + require_alike(splits, file.tokens, runtime="llama.cpp", word=file.token_text)
+
+
+def _pre_tokenizer_of(path: Path) -> str | None:
+    return next((field.value for field in tokenizer_fields(path) if field.key == "tokenizer.ggml.pre"), None)
+
+
+def _without_marks(text: str) -> str:
+    return "".join(one for one in text if not unicodedata.category(one).startswith("M"))
 
 
 def _transformers_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
@@ -138,7 +157,7 @@ def _texts(reference: "PreTrainedTokenizerFast") -> Iterator[str]:
 
     A SentencePiece tokenizer puts a space before a text. One with Metaspace "first" puts none after special tokens and
     before a leading space; llama.cpp does, and GGUF has no field for it. So such texts are left out for SentencePiece,
-    and special tokens stand only at the end.
+    and special tokens stand only at the end, but for those of Phi-3, behind which spaces are dropped.
     """
     yield from SAMPLES
     anywhere = not reference.backend_tokenizer.model.byte_fallback
@@ -149,6 +168,9 @@ def _texts(reference: "PreTrainedTokenizerFast") -> Iterator[str]:
             yield f"user\nHello{token}"
         if token and anywhere:
             yield f"{token}user\nHello, world{token}\nassistant"
+    document = json.loads(reference.backend_tokenizer.to_str())
+    if list(_name(document)):
+        yield from (f"{one['content']} \nHello" for one in document["added_tokens"] if one["rstrip"])
 
 
 def _byte_level(document: dict[str, Any], reference: "PreTrainedTokenizerFast") -> Tokenizer:
@@ -186,8 +208,16 @@ def _sentencepiece(document: dict[str, Any], reference: "PreTrainedTokenizerFast
             _list("scores", [-float(rank.get(token, 0)) for token in tokens], GGUFValueType.FLOAT32),
             Field(key="tokenizer.ggml.add_space_prefix", value=starts_with_space, kind=GGUFValueType.BOOL),
             *_special(reference),
+            *_name(document),
         )
     )
+
+
+def _name(document: dict[str, Any]) -> Iterator[Field]:
+    """Yield the name by which llama.cpp knows that spaces behind special tokens are dropped, where they are."""
+    added = {token["content"]: token["rstrip"] for token in document["added_tokens"]}
+    if any(added.values()) and drops_spaces(_PHI3, added) == {token for token, drops in added.items() if drops}:
+        yield Field(key=NAME, value=_PHI3, kind=GGUFValueType.STRING)
 
 
 def _tokens(document: dict[str, Any]) -> tuple[list[str], list[int]]:

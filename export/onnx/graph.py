@@ -102,7 +102,7 @@ class _Builder:
     ) -> None:
         self._architecture, self._numerics, self._fused = architecture, numerics, fused
         self._emitter, self._matrices, self._stacks, self._op = emitter, matrices, stacks, emitter.op
-        self._family = families()[architecture.family]
+        self._family = families()[architecture.family].exported_paths
         self._embeddings = (f"{self._family.embeddings}.weight", (architecture.vocab_size, architecture.hidden_size))
         self._update: ir.Value | None = None
 

@@ -10,7 +10,7 @@ import gguf
 import pytest
 import sentencepiece
 from standins.models import VOCAB_SIZE
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dilap.backends.llamacpp.file import Gguf
@@ -26,6 +26,11 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 LLAMA3_SPLIT = (  # the expressions by which these families split text, as their tokenizer.json gives them
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
+)
+GPT4O_SPLIT = (  # of Phi-4-mini
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
@@ -111,6 +116,7 @@ def sentencepiece_folder(folder: Path, pieces: list[str], *, style: str) -> Path
         (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"),
         (split_by(LLAMA3_SPLIT), "llama-bpe"),
         (split_by(QWEN2_SPLIT), "qwen2"),
+        (split_by(GPT4O_SPLIT), "gpt-4o"),
         (
             pre_tokenizers.Sequence(
                 [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -118,7 +124,7 @@ def sentencepiece_folder(folder: Path, pieces: list[str], *, style: str) -> Path
             "smollm",
         ),
     ],
-    ids=["gpt-2", "llama-bpe", "qwen2", "smollm"],
+    ids=["gpt-2", "llama-bpe", "qwen2", "gpt-4o", "smollm"],
 )
 def test_pre_tokenizer_is_found_by_trying(
     splitter: pre_tokenizers.PreTokenizer, name: str, tokenizer: Path, tmp_path: Path
@@ -127,6 +133,22 @@ def test_pre_tokenizer_is_found_by_trying(
     path = write_vocabulary(folder, tmp_path / "vocabulary.gguf", vocab_size=900)
     verify_tokenizer(path, folder)
     assert fields(path)["tokenizer.ggml.pre"] == name
+
+
+def test_combining_marks_in_words_of_gpt4o_are_told(tokenizer: Path, tmp_path: Path) -> None:
+    folder = byte_level(tmp_path / "hf", split_by(GPT4O_SPLIT), eos_token="<|end|>")
+    (note,) = verify_tokenizer(write_vocabulary(folder, tmp_path / "words.gguf", vocab_size=900), folder)
+    assert note.startswith("llama.cpp splits words at combining marks: ")
+
+
+def test_another_difference_from_gpt4o_fails(tokenizer: Path, tmp_path: Path) -> None:
+    folder = byte_level(tmp_path / "hf", split_by(GPT4O_SPLIT), eos_token="<|end|>")
+    path = write_vocabulary(folder, tmp_path / "words.gguf", vocab_size=900)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["model"]["merges"].reverse()
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(VerificationFailed, match="the exported tokenizer differs"):
+        verify_tokenizer(path, folder)
 
 
 def test_splitting_that_llamacpp_does_not_know_fails(tokenizer: Path, tmp_path: Path) -> None:
@@ -142,6 +164,40 @@ def test_sentencepiece_bpe_splits_alike(style: str, pieces: list[str], tokenizer
     path = write_vocabulary(folder, tmp_path / "vocabulary.gguf", vocab_size=SENTENCEPIECE_SIZE)
     verify_tokenizer(path, folder)
     assert fields(path)["tokenizer.ggml.add_space_prefix"] == (style != "bare")
+
+
+def phi3_folder(folder: Path, pieces: list[str]) -> Path:
+    """Llama's tokenizer with tokens of a chat, behind which spaces are dropped."""
+    sentencepiece_folder(folder, pieces, style="llama")
+    words = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    words.add_special_tokens(["<unk>", "<s>", "<|endoftext|>"])
+    words.add_special_tokens([AddedToken(one, rstrip=True) for one in ("</s>", "<|user|>", "<|end|>")])
+    special = {"bos_token": "<s>", "eos_token": "<|endoftext|>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    return folder
+
+
+CHAT = "<|user|>\n Hello<|end|>\n<|user|> you <|endoftext|>"
+
+
+def test_spaces_behind_the_special_tokens_of_phi3_are_dropped(
+    pieces: list[str], tokenizer: Path, tmp_path: Path
+) -> None:
+    folder = phi3_folder(tmp_path / "hf", pieces)
+    path = write_vocabulary(folder, tmp_path / "vocabulary.gguf", vocab_size=SENTENCEPIECE_SIZE + 3)
+    verify_tokenizer(path, folder)
+    again = write_vocabulary(path, tmp_path / "again.gguf", vocab_size=SENTENCEPIECE_SIZE + 3)
+    expected = AutoTokenizer.from_pretrained(folder)(CHAT)["input_ids"]
+    for one in (path, again):
+        with Gguf(one, vocab_only=True) as file:
+            assert file.tokens(CHAT) == expected
+        assert load_tokenizer(tmp_path, gguf_file=one.name)(CHAT)["input_ids"] == expected
+
+
+def test_other_files_have_no_name(pieces: list[str], tokenizer: Path, tmp_path: Path) -> None:
+    folder = sentencepiece_folder(tmp_path / "hf", pieces, style="llama")
+    path = write_vocabulary(folder, tmp_path / "vocabulary.gguf", vocab_size=SENTENCEPIECE_SIZE)
+    assert "general.name" not in fields(path)
 
 
 def test_sentencepiece_types_tell_bytes_from_text(pieces: list[str], tokenizer: Path, tmp_path: Path) -> None:

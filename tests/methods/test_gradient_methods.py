@@ -15,7 +15,7 @@ from dilap.core.space import Space
 from dilap.methods.adapters import Adapters
 from dilap.methods.compresso import Compresso, _Gates, lagrangian, open_probability, sampled
 from dilap.methods.llm_pruner import LlmPruner, aligned, element_scores, gradients_of, reduced
-from dilap.methods.loraprune import LoraPrune, estimated_gradient, faded, removals
+from dilap.methods.loraprune import LoraPrune, _Run, estimated_gradient, faded, removals
 from dilap.models.anatomy import decoder_layers, sublayers
 from dilap.models.families import family_of
 from dilap.models.reference import next_token_loss
@@ -174,6 +174,19 @@ def test_loraprune_b_ever_more_units_are_masked() -> None:
 def test_loraprune_c_the_last_step_masks_all_that_are_to_go(steps: int) -> None:
     assert removals(13, step=steps, steps=steps) == 13
     assert removals(13, step=max(0, steps - 1), steps=steps) <= 13
+
+
+def test_loraprune_masks_a_unit_in_all_parts_of_a_fused_matrix() -> None:
+    """2 KV heads of 16 with 2 query heads each: rows 0 to 63 are queries, 64 to 95 keys, 96 to 127 values."""
+    task = tiny_task(tiny_model("phi3"))
+    group = next(block.main for block in task.blocks if block.name == "layers.1.attention")
+    with Adapters(task, rank=2, alpha=2, dropout=0.0) as adapted:
+        run = _Run(LoraPrune(), task, adapted, {group.name: group}, {group.name: 1})
+        run.masks = {group.name: torch.tensor([0.0, 1.0])}
+        list(run._mask_hooks())
+        rows = adapted.matrix("model.layers.1.self_attn.qkv_proj.weight")(torch.ones(1, 64))[0]
+    gone = (rows == 0).nonzero().flatten().tolist()
+    assert gone == [*range(32), *range(64, 80), *range(96, 112)]
 
 
 def test_loraprune_ends_with_equal_widths_between_the_ends() -> None:

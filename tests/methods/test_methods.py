@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from standins import ROOT
-from standins.models import logits, random_tokens, tiny_model, tiny_task
+from standins.models import exported_llama, logits, random_tokens, tiny_model, tiny_task
 from standins.quick_methods import NAMES, method
 from transformers import PreTrainedModel
 
@@ -142,6 +142,26 @@ def test_no_group_loses_all_units() -> None:
     task = tiny_task(model_of("gqa"))
     plan = task.keep({group.name: torch.zeros(group.num_units) for group in task.groups}, ratio=1.0)
     assert min(len(units) for units in plan.kept.values()) == 1
+
+
+WHOLE = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in methods.TRAINED])
+def test_plan_of_fused_matrices_is_that_of_separate_ones(name: str) -> None:
+    fused = tiny_model("phi3", num_hidden_layers=6, rope_parameters=WHOLE)
+    separate = exported_llama(fused, num_hidden_layers=6, rms_norm_eps=1e-5)
+    found, expected = (method(name)(tiny_task(model, share=0.7)) for model in (fused, separate))
+    assert found.plan.kept == expected.plan.kept
+
+
+@pytest.mark.parametrize("name", methods.TRAINED)
+def test_trained_methods_prune_fused_matrices(name: str) -> None:
+    model = tiny_model("phi3", num_hidden_layers=6)
+    task = tiny_task(model, share=0.7)
+    found = method(name)(task)
+    assert task.cost_limit.cost(found.plan) <= task.cost_limit.limit * (1 + 1e-9)
+    assert torch.isfinite(logits(shrink_(model, found.plan, parameters=found.parameters), TOKENS)).all()
 
 
 def test_sprint_tunes_nothing_in_front_of_a_norm() -> None:

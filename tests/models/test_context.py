@@ -18,6 +18,11 @@ from dilap.models.anatomy import architecture_of, stand_in_numerics
 from dilap.models.context import max_tokens_of, require_context
 from dilap.models.load import save_checkpoint
 
+FACTORS = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+LONGROPE: dict[str, Any] = {
+    "rope_parameters": {"rope_type": "longrope", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0, **FACTORS},
+    "original_max_position_embeddings": 96,
+}
 ALL_SLIDE = {"use_sliding_window": True, "max_window_layers": 0}
 
 
@@ -38,9 +43,12 @@ def config(family: str, **changes: Any) -> PreTrainedConfig:
         ("qwen2", {"sliding_window": 16, "use_sliding_window": False}, 128),
         ("llama", {"sliding_window": 16}, 128),
         ("opt", {}, 128),
+        ("phi3", {"sliding_window": 16}, 16),
+        ("phi3", LONGROPE, 96),
+        ("phi3", {**LONGROPE, "sliding_window": 16}, 16),
     ],
 )
-def test_model_holds_its_positions_or_the_window_that_its_layers_have(
+def test_model_holds_its_positions_or_its_window_or_its_short_texts(
     family: str, changes: dict[str, Any], holds: int
 ) -> None:
     assert max_tokens_of(config(family, **changes)) == holds
@@ -90,6 +98,7 @@ def test_work_that_fills_the_model_is_accepted(workload: Workload) -> None:
             None,
             "the sliding window of the model holds, 16 tokens",
         ),
+        ("phi3", LONGROPE, DECODE, None, "the model with its rotary frequencies of short texts holds, 96 tokens"),
         ("llama", {}, DECODE, 64, "what is made for executorch holds, 64 tokens; take --context 63 or less"),
     ],
 )

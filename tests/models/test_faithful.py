@@ -1,11 +1,13 @@
 """A model is loaded as its files have it, or refused: nothing is left out or invented in silence."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +17,10 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer, PreTrainedModel
 
 from dilap import export
+from dilap.backends.child import opened
+from dilap.backends.llamacpp.file import Gguf
 from dilap.core.errors import InvalidInput
+from dilap.export.gguf.tokenizer import read_tokenizer
 from dilap.models.load import load, save_checkpoint
 from dilap.models.text_samples import SAMPLES
 
@@ -71,6 +76,39 @@ def with_key(path: Path, key: str, value: float) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return changed
+
+
+def phi3_file(model: PreTrainedModel, folder: Path) -> Path:
+    """A GGUF file of a Phi-3 as llama.cpp's converter writes it: fused matrices, factors for short and long texts."""
+    config, rope, path = model.config, model.config.rope_parameters, folder / "phi3.gguf"
+    head_dim = config.hidden_size // config.num_attention_heads
+    writer = gguf.GGUFWriter(path, "phi3")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(int(rope["partial_rotary_factor"] * head_dim))
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_sliding_window(config.sliding_window or 0)
+    read_tokenizer(byte_level_tokenizer(folder / "words"), vocab_size=config.vocab_size).write(writer)
+    if rope["rope_type"] == "longrope":
+        original = config.original_max_position_embeddings
+        scale = config.max_position_embeddings / original
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)))
+        for name in ("short", "long"):
+            writer.add_tensor(f"rope_factors_{name}.weight", np.array(rope[f"{name}_factor"], np.float32))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI3, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 # tensors and the config
@@ -219,6 +257,51 @@ def test_a_gguf_files_rotary_factors_are_read(kind: str, tmp_path: Path) -> None
 
 def test_a_gguf_file_of_granite_is_read_as_the_llama_that_it_holds(tmp_path: Path) -> None:
     model = tiny_model("granite", tie_word_embeddings=True)
+    source = load(str(exported(model, tmp_path)))
+    assert source.model.config.model_type == "llama"
+    assert_close(logits(source.model, TOKENS), logits(model, TOKENS), rtol=1e-4, atol=1e-4)
+
+
+PHI3_ROPE = {"rope_type": "longrope", "rope_theta": 5000.0, "partial_rotary_factor": 0.75}
+PHI3_ROPE |= {"short_factor": [1.0, 1.1, 1.2, 1.4, 1.8, 2.6], "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0]}
+PHI3: Mapping[str, dict[str, Any]] = {
+    "partial": {},
+    "longrope": {
+        "rope_parameters": PHI3_ROPE,
+        "original_max_position_embeddings": 300,
+        "max_position_embeddings": 512,
+    },
+    "sliding": {"sliding_window": 9},
+}
+
+
+@pytest.mark.parametrize("kind", PHI3)
+def test_a_gguf_file_of_phi3_is_read_with_its_rotary_embedding_and_window(kind: str, tmp_path: Path) -> None:
+    model, long = tiny_model("phi3", **PHI3[kind]), random_tokens(1, 320 if kind == "longrope" else 120)
+    found = load(str(phi3_file(model, tmp_path))).model
+    assert found.config.model_type == "phi3"
+    for tokens in (TOKENS, long):
+        assert_close(logits(found, tokens), logits(model, tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["partial", "longrope"])  # llama.cpp passes over the window
+def test_a_gguf_file_of_phi3_is_what_llamacpp_computes(kind: str, tmp_path: Path) -> None:
+    needs_llamacpp()
+    path = phi3_file(tiny_model("phi3", **PHI3[kind]), tmp_path)
+    with opened(Gguf, path, runtime="llamacpp", num_tokens=16) as file:
+        found = torch.from_numpy(file.logits(TOKENS[0].tolist(), incremental=False))
+    assert_close(found, logits(load(str(path)).model, TOKENS[:1])[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_gguf_file_of_phi3_without_the_factors_of_long_texts_is_refused(tmp_path: Path) -> None:
+    path = phi3_file(tiny_model("phi3", **PHI3["longrope"]), tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"rope_factors_long.weight", b"rope_factors_none.weight"))
+    with pytest.raises(InvalidInput, match=r"tensor rope_factors_none\.weight of this file has no place in a phi3"):
+        load(str(path))
+
+
+def test_an_exported_phi3_is_read_as_the_llama_that_it_holds(tmp_path: Path) -> None:
+    model = tiny_model("phi3", **PHI3["longrope"])
     source = load(str(exported(model, tmp_path)))
     assert source.model.config.model_type == "llama"
     assert_close(logits(source.model, TOKENS), logits(model, TOKENS), rtol=1e-4, atol=1e-4)

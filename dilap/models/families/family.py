@@ -1,7 +1,9 @@
 """A family of decoder models: where its parts are, which units they have, and how they join the residual stream."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from dilap.models.context import max_tokens_of
 from dilap.models.modeling_dilap import NoAttention, NoFeedForward, Paths, linear_at, set_heads_
 
 GATE, UP = "gate_proj", "up_proj"  # names of the halves of experts' fused tensor, as exporters get them
-_ROTARY_KINDS = ("default", "linear", "llama3", "yarn")  # whose frequencies are the same for every length of text
+# Whose frequencies are the same for every length of text, or at least for all that an artifact holds (longrope).
+_ROTARY_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,10 @@ class Family(Paths):
 
     def inputs_of(self, kind: str) -> tuple[str, ...]:
         """Return the paths of the matrices of an `attention` or `ffn` sublayer that read the residual stream."""
+        return tuple(dict.fromkeys(self._parts_of(kind)))
+
+    def _parts_of(self, kind: str) -> tuple[str, ...]:
+        """Return the paths of query, key and value, or of `ffn_in`; fused ones have the same."""
         return (self.query, self.key, self.value) if kind == "attention" else self.ffn_in
 
     def output_of(self, kind: str) -> str:
@@ -100,6 +107,11 @@ class Family(Paths):
         """
         tensors: dict[str, torch.Tensor] = model.state_dict()
         return tensors
+
+    @property
+    def exported_paths(self) -> "Family":
+        """The family whose paths are those of the `exported` tensors, in which no matrices are fused."""
+        return self
 
     def norm_behind(self, kind: str) -> str | None:
         """Return the path of the norm between a sublayer's output and the residual stream, None without one."""
@@ -158,9 +170,11 @@ class Family(Paths):
 
     def _widths(self, layer: nn.Module, head_dim: int) -> LayerWidths:
         heads, kv_heads, channels = 0, 0, 0
-        query, key = linear_at(layer, self.query), linear_at(layer, self.key)
-        if query is not None and key is not None:
-            heads, kv_heads = query.out_features // head_dim, key.out_features // head_dim
+        if (mixed := linear_at(layer, self.attention_out)) is not None:
+            inputs = (linear_at(layer, path) for path in self.inputs_of("attention"))
+            rows = sum(matrix.out_features for matrix in inputs if matrix is not None)
+            heads = mixed.in_features // head_dim
+            kv_heads = (rows // head_dim - heads) // 2  # keys and values are what queries leave
         if (out := linear_at(layer, self.ffn_out)) is not None:
             channels = out.in_features
         return LayerWidths(num_heads=heads, num_kv_heads=kv_heads, num_channels=channels)
@@ -172,18 +186,18 @@ class Family(Paths):
         return tuple(self._with_members(block, layers[block.layer], architecture) for block in architecture.blocks)
 
     def _with_members(self, block: Block, layer: nn.Module, architecture: Architecture) -> Block:
-        prefix, head_dim = f"{self.layers}.{block.layer}", architecture.head_dim
-        sizes = [group.num_units for group in block.groups]
+        prefix = f"{self.layers}.{block.layer}"
+        whole, parts = _grids(block, architecture.head_dim, len(self._parts_of(block.kind)))
         groups: list[Group] = []
         for dimension, group in enumerate(block.groups):
             members: list[Member] = []
-            for path in (*self.inputs_of(block.kind), self.output_of(block.kind)):
-                grid = tuple(sizes)  # channels, or (KV heads, query heads per KV head)
-                if block.kind == "attention":
-                    grid = (sizes[0], head_dim) if path in (self.key, self.value) else (*sizes, head_dim)
-                    if dimension and path in (self.key, self.value):
-                        continue  # all query heads of a KV head read the same keys and values
-                members += _members(layer, prefix, path, grid, dimension, is_output=path == self.output_of(block.kind))
+            ends: Counter[str] = Counter()  # of the parts so far, by the path of their matrix
+            for path, grid in zip(self._parts_of(block.kind), parts, strict=True):
+                if dimension == 0 or grid == whole:  # all query heads of a KV head read the same keys and values
+                    own = _members(layer, prefix, path, grid, dimension, is_output=False)
+                    members += (replace(one, offset=ends[path]) for one in own)
+                ends[path] += prod(grid)
+            members += _members(layer, prefix, self.output_of(block.kind), whole, dimension, is_output=True)
             groups.append(replace(group, members=tuple(members)))
         return Block(name=block.name, layer=block.layer, kind=block.kind, groups=tuple(groups))
 
@@ -202,6 +216,15 @@ def has_tied_head(model: PreTrainedModel) -> bool:
 def head_dim_of(config: PreTrainedConfig) -> int:
     """Return the number of channels of one head; heads * head_dim need not equal the hidden size."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _grids(block: Block, head_dim: int, num_parts: int) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Return the grid of a block's output projection, and those of its `num_parts` matrices before it."""
+    sizes = tuple(group.num_units for group in block.groups)
+    if block.kind != "attention":
+        return sizes, [sizes] * num_parts
+    query, key = (*sizes, head_dim), (sizes[0], head_dim)
+    return query, [query, key, key]
 
 
 def _members(
@@ -236,8 +259,7 @@ def _rotary(model: PreTrainedModel, path: str) -> Rotary:
     # Made afresh, because the frequencies of a model in half precision are rounded.
     made: Any = type(model.get_submodule(path))(config)
     frequencies, kind = tuple(made.inv_freq.tolist()), rope.get("rope_type", "default")
-    is_constant = kind in _ROTARY_KINDS or (kind == "longrope" and rope["short_factor"] == rope["long_factor"])
-    if not is_constant or 2 * len(frequencies) != head_dim_of(config):
+    if kind not in _ROTARY_KINDS or 2 * len(frequencies) != head_dim_of(config):
         raise Unsupported(
             f"rotary embedding {rope} cannot be exported yet; known, on whole heads: {', '.join(_ROTARY_KINDS)}"
         )

@@ -1,0 +1,135 @@
+"""Phi-3, Phi-3.5 and Phi-4-mini: Llama with fused matrices, whose rotary embedding may turn only a part of each head.
+
+Exporters are given separate matrices. Where a head is turned in part, they are also given its channels in another
+order, so that all pairs of a head's channels are turned, some of them by nothing. Queries and keys are reordered alike,
+which leaves their products what they are.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from dilap.core.numerics import LayerNumerics, Numerics, Rotary
+from dilap.models.context import max_tokens_of
+from dilap.models.families.family import Family, head_dim_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Phi3(Family):
+    @property
+    def exported_paths(self) -> Family:
+        return Family(name=self.name)
+
+    def numerics(self, model: PreTrainedModel) -> Numerics:
+        config = model.config
+        return Numerics(
+            context_length=max_tokens_of(config),
+            norm_eps=float(config.rms_norm_eps),
+            activation=config.hidden_act,
+            layers=(LayerNumerics(rotary=self._turn_of(model).rotary),) * config.num_hidden_layers,
+        )
+
+    def exported(self, model: PreTrainedModel) -> Mapping[str, torch.Tensor]:
+        """Return the tensors of a Llama that computes the same, with the rotary embedding of `numerics`."""
+        architecture, paths = self.architecture(model), self.exported_paths
+        head_dim, parts = architecture.head_dim, {}
+        for index, widths in enumerate(architecture.layers):
+            layer, heads, channels = f"{self.layers}.{index}", widths.num_heads, widths.num_channels
+            counts = (heads * head_dim, widths.num_kv_heads * head_dim, widths.num_kv_heads * head_dim)
+            fused = {self.query: zip((paths.query, paths.key, paths.value), counts, strict=True)} if heads else {}
+            fused |= {self.ffn_in[0]: zip(paths.ffn_in, (channels, channels), strict=True)} if channels else {}
+            for path, own in fused.items():
+                start = 0
+                for name, count in own:
+                    is_turned = name in (paths.query, paths.key)
+                    parts[f"{layer}.{name}.weight"] = _Part(f"{layer}.{path}.weight", start, count, is_turned)
+                    start += count
+        return _Unfused(tensors=model.state_dict(), parts=parts, turn=self._turn_of(model))
+
+    def _turn_of(self, model: PreTrainedModel) -> "_Turn":
+        rope = model.config.rope_parameters
+        # Made afresh, because the frequencies of a model may be rounded, or those for a longer text.
+        made = type(model.get_submodule(self.rotary))(model.config)
+        return _Turn(
+            head_dim=head_dim_of(model.config),
+            frequencies=tuple(made.inv_freq.tolist()),
+            magnitude=float(made.attention_scaling),
+            kind=rope["rope_type"],
+            base=float(rope["rope_theta"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Turn:
+    """The rotary embedding of the first 2 len(frequencies) channels of a head: channels i and i + len(frequencies)."""
+
+    head_dim: int
+    frequencies: tuple[float, ...]
+    magnitude: float
+    kind: str
+    base: float
+
+    @property
+    def rotary(self) -> Rotary:
+        """The same on whole heads, as their channels are ordered in the exported tensors."""
+        unturned = self.head_dim // 2 - len(self.frequencies)
+        return Rotary(
+            frequencies=self.frequencies + (0.0,) * unturned,
+            magnitude=1.0 if unturned else self.magnitude,
+            kind="partial" if unturned else self.kind,
+            base=self.base,
+        )
+
+    def ordered(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the rows (heads * head_dim x hidden) with all channels that are not turned in pairs of their own.
+
+        A magnitude is of the turned channels alone, so their rows take it on, in f32.
+        """
+        turned, half = len(self.frequencies), self.head_dim // 2
+        if turned == half:
+            return rows
+        heads = rows.reshape(-1, self.head_dim, rows.shape[-1])
+        first, second, rest = heads.split([turned, turned, self.head_dim - 2 * turned], dim=1)
+        if self.magnitude != 1.0:
+            first, second, rest = self.magnitude * first.float(), self.magnitude * second.float(), rest.float()
+        pairs = [first, rest[:, : half - turned], second, rest[:, half - turned :]]
+        return torch.cat(pairs, dim=1).reshape(rows.shape)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a fused matrix: queries or keys, which are turned, or values, or a matrix of the feed-forward."""
+
+    fused: str
+    start: int
+    count: int
+    is_turned: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unfused(Mapping[str, torch.Tensor]):
+    """The `tensors` by name, but `parts` in place of the fused ones, not copied unless channels are reordered."""
+
+    tensors: Mapping[str, torch.Tensor]
+    parts: Mapping[str, _Part]
+    turn: _Turn
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if (part := self.parts.get(name)) is None:
+            return self.tensors[name]
+        rows = self.tensors[part.fused].narrow(0, part.start, part.count)
+        return self.turn.ordered(rows) if part.is_turned else rows
+
+    def __iter__(self) -> Iterator[str]:
+        fused = {part.fused for part in self.parts.values()}
+        yield from (name for name in self.tensors if name not in fused)
+        yield from self.parts
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+_QKV, _GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
+FAMILY = _Phi3(name="phi3", query=_QKV, key=_QKV, value=_QKV, ffn_in=(_GATE_UP, _GATE_UP))
