@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -45,6 +49,8 @@ CLASSES = {
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
     "opt": (OPTConfig, OPTForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
     "ministral": (MinistralConfig, MinistralForCausalLM),
     "seed_oss": (SeedOssConfig, SeedOssForCausalLM),
 }
@@ -67,6 +73,12 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     if family == "granite":  # no factor at the value at which it would change nothing
         sizes |= {"embedding_multiplier": 3.0, "residual_multiplier": 0.5}
         sizes |= {"attention_multiplier": 0.4, "logits_scaling": 2.0}
+    if family.startswith("gemma"):  # layers of both kinds, a window shorter than most texts, caps that matter
+        sizes |= {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8, "tie_word_embeddings": True}
+        sizes |= {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+        sizes |= {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
+    if family == "gemma2":
+        sizes |= {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 5.0}
     if family == "olmo2":
         sizes |= {"pad_token_id": None, "eos_token_id": 0}
     if family == "smollm3":  # its default, every fourth layer, would leave none of three without rotary embedding
@@ -78,7 +90,7 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
             parameter.normal_(0, 0.15, generator=generator)
         else:
             parameter.uniform_(0.5, 1.5, generator=generator)
-            parameter.sub_(0 if "norm" in name else 1)
+            parameter.sub_(0 if "norm" in name and not family.startswith("gemma") else 1)
     return model
 
 

@@ -2,38 +2,19 @@
 
 from transformers import PreTrainedConfig
 
-from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.errors import InvalidInput
 from dilap.core.workload import Workload
-
-_FEWEST = 8  # tokens; an exported program is traced with five
-
-
-def window_of(config: PreTrainedConfig) -> int | None:
-    """Return the sliding window of a model's layers, which are all alike; None where they attend to all tokens."""
-    kinds = getattr(config, "layer_types", None) or ()
-    slides = "sliding_attention" in kinds or (not kinds and config.model_type == "mistral")
-    return getattr(config, "sliding_window", None) if slides else None
+from dilap.models.families import family_of
 
 
 def max_tokens_of(config: PreTrainedConfig) -> int:
-    """Return how many tokens an artifact of the model may hold.
-
-    Exported attention reads all earlier tokens, so the model's sliding window limits an artifact as its number of
-    positions does. Raises Unsupported for a limit that is too small to export and check a model with.
-    """
-    positions: int = config.max_position_embeddings
-    holds = min(positions, window_of(config) or positions)
-    if holds < _FEWEST:
-        raise Unsupported(
-            f"the model sees {holds} tokens at once (max_position_embeddings and sliding_window of its config); "
-            f"fewer than {_FEWEST} cannot be exported and checked"
-        )
-    return holds
+    """Return how many tokens an artifact of the model may hold. Raises Unsupported for too few to check it with."""
+    return family_of(config).max_tokens(config)
 
 
 def window_notes(config: PreTrainedConfig) -> list[str]:
-    """Return the remarks that an artifact makes about the model's sliding window, if it is shorter than the context."""
-    window = window_of(config)
+    """Return the remarks of an artifact without the model's sliding window, if that is shorter than the context."""
+    window = family_of(config).window(config)
     if window is None or window >= config.max_position_embeddings:
         return []
     return [
@@ -59,7 +40,7 @@ def require_context(config: PreTrainedConfig, workload: Workload, *, runtime: st
     holds, owner = max_tokens_of(config), "the model"
     if runtime_tokens is not None and runtime_tokens < holds:
         holds, owner = runtime_tokens, f"what is made for {runtime}"
-    elif window_of(config) == holds < config.max_position_embeddings:
+    elif family_of(config).window(config) == holds < config.max_position_embeddings:
         owner = "the sliding window of the model"
     if workload.phase == "decode" and workload.context + 1 > holds:
         raise InvalidInput(
