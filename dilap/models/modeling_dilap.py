@@ -67,6 +67,8 @@ class NoAttention(nn.Module):
     the first of a kind of layers, and the kind of an entry from the layer of that index.
     """
 
+    is_sliding = False  # layers of Gemma 3 ask their attention module, in transformers 4
+
     def __init__(self) -> None:
         super().__init__()
         self.layer_idx: int | None = None  # as other attention modules call it
