@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -51,11 +55,46 @@ CLASSES = {
     "opt": (OPTConfig, OPTForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
     "ministral": (MinistralConfig, MinistralForCausalLM),
     "seed_oss": (SeedOssConfig, SeedOssForCausalLM),
 }
 VOCAB_SIZE = 300
 _END = "<|end|>"
+_HEADS = {"head_dim": 16}  # where a config has 128 or none, whatever the hidden size
+_TOKENS = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}  # the defaults are beyond this vocabulary
+# Windows shorter than most texts, and an attention scale of its own.
+_GEMMA = {**_HEADS, **_TOKENS, "query_pre_attn_scalar": 24, "sliding_window": 8, "tie_word_embeddings": True}
+# What a family's config needs beside the sizes; nothing has a value at which it would change nothing.
+_OWN_SIZES: Mapping[str, dict[str, Any]] = {
+    "qwen3": _HEADS,
+    "qwen3_moe": {
+        **_HEADS,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,  # as published: the weights of a token's experts sum to 1
+    },
+    "ministral": _HEADS,
+    "seed_oss": _HEADS,
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.4,
+        "logits_scaling": 2.0,
+    },
+    "gemma2": {**_GEMMA, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 5.0},
+    "gemma3_text": _GEMMA,
+    "olmo2": {"pad_token_id": None, "eos_token_id": 0},
+    # Its default, every fourth layer, would leave none of three without rotary embedding.
+    "smollm3": {**_TOKENS, "no_rope_layer_interval": 2},
+    # 12 of 16 channels of a head are turned.
+    "phi3": {
+        **_TOKENS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.75},
+    },
+}
 
 
 @torch.no_grad()
@@ -68,20 +107,10 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
         sizes |= {"ffn_dim": 96, "word_embed_proj_dim": 64}
     else:
         sizes |= {"intermediate_size": 96, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    if family in ("qwen3", "qwen3_moe", "ministral", "seed_oss"):
-        sizes |= {"head_dim": 16}  # theirs is 128 or missing, whatever the hidden size
-    if family == "qwen3_moe":  # as published, the weights of a token's experts sum to 1
-        sizes |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
-    if family == "granite":  # no factor at the value at which it would change nothing
-        sizes |= {"embedding_multiplier": 3.0, "residual_multiplier": 0.5}
-        sizes |= {"attention_multiplier": 0.4, "logits_scaling": 2.0}
-    if family == "olmo2":
-        sizes |= {"pad_token_id": None, "eos_token_id": 0}
-    if family == "smollm3":  # its default, every fourth layer, would leave none of three without rotary embedding
-        sizes |= {"no_rope_layer_interval": 2, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
-    if family == "phi3":  # its defaults are tokens beyond this vocabulary; 12 of 16 channels of a head are turned
-        sizes |= {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
-        sizes |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.75}}
+    sizes |= _OWN_SIZES.get(family, {})
+    if family.startswith("gemma"):  # layers of both kinds
+        num_layers = changes.get("num_hidden_layers", sizes["num_hidden_layers"])
+        sizes |= {"layer_types": [("sliding_attention", "full_attention")[index % 2] for index in range(num_layers)]}
     generator = torch.Generator().manual_seed(0)
     model = model_class(config_class(**sizes | changes)).eval()
     for name, parameter in model.named_parameters():
@@ -89,7 +118,7 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
             parameter.normal_(0, 0.15, generator=generator)
         else:
             parameter.uniform_(0.5, 1.5, generator=generator)
-            parameter.sub_(0 if "norm" in name else 1)
+            parameter.sub_(0 if "norm" in name and not family.startswith("gemma") else 1)
     return model
 
 

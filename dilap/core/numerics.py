@@ -20,9 +20,13 @@ class Rotary:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerNumerics:
-    """What a layer's attention computes: its rotary embedding, None where it does not turn its heads."""
+    """What a layer's attention computes: its rotary embedding, None where it does not turn its heads.
+
+    A token sees the `window` latest tokens, itself included; None where it sees all earlier ones.
+    """
 
     rotary: Rotary | None
+    window: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +35,15 @@ class Numerics:
 
     `context_length` is the number of tokens that an exported model may hold, `norm_eps` the epsilon of every norm,
     `activation` the function's name in transformers. `layers` has one entry per layer, those without attention
-    included.
+    included. Products of queries and keys are multiplied by `attention_scale`, and embeddings by `embedding_scale`;
+    the head is not. Where there is a soft cap c of attention scores or of logits, each x of them becomes c tanh(x / c).
     """
 
     context_length: int
     norm_eps: float
     activation: str
+    attention_scale: float
+    embedding_scale: float = 1.0
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
     layers: tuple[LayerNumerics, ...]

@@ -4,7 +4,6 @@ transformers loads what its classes have a place for, and passes over the rest w
 """
 
 from collections.abc import Collection, Mapping
-from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,20 @@ from dilap.models.adapter import CONFIG
 from dilap.models.anatomy import exported_tensors
 from dilap.models.families import family_of
 from dilap.models.families.family import has_tied_head, head_dim_of
+from dilap.models.gguf_reader import QuickReader
 from dilap.models.pretrained import errors_of_damaged_files
 
 _HEAD = "lm_head.weight"
 # A buffer that older versions of transformers saved and that is computed from the config.
 _COMPUTED = ".rotary_emb.inv_freq"
-_ROPE_FACTORS = "rope_freqs.weight"
-_PHI3_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
+_ROPE_FACTORS, _EMBEDDINGS = "rope_freqs.weight", "token_embd.weight"
 # Keys of a GGUF file after its architecture's name: those that transformers reads, those that only repeat another one,
 # and those that change nothing at the values given.
 _READ = (
     *("context_length", "block_count", "embedding_length", "feed_forward_length", "attention.head_count"),
     *("attention.head_count_kv", "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base"),
-    *("vocab_size", "attention.key_length", "attention.value_length"),
+    *("vocab_size", "attention.key_length", "attention.value_length", "rope.scaling.attn_factor"),
 )
-_EXPERT_WIDTH = "expert_feed_forward_length"
-_READ_OF_EXPERTS = ("expert_count", "expert_used_count", _EXPERT_WIDTH)  # where the family has experts
-_READ_OF_PHI3 = ("attention.sliding_window", "rope.scaling.original_context_length")
 _NEUTRAL: Mapping[str, Collection[Any]] = {
     "rope.scaling.type": ("none",),
     "rope.scaling.factor": (1.0, 0.0),
@@ -125,28 +121,30 @@ def exact_type(folder: Path) -> torch.dtype | str:
     return _TYPES[wide.pop()] if len(wide) == 1 else torch.bfloat16 if not wide else torch.float32
 
 
-def read_width_of_experts_(config: PreTrainedConfig, path: Path) -> None:
-    """Give the config of a GGUF file the width of its experts, which transformers passes over. Raises InvalidInput."""
-    metadata = read_header(path).metadata
-    key = f"{metadata.get('general.architecture')}.{_EXPERT_WIDTH}"
-    if key not in metadata:
-        raise InvalidInput(f"{path}: it has experts, and no key {key} that says how wide they are")
-    config.moe_intermediate_size = metadata[key]
+def read_rest_of_config_(config: PreTrainedConfig, path: Path) -> None:
+    """Give the config of a GGUF file what transformers passes over. Raises InvalidInput."""
+    header, family = read_header(path), family_of(config)
+    if _EMBEDDINGS not in header.shapes:
+        raise InvalidInput(f"{path}: tensor {_EMBEDDINGS} is missing")
+    config.vocab_size = header.shapes[_EMBEDDINGS][-1]  # few files say it in a key
+    config.pad_token_id = None  # a class's own may be beyond the vocabulary (Phi-3); the tokenizer's is taken later
+    prefix = f"{header.metadata['general.architecture']}."
+    entries = {key.removeprefix(prefix): one for key, one in header.metadata.items() if key.startswith(prefix)}
+    if own := set(family.gguf_tensors) & set(header.shapes):
+        with errors_of_damaged_files():
+            entries |= {one.name: one.data.tolist() for one in QuickReader(path).tensors if one.name in own}
+    family.read_gguf_(config, entries)
 
 
 def read_rest_of_gguf_(model: PreTrainedModel, path: Path) -> None:
     """Read what transformers passes over in a GGUF file. Raises InvalidInput, by name, for what cannot be read."""
     header = read_header(path)
-    has_experts, is_phi3 = family_of(model.config).experts is not None, model.config.model_type == "phi3"
-    own = _READ_OF_EXPERTS if has_experts else _READ_OF_PHI3 if is_phi3 else ()
-    _require_keys_read(header, path, read=(*_READ, "rope.scaling.attn_factor", *own))
-    factors = _PHI3_FACTORS if is_phi3 else (_ROPE_FACTORS,)
-    if unread := sorted(set(header.shapes) - _gguf_names(model) - set(factors)):
+    family = family_of(model.config)
+    _require_keys_read(header, path, read={*_READ, *family.gguf_keys})
+    if unread := sorted(set(header.shapes) - _gguf_names(model) - {_ROPE_FACTORS, *family.gguf_tensors}):
         raise InvalidInput(f"{path}: {_counted(unread)} of this file has no place in a {model.config.model_type} model")
-    with errors_of_damaged_files():
-        if is_phi3:
-            _read_phi3_(model, path, header)
-        elif _ROPE_FACTORS in header.shapes:
+    if _ROPE_FACTORS in header.shapes:
+        with errors_of_damaged_files():
             _scale_rotary_(model, path, header)
 
 
@@ -163,12 +161,13 @@ def _require_keys_read(header: GgufHeader, path: Path, *, read: Collection[str])
 
 
 def _gguf_names(model: PreTrainedModel) -> set[str]:
-    """Return the names that a model's tensors have in a GGUF file."""
+    """Return the names that a model's tensors, and the parts of them that exporters write, have in a GGUF file."""
     own = model.config.model_type
-    kind = {"mistral": "llama", "qwen3_moe": "qwen3moe"}.get(own, own)
+    kind = {"mistral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}.get(own, own)
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     names = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
-    found = (names.get_name(name, try_suffixes=(".weight", ".bias")) for name in exported_tensors(model))
+    own_names = {*model.state_dict(), *exported_tensors(model)}
+    found = (names.get_name(name, try_suffixes=(".weight", ".bias")) for name in own_names)
     return {one if one.endswith((".weight", ".bias")) else f"{one}.weight" for one in found if one is not None}
 
 
@@ -178,7 +177,7 @@ def _scale_rotary_(model: PreTrainedModel, path: Path, header: GgufHeader) -> No
     They are those of Llama 3, or a table, which transformers has as longrope with equal tables for all lengths.
     """
     config, family = model.config, family_of(model.config)
-    tensors = {one.name: one.data for one in gguf.GGUFReader(path).tensors}
+    tensors = {one.name: one.data for one in QuickReader(path).tensors}
     factors = torch.tensor(tensors[_ROPE_FACTORS].astype("float32"))
     magnitude = float(header.metadata.get(f"{header.metadata['general.architecture']}.rope.scaling.attn_factor", 1.0))
     base = config.rope_parameters["rope_theta"]
@@ -198,29 +197,6 @@ def _scale_rotary_(model: PreTrainedModel, path: Path, header: GgufHeader) -> No
         if parameters is table or torch.allclose(rotary.inv_freq, plain / factors, rtol=1e-4):
             model.set_submodule(family.rotary, rotary)
             return
-
-
-def _read_phi3_(model: PreTrainedModel, path: Path, header: GgufHeader) -> None:
-    """Give a Phi-3 the sliding window of its file, and the rotary embedding, which may turn a part of a head."""
-    config, family, head_dim = model.config, family_of(model.config), head_dim_of(model.config)
-    given = {key.removeprefix("phi3."): value for key, value in header.metadata.items()}
-    config.sliding_window = given.get("attention.sliding_window") or None
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
-    turned = given.get("rope.dimension_count", head_dim)
-    rope["partial_rotary_factor"] = turned / head_dim
-    if set(_PHI3_FACTORS) <= set(header.shapes):
-        tensors = {one.name: one.data for one in gguf.GGUFReader(path).tensors}
-        short, long = (tensors[name].tolist() for name in _PHI3_FACTORS)
-        config.original_max_position_embeddings = given["rope.scaling.original_context_length"]
-        rope |= {"rope_type": "longrope", "short_factor": short, "long_factor": long}
-        rope["original_max_position_embeddings"] = config.original_max_position_embeddings
-    config.rope_parameters, magnitude = rope, given.get("rope.scaling.attn_factor", 1.0)
-    kind: Any = type(model.get_submodule(family.rotary))
-    if not isclose(kind(config).attention_scaling, magnitude, rel_tol=1e-6):
-        config.rope_parameters = {**rope, "attention_factor": magnitude}
-    model.set_submodule(family.rotary, rotary := kind(config))
-    if 2 * len(rotary.inv_freq) != turned:  # transformers rounds the share down
-        raise InvalidInput(f"{path}: turns {turned} of {head_dim} channels of a head, a share that cannot be read")
 
 
 def _counted(names: list[str]) -> str:

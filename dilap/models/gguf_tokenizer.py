@@ -11,14 +11,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import gguf
 from gguf import GGUFValueType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dilap.backends.child import opened
 from dilap.backends.llamacpp.file import Gguf
-from dilap.core.errors import InvalidInput, Unavailable, reason_of
+from dilap.backends.llamacpp.gguf_header import read_header
+from dilap.core.errors import InvalidInput, Unavailable
 from dilap.models.gguf_sentencepiece import sentencepiece_tokenizer
 from dilap.models.pretrained import errors_of_damaged_files, from_pretrained, require_sound_gguf
 from dilap.models.text_samples import SAMPLES, first_difference
@@ -92,22 +92,18 @@ def tokenizer_fields(path: Path) -> tuple[Field, ...]:
     Raises InvalidInput where it is damaged or has no tokenizer.
     """
     require_sound_gguf(path)
-    try:
-        entries = gguf.GGUFReader(path).fields
-        found = [one for name, one in entries.items() if name.startswith("tokenizer.")]
-        if NAME in entries and _is_phi3(entries[NAME].contents()):
-            found.append(entries[NAME])
-        fields = tuple(
-            Field(
-                key=one.name,
-                value=one.contents(),
-                kind=one.types[0],
-                item_kind=one.types[-1] if one.types[0] == GGUFValueType.ARRAY else None,
-            )
-            for one in found
+    header = read_header(path, texts=True)
+    is_phi3 = _is_phi3(str(header.metadata.get(NAME, "")))
+    fields = tuple(
+        Field(
+            key=key,
+            value=list(value) if isinstance(value, tuple) else value,
+            kind=GGUFValueType(header.kinds[key][0]),
+            item_kind=None if header.kinds[key][1] is None else GGUFValueType(header.kinds[key][1]),
         )
-    except (ValueError, IndexError, OSError) as error:  # ValueError: a text that is no UTF-8
-        raise InvalidInput(f"{path}: not a GGUF file ({reason_of(error)})") from error
+        for key, value in header.metadata.items()
+        if key.startswith("tokenizer.") or (key == NAME and is_phi3)
+    )
     if not any(one.key == "tokenizer.ggml.tokens" and one.value for one in fields):
         raise InvalidInput(f"{path}: it holds no tokenizer")
     return fields

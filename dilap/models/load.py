@@ -30,8 +30,8 @@ from dilap.models.anatomy import model_digest, require_finite
 from dilap.models.builtin import DEFAULT_MODEL, builtin_model
 from dilap.models.faithful import (
     exact_type,
+    read_rest_of_config_,
     read_rest_of_gguf_,
-    read_width_of_experts_,
     require_every_tensor,
     require_no_adapter,
     take_special_tokens_,
@@ -73,8 +73,7 @@ def load(name: str, *, tokenizer: Path | None = None, merge_adapter: str | Path 
     path = builtin_model() if name == DEFAULT_MODEL else checkpoint_of(Path(name))
     require_no_adapter(path)
     if path.is_file():
-        # Phi-3's config class has a token for padding that a vocabulary may lack.
-        arguments: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32, "pad_token_id": None}
+        arguments: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
         folder, tokenizer_path = path.parent, path
     elif path.is_dir() or _looks_like_hub_id(name):
         arguments = {}
@@ -133,8 +132,9 @@ def _config(name: str, folder: str, arguments: Mapping[str, Any]) -> PreTrainedC
     """Load the config. Raises Unsupported, before gigabytes are read, for a family or function that is not known."""
     with _errors_of(name, folder):
         config = from_pretrained(AutoConfig, folder, gguf_file=arguments.get("gguf_file"))
-        if family_of(config).experts is not None and "gguf_file" in arguments:
-            read_width_of_experts_(config, Path(folder) / arguments["gguf_file"])
+        family_of(config)
+        if "gguf_file" in arguments:
+            read_rest_of_config_(config, Path(folder) / arguments["gguf_file"])
         _require_known_functions(config, name=name)
     return config
 
@@ -144,10 +144,10 @@ def _model(name: str, folder: str, config: PreTrainedConfig, arguments: dict[str
     loader = _pruned_class_of(config) if getattr(config, "layer_widths", None) else AutoModelForCausalLM
     with _errors_of(name, folder):
         arguments.setdefault("dtype", exact_type(Path(folder)))
+        if "gguf_file" in arguments:
+            arguments["config"] = config
         # Tensors of wrong sizes are reported below: the loader's own error does not name them.
         arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        if family_of(config).experts is not None and "gguf_file" in arguments:
-            arguments["config"] = config  # with what transformers does not read
         model, report = from_pretrained(loader, folder, **arguments)
     for tensor, found, wanted in sorted(report["mismatched_keys"]):
         raise InvalidInput(f"model {name!r}: {_words_of_sizes(tensor, found, wanted, config)}")
@@ -202,10 +202,10 @@ def _looks_like_hub_id(name: str) -> bool:
 def _require_known_functions(config: PreTrainedConfig, *, name: str) -> None:
     """Raise Unsupported for a rotary embedding or an activation whose name transformers does not know."""
     rope = getattr(config, "rope_parameters", None) or {}
-    activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+    ropes = [one for one in rope.values() if isinstance(one, Mapping)] or [rope]  # one for every kind of layer, or one
     for kind, asked, known in (
-        ("rotary embedding", rope.get("rope_type", "default"), ["default", *ROPE_INIT_FUNCTIONS]),
-        ("activation", activation, list(ACT2FN)),
+        *(("rotary embedding", one.get("rope_type", "default"), ["default", *ROPE_INIT_FUNCTIONS]) for one in ropes),
+        ("activation", getattr(config, family_of(config).activation), list(ACT2FN)),
     ):
         if asked not in known:
             raise Unsupported(

@@ -33,6 +33,8 @@ def test_groups_are_found_in_every_layer(family: str) -> None:
         ("qwen3", {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": True, "ffn_matrices": 3}),
         ("olmo2", {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": "joint", "ffn_matrices": 3}),
         ("smollm3", {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": False, "ffn_matrices": 3}),
+        ("gemma2", {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": False, "ffn_matrices": 3}),
+        ("gemma3_text", {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": True, "ffn_matrices": 3}),
         ("opt", {"out_bias": True, "ffn_bias": True, "ffn_out_bias": True, "qk_norm": False, "ffn_matrices": 2}),
     ],
 )

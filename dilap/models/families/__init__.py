@@ -24,11 +24,11 @@ def families() -> Mapping[str, Family]:
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """Return the family of a model. Raises Unsupported for an unknown one, or for layers of several attention types."""
+    """Return the family of a model. Raises Unsupported for an unknown one, or for kinds of layers it should not mix."""
     known = families()
     if config.model_type not in known:
         raise Unsupported(f"architecture {config.model_type!r} is not known; DiLAP prunes: {', '.join(sorted(known))}")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if len(kinds) > 1:
+    family, kinds = known[config.model_type], set(getattr(config, "layer_types", None) or ["full_attention"])
+    if len(kinds) > 1 and not family.mixes_attention:
         raise Unsupported(f"layers of several attention types ({', '.join(sorted(kinds))}) cannot be pruned yet")
-    return known[config.model_type]
+    return family

@@ -1,7 +1,7 @@
 """A family of decoder models: where its parts are, which units they have, and how they join the residual stream."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Any
@@ -14,12 +14,11 @@ from dilap.core.errors import Unsupported
 from dilap.core.groups import Block, Group, Kept, Member
 from dilap.core.numerics import LayerNumerics, Numerics, Rotary
 from dilap.core.shape import Architecture, LayerWidths
-from dilap.models.context import max_tokens_of
 from dilap.models.modeling_dilap import NoAttention, NoFeedForward, Paths, linear_at, set_heads_
 
 GATE, UP = "gate_proj", "up_proj"  # names of the halves of experts' fused tensor, as exporters get them
-# Whose frequencies are the same for every length of text, or at least for all that an artifact holds (longrope).
-_ROTARY_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+_ROTARY_KINDS = ("default", "linear", "llama3", "yarn")  # whose frequencies are the same for every length of text
+_FEWEST_TOKENS = 8  # an exported program is traced with five
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,11 @@ class Family(Paths):
 
     `name` is the `model_type` of its configs. Paths beyond those of a layer's matrices: `embeddings`, `final_norm` and
     `rotary` in the model, `query_norm` and `key_norm` in a layer. `position_offset` is how many rows of a learned table
-    of positions, at `positions` in the model, come before that of position 0.
+    of positions, at `positions` in the model, come before that of position 0. `activation` is the entry of the config
+    that names the activation. `mixes_attention` says that layers may attend to different numbers of tokens, and that
+    exporters are told how many each one sees; `slides` that all layers see a window where the config does not say
+    which do. `gguf_keys` are those keys of a GGUF file, without its architecture's name, that `read_gguf_` reads, and
+    `gguf_tensors` the tensors.
     """
 
     name: str
@@ -39,6 +42,11 @@ class Family(Paths):
     key_norm: str = "self_attn.k_norm"
     positions: str = ""
     position_offset: int = 0
+    activation: str = "hidden_act"
+    mixes_attention: bool = False
+    slides: bool = False
+    gguf_keys: tuple[str, ...] = ()
+    gguf_tensors: tuple[str, ...] = ()
 
     def module_paths(self) -> dict[str, Any]:
         """Return the paths that differ from Llama's, as a checkpoint's config keeps them."""
@@ -99,6 +107,42 @@ class Family(Paths):
         """Return the factor of the product of the final hidden states and the head that makes it the logits."""
         return 1.0
 
+    def read_gguf_(self, config: PreTrainedConfig, entries: Mapping[str, Any]) -> None:
+        """Give a config what transformers passes over among the entries of a GGUF file, or takes for another value.
+
+        `entries` are its keys, without the architecture's name, and the values of its tensors in `gguf_tensors`.
+        """
+
+    def logits_softcap(self, config: PreTrainedConfig) -> float | None:  # noqa: ARG002
+        """Return the soft cap c of the logits, with which each x of them becomes c tanh(x / c); None without one."""
+        return None
+
+    def window(self, config: PreTrainedConfig) -> int | None:
+        """Return the sliding window of all layers, which exported attention does not have; None without one."""
+        kinds = getattr(config, "layer_types", None) or ()
+        slides = "sliding_attention" in kinds or (not kinds and self.slides)
+        return getattr(config, "sliding_window", None) if slides and not self.mixes_attention else None
+
+    def short_context(self, config: PreTrainedConfig) -> int | None:  # noqa: ARG002
+        """Return up to how many tokens a text has the exported rotary embedding; None where all texts have it."""
+        return None
+
+    def max_tokens(self, config: PreTrainedConfig) -> int:
+        """Return how many tokens an artifact may hold.
+
+        The window and the longest text with the exported rotary embedding limit it as the number of positions does.
+        Raises Unsupported for a limit that is too small to export and check a model with.
+        """
+        positions: int = config.max_position_embeddings
+        holds = min(positions, self.window(config) or positions, self.short_context(config) or positions)
+        if holds < _FEWEST_TOKENS:
+            raise Unsupported(
+                f"the model sees {holds} tokens at once (max_position_embeddings, sliding_window and "
+                f"original_max_position_embeddings of its config); fewer than {_FEWEST_TOKENS} cannot be exported and "
+                "checked"
+            )
+        return holds
+
     def exported(self, model: PreTrainedModel) -> Mapping[str, torch.Tensor]:
         """Return the tensors to export, by their names in `model`.
 
@@ -155,18 +199,27 @@ class Family(Paths):
         """Return what a loaded model computes beside its shapes. Raises Unsupported for what no exporter computes."""
         config = model.config
         return Numerics(
-            context_length=max_tokens_of(config),
+            context_length=self.max_tokens(config),
             norm_eps=float(config.rms_norm_eps),  # an integer in some configs
-            activation=config.hidden_act,
-            layers=(LayerNumerics(rotary=_rotary(model, self.rotary)),) * config.num_hidden_layers,
+            activation=getattr(config, self.activation),
+            attention_scale=head_dim_of(config) ** -0.5,
+            layers=self.layer_numerics(model),
         )
+
+    def layer_numerics(self, model: PreTrainedModel) -> tuple[LayerNumerics, ...]:
+        """Return what the attention of every layer computes. Raises Unsupported for what no exporter computes."""
+        return (LayerNumerics(rotary=rotary_of(model, self.rotary)),) * len(list(model.get_submodule(self.layers)))
 
     def stand_in_numerics(self, architecture: Architecture) -> Numerics:
         """Return usual values of the family, for a model with random weights that is only timed."""
-        frequencies = (10_000.0 ** (-i / architecture.head_dim) for i in range(0, architecture.head_dim, 2))
-        layer = LayerNumerics(rotary=Rotary(frequencies=tuple(frequencies)))
-        layers = (layer,) * len(architecture.layers)
-        return Numerics(context_length=4096, norm_eps=1e-5, activation="silu", layers=layers)
+        layers = (LayerNumerics(rotary=plain_rotary(architecture.head_dim)),) * len(architecture.layers)
+        return Numerics(
+            context_length=4096,
+            norm_eps=1e-5,
+            activation="silu",
+            attention_scale=architecture.head_dim**-0.5,
+            layers=layers,
+        )
 
     def _widths(self, layer: nn.Module, head_dim: int) -> LayerWidths:
         heads, kv_heads, channels = 0, 0, 0
@@ -253,16 +306,45 @@ def _num_vectors(model: PreTrainedModel, path: str) -> int:
     return 0 if norm is None else len(list(norm.parameters()))
 
 
-def _rotary(model: PreTrainedModel, path: str) -> Rotary:
-    """The rotary embedding at `path`. Raises Unsupported for one that depends on the length of the text."""
+@dataclass(frozen=True, kw_only=True)
+class Rewritten(Mapping[str, torch.Tensor]):
+    """The `tensors` by name, each as `rewrite` makes it from its name and itself when it is read."""
+
+    tensors: Mapping[str, torch.Tensor]
+    rewrite: Callable[[str, torch.Tensor], torch.Tensor]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.rewrite(name, self.tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def plain_rotary(head_dim: int, *, base: float = 10_000.0) -> Rotary:
+    """Return the rotary embedding of heads of that size without scaling."""
+    return Rotary(frequencies=tuple(base ** (-i / head_dim) for i in range(0, head_dim, 2)), base=base)
+
+
+def rotary_of(model: PreTrainedModel, path: str, *, attention: str | None = None) -> Rotary:
+    """Return the rotary embedding at `path`, that of one kind of `attention` where the model has several.
+
+    Raises Unsupported for one that depends on the length of the text.
+    """
     config, rope = model.config, model.config.rope_parameters
     # Made afresh, because the frequencies of a model in half precision are rounded.
     made: Any = type(model.get_submodule(path))(config)
-    frequencies, kind = tuple(made.inv_freq.tolist()), rope.get("rope_type", "default")
-    if kind not in _ROTARY_KINDS or 2 * len(frequencies) != head_dim_of(config):
+    prefix = ""
+    if attention is not None:
+        rope, prefix = rope[attention], f"{attention}_"
+    frequencies = tuple(getattr(made, f"{prefix}inv_freq").tolist())
+    kind = rope.get("rope_type", "default")
+    is_constant = kind in _ROTARY_KINDS or (kind == "longrope" and rope["short_factor"] == rope["long_factor"])
+    if not is_constant or 2 * len(frequencies) != head_dim_of(config):
         raise Unsupported(
             f"rotary embedding {rope} cannot be exported yet; known, on whole heads: {', '.join(_ROTARY_KINDS)}"
         )
-    return Rotary(
-        frequencies=frequencies, magnitude=float(made.attention_scaling), kind=kind, base=float(rope["rope_theta"])
-    )
+    magnitude = float(getattr(made, f"{prefix}attention_scaling"))
+    return Rotary(frequencies=frequencies, magnitude=magnitude, kind=kind, base=float(rope["rope_theta"]))

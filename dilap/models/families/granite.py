@@ -1,12 +1,12 @@
 """Granite 3: Llama with four factors, of the embeddings, attention scores, sublayers' outputs and logits."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from dilap.models.families.family import Family, has_tied_head, head_dim_of
+from dilap.models.families.family import Family, Rewritten, has_tied_head, head_dim_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,13 @@ class _Granite(Family):
 
     def exported(self, model: PreTrainedModel) -> Mapping[str, torch.Tensor]:
         """Return the tensors of a Llama that computes the same: the factors are in them."""
-        return _Scaled(tensors=model.state_dict(), factors=self._factors(model))
+        factors = self._factors(model)
+
+        def scaled(name: str, own: torch.Tensor) -> torch.Tensor:
+            factor = factors.get(name.rpartition(".")[0])
+            return own if factor is None else own.float() * factor
+
+        return Rewritten(tensors=model.state_dict(), rewrite=scaled)
 
     def _factors(self, model: PreTrainedModel) -> dict[str, float]:
         """Return the factors of tensors, biases included, by the paths of their modules."""
@@ -34,24 +40,6 @@ class _Granite(Family):
             for path in (self.attention_out, self.ffn_out):
                 factors[f"{self.layers}.{index}.{path}"] = self.residual_scale(config)
         return factors
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Scaled(Mapping[str, torch.Tensor]):
-    """The `tensors` by name; those of a module with a factor are multiplied in f32 when they are read."""
-
-    tensors: Mapping[str, torch.Tensor]
-    factors: Mapping[str, float]
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        own, factor = self.tensors[name], self.factors.get(name.rpartition(".")[0])
-        return own if factor is None else own.float() * factor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
 
 
 FAMILY = _Granite(name="granite")

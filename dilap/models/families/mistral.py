@@ -2,4 +2,4 @@
 
 from dilap.models.families.family import Family
 
-FAMILY = Family(name="mistral")
+FAMILY = Family(name="mistral", slides=True)

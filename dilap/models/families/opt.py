@@ -9,8 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from dilap.core.errors import Unsupported
 from dilap.core.numerics import LayerNumerics, Numerics
 from dilap.core.shape import Architecture, LayerWidths
-from dilap.models.context import max_tokens_of
-from dilap.models.families.family import Family
+from dilap.models.families.family import Family, head_dim_of
 
 _NORM_EPS = 1e-5  # of torch's LayerNorm, which the stock class takes as it is
 
@@ -43,20 +42,28 @@ class _Opt(Family):
         if not config.layer_norm_elementwise_affine:
             raise Unsupported("OPT with norms that have no weights cannot be exported yet")
         return Numerics(
-            context_length=max_tokens_of(config),
+            context_length=self.max_tokens(config),
             norm_eps=_NORM_EPS,
-            activation=config.activation_function,
+            activation=getattr(config, self.activation),
+            attention_scale=head_dim_of(config) ** -0.5,
             layers=(LayerNumerics(rotary=None),) * config.num_hidden_layers,
         )
 
     def stand_in_numerics(self, architecture: Architecture) -> Numerics:
         context = architecture.num_positions - self.position_offset
         layers = (LayerNumerics(rotary=None),) * len(architecture.layers)
-        return Numerics(context_length=context, norm_eps=_NORM_EPS, activation="relu", layers=layers)
+        return Numerics(
+            context_length=context,
+            norm_eps=_NORM_EPS,
+            activation="relu",
+            attention_scale=architecture.head_dim**-0.5,
+            layers=layers,
+        )
 
 
 FAMILY = _Opt(
     name="opt",
+    activation="activation_function",
     layers="model.decoder.layers",
     embeddings="model.decoder.embed_tokens",
     final_norm="model.decoder.final_layer_norm",

@@ -7,12 +7,15 @@ which leaves their products what they are.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import isclose
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from dilap.core.numerics import LayerNumerics, Numerics, Rotary
-from dilap.models.context import max_tokens_of
+from dilap.core.errors import InvalidInput
+from dilap.core.numerics import LayerNumerics, Rotary
 from dilap.models.families.family import Family, head_dim_of
 
 
@@ -22,14 +25,32 @@ class _Phi3(Family):
     def exported_paths(self) -> Family:
         return Family(name=self.name)
 
-    def numerics(self, model: PreTrainedModel) -> Numerics:
-        config = model.config
-        return Numerics(
-            context_length=max_tokens_of(config),
-            norm_eps=float(config.rms_norm_eps),
-            activation=config.hidden_act,
-            layers=(LayerNumerics(rotary=self._turn_of(model).rotary),) * config.num_hidden_layers,
-        )
+    def short_context(self, config: PreTrainedConfig) -> int | None:
+        rope = config.rope_parameters
+        if rope["rope_type"] != "longrope" or rope["short_factor"] == rope["long_factor"]:
+            return None
+        return int(rope["original_max_position_embeddings"])
+
+    def layer_numerics(self, model: PreTrainedModel) -> tuple[LayerNumerics, ...]:
+        layer, num_layers = LayerNumerics(rotary=self._turn_of(model).rotary), int(model.config.num_hidden_layers)
+        return (layer,) * num_layers
+
+    def read_gguf_(self, config: PreTrainedConfig, entries: Mapping[str, Any]) -> None:
+        config.sliding_window = entries.get("attention.sliding_window") or None
+        head_dim = head_dim_of(config)
+        turned = entries.get("rope.dimension_count", head_dim)
+        if int(head_dim * (turned / head_dim)) != turned:  # as transformers computes it
+            raise InvalidInput(f"the file turns {turned} of {head_dim} channels of a head, a share that cannot be read")
+        rope = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
+        rope["partial_rotary_factor"] = turned / head_dim
+        if set(self.gguf_tensors) <= set(entries):
+            short, long = (entries[name] for name in self.gguf_tensors)
+            config.original_max_position_embeddings = entries["rope.scaling.original_context_length"]
+            rope |= {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+            rope["original_max_position_embeddings"] = config.original_max_position_embeddings
+        config.rope_parameters, magnitude = rope, entries.get("rope.scaling.attn_factor", 1.0)
+        if not isclose(Phi3RotaryEmbedding(config).attention_scaling, magnitude, rel_tol=1e-6):
+            config.rope_parameters = {**rope, "attention_factor": magnitude}
 
     def exported(self, model: PreTrainedModel) -> Mapping[str, torch.Tensor]:
         """Return the tensors of a Llama that computes the same, with the rotary embedding of `numerics`."""
@@ -132,4 +153,13 @@ class _Unfused(Mapping[str, torch.Tensor]):
 
 
 _QKV, _GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
-FAMILY = _Phi3(name="phi3", query=_QKV, key=_QKV, value=_QKV, ffn_in=(_GATE_UP, _GATE_UP))
+FAMILY = _Phi3(
+    name="phi3",
+    query=_QKV,
+    key=_QKV,
+    value=_QKV,
+    ffn_in=(_GATE_UP, _GATE_UP),
+    slides=True,
+    gguf_keys=("attention.sliding_window", "rope.scaling.original_context_length"),
+    gguf_tensors=("rope_factors_short.weight", "rope_factors_long.weight"),
+)

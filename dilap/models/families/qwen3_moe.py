@@ -11,19 +11,27 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from dilap.core.errors import Unsupported
+from dilap.core.errors import InvalidInput, Unsupported
 from dilap.core.groups import Block, Kept, Member
 from dilap.core.shape import Architecture, Experts, LayerWidths
 from dilap.models.families.family import GATE, UP, Family
 from dilap.models.modeling_dilap import NoFeedForward, set_experts_
 
+_EXPERT_WIDTH = "expert_feed_forward_length"
 _TENSORS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight")  # experts are their first axis
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Qwen3Moe(Family):
+    gguf_keys: tuple[str, ...] = ("expert_count", "expert_used_count", _EXPERT_WIDTH)
+
+    def read_gguf_(self, config: PreTrainedConfig, entries: Mapping[str, Any]) -> None:
+        if _EXPERT_WIDTH not in entries:
+            raise InvalidInput(f"the file has experts, and no key {_EXPERT_WIDTH} that says how wide they are")
+        config.moe_intermediate_size = entries[_EXPERT_WIDTH]
+
     def architecture(self, model: PreTrainedModel) -> Architecture:
         config = model.config
         for index, layer in enumerate(model.get_submodule(self.layers).children()):
