@@ -35,7 +35,7 @@ class Emitter:
         *inputs: ir.Value | None,
         name: str | None = None,
         domain: str = "",
-        **attributes: float | int | Sequence[int],
+        **attributes: float | int | str | Sequence[int],
     ) -> ir.Value:
         """Add a node with one output and return the output."""
         return self._tape.op(kind, inputs, attributes, domain=domain, name=name)
@@ -46,7 +46,7 @@ class Emitter:
         *inputs: ir.Value | None,
         num_outputs: int,
         domain: str = "",
-        **attributes: float | int | Sequence[int],
+        **attributes: float | int | str | Sequence[int],
     ) -> Sequence[ir.Value]:
         """Add a node with several outputs and return them; Split is also given their number as an attribute."""
         if kind == "Split":
