@@ -247,7 +247,7 @@ class Decoder(nn.Module):
         torch._check(start + count <= self.header.max_context)
         x = self._embed(tokens, start)
         angles = {rotary: self._angles(number, start, count) for number, rotary in enumerate(self._rotaries)}
-        views = {window: self._view(window, input_pos, count) for window in self._windows}
+        views: dict[int | None, _View] = {one: self._view(one, input_pos, count) for one in self._windows}
         for index, (widths, calls) in enumerate(zip(self.header.architecture.layers, self._layers, strict=True)):
             if widths.num_heads:
                 numerics = self.header.numerics.layers[index]
