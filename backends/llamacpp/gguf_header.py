@@ -25,21 +25,30 @@ _MIN_BITS = 1.5  # the fewest that a weight takes in any format of llama.cpp
 
 @dataclass(frozen=True, kw_only=True)
 class GgufHeader:
-    """What a header says: `metadata` by key (None for an array of texts), and every tensor's shape by name."""
+    """What a header says: `metadata` by key, and the shape and the type of every tensor by its name.
+
+    `kinds` has the type of every value of the metadata, and for an array that of its items, else None.
+    """
 
     metadata: dict[str, Any]
+    kinds: dict[str, tuple[int, int | None]]
     shapes: dict[str, tuple[int, ...]]
+    types: dict[str, int]
 
     @property
     def num_weights(self) -> int:
         return sum(map(math.prod, self.shapes.values()))
 
 
-def read_header(path: Path) -> GgufHeader:
-    """Read the header. Raises InvalidInput for a file that is no GGUF file or holds less than its header counts."""
+def read_header(path: Path, *, texts: bool = False) -> GgufHeader:
+    """Read the header, with `texts` also arrays of texts, which are None in the metadata otherwise.
+
+    Raises InvalidInput for a file that is no GGUF file or holds less than its header counts, and with `texts` for one
+    with a text that is no UTF-8.
+    """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _read(_Reader(data, path))
+            return _read(_Reader(data, path, texts=texts))
     except (OSError, ValueError) as error:  # ValueError: an empty file
         raise InvalidInput(f"{path}: not a whole GGUF file: {words_of(error)}") from error
 
@@ -51,26 +60,32 @@ def _read(reader: "_Reader") -> GgufHeader:
     if version not in (2, 3):
         reader.fail(f"it has version {version}, and 2 and 3 are read; is it big-endian?")
     reader.require(num_keys * _SHORTEST_KEY + num_tensors * _SHORTEST_TENSOR, f"{num_keys} keys, {num_tensors} tensors")
-    metadata = {}
+    metadata, kinds = {}, {}
     for _ in range(num_keys):
         key = reader.text(longest=_MAX_NAME)
         if key in metadata:
             reader.fail(f"the key {key!r:.80} is there twice")
-        metadata[key] = reader.value(reader.unpack("I"))
-    shapes = dict(reader.tensor() for _ in range(num_tensors))
+        kind = reader.unpack("I")
+        metadata[key], item = reader.value(kind)
+        kinds[key] = kind, item
+    tensors = [reader.tensor() for _ in range(num_tensors)]
+    shapes, types = {name: shape for name, shape, _ in tensors}, {name: kind for name, _, kind in tensors}
     if len(shapes) < num_tensors:
         reader.fail("two tensors have one name")
-    header = GgufHeader(metadata=metadata, shapes=shapes)
+    header = GgufHeader(metadata=metadata, kinds=kinds, shapes=shapes, types=types)
     if header.num_weights * _MIN_BITS / 8 > reader.num_bytes:
         reader.fail(f"its header lists {header.num_weights:,} weights, more than {reader.num_bytes:,} bytes hold")
     return header
 
 
 class _Reader:
-    """Reads a file piece by piece from its beginning, and never past its end."""
+    """Reads a file piece by piece from its beginning, and never past its end.
 
-    def __init__(self, data: mmap.mmap, path: Path) -> None:
-        self._data, self._path, self._at = data, path, 0
+    With `texts`, all texts are read and must be UTF-8; without, arrays of texts are stepped over.
+    """
+
+    def __init__(self, data: mmap.mmap, path: Path, *, texts: bool) -> None:
+        self._data, self._path, self._at, self._texts = data, path, 0, texts
         self.num_bytes = len(data)
 
     def fail(self, reason: str) -> NoReturn:
@@ -91,25 +106,27 @@ class _Reader:
     def text(self, *, longest: int) -> str:
         if (length := self.unpack("Q")) > longest:
             self.fail(f"a text of {length:,} bytes at {self._at:,}")
-        return self.take(length).decode("utf-8", "replace")
+        return self.take(length).decode("utf-8", "strict" if self._texts else "replace")
 
-    def value(self, kind: int) -> Any:
-        """Return the value of one key; an array of texts is skipped, and None returned."""
+    def value(self, kind: int) -> tuple[Any, int | None]:
+        """Return the value of one key, and the type of the items where it is an array."""
         if kind in _SCALARS:
-            return self.unpack(_SCALARS[kind])
+            return self.unpack(_SCALARS[kind]), None
         if kind == _STRING:
-            return self.text(longest=_MAX_TEXT)
+            return self.text(longest=_MAX_TEXT), None
         if kind != _ARRAY:
             self.fail(f"a value of the unknown type {kind} at {self._at:,}")
         item, count = self.unpack("I"), self.unpack("Q")
         if item in _SCALARS:
             data = self.take(count * struct.calcsize(f"<{_SCALARS[item]}"))
-            return struct.unpack(f"<{count}{_SCALARS[item]}", data)
+            return struct.unpack(f"<{count}{_SCALARS[item]}", data), item
         if item != _STRING:
             self.fail(f"an array of the type {item} at {self._at:,}")
         self.require(8 * count, f"the {count:,} texts that it counts")
+        if self._texts:
+            return [self.text(longest=_MAX_TEXT) for _ in range(count)], item
         self._step_over_texts(count)
-        return None
+        return None, item
 
     def _step_over_texts(self, count: int) -> None:
         data, at, last = self._data, self._at, self.num_bytes - 8
@@ -120,10 +137,12 @@ class _Reader:
         self._at = at
         self.require(0, "the end of a text")
 
-    def tensor(self) -> tuple[str, tuple[int, ...]]:
+    def tensor(self) -> tuple[str, tuple[int, ...], int]:
+        """Return the name, the shape and the type of one tensor."""
         name, rank = self.text(longest=_MAX_NAME), self.unpack("I")
         if not 0 < rank <= 4:
             self.fail(f"the tensor {name!r:.80} has {rank} dimensions")
         shape = struct.unpack(f"<{rank}Q", self.take(8 * rank))
-        self.take(4 + 8)  # its type, and where it lies
-        return name, shape
+        kind = self.unpack("I")
+        self.take(8)  # where it lies
+        return name, shape, kind

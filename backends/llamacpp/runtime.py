@@ -87,13 +87,13 @@ class LlamaCpp:
             raise InvalidInput(f"llama.cpp precision {precision!r} is unknown; use {', '.join(self.precisions())}")
         if architecture.num_positions:
             return Capabilities(unsupported="llama.cpp has no OPT architecture; use --backend onnxruntime")
-        if architecture.qk_norm:  # llama.cpp's only architecture with widths per layer, `deci`, has none
+        if architecture.qk_norm or architecture.family == "gemma2":  # `deci`, with widths per layer, has not its norms
             return Capabilities(
                 per_layer_widths=False,
                 attention_removal=False,
                 ffn_removal=False,
                 ffn_multiple=32,
-                output_biases=False,  # llama.cpp's graphs of Qwen3 and OLMo 2 add none
+                output_biases=False,  # llama.cpp's graphs of these families add none
             )
         if architecture.family == "smollm3":  # of which llama.cpp turns the heads of fixed layers, and adds no biases
             return Capabilities(

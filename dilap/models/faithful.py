@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dilap.backends.llamacpp.gguf_header import GgufHeader, read_header
 from dilap.core.codec import read_json
@@ -18,12 +18,13 @@ from dilap.core.errors import InvalidInput
 from dilap.models.adapter import CONFIG
 from dilap.models.families import family_of
 from dilap.models.families.family import has_tied_head, head_dim_of
+from dilap.models.gguf_reader import QuickReader
 from dilap.models.pretrained import errors_of_damaged_files
 
 _HEAD = "lm_head.weight"
 # A buffer that older versions of transformers saved and that is computed from the config.
 _COMPUTED = ".rotary_emb.inv_freq"
-_ROPE_FACTORS = "rope_freqs.weight"
+_ROPE_FACTORS, _EMBEDDINGS = "rope_freqs.weight", "token_embd.weight"
 # Keys of a GGUF file after its architecture's name: those that transformers reads, those that only repeat another one,
 # and those that change nothing at the values given.
 _READ = (
@@ -119,10 +120,21 @@ def exact_type(folder: Path) -> torch.dtype | str:
     return _TYPES[wide.pop()] if len(wide) == 1 else torch.bfloat16 if not wide else torch.float32
 
 
+def read_rest_of_config_(config: PreTrainedConfig, path: Path) -> None:
+    """Give the config of a GGUF file what transformers passes over. Raises InvalidInput."""
+    header = read_header(path)
+    if _EMBEDDINGS not in header.shapes:
+        raise InvalidInput(f"{path}: tensor {_EMBEDDINGS} is missing")
+    config.vocab_size = header.shapes[_EMBEDDINGS][-1]  # few files say it in a key
+    prefix = f"{header.metadata['general.architecture']}."
+    keys = {key.removeprefix(prefix): one for key, one in header.metadata.items() if key.startswith(prefix)}
+    family_of(config).read_gguf_(config, keys)
+
+
 def read_rest_of_gguf_(model: PreTrainedModel, path: Path) -> None:
     """Read what transformers passes over in a GGUF file. Raises InvalidInput, by name, for what cannot be read."""
     header = read_header(path)
-    _require_keys_read(header, path)
+    _require_keys_read(header, path, read={*_READ, *family_of(model.config).gguf_keys})
     if unread := sorted(set(header.shapes) - _gguf_names(model) - {_ROPE_FACTORS}):
         raise InvalidInput(f"{path}: {_counted(unread)} of this file has no place in a {model.config.model_type} model")
     if _ROPE_FACTORS in header.shapes:
@@ -130,11 +142,11 @@ def read_rest_of_gguf_(model: PreTrainedModel, path: Path) -> None:
             _scale_rotary_(model, path, header)
 
 
-def _require_keys_read(header: GgufHeader, path: Path) -> None:
+def _require_keys_read(header: GgufHeader, path: Path, *, read: Collection[str]) -> None:
     architecture = header.metadata.get("general.architecture")
     for key, value in header.metadata.items():
         prefix, _, name = key.partition(".")
-        if prefix != architecture or name in _READ or name == "rope.scaling.attn_factor":
+        if prefix != architecture or name in read or name == "rope.scaling.attn_factor":
             continue
         if value not in _NEUTRAL.get(name, ()):
             raise InvalidInput(
@@ -144,7 +156,7 @@ def _require_keys_read(header: GgufHeader, path: Path) -> None:
 
 def _gguf_names(model: PreTrainedModel) -> set[str]:
     """Return the names that a model's tensors have in a GGUF file."""
-    kind = {"mistral": "llama"}.get(model.config.model_type, model.config.model_type)
+    kind = {"mistral": "llama", "gemma3_text": "gemma3"}.get(model.config.model_type, model.config.model_type)
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     names = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
     found = (names.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.state_dict())
@@ -157,7 +169,7 @@ def _scale_rotary_(model: PreTrainedModel, path: Path, header: GgufHeader) -> No
     They are those of Llama 3, or a table, which transformers has as longrope with equal tables for all lengths.
     """
     config, family = model.config, family_of(model.config)
-    tensors = {one.name: one.data for one in gguf.GGUFReader(path).tensors}
+    tensors = {one.name: one.data for one in QuickReader(path).tensors}
     factors = torch.tensor(tensors[_ROPE_FACTORS].astype("float32"))
     magnitude = float(header.metadata.get(f"{header.metadata['general.architecture']}.rope.scaling.attn_factor", 1.0))
     base = config.rope_parameters["rope_theta"]

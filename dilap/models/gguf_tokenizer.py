@@ -11,14 +11,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import gguf
 from gguf import GGUFValueType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dilap.backends.child import opened
 from dilap.backends.llamacpp.file import Gguf
-from dilap.core.errors import InvalidInput, Unavailable, reason_of
+from dilap.backends.llamacpp.gguf_header import read_header
+from dilap.core.errors import InvalidInput, Unavailable
 from dilap.models.gguf_sentencepiece import sentencepiece_tokenizer
 from dilap.models.pretrained import errors_of_damaged_files, from_pretrained, require_sound_gguf
 from dilap.models.text_samples import SAMPLES, first_difference
@@ -85,19 +85,17 @@ class Field:
 def tokenizer_fields(path: Path) -> tuple[Field, ...]:
     """Return the `tokenizer.*` entries of a GGUF file. Raises InvalidInput where it is damaged or has no tokenizer."""
     require_sound_gguf(path)
-    try:
-        found = [one for name, one in gguf.GGUFReader(path).fields.items() if name.startswith("tokenizer.")]
-        fields = tuple(
-            Field(
-                key=one.name,
-                value=one.contents(),
-                kind=one.types[0],
-                item_kind=one.types[-1] if one.types[0] == GGUFValueType.ARRAY else None,
-            )
-            for one in found
+    header = read_header(path, texts=True)
+    fields = tuple(
+        Field(
+            key=key,
+            value=list(value) if isinstance(value, tuple) else value,
+            kind=GGUFValueType(header.kinds[key][0]),
+            item_kind=None if header.kinds[key][1] is None else GGUFValueType(header.kinds[key][1]),
         )
-    except (ValueError, IndexError, OSError) as error:  # ValueError: a text that is no UTF-8
-        raise InvalidInput(f"{path}: not a GGUF file ({reason_of(error)})") from error
+        for key, value in header.metadata.items()
+        if key.startswith("tokenizer.")
+    )
     if not any(one.key == "tokenizer.ggml.tokens" and one.value for one in fields):
         raise InvalidInput(f"{path}: it holds no tokenizer")
     return fields

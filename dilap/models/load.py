@@ -30,6 +30,7 @@ from dilap.models.anatomy import model_digest, require_finite
 from dilap.models.builtin import DEFAULT_MODEL, builtin_model
 from dilap.models.faithful import (
     exact_type,
+    read_rest_of_config_,
     read_rest_of_gguf_,
     require_every_tensor,
     require_no_adapter,
@@ -132,6 +133,8 @@ def _config(name: str, folder: str, arguments: Mapping[str, Any]) -> PreTrainedC
     with _errors_of(name, folder):
         config = from_pretrained(AutoConfig, folder, gguf_file=arguments.get("gguf_file"))
         family_of(config)
+        if "gguf_file" in arguments:
+            read_rest_of_config_(config, Path(folder) / arguments["gguf_file"])
         _require_known_functions(config, name=name)
     return config
 
@@ -141,6 +144,8 @@ def _model(name: str, folder: str, config: PreTrainedConfig, arguments: dict[str
     loader = _pruned_class_of(config) if getattr(config, "layer_widths", None) else AutoModelForCausalLM
     with _errors_of(name, folder):
         arguments.setdefault("dtype", exact_type(Path(folder)))
+        if "gguf_file" in arguments:
+            arguments["config"] = config
         # Tensors of wrong sizes are reported below: the loader's own error does not name them.
         arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = from_pretrained(loader, folder, **arguments)
@@ -197,10 +202,10 @@ def _looks_like_hub_id(name: str) -> bool:
 def _require_known_functions(config: PreTrainedConfig, *, name: str) -> None:
     """Raise Unsupported for a rotary embedding or an activation whose name transformers does not know."""
     rope = getattr(config, "rope_parameters", None) or {}
-    activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+    ropes = [one for one in rope.values() if isinstance(one, Mapping)] or [rope]  # one for every kind of layer, or one
     for kind, asked, known in (
-        ("rotary embedding", rope.get("rope_type", "default"), ["default", *ROPE_INIT_FUNCTIONS]),
-        ("activation", activation, list(ACT2FN)),
+        *(("rotary embedding", one.get("rope_type", "default"), ["default", *ROPE_INIT_FUNCTIONS]) for one in ropes),
+        ("activation", getattr(config, family_of(config).activation), list(ACT2FN)),
     ):
         if asked not in known:
             raise Unsupported(

@@ -1,16 +1,18 @@
 """Safe calls of transformers' loaders: no code of a checkpoint runs, no question is asked, no absurd size is loaded."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import psutil
+from transformers import AutoTokenizer
 
 from dilap.backends.llamacpp.gguf_header import read_header
 from dilap.core.bounds import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH
 from dilap.core.codec import read_json
 from dilap.core.errors import DilapError, InvalidInput, reason_of
+from dilap.models.gguf_reader import quick_reading
 
 # Entries of a config that decide how much memory a model takes, by their names in Hugging Face's configs and in GGUF
 # files (there after the architecture's name and a dot).
@@ -39,7 +41,7 @@ def from_pretrained(loader: Any, folder: str | Path, *, gguf_file: str | None = 
         require_sound_gguf(Path(folder) / gguf_file)
     elif (config := Path(folder) / "config.json").is_file():
         require_plausible(read_json(config), source=str(config))
-    with errors_of_damaged_files():
+    with errors_of_damaged_files(), nullcontext() if loader is AutoTokenizer else quick_reading():
         return loader.from_pretrained(folder, trust_remote_code=False, **arguments)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from dilap.core.errors import Unsupported
 from dilap.core.numerics import Numerics, Rotary
 from dilap.core.shape import Architecture, LayerWidths
+from dilap.export.gguf.gemma import GEMMA, Gemma, Metadata
 from dilap.models.families import families
 from dilap.models.families.family import Family
 
@@ -17,7 +18,7 @@ _NORM_ROTARY = ("llama", "deci", "smollm3")  # architectures with the NORM rotar
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """One tensor of the file: its torch name, or the constant that fills it.
+    """One tensor of the file: its torch name and a factor, or the constant that fills it.
 
     `rotary_heads` is the number of heads whose rows are reordered, because llama.cpp's NORM rotary embedding
     turns neighbouring channels where transformers turns the two halves of a head.
@@ -28,6 +29,7 @@ class TensorSpec:
     source: str = ""
     constant: float = 0.0
     rotary_heads: int = 0
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class Layout:
     def rope_factors(self) -> tuple[float, ...]:
         """Divisors of the default rotary frequencies, which hold linear, llama3 and yarn scaling; none without one."""
         rotary, head_dim = self.rotary, self.architecture.head_dim
-        if rotary.kind == "default":
+        if rotary.kind == "default" or self._gemma:
             return ()
         default = (rotary.base ** (-2 * i / head_dim) for i in range(head_dim // 2))
         return tuple(plain / scaled for plain, scaled in zip(default, rotary.frequencies, strict=True))
@@ -53,7 +55,7 @@ class Layout:
         """The widths in the file: those of the model, plus the zeros that deci needs."""
         return tuple(_held(widths, first=i == 0) for i, widths in enumerate(self.architecture.layers))
 
-    def metadata(self) -> dict[str, int | float | list[int]]:
+    def metadata(self) -> Metadata:
         """Keys without their architecture prefix; widths are arrays only where llama.cpp reads arrays."""
         architecture, values, rotary = self.architecture, self.numerics, self.rotary
         columns = {
@@ -73,7 +75,13 @@ class Layout:
             "rope.freq_base": rotary.base,
             "rope.scaling.attn_factor": rotary.magnitude,
             **{key: widths if self.name == "deci" else widths[0] for key, widths in columns.items()},
+            **(self._gemma.metadata(values) if self._gemma else {}),
         }
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of the file."""
+        return self._gemma.notes(self.numerics) if self._gemma else ()
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor, in file order."""
@@ -94,6 +102,18 @@ class Layout:
     def _family(self) -> Family:
         return families()[self.architecture.family]
 
+    @property
+    def _gemma(self) -> Gemma | None:
+        return GEMMA.get(self.architecture.family)
+
+    @property
+    def _query_factor(self) -> float:
+        return self._gemma.query_factor(self.architecture, self.numerics) if self._gemma else 1.0
+
+    @property
+    def _stream_factor(self) -> float:
+        return self._gemma.stream_factor(self.architecture, self.numerics) if self._gemma else 1.0
+
     def _attention(self, index: int, held: LayerWidths, *, zero: bool) -> Iterator[TensorSpec]:
         if held.num_heads == 0:
             return
@@ -109,15 +129,20 @@ class Layout:
             ("attn_k", family.key, key_value, turned[1]),
             ("attn_v", family.value, key_value, 0),
         )
+        scaled = "attn_q_norm" if architecture.qk_norm else "attn_q"
         for name, source, rows, heads in projections:
-            yield from block.linear(name, source, (rows, hidden), bias=architecture.qkv_bias, heads=heads)
+            factor = self._query_factor if name == scaled else 1.0
+            yield from block.linear(
+                name, source, (rows, hidden), bias=architecture.qkv_bias, heads=heads, factor=factor
+            )
         if architecture.qk_norm:
             is_joint = architecture.qk_norm == "joint"
-            yield block.norm("attn_q_norm", family.query_norm, query if is_joint else head_dim)
+            size = query if is_joint else head_dim
+            yield block.norm("attn_q_norm", family.query_norm, size, factor=self._query_factor)
             yield block.norm("attn_k_norm", family.key_norm, key_value if is_joint else head_dim)
         yield from block.linear("attn_output", family.attention_out, (hidden, query), bias=architecture.out_bias)
         if family.attention_norm_behind:
-            yield block.norm("post_attention_norm", family.attention_norm_behind, hidden)
+            yield block.norm("post_attention_norm", family.attention_norm_behind, hidden, factor=self._stream_factor)
 
     def _ffn(self, index: int, held: LayerWidths, *, zero: bool) -> Iterator[TensorSpec]:
         architecture, family, width = self.architecture, self._family, held.num_channels
@@ -129,7 +154,7 @@ class Layout:
             yield from block.linear(name, source, (width, hidden), bias=bias)
         yield from block.linear("ffn_down", family.ffn_out, (hidden, width), bias=architecture.ffn_out_bias)
         if family.ffn_norm_behind:
-            yield block.norm("post_ffw_norm", family.ffn_norm_behind, hidden)
+            yield block.norm("post_ffw_norm", family.ffn_norm_behind, hidden, factor=self._stream_factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,16 +168,16 @@ class _Block:
     layer: str
     zero: bool
 
-    def norm(self, name: str, source: str, size: int) -> TensorSpec:
-        spec = TensorSpec(name=f"blk.{self.index}.{name}.weight", shape=(size,), constant=1.0)
+    def norm(self, name: str, source: str, size: int, *, factor: float = 1.0) -> TensorSpec:
+        spec = TensorSpec(name=f"blk.{self.index}.{name}.weight", shape=(size,), constant=1.0, factor=factor)
         return spec if self.zero else replace(spec, source=f"{self.layer}.{source}.weight")
 
     def linear(
-        self, name: str, source: str, shape: tuple[int, int], *, bias: bool, heads: int = 0
+        self, name: str, source: str, shape: tuple[int, int], *, bias: bool, heads: int = 0, factor: float = 1.0
     ) -> Iterator[TensorSpec]:
         parts: dict[str, tuple[int, ...]] = {"weight": shape} | ({"bias": shape[:1]} if bias else {})
         for part, size in parts.items():
-            spec = TensorSpec(name=f"blk.{self.index}.{name}.{part}", shape=size, rotary_heads=heads)
+            spec = TensorSpec(name=f"blk.{self.index}.{name}.{part}", shape=size, rotary_heads=heads, factor=factor)
             yield spec if self.zero else replace(spec, source=f"{self.layer}.{source}.{part}")
 
 
@@ -169,18 +194,20 @@ def _held(widths: LayerWidths, *, first: bool) -> LayerWidths:
 
 def layout_of(architecture: Architecture, numerics: Numerics) -> Layout:
     """The stock architecture where its loader holds the model, else deci. Raises Unsupported."""
-    rotary = next((layer.rotary for layer in numerics.layers if layer.rotary), None)
-    if rotary is None:
+    turned = [(layer.window is not None, layer.rotary) for layer in numerics.layers if layer.rotary]
+    if not turned:
         raise Unsupported("OPT cannot be exported to llama.cpp: it has no such architecture; use another backend")
-    if numerics.activation != "silu":
-        raise Unsupported(f"llama.cpp computes these families with silu only, the model has {numerics.activation}")
+    _, rotary = min(turned, key=lambda one: one[0])  # that of layers that do not slide, if there are any
+    activation = "gelu_pytorch_tanh" if architecture.family in GEMMA else "silu"
+    if numerics.activation != activation:
+        raise Unsupported(f"llama.cpp computes this family with {activation} only, the model has {numerics.activation}")
     name = _name(architecture, numerics, rotary)
     return Layout(name=name, architecture=architecture, numerics=numerics, rotary=rotary)
 
 
 def _name(architecture: Architecture, numerics: Numerics, rotary: Rotary) -> str:
     """llama.cpp's name of the architecture. Raises Unsupported for what none of them holds."""
-    first, is_scaled = architecture.layers[0], rotary.kind != "default"
+    first, is_scaled = architecture.layers[0], rotary.kind != "default" and architecture.family not in GEMMA
     has_bias = architecture.out_bias or architecture.ffn_out_bias
     is_square = first.num_heads * architecture.head_dim == architecture.hidden_size
     odd = next((i for i, w in enumerate(architecture.layers) if w != first or 0 in (w.num_heads, w.num_channels)), None)
@@ -206,6 +233,9 @@ def _name(architecture: Architecture, numerics: Numerics, rotary: Rotary) -> str
 
 def _stock_only(architecture: Architecture, numerics: Numerics) -> tuple[str, str] | None:
     """llama.cpp's name of an architecture that `deci` cannot stand in for, and ours for it with the reason."""
+    if gemma := GEMMA.get(architecture.family):
+        gemma.require(architecture, numerics)
+        return gemma.name, "Gemma (its norms)"
     if architecture.qk_norm == "joint":
         return "olmo2", "OLMo 2 (its norms)"
     if architecture.qk_norm:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dilap.backends.child import called, opened
 from dilap.backends.llamacpp import file as llamacpp
+from dilap.backends.llamacpp.gguf_header import read_header
 from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, file_sha256, write_json, written_aside
 from dilap.core.errors import Unsupported
@@ -60,7 +61,7 @@ class GgufExporter:
         words = read_tokenizer(tokenizer, vocab_size=architecture.vocab_size)
         words = with_end_tokens(words, end_tokens(model, words.end))
 
-        notes: set[str] = set()
+        notes = set(layout.notes)
 
         def verify(path: Path, precision: str) -> float:
             notes.update(verify_tokenizer(path, tokenizer))
@@ -94,8 +95,10 @@ def verify_gguf(model: "PreTrainedModel", path: Path, *, precision: str) -> floa
     """Return the SQNR in dB of a file's logits to `model`'s. Raises VerificationFailed below the precision's bound."""
     with opened(llamacpp.Gguf, path, runtime="llamacpp", num_tokens=NUM_TOKENS) as file:
         token_ids = _token_ids(file, min(NUM_TOKENS, max_tokens_of(model.config)))
-        bound, name = SQNR_BOUNDS_DB[precision], f"{path.name} in {precision}"
-        half = torch.float16 if precision == "f16" else None
+        # llama.cpp looks GELU up in a table in f16, whatever the precision of the file.
+        judged = "f16" if precision == "f32" and numerics_of(model).activation != "silu" else precision
+        bound, name = SQNR_BOUNDS_DB[judged], f"{path.name} in {precision}"
+        half = torch.float16 if judged == "f16" else None
         return verify_logits(model, file, token_ids, bound_db=bound, name=name, half=half)
 
 
@@ -119,6 +122,8 @@ class ModelValues:
         values = tensor(self.tensors, spec.source, spec.shape, dtype=kind)
         if spec.rotary_heads:
             values = _neighbouring(values, num_heads=spec.rotary_heads)
+        if spec.factor != 1.0:
+            values = values * spec.factor
         array: NDArray[np.floating] = values.contiguous().numpy()
         return array
 
@@ -171,9 +176,11 @@ def _write_floats(path: Path, layout: Layout, values: Values, *, tokenizer: Toke
         writer.close()
 
 
-def _add(writer: gguf.GGUFWriter, key: str, value: int | float | list[int]) -> None:
+def _add(writer: gguf.GGUFWriter, key: str, value: str | int | float | list[int]) -> None:
     if isinstance(value, list):
         writer.add_array(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)
     else:
@@ -206,7 +213,9 @@ def _describe(path: Path, layout: Layout, *, precision: str, sqnr_db: float | No
 
     The types are read from the file, because llama.cpp keeps f16 where a row does not fill a block.
     """
-    types = collections.Counter(tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(path).tensors)
+    types = collections.Counter(
+        gguf.GGMLQuantizationType(kind).name.lower() for kind in read_header(path).types.values()
+    )
     return Artifact(
         path=path.name,
         format="gguf",

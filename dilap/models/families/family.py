@@ -26,7 +26,8 @@ class Family(Paths):
     `rotary` in the model, `query_norm` and `key_norm` in a layer. `position_offset` is how many rows of a learned table
     of positions, at `positions` in the model, come before that of position 0. `activation` is the entry of the config
     that names the activation. `mixes_attention` says that layers may attend to different numbers of tokens, and that
-    exporters are told how many each one sees.
+    exporters are told how many each one sees. `gguf_keys` are those keys of a GGUF file, without its architecture's
+    name, that `read_gguf_` reads.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Family(Paths):
     position_offset: int = 0
     activation: str = "hidden_act"
     mixes_attention: bool = False
+    gguf_keys: tuple[str, ...] = ()
 
     def module_paths(self) -> dict[str, Any]:
         """Return the paths that differ from Llama's, as a checkpoint's config keeps them."""
@@ -94,6 +96,9 @@ class Family(Paths):
     def logits_scale(self, config: PreTrainedConfig) -> float:  # noqa: ARG002
         """Return the factor of the product of the final hidden states and the head that makes it the logits."""
         return 1.0
+
+    def read_gguf_(self, config: PreTrainedConfig, keys: Mapping[str, Any]) -> None:
+        """Give a config what transformers passes over among the `keys` of a GGUF file, or takes to be another value."""
 
     def logits_softcap(self, config: PreTrainedConfig) -> float | None:  # noqa: ARG002
         """Return the soft cap c of the logits, with which each x of them becomes c tanh(x / c); None without one."""
