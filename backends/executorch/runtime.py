@@ -78,9 +78,12 @@ class ExecuTorch:
     def after_a_crash(self) -> str:
         return "try another version of it: pip install --upgrade executorch"
 
-    def capabilities(self, architecture: Architecture, *, precision: str) -> Capabilities:  # noqa: ARG002
+    def capabilities(self, architecture: Architecture, *, precision: str) -> Capabilities:
         if precision not in self.precisions():
             raise InvalidInput(f"ExecuTorch precision {precision!r} is unknown; use {', '.join(self.precisions())}")
+        if architecture.family == "gemma2":
+            reason = "ExecuTorch's attention has no soft cap, as Gemma 2 needs it; use --backend onnxruntime"
+            return Capabilities(unsupported=reason)
         # 32: a group of 4-bit weights; one step for every precision keeps plans portable between them
         return Capabilities(ffn_multiple=32, hidden_multiple=1 if precision == "f32" else 32, max_tokens=MAX_CONTEXT)
 

@@ -36,9 +36,7 @@ class Header:
                 f"the ExecuTorch export computes {', '.join(ACTIVATIONS)}, the model has {self.numerics.activation}"
             )
         if self.numerics.attention_softcap:
-            raise Unsupported(
-                "ExecuTorch's attention has no soft cap of scores, which Gemma 2 needs: use another backend"
-            )
+            raise Unsupported("ExecuTorch's attention has no soft cap, as Gemma 2 needs it: use another backend")
 
     @property
     def max_context(self) -> int:
