@@ -83,6 +83,9 @@ class ExecuTorch:
             raise InvalidInput(f"ExecuTorch precision {precision!r} is unknown; use {', '.join(self.precisions())}")
         if architecture.experts is not None:
             return Capabilities(unsupported="ExecuTorch's XNNPACK has no operator that sends tokens to experts")
+        if architecture.family == "gemma2":
+            reason = "ExecuTorch's attention has no soft cap, as Gemma 2 needs it; use --backend onnxruntime"
+            return Capabilities(unsupported=reason)
         # 32: a group of 4-bit weights; one step for every precision keeps plans portable between them
         return Capabilities(ffn_multiple=32, hidden_multiple=1 if precision == "f32" else 32, max_tokens=MAX_CONTEXT)
 

@@ -10,6 +10,7 @@ constants under their names, byte for byte what lowering them would have given.
 """
 
 import functools
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
+from executorch.exir.backend.partitioner import PartitionResult
+from executorch.exir.backend.utils import tag_constant_data
 from executorch.exir.delegate import executorch_call_delegate
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import nn
+from torch.export import ExportedProgram
 from torch.nn import functional
 
 from dilap.core.errors import Unsupported
@@ -50,6 +54,7 @@ class BlockShape:
     turns: bool = False
     norm_before: bool = False
     norm_behind: bool = False
+    softcap: float | None = None  # of the logits
     max_tokens: int  # of one run, any number up to it: XNNPACK reserves memory for as many when it loads a program
 
     def build(self) -> "Block":
@@ -95,6 +100,25 @@ class Norm(nn.Module):
             x = x - functional.linear(x, self.mean)
         x = x * torch.rsqrt(functional.linear(x * x, self.mean, self.eps)) * weight
         return x if bias is None else x + bias
+
+
+class GeluTanh(nn.Module):
+    """GELU by tanh, written as a sigmoid, (1 + tanh z) / 2 = sigmoid(2 z): XNNPACK's own GELU is always that by erf."""
+
+    linear: torch.Tensor
+    cubic: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        factor = 2 * math.sqrt(2 / math.pi)
+        self.register_buffer("linear", torch.full((1,), factor, device="cpu"))
+        self.register_buffer("cubic", torch.full((1,), 0.044715 * factor, device="cpu"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(x * (x * x * self.cubic + self.linear))
+
+
+_ACTIVATIONS: Mapping[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu_pytorch_tanh": GeluTanh}
 
 
 def _norm_vectors(shape: BlockShape) -> list[torch.Tensor]:
@@ -197,14 +221,14 @@ class FeedForward(Block):
         if model.ffn_matrices == 3:
             self.gate = nn.Linear(model.hidden_size, channels, bias=model.ffn_bias)
         self.up = nn.Linear(model.hidden_size, channels, bias=model.ffn_bias)
+        self.activation = _ACTIVATIONS[shape.activation]()
         self.down = nn.Linear(channels, model.hidden_size, bias=model.ffn_out_bias)
 
     def forward(self, x: torch.Tensor, *vectors: torch.Tensor) -> torch.Tensor:
-        activation = functional.silu if self.shape.activation == "silu" else functional.relu
         before, behind = self._of_norms(vectors)
         read = self.norm(x, *before) if before else x
         inner = self.up(read)
-        inner = activation(self.gate(read)) * inner if hasattr(self, "gate") else activation(inner)
+        inner = self.activation(self.gate(read)) * inner if hasattr(self, "gate") else self.activation(inner)
         y = self.down(inner)
         found: torch.Tensor = x + (self.norm_behind(y, *behind) if behind else y)
         return found
@@ -215,22 +239,28 @@ class FeedForward(Block):
         return vectors[:count], vectors[count:]
 
     def examples(self) -> tuple[torch.Tensor, ...]:
-        vectors = _norm_vectors(self.shape) * (self.shape.norm_before + self.shape.norm_behind)
+        norms = (self.shape.norm_before, self.shape.norm_behind)
+        # Tensors of their own: torch.export takes the same tensor twice for one input.
+        vectors = [vector for has_norm in norms if has_norm for vector in _norm_vectors(self.shape)]
         return (torch.ones(1, _EXAMPLE_TOKENS, self.shape.architecture.hidden_size), *vectors)
 
 
 class Head(Block):
-    """Final norm and logits. Inputs: residual stream, norm vectors."""
+    """Final norm and logits, under a soft cap if the model has one. Inputs: residual stream, norm vectors."""
+
+    softcap: torch.Tensor
 
     def __init__(self, shape: BlockShape) -> None:
         super().__init__(shape)
         model = shape.architecture
         self.norm = Norm(model.hidden_size, eps=shape.norm_eps)
         self.out = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+        if shape.softcap:
+            self.register_buffer("softcap", torch.full((1,), shape.softcap, device="cpu"))
 
     def forward(self, x: torch.Tensor, *norm: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.out(self.norm(x, *norm))
-        return found
+        return torch.tanh(found / self.softcap) * self.softcap if self.shape.softcap else found
 
     def examples(self) -> tuple[torch.Tensor, ...]:
         count = min(_EXAMPLE_TOKENS, self.shape.max_tokens)
@@ -334,7 +364,7 @@ def lower(block: Block) -> Delegate:
     program = torch.export.export(block, examples, dynamic_shapes=forward_dynamic, strict=False)
     if block.shape.precision != "f32":
         program = program.run_decompositions({})  # torchao's tensor subclasses become plain operators
-    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=EDGE)
+    edge = to_edge_transform_and_lower(program, partitioner=[_Partitioner()], compile_config=EDGE)
     lowered = edge.exported_program()
     calls = [node for node in lowered.graph.nodes if node.op == "call_function"]
     if [node.target for node in calls if node.target != operator.getitem] != [executorch_call_delegate]:
@@ -359,6 +389,15 @@ def lower(block: Block) -> Delegate:
         arguments=arguments,
         results=tuple(output.args[1] for output in outputs),
     )
+
+
+class _Partitioner(XnnpackPartitioner):  # type: ignore[misc] # ExecuTorch has no types
+    """XNNPACK's partitioner, which by itself leaves the constants of sums and products outside."""
+
+    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+        found = super().partition(exported_program)
+        tag_constant_data(exported_program)
+        return found
 
 
 class _StandIn(nn.Module):

@@ -13,7 +13,7 @@ from dilap.models.anatomy import architecture_of, numerics_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ACTIVATIONS = ("silu", "relu")
+ACTIVATIONS = ("silu", "relu", "gelu_pytorch_tanh")
 PRECISIONS = ("8da4w", "f32")
 GROUP_SIZE = 32  # input channels that share the scale of 4-bit weights; the only step that XNNPACK's kernels take
 SCORED_TOKENS = 128  # whose logits are given at once: for a vocabulary of 50k they are 25 MB
@@ -33,8 +33,10 @@ class Header:
         _require_supported(self.architecture, self.precision)
         if self.numerics.activation not in ACTIVATIONS:
             raise Unsupported(
-                f"the ExecuTorch export computes {' and '.join(ACTIVATIONS)}, the model has {self.numerics.activation}"
+                f"the ExecuTorch export computes {', '.join(ACTIVATIONS)}, the model has {self.numerics.activation}"
             )
+        if self.numerics.attention_softcap:
+            raise Unsupported("ExecuTorch's attention has no soft cap, as Gemma 2 needs it: use another backend")
 
     @property
     def max_context(self) -> int:

@@ -90,6 +90,18 @@ class _Call:
     vectors: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _View:
+    """The part of the cache that new tokens see in layers with a window, `length` tokens from the token `begin` on.
+
+    `mask` (new tokens x length) is added to the scores.
+    """
+
+    begin: Any
+    length: Any
+    mask: torch.Tensor
+
+
 class Decoder(nn.Module):
     """The graph between the blocks. `forward` gives the logits (1 x vocabulary) of the last token."""
 
@@ -104,6 +116,8 @@ class Decoder(nn.Module):
         self._values = values
         self._family = families()[header.architecture.family].exported_paths
         self._rotaries = list(dict.fromkeys(one.rotary for one in header.numerics.layers if one.rotary))
+        windows = dict.fromkeys(one.window for one in header.numerics.layers if one.window)
+        self._windows = [window for window in windows if window < header.max_context]
         self._make_embedding_()
         self._make_positions_()
         self._layers = [tuple(self._layer(index)) for index in range(len(header.architecture.layers))]
@@ -113,6 +127,7 @@ class Decoder(nn.Module):
     def _make_embedding_(self) -> None:
         model = self.header.architecture
         table = self._values(f"{self._family.embeddings}.weight", (model.vocab_size, model.hidden_size))
+        table = table * self.header.numerics.embedding_scale
         if self.header.precision == "8da4w":
             table, scales = quantised_rows(table)
             self.register_buffer("embedding_scales", scales)
@@ -197,6 +212,7 @@ class Decoder(nn.Module):
             turns=turns,
             norm_before=bool(before),
             norm_behind=bool(behind),
+            softcap=header.numerics.logits_softcap if kind == "head" else None,
             max_tokens=max_tokens or header.max_context,
         )
         block = shape.build()
@@ -230,11 +246,13 @@ class Decoder(nn.Module):
         torch._check(start < self.header.max_context)
         torch._check(start + count <= self.header.max_context)
         x = self._embed(tokens, start)
-        angles = [self._angles(number, start, count) for number in range(len(self._rotaries))]
+        angles = {rotary: self._angles(number, start, count) for number, rotary in enumerate(self._rotaries)}
+        views: dict[int | None, _View] = {one: self._view(one, input_pos, count) for one in self._windows}
         for index, (widths, calls) in enumerate(zip(self.header.architecture.layers, self._layers, strict=True)):
             if widths.num_heads:
-                rotary = self.header.numerics.layers[index].rotary
-                x = self._attention(x, angles[self._rotaries.index(rotary)] if rotary else [], index, start)
+                numerics = self.header.numerics.layers[index]
+                turns = angles[numerics.rotary] if numerics.rotary else []
+                x = self._attention(x, turns, index, start, views.get(numerics.window))
             if widths.num_channels:
                 x = self._run(calls[-1], [x], width=x.shape[-1])
         return x
@@ -268,7 +286,20 @@ class Decoder(nn.Module):
         rows = (table.narrow(0, start, count) for table in tables)
         return [row.view(1, -1, 1, self.header.architecture.head_dim) for row in rows]
 
-    def _attention(self, x: torch.Tensor, angles: list[torch.Tensor], index: int, start: Any) -> torch.Tensor:
+    def _view(self, window: int, input_pos: torch.Tensor, count: Any) -> "_View":
+        """Return what `count` tokens see where every one sees the `window` latest tokens, itself included."""
+        first = (input_pos - (window - 1)).clamp(min=0)
+        begin, length = first[0].item(), (input_pos + count - first)[0].item()
+        torch._check(begin >= 0)
+        torch._check(length >= 1)
+        torch._check(begin + length <= self.header.max_context)
+        distances = (torch.arange(count) + input_pos)[:, None] - (torch.arange(length) + first)
+        is_seen = (distances >= 0) & (distances < window)
+        return _View(begin=begin, length=length, mask=torch.where(is_seen, 0.0, -torch.inf))
+
+    def _attention(
+        self, x: torch.Tensor, angles: list[torch.Tensor], index: int, start: Any, view: "_View | None"
+    ) -> torch.Tensor:
         widths, (before, after, *_) = self.header.architecture.layers[index], self._layers[index]
         keys, values = getattr(self, f"keys_{index}"), getattr(self, f"values_{index}")
         counts = [widths.num_heads, widths.num_kv_heads, widths.num_kv_heads]
@@ -276,7 +307,12 @@ class Decoder(nn.Module):
         query, key, value = attention_in(inputs, before.block, counts, self.header.architecture.head_dim)
         torch.ops.llama.update_cache(key, keys, start)
         torch.ops.llama.update_cache(value, values, start)
-        heads = torch.ops.llama.custom_sdpa(query, keys, values, start, None, 0.0, True)
+        scale = self.header.numerics.attention_scale
+        if view is None:
+            heads = torch.ops.llama.custom_sdpa(query, keys, values, start, None, 0.0, True, scale)
+        else:
+            keys, values = (cache.narrow(1, view.begin, view.length) for cache in (keys, values))
+            heads = torch.ops.llama.custom_sdpa(query, keys, values, 0, view.mask, 0.0, False, scale)
         return self._run(after, [x, heads], width=x.shape[-1])
 
 

@@ -46,7 +46,7 @@ class Emitter:
         *inputs: ir.Value | None,
         num_outputs: int,
         domain: str = "",
-        **attributes: float | int | Sequence[int],
+        **attributes: float | int | str | Sequence[int],
     ) -> Sequence[ir.Value]:
         """Add a node with several outputs and return them; Split is also given their number as an attribute."""
         if kind == "Split":

@@ -35,7 +35,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dilap.core.errors import Unsupported
-from dilap.core.numerics import Numerics, Rotary
+from dilap.core.numerics import LayerNumerics, Numerics, Rotary
 from dilap.core.shape import Architecture, LayerWidths
 from dilap.export.onnx.emitter import MICROSOFT, Emitter, Values
 from dilap.export.onnx.matrices import HEAD, BlockMatrices, Blocks, FloatMatrices, Matrices, PanelMatrices, Storage
@@ -46,7 +46,7 @@ from dilap.models.families import families
 Form = Literal["onnxruntime", "plain"]
 
 _DTYPES = {"f32": ir.DataType.FLOAT, "f16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-_ACTIVATIONS = {"relu": "Relu", "gelu": "Gelu", "silu": ""}  # silu is a product of two operators
+_ACTIVATIONS = ("relu", "gelu", "gelu_pytorch_tanh", "silu")
 _ALL_ROWS = np.iinfo(np.int64).max
 
 
@@ -104,20 +104,23 @@ class _Builder:
         self._emitter, self._matrices, self._stacks, self._op = emitter, matrices, stacks, emitter.op
         self._family = families()[architecture.family].exported_paths
         self._embeddings = (f"{self._family.embeddings}.weight", (architecture.vocab_size, architecture.hidden_size))
+        layers = list(zip(architecture.layers, numerics.layers, strict=True))
+        self._attentions = [(widths, one) for widths, one in layers if widths.num_heads]
         self._update: ir.Value | None = None
 
     def build(self) -> ir.Model:
         self._declare_inputs()
         self._residual = self._embedding()
-        positions = self._fused_positions() if self._fused else self._plain_positions()
-        rotations = {rotary: self._rotations(rotary) for rotary in self._rotaries()}
+        if self._fused:
+            self._lengths = self._fused_lengths()
+        else:
+            self._masks = self._plain_masks()
+        self._turns = self._rotations()
         present: list[tuple[Sequence[ir.Value], int]] = []
         for index, widths in enumerate(self._architecture.layers):
             layer = f"{self._family.layers}.{index}"
             if widths.num_heads:
-                rotary = self._numerics.layers[index].rotary
-                turns = rotations[rotary] if rotary else ()
-                self._update, cache = self._attention(layer, widths, (*positions, *turns), len(present))
+                self._update, cache = self._attention(layer, len(present))
                 present.append((cache, widths.num_kv_heads))
             if widths.num_channels:
                 self._update = self._ffn(layer, widths.num_channels)
@@ -142,6 +145,8 @@ class _Builder:
 
     def _embedding(self) -> ir.Value:
         hidden = self._matrices.gather(self._ids, *self._embeddings)
+        if self._numerics.embedding_scale != 1:
+            hidden = self._op("Mul", hidden, self._emitter.number("embedding_scale", self._numerics.embedding_scale))
         if not self._architecture.num_positions:
             return hidden
         shape = (self._architecture.num_positions, self._architecture.hidden_size)
@@ -154,21 +159,32 @@ class _Builder:
         first = self._op("Neg", self._rows)
         rows = self._op("Slice", hidden, first, self._emitter.integers(_ALL_ROWS), self._emitter.integers(1))
         if self._architecture.tied_embeddings:
-            return self._matrices.tied_matmul(rows, *self._embeddings)
-        return self._matrices.matmul(rows, HEAD, self._embeddings[1])
+            logits = self._matrices.tied_matmul(rows, *self._embeddings)
+        else:
+            logits = self._matrices.matmul(rows, HEAD, self._embeddings[1])
+        return self._capped(logits, "logits_softcap", self._numerics.logits_softcap)
+
+    def _capped(self, x: ir.Value, name: str, cap: float | None) -> ir.Value:
+        """Return x under a soft cap c, c tanh(x / c); `name` is the constant's."""
+        if cap is None:
+            return x
+        value = self._emitter.number(name, cap)
+        return self._op("Mul", self._op("Tanh", self._op("Div", x, value)), value)
 
     # sublayers
 
-    def _attention(
-        self, layer: str, widths: LayerWidths, positions: Sequence[ir.Value], cache_index: int
-    ) -> tuple[ir.Value, Sequence[ir.Value]]:
-        """Return what attention adds to the residual stream, and the cache with the new tokens."""
+    def _attention(self, layer: str, number: int) -> tuple[ir.Value, Sequence[ir.Value]]:
+        """Return what attention adds to the residual stream, and the cache with the new tokens.
+
+        `number` counts the layers that have attention.
+        """
         architecture, family = self._architecture, self._family
+        widths, numerics = self._attentions[number]
         x = self._entering(layer, family.attention_norm)
         inputs = self._projections(x, layer, widths)
-        past = [self._past(cache_index, part, widths.num_kv_heads) for part in ("key", "value")]
+        past = [self._past(number, part, widths.num_kv_heads) for part in ("key", "value")]
         attend = self._fused_attention if self._fused else self._plain_attention
-        mixed, *present = attend(inputs, past, positions, widths)
+        mixed, *present = attend(inputs, past, widths, numerics)
         shape = (architecture.hidden_size, widths.num_heads * architecture.head_dim)
         y = self._linear(mixed, f"{layer}.{family.attention_out}", shape, bias=architecture.out_bias)
         return self._leaving(y, layer, family.attention_norm_behind), present
@@ -236,11 +252,13 @@ class _Builder:
         name = self._numerics.activation
         if name == "silu":
             return self._op("Mul", x, self._op("Sigmoid", x))
-        return self._op(_ACTIVATIONS[name], x)
+        if name == "gelu_pytorch_tanh":
+            return self._op("Gelu", x, approximate="tanh")
+        return self._op(name.capitalize(), x)
 
     # attention on ONNX Runtime
 
-    def _fused_positions(self) -> tuple[ir.Value, ...]:
+    def _fused_lengths(self) -> tuple[ir.Value, ...]:
         """Return what every GroupQueryAttention reads: last positions and total length."""
         mask = self._mask
         lengths = self._op("ReduceSum", mask, self._emitter.integers(1), keepdims=0)
@@ -249,34 +267,32 @@ class _Builder:
         return last, self._op("Cast", total, to=ir.DataType.INT32)
 
     def _fused_attention(
-        self,
-        inputs: Sequence[ir.Value],
-        past: Sequence[ir.Value],
-        positions: Sequence[ir.Value],
-        widths: LayerWidths,
+        self, inputs: Sequence[ir.Value], past: Sequence[ir.Value], widths: LayerWidths, numerics: LayerNumerics
     ) -> Sequence[ir.Value]:
-        """`positions` are those of `_fused_positions`, and the rotations in a layer that turns its heads."""
-        rotary = len(positions) > 2
+        turns = self._turns[numerics.rotary]
         return self._emitter.ops(
             "GroupQueryAttention",
             *inputs,
             *[None] * (3 - len(inputs)),
             *past,
-            *positions,
+            *self._lengths,
+            *turns,
             num_outputs=3,
             domain=MICROSOFT,
             num_heads=widths.num_heads,
             kv_num_heads=widths.num_kv_heads,
-            scale=1.0 if rotary else self._scale(),
-            do_rotary=int(rotary),
+            scale=1.0 if turns else self._numerics.attention_scale,
+            do_rotary=int(bool(turns)),
+            local_window_size=numerics.window or -1,
+            softcap=self._numerics.attention_softcap or 0.0,
         )
 
     # attention in standard operators
 
-    def _plain_positions(self) -> tuple[ir.Value, ...]:
-        """Return the additive mask (B x 1 x S x (P + S))."""
+    def _plain_masks(self) -> dict[int | None, ir.Value]:
+        """Return the additive masks (B x 1 x S x (P + S)), by the windows of layers."""
         positions = self._position_ids
-        first = next(widths for widths in self._architecture.layers if widths.num_heads)
+        first, _ = self._attentions[0]
         past = self._op("Shape", self._past(0, "key", first.num_kv_heads), start=2, end=3)
         new = self._op("Shape", self._ids, start=1, end=2)
         total = self._op("Squeeze", self._op("Add", past, new))
@@ -285,21 +301,28 @@ class _Builder:
         visible = self._op("LessOrEqual", keys, queries)
         lowest = np.finfo(np.float16 if self._emitter.dtype == ir.DataType.FLOAT16 else np.float32).min
         shown, hidden = self._emitter.number("visible", 0.0), self._emitter.number("hidden", float(lowest))
-        return (self._op("Where", visible, shown, hidden),)
+        masks: dict[int | None, ir.Value] = {}
+        for window in dict.fromkeys(numerics.window for _, numerics in self._attentions):
+            seen = visible
+            if window is not None:
+                beyond = self._op("Sub", queries, self._emitter.integers(window))  # the latest key that is not seen
+                seen = self._op("And", visible, self._op("Greater", keys, beyond))
+            masks[window] = self._op("Where", seen, shown, hidden)
+        return masks
 
     def _plain_attention(
-        self, inputs: Sequence[ir.Value], past: Sequence[ir.Value], positions: Sequence[ir.Value], widths: LayerWidths
+        self, inputs: Sequence[ir.Value], past: Sequence[ir.Value], widths: LayerWidths, numerics: LayerNumerics
     ) -> Sequence[ir.Value]:
         counts = (widths.num_heads, widths.num_kv_heads, widths.num_kv_heads)
         query, key, value = (self._split_heads(x, count) for x, count in zip(inputs, counts, strict=True))
-        mask, *rotations = positions
-        if rotations:
-            query, key = self._rotate(query, *rotations), self._rotate(key, *rotations)
+        if turns := self._turns[numerics.rotary]:
+            query, key = self._rotate(query, *turns), self._rotate(key, *turns)
         key, value = (self._op("Concat", old, new, axis=2) for old, new in zip(past, (key, value), strict=True))
-        query = self._op("Mul", query, self._emitter.number("attention_scale", self._scale()))
+        query = self._op("Mul", query, self._emitter.number("attention_scale", self._numerics.attention_scale))
         keys, values = (self._repeat_heads(x, widths) for x in (key, value))
         scores = self._op("MatMul", query, self._op("Transpose", keys, perm=[0, 1, 3, 2]))
-        weights = self._op("Softmax", self._op("Add", scores, mask), axis=-1)
+        scores = self._capped(scores, "attention_softcap", self._numerics.attention_softcap)
+        weights = self._op("Softmax", self._op("Add", scores, self._masks[numerics.window]), axis=-1)
         mixed = self._op("Transpose", self._op("MatMul", weights, values), perm=[0, 2, 1, 3])
         width = widths.num_heads * self._architecture.head_dim
         return self._op("Reshape", mixed, self._emitter.integers(0, 0, width)), key, value
@@ -401,16 +424,13 @@ class _Builder:
 
     # numbers
 
-    def _scale(self) -> float:
-        return float(self._architecture.head_dim**-0.5)
+    def _rotations(self) -> dict[Rotary | None, tuple[ir.Value, ...]]:
+        """Return the cosines and sines of the layers' rotary embeddings; none for a layer that has no embedding."""
+        different = dict.fromkeys(numerics.rotary for _, numerics in self._attentions if numerics.rotary)
+        return {None: ()} | {rotary: self._rotation(rotary, number) for number, rotary in enumerate(different)}
 
-    def _rotaries(self) -> list[Rotary]:
-        """Return the different rotary embeddings that the layers with attention have."""
-        layers = zip(self._architecture.layers, self._numerics.layers, strict=True)
-        return list(dict.fromkeys(values.rotary for widths, values in layers if widths.num_heads and values.rotary))
-
-    def _rotations(self, rotary: Rotary) -> tuple[ir.Value, ...]:
-        """Return the cosines and sines of a rotary embedding.
+    def _rotation(self, rotary: Rotary, number: int) -> tuple[ir.Value, ...]:
+        """Return the cosines and sines of a rotary embedding, whose tables are called by its number.
 
         In the form `onnxruntime` they are tables (context x head_dim / 2), in the form `plain` those of the new tokens
         (B x 1 x S x head_dim / 2).
@@ -419,8 +439,8 @@ class _Builder:
         angles = np.outer(positions, np.array(rotary.frequencies, np.float32))
         tables = {"cosines": np.cos(angles), "sines": np.sin(angles)}
         # Queries and keys take the square root of the scale each: MLAS multiplies one row at once only by a scale of 1.
-        magnitude = rotary.magnitude * (self._scale() ** 0.5 if self._fused else 1)
-        found = [self._emitter.number(name, table * magnitude) for name, table in tables.items()]
+        magnitude = rotary.magnitude * (self._numerics.attention_scale**0.5 if self._fused else 1)
+        found = [self._emitter.number(f"{name}.{number}", table * magnitude) for name, table in tables.items()]
         if self._fused:
             return tuple(found)
         rows = (self._op("Gather", table, self._position_ids) for table in found)

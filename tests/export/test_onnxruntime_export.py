@@ -70,7 +70,7 @@ def test_stock_checker_accepts_the_file(precision: str, words: Path, tmp_path: P
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kept", [MIXED, HOLES], ids=["mixed", "holes"])
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma2"])
 def test_probe_has_the_graph_and_shapes_of_a_real_export(
     family: str, kept: Kept, precision: str, words: Path, tmp_path: Path
 ) -> None:
@@ -81,6 +81,24 @@ def test_probe_has_the_graph_and_shapes_of_a_real_export(
     )
     assert graph_of(tmp_path / "probe") == graph_of(tmp_path / "real")
     assert probe.details["operators"] == real.details["operators"]
+
+
+@pytest.mark.parametrize(
+    ("family", "windows", "cap"),
+    [("llama", [-1] * 7, 0.0), ("gemma2", [4096, -1] * 3 + [4096], 50.0), ("gemma3_text", [512] * 5 + [-1, 512], 0.0)],
+)
+def test_attention_of_a_probe_has_the_windows_and_the_cap_of_its_family(
+    family: str, windows: list[int], cap: float, tmp_path: Path
+) -> None:
+    architecture = architecture_of(tiny_model(family, num_hidden_layers=7, layer_types=None))
+    OnnxRuntimeExporter().export_probe(architecture, precision="f32", seed=0, out=tmp_path / "probe")
+    graph = onnx.load(tmp_path / "probe" / "model.onnx", load_external_data=False).graph
+    found = [
+        {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+        for node in graph.node
+        if node.op_type == "GroupQueryAttention"
+    ]
+    assert [(one["local_window_size"], one["softcap"]) for one in found] == [(window, cap) for window in windows]
 
 
 def graph_of(folder: Path) -> tuple[list[tuple[str, list[str], list[str]]], dict[str, tuple[int, tuple[int, ...]]]]:
