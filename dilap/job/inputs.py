@@ -7,25 +7,31 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dilap.core.codec import digest, file_sha256
-from dilap.models.load import Source
 from dilap.models.text_files import read_text, text_sha256
+from dilap.models.vocabulary import Vocabulary
 from dilap.profilers.tables.table import LatencyTable
 
 
 def inputs_of(
-    source: Source, *, calibration: str, evaluation: str, method: str, table: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    calibration: str,
+    evaluation: str,
+    method: str,
+    table: str | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> dict[str, str]:
     """Return the digest of every input's content, by a name for messages such as "the tokenizer".
 
-    The arguments are named as in the options of a job; `source` is its model. Text that the model makes itself and
-    methods of DiLAP's own are left out. Raises InvalidInput or Unavailable for what cannot be read.
+    The arguments are named as in the options of a job. Text that the model makes itself and methods of DiLAP's own are
+    left out. Raises InvalidInput or Unavailable for what cannot be read.
     """
     found = {
-        "the tokenizer": tokenizer_sha256(source.tokenizer),
+        "the tokenizer": tokenizer_sha256(tokenizer),
         "the evaluation text": text_sha256(read_text(evaluation)),
     }
-    if source.vocabulary is not None:
-        found["the text of the vocabulary"] = source.vocabulary.facts.text_sha256
+    if vocabulary is not None:
+        found["the text of the vocabulary"] = vocabulary.facts.text_sha256
     if calibration != "self":
         found["the calibration text"] = text_sha256(read_text(calibration))
     if table is not None:

@@ -76,11 +76,12 @@ def prune(
 def named_inputs(options: JobOptions, source: Source) -> dict[str, str]:
     """Return the digests of the inputs that the options name; see `inputs_of`."""
     return inputs_of(
-        source,
+        source.tokenizer,
         calibration=options.calibration.source,
         evaluation=options.evaluation_text,
         method=options.method,
         table=options.table,
+        vocabulary=source.vocabulary,
     )
 
 

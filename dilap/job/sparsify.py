@@ -95,10 +95,11 @@ def sparsify(options: SparseOptions, *, out: Path, progress: Progress) -> Sparse
     require_sequences(source.model.config, options.calibration.sequence_length)
     require_texts(options.calibration, options.evaluation_text, source.tokenizer)
     inputs = inputs_of(
-        source,
+        source.tokenizer,
         calibration=options.calibration.source,
         evaluation=options.evaluation_text,
         method=options.method,
+        vocabulary=source.vocabulary,
     )
     identity = {"options": asdict(options), "model": source.digest, "dilap": __version__, "inputs": inputs}
     with workspace.opened(identity):

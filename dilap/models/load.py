@@ -43,7 +43,7 @@ from dilap.models.modeling_dilap import pruned_class
 from dilap.models.older_names import add_older_names
 from dilap.models.pretrained import errors_of_damaged_files, from_pretrained
 from dilap.models.text_samples import SAMPLES
-from dilap.models.vocabulary import Vocabulary, cut_vocabulary_
+from dilap.models.vocabulary import Vocabulary, cut_vocabulary_, require_cuttable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +98,8 @@ def load(
         )
     config = _config(name, str(folder), arguments)
     words = _tokenizer(name, tokenizer or tokenizer_path)  # before gigabytes are read
+    if vocabulary is not None:
+        require_cuttable(words, str(vocabulary))
     model = _model(name, str(folder), config, arguments)
     if merge_adapter is not None:
         merge_adapter_(model, Path(merge_adapter).expanduser())

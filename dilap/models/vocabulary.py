@@ -69,6 +69,12 @@ class Vocabulary:
         return replace(self.facts, growths=(*self.facts.growths, found))
 
 
+def require_cuttable(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise Unsupported or InvalidInput for what `cut_vocabulary_` refuses, before gigabytes are read."""
+    Bpe.of(tokenizer)
+    read_text(name)
+
+
 def cut_vocabulary_(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Vocabulary:
     """Leave out of a model, in place, the rows of all tokens that the text `name` does not need.
 
