@@ -9,6 +9,7 @@ import torch
 from dilap.core.artifact import Artifact
 from dilap.core.errors import InvalidInput
 from dilap.models.context import context_notes
+from dilap.models.vocabulary import vocabulary_notes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +50,6 @@ def described(
     details = {
         **artifact.details,
         "torch_dtype": str(model.dtype),
-        "notes": [*notes, *context_notes(model.config)],
+        "notes": [*notes, *context_notes(model.config), *vocabulary_notes(model.config)],
     }
     return replace(artifact, plan_digest=plan_digest, details=details)

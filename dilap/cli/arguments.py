@@ -78,12 +78,18 @@ def add_model(to: argparse.ArgumentParser) -> None:
         metavar="M",
         help=f"{DEFAULT_MODEL} (the default), a folder with config.json, a run's folder, a .gguf file or a hub id",
     )
-    add_adapter(to)
+    add_changes(to)
 
 
-def add_adapter(to: argparse.ArgumentParser) -> None:
+def add_changes(to: argparse.ArgumentParser) -> None:
+    """Add the options that change a model when it is loaded."""
     to.add_argument(
         "--merge-adapter", metavar="DIR", help="the folder of a LoRA adapter that is merged into the model first (peft)"
+    )
+    to.add_argument(
+        "--vocabulary",
+        metavar="TEXT",
+        help="keep only the tokens that this text needs (a file or hub set, like --eval-text), and all bytes",
     )
 
 

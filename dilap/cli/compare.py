@@ -84,7 +84,8 @@ def _command() -> int:
     settings = _settings(given.set, names)
     devices = arguments.devices_of(given, given.target)
     base = job_options(given, device=devices[0], budget=budgets[0])
-    default = f"compare-{name_of(given.model, merge_adapter=given.merge_adapter)}-{given.target}"
+    model = name_of(given.model, merge_adapter=given.merge_adapter, vocabulary=given.vocabulary)
+    default = f"compare-{model}-{given.target}"
     out = arguments.new_path(given.out) if given.out else home_of(given.model) / "runs" / default
     from dilap.job.compare import compare  # importing torch takes seconds: bad input is refused first
 

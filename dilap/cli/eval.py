@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--backend", help="torch for a run's checkpoint or a .gguf file (the artifact's runtime)")
     made.add_argument("--precision", choices=["f32", "bf16", "f16"], help="in torch; the checkpoint's own otherwise")
-    arguments.add_adapter(made)
+    arguments.add_changes(made)
     made.add_argument("--reference", metavar="DENSE", help="also KL, perplexity and top-1 beside this model")
     made.add_argument("--eval-text", default="python-docs", metavar="TEXT", help="where --reference is compared")
     made.add_argument("--costs", action="store_true", help="also size, FLOPs, bytes, memory and latency of both phases")
@@ -85,6 +85,7 @@ def _command() -> int:
         precision=given.precision,
         threads=given.threads,
         merge_adapter=given.merge_adapter,
+        vocabulary=given.vocabulary,
         reference=given.reference,
         eval_text=given.eval_text,
         costs_on=device,

@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--backend", required=True, help=f"the runtime: {', '.join(backends.BACKENDS)}")
     made.add_argument("--precision", help="the runtime's default otherwise")
     made.add_argument("--tokenizer", metavar="PATH", help="a folder or GGUF file; the checkpoint's own by default")
-    arguments.add_adapter(made)
+    arguments.add_changes(made)
     made.add_argument("--out", metavar="DIR", help="the artifact's folder (CHECKPOINT-BACKEND-PRECISION)")
     made.add_argument("--json", action="store_true", help="print the sidecar as JSON")
     return made
@@ -35,8 +35,9 @@ def _parser() -> argparse.ArgumentParser:
 def _command() -> int:
     given = _parser().parse_args()
     precision = chosen_precision(given.backend, given.precision)
-    adapter = f"{name_of(given.merge_adapter)}-" if given.merge_adapter else ""
-    default = _beside(given.checkpoint, f"{adapter}{given.backend}-{precision}")
+    changes = f"{name_of(given.merge_adapter)}-" if given.merge_adapter else ""
+    changes += f"{name_of('vocabulary', vocabulary=given.vocabulary)}-" if given.vocabulary else ""
+    default = _beside(given.checkpoint, f"{changes}{given.backend}-{precision}")
     out = arguments.new_path(given.out) if given.out else default
     artifact = export(
         given.checkpoint,
@@ -44,6 +45,7 @@ def _command() -> int:
         precision=precision,
         tokenizer=Path(given.tokenizer) if given.tokenizer else None,
         merge_adapter=given.merge_adapter,
+        vocabulary=given.vocabulary,
         out=out,
         progress=console.Console(),
     )

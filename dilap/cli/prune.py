@@ -90,6 +90,7 @@ def _sparse(given: argparse.Namespace) -> int:
         settings=_settings(given.set),
         model=given.model,
         merge_adapter=given.merge_adapter,
+        vocabulary=given.vocabulary,
         propagate=given.propagate,
         rebuild=given.rebuild is not None,
         granularity=given.granularity,
@@ -98,7 +99,7 @@ def _sparse(given: argparse.Namespace) -> int:
         evaluation_text=given.eval_text,
     )
     pattern, method = given.pattern.replace(":", "of"), options.method.replace(":", ".")
-    model = name_of(given.model, merge_adapter=given.merge_adapter)
+    model = name_of(given.model, merge_adapter=given.merge_adapter, vocabulary=given.vocabulary)
     name = f"{model}-{method}-{pattern}{'-barber' * options.rebuild}"
     out = arguments.new_path(given.out) if given.out else home_of(given.model) / "runs" / name
     done = sparse_job.sparsify(options, out=out, progress=console.Console())
@@ -153,7 +154,7 @@ def _settings(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _default_out(given: argparse.Namespace, budget: Budget) -> Path:
-    name = name_of(given.model, merge_adapter=given.merge_adapter)
+    name = name_of(given.model, merge_adapter=given.merge_adapter, vocabulary=given.vocabulary)
     method = "" if given.method in (None, "dilap") else f"-{given.method.replace(':', '.')}"
     amount = str(budget).replace("%", "pct").replace(" ", "")
     return home_of(given.model) / "runs" / f"{name}-{given.target}-{amount}{method}"

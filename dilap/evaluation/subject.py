@@ -47,21 +47,23 @@ def open_subject(
     backend: str | None = None,
     precision: str | None = None,
     merge_adapter: str | None = None,
+    vocabulary: str | None = None,
     threads: int = 1,
 ) -> Subject:
     """Open a run's or an artifact's folder, a GGUF file (in llama.cpp), or what `dilap.models.load` loads (in torch).
 
-    `backend="torch"` takes a run's checkpoint instead of its artifact; `precision` (f32, bf16, f16) and `merge_adapter`
-    are for torch alone. Raises InvalidInput, Unavailable, Unsupported, and Mismatch where a file is not the one that
-    its sidecar describes.
+    `backend="torch"` takes a run's checkpoint instead of its artifact; `precision` (f32, bf16, f16), `merge_adapter`
+    and `vocabulary` are for torch alone. Raises InvalidInput, Unavailable, Unsupported, and Mismatch where a file is
+    not the one that its sidecar describes.
     """
     path = Path(name)
     is_run = (path / "result.json").is_file()
-    has_artifact = is_run or (path / "artifact.json").is_file() or (path.suffix == ".gguf" and path.is_file())
-    if merge_adapter is not None and has_artifact and backend != "torch":
+    if merge_adapter is not None and is_artifact(name, backend):
         raise InvalidInput(f"{name} is an artifact, which no adapter can be merged into: score it with --backend torch")
+    if vocabulary is not None and is_artifact(name, backend):
+        raise InvalidInput(f"{name} is an artifact, whose vocabulary cannot be cut: score it with --backend torch")
     if is_run and backend == "torch":
-        return replace(_of_model(str(path / "checkpoint"), precision, merge_adapter), name=name)
+        return replace(_of_model(str(path / "checkpoint"), precision, merge_adapter, vocabulary), name=name)
     if is_run:
         return replace(_of_run(path, backend, threads), name=name)
     if backend != "torch" and (path / "artifact.json").is_file():
@@ -71,7 +73,14 @@ def open_subject(
     if path.suffix == ".gguf" and path.is_file() and backend != "torch":
         has_sidecar = path.with_name("artifact.json").is_file()
         return _of_artifact(name, path.parent, backend, threads) if has_sidecar else _of_gguf(name, path, threads)
-    return _of_model(name, precision, merge_adapter)
+    return _of_model(name, precision, merge_adapter, vocabulary)
+
+
+def is_artifact(name: str, backend: str | None) -> bool:
+    """Return whether `open_subject` opens an artifact in its runtime, and no model in torch."""
+    path = Path(name)
+    is_one = (path / "result.json").is_file() or (path / "artifact.json").is_file()
+    return backend != "torch" and (is_one or (path.suffix == ".gguf" and path.is_file()))
 
 
 def _of_run(run: Path, backend: str | None, threads: int) -> Subject:
@@ -146,8 +155,8 @@ def _of_gguf(name: str, path: Path, threads: int) -> Subject:
     )
 
 
-def _of_model(name: str, precision: str | None, merge_adapter: str | None) -> Subject:
-    source = load(name, merge_adapter=merge_adapter)
+def _of_model(name: str, precision: str | None, merge_adapter: str | None, vocabulary: str | None) -> Subject:
+    source = load(name, merge_adapter=merge_adapter, vocabulary=vocabulary)
     if precision is not None:
         source.model.to(DTYPES[precision])
     names = {dtype: name for name, dtype in DTYPES.items()}

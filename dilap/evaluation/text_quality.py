@@ -36,7 +36,8 @@ def compare(
     if sequences != theirs or subject.reader.vocab_size != reference.reader.vocab_size:
         raise Mismatch(
             f"{subject.name} is of another model than {reference.name}: they split {text} into different tokens "
-            f"({subject.reader.vocab_size} and {reference.reader.vocab_size} known)"
+            f"({subject.reader.vocab_size} and {reference.reader.vocab_size} known); where one was made with "
+            "--vocabulary TEXT, give it here too"
         )
     for one in (subject, reference):
         one.reader.reserve(length)

@@ -45,7 +45,7 @@ __all__ = ["compare", "evaluate", "export", "load", "profile", "prune"]
 _JOB_OPTIONS = set(inspect.signature(job_options).parameters) - {"device", "budget", "model"}
 _TIMED_OPTIONS = {
     "backend", "phase", "context", "prompt_tokens", "precision", "threads", "configuration", "estimate", "force",
-    "merge_adapter",
+    "merge_adapter", "vocabulary",
 }  # fmt: skip
 _EVALUATION_OPTIONS = {one.name for one in fields(evaluating.EvaluationOptions)} - {
     "subject", "tasks", "costs_on", "data_dir", "out",
@@ -76,9 +76,11 @@ def prune(
     """
     source = replace(model, model=copy.deepcopy(model.model)) if isinstance(model, Source) else None
     if isinstance(model, Source):
-        if "merge_adapter" in options:
-            raise InvalidInput("the model is loaded already: give merge_adapter to dilap.load instead")
+        for name in ("merge_adapter", "vocabulary"):
+            if name in options:
+                raise InvalidInput(f"the model is loaded already: give {name} to dilap.load instead")
         options["merge_adapter"] = model.merge_adapter
+        options["vocabulary"] = None if model.vocabulary is None else model.vocabulary.name
     found = _devices(target, devices)
     asked = job_options(
         device=found[0],
@@ -171,6 +173,7 @@ def export(
     precision: str | None = None,
     tokenizer: Place | None = None,
     merge_adapter: Place | None = None,
+    vocabulary: Place | None = None,
     progress: Told = None,
 ) -> Artifact:
     """Write a checkpoint in a runtime's format into the new folder `out`, checked against torch."""
@@ -180,6 +183,7 @@ def export(
         precision=precision,
         tokenizer=None if tokenizer is None else Path(tokenizer),
         merge_adapter=None if merge_adapter is None else os.fspath(merge_adapter),
+        vocabulary=None if vocabulary is None else os.fspath(vocabulary),
         out=Path(out),
         progress=_progress(progress),
     )

@@ -216,10 +216,10 @@ class Bench:
 
     def _estimates(self, dense: Architecture, shapes: Sequence[tuple[Architecture, str]]) -> list[Measurement]:
         """Return estimates for models that are given by their shape and the SHA-256 of their file."""
-        model = self.estimated_model(dense)
+        models = (self.estimated_model(replace(dense, vocab_size=shape.vocab_size)) for shape, _ in shapes)
         return [
             estimated(model, shape.layers, device=self.device, backend=self.backend.name, artifact_sha256=sha256)
-            for shape, sha256 in shapes
+            for model, (shape, sha256) in zip(models, shapes, strict=True)
         ]
 
     def find_configuration(self, path: Path, *, threads: Sequence[int]) -> Configuration:

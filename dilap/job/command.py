@@ -13,6 +13,7 @@ from dilap.job.result import PruneResult
 _FLAGS: Mapping[str, tuple[str, ...]] = {
     "--model": ("model",),
     "--merge-adapter": ("merge_adapter",),
+    "--vocabulary": ("vocabulary",),
     "--backend": ("backend",),
     "--phase": ("workload", "phase"),
     "--context": ("workload", "context"),

@@ -84,7 +84,7 @@ class _Runs:
 
     @cached_property
     def _dense(self) -> Source:
-        return load(self.base.model, merge_adapter=self.base.merge_adapter)
+        return load(self.base.model, merge_adapter=self.base.merge_adapter, vocabulary=self.base.vocabulary)
 
     def rows(self, jobs: Sequence[JobOptions]) -> list[Row]:
         """Return all rows, after doing the runs that have none yet; the tables are rewritten after each row."""

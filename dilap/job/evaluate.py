@@ -13,7 +13,7 @@ from dilap.core.progress import Progress
 from dilap.core.workload import Workload
 from dilap.evaluation import costs
 from dilap.evaluation.document import TASKS, Evaluation, identity
-from dilap.evaluation.subject import Subject, is_sparse_run, open_subject
+from dilap.evaluation.subject import Subject, is_artifact, is_sparse_run, open_subject
 from dilap.evaluation.text_quality import compare
 from dilap.job.result import versions
 from dilap.profilers.devices.device import Device
@@ -28,6 +28,8 @@ class EvaluationOptions:
 
     `costs_on` is the device where memory and latency are measured, None for no costs. `out` is the file that keeps the
     evaluation, task by task, so that a killed one goes on; by default, the evaluation of a run is kept in its folder.
+    `vocabulary` is cut of the reference too, so that both models read the same tokens; beside a reference the subject
+    may be an artifact, of which it was cut before.
     """
 
     subject: str
@@ -40,6 +42,7 @@ class EvaluationOptions:
     precision: str | None = None
     threads: int | None = None
     merge_adapter: str | None = None
+    vocabulary: str | None = None
     reference: str | None = None
     eval_text: str = "python-docs"
     costs_on: Device | None = None
@@ -73,11 +76,13 @@ def evaluate(options: EvaluationOptions, *, progress: Progress) -> Evaluation:
     if options.backend is None and is_sparse_run(Path(options.subject)):
         options = replace(options, backend="torch")
         progress.say(f"{options.subject} has zeros inside matrices and no artifact: its checkpoint is scored in torch")
+    is_cut_before = options.reference is not None and is_artifact(options.subject, options.backend)
     subject = open_subject(
         options.subject,
         backend=options.backend,
         precision=options.precision,
         merge_adapter=options.merge_adapter,
+        vocabulary=None if is_cut_before else options.vocabulary,
         threads=options.num_threads,
     )
     with closing(subject.reader):
@@ -160,7 +165,7 @@ def _started(subject: Subject, options: EvaluationOptions, progress: Progress) -
 
 def _with_reference(done: Evaluation, subject: Subject, options: EvaluationOptions, progress: Progress) -> Evaluation:
     assert options.reference is not None
-    reference = open_subject(options.reference, threads=options.num_threads)
+    reference = open_subject(options.reference, vocabulary=options.vocabulary, threads=options.num_threads)
     with closing(reference.reader), progress.bar(f"beside {reference.name}", total=None, unit="tok") as bar:
         return replace(done, text=compare(subject, reference, text=options.eval_text, progress=bar.update))
 

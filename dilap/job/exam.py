@@ -6,11 +6,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from dilap.backends import host
+from dilap.backends import Reader, host
 from dilap.backends.readers import open_reader
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, digest, encode, read_json, write_json
 from dilap.core.errors import Crashed, Unavailable, Unsupported
+from dilap.evaluation.kept_tokens import KeptTokens
 from dilap.evaluation.scoring import beside_teacher
 from dilap.evaluation.subject import require_unchanged
 from dilap.job.result import Quality, versions
@@ -73,12 +74,15 @@ class Exam:
 
     def _read(self, stages: Stages, folder: Path, artifact: Artifact) -> Quality:
         total, head = self.text.tokens.numel(), head_of(stages.source.model)
-        reader = open_reader(
+        reader: Reader = open_reader(
             artifact.backend,
             folder / artifact.path,
             threads=host.num_physical_cores(),
             switches=stages.bench.workload.switches,
         )
+        vocabulary = stages.source.vocabulary
+        if vocabulary is not None and folder == stages.workspace.dense:  # it has all tokens, and the text few of them
+            reader = KeptTokens(reader, vocabulary.kept.numpy())
         with closing(reader), stages.workspace.log.bar(f"read {folder.name}", total=total, unit="tok") as bar:
             scores = beside_teacher(reader, self.reference, head, progress=bar.update)
         return replace(self._scored(scores), through=artifact.backend, artifact_sha256=artifact.sha256)

@@ -25,6 +25,7 @@ def export(
     precision: str | None = None,
     tokenizer: Path | None = None,
     merge_adapter: str | None = None,
+    vocabulary: str | None = None,
     out: Path,
     progress: Progress,
 ) -> Artifact:
@@ -45,8 +46,10 @@ def export(
     from dilap.models.anatomy import architecture_of  # noqa: PLC0415
     from dilap.models.load import checkpoint_of, load  # noqa: PLC0415
 
-    source = load(checkpoint, tokenizer=tokenizer, merge_adapter=merge_adapter)
+    source = load(checkpoint, tokenizer=tokenizer, merge_adapter=merge_adapter, vocabulary=vocabulary)
     backends.require_loadable(backends.get(backend), architecture_of(source.model), precision=chosen)
+    for note in source.notes:
+        progress.say(note)
     return exporters.get(backend).export(
         source.model,
         tokenizer=source.tokenizer_path,

@@ -1,6 +1,5 @@
 """Digests of what a job reads beside its model: the content behind a path or a name may change between two starts."""
 
-import hashlib
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -8,21 +7,33 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dilap.core.codec import digest, file_sha256
-from dilap.models.text_files import read_text
+from dilap.models.text_files import read_text, text_sha256
+from dilap.models.vocabulary import Vocabulary
 from dilap.profilers.tables.table import LatencyTable
 
 
 def inputs_of(
-    tokenizer: PreTrainedTokenizerBase, *, calibration: str, evaluation: str, method: str, table: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    calibration: str,
+    evaluation: str,
+    method: str,
+    table: str | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> dict[str, str]:
     """Return the digest of every input's content, by a name for messages such as "the tokenizer".
 
     The arguments are named as in the options of a job. Text that the model makes itself and methods of DiLAP's own are
     left out. Raises InvalidInput or Unavailable for what cannot be read.
     """
-    found = {"the tokenizer": tokenizer_sha256(tokenizer), "the evaluation text": _text_sha256(evaluation)}
+    found = {
+        "the tokenizer": tokenizer_sha256(tokenizer),
+        "the evaluation text": text_sha256(read_text(evaluation)),
+    }
+    if vocabulary is not None:
+        found["the text of the vocabulary"] = vocabulary.facts.text_sha256
     if calibration != "self":
-        found["the calibration text"] = _text_sha256(calibration)
+        found["the calibration text"] = text_sha256(read_text(calibration))
     if table is not None:
         found["the latency table"] = digest(asdict(LatencyTable.read(Path(table))))
     if ":" in method:
@@ -46,7 +57,3 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
     return digest([words, tokenizer.all_special_ids, tokenizer.bos_token_id, tokenizer.eos_token_id])
-
-
-def _text_sha256(name: str) -> str:
-    return hashlib.sha256(read_text(name).encode()).hexdigest()

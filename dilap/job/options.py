@@ -45,12 +45,13 @@ class JobOptions:
 
     For the `fastest` configuration, the runtime's switches and `threads_tried` are tried, starting from `workload`;
     the `plain` one has the runtime's default switches. `merge_adapter` is the folder of an adapter that becomes part of
-    the model.
+    the model, `vocabulary` the text whose tokens alone stay in it.
     """
 
     budget: Budget
     model: str = DEFAULT_MODEL
     merge_adapter: str | None = None
+    vocabulary: str | None = None
     target: str = "host_cpu"
     backend: str = "llamacpp"
     workload: Workload = field(default_factory=Workload)
@@ -93,6 +94,7 @@ def job_options(
     budget: Budget,
     model: str = DEFAULT_MODEL,
     merge_adapter: str | None = None,
+    vocabulary: str | None = None,
     method: str = "dilap",
     settings: Mapping[str, str] = _NONE,
     backend: str | None = None,
@@ -144,6 +146,7 @@ def job_options(
         budget=budget,
         model=model,
         merge_adapter=merge_adapter,
+        vocabulary=vocabulary,
         target=device.label,
         backend=backend,
         workload=workload,

@@ -3,14 +3,15 @@
 from pathlib import Path
 
 
-def name_of(model: str, *, merge_adapter: str | None = None) -> str:
+def name_of(model: str, *, merge_adapter: str | None = None, vocabulary: str | None = None) -> str:
     """Return the name for a model's outputs: that of its file or folder (for `.` too), or the end of its hub id.
 
-    That of an adapter which is merged into it stands after a plus.
+    That of an adapter which is merged into it stands after a plus, that of the text of its vocabulary at the end.
     """
     path = Path(model)
     name = (path.resolve() if path.exists() else path).name.removesuffix(".gguf")
-    return name if merge_adapter is None else f"{name}+{name_of(merge_adapter)}"
+    adapter = "" if merge_adapter is None else f"+{name_of(merge_adapter)}"
+    return f"{name}{adapter}" + ("" if vocabulary is None else f"-vocabulary-{Path(vocabulary).name.partition('.')[0]}")
 
 
 def home_of(model: str) -> Path:

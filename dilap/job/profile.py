@@ -43,12 +43,14 @@ def profile(
     bench = Bench.of(
         devices, backend, workload, progress, force=options.force, tables=tables, estimate=options.estimate
     )
-    source = load(model, merge_adapter=options.merge_adapter)
+    source = load(model, merge_adapter=options.merge_adapter, vocabulary=options.vocabulary)
     architecture = architecture_of(source.model)
     backends.require_loadable(bench.backend, architecture, precision=workload.precision)
     held = bench.backend.capabilities(architecture, precision=workload.precision).max_tokens
     require_context(source.model.config, workload, runtime=backend, runtime_tokens=held)
     progress.say(f"{model}: {describe(architecture)}")
+    for note in source.notes:
+        progress.say(note)
     progress.say(f"{workload.describe()} on {devices[0].label}, {backend}")
     if options.estimate:
         return Profile(model=bench.estimated_model(architecture), table=None)

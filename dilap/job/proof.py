@@ -8,6 +8,7 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, remove, write_json
 from dilap.core.measurement import Interval, Measurement
 from dilap.core.plan import Plan
+from dilap.core.vocabulary import VocabularyCut
 from dilap.evaluation.subject import require_unchanged
 from dilap.job.exam import Exam
 from dilap.job.result import PlainDefaults, PruneResult, Quality, Side, caveats, flops_of, versions
@@ -143,6 +144,12 @@ def _side(
     )
 
 
+def _vocabulary(stages: Stages) -> VocabularyCut | None:
+    """Return what was cut from the vocabulary, and what the text on which all models are scored loses by it."""
+    cut = stages.source.vocabulary
+    return None if cut is None else cut.facts_on(stages.options.evaluation_text)
+
+
 def _result(
     stages: Stages,
     goal: Goal,
@@ -154,7 +161,7 @@ def _result(
     shrunk: Quality,
     validation_kl: float,
 ) -> PruneResult:
-    options = stages.options
+    options, vocabulary = stages.options, _vocabulary(stages)
     budget, statuses = options.budget, {dense.measurement.status, side.measurement.status}
     is_estimate = "estimated" in statuses
     ratio = None if is_estimate else speedup(dense.measurement, side.measurement, budget.statistic)
@@ -162,7 +169,7 @@ def _result(
     if budget.ratio is None:
         used = budget_share(budget, dense.measurement, side.measurement)
         limit: float | None = budget.limit_seconds(dense_seconds=dense.seconds)
-        predicted: float | None = cost / dense_cost * dense.seconds
+        predicted: float | None = cost / dense_cost * goal.unpruned_share * dense.seconds
     else:
         share = cost / goal.cost_limit.limit
         used, limit, predicted = Interval(value=share, low=share, high=share), None, None
@@ -203,5 +210,10 @@ def _result(
         stage_peak_bytes=dict(stages.workspace.stage_peak_bytes),
         versions=versions(),
         seed=options.seed,
-        notes=(*caveats(dense.measurement, side.measurement), *goal.caveats),
+        notes=(
+            *(() if vocabulary is None else (*vocabulary.notes, vocabulary.note_on_quality)),
+            *caveats(dense.measurement, side.measurement),
+            *goal.caveats,
+        ),
+        vocabulary=vocabulary,
     )

@@ -53,7 +53,7 @@ def prune(
         estimate=options.estimate,
     )
     with workspace.stage("load the model"):
-        source = source or load(options.model, merge_adapter=options.merge_adapter)
+        source = source or load(options.model, merge_adapter=options.merge_adapter, vocabulary=options.vocabulary)
     architecture = architecture_of(source.model)
     layout = _layout(options, bench.backend, architecture)
     method = _method(options, layout)
@@ -61,6 +61,8 @@ def prune(
     identity = {"options": asdict(options), "model": source.digest, "dilap": __version__}
     with workspace.opened({**identity, "inputs": named_inputs(options, source)}):
         workspace.log.say(f"{source.name}: {describe(architecture)}")
+        for note in source.notes:
+            workspace.log.say(note)
         stages = Stages(options=options, workspace=workspace, bench=bench, source=source)
         result = _run(stages, method, layout)
         if result is None:
@@ -79,6 +81,7 @@ def named_inputs(options: JobOptions, source: Source) -> dict[str, str]:
         evaluation=options.evaluation_text,
         method=options.method,
         table=options.table,
+        vocabulary=source.vocabulary,
     )
 
 

@@ -14,6 +14,7 @@ from dilap.core.errors import InvalidInput
 from dilap.core.measurement import Interval, Measurement
 from dilap.core.printable import joined
 from dilap.core.shape import PRECISION_BITS, Architecture
+from dilap.core.vocabulary import VocabularyCut
 from dilap.core.workload import Budget, Statistic, Workload
 from dilap.job.verdict import Verdict, percent, words
 from dilap.profilers.profiler import is_shown
@@ -134,6 +135,7 @@ class PruneResult:
     plain: PlainDefaults | None = None  # None where the configuration measured is plain too
     budget_interval: Interval | None = None  # of the share used; None where it was not measured
     stage_peak_bytes: dict[str, int] = field(default_factory=dict)  # of the job's process, without those of runtimes
+    vocabulary: VocabularyCut | None = None  # None where the pruned model has all tokens of the dense one
 
     def __post_init__(self) -> None:
         if self.backend not in backends.BACKENDS or self.workload.precision not in PRECISION_BITS:

@@ -11,6 +11,7 @@ from dilap.core.codec import encode, remove, write_json
 from dilap.core.errors import VerificationFailed
 from dilap.core.printable import joined
 from dilap.core.progress import Progress
+from dilap.core.vocabulary import VocabularyCut
 from dilap.job.calibration import calibration_text
 from dilap.job.inputs import inputs_of
 from dilap.job.result import Quality, versions
@@ -45,6 +46,7 @@ class SparseOptions:
     settings: dict[str, str] = field(default_factory=dict)
     model: str = DEFAULT_MODEL
     merge_adapter: str | None = None
+    vocabulary: str | None = None
     propagate: Propagate = "pruned"
     rebuild: bool = False
     granularity: Granularity | None = None
@@ -75,6 +77,7 @@ class SparseResult:
     options: dict[str, Any]
     stage_seconds: dict[str, float]
     versions: dict[str, str]
+    vocabulary: VocabularyCut | None = None  # None where the model has all its tokens
 
 
 def sparsify(options: SparseOptions, *, out: Path, progress: Progress) -> SparseResult:
@@ -85,7 +88,9 @@ def sparsify(options: SparseOptions, *, out: Path, progress: Progress) -> Sparse
     pattern, rule = Pattern.parse(options.pattern), _rule(options)
     workspace = Workspace(out, progress)
     with workspace.stage("load the model"):
-        source = load(options.model, merge_adapter=options.merge_adapter)
+        source = load(options.model, merge_adapter=options.merge_adapter, vocabulary=options.vocabulary)
+        for note in source.notes:
+            workspace.log.say(note)
     require_matrices(source.model, pattern)
     require_sequences(source.model.config, options.calibration.sequence_length)
     require_texts(options.calibration, options.evaluation_text, source.tokenizer)
@@ -94,6 +99,7 @@ def sparsify(options: SparseOptions, *, out: Path, progress: Progress) -> Sparse
         calibration=options.calibration.source,
         evaluation=options.evaluation_text,
         method=options.method,
+        vocabulary=source.vocabulary,
     )
     identity = {"options": asdict(options), "model": source.digest, "dilap": __version__, "inputs": inputs}
     with workspace.opened(identity):
@@ -152,6 +158,7 @@ def _run(options: SparseOptions, source: Source, pattern: Pattern, rule: Rule, w
         options=asdict(options),
         stage_seconds=dict(workspace.stage_seconds),
         versions=versions(),
+        vocabulary=None if source.vocabulary is None else source.vocabulary.facts_on(options.evaluation_text),
     )
 
 
@@ -188,7 +195,7 @@ def _share_of_zeros(tensors: list[Any]) -> float:
 
 def table(result: SparseResult) -> str:
     """Return the result in a few lines of text."""
-    rows = (("dense", result.dense), ("sparse", result.sparse))
+    rows, cut = (("dense", result.dense), ("sparse", result.sparse)), result.vocabulary
     return joined(
         [
             f"{result.model}, {result.method}, pattern {result.pattern}: {result.linear_sparsity:.2%} zeros in the "
@@ -197,6 +204,7 @@ def table(result: SparseResult) -> str:
                 f"{name:>6}: KL {one.kl:.3f}, perplexity {one.perplexity:.2f} on {one.text}, scored in torch"
                 for name, one in rows
             ),
+            *(() if cut is None else (*cut.notes, cut.note_on_quality)),
             result.claim,
         ]
     )

@@ -24,7 +24,7 @@ from dilap.job.options import JobOptions
 from dilap.job.run_folder import Workspace
 from dilap.job.verdict import percent
 from dilap.models.anatomy import architecture_of
-from dilap.models.load import Source
+from dilap.models.load import Source, load
 from dilap.models.reference import Teacher
 from dilap.models.text import Calibration
 from dilap.profilers.configuration import Configuration
@@ -53,7 +53,8 @@ class Goal:
 
     `cost_limit` is in seconds of the latency table, or in weights where a ratio is asked. `floor_seconds`, which no
     plan removes, and `fastest_seconds`, which the fastest plan takes, are scaled to the machine's speed of today; both
-    are None for a ratio, as is `usual`. `caveats` are those of the latency table.
+    are None for a ratio, as is `usual`. `unpruned_share` is the latency of the model that is pruned as a share of the
+    dense one's, of which it lacks the tokens that its vocabulary lost. `caveats` are those of the latency table.
     """
 
     space: Space
@@ -63,6 +64,7 @@ class Goal:
     floor_seconds: float | None = None
     fastest_seconds: float | None = None
     usual: Usual | None = None
+    unpruned_share: float = 1.0
     caveats: tuple[str, ...] = ()
 
 
@@ -77,9 +79,15 @@ class Stages:
     configuration: Configuration | None = None
 
     def dense_artifact(self) -> Artifact:
-        """Return the artifact of the dense model, which is exported once."""
-        plan = full_plan(architecture_of(self.source.model), base=self.source.digest)
-        return self.artifact(self.workspace.dense, plan)
+        """Return the artifact of the dense model, which is exported once.
+
+        The dense model is the one that the user gave, with its whole vocabulary: a budget is a share of its latency.
+        """
+        vocabulary, folder = self.source.vocabulary, self.workspace.dense
+        if vocabulary is None:
+            return self.artifact(folder, full_plan(architecture_of(self.source.model), base=self.source.digest))
+        stages = self if folder.exists() else replace(self, source=_whole(self.source))
+        return stages.artifact(folder, full_plan(vocabulary.whole, base=vocabulary.whole_digest))
 
     def artifact(self, folder: Path, plan: Plan) -> Artifact:
         """Return the artifact in `folder`; where there is none yet, export the model as it is now, and verify it.
@@ -133,14 +141,15 @@ class Stages:
 
         Raises Infeasible where no plan is fast enough, and Mismatch where the latency table cannot be trusted.
         """
-        capabilities = self.bench.backend.capabilities(dense.architecture, precision=self.options.workload.precision)
+        architecture = architecture_of(self.source.model)
+        capabilities = self.bench.backend.capabilities(architecture, precision=self.options.workload.precision)
         ratio = self.options.budget.ratio
-        costs = self._latency_model(dense) if ratio is None else WeightCosts(architecture=dense.architecture)
-        space = build_space(costs, dense.architecture, capabilities, layout=layout)
+        costs = self._latency_model(architecture) if ratio is None else WeightCosts(architecture=architecture)
+        space = build_space(costs, architecture, capabilities, layout=layout)
         rules = width_rules(layout, capabilities)
         if ratio is None:
             return self._latency_goal(dense, costs, space, layout, rules)
-        limit = (1 - ratio) * costs.predict(dense.architecture.layers)
+        limit = (1 - ratio) * costs.predict(architecture.layers)
         cost_limit = CostLimit(limit=limit, predict=costs.predict)
         return Goal(space=space, layout=layout, rules=rules, cost_limit=cost_limit)
 
@@ -149,19 +158,18 @@ class Stages:
     ) -> Goal | None:
         budget = self.options.budget
         with self.workspace.stage("latency of the dense model"):
-            measured = self._dense_measurement(dense)
-        dense_seconds = measured.seconds(budget.statistic)
-        table_seconds = space.cost(space.dense)
-        usual = Usual(seconds=min(dense_seconds, table_seconds), statistic=budget.statistic)
-        scale = dense_seconds / table_seconds  # the machine's speed of today against that of the table
+            measured, unpruned = self._dense_measurements(dense)
+        dense_seconds, unpruned_seconds = (one.seconds(budget.statistic) for one in (measured, unpruned))
+        scale = unpruned_seconds / space.cost(space.dense)  # the machine's speed of today against that of the table
+        usual = Usual(seconds=dense_seconds / max(1, scale), statistic=budget.statistic)
         floor, fastest = scale * space.fixed_cost, scale * space.cost(space.fastest)
         limit = budget.limit_seconds(dense_seconds=dense_seconds)
         self.workspace.log.say(
             f"dense {dense_seconds * 1e3:.2f} ms{measured.mark}; floor that no plan removes (embedding, head, launch) "
             f"{floor * 1e3:.2f} ms; fastest reachable {fastest * 1e3:.2f} ms; budget {budget} is {limit * 1e3:.2f} ms"
         )
-        if limit >= dense_seconds:
-            self.workspace.log.say("the dense model already keeps this budget: nothing to prune, nothing written")
+        if limit >= unpruned_seconds:
+            self.workspace.log.say(_already_kept(self.options, dense_seconds, unpruned_seconds))
             return None
         if fastest > AIM * limit:
             raise Infeasible(
@@ -183,8 +191,22 @@ class Stages:
             floor_seconds=floor,
             fastest_seconds=fastest,
             usual=usual,
+            unpruned_share=unpruned_seconds / dense_seconds,
             caveats=costs.caveats,
         )
+
+    def _dense_measurements(self, dense: Artifact) -> tuple[Measurement, Measurement]:
+        """Return what the dense model takes, and the model that is pruned: another one where its vocabulary was cut.
+
+        For the latter stands a model of its shape with random weights, because latency does not depend on them.
+        """
+        if self.source.vocabulary is None:
+            measured = self._dense_measurement(dense)
+            return measured, measured
+        path, architecture = self.workspace.common / "vocabulary-latency.json", architecture_of(self.source.model)
+        both = self.bench.measure_widths(self.workspace.dense / dense.path, architecture, path, usual=None)
+        require_measured(both[0], dense, source=str(path))
+        return both[0], both[1]
 
     def _dense_measurement(self, dense: Artifact) -> Measurement:
         path = self.workspace.common / "dense-latency.json"
@@ -194,16 +216,16 @@ class Stages:
         require_measured(found, dense, source=str(path))
         return found
 
-    def _latency_model(self, dense: Artifact) -> LatencyModel:
+    def _latency_model(self, architecture: Architecture) -> LatencyModel:
         if self.bench.estimate:
-            return self.bench.estimated_model(dense.architecture)
+            return self.bench.estimated_model(architecture)
         if self.options.table is not None:
             path = Path(self.options.table)
-            table = self.bench.read_table(path, dense.architecture)
+            table = self.bench.read_table(path, architecture)
         else:
-            path = self.bench.table_path(self.source.name, dense.architecture)
+            path = self.bench.table_path(self.source.name, architecture)
             with self.workspace.stage("latency table"):
-                table = self.bench.build_table(dense.architecture, path)
+                table = self.bench.build_table(architecture, path)
         table.write(self.workspace.folder / "table.jsonl")
         model = table.model(self.options.budget.statistic)
         self._require_claimable(model, path)
@@ -294,6 +316,25 @@ class Stages:
             self.workspace.log.say("the device was disturbed meanwhile, so the latency table's prediction stands")
             return None
         return min(used.high, used.value + _MOST_ALLOWED_FOR)
+
+
+def _whole(source: Source) -> Source:
+    """Load the model of a source again, with its whole vocabulary. Raises Mismatch where its files have changed."""
+    assert source.vocabulary is not None
+    found = load(source.name, merge_adapter=source.merge_adapter)
+    if found.digest != source.vocabulary.whole_digest:
+        raise Mismatch(f"{source.name}: the model's files changed since it was loaded; run again")
+    return found
+
+
+def _already_kept(options: JobOptions, dense_seconds: float, unpruned_seconds: float) -> str:
+    """Say that there is nothing to prune."""
+    if unpruned_seconds == dense_seconds:
+        return "the dense model already keeps this budget: nothing to prune, nothing written"
+    return (
+        f"with the vocabulary of {options.vocabulary} alone the model takes {unpruned_seconds * 1e3:.2f} ms, which "
+        "keeps this budget: nothing to prune, nothing written; dilap-export --vocabulary writes that model"
+    )
 
 
 def require_measured(measurement: Measurement, artifact: Artifact, *, source: str) -> None:

@@ -44,13 +44,15 @@ from dilap.models.modeling_dilap import pruned_class
 from dilap.models.older_names import add_older_names
 from dilap.models.pretrained import errors_of_damaged_files, from_pretrained
 from dilap.models.text_samples import SAMPLES
+from dilap.models.vocabulary import Vocabulary, cut_vocabulary_, require_cuttable
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """A loaded model. `tokenizer_path` is the folder or GGUF file from which exporters take the tokenizer.
 
-    `merge_adapter` is the folder of the adapter that is part of the model, None for most.
+    `merge_adapter` is the folder of the adapter that is part of the model, None for most; `vocabulary` what is left of
+    its tokens, None where all are.
     """
 
     name: str
@@ -59,15 +61,28 @@ class Source:
     tokenizer_path: Path
     digest: str
     merge_adapter: str | None = None
+    vocabulary: Vocabulary | None = None
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a reader must know of the model."""
+        return () if self.vocabulary is None else self.vocabulary.facts.notes
 
 
-def load(name: str, *, tokenizer: Path | None = None, merge_adapter: str | Path | None = None) -> Source:
+def load(
+    name: str,
+    *,
+    tokenizer: Path | None = None,
+    merge_adapter: str | Path | None = None,
+    vocabulary: str | Path | None = None,
+) -> Source:
     """Load a model and its tokenizer, in the precision that its files have (a GGUF file is dequantised to f32).
 
     `tokenizer` is the folder or GGUF file of the tokenizer, by default the model's own. `merge_adapter` is the folder
-    of a LoRA adapter that is added to the weights: the model, and so its digest, is then the merged one.
-    Raises InvalidInput where the files are damaged or there is no such model, Unavailable where the model cannot be
-    fetched, Unsupported where the architecture is not known.
+    of a LoRA adapter that is added to the weights: the model, and so its digest, is then the merged one. `vocabulary`
+    is a text, as `dilap.models.text_files.read_text` takes it: the model, and so its digest, then has only the tokens
+    that this text needs. Raises InvalidInput where the files are damaged or there is no such model, Unavailable where
+    the model cannot be fetched, Unsupported where the architecture is not known.
     """
     _quiet_transformers()
     path = builtin_model() if name == DEFAULT_MODEL else checkpoint_of(Path(name))
@@ -84,6 +99,8 @@ def load(name: str, *, tokenizer: Path | None = None, merge_adapter: str | Path 
         )
     config = _config(name, str(folder), arguments)
     words = _tokenizer(name, tokenizer or tokenizer_path)  # before gigabytes are read
+    if vocabulary is not None:
+        require_cuttable(words, str(vocabulary))
     model = _model(name, str(folder), config, arguments)
     if merge_adapter is not None:
         merge_adapter_(model, Path(merge_adapter).expanduser())
@@ -94,13 +111,15 @@ def load(name: str, *, tokenizer: Path | None = None, merge_adapter: str | Path 
         tokenizer_path = tokenizer
     elif not tokenizer_path.exists():  # a hub id: its files are in the hub's local cache by now
         tokenizer_path = Path(cached_file(name, "tokenizer_config.json")).parent
+    cut = None if vocabulary is None else cut_vocabulary_(model, words, str(vocabulary))
     return Source(
         name=name,
         model=model,
-        tokenizer=words,
-        tokenizer_path=tokenizer_path,
+        tokenizer=words if cut is None else cut.tokenizer,
+        tokenizer_path=tokenizer_path if cut is None else cut.folder.path,
         digest=model_digest(model),
         merge_adapter=None if merge_adapter is None else str(merge_adapter),
+        vocabulary=cut,
     )
 
 

@@ -1,5 +1,6 @@
 """Read text as people keep it: plain files, tables and records (through the `datasets` library), hub data sets."""
 
+import hashlib
 import importlib
 import logging
 import tempfile
@@ -50,6 +51,10 @@ def read_text(name: str) -> str:
     if not text.strip():
         raise InvalidInput(f"{name}: it holds no text; {KNOWN}")
     return text
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _file_text(path: Path) -> str:

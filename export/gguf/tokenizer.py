@@ -37,6 +37,7 @@ PRE_TOKENIZERS = (
 # that it stands for (GPT-4o's, Phi-4-mini's) do.
 _WITHOUT_MARKS = "gpt-4o"
 _PHI3 = "Phi-3"
+_NUM_WORDS = 16384  # tokens of a vocabulary, its most frequent ones, that are compared when a pre-tokenizer is chosen
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,14 @@ def _texts(reference: "PreTrainedTokenizerFast") -> Iterator[str]:
         yield from (f"{one['content']} \nHello" for one in document["added_tokens"] if one["rstrip"])
 
 
+def _words(reference: "PreTrainedTokenizerFast") -> Iterator[str]:
+    """Yield the first tokens of a vocabulary as texts, many in each."""
+    ids = [i for i in range(min(len(reference), _NUM_WORDS)) if i not in reference.all_special_ids]
+    words = [word for word in reference.batch_decode([[i] for i in ids]) if "\ufffd" not in word]
+    for at in range(0, len(words), 256):
+        yield "".join(words[at : at + 256])
+
+
 def _byte_level(document: dict[str, Any], reference: "PreTrainedTokenizerFast") -> Tokenizer:
     """Return a byte-level BPE tokenizer; its tokens and merges are in the alphabet of bytes that llama.cpp uses too."""
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in document["model"]["merges"]]
@@ -284,8 +293,11 @@ def _list(name: str, values: Sequence[Any], kind: GGUFValueType) -> Field:
 
 
 def _with_pre_tokenizer(tokenizer: Tokenizer, reference: "PreTrainedTokenizerFast") -> Tokenizer:
-    """Add the first of llama.cpp's pre-tokenizers that splits all texts like `reference`, else the best of them."""
-    expected = list(splits_of(reference, _texts(reference)))
+    """Add the first of llama.cpp's pre-tokenizers that splits all texts like `reference`, else the best of them.
+
+    The words of a small vocabulary are few in the samples, so they are texts too.
+    """
+    expected = list(splits_of(reference, [*_texts(reference), *_words(reference)]))
     best, most = tokenizer, -1
     with tempfile.TemporaryDirectory() as folder:
         for name in PRE_TOKENIZERS:

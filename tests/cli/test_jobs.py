@@ -141,7 +141,7 @@ def test_an_export_lies_beside_the_checkpoint_by_default(
     assert _beside(given, "llamacpp-f16").resolve() == tmp_path / "llama-llamacpp-f16"
 
 
-@pytest.mark.parametrize(
+EVERY_COMMAND = pytest.mark.parametrize(
     ("main", "arguments"),
     [
         (prune.main, ["--target", "host_cpu", "--budget", "70%", "--model"]),
@@ -153,6 +153,9 @@ def test_an_export_lies_beside_the_checkpoint_by_default(
     ],
     ids=["prune", "prune-pattern", "compare", "profile", "eval", "export"],
 )
+
+
+@EVERY_COMMAND
 def test_every_command_that_loads_a_model_merges_an_adapter_first(
     main: Callable[[], None],
     arguments: list[str],
@@ -163,3 +166,16 @@ def test_every_command_that_loads_a_model_merges_an_adapter_first(
     monkeypatch.chdir(checkpoint.parent)
     assert call(main, *arguments, checkpoint, "--merge-adapter", "nowhere") == 2
     assert "no adapter in 'nowhere': there is no adapter_config.json" in last_line(capsys)
+
+
+@EVERY_COMMAND
+def test_every_command_that_loads_a_model_cuts_its_vocabulary(
+    main: Callable[[], None],
+    arguments: list[str],
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+    assert call(main, *arguments, checkpoint, "--vocabulary", "nowhere.txt") == 2
+    assert "text 'nowhere.txt' does not exist" in last_line(capsys)
