@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from dilap.cli.console import run
 from dilap.core.errors import InvalidInput
@@ -26,6 +26,20 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 _QWEN_ROPE = {"rope_type": "default", "rope_theta": 1_000_000.0}
+_PHI4_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 4096,
+    "short_factor": [1.0] * 48,
+    "long_factor": [
+        *(1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898),
+        *(2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424),
+        *(6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252),
+        *(16.37415215, 18.31155283, 20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23),
+        *(32.6, 32.61, 32.64, 32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77),
+    ],
+}
 # From the config.json of the published checkpoints.
 CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama-3.2-1b": (
@@ -56,6 +70,26 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "rms_norm_eps": 1e-5,
             "rope_parameters": _LLAMA3_ROPE | {"factor": 8.0},
             "tie_word_embeddings": False,
+        },
+    ),
+    "phi-4-mini": (
+        Phi3Config,
+        {
+            "hidden_size": 3072,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 8,
+            "intermediate_size": 8192,
+            "vocab_size": 200_064,
+            "max_position_embeddings": 131_072,
+            "original_max_position_embeddings": 4096,
+            "sliding_window": 262_144,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": _PHI4_ROPE,
+            "tie_word_embeddings": True,
+            "bos_token_id": 199_999,
+            "eos_token_id": 199_999,
+            "pad_token_id": 199_999,
         },
     ),
     "qwen3-0.6b": (

@@ -215,6 +215,6 @@ def require_matrices(model: PreTrainedModel, pattern: Pattern) -> None:
     found = [(f"layer {i}, {path}", linear_at(layer, path)) for i, layer in enumerate(layers) for path in names]
     matrices = [(name, matrix) for name, matrix in found if matrix is not None]
     if not matrices:
-        raise InvalidInput("the model has no linear matrices to prune; quantised or fused ones are not supported")
+        raise InvalidInput("the model has no linear matrices to prune; quantised ones are not supported")
     for name, matrix in matrices:
         pattern.require_fit(matrix.in_features, name=name)

@@ -16,6 +16,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from dilap.core.errors import InvalidInput
 from dilap.core.numerics import LayerNumerics, Rotary
+from dilap.core.shape import Architecture
 from dilap.models.families.family import Family, head_dim_of
 
 
@@ -54,20 +55,26 @@ class _Phi3(Family):
 
     def exported(self, model: PreTrainedModel) -> Mapping[str, torch.Tensor]:
         """Return the tensors of a Llama that computes the same, with the rotary embedding of `numerics`."""
-        architecture, paths = self.architecture(model), self.exported_paths
-        head_dim, parts = architecture.head_dim, {}
-        for index, widths in enumerate(architecture.layers):
-            layer, heads, channels = f"{self.layers}.{index}", widths.num_heads, widths.num_channels
-            counts = (heads * head_dim, widths.num_kv_heads * head_dim, widths.num_kv_heads * head_dim)
-            fused = {self.query: zip((paths.query, paths.key, paths.value), counts, strict=True)} if heads else {}
-            fused |= {self.ffn_in[0]: zip(paths.ffn_in, (channels, channels), strict=True)} if channels else {}
-            for path, own in fused.items():
-                start = 0
-                for name, count in own:
-                    is_turned = name in (paths.query, paths.key)
-                    parts[f"{layer}.{name}.weight"] = _Part(f"{layer}.{path}.weight", start, count, is_turned)
-                    start += count
+        parts = dict(self._parts(self.architecture(model)))
         return _Unfused(tensors=model.state_dict(), parts=parts, turn=self._turn_of(model))
+
+    def _parts(self, architecture: Architecture) -> Iterator[tuple[str, "_Part"]]:
+        """Yield the names of the separate matrices, with the rows of fused ones that they are."""
+        paths, head_dim = self.exported_paths, architecture.head_dim
+        for index, widths in enumerate(architecture.layers):
+            query, key, channels = widths.num_heads * head_dim, widths.num_kv_heads * head_dim, widths.num_channels
+            places = (
+                (paths.query, self.query, 0, query),
+                (paths.key, self.key, query, key),
+                (paths.value, self.value, query + key, key),
+                (paths.ffn_in[0], self.ffn_in[0], 0, channels),
+                (paths.ffn_in[1], self.ffn_in[1], channels, channels),
+            )
+            layer = f"{self.layers}.{index}"
+            for path, fused, start, count in places:
+                if count:
+                    part = _Part(f"{layer}.{fused}.weight", start, count, path in (paths.query, paths.key))
+                    yield f"{layer}.{path}.weight", part
 
     def _turn_of(self, model: PreTrainedModel) -> "_Turn":
         rope = model.config.rope_parameters
