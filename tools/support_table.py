@@ -154,20 +154,27 @@ OPEN: Mapping[str, Callable[[Path, Artifact], None]] = {
 
 
 def table(pairs: Sequence[Pair]) -> str:
-    """Return Markdown: a row for the precisions of a runtime that hold the same, a column a family; reasons below."""
-    names = list(dict.fromkeys(pair.family for pair in pairs))
+    """Return Markdown: a row for families that all runtimes hold alike, a column for a runtime; reasons below.
+
+    Precisions of a runtime that hold different plans have columns of their own.
+    """
     reasons = list(dict.fromkeys(pair.reason for pair in pairs if pair.reason))
-    rows: dict[tuple[str, ...], list[str]] = {}
+    cells = {
+        (pair.backend, pair.precision, pair.family): pair.plans
+        + (f" ({1 + reasons.index(pair.reason)})" if pair.reason else "")
+        for pair in pairs
+    }
+    names = list(dict.fromkeys(pair.family for pair in pairs))
+    columns: dict[tuple[str, ...], list[str]] = {}
     for backend, precision in dict.fromkeys((pair.backend, pair.precision) for pair in pairs):
-        found = {pair.family: pair for pair in pairs if (pair.backend, pair.precision) == (backend, precision)}
-        cells = (found[name].plans + (f" ({1 + reasons.index(found[name].reason)})" if found[name].reason else "")
-                 for name in names)  # fmt: skip
-        rows.setdefault((backend, *cells), []).append(f"`{precision}`")
-    lines = [f"| runtime | precisions | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
-    lines += [
-        f"| {backend} | {', '.join(precisions)} | {' | '.join(cells)} |"
-        for (backend, *cells), precisions in rows.items()
-    ]
+        column = (backend, *(cells[backend, precision, name] for name in names))
+        columns.setdefault(column, []).append(f"`{precision}`")
+    heads = [f"{column[0]}: {', '.join(precisions)}" for column, precisions in columns.items()]
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for index, name in enumerate(names, start=1):
+        rows.setdefault(tuple(column[index] for column in columns), []).append(name)
+    lines = [f"| family | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    lines += [f"| {', '.join(alike)} | {' | '.join(row)} |" for row, alike in rows.items()]
     return "\n".join(lines + [""] * bool(reasons) + [f"({n}) {reason}" for n, reason in enumerate(reasons, start=1)])
 
 

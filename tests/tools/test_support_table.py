@@ -17,6 +17,8 @@ PAIRS = [
     ("olmo2", "llamacpp", "q8_0"),
     ("smollm3", "llamacpp", "q8_0"),
     ("qwen3_moe", "llamacpp", "q8_0"),
+    ("gemma2", "llamacpp", "q4_0"),
+    ("gemma3_text", "llamacpp", "q8_0"),
     ("opt", "llamacpp", "f16"),
     ("qwen3", "onnxruntime", "int4"),
     ("qwen3_moe", "onnxruntime", "int4"),
