@@ -75,7 +75,8 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
         sizes |= {"attention_multiplier": 0.4, "logits_scaling": 2.0}
     if family.startswith("gemma"):  # layers of both kinds, a window shorter than most texts, caps that matter
         sizes |= {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8, "tie_word_embeddings": True}
-        sizes |= {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+        num_layers = changes.get("num_hidden_layers", sizes["num_hidden_layers"])
+        sizes |= {"layer_types": [("sliding_attention", "full_attention")[index % 2] for index in range(num_layers)]}
         sizes |= {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
     if family == "gemma2":
         sizes |= {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 5.0}

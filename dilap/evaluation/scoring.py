@@ -7,7 +7,7 @@ import torch
 
 from dilap.backends import MAX_READ_TOKENS, Reader
 from dilap.core.errors import Unsupported
-from dilap.models.reference import Scores, Teacher
+from dilap.models.reference import Head, Scores, Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,17 +75,17 @@ def log_probabilities(reader: Reader, text: Sequence[int], *, start: int = 0, nu
 
 
 def beside_teacher(
-    reader: Reader, teacher: Teacher, head: torch.Tensor, *, progress: Callable[[int], None] = lambda _: None
+    reader: Reader, teacher: Teacher, head: Head, *, progress: Callable[[int], None] = lambda _: None
 ) -> Scores:
     """Score an artifact on the teacher's text beside the dense model, with the very token ids that torch read.
 
-    `head` is the dense model's (vocabulary x hidden). Raises Unsupported where the artifact cannot read the text.
+    `head` is the dense model's. Raises Unsupported where the artifact cannot read the text.
     """
     length = teacher.tokens.shape[1]
     if reader.max_tokens < length:
         raise Unsupported(f"it reads {reader.max_tokens} tokens at once, and a sequence of the text has {length}")
-    if reader.vocab_size != len(head):
-        raise Unsupported(f"it knows {reader.vocab_size} tokens, and the model {len(head)}")
+    if reader.vocab_size != len(head.E):
+        raise Unsupported(f"it knows {reader.vocab_size} tokens, and the model {len(head.E)}")
     reader.reserve(length)
     kls, losses = torch.zeros(len(teacher.tokens)), torch.zeros(len(teacher.tokens))
     for number, tokens in enumerate(teacher.tokens):

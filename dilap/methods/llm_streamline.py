@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from dilap.models.compute import batches, compute_precision
 from dilap.models.families import family_of
 from dilap.models.reference import next_token_loss
 from dilap.models.skipping import layers_replaced
-from dilap.models.statistics import LayerCall, State, first_of, layer_calls, layer_statistics
+from dilap.models.statistics import State, first_of, layer_calls, layer_statistics
 from dilap.models.tensor_file import Tensors
 from dilap.search.method import Pruned, PruneTask
 
@@ -123,9 +123,9 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Regression:
-    """The mean squared error of the window's output; holds the window's inputs and outputs by batch."""
+    """The mean squared error of the window's output; holds its inputs, its first layer's arguments and its outputs."""
 
-    calls: list[LayerCall]
+    arguments: list[dict[str, Any]]
     inputs: list[State]
     outputs: list[State]
 
@@ -137,17 +137,17 @@ class Regression:
             if step.index == first:
                 inputs = list(step.inputs)
             if step.index == last:
-                return cls(calls, inputs, list(step.outputs))
+                return cls([call.arguments[first] for call in calls], inputs, list(step.outputs))
         raise AssertionError("the window ends behind the last layer")
 
     @property
     def num_batches(self) -> int:
-        return len(self.calls)
+        return len(self.inputs)
 
     def loss(self, layer: nn.Module, index: int) -> torch.Tensor:
         """Return the mean squared error of one batch, a mean over positions and channels."""
         with compute_precision():
-            found = first_of(layer(self.inputs[index].float(), **self.calls[index].arguments))
+            found = first_of(layer(self.inputs[index].float(), **self.arguments[index]))
         return functional.mse_loss(found.float(), self.outputs[index].float())
 
 
@@ -157,21 +157,21 @@ class LanguageModelling:
 
     model: PreTrainedModel
     tokens: list[torch.Tensor]
-    before: list[nn.Module]
-    after: list[nn.Module]
+    first: int
+    others: dict[int, nn.Module]
 
     @classmethod
     def of(cls, task: PruneTask, tokens: torch.Tensor, *, first: int, last: int) -> "LanguageModelling":
-        layers = list(decoder_layers(task.model))
+        layers = enumerate(decoder_layers(task.model))
         few = list(batches(tokens, batch_tokens=_BATCH_TOKENS // 2))
-        return cls(task.model, few, layers[:first], layers[last + 1 :])
+        return cls(task.model, few, first, {index: one for index, one in layers if not first <= index <= last})
 
     @property
     def num_batches(self) -> int:
         return len(self.tokens)
 
     def loss(self, layer: nn.Module, index: int) -> torch.Tensor:
-        with layers_replaced(self.model, [*self.before, layer, *self.after]):
+        with layers_replaced(self.model, {**self.others, self.first: layer}):
             return next_token_loss(self.model, self.tokens[index])
 
 

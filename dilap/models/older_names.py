@@ -27,7 +27,11 @@ def _rewrite(path: Path, older: Callable[[dict[str, Any]], dict[str, Any]]) -> N
 def _older_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return the type of the weights and the rotary embedding by their older names."""
     older = {"torch_dtype": config["dtype"]}
-    if rope := dict(config.get("rope_parameters") or {}):
+    rope = dict(config.get("rope_parameters") or {})
+    if "full_attention" in rope:  # one for each of two kinds of layers (Gemma 3)
+        older["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
+    if rope:
         older["rope_theta"] = rope.pop("rope_theta")
         older["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     return older

@@ -1,5 +1,6 @@
 """The dense model as the reference of all quality: KL divergence to it, computed cheaply, and perplexity."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,31 @@ from dilap.models.families import family_of
 from dilap.models.tensor_file import Tensors, computed_once
 
 ROWS = 128  # positions whose logits are held at once: 128 x 49152 in f32 is 25 MB, which malloc reuses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """The output embeddings E (vocabulary x hidden) and the soft cap c of the logits, None where they have none."""
+
+    E: torch.Tensor
+    softcap: float | None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits, in f32, of final hidden states (positions x vocabulary)."""
+        products = functional.linear(hidden.to(self.E.dtype), self.E).float()
+        return products if self.softcap is None else products.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def probabilities_(self, logits: torch.Tensor, normaliser: torch.Tensor) -> torch.Tensor:
+        """Return the probabilities, without a soft cap in the place of the logits, which nothing needs any more."""
+        return (logits.sub_(normaliser[:, None]) if self.softcap is None else logits - normaliser[:, None]).exp_()
+
+    def through_cap(self, slopes: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return gradients with respect to E h, given those with respect to the logits that the cap makes of it."""
+        return slopes if self.softcap is None else slopes * (1 - (logits / self.softcap).square())
+
+    def back(self, slopes: torch.Tensor) -> torch.Tensor:
+        """Return gradients, in f32, with respect to hidden states, given those with respect to E h."""
+        return (slopes.to(self.E.dtype) @ self.E).float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +83,9 @@ class Teacher:
     hidden size per position (`mean_embedding`, E' p_t) is all that has to be kept, instead of one of the vocabulary's
     size. `losses` are the dense model's own, as in `Scores` (sequences).
 
-    An artifact gives logits and no hidden states. To compare with it the dense model's whole distributions are needed,
-    which the head computes from the dense model's final states: `states` (sequences x length x hidden), kept only where
-    they are asked for.
+    An artifact gives logits and no hidden states, and logits with a soft cap are not linear in them. To compare with
+    these the dense model's whole distributions are needed, which the head computes from the dense model's final states:
+    `states` (sequences x length x hidden), kept only where they are asked for or there is a soft cap.
     """
 
     tokens: torch.Tensor
@@ -80,18 +106,20 @@ class Teacher:
     ) -> "Teacher":
         """Return the answers of `model` on `tokens` (sequences x length), with its final states if `keep_states`."""
         head = head_of(model)
+        keep_states = keep_states or head.softcap is not None
         vectors, constants, losses, states = [], [], [], []
         for batch in batches(tokens, batch_tokens=batch_tokens):
             hidden = final_hidden(model, batch)
             if keep_states:
                 states.append(hidden.reshape(*batch.shape, -1))
             for rows, labels in zip(hidden.split(ROWS), _next_tokens(batch).split(ROWS), strict=True):
-                logits = logits_of(rows, head).float()
+                logits = head.logits(rows)
                 normaliser = logits.logsumexp(-1)
                 losses.append(normaliser - logits.gather(1, labels[:, None]).squeeze(1))
-                vector = (logits.sub_(normaliser[:, None]).exp_().to(head.dtype) @ head).float()
+                expected = None if head.softcap is None else (logits.softmax(-1) * logits).sum(-1)
+                vector = head.back(logits.sub_(normaliser[:, None]).exp_())
                 vectors.append(vector)
-                constants.append(normaliser - (vector * rows.float()).sum(-1))
+                constants.append(normaliser - ((vector * rows.float()).sum(-1) if expected is None else expected))
         shape = tokens.shape
         return cls(
             tokens=tokens,
@@ -114,19 +142,19 @@ class Teacher:
 
         return cls(**computed_once(path, make))
 
-    def log_probabilities(self, row: int, head: torch.Tensor) -> torch.Tensor:
+    def log_probabilities(self, row: int, head: Head) -> torch.Tensor:
         """Return the dense model's log-probabilities for one sequence (length x vocabulary).
 
         `head` is the dense model's, or that of any model cut from it. Needs `states`.
         """
         assert self.states is not None
-        return logits_of(self.states[row], head).float().log_softmax(-1)
+        return head.logits(self.states[row]).log_softmax(-1)
 
     @torch.no_grad()
     def at_head(
         self,
         hidden: torch.Tensor,
-        head: torch.Tensor,
+        head: Head,
         *,
         rows: slice | torch.Tensor,
         samples: int = 0,
@@ -135,21 +163,27 @@ class Teacher:
         """Return losses and gradients for the sequences `rows`, given their final hidden states (positions x hidden).
 
         With p the model's probabilities, the gradient of the KL is E'p - E'p_dense, and that of the log-likelihood of a
-        label is E[label] - E'p: one pass over the vocabulary gives both, and no logits are kept.
+        label is E[label] - E'p: one pass over the vocabulary gives both, and no logits are kept. Behind a soft cap all
+        three are multiplied by its slope.
         """
-        normalisers, means, labels = [], [], []
-        for part in hidden.split(ROWS):
-            logits = logits_of(part, head).float()
-            normalisers.append(logits.logsumexp(-1))
-            probabilities = logits.sub_(normalisers[-1][:, None]).exp_()
-            means.append((probabilities.to(head.dtype) @ head).float())
-            if samples:
-                labels.append(draw(probabilities, num_samples=samples, generator=generator))
-        mean = torch.cat(means)
-        drawn = torch.cat(labels) if samples else torch.empty(len(hidden), 0, dtype=torch.long)
-        scores = [head[labels].float() - mean for labels in drawn.T]
-        slope = mean - self.mean_embedding[rows].reshape(hidden.shape)
-        return AtHead(kls=self._kls(torch.cat(normalisers), hidden, rows), slope=slope, scores=scores)
+        kls: list[torch.Tensor] = []
+        slopes: list[torch.Tensor] = []
+        scores: list[list[torch.Tensor]] = []
+        for part, kept, constant in zip(*self._parts(hidden, head, rows), strict=True):
+            logits = head.logits(part)
+            normaliser = logits.logsumexp(-1)
+            probabilities = head.probabilities_(logits, normaliser)
+            mean = head.back(head.through_cap(probabilities, logits))
+            expected, wanted = _expected(kept, part, logits, head)
+            kls.append(normaliser - expected - constant)
+            slopes.append(mean - wanted)
+            labels = draw(probabilities, num_samples=samples, generator=generator) if samples else None
+            scores.append([] if labels is None else [one - mean for one in _labelled(labels.T, logits, head)])
+        return AtHead(
+            kls=torch.cat(kls),
+            slope=torch.cat(slopes),
+            scores=[torch.cat(parts) for parts in zip(*scores, strict=True)],
+        )
 
     @torch.no_grad()
     def scores(self, model: PreTrainedModel, *, batch_tokens: int = 2048) -> Scores:
@@ -159,31 +193,57 @@ class Teacher:
             rows = slice(start, start + len(batch))
             start += len(batch)
             hidden, labels = final_hidden(model, batch), _next_tokens(batch)
-            normalisers, chosen = [], []
-            for part, wanted in zip(hidden.split(ROWS), labels.split(ROWS), strict=True):
-                logits = logits_of(part, head).float()
-                normalisers.append(logits.logsumexp(-1))
-                chosen.append(logits.gather(1, wanted[:, None]).squeeze(1))
-            normaliser = torch.cat(normalisers)
-            kls.append(self._kls(normaliser, hidden, rows).reshape(batch.shape).mean(1))
-            losses.append((normaliser - torch.cat(chosen)).reshape(batch.shape)[:, :-1].mean(1))
+            divergences, surprises = [], []
+            parts = zip(*self._parts(hidden, head, rows), labels.split(ROWS), strict=True)
+            for part, kept, constant, wanted in parts:
+                logits = head.logits(part)
+                normaliser = logits.logsumexp(-1)
+                divergences.append(normaliser - _expected(kept, part, logits, head)[0] - constant)
+                surprises.append(normaliser - logits.gather(1, wanted[:, None]).squeeze(1))
+            kls.append(torch.cat(divergences).reshape(batch.shape).mean(1))
+            losses.append(torch.cat(surprises).reshape(batch.shape)[:, :-1].mean(1))
         return Scores(kls=torch.cat(kls), losses=torch.cat(losses))
 
     def kls(self, model: PreTrainedModel) -> torch.Tensor:
         """Return the mean KL(dense || model) per position of every sequence, in nats (sequences)."""
         return self.scores(model).kls
 
-    def _kls(self, normaliser: torch.Tensor, hidden: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
-        wanted = self.mean_embedding[rows].reshape(hidden.shape)
-        return normaliser - (wanted * hidden.float()).sum(-1) - self.constant[rows].reshape(-1)
+    def _parts(
+        self, hidden: torch.Tensor, head: Head, rows: slice | torch.Tensor
+    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+        """Return, by `ROWS` positions, hidden states, what is kept of the dense model there, and the constants."""
+        kept = self.mean_embedding if head.softcap is None else self.states
+        assert kept is not None
+        kept, constants = kept[rows].reshape(hidden.shape), self.constant[rows].reshape(-1)
+        return hidden.split(ROWS), kept.split(ROWS), constants.split(ROWS)
 
     def kl(self, model: PreTrainedModel) -> float:
         """Return the mean KL(dense || model) per position, in nats."""
         return float(self.kls(model).double().mean())
 
 
+def _expected(
+    kept: torch.Tensor, hidden: torch.Tensor, logits: torch.Tensor, head: Head
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean of the model's logits under the dense model, and its gradient with respect to `hidden`.
+
+    `kept` is what is kept of the dense model: the mean embedding, or behind a soft cap the final hidden states.
+    """
+    if head.softcap is None:
+        return (kept * hidden.float()).sum(-1), kept
+    dense = head.logits(kept).softmax(-1)
+    return (dense * logits).sum(-1), head.back(head.through_cap(dense, logits))
+
+
+def _labelled(labels: torch.Tensor, logits: torch.Tensor, head: Head) -> Iterator[torch.Tensor]:
+    """Yield the gradient of the logit of every row of `labels` (... x positions) with respect to the hidden states."""
+    for row in labels:
+        slope = head.E[row].float()
+        yield slope if head.softcap is None else head.through_cap(slope, logits.gather(1, row[:, None]))
+
+
 def final_hidden(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the final hidden states, scaled so that their product with the head is the logits (positions x hidden)."""
+    """Return the final hidden states, scaled so that the head makes the logits of them (positions x hidden)."""
     with compute_precision():
         hidden: torch.Tensor = model.model(input_ids=tokens, use_cache=False).last_hidden_state
     return before_head(model, hidden)
@@ -199,14 +259,10 @@ def _next_tokens(batch: torch.Tensor) -> torch.Tensor:
     return batch.roll(-1, 1).reshape(-1)
 
 
-def head_of(model: PreTrainedModel) -> torch.Tensor:
-    """Return the output embeddings, already in the type in which products with them are fastest."""
-    head: torch.Tensor = model.get_output_embeddings().weight.detach()
-    return head.to(product_type(head.dtype))
-
-
-def logits_of(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    return functional.linear(hidden.to(head.dtype), head)
+def head_of(model: PreTrainedModel) -> Head:
+    """Return the head of a model, its matrix already in the type in which products with it are fastest."""
+    E: torch.Tensor = model.get_output_embeddings().weight.detach()
+    return Head(E=E.to(product_type(E.dtype)), softcap=family_of(model.config).logits_softcap(model.config))
 
 
 class NextTokenLoss(torch.autograd.Function):
@@ -216,12 +272,14 @@ class NextTokenLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        total, slopes = torch.zeros(()), []
+    def forward(ctx: Any, hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(())
+        slopes: list[torch.Tensor] = []
         for part, wanted in zip(hidden.split(ROWS), labels.split(ROWS), strict=True):
-            logits = logits_of(part, head).float()
+            logits = head.logits(part)
             total += functional.cross_entropy(logits, wanted, reduction="sum")
-            slopes.append((logits.softmax(-1).to(head.dtype) @ head).float() - head[wanted].float())
+            mean = head.back(head.through_cap(logits.softmax(-1), logits))
+            slopes.extend(mean - one for one in _labelled(wanted[None], logits, head))
         ctx.save_for_backward(torch.cat(slopes).div_(len(labels)).to(hidden.dtype))
         return total / len(labels)
 
@@ -261,8 +319,8 @@ def negative_log_likelihood(model: PreTrainedModel, tokens: torch.Tensor) -> flo
     head = head_of(model)
     total, count = 0.0, 0
     for batch in batches(tokens, batch_tokens=2048):
-        hidden = final_hidden(model, batch).reshape(*batch.shape, -1)[:, :-1].reshape(-1, head.shape[1])
+        hidden = final_hidden(model, batch).reshape(*batch.shape, -1)[:, :-1].reshape(-1, head.E.shape[1])
         for rows, labels in zip(hidden.split(ROWS), batch[:, 1:].reshape(-1).split(ROWS), strict=True):
-            total += float(functional.cross_entropy(logits_of(rows, head).float(), labels, reduction="sum"))
+            total += float(functional.cross_entropy(head.logits(rows), labels, reduction="sum"))
             count += len(labels)
     return total / count

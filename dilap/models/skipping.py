@@ -1,6 +1,6 @@
 """Run a model without some of its layers or sublayers, starting at any layer, without changing its weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -24,6 +24,13 @@ class Known(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:  # noqa: ARG002
         return next(self.states)
+
+
+class Skipped(nn.Module):
+    """Takes the place of a removed layer and changes nothing."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
+        return hidden_states
 
 
 class Stack:
@@ -54,7 +61,9 @@ class Stack:
         """Compute the inputs of the layers after `alive[position]`, whose own input is known."""
         for before, after in zip(self.alive[position:], self.alive[position + 1 :], strict=False):
             pairs = zip(self.calls, self._states[before], strict=True)
-            self._states[after] = [run_layer(self.layers[before], call, state) for call, state in pairs]
+            self._states[after] = [
+                run_layer(self.layers[before], call.arguments[before], state) for call, state in pairs
+            ]
 
     @contextmanager
     def resumed(self, layer: int, *, skipping: bool = False) -> Iterator[None]:
@@ -63,8 +72,9 @@ class Stack:
         The pass has to be made in batches of 2,048 tokens.
         """
         rest = self.alive[self.alive.index(layer) + skipping :]
-        known = Known(self._states[layer])
-        with layers_replaced(self.model, [known, *(self.layers[index] for index in rest)]):
+        first = rest[0] if rest else len(self.layers)
+        known = {first - 1: Known(self._states[layer])} if first else {}  # nothing comes before layer 0 but the text
+        with layers_replaced(self.model, {**known, **{index: self.layers[index] for index in rest}}):
             yield
 
     def loss_without(self, layer: int) -> float:
@@ -74,10 +84,14 @@ class Stack:
 
 
 @contextmanager
-def layers_replaced(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Give the model these decoder layers in place of its own while the context is entered."""
+def layers_replaced(model: PreTrainedModel, layers: Mapping[int, nn.Module]) -> Iterator[None]:
+    """Give the model these decoder layers, by index, in place of all its own while the context is entered.
+
+    Without one for its index, a layer is skipped. Layers stay at their places, because a model of several kinds of
+    layers calls each of them as the kind that is due there.
+    """
     path, own = family_of(model.config).layers, decoder_layers(model)
-    model.set_submodule(path, nn.ModuleList(layers))
+    model.set_submodule(path, nn.ModuleList(layers.get(index, Skipped()) for index in range(len(own))))
     try:
         yield
     finally:

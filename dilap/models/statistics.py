@@ -5,7 +5,7 @@ needs memory for the model, for two copies of the hidden states and for the stat
 one layer at a time is moved to it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -98,10 +98,13 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCall:
-    """The hidden states that enter the first layer for one batch, and the other arguments of every layer."""
+    """The hidden states that enter the first layer for one batch, and the other arguments of every layer, by its index.
+
+    Layers of several kinds get their own masks and rotary embeddings.
+    """
 
     hidden: State
-    arguments: dict[str, Any]
+    arguments: Sequence[dict[str, Any]]
 
 
 def paths_of(family: Family, role: Role) -> tuple[str, ...]:
@@ -133,27 +136,34 @@ def layer_statistics(
     family = family_of(model.config)
     calls = layer_calls(model, tokens, batch_tokens=batch_tokens)
     states = [call.hidden for call in calls]
+
+    def run(layer: nn.Module, index: int) -> list[State]:
+        pairs = zip(calls, states, strict=True)
+        return [run_layer(layer, call.arguments[index], state, device) for call, state in pairs]
+
     for index, layer in enumerate(decoder_layers(model)):
         home = next(layer.parameters()).device
         layer.to(device or home)
         statistics: dict[Role, InputStatistics] = {role: InputStatistics() for role in roles}
         with _Hooks(layer, family, statistics, covariance=covariance, keep=keep_inputs):
-            outputs = [run_layer(layer, call, state, device) for call, state in zip(calls, states, strict=True)]
+            outputs = run(layer, index)
         yield Step(index=index, layer=layer, statistics=statistics, inputs=states, outputs=outputs)
         if propagate == "pruned":
-            outputs = [run_layer(layer, call, state, device) for call, state in zip(calls, states, strict=True)]
+            outputs = run(layer, index)
         layer.to(home)
         states = outputs
         progress(tokens.numel())
 
 
-def run_layer(layer: nn.Module, call: LayerCall, state: State, device: torch.device | None = None) -> State:
+def run_layer(
+    layer: nn.Module, arguments: Mapping[str, Any], state: State, device: torch.device | None = None
+) -> State:
     """Return a layer's output for the hidden states `state`, computed on `device` and moved to where `state` is."""
     if device is None:
         with compute_precision():
-            return first_of(layer(state, **call.arguments))
-    arguments = {name: _moved(value, device) for name, value in call.arguments.items()}
-    return first_of(layer(state.to(device), **arguments)).to(state.device)
+            return first_of(layer(state, **arguments))
+    there = {name: _moved(value, device) for name, value in arguments.items()}
+    return first_of(layer(state.to(device), **there)).to(state.device)
 
 
 def first_of(result: Any) -> State:
@@ -198,26 +208,31 @@ class _Hooks:
 
 
 class _Recorder(nn.Module):
-    """Takes the place of all layers, so that one cheap pass records what the first one is called with."""
+    """Takes the place of a layer, so that a cheap pass records what it is called with beside the hidden states."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[LayerCall] = []
+        self.hidden: list[State] = []
+        self.arguments: list[dict[str, Any]] = []
 
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        self.calls.append(LayerCall(hidden=hidden_states, arguments=arguments))
+        self.hidden.append(hidden_states)
+        self.arguments.append(arguments)
         return hidden_states
 
 
 @torch.no_grad()
 def layer_calls(model: PreTrainedModel, tokens: torch.Tensor, *, batch_tokens: int) -> list[LayerCall]:
-    """Return what the first layer is called with, for every batch of `tokens` (sequences x length)."""
-    path, layers, recorder = family_of(model.config).layers, decoder_layers(model), _Recorder()
-    model.set_submodule(path, nn.ModuleList([recorder]))
+    """Return what the layers are called with, for every batch of `tokens` (sequences x length)."""
+    path, layers = family_of(model.config).layers, decoder_layers(model)
+    recorders = [_Recorder() for _ in layers]
+    model.set_submodule(path, nn.ModuleList(recorders))
     try:
         for batch in batches(tokens, batch_tokens=batch_tokens):
             with compute_precision():
                 model.model(input_ids=batch, use_cache=False)
     finally:
         model.set_submodule(path, layers)
-    return recorder.calls
+    of_batches = zip(*(recorder.arguments for recorder in recorders), strict=True)
+    pairs = zip(recorders[0].hidden, of_batches, strict=True)
+    return [LayerCall(hidden=hidden, arguments=arguments) for hidden, arguments in pairs]

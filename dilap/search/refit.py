@@ -110,7 +110,7 @@ def refit_sequentially(
     weights: dict[str, torch.Tensor] = {}
     for number, layer in enumerate(decoder_layers(net.model)):
         indices = [i for i, sublayer in enumerate(net.sublayers) if sublayer.layer == number]
-        trace_of = partial(_trace, layer, net=net, indices=indices, scale=scale)
+        trace_of = partial(_trace, layer, number, net=net, indices=indices, scale=scale)
         traces = list(map(trace_of, calls, dense_states))
         for i in indices:
             fit = net.library[i][config[i]]
@@ -153,9 +153,16 @@ class _Trace:
 
 
 def _trace(
-    layer: nn.Module, call: LayerCall, state: torch.Tensor, *, net: Supernet, indices: Sequence[int], scale: float
+    layer: nn.Module,
+    number: int,
+    call: LayerCall,
+    state: torch.Tensor,
+    *,
+    net: Supernet,
+    indices: Sequence[int],
+    scale: float,
 ) -> _Trace:
-    """Run a layer and record what happens in it.
+    """Run the layer of that number and record what happens in it.
 
     `scale` is the factor of a sublayer's output where it is added to the residual stream.
     """
@@ -171,7 +178,7 @@ def _trace(
     hooks = [net.outs[index].register_forward_hook(record(index)) for index in indices]
     try:
         with compute_precision():
-            result = layer(state, **call.arguments)
+            result = layer(state, **call.arguments[number])
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -24,13 +23,6 @@ from dilap.search.library import LevelFit
 
 _PATHS = 3  # configs whose layers' inputs are kept: the one with which others share most, and the latest ones
 Level = tuple[int, ...]  # one level index for every sublayer of a layer
-
-
-class Skipped(nn.Module):
-    """Takes the place of a removed layer and changes nothing."""
-
-    def forward(self, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
-        return hidden_states
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +63,8 @@ class Stitcher:
         with ExitStack() as stack:
             for layer, states in zip(layers[1:], path.entering[first + 1 :], strict=True):
                 stack.callback(layer.register_forward_pre_hook(_keeping(states), with_kwargs=True).remove)
-            known = [Known(path.entering[first])] if first else []
-            stack.enter_context(layers_replaced(self.model, [*known, *layers]))
+            known = {first - 1: Known(path.entering[first])} if first else {}
+            stack.enter_context(layers_replaced(self.model, {**known, **dict(enumerate(layers, start=first))}))
             yield
         self._paths = [*self._paths[:1], path, *self._paths[1 : _PATHS - 1]]
 

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from dilap.models.anatomy import Sublayer, decoder_layers, norm_behind, sublayers
 from dilap.models.compute import batches, compute_precision, product_type
 from dilap.models.reference import Teacher, before_head, head_of
+from dilap.models.skipping import Skipped
 from dilap.search.allocation import Config
 from dilap.search.library import LevelFit
-from dilap.search.stitcher import Level, Skipped, Stitcher, cut_layer
+from dilap.search.stitcher import Level, Stitcher, cut_layer
 
 _NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
 # What the levels change in the projections is kept for a whole pass for as many sublayers as this holds, which is all

@@ -15,7 +15,7 @@ from dilap.models.anatomy import decoder_layers
 from dilap.models.families import family_of
 from dilap.models.families.family import Family
 from dilap.models.modeling_dilap import linear_at
-from dilap.models.statistics import LayerCall, State, first_of, layer_calls
+from dilap.models.statistics import State, first_of, layer_calls
 from dilap.sparsity.pattern import Pattern
 
 Granularity = Literal["block", "layer", "output1", "input1"]
@@ -125,16 +125,17 @@ class Barber:
             for kind in family.kinds:
                 block = Block(sparse=layer, dense=reference, family=family, kind=kind)
                 if block.paths:
-                    self._rebuild_(block, calls, states, pattern)
+                    self._rebuild_(block, [call.arguments[index] for call in calls], states, pattern)
             with torch.no_grad():
-                states = [first_of(layer(state, **call.arguments)) for call, state in zip(calls, states, strict=True)]
+                pairs = zip(calls, states, strict=True)
+                states = [first_of(layer(state, **call.arguments[index])) for call, state in pairs]
             progress(tokens.numel())
 
-    def _rebuild_(self, block: "Block", calls: list[LayerCall], states: list[State], pattern: Pattern) -> None:
+    def _rebuild_(self, block: "Block", arguments: list[dict[str, Any]], states: list[State], pattern: Pattern) -> None:
         squares = {path: torch.zeros_like(weight) for path, weight in block.weights(block.dense).items()}
-        for call, state in zip(calls, states, strict=True):
-            for path, gradient in block.gradients(call, state).items():
-                squares[path] += gradient.square() / len(calls)
+        for given, state in zip(arguments, states, strict=True):
+            for path, gradient in block.gradients(given, state).items():
+                squares[path] += gradient.square() / len(states)
         sparse, dense = block.weights(block.sparse), block.weights(block.dense)
         scores = {path: weight.detach().abs() * squares[path].sqrt() for path, weight in dense.items()}
         kept = {path: weight != 0 for path, weight in sparse.items()}
@@ -167,10 +168,10 @@ class Block:
         """Return the weights of the block's matrices in `layer`, by path."""
         return {path: layer.get_parameter(f"{path}.weight") for path in self.paths}
 
-    def gradients(self, call: LayerCall, state: State) -> Weights:
+    def gradients(self, arguments: dict[str, Any], state: State) -> Weights:
         """Return the gradient of mean((sparse - dense output)^2) with respect to the dense weights, by path.
 
-        Both blocks get the input that the sparse model has for the hidden states `state`.
+        Both blocks get the input that the sparse model has for the hidden states `state` and the layer's `arguments`.
         """
         given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         outputs: list[torch.Tensor] = []
@@ -180,16 +181,16 @@ class Block:
             last.register_forward_hook(lambda _, __, output: outputs.append(first_of(output))),
         ]
         with torch.no_grad():
-            self.sparse(state, **call.arguments)
+            self.sparse(state, **arguments)
         for hook in hooks:
             hook.remove()
-        arguments, keywords = given[0]
+        inputs, keywords = given[0]
         weights = self.weights(self.dense)
         self.dense.requires_grad_(False)
         for weight in weights.values():
             weight.requires_grad_(True)
         with torch.enable_grad():
-            found = first_of(self.family.computed(self.dense, self.kind, *_in_f32(arguments), **_in_f32(keywords)))
+            found = first_of(self.family.computed(self.dense, self.kind, *_in_f32(inputs), **_in_f32(keywords)))
             loss = functional.mse_loss(found, outputs[0].reshape(found.shape).float())
             gradients = torch.autograd.grad(loss, list(weights.values()))
         return dict(zip(weights, gradients, strict=True))

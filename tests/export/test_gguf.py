@@ -1,14 +1,18 @@
 """What the GGUF exporter writes, and that llama.cpp computes torch's logits from it."""
 
 import errno
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from standins.models import FAMILIES, VOCAB_SIZE, compensated_model, pruned_model, tiny_model
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from dilap.backends.llamacpp import file as llamacpp
@@ -27,7 +31,8 @@ MIXED = {  # other heads, KV heads and channels in every layer; 33 channels fill
     "layers.1.channels": tuple(range(0, 80, 2)),
     "layers.2.channels": tuple(range(33)),
 }
-HELD = tuple(name for name in FAMILIES if name != "opt")
+GEMMA = ("gemma2", "gemma3_text")
+HELD = tuple(name for name in FAMILIES if name != "opt" and name not in GEMMA)
 STOCK_ONLY = ("qwen3", "olmo2", "smollm3")  # which llama.cpp holds with equal widths alone
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -199,6 +204,13 @@ def test_probe_has_the_tensors_of_a_real_export(
     assert probe.details["architecture"] == real.details["architecture"]
 
 
+@pytest.mark.parametrize("family", GEMMA)
+def test_probe_of_gemma_has_the_tensors_of_a_real_export(family: str, tokenizer: Path, tmp_path: Path) -> None:
+    real = export(model := tiny_model(family), tokenizer, tmp_path / "real")
+    probe = GgufExporter().export_probe(architecture_of(model), precision="f32", seed=0, out=tmp_path / "probe")
+    assert tensor_shapes(tmp_path / "probe" / probe.path) == tensor_shapes(tmp_path / "real" / real.path)
+
+
 @pytest.mark.parametrize("precision", ["f16", "q8_0", "q4_0"])
 def test_probe_has_the_types_of_a_real_export(precision: str, tokenizer: Path, tmp_path: Path) -> None:
     model = pruned_model("llama", MIXED)
@@ -295,6 +307,140 @@ def test_smollm3_without_a_layer_is_refused_naming_the_layer_that_it_shifts(toke
     model = pruned_model("smollm3", {"layers.1.channels": (), "layers.1.kv_groups": ()}, **FOURTH)
     with pytest.raises(Unsupported, match=r"layer 2: llama\.cpp turns .* this layer does not turn its heads"):
         export(model, tokenizer, tmp_path / "out")
+
+
+class RoundedGelu(torch.nn.Module):
+    """GELU as llama.cpp looks it up, in a table of f16 values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.gelu(x.half().float(), approximate="tanh").half().float()
+
+
+def gemma(family: str, kept: Mapping[str, tuple[int, ...]] = MappingProxyType({}), **changes: Any) -> PreTrainedModel:
+    """A tiny Gemma that rounds what llama.cpp rounds."""
+    model = pruned_model(family, kept, **changes)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = RoundedGelu()
+    return model
+
+
+def assert_gemma(model: PreTrainedModel, tokenizer: Path, out: Path, *, least_db: float = 80) -> dict[str, Any]:
+    """The file computes the same, but where rounding to another f16 number tips over. Returns its keys."""
+    artifact = export(model, tokenizer, out)
+    name = {"gemma2": "gemma2", "gemma3_text": "gemma3"}[model.config.model_type]
+    assert artifact.details["architecture"] == name
+    assert artifact.sqnr_db is not None
+    assert artifact.sqnr_db > least_db, f"{artifact.sqnr_db:.1f} dB"  # measured: 85 to 95; with an exact GELU 71
+    fields = gguf.GGUFReader(out / artifact.path).fields
+    return {key.removeprefix(f"{name}."): one.contents() for key, one in fields.items() if key.startswith(f"{name}.")}
+
+
+SLIDES, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize("family", GEMMA)
+def test_gemma_is_exact_in_its_own_architecture(family: str, tokenizer: Path, tmp_path: Path) -> None:
+    """With a window, soft caps and an attention scale that are not llama.cpp's own."""
+    keys = assert_gemma(gemma(family), tokenizer, tmp_path / "out")
+    assert keys["attention.sliding_window"] == 8
+
+
+@pytest.mark.parametrize("family", GEMMA)
+@pytest.mark.parametrize("kinds", [(SLIDES,) * 3, (FULL, SLIDES, SLIDES), (FULL, FULL, SLIDES)])
+def test_any_layers_of_gemma_may_slide(kinds: tuple[str, ...], family: str, tokenizer: Path, tmp_path: Path) -> None:
+    assert_gemma(gemma(family, layer_types=list(kinds)), tokenizer, tmp_path / "out")
+
+
+def test_gemma_3_without_a_layer_that_slides_is_exact(tokenizer: Path, tmp_path: Path) -> None:
+    keys = assert_gemma(gemma("gemma3_text", layer_types=[FULL] * 3), tokenizer, tmp_path / "out")
+    assert "attention.sliding_window" not in keys
+
+
+@pytest.mark.parametrize(("family", "period"), [("gemma2", 2), ("gemma3_text", 6)])
+def test_layers_that_slide_as_usual_need_no_key(family: str, period: int, tokenizer: Path, tmp_path: Path) -> None:
+    kinds = [FULL if (index + 1) % period == 0 else SLIDES for index in range(7)]
+    model = gemma(family, num_hidden_layers=7, layer_types=kinds)
+    assert "attention.sliding_window_pattern" not in assert_gemma(model, tokenizer, tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", GEMMA)
+def test_gemma_without_a_layer_keeps_the_kinds_of_the_others(family: str, tokenizer: Path, tmp_path: Path) -> None:
+    model = gemma(family, {"layers.0.kv_groups": (), "layers.0.channels": ()})
+    keys = assert_gemma(model, tokenizer, tmp_path / "out")
+    assert keys["attention.sliding_window_pattern"] == [0, 1]
+
+
+def test_a_file_that_says_which_layers_slide_warns_of_older_versions(tokenizer: Path, tmp_path: Path) -> None:
+    artifact = export(gemma("gemma3_text"), tokenizer, tmp_path / "out")
+    assert any("sliding_window_pattern" in note for note in artifact.details["notes"])
+
+
+@pytest.mark.parametrize("family", GEMMA)
+def test_gemma_with_equally_narrow_layers_is_exact(family: str, tokenizer: Path, tmp_path: Path) -> None:
+    kept = {f"layers.{index}.{name}": units for index in range(3) for name, units in
+            (("channels", tuple(range(64))), ("kv_groups", (1,)))}  # fmt: skip
+    assert_gemma(gemma(family, kept), tokenizer, tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", GEMMA)
+def test_a_rounded_scale_of_embeddings_reaches_the_file(family: str, tokenizer: Path, tmp_path: Path) -> None:
+    """llama.cpp scales by the exact root, 8; a Gemma in half precision by a rounded one."""
+    model = gemma(family)
+    model.get_input_embeddings().embed_scale.fill_(7.0)
+    assert_gemma(model, tokenizer, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("family", "largest"), [("gemma2", 46), ("gemma3_text", 62)])
+def test_the_attention_scale_is_right_where_llamacpp_sees_the_largest_model(
+    family: str, largest: int, tokenizer: Path, tmp_path: Path
+) -> None:
+    model = gemma(family, num_hidden_layers=largest, head_dim=32)  # which is not hidden_size / heads
+    assert_gemma(model, tokenizer, tmp_path / "out", least_db=50)  # rounding adds up over so many layers
+
+
+def test_linear_scaling_of_the_layers_that_do_not_slide_is_exact(tokenizer: Path, tmp_path: Path) -> None:
+    rope = {SLIDES: {"rope_type": "default", "rope_theta": 9e3}, FULL: {"rope_type": "linear", "rope_theta": 1e5}}
+    rope[FULL]["factor"] = 4.0
+    keys = assert_gemma(gemma("gemma3_text", rope_parameters=rope), tokenizer, tmp_path / "out")
+    assert keys["rope.scaling.factor"] == 4.0
+
+
+def test_soft_caps_of_gemma_3_logits_are_exact(tokenizer: Path, tmp_path: Path) -> None:
+    assert_gemma(gemma("gemma3_text", final_logit_softcapping=5.0), tokenizer, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("gemma2", {"layer_types": [FULL] * 3}, "aborts at Gemma 2 without a layer that slides"),
+        ("gemma2", {"tie_word_embeddings": False}, "only with a head that is its embedding"),
+        ("gemma2", {"final_logit_softcapping": None}, "only with soft caps"),
+        ("gemma3_text", {"attention_bias": True}, "without output biases"),
+        ("gemma3_text", {"hidden_activation": "silu"}, "with gelu_pytorch_tanh only, the model has silu"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "whose tokens see later ones"),
+    ],
+)
+def test_a_gemma_that_llamacpp_does_not_compute_is_refused(
+    family: str, changes: dict[str, Any], reason: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Unsupported, match=reason):
+        export(tiny_model(family, **changes), tokenizer, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", [SLIDES, FULL])
+def test_other_rotary_scaling_of_gemma_is_refused(kind: str, tokenizer: Path, tmp_path: Path) -> None:
+    scaled = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    rope = {one: {"rope_type": "default", "rope_theta": 1e4} for one in (SLIDES, FULL)} | {kind: scaled}
+    with pytest.raises(Unsupported, match=r"scales rotary embeddings of Gemma linearly.* got yarn"):
+        export(tiny_model("gemma3_text", rope_parameters=rope), tokenizer, tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", GEMMA)
+def test_gemma_with_unequal_widths_is_refused_naming_the_layer(family: str, tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match=r"layer 1: .*Gemma.* 40 channels"):
+        export(pruned_model(family, {"layers.1.channels": tuple(range(40))}), tokenizer, tmp_path / "out")
+    capabilities = LlamaCpp().capabilities(architecture_of(tiny_model(family)), precision="f16")
+    assert (capabilities.per_layer_widths, capabilities.layer_removal) == (False, True)
 
 
 def test_opt_is_refused(tokenizer: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def removed(plan: Plan) -> list[int]:
     return [index for index, widths in enumerate(plan.all_widths()) if widths.is_empty]
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3_text"])
 def test_shortgpt_a_layer_that_adds_nothing_has_no_influence_and_goes_first(family: str) -> None:
     task = tiny_task(deep_model(family, identity=2), share=0.9)
     assert float(block_influences(task)["influences"][2]) == pytest.approx(0, abs=1e-6)
@@ -67,9 +67,12 @@ def test_shortgpt_influence_is_one_minus_the_mean_cosine() -> None:
 
 
 @pytest.mark.parametrize("method", [ShortGpt(), ShortGpt(score="angular"), Sleb(), Streamline(steps=2)])
-def test_shortgpt_c_fewer_layers_generate_alike_with_and_without_cache(method: ShortGpt | Sleb | Streamline) -> None:
-    found = method(tiny_task(deep_model(), share=0.6))
-    model = shrink_(deep_model(), found.plan, parameters=found.parameters)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_shortgpt_c_fewer_layers_generate_alike_with_and_without_cache(
+    family: str, method: ShortGpt | Sleb | Streamline
+) -> None:
+    found = method(tiny_task(deep_model(family), share=0.6))
+    model = shrink_(deep_model(family), found.plan, parameters=found.parameters)
     assert model.config.num_hidden_layers == 6 - len(removed(found.plan)) < 6
     assert_close(logits_with_cache(model, TOKENS), logits(model, TOKENS), rtol=1e-4, atol=1e-4)
 
@@ -79,13 +82,13 @@ def test_angular_windows_are_contiguous() -> None:
     assert gone == list(range(gone[0], gone[0] + len(gone)))
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3_text"])
 def test_sleb_l1_skipping_a_layer_that_adds_nothing_leaves_the_loss(family: str) -> None:
     model = deep_model(family, identity=3)
     assert Stack(model, TOKENS).loss_without(3) == pytest.approx(negative_log_likelihood(model, TOKENS), rel=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3_text"])
 def test_sleb_l2_skipping_and_deleting_agree(family: str) -> None:
     model, stack = deep_model(family), Stack(deep_model(family), TOKENS)
     stack.remove(4)
@@ -156,7 +159,7 @@ def test_streamline_replaces_the_first_layer_of_its_window() -> None:
 
 
 @pytest.mark.parametrize("kind", ["attention", "ffn"])
-@pytest.mark.parametrize("family", ["llama", "opt", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3", "gemma3_text"])
 def test_skipped_sublayer_equals_the_removed_one(family: str, kind: str) -> None:
     model = deep_model(family)
     with sublayer_skipped(decoder_layers(model)[2], model, kind):

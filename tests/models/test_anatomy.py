@@ -5,12 +5,21 @@ from typing import Any
 import pytest
 import torch
 from standins.models import CLASSES, FAMILIES, plan_for, tiny_model
-from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from dilap.core.errors import InvalidInput, Unsupported
 from dilap.core.shape import LayerWidths
 from dilap.models.anatomy import architecture_of, model_digest, require_finite, sublayers
 from dilap.models.cut import shrink_
+from dilap.models.families import family_of
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -33,6 +42,8 @@ def test_groups_are_found_in_every_layer(family: str) -> None:
         ("qwen3", {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": True, "ffn_matrices": 3}),
         ("olmo2", {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": "joint", "ffn_matrices": 3}),
         ("smollm3", {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": False, "ffn_matrices": 3}),
+        ("gemma2", {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": False, "ffn_matrices": 3}),
+        ("gemma3_text", {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": True, "ffn_matrices": 3}),
         ("opt", {"out_bias": True, "ffn_bias": True, "ffn_out_bias": True, "qk_norm": False, "ffn_matrices": 2}),
     ],
 )
@@ -71,6 +82,24 @@ def test_unknown_architecture_lists_the_known_ones() -> None:
     known = ", ".join(sorted(CLASSES))
     with pytest.raises(Unsupported, match=f"'gpt2' is not known; DiLAP prunes: {known}"):
         architecture_of(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("glm", "the nearest is llama, and this one has mlp.gate_up_proj in place of mlp.gate_proj, mlp.up_proj"),
+        ("mixtral", "nearest is llama, .* has mlp.experts, mlp.gate in place of mlp.down_proj, mlp.gate_proj, mlp.up"),
+        ("cohere", "the nearest is llama, and this one has no post_attention_layernorm"),
+        ("stablelm", "the nearest is llama, and this one has biases in its norms"),
+        ("gemma", "the nearest is llama, and this one may compute something else .*activation gelu_pytorch_tanh"),
+        ("qwen2_moe", "the nearest is qwen2, and this one has mlp.experts"),
+        ("gemma3", "it is more than a model of text: .* model_type 'gemma3_text'"),
+    ],
+)
+def test_unknown_architecture_names_the_nearest_and_what_differs(kind: str, words: str) -> None:
+    with pytest.raises(Unsupported, match=words) as caught:
+        family_of(CONFIG_MAPPING[kind]())
+    assert "\n" not in str(caught.value)
 
 
 def test_layers_of_several_attention_types_are_refused() -> None:

@@ -269,7 +269,7 @@ def test_folder_without_a_model_is_invalid_input(tmp_path: Path) -> None:
 
 
 def test_unknown_model_is_invalid_input_that_says_what_would_do() -> None:
-    with pytest.raises(InvalidInput, match=r"no model 'nonsense': give smollm2-135m, a folder"):
+    with pytest.raises(InvalidInput, match=r"no model 'nonsense': give smollm2-135m, gemma3-270m, a folder"):
         load("nonsense")
 
 

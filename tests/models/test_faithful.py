@@ -224,6 +224,37 @@ def test_a_gguf_file_of_granite_is_read_as_the_llama_that_it_holds(tmp_path: Pat
     assert_close(logits(source.model, TOKENS), logits(model, TOKENS), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_a_gguf_file_of_gemma_is_read_with_its_windows_caps_and_scale(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    config = load(str(exported(model, tmp_path))).model.config
+    for name in ("layer_types", "sliding_window", "final_logit_softcapping", "attn_logit_softcapping"):
+        assert getattr(config, name) == getattr(model.config, name), name
+    found = logits(load(str(tmp_path / "out" / "model.gguf")).model, TOKENS)
+    assert_close(found, logits(model, TOKENS), rtol=1e-4, atol=1e-4)
+
+
+def test_a_gguf_file_without_keys_has_the_layers_that_usually_slide(tmp_path: Path) -> None:
+    kinds = ["full_attention" if index == 5 else "sliding_attention" for index in range(7)]
+    model = tiny_model("gemma3_text", num_hidden_layers=7, layer_types=kinds)
+    assert load(str(exported(model, tmp_path))).model.config.layer_types == kinds
+
+
+def test_a_gguf_file_of_gemma_3_without_a_window_has_none(tmp_path: Path) -> None:
+    model = tiny_model("gemma3_text", layer_types=["full_attention"] * 3)
+    source = load(str(exported(model, tmp_path)))
+    assert_close(logits(source.model, TOKENS), logits(model, TOKENS), rtol=1e-4, atol=1e-4)
+
+
+def test_both_rotary_embeddings_of_a_gguf_file_are_read(tmp_path: Path) -> None:
+    rope: dict[str, dict[str, Any]] = {
+        "full_attention": {"rope_type": "linear", "rope_theta": 5e4, "factor": 4.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 9000.0},
+    }
+    source = load(str(exported(tiny_model("gemma3_text", rope_parameters=rope), tmp_path)))
+    assert source.model.config.rope_parameters == rope
+
+
 def test_factors_of_llama_3_are_called_so(tmp_path: Path) -> None:
     rope = {"rope_theta": 5e5, "original_max_position_embeddings": 8192, "rope_type": "llama3", **ROPES["llama3"]}
     source = load(str(exported(tiny_model("llama", rope_parameters=rope), tmp_path)))

@@ -221,9 +221,66 @@ def test_factors_are_applied_in_f32() -> None:
     assert torch.equal(exported_tensors(model)[name], 0.22 * model.get_parameter(name).float())
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "granite"])
+@pytest.mark.parametrize("family", [one for one in FAMILIES if one != "granite" and not one.startswith("gemma")])
 def test_families_without_factors_export_their_own_tensors(family: str) -> None:
     own, exported = (model := tiny_model(family)).state_dict(), exported_tensors(model)
     assert {name: one.data_ptr() for name, one in exported.items()} == {
         name: one.data_ptr() for name, one in own.items()
     }
+
+
+GEMMAS = ("gemma2", "gemma3_text")
+
+
+@pytest.mark.parametrize("family", GEMMAS)
+def test_gemma_tells_which_layers_slide(family: str) -> None:
+    numerics = numerics_of(tiny_model(family))
+    assert [layer.window for layer in numerics.layers] == [8, None, 8]
+    assert numerics.context_length == 128
+
+
+def test_each_kind_of_layer_of_gemma_3_has_its_rotary_embedding() -> None:
+    layers = numerics_of(tiny_model("gemma3_text")).layers
+    assert [layer.rotary and layer.rotary.base for layer in layers] == [1e4, 1e6, 1e4]
+
+
+def test_gemma_2_tells_its_scales_and_caps() -> None:
+    found = numerics_of(tiny_model("gemma2"))
+    assert (found.attention_scale, found.embedding_scale) == (24**-0.5, 8.0)
+    assert (found.attention_softcap, found.logits_softcap) == (4.0, 5.0)
+
+
+def test_gemma_3_has_no_cap_of_attention_whatever_its_config_says() -> None:
+    found, tokens = tiny_model("gemma3_text", attn_logit_softcapping=4.0), random_tokens(2, 12)
+    assert numerics_of(found).attention_softcap is None
+    assert torch.equal(logits(found, tokens), logits(tiny_model("gemma3_text"), tokens))
+
+
+@pytest.mark.parametrize("family", GEMMAS)
+def test_gemma_scales_embeddings_by_a_root_rounded_as_its_weights_are(family: str) -> None:
+    model = tiny_model(family, hidden_size=48).to(torch.bfloat16)
+    assert numerics_of(model).embedding_scale == 6.9375  # the root of 48 is 6.928
+
+
+@pytest.mark.parametrize("family", GEMMAS)
+def test_norms_of_gemma_are_exported_as_gains(family: str) -> None:
+    model = tiny_model(family)
+    own, exported = model.state_dict(), exported_tensors(model)
+    norms = [name for name, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")]
+    assert len(norms) == 3 * (4 if family == "gemma2" else 6) + 1
+    for name in own:
+        gain = 1 + own[name] if name.removesuffix(".weight") in norms else own[name]
+        assert torch.equal(exported[name], gain), name
+
+
+@pytest.mark.parametrize("family", GEMMAS)
+def test_the_layers_of_gemma_that_are_left_keep_their_kinds(family: str) -> None:
+    model = tiny_model(family)
+    shrunk = shrink_(model, plan_for(model, {"layers.0.kv_groups": (), "layers.0.channels": ()}))
+    assert [layer.window for layer in numerics_of(shrunk).layers] == [None, 8]
+
+
+@pytest.mark.parametrize(("family", "period"), [("gemma2", 2), ("gemma3_text", 6)])
+def test_probes_of_gemma_have_its_usual_pattern(family: str, period: int) -> None:
+    layers = stand_in_numerics(architecture_of(tiny_model(family, num_hidden_layers=13))).layers
+    assert [layer.window is None for layer in layers] == [(index + 1) % period == 0 for index in range(13)]

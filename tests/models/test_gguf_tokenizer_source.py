@@ -90,7 +90,7 @@ def test_a_split_that_nothing_here_makes_names_the_text(tmp_path: Path) -> None:
 def test_a_text_that_is_no_utf_8_is_refused_in_one_line(tmp_path: Path) -> None:
     path = vocabulary(tmp_path / "words.gguf", "gpt-2")
     path.write_bytes(path.read_bytes().replace(b"gpt-2", b"gp\x80-2"))
-    with pytest.raises(InvalidInput, match=r"not a GGUF file .*decode byte 0x80") as caught:
+    with pytest.raises(InvalidInput, match=r"not a whole GGUF file: .*decode byte 0x80") as caught:
         read_gguf_tokenizer(path)
     assert "\n" not in str(caught.value)
 

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from standins.models import FAMILIES, exported_llama, logits, plan_at, projections, random_tokens, tiny_model, tiny_net
+from standins.models import (
+    FAMILIES,
+    NORMS_BEHIND,
+    exported_llama,
+    logits,
+    plan_at,
+    projections,
+    random_tokens,
+    tiny_model,
+    tiny_net,
+)
 from torch.testing import assert_close
 
 from dilap.core.errors import Unsupported
@@ -13,7 +23,7 @@ from dilap.search.refit import RefitOptions, best_refit, refit_refusal, refit_se
 
 TOKENS = random_tokens(32, 32)  # 1,024 positions for at most 96 unknowns a row
 CONFIG = (1, 1, 1, 2, 0, 1)
-REFITTED = [family for family in FAMILIES if family != "olmo2"]
+REFITTED = [family for family in FAMILIES if family not in NORMS_BEHIND]
 
 
 @pytest.mark.parametrize("family", REFITTED)

@@ -4,13 +4,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from standins.models import FAMILIES, levels_of, logits, plan_at, projections, random_tokens, tiny_model, tiny_net
+from standins.models import (
+    FAMILIES,
+    NORMS_BEHIND,
+    levels_of,
+    logits,
+    plan_at,
+    projections,
+    random_tokens,
+    tiny_model,
+    tiny_net,
+)
 from torch.nn import functional
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from dilap.models.cut import shrink_
-from dilap.models.reference import Teacher, final_hidden, next_token_loss, perplexity
+from dilap.models.reference import Teacher, final_hidden, head_of, next_token_loss, perplexity
 from dilap.search import supernet
 from dilap.search.supernet import Supernet, linearise
 
@@ -74,29 +84,32 @@ def test_teacher_does_not_depend_on_the_batch_size() -> None:
     assert_close(one.constant, all_at_once.constant)
 
 
-def test_slope_at_the_head_is_that_of_autograd() -> None:
-    model = tiny_model("llama")
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_slope_at_the_head_is_that_of_autograd(family: str) -> None:
+    model = tiny_model(family)
     teacher, dense = Teacher.of(model, TOKENS), logits(model, TOKENS).flatten(0, 1).log_softmax(-1)
     tiny_net(model, TOKENS)[1].set(MIXED)
-    head = model.get_output_embeddings().weight.detach()
     hidden = final_hidden(model, TOKENS).detach().requires_grad_(True)
-    kls = (dense.exp() * (dense - (hidden.float() @ head.T).log_softmax(-1))).sum(-1)
+    made = hidden.float() @ model.get_output_embeddings().weight.detach().T
+    if cap := getattr(model.config, "final_logit_softcapping", None):
+        made = cap * (made / cap).tanh()
+    kls = (dense.exp() * (dense - made.log_softmax(-1))).sum(-1)
     kls.sum().backward()
-    found = teacher.at_head(hidden.detach(), head, rows=slice(None))
+    found = teacher.at_head(hidden.detach(), head_of(model), rows=slice(None))
     assert hidden.grad is not None
     assert_close(found.slope, hidden.grad.float(), rtol=0, atol=0.03 * float(hidden.grad.abs().max()))
     assert_close(found.kls, kls.detach(), rtol=0, atol=0.03 * float(kls.detach().max()))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "granite"])
+@pytest.mark.parametrize("family", ["llama", "granite", "gemma2"])
 def test_perplexity_is_that_of_the_loss_of_transformers(family: str) -> None:
     model = tiny_model(family)
     loss = model(input_ids=TOKENS, labels=TOKENS).loss
     assert perplexity(model, TOKENS) == pytest.approx(float(loss.exp()), rel=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "granite"])
+@pytest.mark.parametrize("family", ["llama", "granite", "gemma2"])
 def test_next_token_loss_and_its_gradient_are_those_of_transformers(family: str) -> None:
     found, expected = tiny_model(family), tiny_model(family)
     loss = next_token_loss(found, TOKENS)
@@ -200,7 +213,7 @@ def test_slope_away_from_the_dense_model_is_that_of_the_real_kl(length: int) -> 
         assert float(b[level]) == pytest.approx((ahead - behind) / (2 * step), rel=0.02, abs=1e-3)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "olmo2"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NORMS_BEHIND])
 def test_slope_holds_where_sublayers_are_only_added(family: str) -> None:
     model = tiny_model(family)
     teacher = Teacher.of(model, OTHERS)
@@ -238,9 +251,10 @@ def kl_on_the_way(net: Supernet, teacher: Teacher, index: int, level: int, share
 
 
 @pytest.mark.parametrize("config", [(1, 1, 0, 1, 0, 2), (0, 3, 1, 0, 0, 1)])
-def test_slope_behind_a_norm_is_that_towards_the_outputs_of_the_levels(config: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("family", NORMS_BEHIND)
+def test_slope_behind_a_norm_is_that_towards_the_outputs_of_the_levels(family: str, config: tuple[int, ...]) -> None:
     """Removal is among them, which no slope before a norm shows, because a norm does not see how long its input is."""
-    model, step = tiny_model("olmo2"), 0.001
+    model, step = tiny_model(family), 0.001
     teacher = Teacher.of(model, OTHERS)
     _, net = tiny_net(model, TOKENS)
     net.set(config)

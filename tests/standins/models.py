@@ -28,6 +28,7 @@ __all__ = [
     "CLASSES",
     "CLONES",
     "FAMILIES",
+    "NORMS_BEHIND",
     "VOCAB_SIZE",
     "byte_level_tokenizer",
     "plan_for",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 CLONES = ("ministral", "seed_oss")  # Llama under another name: tests of families show it, and all others go without
 FAMILIES = tuple(name for name in CLASSES if name not in CLONES)
+NORMS_BEHIND = ("olmo2", "gemma2", "gemma3_text")  # families with norms between sublayers and the residual stream
 _DEFAULTS = LibraryOptions()
 Kept = dict[str, tuple[int, ...]]
 

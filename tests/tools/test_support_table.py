@@ -16,6 +16,8 @@ PAIRS = [
     ("qwen3", "llamacpp", "q8_0"),
     ("olmo2", "llamacpp", "q8_0"),
     ("smollm3", "llamacpp", "q8_0"),
+    ("gemma2", "llamacpp", "q4_0"),
+    ("gemma3_text", "llamacpp", "q8_0"),
     ("opt", "llamacpp", "f16"),
     ("qwen3", "onnxruntime", "int4"),
     ("opt", "onnxruntime", "f32"),

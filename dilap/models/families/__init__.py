@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from dilap.core.errors import Unsupported
 from dilap.models.families.family import Family
+from dilap.models.nearest import nearest_words
 
 
 @functools.cache
@@ -27,7 +28,8 @@ def family_of(config: PreTrainedConfig) -> Family:
     """Return the family of a model. Raises Unsupported for an unknown one, or for kinds of layers it should not mix."""
     known = families()
     if config.model_type not in known:
-        raise Unsupported(f"architecture {config.model_type!r} is not known; DiLAP prunes: {', '.join(sorted(known))}")
+        words = f"architecture {config.model_type!r} is not known; DiLAP prunes: {', '.join(sorted(known))}"
+        raise Unsupported("; ".join(filter(None, (words, nearest_words(config, known.values())))))
     family, kinds = known[config.model_type], set(getattr(config, "layer_types", None) or ["full_attention"])
     if len(kinds) > 1 and not family.mixes_attention:
         raise Unsupported(f"layers of several attention types ({', '.join(sorted(kinds))}) cannot be pruned yet")
