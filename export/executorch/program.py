@@ -125,12 +125,13 @@ class Decoder(nn.Module):
         self._wide_head = self._make_head_(max_tokens=header.max_scored)
 
     def _make_embedding_(self) -> None:
-        model = self.header.architecture
+        model, factor = self.header.architecture, self.header.numerics.embedding_scale
         table = self._values(f"{self._family.embeddings}.weight", (model.vocab_size, model.hidden_size))
-        table = table * self.header.numerics.embedding_scale
         if self.header.precision == "8da4w":
             table, scales = quantised_rows(table)
-            self.register_buffer("embedding_scales", scales)
+            self.register_buffer("embedding_scales", scales * factor)
+        elif factor != 1:  # a large table is not copied without need
+            table = table * factor
         self.register_buffer("embedding", table)
 
     def _make_positions_(self) -> None:
@@ -293,7 +294,7 @@ class Decoder(nn.Module):
         torch._check(begin >= 0)
         torch._check(length >= 1)
         torch._check(begin + length <= self.header.max_context)
-        distances = (torch.arange(count) + input_pos)[:, None] - (torch.arange(length) + first)
+        distances = (torch.arange(count) + input_pos).int()[:, None] - (torch.arange(length) + first).int()
         is_seen = (distances >= 0) & (distances < window)
         return _View(begin=begin, length=length, mask=torch.where(is_seen, 0.0, -torch.inf))
 

@@ -210,8 +210,8 @@ def test_bf16_compiles(tmp_path: Path) -> None:
     assert compiled(tiny_llama(WIDE, NARROW), tmp_path / "out", precision="bf16").num_bytes > 0
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2", "smollm3", "opt"])
-def test_biases_other_norms_and_other_positions_compile(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2", "smollm3", "opt", "gemma2", "gemma3_text"])
+def test_biases_other_norms_other_positions_and_windows_compile(family: str, tmp_path: Path) -> None:
     assert compiled(architecture_of(pruned_model(family, MIXED)), tmp_path / "out").num_bytes > 0
 
 
