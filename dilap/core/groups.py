@@ -39,10 +39,10 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Units that can be removed one by one while `least` of them stay, or all together; a unit is its slice of every
-    member.
+    """Units that can be removed one by one while `least` of them stay, or all together.
 
-    `members` is empty where only the shape of a network is known, and not its tensors.
+    A unit is its slice of every member. `members` is empty where only the shape of a network is known, and not its
+    tensors.
     """
 
     name: str

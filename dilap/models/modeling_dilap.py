@@ -153,13 +153,6 @@ class _LayerConfig:
         return getattr(self.of_model, name)
 
 
-def set_experts_(layer: nn.Module, paths: Paths, num_experts: int) -> None:
-    """Tell the modules of a feed-forward network how many experts its tensors have."""
-    for path in (paths.experts, paths.router):
-        module: Any = layer.get_submodule(path or "")
-        module.num_experts = num_experts
-
-
 def _narrow_attention_(layer: nn.Module, paths: Paths, num_heads: int, num_kv_heads: int) -> None:
     if num_heads == 0:
         layer.set_submodule(paths.attention, NoAttention())
@@ -203,12 +196,12 @@ def _narrow_experts_(layer: nn.Module, paths: Paths, num_channels: int) -> None:
         return
     num_experts = num_channels // experts.down_proj.shape[2]
     for path in (paths.experts, paths.router):
-        module = layer.get_submodule(path or "")
+        module: Any = layer.get_submodule(path or "")
         for name, own in list(module.named_parameters(recurse=False)):
             if len(own) != num_experts:  # the experts are the first axis of every tensor
                 empty = own.new_empty(num_experts, *own.shape[1:])
                 setattr(module, name, nn.Parameter(empty, requires_grad=own.requires_grad))
-    set_experts_(layer, paths, num_experts)
+        module.num_experts = num_experts
 
 
 def _drop_norms_(layer: nn.Module, *paths: str | None) -> None:

@@ -90,17 +90,17 @@ class Supernet:
 
         `x` are the inputs of its projection or of its experts, and `dtype` is the type of its outputs.
         """
+        bias, norm, kind = self.biases[index], self.norms_behind[index], product_type(torch.float32)
         if index in self.routings:
             current = self.library[index][self.config[index]]
             self.write(index, fit.columns, fit.weight)
             with compute_precision():
-                found: torch.Tensor = self.outs[index].forward(x)  # past the hooks on it
+                y: torch.Tensor = self.outs[index].forward(x)  # past the hooks on it
             self.write(index, current.columns, current.weight)
-            return found.float()
-        norm, bias, kind = self.norms_behind[index], self.biases[index], product_type(torch.float32)
-        assert norm is not None
-        y = functional.linear(x[..., fit.columns].to(kind), fit.weight.to(kind)).to(dtype)
-        found = norm.forward(y if bias is None else y + bias)
+        else:
+            y = functional.linear(x[..., fit.columns].to(kind), fit.weight.to(kind)).to(dtype)
+            y = y if bias is None else y + bias
+        found: torch.Tensor = y if norm is None else norm.forward(y)
         return found.float()
 
     def kl(

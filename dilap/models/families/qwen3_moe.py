@@ -14,10 +14,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dilap.core.errors import InvalidInput, Unsupported
-from dilap.core.groups import Block, Kept, Member
+from dilap.core.groups import Block, Member
 from dilap.core.shape import Architecture, Experts, LayerWidths
 from dilap.models.families.family import GATE, UP, Family
-from dilap.models.modeling_dilap import NoFeedForward, set_experts_
+from dilap.models.modeling_dilap import NoFeedForward
 
 _EXPERT_WIDTH = "expert_feed_forward_length"
 _TENSORS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight")  # experts are their first axis
@@ -66,12 +66,6 @@ class _Qwen3Moe(Family):
         del sizes["intermediate_size"]  # of layers without experts
         # the name that entries of a config have; `num_experts` is another one for the attribute
         return sizes | {"num_local_experts": widths.num_channels // architecture.experts.num_channels}
-
-    def tell_widths_(self, layer: nn.Module, block: Block, kept: Kept) -> None:
-        if block.has_experts:
-            set_experts_(layer, self, len(kept[block.main.name]))
-        else:
-            super().tell_widths_(layer, block, kept)
 
     def _widths(self, layer: nn.Module, head_dim: int) -> LayerWidths:
         network: Any = layer.get_submodule(self.ffn or "")
