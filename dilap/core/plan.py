@@ -8,6 +8,8 @@ from dilap.core.codec import digest
 from dilap.core.groups import Group
 from dilap.core.shape import Architecture, LayerWidths
 
+_NEWER = {"experts": None, "sublayer_norms": 1}  # fields of architectures that the first plans did not have
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -37,12 +39,13 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the plan's content; without `precisions` and experts the same as before there were any."""
+        """SHA-256 of the plan's content; what is newer than plans leaves it as it was, where it is at its default."""
         document = asdict(self)
         if not self.precisions:
             del document["precisions"]
-        if self.architecture.experts is None:
-            del document["architecture"]["experts"]
+        for name, default in _NEWER.items():
+            if document["architecture"][name] == default:
+                del document["architecture"][name]
         return digest(document)
 
     @property

@@ -67,10 +67,11 @@ class Architecture:
     """The shape of a decoder-only model, without its weights.
 
     `num_positions` is the number of learned position embeddings (0 with rotary ones). `norm_vectors` is the number of
-    vectors of one norm (1: RMSNorm, 2: LayerNorm). `ffn_matrices` is 3 with a gate, else 2. `ffn_bias` says whether the
-    feed-forward matrices before the activation have biases, `ffn_out_bias` whether the one after it has. `qk_norm` says
-    whether queries and keys are normalised, every head by itself (True: Qwen3) or all heads in one (`joint`: OLMo 2).
-    `experts` is None where every token uses all channels.
+    vectors of one norm (1: RMSNorm, 2: LayerNorm), `sublayer_norms` how many norms a sublayer has, before or
+    behind it. `ffn_matrices` is 3 with a gate, else 2. `ffn_bias` says whether the feed-forward matrices before the
+    activation have biases, `ffn_out_bias` whether the one after it has. `qk_norm` says whether queries and keys are
+    normalised, every head by itself (True: Qwen3) or all heads in one (`joint`: OLMo 2). `experts` is None where every
+    token uses all channels.
     """
 
     family: str
@@ -80,6 +81,7 @@ class Architecture:
     tied_embeddings: bool
     ffn_matrices: int
     norm_vectors: int
+    sublayer_norms: int = 1
     qkv_bias: bool
     out_bias: bool
     ffn_bias: bool
@@ -177,7 +179,7 @@ class Architecture:
             raise ValueError("no layer keeps attention: the tokens could not see one another")
 
     def attention_parameters(self, layer: LayerWidths) -> int:
-        """Return the number of weights and biases of a layer's attention sublayer, its norm included."""
+        """Return the number of weights and biases of a layer's attention sublayer, its norms included."""
         if layer.num_heads == 0:
             return 0
         query, key_value = layer.num_heads * self.head_dim, 2 * layer.num_kv_heads * self.head_dim
@@ -186,7 +188,7 @@ class Architecture:
             + (query + key_value) * self.qkv_bias
             + self.hidden_size * self.out_bias
             + self._qk_norm_parameters(layer)
-            + self.norm_vectors * self.hidden_size
+            + self.sublayer_norms * self.norm_vectors * self.hidden_size
         )
 
     def _qk_norm_parameters(self, layer: LayerWidths) -> int:
@@ -194,14 +196,14 @@ class Architecture:
         return num_heads * self.head_dim if self.qk_norm else 0
 
     def ffn_parameters(self, layer: LayerWidths) -> int:
-        """Return the number of weights and biases of a layer's feed-forward sublayer, its norm and router included."""
+        """Return the number of weights and biases of a layer's feed-forward sublayer, norms and router included."""
         if layer.num_channels == 0:
             return 0
         return (
             self.ffn_matrices * self.hidden_size * layer.num_channels
             + (self.ffn_matrices - 1) * layer.num_channels * self.ffn_bias
             + self.hidden_size * self.ffn_out_bias
-            + self.norm_vectors * self.hidden_size
+            + self.sublayer_norms * self.norm_vectors * self.hidden_size
             + self._router_parameters(layer)
         )
 

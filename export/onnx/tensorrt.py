@@ -207,10 +207,10 @@ class _Check:
 
     def compile(self) -> str:
         """Write the compile report; return a line that sums it up, or says why there is none."""
-        shallow = one_layer_a_width(self.architecture)
+        shallow, numerics = one_layer_a_width(self.architecture, self.numerics)
         path = self.folder / "check.onnx"
-        recipe = _recipe(shallow, self.numerics, precision=self.recipe.precision, files={}, reference=None)
-        _save(path, shallow, self.numerics, ProbeWeights(0).values, dtype=recipe.precision)
+        recipe = _recipe(shallow, numerics, precision=self.recipe.precision, files={}, reference=None)
+        _save(path, shallow, numerics, ProbeWeights(0).values, dtype=recipe.precision)
         try:
             document = called(
                 compiled,

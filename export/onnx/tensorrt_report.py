@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from dilap.backends.tensorrt.builder import PhaseSummary
 from dilap.backends.tensorrt.recipe import Profile, Recipe
 from dilap.core.codec import decode, encode
 from dilap.core.errors import DilapError, Unsupported
+from dilap.core.numerics import LayerNumerics, Numerics
 from dilap.core.shape import Architecture, LayerWidths
 
 
@@ -81,18 +83,20 @@ def _compile_for(path: Path, profiles: Sequence[Profile], api: tensorrt_build.Ap
     )
 
 
-def one_layer_a_width(architecture: Architecture) -> Architecture:
+def one_layer_a_width(architecture: Architecture, numerics: Numerics) -> tuple[Architecture, Numerics]:
     """Return the model with just enough layers that every width of attention and of FFN occurs.
 
-    Layers of equal widths get equal kernels, and a builder takes minutes for thirty layers.
+    Layers of equal widths and numerics get equal kernels, and a builder takes minutes for thirty layers.
     """
-    attention = list(dict.fromkeys((layer.num_heads, layer.num_kv_heads) for layer in architecture.layers))
+    pairs = zip(architecture.layers, numerics.layers, strict=True)
+    attention = list(dict.fromkeys((layer.num_heads, layer.num_kv_heads, own) for layer, own in pairs))
     ffn = list(dict.fromkeys(layer.num_channels for layer in architecture.layers))
-    attention.sort(reverse=True)
+    attention.sort(key=itemgetter(0, 1), reverse=True)
     ffn.sort()  # narrow FFNs meet wide attention, so that hardly a layer lacks both
-    layers = []
+    found: list[tuple[LayerWidths, LayerNumerics]] = []
     for heads, channels in itertools.zip_longest(attention, ffn):
-        num_heads, num_kv_heads = attention[0] if heads is None else heads
+        num_heads, num_kv_heads, own = attention[0] if heads is None else heads
         width = ffn[-1] if channels is None else channels
-        layers.append(LayerWidths(num_heads=num_heads, num_kv_heads=num_kv_heads, num_channels=width))
-    return replace(architecture, layers=tuple(layer for layer in layers if not layer.is_empty))
+        found.append((LayerWidths(num_heads=num_heads, num_kv_heads=num_kv_heads, num_channels=width), own))
+    layers, values = zip(*(one for one in found if not one[0].is_empty), strict=True)
+    return replace(architecture, layers=layers), replace(numerics, layers=values)

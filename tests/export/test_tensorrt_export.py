@@ -20,7 +20,7 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, encode, file_sha256, read_json
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported
 from dilap.core.shape import Architecture, LayerWidths
-from dilap.models.anatomy import architecture_of
+from dilap.models.anatomy import architecture_of, numerics_of, stand_in_numerics
 
 pytest.importorskip("onnx_ir", reason="onnx_ir is not installed: nothing can be exported to ONNX")
 
@@ -173,14 +173,24 @@ NO_ATTENTION = LayerWidths(num_heads=0, num_kv_heads=0, num_channels=32)
 NO_FFN = LayerWidths(num_heads=2, num_kv_heads=2, num_channels=0)
 
 
+def shallow(architecture: Architecture) -> Architecture:
+    return tensorrt_report.one_layer_a_width(architecture, stand_in_numerics(architecture))[0]
+
+
 @pytest.mark.parametrize(
     "layers", [(WIDE,) * 3, (WIDE, NARROW, WIDE, NO_ATTENTION), (NO_ATTENTION, WIDE), (NO_FFN, WIDE, NO_ATTENTION)]
 )
 def test_every_width_is_compiled_once(layers: tuple[LayerWidths, ...]) -> None:
-    found = tensorrt_report.one_layer_a_width(tiny_llama(*layers)).layers
+    found = shallow(tiny_llama(*layers)).layers
     assert {(one.num_heads, one.num_kv_heads) for one in found} == {(one.num_heads, one.num_kv_heads) for one in layers}
     assert {one.num_channels for one in found} == {one.num_channels for one in layers}
     assert len(found) <= len(layers)
+
+
+def test_layers_with_and_without_a_window_are_both_compiled() -> None:
+    model = tiny_model("gemma3_text", num_hidden_layers=6)
+    _, numerics = tensorrt_report.one_layer_a_width(architecture_of(model), numerics_of(model))
+    assert [layer.window for layer in numerics.layers] == [8, None]
 
 
 def compiled(architecture: Architecture, folder: Path, *, precision: str = "f16", target: str = "SM86") -> Built:

@@ -323,6 +323,13 @@ def test_a_gguf_file_without_keys_has_the_layers_that_usually_slide(tmp_path: Pa
     assert load(str(exported(model, tmp_path))).model.config.layer_types == kinds
 
 
+def test_a_gguf_file_may_say_the_period_of_layers_that_do_not_slide(tmp_path: Path) -> None:
+    kinds = ["full_attention" if index == 5 else "sliding_attention" for index in range(7)]
+    path = exported(tiny_model("gemma3_text", num_hidden_layers=7, layer_types=kinds), tmp_path)
+    found = load(str(with_key(path, "gemma3.attention.sliding_window_pattern", 3))).model.config.layer_types
+    assert [kind == "full_attention" for kind in found] == [False, False, True, False, False, True, False]
+
+
 def test_a_gguf_file_of_gemma_3_without_a_window_has_none(tmp_path: Path) -> None:
     model = tiny_model("gemma3_text", layer_types=["full_attention"] * 3)
     source = load(str(exported(model, tmp_path)))

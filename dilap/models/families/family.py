@@ -186,6 +186,7 @@ class Family(Paths):
             tied_embeddings=has_tied_head(model),
             ffn_matrices=len(self.ffn_in) + 1,
             norm_vectors=_num_vectors(model, self.final_norm),
+            sublayer_norms=len([path for path in (self.ffn_norm, self.ffn_norm_behind) if path]),
             qkv_bias=has_bias[self.query],
             out_bias=has_bias[self.attention_out],
             ffn_bias=has_bias[self.ffn_in[0]],

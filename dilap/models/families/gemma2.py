@@ -47,9 +47,9 @@ class Gemma(Family):
         """Return the soft cap of the attention scores; Gemma 3 has none, whatever its config says."""
         return None
 
-    def usually_slide(self, num_layers: int) -> list[bool]:
-        """Return which layers see only a window where nothing else is said."""
-        return [(index + 1) % self.period != 0 for index in range(num_layers)]
+    def usually_slide(self, num_layers: int, *, period: int | None = None) -> list[bool]:
+        """Return which layers see only a window where nothing else than a period is said, or nothing at all."""
+        return [(index + 1) % (period or self.period) != 0 for index in range(num_layers)]
 
     def scaled_size(self, *, num_layers: int, hidden_size: int, num_heads: int, head_dim: int) -> int:
         """Return the size whose inverse root is llama.cpp's attention scale."""
@@ -57,7 +57,8 @@ class Gemma(Family):
 
     def read_gguf_(self, config: PreTrainedConfig, entries: Mapping[str, Any]) -> None:
         num_layers = config.num_hidden_layers
-        slides = entries.get("attention.sliding_window_pattern", self.usually_slide(num_layers))
+        said = entries.get("attention.sliding_window_pattern")
+        slides = said if isinstance(said, tuple) else self.usually_slide(num_layers, period=said)
         if len(slides) != num_layers:
             raise InvalidInput(f"the file says of {len(slides)} layers whether they slide, and has {num_layers}")
         config.layer_types = ["sliding_attention" if one else "full_attention" for one in slides]
