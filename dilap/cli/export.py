@@ -13,6 +13,7 @@ _EXAMPLES = """\
   dilap-export --backend llamacpp runs/smollm2-135m-host_cpu-70pct/checkpoint
   dilap-export --backend llamacpp --precision q4_0 --out exported CHECKPOINT
   dilap-export --backend llamacpp --tokenizer original.gguf CHECKPOINT
+  dilap-export --backend llamacpp --vocabulary needs.txt CHECKPOINT
   dilap-export --backend tensorrt CHECKPOINT                    # for a Jetson, checked here as far as it goes"""
 
 

@@ -25,6 +25,7 @@ _EXAMPLES = """\
   dilap-prune --target host_cpu --ratio 0.2 --method my_module:MyMethod
   dilap-prune --pattern 2:4 --method sparsegpt --rebuild barber
   dilap-prune --target host_cpu --budget 1.4x --table tables/here.jsonl --calib corpus.jsonl --recover lora
+  dilap-prune --target host_cpu --budget 60% --vocabulary needs.txt    # only the tokens of that text, and bytes
   dilap-prune --target jetson_cpu --budget 40ms                 # where it is stands in devices.toml
   dilap-prune --target s23 --budget 60% --estimate              # no device: published numbers stand for it
 A killed run goes on where it stopped when the same command is given again."""

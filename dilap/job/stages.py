@@ -164,9 +164,11 @@ class Stages:
         usual = Usual(seconds=dense_seconds / max(1, scale), statistic=budget.statistic)
         floor, fastest = scale * space.fixed_cost, scale * space.cost(space.fastest)
         limit = budget.limit_seconds(dense_seconds=dense_seconds)
+        smaller = "" if unpruned is measured else f", with the smaller vocabulary {unpruned_seconds * 1e3:.2f} ms"
         self.workspace.log.say(
-            f"dense {dense_seconds * 1e3:.2f} ms{measured.mark}; floor that no plan removes (embedding, head, launch) "
-            f"{floor * 1e3:.2f} ms; fastest reachable {fastest * 1e3:.2f} ms; budget {budget} is {limit * 1e3:.2f} ms"
+            f"dense {dense_seconds * 1e3:.2f} ms{measured.mark}{smaller}; floor that no plan removes (embedding, head, "
+            f"launch) {floor * 1e3:.2f} ms; fastest reachable {fastest * 1e3:.2f} ms; budget {budget} is "
+            f"{limit * 1e3:.2f} ms"
         )
         if limit >= unpruned_seconds:
             self.workspace.log.say(_already_kept(self.options, dense_seconds, unpruned_seconds))

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from datetime import datetime, timezone
 from itertools import product
 
 import numpy as np
@@ -16,7 +15,8 @@ from dilap.models.text_samples import first_difference
 
 Ids = NDArray[np.int32]
 PIECE = 1_000_000  # characters that are split into tokens at once: the tokens of 100 MB would take gigabytes
-_DAY = datetime(2024, 7, 26, tzinfo=timezone.utc)  # for templates that name the day: a vocabulary must not depend on it
+# Put before a template, so that one that names the day gives the same vocabulary on every day.
+_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 _WORD = "a"  # what everybody says in a sample of a chat: its letters stay anyway
 _CHATS = tuple(
     [{"role": role, "content": _WORD} for role in roles]
@@ -44,11 +44,12 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
 
 def chats(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return samples of conversations as the chat templates write them, which have the templates' own words."""
-    templates, found = tokenizer.chat_template, []
-    for name, chat, prompt in product(templates if isinstance(templates, dict) else (None,), _CHATS, (True, False)):
-        with suppress(Exception):  # without a template, or one that refuses this chat, with any error
-            keywords = {"chat_template": name, "add_generation_prompt": prompt, "strftime_now": _DAY.strftime}
-            found.append(tokenizer.apply_chat_template(chat, tokenize=False, **keywords))
+    said, found = tokenizer.chat_template, []
+    templates = said.values() if isinstance(said, dict) else () if said is None else (said,)
+    for template, chat, prompt in product(templates, _CHATS, (True, False)):
+        with suppress(Exception):  # of a template that refuses this chat, with any error
+            keywords = {"chat_template": f"{_DAY}{template}", "add_generation_prompt": prompt, "tokenize": False}
+            found.append(tokenizer.apply_chat_template(chat, **keywords))
     return found
 
 

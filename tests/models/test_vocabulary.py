@@ -21,7 +21,7 @@ from dilap.models.anatomy import architecture_of
 from dilap.models.load import Source, load, save_checkpoint
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n\nIt isn't the dog's fault, they've said; we see a fox.\n\n" * 20
-TEMPLATE = "{% for m in messages %}<|turn|>{{ m['role'] }}\nТы: {{ m['content'] }}{% endfor %}"  # noqa: RUF001
+TEMPLATE = "{% for m in messages %}<|turn|>{{ m['role'] }}\nZürich: {{ m['content'] }}{% endfor %}"
 ROWS = 768  # of the embedding: more than the 744 tokens
 
 
@@ -64,7 +64,7 @@ def test_the_architecture_has_the_rows_that_are_left(tied: bool, words: Path, tm
     before, after = architecture_of(whole.model), architecture_of(cut.model)
     assert cut.vocabulary is not None
     assert before == cut.vocabulary.whole
-    assert after.vocab_size == len(cut.tokenizer) == cut.model.config.vocab_size == 320
+    assert after.vocab_size == len(cut.tokenizer) == cut.model.config.vocab_size == 384
     assert after.tied_embeddings is tied
     facts = cut.vocabulary.facts
     assert facts.whole_weights - facts.weights == before.num_parameters - after.num_parameters
@@ -111,12 +111,23 @@ def test_the_checkpoint_is_a_stock_one(words: Path, tmp_path: Path) -> None:
     assert load(str(tmp_path / "cut")).digest == cut.digest
 
 
+def test_a_chat_is_written_as_the_template_does(words: Path) -> None:
+    chats = vocabulary_texts.chats(AutoTokenizer.from_pretrained(words))
+    assert "<|turn|>user\nZürich: a<|turn|>assistant\nZürich: a" in chats[-1]
+
+
 def test_the_words_of_the_chat_template_stay(words: Path, tmp_path: Path) -> None:
     whole, cut = both(tmp_path, words, tiny_model("llama", vocab_size=ROWS))
     chat = [{"role": "user", "content": "the fox"}]
     mine, theirs = (len(one.tokenizer.apply_chat_template(chat)["input_ids"]) for one in (cut, whole))
     assert mine == theirs
     assert len(cut.tokenizer("Привет")["input_ids"]) > len(whole.tokenizer("Привет")["input_ids"])
+
+
+def test_a_template_that_names_the_day_gives_the_same_vocabulary_every_day(words: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(words)
+    tokenizer.chat_template = {"default": "{{ strftime_now('%d %b %Y') }}", "tools": "{{ raise_exception('none') }}"}
+    assert set(vocabulary_texts.chats(tokenizer)) == {"26 Jul 2024"}
 
 
 def test_the_callers_tokenizer_stays_as_it_was(words: Path, tmp_path: Path) -> None:
@@ -205,7 +216,7 @@ def test_a_gguf_file_is_cut_too(words: Path, tmp_path: Path) -> None:
     whole, cut = (load(str(tmp_path / "file" / "model.gguf"), vocabulary=one) for one in (None, needs))
     assert cut.vocabulary is not None
     assert cut.vocabulary.kept[cut.tokenizer(TEXT)["input_ids"]].tolist() == whole.tokenizer(TEXT)["input_ids"]
-    assert cut.model.config.vocab_size == 320
+    assert cut.model.config.vocab_size == 384
     assert cut.tokenizer.decode([cut.model.config.eos_token_id]) == "<|end|>"
     assert cut.tokenizer.chat_template == TEMPLATE
 
@@ -234,5 +245,5 @@ def test_the_config_names_no_path(words: Path, tmp_path: Path) -> None:
     """A checkpoint may be published, and the text's folder is nobody's business."""
     _, cut = both(tmp_path, words, tiny_model("llama", vocab_size=ROWS))
     said = cut.model.config.dilap_vocabulary
-    assert (said["text"], said["tokens"], said["whole_tokens"]) == ("needs.txt", 320, ROWS)
+    assert (said["text"], said["tokens"], said["whole_tokens"]) == ("needs.txt", 384, ROWS)
     assert str(tmp_path) not in json.dumps(cut.model.config.to_dict()["dilap_vocabulary"])
