@@ -38,6 +38,8 @@ def config(family: str, **changes: Any) -> PreTrainedConfig:
         ("qwen2", {"sliding_window": 16, "use_sliding_window": False}, 128),
         ("llama", {"sliding_window": 16}, 128),
         ("opt", {}, 128),
+        ("gemma2", {"sliding_window": 16}, 128),  # its exporters are told which layers slide
+        ("gemma3_text", {"sliding_window": 16, "layer_types": ["sliding_attention"] * 3}, 128),
     ],
 )
 def test_model_holds_its_positions_or_the_window_that_its_layers_have(
