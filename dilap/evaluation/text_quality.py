@@ -13,6 +13,7 @@ from dilap.evaluation.document import TextQuality
 from dilap.evaluation.scoring import log_probabilities
 from dilap.evaluation.subject import Subject
 from dilap.evaluation.tokenizers import TextTokenizer
+from dilap.models.text import beginning, consecutive
 from dilap.models.text_files import read_text
 
 
@@ -65,10 +66,11 @@ def compare(
 
 def _sequences(words: TextTokenizer, text: str, *, num_sequences: int, length: int) -> list[list[int]]:
     tokens = words.encode(read_text(text)[: num_sequences * length * 16], special=False)
-    count = min(num_sequences, len(tokens) // length)
-    if count == 0:
+    before = beginning(words.encode("x", special=True), words.encode("x", special=False))
+    sequences = consecutive(tokens, before, length=length)[:num_sequences]
+    if not sequences:
         raise InvalidInput(f"{text}: {len(tokens)} tokens are fewer than one sequence of {length}")
-    return [tokens[at * length : (at + 1) * length] for at in range(count)]
+    return sequences
 
 
 def _rows(

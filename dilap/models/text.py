@@ -1,7 +1,7 @@
 """Calibration and evaluation text, as token ids."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -178,14 +178,29 @@ def _starts(
 def sequences(text: str, tokenizer: PreTrainedTokenizerBase, *, length: int, name: str) -> torch.Tensor:
     """Return `text` as consecutive sequences of `length` tokens (sequences x length); the rest is dropped.
 
+    Each begins with what the tokenizer puts before a text: without its first token Gemma predicts next to nothing.
     Raises InvalidInput, with `name`, where there is not even one.
     """
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
-    count = len(ids) // length
-    if count == 0:
+    ids, *short = (
+        tokenizer(one, add_special_tokens=special, verbose=False)["input_ids"]
+        for one, special in ((text, False), ("x", True), ("x", False))
+    )
+    rows = consecutive(ids, beginning(*short), length=length)
+    if not rows:
         raise InvalidInput(f"{name}: {len(ids)} tokens are fewer than one sequence of {length}")
-    tokens: torch.Tensor = ids[: count * length].reshape(count, length)
-    return tokens
+    return torch.tensor(rows)
+
+
+def beginning(ids: Sequence[int], bare: Sequence[int]) -> list[int]:
+    """Return the tokens that a tokenizer puts before a text, given a text with special tokens and without."""
+    starts = range(len(ids) - len(bare) + 1)
+    return list(ids[: next((at for at in starts if list(ids[at : at + len(bare)]) == list(bare)), 0)])
+
+
+def consecutive(ids: Sequence[int], before: Sequence[int], *, length: int) -> list[list[int]]:
+    """Return tokens as rows of `length` that all begin with `before`; a rest is dropped."""
+    own = length - len(before)
+    return [[*before, *ids[at : at + own]] for at in range(0, len(ids) - own + 1, own)]
 
 
 def evaluation_text(

@@ -185,6 +185,19 @@ def test_a_rotary_embedding_that_is_not_scaled_has_no_scaling_by_its_older_name(
     assert (config["rope_theta"], config["rope_scaling"]) == (5000.0, None)
 
 
+def test_both_rotary_embeddings_of_gemma_3_are_written_by_their_older_names(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rope: dict[str, dict[str, Any]] = {
+        "full_attention": {"rope_theta": 5000.0, "rope_type": "linear", "factor": 4.0},
+        "sliding_attention": {"rope_theta": 700.0, "rope_type": "default"},
+    }
+    config = saved_config(tiny_model("gemma3_text", rope_parameters=rope), tokenizer, tmp_path / "out")
+    assert (config["rope_theta"], config["rope_local_base_freq"]) == (5000.0, 700.0)
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    assert load(str(tmp_path / "out")).model.config.rope_parameters == rope
+
+
 def test_the_weights_type_is_written_by_its_older_name_too(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     config = saved_config(tiny_model("opt").to(torch.bfloat16), tokenizer, tmp_path / "out")
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"

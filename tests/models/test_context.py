@@ -46,6 +46,8 @@ def config(family: str, **changes: Any) -> PreTrainedConfig:
         ("phi3", {"sliding_window": 16}, 16),
         ("phi3", LONGROPE, 96),
         ("phi3", {**LONGROPE, "sliding_window": 16}, 16),
+        ("gemma2", {"sliding_window": 16}, 128),  # its exporters are told which layers slide
+        ("gemma3_text", {"sliding_window": 16, "layer_types": ["sliding_attention"] * 3}, 128),
     ],
 )
 def test_model_holds_its_positions_or_its_window_or_its_short_texts(

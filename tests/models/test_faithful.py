@@ -361,6 +361,14 @@ def test_read_factors_reach_a_checkpoint_and_the_next_file(tmp_path: Path) -> No
     assert exported(again, tmp_path / "second").is_file()  # verified against torch
 
 
+def test_a_vocabulary_that_is_stepped_over_changes_nothing(tmp_path: Path) -> None:
+    """transformers' reader makes an object of every token; the lists of more than 4,096 are passed over."""
+    model = tiny_model("llama", vocab_size=5000)
+    source = load(str(exported(model, tmp_path)))
+    assert (source.model.config.vocab_size, len(source.tokenizer)) == (5000, 5000)
+    assert_close(logits(source.model, TOKENS), logits(model, TOKENS), rtol=1e-4, atol=1e-4)
+
+
 def test_a_key_that_is_not_read_is_named(tmp_path: Path) -> None:
     path = with_key(exported(tiny_model("llama"), tmp_path), "llama.logit_scale", 0.5)
     with pytest.raises(InvalidInput, match=r"its key llama\.logit_scale \(0\.5\) is not read"):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from standins.models import FAMILIES, tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from dilap.core.errors import InvalidInput
@@ -135,6 +136,18 @@ def test_sequences_are_consecutive(tokenizer: PreTrainedTokenizerBase) -> None:
     found = sequences(WORDS, tokenizer, length=10, name="x")
     assert found.reshape(-1).tolist() == ids[: found.numel()]
     assert len(ids) - found.numel() < 10
+
+
+def test_sequences_begin_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
+    begins = tiny_tokenizer(tmp_path)
+    ids = begins(WORDS, add_special_tokens=False).input_ids
+    first = begins.bos_token_id
+    begins.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begins.bos_token} $A", special_tokens=[(begins.bos_token, first)]
+    )
+    found = sequences(WORDS, begins, length=10, name="x")
+    assert set(found[:, 0].tolist()) == {first}
+    assert found[:, 1:].reshape(-1).tolist() == ids[: 9 * len(found)]
 
 
 def test_evaluation_text_has_the_number_of_sequences_asked_for(tokenizer: PreTrainedTokenizerBase) -> None:
