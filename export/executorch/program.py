@@ -94,7 +94,8 @@ class _Call:
 class _View:
     """The part of the cache that new tokens see in layers with a window, `length` tokens from the token `begin` on.
 
-    `mask` (new tokens x length) is added to the scores.
+    `mask` (new tokens x length) is added to the scores. One over the whole cache would cost every token a product with
+    all 2048 keys, because ExecuTorch's attention skips none under a mask.
     """
 
     begin: Any
@@ -115,8 +116,10 @@ class Decoder(nn.Module):
         self.delegates: list[Delegate] = []
         self._values = values
         self._family = families()[header.architecture.family].exported_paths
-        self._rotaries = list(dict.fromkeys(one.rotary for one in header.numerics.layers if one.rotary))
-        windows = dict.fromkeys(one.window for one in header.numerics.layers if one.window)
+        layers = zip(header.architecture.layers, header.numerics.layers, strict=True)
+        with_attention = [numerics for widths, numerics in layers if widths.num_heads]
+        self._rotaries = list(dict.fromkeys(one.rotary for one in with_attention if one.rotary))
+        windows = dict.fromkeys(one.window for one in with_attention if one.window)
         self._windows = [window for window in windows if window < header.max_context]
         self._make_embedding_()
         self._make_positions_()
