@@ -7,7 +7,7 @@ from pathlib import Path
 from dilap import backends
 from dilap.cli import arguments, console
 from dilap.job.export import chosen_precision, export
-from dilap.job.outputs import name_of
+from dilap.job.outputs import name_of, name_of_vocabulary
 
 _EXAMPLES = """\
   dilap-export --backend llamacpp runs/smollm2-135m-host_cpu-70pct/checkpoint
@@ -37,7 +37,7 @@ def _command() -> int:
     given = _parser().parse_args()
     precision = chosen_precision(given.backend, given.precision)
     changes = f"{name_of(given.merge_adapter)}-" if given.merge_adapter else ""
-    changes += f"{name_of('vocabulary', vocabulary=given.vocabulary)}-" if given.vocabulary else ""
+    changes += f"{name_of_vocabulary(given.vocabulary)}-" if given.vocabulary else ""
     default = _beside(given.checkpoint, f"{changes}{given.backend}-{precision}")
     out = arguments.new_path(given.out) if given.out else default
     artifact = export(

@@ -11,7 +11,12 @@ def name_of(model: str, *, merge_adapter: str | None = None, vocabulary: str | N
     path = Path(model)
     name = (path.resolve() if path.exists() else path).name.removesuffix(".gguf")
     adapter = "" if merge_adapter is None else f"+{name_of(merge_adapter)}"
-    return f"{name}{adapter}" + ("" if vocabulary is None else f"-vocabulary-{Path(vocabulary).name.partition('.')[0]}")
+    return f"{name}{adapter}" + ("" if vocabulary is None else f"-{name_of_vocabulary(vocabulary)}")
+
+
+def name_of_vocabulary(text: str) -> str:
+    """Return the name for outputs of a model whose vocabulary was cut to a text."""
+    return f"vocabulary-{Path(text).name.partition('.')[0]}"
 
 
 def home_of(model: str) -> Path:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 import dilap
 from dilap import backends
-from dilap.cli import prune
+from dilap.cli import export, prune
 from dilap.core.codec import decode, read_json
 from dilap.core.errors import InvalidInput, Mismatch
 from dilap.core.measurement import Measurement
@@ -297,3 +297,10 @@ def test_the_command_names_its_folder_after_the_text(
     arguments = ["--target", "host_cpu", "--budget", "60%", "--model", checkpoint, *texts]
     assert call(prune.main, *arguments, "--calib-length", "32", "--context", "64") == 0
     assert (tmp_path / "runs" / "tiny-vocabulary-needs-host_cpu-60pct-magnitude" / "result.json").is_file()
+
+
+def test_an_exported_folder_is_named_after_the_text(checkpoint: Path, needs: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "tiny")
+    assert call(export.main, "--backend", "onnxruntime", tmp_path / "tiny", "--vocabulary", needs) == 0
+    found = sorted(path.name for path in tmp_path.iterdir())
+    assert found == ["tiny", f"tiny-vocabulary-needs-onnxruntime-{backends.get('onnxruntime').precisions()[0]}"]
