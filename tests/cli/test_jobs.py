@@ -156,26 +156,22 @@ EVERY_COMMAND = pytest.mark.parametrize(
 
 
 @EVERY_COMMAND
-def test_every_command_that_loads_a_model_merges_an_adapter_first(
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("--merge-adapter", "nowhere", "no adapter in 'nowhere': there is no adapter_config.json"),
+        ("--vocabulary", "nowhere.txt", "text 'nowhere.txt' does not exist"),
+    ],
+)
+def test_every_command_that_loads_a_model_can_change_it_first(
     main: Callable[[], None],
     arguments: list[str],
+    change: tuple[str, str, str],
     checkpoint: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(checkpoint.parent)
-    assert call(main, *arguments, checkpoint, "--merge-adapter", "nowhere") == 2
-    assert "no adapter in 'nowhere': there is no adapter_config.json" in last_line(capsys)
-
-
-@EVERY_COMMAND
-def test_every_command_that_loads_a_model_cuts_its_vocabulary(
-    main: Callable[[], None],
-    arguments: list[str],
-    checkpoint: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(checkpoint.parent)
-    assert call(main, *arguments, checkpoint, "--vocabulary", "nowhere.txt") == 2
-    assert "text 'nowhere.txt' does not exist" in last_line(capsys)
+    option, value, words = change
+    assert call(main, *arguments, checkpoint, option, value) == 2
+    assert words in last_line(capsys)
