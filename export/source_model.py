@@ -6,13 +6,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dilap import backends
 from dilap.core.artifact import Artifact
-from dilap.core.errors import InvalidInput
+from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.shape import Architecture
 from dilap.models.context import context_notes
 from dilap.models.vocabulary import vocabulary_notes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def require_held(architecture: Architecture, *, backend: str, precision: str) -> None:
+    """Raise Unsupported, with the reason that the runtime gives, where it holds no model of this kind."""
+    if reason := backends.get(backend).capabilities(architecture, precision=precision).unsupported:
+        raise Unsupported(reason)
 
 
 def tensor(

@@ -27,8 +27,8 @@ _SWITCHES = {
     "kv_cache": ("f16", "q8_0", "f32"),
 }
 _NOT_NORMED = (
-    "llama.cpp makes the weights of a token's experts sum to 1, and this model does not (norm_topk_prob is false);"
-    " use --backend onnxruntime"
+    "llama.cpp makes the weights of a token's experts sum to 1, whatever a file says, and this model does not"
+    " (norm_topk_prob is false); use --backend onnxruntime"
 )
 
 

@@ -7,7 +7,7 @@ from dilap.backends.executorch.bindings import MAX_CONTEXT
 from dilap.core.errors import Unsupported
 from dilap.core.numerics import Numerics
 from dilap.core.shape import Architecture
-from dilap.export.source_model import end_tokens
+from dilap.export.source_model import end_tokens, require_held
 from dilap.models.anatomy import architecture_of, numerics_of
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ class Header:
             raise Unsupported(
                 f"the ExecuTorch export computes {', '.join(ACTIVATIONS)}, the model has {self.numerics.activation}"
             )
-        if self.numerics.attention_softcap:
-            raise Unsupported("ExecuTorch's attention has no soft cap, as Gemma 2 needs it: use another backend")
 
     @property
     def max_context(self) -> int:
@@ -79,8 +77,7 @@ def header_of(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *,
 def _require_supported(architecture: Architecture, precision: str) -> None:
     if precision not in PRECISIONS:
         raise Unsupported(f"precision {precision!r} is not known; ExecuTorch runs {', '.join(PRECISIONS)}")
-    if architecture.experts is not None:
-        raise Unsupported("experts cannot be exported to ExecuTorch: XNNPACK has no operator that sends tokens to them")
+    require_held(architecture, backend="executorch", precision=precision)
     if precision == "8da4w" and architecture.hidden_size % GROUP_SIZE:
         raise Unsupported(
             f"8da4w needs a hidden size that {GROUP_SIZE} divides, got {architecture.hidden_size}: use f32"

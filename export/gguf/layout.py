@@ -225,11 +225,6 @@ def layout_of(architecture: Architecture, numerics: Numerics) -> Layout:
     turned = [(layer.window is not None, layer.rotary) for layer in numerics.layers if layer.rotary]
     if not turned:
         raise Unsupported("OPT cannot be exported to llama.cpp: it has no such architecture; use another backend")
-    if architecture.experts is not None and not architecture.experts.normed:
-        raise Unsupported(
-            "llama.cpp makes the weights of a token's experts sum to 1, whatever a file says, and this model does not"
-            " (norm_topk_prob is false); use another backend"
-        )
     _, rotary = min(turned, key=lambda one: one[0])  # that of layers that do not slide, if there are any
     activation = "gelu_pytorch_tanh" if architecture.family in GEMMA else "silu"
     if numerics.activation != activation:

@@ -23,7 +23,7 @@ from dilap.core.shape import Architecture
 from dilap.export.gguf.layout import Layout, TensorSpec, layout_of
 from dilap.export.gguf.tokenizer import NO_TOKENIZER, Tokenizer, read_tokenizer, verify_tokenizer, with_end_tokens
 from dilap.export.random_weights import RandomWeights
-from dilap.export.source_model import described, end_tokens, tensor
+from dilap.export.source_model import described, end_tokens, require_held, tensor
 from dilap.export.verify import NUM_TOKENS, verify_logits
 from dilap.models.anatomy import architecture_of, exported_tensors, numerics_of, stand_in_numerics
 from dilap.models.context import max_tokens_of
@@ -142,6 +142,7 @@ def _write_folder(
     """
     if precision not in SQNR_BOUNDS_DB:
         raise Unsupported(f"precision {precision!r} is not known; llama.cpp runs {', '.join(SQNR_BOUNDS_DB)}")
+    require_held(layout.architecture, backend=GgufExporter.backend, precision=precision)
     folder.mkdir()
     path = folder / "model.gguf"
     quantised = precision in llamacpp.FILE_TYPES

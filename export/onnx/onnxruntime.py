@@ -15,9 +15,9 @@ from dilap.core.numerics import Numerics
 from dilap.core.shape import Architecture
 from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.onnx.graph import build_model
-from dilap.export.onnx.matrices import BLOCK, Storage
+from dilap.export.onnx.matrices import Storage
 from dilap.export.onnx.weights import ModelWeights, ProbeWeights
-from dilap.export.source_model import described, end_tokens
+from dilap.export.source_model import described, end_tokens, require_held
 from dilap.export.verify import NUM_TOKENS, verify_logits
 from dilap.models.anatomy import architecture_of, exported_tensors, numerics_of, stand_in_numerics
 from dilap.models.context import max_tokens_of
@@ -51,9 +51,8 @@ class OnnxRuntimeExporter:
         self, model: "PreTrainedModel", *, tokenizer: Path, precision: str, plan_digest: str, out: Path
     ) -> Artifact:
         """Write `model` into the folder `out`, verified, or leave nothing behind."""
-        _require_known(precision)
         architecture = architecture_of(model)
-        _require_blocks(architecture, precision)
+        _require_known(architecture, precision)
         numerics = numerics_of(model)
         weights = ModelWeights(exported_tensors(model))
         words = read_tokenizer(tokenizer, vocab_size=architecture.vocab_size)
@@ -73,7 +72,7 @@ class OnnxRuntimeExporter:
 
     def export_probe(self, architecture: Architecture, *, precision: str, seed: int, out: Path) -> Artifact:
         """Write a model of that shape with random weights and no tokenizer, for timing only."""
-        _require_known(precision)
+        _require_known(architecture, precision)
         with written_aside(out) as folder:
             folder.mkdir()
             numerics = stand_in_numerics(architecture)
@@ -84,16 +83,10 @@ class OnnxRuntimeExporter:
         return artifact
 
 
-def _require_known(precision: str) -> None:
+def _require_known(architecture: Architecture, precision: str) -> None:
     if precision not in STORAGE:
         raise Unsupported(f"precision {precision!r} is not known; ONNX Runtime runs {', '.join(STORAGE)}")
-
-
-def _require_blocks(architecture: Architecture, precision: str) -> None:
-    """Raise Unsupported for experts that are no whole number of quantised blocks wide, which QMoE does not take."""
-    experts = architecture.experts
-    if experts is not None and precision != "f32" and experts.num_channels % BLOCK:
-        raise Unsupported(f"experts of {experts.num_channels} channels cannot be in blocks of {BLOCK}; use f32")
+    require_held(architecture, backend=OnnxRuntimeExporter.backend, precision=precision)
 
 
 def _write_model(
