@@ -164,6 +164,7 @@ EVERY_COMMAND = pytest.mark.parametrize(
     ],
 )
 def test_every_command_that_loads_a_model_can_change_it_first(
+    *,
     main: Callable[[], None],
     arguments: list[str],
     change: tuple[str, str, str],
