@@ -106,6 +106,7 @@ class LlamaCpp:
                 ffn_removal=False,
                 ffn_multiple=32,
                 output_biases=False,  # llama.cpp's graphs of these families add none
+                untied_precisions=architecture.family != "gemma2",  # of which it reads no head from the file
             )
         if architecture.family == "smollm3":  # of which llama.cpp turns the heads of fixed layers, and adds no biases
             return Capabilities(
