@@ -16,8 +16,8 @@ from dilap.backends.llamacpp.library import collect_errors, fill_, library, load
 from dilap.core.errors import InvalidInput, Unsupported
 
 NO_VOCABULARY = 0  # LLAMA_VOCAB_TYPE_NONE
-FILE_TYPES = {"q8_0": 7, "q4_0": 2}  # LLAMA_FTYPE_MOSTLY_*
-TENSOR_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2, "q6_K": 14}  # GGML_TYPE_*
+FILE_TYPES = {"q8_0": 7, "q5_0": 8, "iq4_nl": 25, "q4_0": 2}  # LLAMA_FTYPE_MOSTLY_*
+TENSOR_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q5_0": 6, "iq4_nl": 20, "q4_0": 2, "q6_K": 14}  # GGML_TYPE_*
 
 
 class Gguf:

@@ -14,6 +14,8 @@ PRECISION_BITS: Mapping[str, float] = {
     "f16": 16,
     "bf16": 16,
     "q8_0": 8.5,
+    "q5_0": 5.5,
+    "iq4_nl": 4.5,
     "q4_0": 4.5,
     "8da8w": 8,  # one scale a row
     "8da4w": 4.5,

@@ -44,7 +44,7 @@ Verify = Callable[[Path, Mix], float | None]  # a written file in a mix -> SQNR 
 #   SmolLM2-135M, query rows of one layer misordered  6.3   6.3
 # A damaged model amplifies rounding, so the bounds leave it room; f32 and f16 still tell it from a wrong layout.
 # The quantised bounds only tell it from unrelated logits (-3): their layout is verified in f16 before.
-SQNR_BOUNDS_DB = {"f32": 60.0, "f16": 20.0, "q8_0": 0.0, "q4_0": -2.5}
+SQNR_BOUNDS_DB = {"f32": 60.0, "f16": 20.0, "q8_0": 0.0, "q5_0": -2.5, "iq4_nl": -2.5, "q4_0": -2.5}
 _ROW_OF_Q6_K = 256  # weights, of which rows of this type are a multiple
 
 
@@ -179,7 +179,7 @@ def _type_of_tied(hidden_size: int, precision: str) -> str:
 def _write_folder(
     folder: Path, layout: Layout, values: Values, *, tokenizer: Tokenizer, mix: Mix, verify: Verify
 ) -> Artifact:
-    """Write and verify `folder/model.gguf`; where a part is quantised, llama.cpp's quantiser makes it from a f16 file.
+    """Write and verify `folder/model.gguf`; a quantised one is made by llama.cpp's own quantiser from an f16 file.
 
     The f16 file is verified too: four bits cost as many decibels (7 left) as a misordered matrix does (6 left).
     """
@@ -204,14 +204,16 @@ def _in_floats(mix: Mix) -> Mix:
 
 
 def _types(layout: Layout, mix: Mix) -> dict[str, str]:
-    """Return, by name, the types of the matrices for which the quantiser would not choose the right ones itself.
+    """Return, by name, the types of the matrices that the quantiser is not to choose itself.
 
-    It chooses for those that have the precision of the whole. It knows none of them where that is no quantised one, and
-    it takes an embedding that the head is not read from for one that may be coarser.
+    All matrices of a block have one type, where the quantiser would give some of them more bits. For head and embedding
+    it chooses where they are not named and the precision of the whole is quantised, but it would take an embedding that
+    the head is not read from for one that may be coarser.
     """
     found = {}
     for spec in filter(lambda one: one.part, layout.tensors()):
-        if spec.part in mix.precisions or mix.precision not in llamacpp.FILE_TYPES:
+        is_chosen = spec.part in ("head", "embedding") and spec.part not in mix.precisions
+        if not is_chosen or mix.precision not in llamacpp.FILE_TYPES:
             found[spec.name] = mix.of(spec.part)
         elif spec.part == "embedding" and layout.has_head:
             found[spec.name] = _type_of_tied(layout.architecture.hidden_size, mix.precision)
