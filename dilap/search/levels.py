@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 
 from dilap.core.codec import digest
 from dilap.core.plan import Plan
-from dilap.core.shape import Architecture
 from dilap.core.space import Choice, plan_of
 from dilap.models.reference import Teacher
 from dilap.search.allocation import Config
@@ -76,11 +75,15 @@ def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teach
         results.append(search(asked))
         return results[-1]
 
-    def architecture(result: SearchResult) -> Architecture:
-        widths = tuple(layer for layer in task.space.widths(result.config) if not layer.is_empty)
-        return replace(task.architecture, layers=widths)
+    def plan(result: SearchResult) -> Plan:
+        return plan_at(task, net.library, result.config)
 
-    found = task.cost_limit.meet(choose, cost=lambda one: task.space.cost(one.config), architecture=architecture)
+    found = task.cost_limit.meet(
+        choose,
+        cost=lambda one: task.space.cost(one.config),
+        architecture=lambda one: plan(one).pruned_architecture(),
+        precisions=lambda one: plan(one).pruned_precisions(),
+    )
     net.close()
     return found
 
@@ -120,4 +123,4 @@ def validation_teacher(task: PruneTask) -> Teacher:
 def plan_at(task: PruneTask, library: Library, config: Config) -> Plan:
     """Return the plan that keeps the library's units at `config`."""
     units = [levels[level].units for levels, level in zip(library, config, strict=True)]
-    return plan_of(task.space, units, base=task.base)
+    return plan_of(task.space, units, base=task.base, precisions=task.space.precisions(config))
