@@ -113,7 +113,12 @@ def add_workload(to: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"prompt length of a prefill ({defaults.prompt_tokens})",
     )
-    group.add_argument("--precision", help="as it ships; by default what ships on the device in that runtime")
+    group.add_argument(
+        "--precision",
+        default="auto",
+        help="auto: every part in the best one for the budget, percents are of the dense model as it ships on the "
+        "device; q4_0: all in one; q4_0,q8_0,f16: what may be mixed (auto)",
+    )
     group.add_argument(
         "--threads", type=whole(1, MAX_THREADS), metavar="N", help="by default all physical cores and fewer are tried"
     )

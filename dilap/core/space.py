@@ -88,6 +88,12 @@ class Space:
         return [[level.cost for level in choice.levels] for choice in self.choices]
 
     @property
+    def floor(self) -> float:
+        """The cost that is left when every block is removed and the head is in its cheapest precision."""
+        heads = (choice for choice in self.choices if not choice.block.groups)
+        return self.fixed_cost + sum(min(level.cost for level in head.levels) for head in heads)
+
+    @property
     def dense(self) -> tuple[int, ...]:
         """The config that keeps every block at its full width."""
         return (0,) * len(self.choices)

@@ -1,6 +1,5 @@
 """Exporting to one runtime and measuring on one device: everything that a job asks of its target."""
 
-import functools
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from dilap.core.progress import Progress, say_lines
 from dilap.core.shape import UNMIXED, Architecture
 from dilap.core.workload import Statistic, Workload
 from dilap.job.outputs import home_of, name_of
+from dilap.job.precisions import offered_precisions
 from dilap.models.anatomy import architecture_of
 from dilap.models.load import Source
 from dilap.profilers import intervals
@@ -65,9 +65,10 @@ class Usual:
 class Bench:
     """A device, a runtime and a workload, for which a job exports, measures and predicts.
 
-    `precisions` are those that parts of a model may have beside the workload's own; a latency table is measured in all
-    of them. `helpers` are further devices of the same kind, which measure part of the table. With `estimate` nothing is
-    measured: latencies come from a roofline of the device's published numbers, and are marked as estimated.
+    `precisions` are those that parts of a model may have, the best first; a latency table is measured in all of them.
+    Empty, they are the workload's own one alone. `helpers` are further devices of the same kind, which measure part of
+    the table. With `estimate` nothing is measured: latencies come from a roofline of the device's published numbers,
+    and are marked as estimated.
     """
 
     device: Device
@@ -88,7 +89,6 @@ class Bench:
         workload: Workload,
         progress: Progress,
         *,
-        precisions: Sequence[str] = (),
         force: bool = False,
         tables: Path | None = None,
         estimate: bool = False,
@@ -104,19 +104,34 @@ class Bench:
             progress.say(f"ESTIMATED: {describe(device)} stands for {device.name}, nothing is measured")
         elif (reason := device.unavailable()) or (device.location is None and (reason := backend.unavailable())):
             raise Unavailable(reason)
-        for precision in (workload.precision, *precisions):
-            backends.require_precision(backend, precision)
+        backends.require_precision(backend, workload.precision)
         return cls(
             device=device,
             backend=backend,
             workload=workload,
             progress=progress,
-            precisions=tuple(dict.fromkeys(one for one in precisions if one != workload.precision)),
             helpers=tuple(helpers),
             force=force,
             tables=tables,
             estimate=estimate,
         )
+
+    def mixing(self, asked: tuple[str, ...] | None, architecture: Architecture) -> "Bench":
+        """Return the bench where parts of models of this architecture may have the precisions `asked` for.
+
+        None stands for all that the runtime has. Raises InvalidInput or Unsupported for those in which the runtime does
+        not hold such models.
+        """
+        for precision in (self.workload.precision, *(asked or ())):
+            backends.require_precision(self.backend, precision)
+            backends.require_loadable(self.backend, architecture, precision=precision)
+        found = offered_precisions(asked, self.backend, architecture, own=self.workload.precision)
+        return replace(self, precisions=found)
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The precisions that parts of a model may have beside the workload's own, which is the artifact's."""
+        return tuple(one for one in self.precisions if one != self.workload.precision)
 
     @property
     def measured(self) -> str:
@@ -127,7 +142,7 @@ class Bench:
         """Return the roofline of the device, which takes the place of a fitted latency table in an estimate."""
         cache_bits = self.backend.cache_bits(self.workload)
         return roofline(
-            architecture.envelope, self.workload, self.device, cache_bits=cache_bits, precisions=self.precisions
+            architecture.envelope, self.workload, self.device, cache_bits=cache_bits, precisions=self.others
         )
 
     @cached_property
@@ -139,15 +154,17 @@ class Bench:
         device = self.device
         return replace(protocol, back_off_seconds=device.back_off_seconds, max_back_offs=device.max_back_offs)
 
-    def export(self, source: Source, plan: Plan, folder: Path) -> Artifact:
+    def export(self, source: Source, plan: Plan, folder: Path, *, precision: str | None = None) -> Artifact:
         """Export the source's model as it is now into `folder`, and verify it against torch.
 
-        `plan` is the one that the model was cut by. Raises the exporter's errors, VerificationFailed among them.
+        `plan` is the one that the model was cut by; its parts have the `precision` given, by default the workload's,
+        unless the plan names another. Raises the exporter's errors, VerificationFailed among them.
         """
         return export.get(self.backend.name).export(
             source.model,
             tokenizer=source.tokenizer_path,
-            precision=self.workload.precision,
+            precision=precision or self.workload.precision,
+            precisions=plan.pruned_precisions(),
             plan_digest=plan.digest,
             out=folder,
         )
@@ -169,9 +186,8 @@ class Bench:
         roofline gives the latency of the others. Whoever claims something calls `measure_final`.
         """
         if self.estimate:
-            shapes = [
-                (self.read_artifact(one.path.parent).architecture, file_sha256(one.path), UNMIXED) for one in cases
-            ]
+            artifacts = [(one.path, self.read_artifact(one.path.parent)) for one in cases]
+            shapes = [(one.architecture, file_sha256(path), self._mix_of(one)) for path, one in artifacts]
             return self._estimates(shapes[0][0], shapes)
         protocol = self._protocol(FINAL if final else TABLE)
         with self.progress.bar("measure", total=None, unit="") as bar:
@@ -221,11 +237,11 @@ class Bench:
         if path.exists():
             return list(checked(tuple[Measurement, ...], read_json(path).get("measurements"), source=str(path)))
         folder = path.with_suffix("")
-        write = export.get(self.backend.name).export_probe
-        if precisions:
-            write = functools.partial(write, precisions=precisions)
+        exporter = export.get(self.backend.name)
         shutil.rmtree(folder, ignore_errors=True)
-        probe = write(architecture, precision=self.workload.precision, seed=0, out=folder)
+        probe = exporter.export_probe(
+            architecture, precision=self.workload.precision, precisions=precisions, seed=0, out=folder
+        )
         cases = [Case(path=one, workload=self.workload) for one in (dense, folder / probe.path)]
         measurements = self.measure_final(cases, usual)
         shutil.rmtree(folder)
@@ -249,6 +265,12 @@ class Bench:
             )
             for model, (shape, sha256, precisions) in zip(models, shapes, strict=True)
         ]
+
+    def _mix_of(self, artifact: Artifact) -> Mapping[str, str]:
+        """Return the precisions, by name, of the parts of an artifact that are not in the workload's own."""
+        own = artifact.precision
+        parts = artifact.architecture.parts if own != self.workload.precision else ()
+        return {**dict.fromkeys(parts, own), **artifact.precisions}
 
     def find_configuration(self, path: Path, *, threads: Sequence[int]) -> Configuration:
         """Return the fastest configuration for the model file `path`, with one of the given numbers of threads."""
@@ -289,7 +311,7 @@ class Bench:
 
         Every device, runtime, workload, shape of the model and set of precisions has a file of its own.
         """
-        return self._kept_path(model, architecture, [sorted(self.precisions)] if self.precisions else [])
+        return self._kept_path(model, architecture, [sorted(self.others)] if self.others else [])
 
     def _kept_path(self, model: str, architecture: Architecture, more: list[Any]) -> Path:
         fingerprint = replace(self.profiler.fingerprint(), soft={})
@@ -306,7 +328,7 @@ class Bench:
         architecture = architecture.envelope
         (attention_levels, ffn_levels), *others = (
             default_levels(architecture, self.backend.capabilities(architecture, precision=precision))
-            for precision in (self.workload.precision, *self.precisions)
+            for precision in (self.workload.precision, *self.others)
         )
         with self.progress.bar("latency table", total=None, unit="probe") as bar:
 
@@ -322,7 +344,7 @@ class Bench:
                 path=path,
                 attention_levels=attention_levels,
                 ffn_levels=ffn_levels,
-                others=dict(zip(self.precisions, others, strict=True)),
+                others=dict(zip(self.others, others, strict=True)),
                 protocol=self._protocol(TABLE),
                 progress=show,
             )
@@ -337,7 +359,7 @@ class Bench:
             workload=self.workload,
             architecture=architecture.envelope,
             backend=self.backend.name,
-            precisions=self.precisions,
+            precisions=self.others,
         )
         say_lines(self.progress, describe_errors(table))
         return table

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from dilap.core.bounds import MAX_THREADS
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget, Phase, Workload
+from dilap.job.precisions import asked_precisions
 from dilap.models.builtin import DEFAULT_MODEL
 from dilap.models.distil import Mode, RecoveryOptions
 from dilap.models.text import CalibrationOptions
@@ -44,8 +45,9 @@ class JobOptions:
     """Everything that a prune job is asked for: two jobs with equal options are the same job.
 
     For the `fastest` configuration, the runtime's switches and `threads_tried` are tried, starting from `workload`;
-    the `plain` one has the runtime's default switches. `merge_adapter` is the folder of an adapter that becomes part of
-    the model, `vocabulary` the text whose tokens alone stay in it.
+    the `plain` one has the runtime's default switches. `precisions` are those that parts of the model may have beside
+    the workload's own, which is the artifact's; None stands for all that the runtime has. `merge_adapter` is the folder
+    of an adapter that becomes part of the model, `vocabulary` the text whose tokens alone stay in it.
     """
 
     budget: Budget
@@ -55,6 +57,7 @@ class JobOptions:
     target: str = "host_cpu"
     backend: str = "llamacpp"
     workload: Workload = field(default_factory=Workload)
+    precisions: tuple[str, ...] | None = ()
     force: bool = False
     estimate: bool = False
     configuration: Literal["fastest", "plain"] = "fastest"
@@ -120,8 +123,10 @@ def job_options(
 ) -> JobOptions:
     """Return the job that these options of `dilap-prune` ask for; its `--help` says what each of them is.
 
-    None stands for the default of `device`: its first runtime, the precision that ships on it in that runtime, and for
-    `threads` a choice between all physical cores and fewer. Raises InvalidInput for impossible values.
+    None stands for the default of `device`: its first runtime, and for `threads` a choice between all physical cores
+    and fewer. `precision` is one for everything, several with commas between them, or `auto` (or None): then every part
+    may have any that the runtime has, and the artifact's own is what ships on the device. Raises InvalidInput for
+    impossible values.
     """
     if not (math.isfinite(step) and 0 < step <= 1):
         raise InvalidInput(f"--step is a share of the dense latency above 0, got {step:g}")
@@ -131,12 +136,13 @@ def job_options(
     )
     backend = backend or next(iter(device.backends))
     tried = thread_counts(device.default_threads()) if threads is None else (threads,)
+    own, precisions = asked_precisions(precision, default=device.default_precision(backend))
     try:
         workload = Workload(
             phase=phase,
             prompt_tokens=prompt_tokens,
             context=context,
-            precision=precision or device.default_precision(backend),
+            precision=own,
             threads=device.default_threads() if threads is None else threads,
         )
     except ValueError as error:
@@ -150,6 +156,7 @@ def job_options(
         target=device.label,
         backend=backend,
         workload=workload,
+        precisions=precisions,
         force=force,
         estimate=estimate,
         configuration=configuration,

@@ -11,6 +11,7 @@ from dilap.core.plan import Plan
 from dilap.core.vocabulary import VocabularyCut
 from dilap.evaluation.subject import require_unchanged
 from dilap.job.exam import Exam
+from dilap.job.formats import Files, dense_formats
 from dilap.job.result import PlainDefaults, PruneResult, Quality, Side, caveats, flops_of, versions
 from dilap.job.stages import Goal, Stages, require_measured
 from dilap.job.verdict import verdict
@@ -24,11 +25,11 @@ from dilap.profilers.profiler import Case, budget_share, is_shown, speedup
 from dilap.search.method import Pruned
 
 
-def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration) -> PruneResult:
+def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration, files: Files) -> PruneResult:
     """Shrink, recover and export the model, score it on unseen text, measure it with fresh starts; return the result.
 
-    The model in `stages.source` becomes the pruned one on the way, so everything that is asked of the dense model is
-    asked first.
+    `files` are those of the dense model in every precision, which are measured and scored beside it. The model in
+    `stages.source` becomes the pruned one on the way, so everything that is asked of the dense model is asked first.
     """
     source, workspace, plan = stages.source, stages.workspace, pruned.plan
     write_json(workspace.folder / "plan.json", encode(plan))
@@ -53,8 +54,10 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration) -> Prun
         remove(workspace.folder / "checkpoint")  # left by an earlier start
         save_checkpoint(source.model, source.tokenizer, workspace.folder / "checkpoint")
     dense, side, plain = _sides(stages, goal, plan, exam, recovered)
+    formats = dense_formats(stages, files, exam)
     result = _result(stages, goal, pruned, text, dense=dense, side=side, shrunk=shrunk, validation_kl=validation_kl)
-    return replace(result, recovery_kls=recovery_kls, plain=plain)
+    precisions = plan.pruned_precisions()
+    return replace(result, recovery_kls=recovery_kls, plain=plain, formats=formats, precisions=precisions)
 
 
 def _sides(

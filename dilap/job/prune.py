@@ -10,6 +10,7 @@ from dilap.core.codec import encode, write_json
 from dilap.core.progress import Progress
 from dilap.core.shape import Architecture
 from dilap.job.bench import Bench
+from dilap.job.formats import dense_files
 from dilap.job.inputs import inputs_of
 from dilap.job.options import JobOptions
 from dilap.job.proof import claim
@@ -58,6 +59,7 @@ def prune(
     layout = _layout(options, bench.backend, architecture)
     method = _method(options, layout)
     require_possible(options, source)
+    bench = bench.mixing(options.precisions, architecture)
     identity = {"options": asdict(options), "model": source.digest, "dilap": __version__}
     with workspace.opened({**identity, "inputs": named_inputs(options, source)}):
         workspace.log.say(f"{source.name}: {describe(architecture)}")
@@ -102,8 +104,9 @@ def _run(stages: Stages, method: Method, layout: Layout) -> PruneResult | None:
     goal = stages.goal(dense, layout)
     if goal is None:
         return None
+    files = dense_files(stages)
     text = stages.calibration()
-    return claim(stages, goal, stages.prune(method, goal, text), text)
+    return claim(stages, goal, stages.prune(method, goal, text), text, files)
 
 
 def _method(options: JobOptions, layout: Layout) -> Method:

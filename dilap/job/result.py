@@ -78,6 +78,26 @@ class Side:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DenseFormat:
+    """The dense model in one precision, quantised by the runtime's own tools: what is had without pruning.
+
+    `speedup` is against the dense model in the precision that ships; None in an estimate.
+    """
+
+    precision: str
+    artifact: Artifact
+    measurement: Measurement
+    speedup: Interval | None
+    quality: Quality
+
+    def seconds(self, dense: Side, statistic: Statistic) -> float:
+        """Return its latency, on the scale of the measurement of `dense`, the dense model that ships."""
+        if self.speedup is None:
+            return self.measurement.seconds(statistic)
+        return dense.seconds / self.speedup.value
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlainDefaults:
     """Both models measured in the runtime's plain defaults: without any switch, and with the threads asked for."""
 
@@ -136,6 +156,8 @@ class PruneResult:
     budget_interval: Interval | None = None  # of the share used; None where it was not measured
     stage_peak_bytes: dict[str, int] = field(default_factory=dict)  # of the job's process, without those of runtimes
     vocabulary: VocabularyCut | None = None  # None where the pruned model has all tokens of the dense one
+    formats: tuple[DenseFormat, ...] = ()  # the dense model in every precision, where precisions were chosen
+    precisions: dict[str, str] = field(default_factory=dict)  # of the pruned model's parts, beside the artifact's own
 
     def __post_init__(self) -> None:
         if self.backend not in backends.BACKENDS or self.workload.precision not in PRECISION_BITS:
@@ -256,6 +278,7 @@ def table(result: PruneResult) -> str:
             *_aligned(rows),
             "",
             _verdict(result),
+            *_format_lines(result),
             *_configuration(result),
             *_speedup_line(result),
             *_quality_lines(result),
@@ -326,6 +349,43 @@ def _verdict(result: PruneResult) -> str:
     )
 
 
+def _format_lines(result: PruneResult) -> list[str]:
+    """Say what the dense model gives in every precision, and whether quantising it would have been enough."""
+    if not result.formats:
+        return []
+    rows = [("the dense model alone", "latency", "KL", "file")]
+    for one in result.formats:
+        seconds = one.seconds(result.dense, result.budget.statistic)
+        rows.append(
+            (
+                f"  in {one.precision}",
+                f"{seconds * 1e3:.2f} ms{one.measurement.mark}",
+                f"{one.quality.kl:.3f}",
+                f"{one.artifact.num_bytes / 1e6:.1f} MB",
+            )
+        )
+    return ["", *_aligned(rows), _quantising_alone(result), ""]
+
+
+def _quantising_alone(result: PruneResult) -> str:
+    """Say in words whether the dense model in some precision keeps the budget."""
+    limit, statistic = result.limit_seconds, result.budget.statistic
+    assert limit is not None  # precisions are chosen for latencies only
+    timed = [(one.seconds(result.dense, statistic), one) for one in result.formats]
+    kept = [one for seconds, one in timed if seconds <= limit]
+    if not kept:
+        seconds, fastest = min(timed, key=lambda pair: pair[0])
+        return (
+            f"quantising alone is not enough: the fastest format of the dense model, {fastest.precision}, takes "
+            f"{seconds / limit:.0%} of this budget"
+        )
+    best = min(kept, key=lambda one: one.quality.kl)
+    alone = f"the dense model in {best.precision} keeps this budget with KL {best.quality.kl:.3f}"
+    if result.pruned.parameters == result.dense.parameters:
+        return f"quantising alone is enough: {alone}; nothing was pruned"
+    return f"quantising alone: {alone}; the result here has {result.pruned.quality.kl:.3f}"
+
+
 def _configuration(result: PruneResult) -> list[str]:
     """Say how to run the model at the latency that is claimed, and what latency the runtime's defaults give."""
     lines = []
@@ -387,6 +447,16 @@ def summary(result: PruneResult) -> dict[str, Any]:
         "perplexity": pruned.quality.perplexity,
         "dense_kl": dense.quality.kl,
         "dense_perplexity": dense.quality.perplexity,
+        "precisions": result.precisions,
+        "dense_formats": {
+            one.precision: {
+                "seconds": one.seconds(dense, result.budget.statistic),
+                "kl": one.quality.kl,
+                "perplexity": one.quality.perplexity,
+                "bytes": one.artifact.num_bytes,
+            }
+            for one in result.formats
+        },
         "quality_through": pruned.quality.through,
         "torch_kl": pruned.in_torch.kl,
         "torch_perplexity": pruned.in_torch.perplexity,

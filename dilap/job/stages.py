@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dilap import methods
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, digest, encode, read_json, write_json
 from dilap.core.costs import Costs
@@ -90,14 +91,15 @@ class Stages:
         stages = self if folder.exists() else replace(self, source=_whole(self.source))
         return stages.artifact(folder, full_plan(vocabulary.whole, base=vocabulary.whole_digest))
 
-    def artifact(self, folder: Path, plan: Plan) -> Artifact:
+    def artifact(self, folder: Path, plan: Plan, *, precision: str | None = None) -> Artifact:
         """Return the artifact in `folder`; where there is none yet, export the model as it is now, and verify it.
 
-        Raises Mismatch where the artifact is not of `plan` and this model, or one of its files was changed.
+        Its `precision` is by default the workload's. Raises Mismatch where the artifact is not of `plan` and this
+        model, or one of its files was changed.
         """
         if not folder.exists():
             with self.workspace.stage(f"export {folder.name}"):
-                self.bench.export(self.source, plan, folder)
+                self.bench.export(self.source, plan, folder, precision=precision)
         artifact = self.bench.read_artifact(folder)
         if artifact.plan_digest != plan.digest:
             raise Mismatch(
@@ -142,17 +144,26 @@ class Stages:
 
         Raises Infeasible where no plan is fast enough, and Mismatch where the latency table cannot be trusted.
         """
-        architecture = architecture_of(self.source.model)
-        capabilities = self.bench.backend.capabilities(architecture, precision=self.options.workload.precision)
+        architecture, own = architecture_of(self.source.model), self.options.workload.precision
         ratio = self.options.budget.ratio
         costs = self._latency_model(architecture) if ratio is None else WeightCosts(architecture=architecture)
-        space = build_space(costs, architecture, {"": capabilities}, layout=layout)
-        rules = width_rules(layout, capabilities)
+        chosen = self.bench.precisions if self.chooses_precision else (own,)
+        capabilities = {
+            "" if one == own else one: self.bench.backend.capabilities(architecture, precision=one) for one in chosen
+        }
+        space = build_space(costs, architecture, capabilities, layout=layout)
+        rules = width_rules(layout, capabilities[""])
         if ratio is None:
             return self._latency_goal(dense, costs, space, layout, rules)
         limit = (1 - ratio) * costs.predict(architecture.layers)
         cost_limit = CostLimit(limit=limit, predict=costs.predict)
         return Goal(space=space, layout=layout, rules=rules, cost_limit=cost_limit)
+
+    @property
+    def chooses_precision(self) -> bool:
+        """Whether the method may choose the precision of every part; of a ratio precisions make no difference."""
+        several = len(self.bench.precisions) > 1 and self.options.budget.ratio is None
+        return several and methods.chooses_precision(self.options.method)
 
     def _latency_goal(
         self, dense: Artifact, costs: Costs, space: Space, layout: Layout, rules: WidthRules
@@ -161,9 +172,10 @@ class Stages:
         with self.workspace.stage("latency of the dense model"):
             measured, unpruned = self._dense_measurements(dense)
         dense_seconds, unpruned_seconds = (one.seconds(budget.statistic) for one in (measured, unpruned))
-        scale = unpruned_seconds / space.cost(space.dense)  # the machine's speed of today against that of the table
+        # the machine's speed of today against that of the table
+        scale = unpruned_seconds / costs.predict(space.architecture.layers)
         usual = Usual(seconds=dense_seconds / max(1, scale), statistic=budget.statistic)
-        floor, fastest = scale * space.fixed_cost, scale * space.cost(space.fastest)
+        floor, fastest = scale * space.floor, scale * space.cost(space.fastest)
         limit = budget.limit_seconds(dense_seconds=dense_seconds)
         smaller = "" if unpruned is measured else f", with the smaller vocabulary {unpruned_seconds * 1e3:.2f} ms"
         self.workspace.log.say(
@@ -171,7 +183,7 @@ class Stages:
             f"launch) {floor * 1e3:.2f} ms; fastest reachable {fastest * 1e3:.2f} ms; budget {budget} is "
             f"{limit * 1e3:.2f} ms"
         )
-        if limit >= unpruned_seconds:
+        if limit >= unpruned_seconds and not self.chooses_precision:
             self.workspace.log.say(_already_kept(self.options, dense_seconds, unpruned_seconds))
             return None
         if fastest > AIM * limit:

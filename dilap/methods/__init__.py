@@ -33,6 +33,7 @@ METHODS = {
     "sprint": "dilap.methods.sprint:Sprint",
     "llm_streamline": "dilap.methods.llm_streamline:Streamline",
 }
+_PRECISION = {"dilap", "equal_widths"}  # the methods that choose the precision of every part of a model
 SEARCHES = {
     "dilap": "dilap.search.dilap:search",
     "equal_widths": "dilap.search.equal_widths:search",
@@ -79,6 +80,11 @@ def get(name: str, settings: Mapping[str, str] = _NO_SETTINGS, *, table: Mapping
     if settings:
         raise InvalidInput(f"method {name} has no settings, got {', '.join(settings)}")
     return found
+
+
+def chooses_precision(name: str) -> bool:
+    """Return whether a method chooses precisions; for the others all parts are in the artifact's own."""
+    return name in _PRECISION
 
 
 def named(asked: Sequence[str]) -> list[str]:

@@ -197,7 +197,7 @@ DEVICES: Mapping[str, Device] = {
             name="host_cpu",
             description="this machine's CPU",
             transport="local",
-            backends={"llamacpp": "f16", "onnxruntime": "int4", "executorch": "8da4w"},
+            backends={"llamacpp": "q4_0", "onnxruntime": "int4", "executorch": "8da4w"},
             limits=Limits(battery_percent=None, load_per_core=None),
             back_off_seconds=1.0,
             max_back_offs=2,

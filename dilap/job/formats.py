@@ -1,0 +1,60 @@
+"""The dense model in every precision that the runtime has, which is what quantising alone gives."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dilap.core.artifact import Artifact
+from dilap.core.codec import checked, encode, read_json, write_json
+from dilap.core.measurement import Measurement
+from dilap.core.plan import full_plan
+from dilap.job.exam import Exam
+from dilap.job.result import DenseFormat
+from dilap.job.stages import Stages, require_measured
+from dilap.models.anatomy import architecture_of
+from dilap.profilers.profiler import Case, speedup
+
+Files = Mapping[str, tuple[Path, Artifact]]  # the artifact's folder and the artifact, by precision, the best first
+
+
+def dense_files(stages: Stages) -> Files:
+    """Export the model in every precision on offer, before it is pruned; return nothing where there is only one."""
+    if not stages.chooses_precision:
+        return {}
+    plan = full_plan(architecture_of(stages.source.model), base=stages.source.digest)
+    own = stages.options.workload.precision if stages.source.vocabulary is None else ""
+    found = {}
+    for precision in stages.bench.precisions:
+        folder = stages.workspace.dense if precision == own else stages.workspace.common / f"dense-{precision}"
+        found[precision] = folder, stages.artifact(folder, plan, precision=precision)
+    return found
+
+
+def dense_formats(stages: Stages, files: Files, exam: Exam) -> tuple[DenseFormat, ...]:
+    """Measure the dense model in every precision, beside the one that ships, and score its files."""
+    if not files:
+        return ()
+    base, *measured = _measured(stages, files)
+    statistic = stages.options.budget.statistic
+    found = []
+    for (precision, (folder, artifact)), measurement in zip(files.items(), measured, strict=True):
+        require_measured(measurement, artifact, source=str(folder))
+        faster = None if measurement.status == "estimated" else speedup(base, measurement, statistic)
+        quality = exam.of_artifact(stages, folder, artifact, in_torch=exam.dense)
+        found.append(
+            DenseFormat(
+                precision=precision, artifact=artifact, measurement=measurement, speedup=faster, quality=quality
+            )
+        )
+    return tuple(found)
+
+
+def _measured(stages: Stages, files: Files) -> list[Measurement]:
+    """Return the measurement of the dense model that ships and those of all formats, which a continued run finds."""
+    path = stages.workspace.common / "formats-latency.json"
+    if not path.exists():
+        bench, dense = stages.bench, stages.workspace.dense
+        paths = [dense / bench.read_artifact(dense).path, *(folder / one.path for folder, one in files.values())]
+        with stages.workspace.stage("latency of the dense model in every precision"):
+            measured = bench.measure_cases([Case(path=one, workload=bench.workload) for one in paths])
+        write_json(path, {"measurements": [encode(one) for one in measured]})
+    return list(checked(tuple[Measurement, ...], read_json(path).get("measurements"), source=str(path)))
