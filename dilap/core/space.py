@@ -7,7 +7,7 @@ from dilap.core.costs import Counts
 from dilap.core.errors import Unsupported
 from dilap.core.groups import Block, Kept
 from dilap.core.plan import Plan
-from dilap.core.shape import Architecture, LayerWidths
+from dilap.core.shape import PRECISION_BITS, Architecture, LayerWidths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Level:
 
     @property
     def is_removed(self) -> bool:
-        return self.counts[0] == 0
+        return self.counts[:1] == (0,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,15 @@ class Space:
             names = (group.name for group in choice.block.groups)
             counts |= zip(names, choice.levels[index].counts, strict=True)
         return self.architecture.widths_at(counts)
+
+
+def embedding_precision(head: str, offered: Sequence[str]) -> str:
+    """Return the precision of the embedding for one of the precisions `offered` for the head.
+
+    It costs no time, so it has 8 bits where the head has fewer, if they are offered.
+    """
+    eight = [one for one in offered if 8 <= PRECISION_BITS[one] < 16]
+    return eight[0] if eight and PRECISION_BITS[head] < 8 else head
 
 
 def plan_of(space: Space, units: Sequence[Kept], *, base: str) -> Plan:

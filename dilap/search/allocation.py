@@ -52,12 +52,13 @@ class Quadratic:
         """Return the model with the diagonal of Q alone: without interactions between choices."""
         return Quadratic(b=self.b, Q=torch.diag(self.Q.diagonal()), sizes=self.sizes)
 
-    def shrunk(self, *, num_rows: float) -> "Quadratic":
-        """Return the model with off-diagonal terms of Q multiplied by rows / (rows + number of levels).
+    def shrunk(self, *, num_rows: float, num_changes: int) -> "Quadratic":
+        """Return the model with off-diagonal terms of Q multiplied by rows / (rows + changes).
 
-        Q is estimated from `num_rows` rows; few rows make its off-diagonal terms mostly noise.
+        Q is estimated from `num_rows` rows for `num_changes` changes, of which the levels consist; few rows make its
+        off-diagonal terms mostly noise.
         """
-        keep = num_rows / (num_rows + len(self.b))
+        keep = num_rows / (num_rows + num_changes)
         diagonal = torch.diag(self.Q.diagonal())
         return Quadratic(b=self.b, Q=diagonal + keep * (self.Q - diagonal), sizes=self.sizes)
 

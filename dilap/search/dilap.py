@@ -80,14 +80,13 @@ def linear_model(task: SearchTask, config: Config, *, number: int, scale: float 
     """
     options = task.options
     curvature = task.evaluator.curvature(config, samples=options.label_samples, seed=options.seed + number)
-    sizes = tuple(len(levels) for levels in task.evaluator.net.library)
     # A minimum over hundreds of levels finds slopes that are low by chance, so each is taken at the high end of its
     # error.
     slopes = curvature.b + options.caution * curvature.b_error
-    quadratic = Quadratic(b=slopes, Q=scale * curvature.Q, sizes=sizes)
+    quadratic = Quadratic(b=slopes, Q=scale * curvature.Q, sizes=task.evaluator.net.sizes)
     if not options.cross_terms:
         return quadratic.diagonal_only()
-    return quadratic.shrunk(num_rows=curvature.num_rows)
+    return quadratic.shrunk(num_rows=curvature.num_rows, num_changes=curvature.num_changes)
 
 
 def _correction(*, predicted: float, real: float) -> float:

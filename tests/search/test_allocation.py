@@ -154,7 +154,7 @@ def test_value_is_the_quadratic_form_of_the_chosen_levels() -> None:
 
 def test_shrinkage_keeps_the_diagonal() -> None:
     quadratic = random_quadratic(0, random_table(0))
-    shrunk = quadratic.shrunk(num_rows=60)  # 20 levels: three quarters of the interactions stay
+    shrunk = quadratic.shrunk(num_rows=60, num_changes=20)  # three quarters of the interactions stay
     assert torch.allclose(shrunk.Q.diagonal(), quadratic.Q.diagonal())
     assert float(shrunk.Q[0, 7]) == pytest.approx(0.75 * float(quadratic.Q[0, 7]))
     assert float(shrunk.Q[3, 7]) == pytest.approx(0.75 * float(quadratic.Q[3, 7]))
