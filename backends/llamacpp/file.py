@@ -15,7 +15,7 @@ from dilap.backends.llamacpp.library import collect_errors, fill_, library, load
 from dilap.core.errors import InvalidInput, Unsupported
 
 NO_VOCABULARY = 0  # LLAMA_VOCAB_TYPE_NONE
-FILE_TYPES = {"q8_0": 7, "q4_0": 2}  # LLAMA_FTYPE_MOSTLY_*
+FILE_TYPES = {"q8_0": 7, "q5_0": 8, "iq4_nl": 25, "q4_0": 2}  # LLAMA_FTYPE_MOSTLY_*
 
 
 class Gguf:

@@ -56,7 +56,7 @@ class LlamaCpp:
         return text.decode().strip()
 
     def precisions(self) -> tuple[str, ...]:
-        return ("f16", "f32", "q8_0", "q4_0")
+        return ("f16", "f32", "q8_0", "q5_0", "iq4_nl", "q4_0")
 
     def switches(self) -> Mapping[str, tuple[str, ...]]:
         return _SWITCHES

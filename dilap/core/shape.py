@@ -13,6 +13,8 @@ PRECISION_BITS: Mapping[str, float] = {
     "f16": 16,
     "bf16": 16,
     "q8_0": 8.5,
+    "q5_0": 5.5,
+    "iq4_nl": 4.5,
     "q4_0": 4.5,
     "8da4w": 4.5,
     "int8": 9,

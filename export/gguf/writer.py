@@ -43,7 +43,7 @@ Verify = Callable[[Path, str], float | None]  # a written file in a precision ->
 #   SmolLM2-135M, query rows of one layer misordered  6.3   6.3
 # A damaged model amplifies rounding, so the bounds leave it room; f32 and f16 still tell it from a wrong layout.
 # The quantised bounds only tell it from unrelated logits (-3): their layout is verified in f16 before.
-SQNR_BOUNDS_DB = {"f32": 60.0, "f16": 20.0, "q8_0": 0.0, "q4_0": -2.5}
+SQNR_BOUNDS_DB = {"f32": 60.0, "f16": 20.0, "q8_0": 0.0, "q5_0": -2.5, "iq4_nl": -2.5, "q4_0": -2.5}
 
 
 class GgufExporter:
@@ -136,7 +136,7 @@ def _neighbouring(rows: torch.Tensor, *, num_heads: int) -> torch.Tensor:
 def _write_folder(
     folder: Path, layout: Layout, values: Values, *, tokenizer: Tokenizer, precision: str, verify: Verify
 ) -> Artifact:
-    """Write and verify `folder/model.gguf`; for q8_0 and q4_0, llama.cpp's own quantiser makes it from an f16 file.
+    """Write and verify `folder/model.gguf`; a quantised one is made by llama.cpp's own quantiser from an f16 file.
 
     The f16 file is verified too: four bits cost as many decibels (7 left) as a misordered matrix does (6 left).
     """
