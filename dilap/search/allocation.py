@@ -52,6 +52,11 @@ class Quadratic:
         """Return the model with the diagonal of Q alone: without interactions between choices."""
         return Quadratic(b=self.b, Q=torch.diag(self.Q.diagonal()), sizes=self.sizes)
 
+    def at(self, kept: Sequence[Sequence[int]]) -> "Quadratic":
+        """Return the model over the levels `kept`, indices by choice."""
+        levels = torch.tensor([offset + k for offset, own in zip(self.offsets, kept, strict=True) for k in own])
+        return Quadratic(b=self.b[levels], Q=self.Q[levels][:, levels], sizes=tuple(map(len, kept)))
+
     def shrunk(self, *, num_rows: float, num_changes: int) -> "Quadratic":
         """Return the model with off-diagonal terms of Q multiplied by rows / (rows + changes).
 

@@ -32,7 +32,7 @@ class Curvature:
     num_rows: int
 
     @property
-    def Q(self) -> torch.Tensor:
+    def Q(self) -> torch.Tensor:  # noqa: N802 (the formula's name)
         return _of_levels(_of_levels(self.of_changes, self.parts).T, self.parts)
 
     @property
@@ -75,7 +75,7 @@ def linearise(
     slopes = torch.zeros(len(teacher.tokens), changes.count)
     Q, value, start = torch.zeros(changes.count, changes.count), 0.0, 0
     with Tap(net, changes) as tap:
-        for batch in batches(teacher.tokens, batch_tokens=min(batch_tokens, tap.most_tokens)):
+        for batch in batches(teacher.tokens, batch_tokens=tap.batch_tokens(batch_tokens)):
             rows = slice(start, start + len(batch))
             start += len(batch)
             hidden = tap.forward(batch)

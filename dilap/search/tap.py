@@ -1,4 +1,4 @@
-"""What gradients at a supernet's sublayers say about every change of them: rows of the matrix that `linearise` needs."""
+"""What gradients at a supernet's sublayers say about every change of them: rows of the matrix that `linearise` makes."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class Changes:
 
 
 def base_fit(net: Supernet, index: int) -> LevelFit:
-    """Return the level of a sublayer at which its precision is changed: the current one, or the full one of a removed."""
+    """Return the level at which a sublayer's precision is changed: the current one, or the full one if it is removed."""
     current = net.library[index][net.config[index]]
     return current if len(current.columns) else net.library[index][0]
 
@@ -107,11 +107,10 @@ class Tap:
         self.products = torch.zeros(0)
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    @property
-    def most_tokens(self) -> int:
-        """How many tokens a batch may have for what precisions change in it to be kept."""
+    def batch_tokens(self, wanted: int) -> int:
+        """Return how many tokens a batch may have, at most `wanted`, for what precisions change in it to be kept."""
         num_outputs = sum(map(len, self.changes.precisions)) * self.net.model.config.hidden_size
-        return max(1, _CHANGES_BYTES // max(1, num_outputs * self.dtype.itemsize))
+        return min(wanted, max(1, _CHANGES_BYTES // (num_outputs * self.dtype.itemsize))) if num_outputs else wanted
 
     def _weight_changes(self, index: int) -> torch.Tensor:
         """Return every width's projection minus the current one, neither rounded (widths x hidden * inputs).
@@ -165,8 +164,7 @@ class Tap:
         `at_logits` are the products with the changes of the head, for every position (positions x changes of the head).
         """
         hidden.backward(gradient.to(hidden.dtype), retain_graph=True)
-        of_head = at_logits.reshape(len(self.products), -1, len(self.changes.head)).sum(1)
-        self.products[:, self.changes.offsets[-1] :] = of_head
+        self.products[:, self.changes.offsets[-1] :] = at_logits.unflatten(0, (len(self.products), -1)).sum(1)
         return self.products
 
     def _record(self, index: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
@@ -245,7 +243,7 @@ class Tap:
 
     @torch.no_grad()
     def _multiply_changes(self, index: int, changes: Sequence[torch.Tensor], gradient: torch.Tensor) -> None:
-        """Compute rows of A for the precisions of one sublayer, from the changes of its output and the gradient there."""
+        """Compute rows of A for one sublayer's precisions, from the changes of its output and the gradient there."""
         g = gradient.float().reshape(len(self.products), -1)
         start = self.changes.offsets[index] + len(self.changes.widths[index])
         for column, change in enumerate(changes, start=start):
