@@ -6,13 +6,14 @@
 An exporter for another runtime is one class with the methods of `Exporter`, named in `EXPORTERS`.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from dilap.core import registry
 from dilap.core.artifact import Artifact
 from dilap.core.errors import Unavailable
-from dilap.core.shape import Architecture
+from dilap.core.shape import UNMIXED, Architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +40,15 @@ class Exporter(Protocol):
         tokenizer's samples against transformers) before it appears. Raises VerificationFailed, Unsupported.
         """
 
-    def export_probe(self, architecture: Architecture, *, precision: str, seed: int, out: Path) -> Artifact:
+    def export_probe(
+        self,
+        architecture: Architecture,
+        *,
+        precision: str,
+        precisions: Mapping[str, str] = UNMIXED,
+        seed: int,
+        out: Path,
+    ) -> Artifact:
         """Write a model of that shape with random weights and no tokenizer, for timing only."""
 
 

@@ -96,7 +96,7 @@ def _space(given: argparse.Namespace, source: Source, console: Console) -> Space
     capabilities = bench.backend.capabilities(architecture, precision=workload.precision)
     table = bench.build_table(architecture, given.table or bench.table_path(given.model, architecture))
     model = table.model()
-    return build_space(model, architecture, capabilities, layout="free")
+    return build_space(model, architecture, {"": capabilities}, layout="free")
 
 
 class Study:

@@ -5,7 +5,7 @@ from typing import Any
 
 from dilap.cli import console
 from dilap.core.printable import joined
-from dilap.profilers.tables.fit import LatencyModel
+from dilap.profilers.tables.model import LatencyModel
 from dilap.profilers.tables.roofline import METHOD as ESTIMATED
 
 

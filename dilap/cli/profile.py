@@ -19,6 +19,8 @@ _EXAMPLES = """\
   dilap-profile --device s23 --backend llamacpp --runner build-android/bin/llama-bench
   dilap-profile --device snapdragon_x --estimate
   dilap-profile --device host_cpu --model ./my-llama --phase prefill --precision q4_0 --out tables/prefill.jsonl
+  dilap-profile --device host_cpu --precision q4_0,q8_0,f16
+Of several precisions the first is that of the workload, and the others are those that parts of a model may have too.
 A killed measurement goes on where it stopped when the same command is given again."""
 
 
@@ -55,11 +57,14 @@ def _command() -> int:
     if given.estimate and given.out:
         raise InvalidInput("--estimate measures nothing, so it writes no table: leave --out away")
     devices = arguments.devices_of(given, given.device)
+    precisions: list[str] = []
+    if given.precision is not None:
+        given.precision, *precisions = given.precision.split(",")
     asked = job_options(given, device=devices[0], budget=Budget(fraction=1.0))
     from dilap.job.profile import profile  # importing torch takes seconds: bad input is refused first
 
     out = arguments.new_path(given.out) if given.out else None
-    done = profile(asked, devices=devices, out=out, progress=console.Console())
+    done = profile(asked, devices=devices, precisions=precisions, out=out, progress=console.Console())
     costs.show(done.model, as_json=given.json, table=done.table)
     return 0
 

@@ -1,7 +1,8 @@
 """What a network of any widths costs: seconds on a device, weights, or a weighted mix of such costs.
 
-costs.predict(plan.all_widths())                   # the cost of a whole network
+costs.predict(plan.all_widths(), plan.precisions)  # the cost of a whole network
 costs.block(block, counts=(1, 3))                  # the cost of one sublayer with 1 KV group and 3 query slots
+costs.block(HEAD, (), "q8_0")                      # the cost of the head in 8 bits
 MixedCosts(parts=((0.5, decode), (0.5, prefill)))  # the costs of a workload that is half decode and half prefill
 """
 
@@ -11,27 +12,29 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dilap.core.groups import Block
-from dilap.core.shape import LayerWidths
+from dilap.core.shape import UNMIXED, LayerWidths
 
 Counts = tuple[int, ...]  # how many units are left in every group of a block, in the block's order
+Setting = tuple[Counts, str]  # a block's width and the precision of its matrices; an empty one is the artifact's own
 PairCost = Callable[[Counts, Counts], float]  # of two blocks with so many units left in the groups of each
 
 
 class Costs(Protocol):
     """A model of costs: a constant, plus a term for every block of the network, plus terms for pairs of blocks.
 
-    A measured latency table and a roofline give seconds, `WeightCosts` gives numbers of weights.
+    A measured latency table and a roofline give seconds, `WeightCosts` gives numbers of weights. An empty precision is
+    the artifact's own, and so is that of the parts which a mapping of precisions does not name.
     """
 
     @property
     def constant(self) -> float:
-        """Cost of what no plan removes: embedding, head, launch."""
+        """Cost of what no plan changes: embedding, launch, and the head, as far as no precision makes it cheaper."""
 
     @property
     def caveats(self) -> tuple[str, ...]:
         """Sentences that a reader has to know about how the numbers were obtained."""
 
-    def block(self, block: Block, counts: Counts) -> float:
+    def block(self, block: Block, counts: Counts, precision: str = "") -> float:
         """Return the cost of one block with `counts` units left in its groups."""
 
     @property
@@ -41,11 +44,16 @@ class Costs(Protocol):
         A convolution that reads what another one writes is such a pair; the sublayers of a decoder have none.
         """
 
-    def predict(self, widths: Sequence[LayerWidths]) -> float:
-        """Return the cost of a whole network, given the widths of every layer."""
+    def predict(self, widths: Sequence[LayerWidths], precisions: Mapping[str, str] = UNMIXED) -> float:
+        """Return the cost of a whole network, given the widths of every layer, and precisions by the names of parts."""
 
-    def cheaper(self, block: Block, levels: Sequence[Counts]) -> list[Counts]:
-        """Return the levels that are known to cost less than the next larger one returned, the dearest first."""
+    def cheaper(self, block: Block, settings: Sequence[Setting]) -> list[Setting]:
+        """Return the settings that a search should choose from, the dearest first.
+
+        Precisions of better quality come first in `settings`, that of the first one is the reference. Of each precision
+        those are returned that are known to cost less than the next larger one returned, where its full width is known
+        to cost less than the reference's, and nothing that a better setting makes useless (see `undominated`).
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +70,8 @@ class MixedCosts:
     def caveats(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(caveat for _, costs in self.parts for caveat in costs.caveats))
 
-    def block(self, block: Block, counts: Counts) -> float:
-        return sum(weight * costs.block(block, counts) for weight, costs in self.parts)
+    def block(self, block: Block, counts: Counts, precision: str = "") -> float:
+        return sum(weight * costs.block(block, counts, precision) for weight, costs in self.parts)
 
     @property
     def pairs(self) -> Mapping[tuple[str, str], PairCost]:
@@ -74,15 +82,35 @@ class MixedCosts:
         terms = ((weight, costs.pairs.get(name)) for weight, costs in self.parts)
         return sum(weight * cost(first, second) for weight, cost in terms if cost is not None)
 
-    def predict(self, widths: Sequence[LayerWidths]) -> float:
-        return sum(weight * costs.predict(widths) for weight, costs in self.parts)
+    def predict(self, widths: Sequence[LayerWidths], precisions: Mapping[str, str] = UNMIXED) -> float:
+        return sum(weight * costs.predict(widths, precisions) for weight, costs in self.parts)
 
-    def cheaper(self, block: Block, levels: Sequence[Counts]) -> list[Counts]:
-        """Return the levels that any part returns, without those that are not cheaper in the sum than a dearer one."""
-        told = {level for _, costs in self.parts for level in costs.cheaper(block, levels)}
-        ordered = sorted(told, key=lambda level: (-self.block(block, level), level))
-        kept: list[Counts] = []
-        for level in ordered:
-            if not kept or self.block(block, level) < self.block(block, kept[-1]):
-                kept.append(level)
-        return kept
+    def cheaper(self, block: Block, settings: Sequence[Setting]) -> list[Setting]:
+        """Return the settings that any part returns, without those that a better one makes useless in the sum."""
+        told = {one for _, costs in self.parts for one in costs.cheaper(block, settings)}
+        return undominated([one for one in settings if one in told], cost=functools.partial(self._cost, block))
+
+    def _cost(self, block: Block, setting: Setting) -> float:
+        return self.block(block, *setting)
+
+
+def undominated(settings: Sequence[Setting], *, cost: Callable[[Setting], float]) -> list[Setting]:
+    """Return the settings that cost less than every other one at least as wide and as good, the dearest first.
+
+    Of two precisions, the one that comes first in `settings` is the better one.
+    """
+    ranks = {precision: rank for rank, precision in enumerate(dict.fromkeys(one for _, one in settings))}
+    known = [(counts, ranks[precision], cost((counts, precision))) for counts, precision in settings]
+
+    def is_useless(index: int) -> bool:
+        counts, rank, own = known[index]
+        return any(
+            other != index
+            and theirs <= own
+            and their_rank <= rank
+            and all(more >= few for more, few in zip(wide, counts, strict=True))
+            for other, (wide, their_rank, theirs) in enumerate(known)
+        )
+
+    useful = [index for index in range(len(settings)) if not is_useless(index)]
+    return [settings[index] for index in sorted(useful, key=lambda index: -known[index][2])]

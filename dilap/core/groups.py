@@ -58,7 +58,8 @@ class Block:
     The first group is the one whose units methods rank; keeping none of them removes the block. A second group, where
     there is one, divides the same tensors in another way (query slots beside KV groups) and never loses all its units.
     `layer` is the index of the decoder layer; a layer whose blocks are all removed is deleted. Blocks of the same
-    `kind`, `attention` or `ffn`, have the same groups; the units of an `ffn` are channels, or experts.
+    `kind`, `attention` or `ffn`, have the same groups; the units of an `ffn` are channels, or experts. A part without
+    groups, such as `HEAD`, loses nothing: only its precision is chosen.
     """
 
     name: str
@@ -74,7 +75,10 @@ class Block:
     @property
     def has_experts(self) -> bool:
         """Whether the units are the experts of a feed-forward network."""
-        return self.main.name.endswith(".experts")
+        return any(group.name.endswith(".experts") for group in self.groups)
+
+
+HEAD = Block(name="head", layer=-1, kind="head", groups=())  # the projection to the vocabulary
 
 
 def indices_kept(groups: Iterable[Group], kept: Kept) -> dict[tuple[str, int], NDArray[np.int64]]:

@@ -16,7 +16,8 @@ class Plan:
     """The units that every group of a dense model keeps, as ascending indices; `base` is that model's digest.
 
     A block is removed by keeping no unit of its first group; a layer that loses all its blocks is deleted.
-    `precisions` has, by name, the precision of the blocks that are not written in the artifact's precision.
+    `precisions` has, by name, the precision of the parts that are not written in the artifact's precision: blocks of
+    the dense model, the `head` and the `embedding`.
     """
 
     VERSION: ClassVar[int] = 2  # 1 had no precisions: every block was in the artifact's
@@ -33,7 +34,7 @@ class Plan:
             raise ValueError(f"the plan and its architecture disagree about group {odd[0]}")
         for name, units in self.kept.items():
             _require_units(groups[name], units)
-        if odd := sorted(set(self.precisions) - {block.name for block in blocks}):
+        if odd := sorted(set(self.precisions) - set(self.architecture.parts)):
             raise ValueError(f"the plan gives a precision to {odd[0]}, which its architecture does not have")
         self.architecture.require_network(self._counts)
 
@@ -59,6 +60,16 @@ class Plan:
     def pruned_architecture(self) -> Architecture:
         """Return the architecture of the pruned model, without the deleted layers."""
         return replace(self.architecture, layers=tuple(w for w in self.all_widths() if not w.is_empty))
+
+    def pruned_precisions(self) -> dict[str, str]:
+        """Return the precisions of the parts that the pruned model has, under the names that they have there."""
+        kept = [index for index, widths in enumerate(self.all_widths()) if not widths.is_empty]
+        renamed = {"head": "head", "embedding": "embedding"}
+        for new, old in enumerate(kept):
+            renamed |= {f"layers.{old}.{kind}": f"layers.{new}.{kind}" for kind in ("attention", "ffn")}
+        left = set(self.pruned_architecture().parts)
+        found = {renamed[part]: one for part, one in self.precisions.items() if part in renamed}
+        return {part: one for part, one in found.items() if part in left}
 
 
 def _require_units(group: Group, units: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 from dilap.core.bounds import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH
@@ -20,6 +21,7 @@ PRECISION_BITS: Mapping[str, float] = {
     "int8": 9,
     "int4": 5,
 }
+UNMIXED: Mapping[str, str] = MappingProxyType({})  # precisions of parts where all have that of the whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +140,11 @@ class Architecture:
             elif layer.num_channels:
                 found.append(_block(index, "ffn", {"channels": layer.num_channels}, least={}))
         return tuple(found)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of what may have a precision of its own: the blocks, the head and the embedding."""
+        return (*(block.name for block in self.blocks), "head", "embedding")
 
     def widths_at(self, counts: Mapping[str, int]) -> tuple[LayerWidths, ...]:
         """Return the widths of every layer when `counts` units are left in each group, empty layers included.

@@ -1,21 +1,22 @@
-"""What a search may choose from: for every block its levels, which are widths, and what each of them costs."""
+"""What a search may choose from: for every block its levels, widths with precisions, and what each of them costs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dilap.core.costs import Counts
 from dilap.core.errors import Unsupported
 from dilap.core.groups import Block, Kept
 from dilap.core.plan import Plan
-from dilap.core.shape import PRECISION_BITS, Architecture, LayerWidths
+from dilap.core.shape import PRECISION_BITS, UNMIXED, Architecture, LayerWidths
 
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """One width of a block: how many units are left in each of its groups, in the block's order.
+    """One width of a block, which is how many units are left in each of its groups, in the block's order; a precision.
 
-    Where none is left in the first group, the block is removed. `cost` is in the unit of the cost model: seconds, or
-    weights. `precision` is that of the block's matrices; an empty one means the artifact's.
+    Where none is left in the first group, the block is removed. The head has no groups and is never removed. `cost` is
+    in the unit of the cost model: seconds, or weights. `precision` is that of the block's matrices; an empty one means
+    the artifact's.
     """
 
     counts: Counts
@@ -29,7 +30,10 @@ class Level:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A block with its levels, the full width first and then by falling cost."""
+    """A block with its levels: first the full width, in the reference precision, and then the others by falling cost.
+
+    Where precisions are chosen, the last choice of a space is that of the head.
+    """
 
     block: Block
     levels: tuple[Level, ...]
@@ -59,7 +63,7 @@ class Coupling:
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """All choices of a model. `fixed_cost` is the cost of what no plan removes: embedding, head, launch.
+    """All choices of a model. `fixed_cost` is the cost of what no plan changes: embedding, launch, and often the head.
 
     A config of the space is one level index for every choice.
     """
@@ -101,19 +105,26 @@ class Space:
             counts |= zip(names, choice.levels[index].counts, strict=True)
         return self.architecture.widths_at(counts)
 
+    def precisions(self, config: Sequence[int]) -> dict[str, str]:
+        """Return the precisions, by name, of the parts that are not in the artifact's own at `config`."""
+        levels = {choice.name: choice.levels[index] for choice, index in zip(self.choices, config, strict=True)}
+        return {name: level.precision for name, level in levels.items() if level.precision}
 
 def embedding_precision(head: str, offered: Sequence[str]) -> str:
     """Return the precision of the embedding for one of the precisions `offered` for the head.
 
     It costs no time, so it has 8 bits where the head has fewer, if they are offered.
     """
-    eight = [one for one in offered if 8 <= PRECISION_BITS[one] < 16]
+    eight = [one for one in offered if one and 8 <= PRECISION_BITS[one] < 16]
     return eight[0] if eight and PRECISION_BITS[head] < 8 else head
 
 
-def plan_of(space: Space, units: Sequence[Kept], *, base: str) -> Plan:
-    """Return the plan that keeps `units`: for every choice of `space`, the units that stay by group."""
+def plan_of(space: Space, units: Sequence[Kept], *, base: str, precisions: Mapping[str, str] = UNMIXED) -> Plan:
+    """Return the plan that keeps `units`: for every choice of `space`, the units that stay by group.
+
+    `precisions` has those of the parts that are not in the artifact's own.
+    """
     kept: dict[str, tuple[int, ...]] = {}
     for chosen in units:
         kept |= {name: tuple(indices) for name, indices in chosen.items()}
-    return Plan(base=base, architecture=space.architecture, kept=kept)
+    return Plan(base=base, architecture=space.architecture, kept=kept, precisions=dict(precisions))

@@ -1,8 +1,9 @@
 """Exporting to one runtime and measuring on one device: everything that a job asks of its target."""
 
+import functools
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from dilap.core.measurement import Measurement
 from dilap.core.plan import Plan, full_plan
 from dilap.core.printable import joined
 from dilap.core.progress import Progress, say_lines
-from dilap.core.shape import Architecture
+from dilap.core.shape import UNMIXED, Architecture
 from dilap.core.workload import Statistic, Workload
 from dilap.job.outputs import home_of, name_of
 from dilap.models.anatomy import architecture_of
@@ -27,7 +28,7 @@ from dilap.profilers.configuration import Configuration, MeasuredWorld, find_fas
 from dilap.profilers.devices.device import Device
 from dilap.profilers.profiler import Case, Profiler
 from dilap.profilers.protocol import FINAL, TABLE, Protocol
-from dilap.profilers.tables.fit import LatencyModel
+from dilap.profilers.tables.model import LatencyModel
 from dilap.profilers.tables.probes import build_table, default_levels
 from dilap.profilers.tables.roofline import describe, estimated, roofline
 from dilap.profilers.tables.table import LatencyTable
@@ -64,7 +65,8 @@ class Usual:
 class Bench:
     """A device, a runtime and a workload, for which a job exports, measures and predicts.
 
-    `helpers` are further devices of the same kind, which measure part of the latency table. With `estimate` nothing is
+    `precisions` are those that parts of a model may have beside the workload's own; a latency table is measured in all
+    of them. `helpers` are further devices of the same kind, which measure part of the table. With `estimate` nothing is
     measured: latencies come from a roofline of the device's published numbers, and are marked as estimated.
     """
 
@@ -72,6 +74,7 @@ class Bench:
     backend: Backend
     workload: Workload
     progress: Progress
+    precisions: tuple[str, ...] = ()
     helpers: tuple[Device, ...] = ()
     force: bool = False
     tables: Path | None = None  # where tables and configurations are kept; `tables/` by default
@@ -85,6 +88,7 @@ class Bench:
         workload: Workload,
         progress: Progress,
         *,
+        precisions: Sequence[str] = (),
         force: bool = False,
         tables: Path | None = None,
         estimate: bool = False,
@@ -100,12 +104,14 @@ class Bench:
             progress.say(f"ESTIMATED: {describe(device)} stands for {device.name}, nothing is measured")
         elif (reason := device.unavailable()) or (device.location is None and (reason := backend.unavailable())):
             raise Unavailable(reason)
-        backends.require_precision(backend, workload.precision)
+        for precision in (workload.precision, *precisions):
+            backends.require_precision(backend, precision)
         return cls(
             device=device,
             backend=backend,
             workload=workload,
             progress=progress,
+            precisions=tuple(dict.fromkeys(one for one in precisions if one != workload.precision)),
             helpers=tuple(helpers),
             force=force,
             tables=tables,
@@ -120,7 +126,9 @@ class Bench:
     def estimated_model(self, architecture: Architecture) -> LatencyModel:
         """Return the roofline of the device, which takes the place of a fitted latency table in an estimate."""
         cache_bits = self.backend.cache_bits(self.workload)
-        return roofline(architecture.envelope, self.workload, self.device, cache_bits=cache_bits)
+        return roofline(
+            architecture.envelope, self.workload, self.device, cache_bits=cache_bits, precisions=self.precisions
+        )
 
     @cached_property
     def profiler(self) -> Profiler:
@@ -161,7 +169,9 @@ class Bench:
         roofline gives the latency of the others. Whoever claims something calls `measure_final`.
         """
         if self.estimate:
-            shapes = [(self.read_artifact(one.path.parent).architecture, file_sha256(one.path)) for one in cases]
+            shapes = [
+                (self.read_artifact(one.path.parent).architecture, file_sha256(one.path), UNMIXED) for one in cases
+            ]
             return self._estimates(shapes[0][0], shapes)
         protocol = self._protocol(FINAL if final else TABLE)
         with self.progress.bar("measure", total=None, unit="") as bar:
@@ -192,21 +202,30 @@ class Bench:
         return [replace(one, status="contended", note=f"{excess}; {advice}") for one in found]
 
     def measure_widths(
-        self, dense: Path, architecture: Architecture, path: Path, *, usual: Usual | None
+        self,
+        dense: Path,
+        architecture: Architecture,
+        path: Path,
+        *,
+        usual: Usual | None,
+        precisions: Mapping[str, str] = UNMIXED,
     ) -> list[Measurement]:
         """Measure the dense model beside a model of shape `architecture` with random weights; see `measure_final`.
 
-        The two measurements are kept in the file `path`, where a continued run finds them, unless they are contended.
+        `precisions` has those of the parts that are not in the workload's own. The two measurements are kept in the
+        file `path`, where a continued run finds them, unless they are contended.
         """
         if self.estimate:
             whole = self.read_artifact(dense.parent).architecture
-            return self._estimates(whole, [(whole, file_sha256(dense)), (architecture, "")])
+            return self._estimates(whole, [(whole, file_sha256(dense), UNMIXED), (architecture, "", precisions)])
         if path.exists():
             return list(checked(tuple[Measurement, ...], read_json(path).get("measurements"), source=str(path)))
         folder = path.with_suffix("")
-        exporter = export.get(self.backend.name)
+        write = export.get(self.backend.name).export_probe
+        if precisions:
+            write = functools.partial(write, precisions=precisions)
         shutil.rmtree(folder, ignore_errors=True)
-        probe = exporter.export_probe(architecture, precision=self.workload.precision, seed=0, out=folder)
+        probe = write(architecture, precision=self.workload.precision, seed=0, out=folder)
         cases = [Case(path=one, workload=self.workload) for one in (dense, folder / probe.path)]
         measurements = self.measure_final(cases, usual)
         shutil.rmtree(folder)
@@ -214,12 +233,21 @@ class Bench:
             write_json(path, {"measurements": [asdict(one) for one in measurements]})
         return measurements
 
-    def _estimates(self, dense: Architecture, shapes: Sequence[tuple[Architecture, str]]) -> list[Measurement]:
-        """Return estimates for models that are given by their shape and the SHA-256 of their file."""
-        models = (self.estimated_model(replace(dense, vocab_size=shape.vocab_size)) for shape, _ in shapes)
+    def _estimates(
+        self, dense: Architecture, shapes: Sequence[tuple[Architecture, str, Mapping[str, str]]]
+    ) -> list[Measurement]:
+        """Return estimates for models that are given by their shape, the SHA-256 of their file, and precisions."""
+        models = (self.estimated_model(replace(dense, vocab_size=shape.vocab_size)) for shape, _, _ in shapes)
         return [
-            estimated(model, shape.layers, device=self.device, backend=self.backend.name, artifact_sha256=sha256)
-            for model, (shape, sha256) in zip(models, shapes, strict=True)
+            estimated(
+                model,
+                shape.layers,
+                precisions=precisions,
+                device=self.device,
+                backend=self.backend.name,
+                artifact_sha256=sha256,
+            )
+            for model, (shape, sha256, precisions) in zip(models, shapes, strict=True)
         ]
 
     def find_configuration(self, path: Path, *, threads: Sequence[int]) -> Configuration:
@@ -259,9 +287,9 @@ class Bench:
     def table_path(self, model: str, architecture: Architecture) -> Path:
         """Return the default file of a model's latency table.
 
-        Every device, runtime, workload and shape of the model has a file of its own.
+        Every device, runtime, workload, shape of the model and set of precisions has a file of its own.
         """
-        return self._kept_path(model, architecture, [])
+        return self._kept_path(model, architecture, [sorted(self.precisions)] if self.precisions else [])
 
     def _kept_path(self, model: str, architecture: Architecture, more: list[Any]) -> Path:
         fingerprint = replace(self.profiler.fingerprint(), soft={})
@@ -276,8 +304,10 @@ class Bench:
         A table gives costs by width, so that of a model whose layers differ is measured for the envelope of its layers.
         """
         architecture = architecture.envelope
-        capabilities = self.backend.capabilities(architecture, precision=self.workload.precision)
-        attention_levels, ffn_levels = default_levels(architecture, capabilities)
+        (attention_levels, ffn_levels), *others = (
+            default_levels(architecture, self.backend.capabilities(architecture, precision=precision))
+            for precision in (self.workload.precision, *self.precisions)
+        )
         with self.progress.bar("latency table", total=None, unit="probe") as bar:
 
             def show(done: int, total: int, text: str) -> None:
@@ -292,6 +322,7 @@ class Bench:
                 path=path,
                 attention_levels=attention_levels,
                 ffn_levels=ffn_levels,
+                others=dict(zip(self.precisions, others, strict=True)),
                 protocol=self._protocol(TABLE),
                 progress=show,
             )
@@ -306,6 +337,7 @@ class Bench:
             workload=self.workload,
             architecture=architecture.envelope,
             backend=self.backend.name,
+            precisions=self.precisions,
         )
         say_lines(self.progress, describe_errors(table))
         return table
@@ -337,8 +369,15 @@ def describe_errors(table: LatencyTable) -> str:
     if errors:
         said += (
             f": on {len(errors)} held-out random plans the prediction is off by {statistics.median(errors):.1%} "
-            f"(median), {max(errors):.1%} (worst)"
+            f"(median), {max(errors):.1%} (worst){_by_precision(model)}"
         )
     else:
         said += "; it has no held-out plans yet"
     return joined([said, *model.caveats])
+
+
+def _by_precision(model: LatencyModel) -> str:
+    """Say how well plans are predicted that are mostly in one precision or another; nothing where there is only one."""
+    errors = model.holdout_errors_by_precision()
+    said = (f"{statistics.median(some):.1%} mostly in {precision}" for precision, some in errors.items())
+    return f": {', '.join(said)}" if len(model.by_precision) > 1 else ""

@@ -12,7 +12,7 @@ from dilap.models.anatomy import architecture_of
 from dilap.models.context import require_context
 from dilap.models.load import load
 from dilap.profilers.devices.device import Device
-from dilap.profilers.tables.fit import LatencyModel
+from dilap.profilers.tables.model import LatencyModel
 from dilap.profilers.tables.table import LatencyTable
 from dilap.search.layouts import describe
 
@@ -29,6 +29,7 @@ def profile(
     options: JobOptions,
     *,
     devices: Sequence[Device],
+    precisions: Sequence[str] = (),
     out: Path | None = None,
     tables: Path | None = None,
     progress: Progress,
@@ -36,22 +37,32 @@ def profile(
     """Measure what is missing of a model's latency table, fit it, and return the fit.
 
     Of the `options`, those about the model, the runtime and what is timed count. The first of `devices` is the one that
-    is asked about; the others are of its kind and share the work. `out` is the table's file, by default one for the
-    model, device, runtime and workload in the folder `tables`.
+    is asked about; the others are of its kind and share the work. `precisions` are those that parts of a model may have
+    beside the workload's own. `out` is the table's file, by default one for the model, device, runtime, workload and
+    precisions in the folder `tables`.
     """
     workload, backend, model = options.workload, options.backend, options.model
     bench = Bench.of(
-        devices, backend, workload, progress, force=options.force, tables=tables, estimate=options.estimate
+        devices,
+        backend,
+        workload,
+        progress,
+        precisions=precisions,
+        force=options.force,
+        tables=tables,
+        estimate=options.estimate,
     )
     source = load(model, merge_adapter=options.merge_adapter, vocabulary=options.vocabulary)
     architecture = architecture_of(source.model)
-    backends.require_loadable(bench.backend, architecture, precision=workload.precision)
+    for precision in (workload.precision, *bench.precisions):
+        backends.require_loadable(bench.backend, architecture, precision=precision)
     held = bench.backend.capabilities(architecture, precision=workload.precision).max_tokens
     require_context(source.model.config, workload, runtime=backend, runtime_tokens=held)
     progress.say(f"{model}: {describe(architecture)}")
     for note in source.notes:
         progress.say(note)
-    progress.say(f"{workload.describe()} on {devices[0].label}, {backend}")
+    mixed = f" (parts in {', '.join(bench.precisions)} too)" if bench.precisions else ""
+    progress.say(f"{workload.describe()}{mixed} on {devices[0].label}, {backend}")
     if options.estimate:
         return Profile(model=bench.estimated_model(architecture), table=None)
     if out is not None and out.exists():  # a table keeps the configuration that it was begun in

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from dilap.models.reference import Teacher
 from dilap.models.text import Calibration
 from dilap.profilers.configuration import Configuration
 from dilap.profilers.profiler import budget_share
-from dilap.profilers.tables.fit import LatencyModel
+from dilap.profilers.tables.model import LatencyModel
 from dilap.profilers.tables.table import LatencyTable
 from dilap.search.layouts import Layout, build_space, width_rules
 from dilap.search.limit import CostLimit
@@ -145,7 +146,7 @@ class Stages:
         capabilities = self.bench.backend.capabilities(architecture, precision=self.options.workload.precision)
         ratio = self.options.budget.ratio
         costs = self._latency_model(architecture) if ratio is None else WeightCosts(architecture=architecture)
-        space = build_space(costs, architecture, capabilities, layout=layout)
+        space = build_space(costs, architecture, {"": capabilities}, layout=layout)
         rules = width_rules(layout, capabilities)
         if ratio is None:
             return self._latency_goal(dense, costs, space, layout, rules)
@@ -182,7 +183,7 @@ class Stages:
         cost_limit = CostLimit(
             limit=AIM * limit / scale,
             predict=costs.predict,
-            measure=lambda architecture: self._share_used(architecture, dense, usual),
+            measure=lambda architecture, precisions: self._share_used(architecture, precisions, dense, usual),
             aim=AIM,
         )
         return Goal(
@@ -301,16 +302,21 @@ class Stages:
         name, folder = self.options.method, self.workspace.methods
         return folder / f"own-{code_sha256(name)[:16]}" if ":" in name else folder
 
-    def _share_used(self, architecture: Architecture, dense: Artifact, usual: Usual) -> float | None:
-        """Return the share of the budget that an architecture uses: the upper end of the measured interval.
+    def _share_used(
+        self, architecture: Architecture, precisions: Mapping[str, str], dense: Artifact, usual: Usual
+    ) -> float | None:
+        """Return the share of the budget that a pruned network uses: the upper end of the measured interval.
 
         It is measured as for the proof, and kept for a continued run. The model that is measured has random weights,
         because latency does not depend on them. Noise adds at most `_MOST_ALLOWED_FOR` to the share. It is None where
         the device was disturbed, because a search that trusted such a number went 2 % over its budget.
         """
-        path = self.workspace.common / f"measured-{digest(asdict(architecture))[:16]}.json"
+        shape = [asdict(architecture), dict(precisions)] if precisions else asdict(architecture)
+        path = self.workspace.common / f"measured-{digest(shape)[:16]}.json"
         with self.workspace.stage(_MEASURE):
-            both = self.bench.measure_widths(self.workspace.dense / dense.path, architecture, path, usual=usual)
+            both = self.bench.measure_widths(
+                self.workspace.dense / dense.path, architecture, path, usual=usual, precisions=precisions
+            )
         require_measured(both[0], dense, source=str(path))
         used = budget_share(self.options.budget, *both)
         self.workspace.log.say(f"this plan, {self.bench.measured}: {percent(used)} of the budget{both[-1].mark}")

@@ -5,7 +5,7 @@ from typing import Any
 
 from dilap.core.codec import digest
 from dilap.core.errors import InvalidInput
-from dilap.profilers.tables.fit import LatencyModel
+from dilap.profilers.tables.model import LatencyModel
 from dilap.profilers.tables.table import LatencyTable
 from dilap.report.figure import Figure, field, tooltip
 from dilap.report.inputs import Run

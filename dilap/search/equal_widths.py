@@ -1,6 +1,7 @@
 """DiLAP's search for runtimes that need equal widths in all layers: one pair of widths, and whole layers removed."""
 
 from collections.abc import Iterator
+from itertools import product
 
 from dilap.core.errors import Infeasible
 from dilap.core.space import Space
@@ -35,15 +36,14 @@ def search(task: SearchTask) -> SearchResult:
 
 
 def _candidates(quadratic: Quadratic, task: SearchTask) -> Iterator[Config]:
-    """Yield a config within the limit for every pair of widths that has one."""
-    first_attention, first_ffn = task.space.choices[0], task.space.choices[1]
-    for attention, level in enumerate(first_attention.levels):
-        for ffn, channels in enumerate(first_ffn.levels):
-            if not level.is_removed and not channels.is_removed:
-                config = (attention, ffn) * len(task.space.architecture.layers)
-                config = _remove_layers(quadratic, task, config)
-                if task.space.cost(config) <= task.limit:
-                    yield config
+    """Yield a config within the limit for every pair of levels that has one, with every level of a chosen head."""
+    num_layers = len(task.space.architecture.layers)
+    first_attention, first_ffn, *heads = task.space.choices[:2] + task.space.choices[2 * num_layers :]
+    for attention, ffn, *head in product(*(range(len(one.levels)) for one in (first_attention, first_ffn, *heads))):
+        if not first_attention.levels[attention].is_removed and not first_ffn.levels[ffn].is_removed:
+            config = _remove_layers(quadratic, task, ((attention, ffn) * num_layers + tuple(head)))
+            if task.space.cost(config) <= task.limit:
+                yield config
 
 
 def _remove_layers(quadratic: Quadratic, task: SearchTask, config: Config) -> Config:

@@ -1,11 +1,16 @@
-"""Build what a search may choose from: widths that the runtime loads, the layout allows, and that cost less."""
+"""Build what a search may choose from: widths that the runtime loads, the layout allows, and that cost less.
+
+Where several precisions are on offer, every width comes in each of them, and the head has a choice of its own.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
-from dilap.core.costs import Costs, PairCost
+from dilap.core.costs import Costs, Counts, PairCost, Setting
 from dilap.core.errors import Unsupported
+from dilap.core.groups import HEAD, Block
 from dilap.core.rules import PORTABLE_FFN_MULTIPLE, Capabilities, WidthRules, portable_levels
 from dilap.core.shape import Architecture
 from dilap.core.space import Choice, Coupling, Level, Space
@@ -41,26 +46,48 @@ def width_rules(layout: Layout, capabilities: Capabilities) -> WidthRules:
     )
 
 
-def build_space(costs: Costs, architecture: Architecture, capabilities: Capabilities, *, layout: Layout) -> Space:
+def build_space(
+    costs: Costs, architecture: Architecture, capabilities: Mapping[str, Capabilities], *, layout: Layout
+) -> Space:
     """Return every sublayer with the widths that the runtime loads and that cost less than the next larger one.
+
+    `capabilities` has what the runtime loads in every precision on offer: first the reference, which changes nothing of
+    the quality, then those of ever lower quality; an empty name is the artifact's own precision. Where there are
+    several, the last choice is that of the head's precision.
 
     The layout `portable` removes no single heads and has FFN widths that are positive multiples of 256, which more
     runtimes load. `uniform` is for equal widths in every layer, with whole layers removed if the runtime loads that.
     The block that the network cannot do without keeps at least its narrowest width.
     """
+    layer_removal = all(one.layer_removal for one in capabilities.values())
     choices = []
-    for block in architecture.blocks:
-        offered = capabilities.levels(block)
-        if layout == "portable":
-            offered = portable_levels(block, offered)
-        levels = [Level(counts=one, cost=costs.block(block, one)) for one in costs.cheaper(block, offered)]
-        if layout == "uniform":  # a layer is removed as a whole, and costs nothing then
+    for block in (*architecture.blocks, *[HEAD] * (len(capabilities) > 1)):
+        offered = [
+            (counts, precision) for precision, one in capabilities.items() for counts in _widths(block, one, layout)
+        ]
+        levels = [_level(costs, block, setting) for setting in costs.cheaper(block, offered)]
+        if layout == "uniform" and block.groups:  # a layer is removed as a whole, and costs nothing then
             removed = Level(counts=(0,) * len(block.groups), cost=0.0)
-            levels = [*(level for level in levels if not level.is_removed), *[removed] * capabilities.layer_removal]
+            levels = [*(level for level in levels if not level.is_removed), *[removed] * layer_removal]
         kept = tuple(level for level in levels if block.name != architecture.required_block or not level.is_removed)
         choices.append(Choice(block=block, levels=kept))
     couplings = tuple(_coupling(choices, names, cost) for names, cost in costs.pairs.items())
     return Space(architecture=architecture, choices=tuple(choices), fixed_cost=costs.constant, couplings=couplings)
+
+
+def _widths(block: Block, capabilities: Capabilities, layout: Layout) -> list[Counts]:
+    """Return the widths that the runtime loads and the layout allows; the head has one, which is empty."""
+    if not block.groups:
+        return [()]
+    offered = capabilities.levels(block)
+    return portable_levels(block, offered) if layout == "portable" else offered
+
+
+def _level(costs: Costs, block: Block, setting: Setting) -> Level:
+    """Return a level with its cost; a block that is removed has no precision."""
+    counts, precision = setting
+    level = Level(counts=counts, cost=costs.block(block, counts, precision), precision=precision)
+    return replace(level, precision="") if level.is_removed else level
 
 
 def _coupling(choices: Sequence[Choice], names: tuple[str, str], cost: PairCost) -> Coupling:

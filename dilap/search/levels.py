@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 
 from dilap.core.codec import digest
 from dilap.core.plan import Plan
-from dilap.core.shape import Architecture
 from dilap.core.space import Choice, Space, embedding_precision, plan_of
 from dilap.models.reference import Teacher
 from dilap.search.allocation import Config
@@ -88,11 +87,15 @@ def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teach
         results.append(search(asked))
         return results[-1]
 
-    def architecture(result: SearchResult) -> Architecture:
-        widths = tuple(layer for layer in task.space.widths(result.config) if not layer.is_empty)
-        return replace(task.architecture, layers=widths)
+    def plan(result: SearchResult) -> Plan:
+        return plan_at(task, net, result.config)
 
-    found = task.cost_limit.meet(choose, cost=lambda one: task.space.cost(one.config), architecture=architecture)
+    found = task.cost_limit.meet(
+        choose,
+        cost=lambda one: task.space.cost(one.config),
+        architecture=lambda one: plan(one).pruned_architecture(),
+        precisions=lambda one: plan(one).pruned_precisions(),
+    )
     net.close()
     return found
 
@@ -142,8 +145,8 @@ def validation_teacher(task: PruneTask) -> Teacher:
 
 def plan_at(task: PruneTask, net: Supernet, config: Config) -> Plan:
     """Return the plan that keeps the library's units at `config`, with its precisions."""
-    fits, level = net.fits(config), net.head_level(config)
-    precisions = {one.name: fit.precision for one, fit in zip(net.sublayers, fits, strict=True)}
-    precisions |= {"head": level.head, "embedding": level.embedding}
-    plan = plan_of(task.space, [fit.units for fit in fits], base=task.base)
-    return replace(plan, precisions={name: precision for name, precision in precisions.items() if precision})
+    precisions = task.space.precisions(config)
+    if "head" in precisions:
+        offered = [level.precision for level in task.space.choices[-1].levels]
+        precisions["embedding"] = embedding_precision(precisions["head"], offered)
+    return plan_of(task.space, [fit.units for fit in net.fits(config)], base=task.base, precisions=precisions)

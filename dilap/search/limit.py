@@ -1,14 +1,14 @@
 """A limit on what a plan may cost, and the loop by which every method meets it: predict, choose, measure, correct."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from dilap.core.errors import Infeasible
 from dilap.core.plan import Plan
-from dilap.core.shape import Architecture, LayerWidths
+from dilap.core.shape import UNMIXED, Architecture, LayerWidths
 
 T = TypeVar("T")
 _ENOUGH = 0.95  # share of the budget: a plan that uses less has lost quality for nothing
@@ -25,30 +25,48 @@ def uses_well(share: float) -> bool:
     return _ENOUGH <= share <= _MOST
 
 
+class Predict(Protocol):
+    """Predicts what a network costs; see `Costs.predict`."""
+
+    def __call__(self, widths: Sequence[LayerWidths], precisions: Mapping[str, str] = UNMIXED, /) -> float: ...
+
+
+class Measure(Protocol):
+    """Measures the share of the budget that a pruned network of some shape and precisions uses, if it can be told."""
+
+    def __call__(self, architecture: Architecture, precisions: Mapping[str, str], /) -> float | None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class CostLimit:
     """A limit on what a plan costs.
 
-    `predict` returns the cost of a network with these widths: seconds by the latency table, or weights where a ratio is
-    asked for. `measure` returns the share of the budget that an architecture really uses, the upper end of its
-    interval, or None where the device was disturbed and the prediction stands; it is itself None where predictions are
-    exact. Methods aim at `limit`, which is the share `aim` of the budget.
+    `predict` returns the cost of a network with these widths and precisions: seconds by the latency table, or weights
+    where a ratio is asked for. `measure` returns the share of the budget that a pruned network really uses, the upper
+    end of its interval, or None where the device was disturbed and the prediction stands; it is itself None where
+    predictions are exact. Methods aim at `limit`, which is the share `aim` of the budget.
     """
 
     limit: float
-    predict: Callable[[Sequence[LayerWidths]], float]
-    measure: Callable[[Architecture], float | None] | None = None
+    predict: Predict
+    measure: Measure | None = None
     aim: float = 1.0
 
     def cost(self, plan: Plan) -> float:
-        return self.predict(plan.all_widths())
+        return self.predict(plan.all_widths(), plan.precisions)
 
     def meet(
-        self, choose: Callable[[float], T], *, cost: Callable[[T], float], architecture: Callable[[T], Architecture]
+        self,
+        choose: Callable[[float], T],
+        *,
+        cost: Callable[[T], float],
+        architecture: Callable[[T], Architecture],
+        precisions: Callable[[T], Mapping[str, str]] = lambda _: UNMIXED,
     ) -> T:
         """Return what `choose` finds within a limit that is corrected until the budget is used well.
 
-        What it finds is measured, and the next limit is the first one divided by the mean ratio of measured to
+        What it finds is measured, a network of that architecture and those precisions (see `Plan.pruned_precisions`;
+        by default the artifact's own). The next limit is the first one divided by the mean ratio of measured to
         predicted cost over all attempts. Of the attempts that keep the budget the one that uses most of it is returned;
         where none keeps it, the one nearest to it. Raises Infeasible where `choose` does for the first limit.
         """
@@ -63,7 +81,7 @@ class CostLimit:
                     raise
                 break
             predicted = self.aim * cost(found) / self.limit
-            measured = None if self.measure is None else self.measure(architecture(found))
+            measured = None if self.measure is None else self.measure(architecture(found), precisions(found))
             used = predicted if measured is None else measured
             attempts.append((used, found))
             gaps.append(used / predicted)
@@ -99,7 +117,7 @@ class CostLimit:
             pruned = plan.pruned_architecture()
             return replace(pruned, out_bias=True, ffn_out_bias=True) if output_biases else pruned
 
-        return self.meet(choose, cost=self.cost, architecture=architecture)
+        return self.meet(choose, cost=self.cost, architecture=architecture, precisions=Plan.pruned_precisions)
 
     def _smallest(self, at: Callable[[float], Plan], limit: float) -> float:
         """Return the smallest knob whose plan keeps `limit`. Raises Infeasible."""
@@ -132,7 +150,9 @@ class CostLimit:
             reason = self._excess(made[-1], limit) if made else "the method offers no plan"
             raise Infeasible(f"{reason}; this method cannot prune more")
 
-        return self.meet(choose, cost=self.cost, architecture=Plan.pruned_architecture)
+        return self.meet(
+            choose, cost=self.cost, architecture=Plan.pruned_architecture, precisions=Plan.pruned_precisions
+        )
 
     def _excess(self, plan: Plan, limit: float) -> str:
         return f"the smallest plan takes {self.cost(plan) / limit:.1%} of what is allowed"

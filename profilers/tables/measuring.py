@@ -4,6 +4,7 @@ Probes are measured in blocks of a few, each block together with the dense probe
 so that an interrupted measurement goes on where it stopped.
 """
 
+import functools
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,24 +17,18 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, read_json, scratch_folder
 from dilap.core.errors import LinkLost, Mismatch
 from dilap.core.measurement import Measurement
-from dilap.core.shape import Architecture, LayerWidths
+from dilap.core.shape import Architecture
 from dilap.profilers.profiler import Case, Profiler, round_medians
-from dilap.profilers.tables.table import LatencyTable, Role, TableEntry, TableHeader, runs_of
+from dilap.profilers.tables.entries import Probe, TableEntry, run_precisions, runs_of
+from dilap.profilers.tables.table import LatencyTable, TableHeader
 
 Progress = Callable[[int, int, str], None]  # probes done, probes in all, what is going on
 _BLOCK = 4  # probes measured together, beside the dense one: about 1.3 GB of mapped files for 135M parameters in f16
 # How often to repeat the probes beside which other processes used the cores. Other load that lasts longer than a table
 # takes is left to the next command.
 _REPEATS = 1
+_OF_FIRST_DEVICE = ("dense", "depth", "holdout")  # what helpers do not measure; see `fill`
 _exporting = threading.Lock()  # one probe is written at a time: exporters share caches, and memory
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probe:
-    """A model to measure; `role` says what its entry in the table is for."""
-
-    role: Role
-    widths: tuple[LayerWidths, ...]
 
 
 @dataclass(kw_only=True)
@@ -61,7 +56,7 @@ def fill(
     """
     for _ in range(1 + _REPEATS):
         whole = _whole(shares)
-        if not (missing := [probe for probe in probes if (probe.role, probe.widths) not in whole]):
+        if not (missing := [probe for probe in probes if probe not in whole]):
             break
         _measure(shares, _Queue(missing, len(probes), progress), architecture)
     return _whole(shares)
@@ -99,7 +94,7 @@ class _Queue:
     def take(self, *, is_helper: bool) -> list[Probe]:
         """Return the next probes to measure; the dense one comes in addition, as it is in every block anyway."""
         with self._lock:
-            free = [probe for probe in self._missing if not is_helper or probe.role in ("attention", "ffn", "random")]
+            free = [probe for probe in self._missing if not is_helper or probe.role not in _OF_FIRST_DEVICE]
             block = free[: _BLOCK + 1] if free and free[0].role == "dense" else free[:_BLOCK]
             self._missing = [probe for probe in self._missing if probe not in block]
             return block
@@ -151,10 +146,10 @@ class _ProbeBench:
 
     def measure(self, block: Sequence[Probe], tell: Callable[[str], None]) -> list[TableEntry]:
         """Measure a block; return one entry per probe. Raises Mismatch where the device is not the table's any more."""
-        dense = self._write(self.architecture.layers, "dense", tell)
+        dense = self._write(Probe(role="dense", widths=self.architecture.layers), "dense", tell)
         others = [probe for probe in block if probe.role != "dense"]
         try:
-            paths = [self._write(probe.widths, str(index), tell) for index, probe in enumerate(others)]
+            paths = [self._write(probe, str(index), tell) for index, probe in enumerate(others)]
             cases = [Case(path=path, workload=self.header.workload) for path in (dense, *paths)]
             sentinel, *measurements = self.profiler.measure(cases, self.header.protocol, progress=tell)
         finally:
@@ -167,13 +162,16 @@ class _ProbeBench:
         pairs = zip([*dense_probes, *others], [sentinel] * len(dense_probes) + measurements, strict=True)
         return [_entry(probe, measurement, medians) for probe, measurement in pairs]
 
-    def _write(self, widths: tuple[LayerWidths, ...], name: str, tell: Callable[[str], None]) -> Path:
+    def _write(self, probe: Probe, name: str, tell: Callable[[str], None]) -> Path:
         out = self.folder / name
         if not out.exists():  # only the dense probe stays from block to block
             tell(f"writing probe {name}")
+            write = export.get(self.header.backend).export_probe
+            if probe.precisions:
+                write = functools.partial(write, precisions=probe.precisions)
             with _exporting:
-                export.get(self.header.backend).export_probe(
-                    replace(self.architecture, layers=widths),
+                write(
+                    replace(self.architecture, layers=probe.widths),
                     precision=self.header.workload.precision,
                     seed=0,
                     out=out,
@@ -185,7 +183,9 @@ class _ProbeBench:
 def _entry(probe: Probe, measurement: Measurement, sentinels: Mapping[int, float]) -> TableEntry:
     return TableEntry(
         role=probe.role,
-        runs=runs_of(probe.widths),
+        runs=runs_of(probe.widths, probe.precisions),
+        precisions=run_precisions(probe.widths, probe.precisions),
+        head=probe.precisions.get("head", ""),
         samples_ns=measurement.samples_ns,
         sentinel_ns=tuple(round(sentinels[number]) for number in measurement.rounds),
         status=measurement.status,

@@ -3,32 +3,70 @@
 Such an estimate says which parts of a model weigh most, but not whether a budget is kept.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from dilap.core.errors import InvalidInput
 from dilap.core.measurement import Fingerprint, Measurement
-from dilap.core.shape import PRECISION_BITS, Architecture, LayerWidths
+from dilap.core.shape import PRECISION_BITS, UNMIXED, Architecture, LayerWidths
 from dilap.core.workload import Workload
 from dilap.profilers.devices.device import Device
-from dilap.profilers.tables.fit import Curve, LatencyModel, attention_work
+from dilap.profilers.tables.model import Curve, LatencyModel, PrecisionCosts, attention_work
 
 METHOD = "estimated"  # stands wherever a measurement would say how it was made
 
 
-def roofline(architecture: Architecture, workload: Workload, device: Device, *, cache_bits: float) -> LatencyModel:
+def roofline(
+    architecture: Architecture, workload: Workload, device: Device, *, cache_bits: float, precisions: Sequence[str] = ()
+) -> LatencyModel:
     """Return a latency model that is linear in every width, from as many experts on as a token is sent to.
 
-    Every part takes as long as its reads or its operations, whichever is slower. A prompt is taken to read all experts.
-    Raises InvalidInput for a device without published numbers.
+    Every part takes as long as its reads or its operations, whichever is slower; those in one of `precisions` read as
+    many bytes as it takes. A prompt is taken to read all experts. Raises InvalidInput for a device without published
+    numbers.
     """
+    names = {"": workload.precision} | {name: name for name in precisions if name != workload.precision}
+    weights = architecture.vocab_size * architecture.hidden_size
+    heads = {
+        key: _seconds(device, num_bytes=weights * PRECISION_BITS[name] / 8, flops=2 * weights)
+        for key, name in names.items()
+    }
+    cheapest = min(heads.values())
+    return LatencyModel(
+        architecture=architecture,
+        workload=workload,
+        cache_bits=cache_bits,
+        method=METHOD,
+        fixed_seconds=cheapest,
+        by_precision={
+            key: _costs_in(
+                name, architecture, workload, device, cache_bits=cache_bits, head_seconds=heads[key] - cheapest
+            )
+            for key, name in names.items()
+        },
+        cross_validation={},
+        noise_seconds=0.0,
+        holdout=(),
+    )
+
+
+def _costs_in(
+    precision: str,
+    architecture: Architecture,
+    workload: Workload,
+    device: Device,
+    *,
+    cache_bits: float,
+    head_seconds: float,
+) -> PrecisionCosts:
+    """Return what sublayers cost in one precision at best."""
     layer = architecture.layers[0]
     tokens = 1 if workload.phase == "decode" else workload.prompt_tokens
-    byte = PRECISION_BITS[workload.precision] / 8
+    byte = PRECISION_BITS[precision] / 8
     attention = architecture.attention_parameters(layer)
-    work = attention_work(architecture, workload, cache_bits=cache_bits)
+    work = attention_work(architecture, workload, cache_bits=cache_bits, precision=precision)
     narrowest = work(LayerWidths(num_heads=1, num_kv_heads=1, num_channels=0)) / work(layer)
     pairs = workload.context if workload.phase == "decode" else tokens * (tokens + 1) // 2
-    head = architecture.vocab_size * architecture.hidden_size
     widths = sorted({0, architecture.active_channels(layer), layer.num_channels})
 
     def ffn_seconds(num_channels: int) -> float:
@@ -42,12 +80,7 @@ def roofline(architecture: Architecture, workload: Workload, device: Device, *, 
         num_bytes=work(layer) if workload.phase == "decode" else attention * byte,
         flops=2 * attention * tokens + 4 * layer.num_heads * architecture.head_dim * pairs,
     )
-    return LatencyModel(
-        architecture=architecture,
-        workload=workload,
-        cache_bits=cache_bits,
-        method=METHOD,
-        fixed_seconds=_seconds(device, num_bytes=head * byte, flops=2 * head),
+    return PrecisionCosts(
         attention=Curve(
             work=(0.0, narrowest * work(layer), work(layer)),
             seconds=(0.0, narrowest * attention_seconds, attention_seconds),
@@ -56,9 +89,7 @@ def roofline(architecture: Architecture, workload: Workload, device: Device, *, 
             work=tuple(float(channels) for channels in widths),
             seconds=(0.0, *map(ffn_seconds, widths[1:])),
         ),
-        cross_validation={},
-        noise_seconds=0.0,
-        holdout=(),
+        head_seconds=head_seconds,
     )
 
 
@@ -86,14 +117,20 @@ def describe(device: Device) -> str:
 
 
 def estimated(
-    model: LatencyModel, widths: tuple[LayerWidths, ...], *, device: Device, backend: str, artifact_sha256: str
+    model: LatencyModel,
+    widths: tuple[LayerWidths, ...],
+    *,
+    precisions: Mapping[str, str] = UNMIXED,
+    device: Device,
+    backend: str,
+    artifact_sha256: str,
 ) -> Measurement:
     """Return a model's prediction in the form of a measurement."""
     return Measurement(
         artifact_sha256=artifact_sha256,
         workload=model.workload,
         fingerprint=estimated_fingerprint(device, backend=backend),
-        samples_ns=(max(1, round(1e9 * model.predict(widths))),),
+        samples_ns=(max(1, round(1e9 * model.predict(widths, precisions))),),
         rounds=(0,),
         peak_memory_bytes=None,
         load_seconds=0.0,

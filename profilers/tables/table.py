@@ -6,26 +6,31 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar
 
 from dilap import backends
 from dilap.core.codec import decode, encode, written_aside
 from dilap.core.documents import parse_object, read_text
 from dilap.core.errors import InvalidInput, Mismatch
-from dilap.core.measurement import Fingerprint, Status, median_interval, quantile
-from dilap.core.shape import PRECISION_BITS, Architecture, LayerWidths
+from dilap.core.measurement import Fingerprint, median_interval, quantile
+from dilap.core.shape import PRECISION_BITS, Architecture
 from dilap.core.workload import Statistic, Workload
 from dilap.profilers.protocol import Protocol
-from dilap.profilers.tables.fit import LatencyModel, Observation, fit
+from dilap.profilers.tables.entries import Probe, TableEntry
+from dilap.profilers.tables.fit import fit
+from dilap.profilers.tables.model import LatencyModel, Observation
 
-Role = Literal["dense", "depth", "attention", "ffn", "random", "holdout"]
-Run = tuple[int, int, int, int]  # layers in a row, heads, KV heads, channels
-_LONGEST_NS = 10**13  # three hours for one token or one prompt: what is longer is no sample
+_QUALITY = {precision: rank for rank, precision in enumerate(PRECISION_BITS)}  # of two with as many bits: the first
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableHeader:
-    """What holds for all entries: device, workload, runtime and protocol, and the dense model's `architecture`."""
+    """What holds for all entries: device, workload, runtime and protocol, and the dense model's `architecture`.
+
+    `precisions` are those that a part of a model may have, the workload's own included; none means that one alone.
+    """
+
+    VERSION: ClassVar[int] = 2  # 1 had no precisions: everything was in the workload's own
 
     fingerprint: Fingerprint
     workload: Workload
@@ -33,6 +38,7 @@ class TableHeader:
     backend: str
     protocol: Protocol
     created: str
+    precisions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         layers = self.architecture.layers
@@ -40,92 +46,21 @@ class TableHeader:
             raise ValueError("a table is of a dense model: two layers or more, all of one shape")
         if self.workload.precision not in PRECISION_BITS:
             raise ValueError(f"unknown precision {self.workload.precision!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableEntry:
-    """One measured probe.
-
-    `sentinel_ns` has, for every sample, the dense probe's median in the same round; `forced` says what made the device
-    unfit and was overridden.
-    """
-
-    role: Role
-    runs: tuple[Run, ...]
-    samples_ns: tuple[int, ...]
-    sentinel_ns: tuple[int, ...]
-    status: Status
-    note: str = ""
-    forced: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.samples_ns or len(self.sentinel_ns) != len(self.samples_ns):
-            raise ValueError("an entry needs samples, and the sentinel of each")
-        if not all(0 < one <= _LONGEST_NS for one in (*self.samples_ns, *self.sentinel_ns)):
-            raise ValueError(f"a sample takes between 1 and {_LONGEST_NS} nanoseconds, and one here does not")
-        if self.status == "estimated":
-            raise ValueError("it is estimated, and a latency table holds what was measured")
-        if not self.runs or min(run[0] for run in self.runs) < 1:
-            raise ValueError("every run has at least one layer")
-        for _, heads, kv_heads, channels in self.runs:
-            LayerWidths(num_heads=heads, num_kv_heads=kv_heads, num_channels=channels)
+        if odd := sorted({*self.precisions} - {*PRECISION_BITS}):
+            raise ValueError(f"unknown precision {odd[0]!r:.80}")
+        if self.precisions and self.workload.precision not in self.precisions:
+            raise ValueError(f"the precisions on offer lack the workload's own, {self.workload.precision}")
 
     @property
-    def is_fitted(self) -> bool:
-        """Whether costs are fitted to it: not if other processes used the cores meanwhile, unless overridden."""
-        return self.status != "contended" or bool(self.forced)
+    def offered(self) -> tuple[str, ...]:
+        """The precisions that a part of a model may have, of ever lower quality; the first is the reference."""
+        names = {self.workload.precision, *self.precisions}
+        return tuple(sorted(names, key=lambda name: (-PRECISION_BITS[name], _QUALITY[name])))
 
     @property
-    def num_layers(self) -> int:
-        return sum(run[0] for run in self.runs)
-
-    def misfit(self, architecture: Architecture) -> str | None:
-        """Return why this is no probe of that dense model; None where it is.
-
-        This is asked before `widths` lists the layers one by one, because a damaged file may count a billion of them.
-        """
-        dense, most = architecture.layers[0], len(architecture.layers)
-        if self.num_layers > most:
-            return f"it has {self.num_layers} layers, and the model {most}"
-        slots = dense.num_heads // dense.num_kv_heads
-        for _, heads, kv_heads, channels in self.runs:
-            if kv_heads > dense.num_kv_heads or heads > kv_heads * slots or channels > dense.num_channels:
-                return (
-                    f"a layer of {heads} heads, {kv_heads} KV heads and {channels} channels is not cut from one of "
-                    f"{dense.num_heads}, {dense.num_kv_heads} and {dense.num_channels}"
-                )
-        has_dense_layers = {run[1:] for run in self.runs} == {runs_of([dense])[0][1:]}
-        if (self.role in ("dense", "depth")) != has_dense_layers and self.role in (
-            "dense",
-            "depth",
-            "attention",
-            "ffn",
-        ):
-            return f"a probe of role {self.role} {'has' if has_dense_layers else 'lacks'} the model's own layers"
-        return None
-
-    @property
-    def probe(self) -> tuple[Role, tuple[Run, ...]]:
-        """What tells the probe from others: what it was measured for, and its layers."""
-        return self.role, self.runs
-
-    @property
-    def widths(self) -> tuple[LayerWidths, ...]:
-        return tuple(
-            LayerWidths(num_heads=heads, num_kv_heads=kv_heads, num_channels=channels)
-            for count, heads, kv_heads, channels in self.runs
-            for _ in range(count)
-        )
-
-
-def runs_of(widths: Sequence[LayerWidths]) -> tuple[Run, ...]:
-    """Return the layers as runs: equal layers in a row become one run with their number."""
-    runs: list[Run] = []
-    for layer in widths:
-        level = (layer.num_heads, layer.num_kv_heads, layer.num_channels)
-        count = runs.pop()[0] if runs and runs[-1][1:] == level else 0
-        runs.append((count + 1, *level))
-    return tuple(runs)
+    def others(self) -> tuple[str, ...]:
+        """The precisions on offer beside the workload's own."""
+        return tuple(name for name in self.offered if name != self.workload.precision)
 
 
 @dataclass(frozen=True)
@@ -141,9 +76,8 @@ class LatencyTable:
     entries: tuple[TableEntry, ...] = ()
     partners: tuple["LatencyTable", ...] = ()
 
-    def __contains__(self, probe: tuple[Role, Sequence[LayerWidths]]) -> bool:
-        role, widths = probe
-        return (role, runs_of(widths)) in {entry.probe for entry in self.all_entries if entry.is_fitted}
+    def __contains__(self, probe: Probe) -> bool:
+        return probe.key in {entry.key for entry in self.all_entries if entry.is_fitted}
 
     @property
     def all_entries(self) -> tuple[TableEntry, ...]:
@@ -153,8 +87,8 @@ class LatencyTable:
     def with_entries(self, entries: Iterable[TableEntry]) -> "LatencyTable":
         """Return the table with more entries, which replace earlier ones of the same probes."""
         added = tuple(entries)
-        again = {entry.probe for entry in added}
-        return replace(self, entries=(*(one for one in self.entries if one.probe not in again), *added))
+        again = {entry.key for entry in added}
+        return replace(self, entries=(*(one for one in self.entries if one.key not in again), *added))
 
     def caveats(self) -> tuple[str, ...]:
         """Return what a reader of the table's costs must know of how they were measured."""
@@ -175,9 +109,18 @@ class LatencyTable:
         return tuple(found)
 
     def require_usable(
-        self, *, fingerprint: Fingerprint, workload: Workload, architecture: Architecture, backend: str
+        self,
+        *,
+        fingerprint: Fingerprint,
+        workload: Workload,
+        architecture: Architecture,
+        backend: str,
+        precisions: Sequence[str] = (),
     ) -> None:
-        """Raise Mismatch, naming every field that differs, where the table was made for something else."""
+        """Raise Mismatch, naming every field that differs, where the table was made for something else.
+
+        `precisions` are those that the table has to have, beside the workload's own.
+        """
         header = self.header
         pairs = [("backend", header.backend, backend)]
         for name, mine, theirs in (
@@ -189,6 +132,8 @@ class LatencyTable:
         unused = "workload prompt_tokens" if workload.phase == "decode" else "workload context"
         differences = header.fingerprint.differences(fingerprint)
         differences += [_difference(*pair) for pair in pairs if pair[1] != pair[2] and pair[0] != unused]
+        if {*precisions} - {*header.offered}:
+            differences.append(f"precisions: {', '.join(header.offered)} / {', '.join(precisions)}")
         if differences:
             raise Mismatch(
                 f"the latency table was measured for something else (table / here): {'; '.join(differences)}; "
@@ -208,7 +153,13 @@ class LatencyTable:
             observations += [replace(one, seconds=one.seconds * scale) for one in observations_of(theirs, statistic)]
         header = self.header
         cache_bits = backends.get(header.backend).cache_bits(header.workload)
-        model = fit(observations, architecture=header.architecture, workload=header.workload, cache_bits=cache_bits)
+        model = fit(
+            observations,
+            architecture=header.architecture,
+            workload=header.workload,
+            cache_bits=cache_bits,
+            precisions=header.others,
+        )
         return replace(model, caveats=self.caveats())
 
     def write(self, path: Path) -> None:
@@ -228,8 +179,8 @@ class LatencyTable:
         partners = []
         for other in _partner_paths(path):
             theirs, measured = _read_lines(other)
-            if (theirs.architecture, theirs.workload) != (header.architecture, header.workload):
-                raise InvalidInput(f"{other}: line 1 is of another model or workload than {path}")
+            if any(getattr(theirs, name) != getattr(header, name) for name in ("architecture", "workload", "offered")):
+                raise InvalidInput(f"{other}: line 1 is of another model, workload or precisions than {path}")
             _require_consistent(theirs, measured, dense_layers=dense, source=str(other))
             partners.append(cls(theirs, tuple(measured)))
         return cls(header, tuple(entries), tuple(partners))
@@ -256,21 +207,23 @@ def _require_consistent(
     header: TableHeader, entries: Sequence[TableEntry], *, dense_layers: int | None, source: str
 ) -> None:
     """Raise InvalidInput, naming the line, for an entry of another model, or one that is there twice."""
-    seen: set[tuple[Role, tuple[Run, ...]]] = set()
+    seen: set[tuple[object, ...]] = set()
     for number, entry in enumerate(entries, start=2):
         reason = entry.misfit(header.architecture)
-        if reason is None and entry.probe in seen:
+        if reason is None and (odd := sorted(entry.precisions_used - {*header.others})):
+            reason = f"it has parts in {odd[0]}, which the table does not offer beside the workload's own precision"
+        if reason is None and entry.key in seen:
             reason = f"its probe of role {entry.role} is in the table twice"
         if reason is None and dense_layers is not None:
             reason = _unlike_dense(entry, dense_layers)
         if reason is not None:
             raise InvalidInput(f"{source}: line {number}: {reason}; measure the table again with dilap-profile")
-        seen.add(entry.probe)
+        seen.add(entry.key)
 
 
 def _unlike_dense(entry: TableEntry, dense_layers: int) -> str | None:
     """Return why an entry cannot be compared with the dense probe; None where it can."""
-    if entry.role in ("attention", "ffn") and entry.num_layers != dense_layers:
+    if entry.role in ("attention", "ffn", "precision", "head") and entry.num_layers != dense_layers:
         return f"a probe of role {entry.role} has {entry.num_layers} layers, and the dense one {dense_layers}"
     if entry.role == "depth" and entry.num_layers >= dense_layers:
         return f"the shallow probe has {entry.num_layers} layers, and the dense one {dense_layers}"
@@ -324,6 +277,7 @@ def _observation(entry: TableEntry, reference_seconds: float) -> Observation:
     return Observation(
         role=entry.role,
         widths=entry.widths,
+        precisions=entry.named_precisions,
         seconds=middle.value * reference_seconds,
         half_width=middle.half_width,
     )

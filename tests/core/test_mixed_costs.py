@@ -24,8 +24,8 @@ def test_a_mix_is_the_weighted_sum() -> None:
 
 def test_a_mix_offers_levels_from_the_dearest_down() -> None:
     block = SHAPE.blocks[0]
-    levels = MIXED.cheaper(block, Capabilities().levels(block))
-    costs = [MIXED.block(block, one) for one in levels]
+    levels = MIXED.cheaper(block, [(one, "") for one in Capabilities().levels(block)])
+    costs = [MIXED.block(block, *one) for one in levels]
     assert costs == sorted(costs, reverse=True)
     assert len(levels) > 1
 
@@ -42,7 +42,7 @@ def test_a_mix_has_the_pairs_of_its_parts() -> None:
 def test_pairs_become_couplings_of_their_choices() -> None:
     names = ("layers.0.ffn", "layers.1.ffn")
     coupled = replace(WEIGHTS, pairs={names: lambda one, two: float(one[0] * two[0])})
-    space = build_space(coupled, SHAPE, Capabilities(), layout="free")
+    space = build_space(coupled, SHAPE, {"": Capabilities()}, layout="free")
     (coupling,) = space.couplings
     assert tuple(space.choices[index].name for index in (coupling.first, coupling.second)) == names
     counts = [[level.counts[0] for level in space.choices[index].levels] for index in (coupling.first, coupling.second)]

@@ -1,7 +1,7 @@
 """A verdict says no more than the interval: the words for it, and the room that the search leaves for it."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
@@ -202,10 +202,10 @@ def test_a_search_leaves_room_for_the_proof_and_gives_little_away() -> None:
     for _ in range(100):
         factor = (1 + draw.gauss(0, 0.015)) / budget
 
-        def measure(architecture: Architecture, factor: float = factor) -> float:
+        def measure(architecture: Architecture, _: Mapping[str, str], factor: float = factor) -> float:
             return measured_share(factor * architecture.layers[0].num_channels, draw).high
 
-        target = CostLimit(limit=AIM * budget, predict=lambda _: 0.0, measure=measure, aim=AIM)
+        target = CostLimit(limit=AIM * budget, predict=lambda *_: 0.0, measure=measure, aim=AIM)
         used = factor * target.meet(int, cost=float, architecture=wide)
         assert 0.93 <= used <= 1.0
         num_kept += verdict(measured_share(used, draw), ["ok"]) == "kept"

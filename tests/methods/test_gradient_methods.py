@@ -36,7 +36,7 @@ def arithmetic_task(architecture: Architecture) -> PruneTask:
         model=None,
         base="base",
         text=Calibration(name="none", train=nothing, validation=nothing),
-        cost_limit=CostLimit(limit=1.0, predict=lambda _: 0.0),
+        cost_limit=CostLimit(limit=1.0, predict=lambda *_: 0.0),
         space=Space(architecture=architecture, choices=(), fixed_cost=0.0),
     )
 

@@ -73,7 +73,7 @@ def test_spdy_starts_a_corrected_limit_from_the_best_weightings_before_it() -> N
     lines: list[str] = []
     task = tiny_task(deep_model(), report=lines.append)
     measured = iter([1.05, 0.99])
-    cost_limit = replace(task.cost_limit, measure=lambda _: next(measured))
+    cost_limit = replace(task.cost_limit, measure=lambda *_: next(measured))
     ZipLm(starts=12, failures=0)(replace(task, cost_limit=cost_limit))
     first, corrected = (line.split(", ")[:2] for line in lines if line.startswith("SPDY"))
     assert first[0] == "SPDY: 12 weightings"

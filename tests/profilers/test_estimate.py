@@ -70,11 +70,12 @@ def test_a_token_takes_as_long_with_fewer_experts_but_for_the_router() -> None:
 def test_fewer_experts_are_not_offered_where_a_token_takes_as_long() -> None:
     layers = (replace(TINY_LAYER, num_channels=6 * 2048),) * 2
     wide = replace(EXPERTS, experts=Experts(num_channels=2048, num_active=2, normed=True), layers=layers)
-    levels, device = [(0,), (2,), (4,), (6,)], replace(DEVICE, flops_per_second=1e15)
+    device = replace(DEVICE, flops_per_second=1e15)
+    levels = [((0,), ""), ((2,), ""), ((4,), ""), ((6,), "")]
     prompt = Workload(precision="f32", phase="prefill", prompt_tokens=16)
     of_token, of_prompt = (roofline(wide, one, device, cache_bits=16.0) for one in (DECODE, prompt))
-    assert of_token.cheaper(wide.blocks[1], levels) == [(6,), (0,)]
-    assert of_prompt.cheaper(wide.blocks[1], levels) == [(6,), (4,), (2,), (0,)]
+    assert of_token.cheaper(wide.blocks[1], levels) == [levels[3], levels[0]]
+    assert of_prompt.cheaper(wide.blocks[1], levels) == levels[::-1]
 
 
 def test_a_prompt_reads_all_experts_and_computes_with_few() -> None:

@@ -46,7 +46,8 @@ from dilap.profilers.links.store import Store, posix_programs
 from dilap.profilers.links.transports import Transport
 from dilap.profilers.profiler import Case, Profiler
 from dilap.profilers.protocol import Protocol
-from dilap.profilers.tables.table import LatencyTable, TableEntry, TableHeader, runs_of
+from dilap.profilers.tables.entries import TableEntry, runs_of
+from dilap.profilers.tables.table import LatencyTable, TableHeader
 
 pytestmark = needs_lab
 ARCHITECTURE = tiny_llama(TINY_LAYER, TINY_LAYER)

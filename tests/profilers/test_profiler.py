@@ -228,7 +228,7 @@ def test_load_that_stays_is_left_to_the_next_command(
         patch.setattr(sys.modules[__name__], "make_profiler", lambda _: busy)
         table = build(tmp_path / "t.jsonl")
     assert {entry.status for entry in table.entries} == {"contended"}
-    assert len({entry.probe for entry in table.entries}) == len(table.entries)
+    assert len({entry.key for entry in table.entries}) == len(table.entries)
     assert build(tmp_path / "t.jsonl").model().caveats == ()
     assert fake.blocks
 

@@ -16,9 +16,10 @@ from dilap.core.rules import Capabilities, spread
 from dilap.core.shape import Experts, LayerWidths
 from dilap.core.workload import Workload
 from dilap.profilers.protocol import TABLE
-from dilap.profilers.tables.fit import attention_work
+from dilap.profilers.tables.entries import Probe, Role, TableEntry, runs_of
+from dilap.profilers.tables.model import attention_work
 from dilap.profilers.tables.probes import default_levels, list_probes, probe_architecture
-from dilap.profilers.tables.table import LatencyTable, Role, TableEntry, TableHeader, runs_of
+from dilap.profilers.tables.table import LatencyTable, TableHeader
 
 DENSE = LayerWidths(num_heads=6, num_kv_heads=3, num_channels=768)
 ARCHITECTURE = replace(tiny_llama(*[DENSE] * 8), hidden_size=256, head_dim=32, vocab_size=1000)
@@ -123,7 +124,7 @@ def test_a_table_survives_a_round_trip(tmp_path: Path) -> None:
 
 def test_the_header_line_says_what_the_file_is(tmp_path: Path) -> None:
     LatencyTable(HEADER).write(tmp_path / "t.jsonl")
-    assert (tmp_path / "t.jsonl").read_text().startswith('{"type": "LatencyTable", "version": 1')
+    assert (tmp_path / "t.jsonl").read_text().startswith('{"type": "LatencyTable", "version": 2')
 
 
 def test_equal_layers_in_a_row_are_stored_as_one_run() -> None:
@@ -137,8 +138,8 @@ def test_widths_come_back_from_their_runs() -> None:
 
 def test_a_table_knows_which_probes_it_has() -> None:
     table = LatencyTable(HEADER).with_entries([entry("dense", ARCHITECTURE.layers)])
-    assert ("dense", ARCHITECTURE.layers) in table
-    assert ("holdout", ARCHITECTURE.layers) not in table
+    assert Probe(role="dense", widths=ARCHITECTURE.layers) in table
+    assert Probe(role="holdout", widths=ARCHITECTURE.layers) not in table
 
 
 def test_a_cut_off_line_is_refused_by_its_number(tmp_path: Path) -> None:
@@ -229,9 +230,9 @@ def slowed(one: TableEntry, **changes: Any) -> TableEntry:
 
 def test_what_was_measured_beside_other_load_is_left_out_and_said() -> None:
     table = measured_table()
-    (bad,) = (one for one in table.entries if one.probe == table.entries[4].probe)
+    bad = table.entries[4]
     disturbed = table.with_entries([slowed(bad, status="contended")])
-    without = replace(table, entries=tuple(one for one in table.entries if one.probe != bad.probe))
+    without = replace(table, entries=tuple(one for one in table.entries if one.key != bad.key))
     assert len(disturbed.entries) == len(table.entries)
     assert disturbed.model().ffn == without.model().ffn
     assert disturbed.model().attention == without.model().attention
@@ -260,7 +261,7 @@ def test_a_noisy_probe_is_used_and_said() -> None:
 def test_a_table_whose_dense_probe_is_disturbed_is_measured_on() -> None:
     table = measured_table()
     busy = table.with_entries([replace(table.entries[0], status="contended")])
-    assert ("dense", ARCHITECTURE.layers) not in busy
+    assert Probe(role="dense", widths=ARCHITECTURE.layers) not in busy
     with pytest.raises(InvalidInput, match="without other load on the cores"):
         busy.model()
 
@@ -415,13 +416,14 @@ def test_a_table_without_its_dense_probe_cannot_be_used_yet() -> None:
 def test_widths_that_are_not_measurably_faster_are_dropped() -> None:
     model = measured_table().model()
     _, ffn = ARCHITECTURE.blocks[:2]
-    assert model.cheaper(ffn, [(768,), (767,), (384,), (383,), (0,)]) == [(768,), (384,), (0,)]
+    offered = [((channels,), "") for channels in (768, 767, 384, 383, 0)]
+    assert [channels for (channels,), _ in model.cheaper(ffn, offered)] == [768, 384, 0]
 
 
 def test_attention_levels_are_offered_from_the_slowest_down() -> None:
     attention = ARCHITECTURE.blocks[0]
-    levels = measured_table().model().cheaper(attention, Capabilities().levels(attention))
-    assert (levels[0], levels[-1]) == ((3, 2), (0, 0))
+    levels = measured_table().model().cheaper(attention, [(one, "") for one in Capabilities().levels(attention)])
+    assert (levels[0], levels[-1]) == (((3, 2), ""), ((0, 0), ""))
 
 
 def test_default_levels_combine_kv_groups_and_query_slots() -> None:

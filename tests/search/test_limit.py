@@ -1,6 +1,6 @@
 """A budget is met by any method: knobs are bisected, plans tried in turn, and limits corrected by what is measured."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -8,13 +8,13 @@ from standins.fabricated import TINY_LAYER, tiny_llama
 
 from dilap.core.errors import Infeasible
 from dilap.core.plan import Plan, full_plan
-from dilap.core.shape import Architecture, LayerWidths
+from dilap.core.shape import UNMIXED, Architecture, LayerWidths
 from dilap.search.limit import CostLimit
 
 ARCHITECTURE = tiny_llama(*(TINY_LAYER,) * 10)
 
 
-def cost(widths: Sequence[LayerWidths]) -> float:
+def cost(widths: Sequence[LayerWidths], _: Mapping[str, str] = UNMIXED) -> float:
     return float(sum(layer.num_channels for layer in widths))
 
 
@@ -42,7 +42,7 @@ def shrinking(made: list[int]) -> Iterator[Plan]:
 def share_of(limit: float, *, factor: float) -> CostLimit:
     """A device on which everything takes `factor` of what the table says."""
 
-    def measure(architecture: Architecture) -> float:
+    def measure(architecture: Architecture, _: Mapping[str, str]) -> float:
         return factor * cost(architecture.layers) / limit
 
     return CostLimit(limit=limit, predict=cost, measure=measure)
@@ -91,20 +91,20 @@ def test_too_few_plans_are_infeasible() -> None:
 
 def test_best_attempt_is_kept_where_corrections_run_out() -> None:
     """A device on which every plan misses: the nearest one is returned, not an error."""
-    cost_limit = CostLimit(limit=400.0, predict=cost, measure=lambda one: 1.1 + 1e-6 * cost(one.layers))
+    cost_limit = CostLimit(limit=400.0, predict=cost, measure=lambda one, _: 1.1 + 1e-6 * cost(one.layers))
     assert cost_limit.cost(cost_limit.bisect(at)) < 400
 
 
 def test_a_prediction_stands_where_the_device_was_disturbed() -> None:
     seen: list[Architecture] = []
-    cost_limit = CostLimit(limit=390.0, predict=cost, measure=seen.append, aim=0.975)
+    cost_limit = CostLimit(limit=390.0, predict=cost, measure=lambda one, _: seen.append(one), aim=0.975)
     assert (cost(cost_limit.bisect(at).all_widths()), len(seen)) == (390, 1)
 
 
 def test_added_biases_are_measured_too() -> None:
     seen: list[Architecture] = []
 
-    def measure(architecture: Architecture) -> float:
+    def measure(architecture: Architecture, _: Mapping[str, str]) -> float:
         seen.append(architecture)
         return 0.99
 

@@ -22,8 +22,9 @@ from dilap.job.comparison import Row
 from dilap.job.result import PruneResult
 from dilap.profilers.profiler import Case
 from dilap.profilers.protocol import TABLE
+from dilap.profilers.tables.entries import TableEntry, runs_of
 from dilap.profilers.tables.probes import default_levels, list_probes
-from dilap.profilers.tables.table import LatencyTable, TableEntry, TableHeader, runs_of
+from dilap.profilers.tables.table import LatencyTable, TableHeader
 from standins.fabricated import FINGERPRINT
 
 LLAMACPP = backends.get("llamacpp")

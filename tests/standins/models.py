@@ -1,7 +1,7 @@
 """Tiny models, spaces with fabricated seconds and libraries for the tests of the core."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dilap.core.groups import Block
+from dilap.core.groups import HEAD
 from dilap.core.plan import Plan
-from dilap.core.shape import LayerWidths
+from dilap.core.shape import UNMIXED, LayerWidths
 from dilap.core.space import Choice, Level, Space, plan_of
 from dilap.models.anatomy import architecture_of, exported_tensors, sublayers
 from dilap.models.cut import shrink_
@@ -131,7 +131,7 @@ def mixed_space(model: PreTrainedModel) -> Space:
         ]
         choices.append(replace(choice, levels=tuple(sorted(levels, key=lambda level: -level.cost))))
     of_head = (Level(counts=(), cost=0.02 * share, precision=precision) for precision, share in shares.items())
-    head = Choice(block=Block(name="head", layer=-1, kind="head", groups=()), levels=tuple(of_head))
+    head = Choice(block=HEAD, levels=tuple(of_head))
     return replace(space, choices=(*choices, head))
 
 
@@ -175,7 +175,7 @@ def tiny_task(model: PreTrainedModel, *, share: float = 0.7, **changes: Any) -> 
     """What a method is asked in the tests: a share of a fabricated latency, a microsecond a weight, of a tiny model."""
     space = tiny_space(model)
 
-    def predict(widths: Sequence[LayerWidths]) -> float:
+    def predict(widths: Sequence[LayerWidths], _: Mapping[str, str] = UNMIXED) -> float:
         weights = (space.architecture.attention_parameters(w) + space.architecture.ffn_parameters(w) for w in widths)
         return space.fixed_cost + 1e-6 * sum(weights)
 

@@ -1,0 +1,168 @@
+"""Probes, which are models to measure, and the entries of a latency table, which are measured probes."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from dilap.core.measurement import Status
+from dilap.core.shape import PRECISION_BITS, UNMIXED, Architecture, LayerWidths
+
+# `attention` and `ffn` probes have one sublayer of all layers in another width or precision, `precision` probes all
+# sublayers in another precision, `head` probes only the head.
+Role = Literal["dense", "depth", "attention", "ffn", "precision", "head", "random", "holdout"]
+Run = tuple[int, int, int, int]  # layers in a row, heads, KV heads, channels
+RunPrecisions = tuple[str, str]  # of the attention and of the feed-forward network of these layers
+_LONGEST_NS = 10**13  # three hours for one token or one prompt: what is longer is no sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A model to measure; `role` says what its entry in the table is for.
+
+    `precisions` has, by the names of blocks and of the head, those of the parts that are not in the workload's own.
+    """
+
+    role: Role
+    widths: tuple[LayerWidths, ...]
+    precisions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells the probe from others."""
+        return (
+            self.role,
+            runs_of(self.widths, self.precisions),
+            run_precisions(self.widths, self.precisions),
+            self.precisions.get("head", ""),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableEntry:
+    """One measured probe.
+
+    `precisions` has those of every run of layers, and none where all are in the workload's own; an empty one is the
+    workload's own. `sentinel_ns` has, for every sample, the dense probe's median in the same round; `forced` says what
+    made the device unfit and was overridden.
+    """
+
+    VERSION: ClassVar[int] = 2  # 1 had no precisions: every part was in the workload's own
+
+    role: Role
+    runs: tuple[Run, ...]
+    precisions: tuple[RunPrecisions, ...] = ()
+    head: str = ""
+    samples_ns: tuple[int, ...]
+    sentinel_ns: tuple[int, ...]
+    status: Status
+    note: str = ""
+    forced: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.samples_ns or len(self.sentinel_ns) != len(self.samples_ns):
+            raise ValueError("an entry needs samples, and the sentinel of each")
+        if not all(0 < one <= _LONGEST_NS for one in (*self.samples_ns, *self.sentinel_ns)):
+            raise ValueError(f"a sample takes between 1 and {_LONGEST_NS} nanoseconds, and one here does not")
+        if self.status == "estimated":
+            raise ValueError("it is estimated, and a latency table holds what was measured")
+        if not self.runs or min(run[0] for run in self.runs) < 1:
+            raise ValueError("every run has at least one layer")
+        for _, heads, kv_heads, channels in self.runs:
+            LayerWidths(num_heads=heads, num_kv_heads=kv_heads, num_channels=channels)
+        if self.precisions and len(self.precisions) != len(self.runs):
+            raise ValueError(f"it has {len(self.runs)} runs of layers, and precisions of {len(self.precisions)}")
+        if odd := sorted(self.precisions_used - {*PRECISION_BITS}):
+            raise ValueError(f"unknown precision {odd[0]!r:.80}")
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether costs are fitted to it: not if other processes used the cores meanwhile, unless overridden."""
+        return self.status != "contended" or bool(self.forced)
+
+    @property
+    def num_layers(self) -> int:
+        return sum(run[0] for run in self.runs)
+
+    @property
+    def precisions_used(self) -> set[str]:
+        """The precisions in which some part is, beside the workload's own."""
+        return {self.head, *itertools.chain.from_iterable(self.precisions)} - {""}
+
+    def misfit(self, architecture: Architecture) -> str | None:
+        """Return why this is no probe of that dense model; None where it is.
+
+        This is asked before `widths` lists the layers one by one, because a damaged file may count a billion of them.
+        """
+        dense, most = architecture.layers[0], len(architecture.layers)
+        if self.num_layers > most:
+            return f"it has {self.num_layers} layers, and the model {most}"
+        slots = dense.num_heads // dense.num_kv_heads
+        for _, heads, kv_heads, channels in self.runs:
+            if kv_heads > dense.num_kv_heads or heads > kv_heads * slots or channels > dense.num_channels:
+                return (
+                    f"a layer of {heads} heads, {kv_heads} KV heads and {channels} channels is not cut from one of "
+                    f"{dense.num_heads}, {dense.num_kv_heads} and {dense.num_channels}"
+                )
+        has_dense_layers = {run[1:] for run in self.runs} == {runs_of([dense])[0][1:]}
+        if self.role in ("dense", "depth", "precision", "head") and not has_dense_layers:
+            return f"a probe of role {self.role} lacks the model's own layers"
+        if self.role in ("attention", "ffn") and has_dense_layers and not self.precisions_used:
+            return f"a probe of role {self.role} has the model's own layers"
+        num_precisions = {"dense": 0, "depth": 0, "precision": 1, "head": 1}.get(self.role)
+        if num_precisions not in (None, len(self.precisions_used)):
+            return f"a probe of role {self.role} has parts in {len(self.precisions_used)} other precisions"
+        return None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells the probe from others, as `Probe.key`: what it was measured for, its layers and precisions."""
+        return self.role, self.runs, self.precisions, self.head
+
+    @property
+    def widths(self) -> tuple[LayerWidths, ...]:
+        return tuple(
+            LayerWidths(num_heads=heads, num_kv_heads=kv_heads, num_channels=channels)
+            for count, heads, kv_heads, channels in self.runs
+            for _ in range(count)
+        )
+
+    @property
+    def named_precisions(self) -> dict[str, str]:
+        """The precisions, by the names of blocks and of the head, of the parts that are not in the workload's own."""
+        of_layers = (
+            pair
+            for (count, *_), pair in zip(self.runs, self.precisions, strict=False)  # there may be none
+            for _ in range(count)
+        )
+        found = {
+            f"layers.{index}.{kind}": precision
+            for index, pair in enumerate(of_layers)
+            for kind, precision in zip(("attention", "ffn"), pair, strict=True)
+        }
+        return {name: precision for name, precision in {**found, "head": self.head}.items() if precision}
+
+
+def runs_of(widths: Sequence[LayerWidths], precisions: Mapping[str, str] = UNMIXED) -> tuple[Run, ...]:
+    """Return the layers as runs: equal layers in a row become one run with their number."""
+    return tuple((count, *level) for count, level, _ in _runs(widths, precisions))
+
+
+def run_precisions(widths: Sequence[LayerWidths], precisions: Mapping[str, str]) -> tuple[RunPrecisions, ...]:
+    """Return the precisions of every run of layers; none where all are in the workload's own."""
+    found = tuple(pair for _, _, pair in _runs(widths, precisions))
+    return found if any(map(any, found)) else ()
+
+
+def _runs(
+    widths: Sequence[LayerWidths], precisions: Mapping[str, str]
+) -> list[tuple[int, tuple[int, int, int], RunPrecisions]]:
+    """Return for every run of equal layers their number, their widths and their precisions."""
+    layers = [
+        (
+            (layer.num_heads, layer.num_kv_heads, layer.num_channels),
+            (precisions.get(f"layers.{index}.attention", ""), precisions.get(f"layers.{index}.ffn", "")),
+        )
+        for index, layer in enumerate(widths)
+    ]
+    return [(len(list(same)), *layer) for layer, same in itertools.groupby(layers)]
