@@ -24,7 +24,8 @@ class RoundedMatrices:
         if not precision:
             return weight
         if (key, precision) not in self._kept:
-            self._keep((key, precision), rounded(weight, precision).to(weight.dtype))
+            matrix = rounded(weight.flatten(0, -2), precision)  # experts are a stack of matrices
+            self._keep((key, precision), matrix.reshape(weight.shape).to(weight.dtype))
         self._kept.move_to_end((key, precision))
         return self._kept[key, precision]
 

@@ -1,4 +1,4 @@
-"""What gradients at a supernet's sublayers say about every change of them: rows of the matrix that `linearise` makes."""
+"""What gradients at a supernet's sublayers say about every change of them: rows of the matrix that `linearise` sums."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class Changes:
 
 
 def base_fit(net: Supernet, index: int) -> LevelFit:
-    """Return the level at which a sublayer's precision is changed: the current one, or the full one if it is removed."""
+    """Return the level at which a sublayer's precision changes: the current one, or the full one if it is removed."""
     current = net.library[index][net.config[index]]
     return current if len(current.columns) else net.library[index][0]
 
