@@ -9,6 +9,7 @@ on the real KL.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -53,7 +54,26 @@ def search(task: SearchTask) -> SearchResult:
             limits = [halfway, limit, *limits]
             continue
         current, value = config, real
+    for config in unpruned_configs(space, limit=task.limit):
+        if (real := evaluator.kl(config)) < value:
+            current, value = config, real
+            task.report(f"no pruning: one precision for all parts is nearer, KL {real:.3f}")
     return polish(task, SearchResult(config=current, kl=value, rounds=tuple(rounds), curvature_scale=scale))
+
+
+def unpruned_configs(space: Space, *, limit: float) -> Iterator[Config]:
+    """Yield the configs within `limit` that keep all widths, and have one precision but the reference wherever it is.
+
+    They are what quantising alone gives.
+    """
+    full = [
+        {level.precision: k for k, level in enumerate(choice.levels) if level.counts == choice.levels[0].counts}
+        for choice in space.choices
+    ]
+    for precision in dict.fromkeys(one for own in full for one in own):
+        config = tuple(own.get(precision, 0) for own in full)
+        if any(config) and space.cost(config) <= limit:
+            yield config
 
 
 def _revise(task: SearchTask, result: SearchResult) -> SearchResult:

@@ -9,10 +9,7 @@ from dilap.search.allocation import Config, Quadratic
 
 @dataclass(frozen=True, kw_only=True)
 class Shortlist:
-    """A quadratic model and a space with only some of the levels; `kept` are their indices, for every choice.
-
-    The levels left out are those in whose place one of another precision costs no more and, by itself, loses no more.
-    """
+    """A quadratic model and a space with only some of the levels; `kept` are their indices, for every choice."""
 
     quadratic: Quadratic
     space: Space
@@ -20,14 +17,23 @@ class Shortlist:
 
     @classmethod
     def of(cls, quadratic: Quadratic, space: Space, *, always: Config) -> "Shortlist":
-        """Return the shortlist, with the levels of `always`."""
+        """Return the shortlist without levels in whose place another precision costs no more and loses no more.
+
+        What they lose is counted by themselves. The levels of `always` are on it in any case.
+        """
         losses = (quadratic.b + 0.5 * quadratic.Q.diagonal()).split(list(quadratic.sizes))
-        kept = tuple(
-            tuple(_undominated(choice, loss.tolist(), always=level))
+        kept = (
+            list(_undominated(choice, loss.tolist(), always=level))
             for choice, loss, level in zip(space.choices, losses, always, strict=True)
         )
+        return cls.at(quadratic, space, list(kept))
+
+    @classmethod
+    def at(cls, quadratic: Quadratic, space: Space, kept: Sequence[Sequence[int]]) -> "Shortlist":
+        """Return the shortlist of the levels `kept`, ascending indices for every choice."""
+        indices = tuple(map(tuple, kept))
         if tuple(map(len, kept)) == quadratic.sizes:
-            return cls(quadratic=quadratic, space=space, kept=kept)
+            return cls(quadratic=quadratic, space=space, kept=indices)
         choices = (
             replace(choice, levels=tuple(choice.levels[k] for k in own))
             for choice, own in zip(space.choices, kept, strict=True)
@@ -37,7 +43,7 @@ class Shortlist:
             for one in space.couplings
         )
         short = replace(space, choices=tuple(choices), couplings=tuple(couplings))
-        return cls(quadratic=quadratic.at(kept), space=short, kept=kept)
+        return cls(quadratic=quadratic.at(kept), space=short, kept=indices)
 
     def full(self, config: Config) -> Config:
         """Return the config of the whole space, given that of the shortlist."""
@@ -49,7 +55,7 @@ class Shortlist:
 
 
 def _undominated(choice: Choice, losses: Sequence[float], *, always: int) -> Iterator[int]:
-    """Yield the indices of the levels of a choice that are on the shortlist."""
+    """Yield the levels of a choice but those in whose place another precision costs no more and loses no more."""
     for k, level in enumerate(choice.levels):
         others = (
             (other.cost, losses[j])
