@@ -18,7 +18,7 @@ from dilap.core.measurement import Measurement
 from dilap.core.plan import Plan, full_plan
 from dilap.core.printable import joined
 from dilap.core.progress import Progress, say_lines
-from dilap.core.shape import UNMIXED, Architecture
+from dilap.core.shape import UNMIXED, Architecture, by_quality
 from dilap.core.workload import Statistic, Workload
 from dilap.job.outputs import home_of, name_of
 from dilap.models.anatomy import architecture_of
@@ -111,7 +111,7 @@ class Bench:
             backend=backend,
             workload=workload,
             progress=progress,
-            precisions=tuple(dict.fromkeys(one for one in precisions if one != workload.precision)),
+            precisions=by_quality(one for one in precisions if one != workload.precision),
             helpers=tuple(helpers),
             force=force,
             tables=tables,
@@ -289,7 +289,7 @@ class Bench:
 
         Every device, runtime, workload, shape of the model and set of precisions has a file of its own.
         """
-        return self._kept_path(model, architecture, [sorted(self.precisions)] if self.precisions else [])
+        return self._kept_path(model, architecture, [list(self.precisions)] if self.precisions else [])
 
     def _kept_path(self, model: str, architecture: Architecture, more: list[Any]) -> Path:
         fingerprint = replace(self.profiler.fingerprint(), soft={})
