@@ -156,7 +156,7 @@ class Study:
         }
         if self.given.refit:
             refit = best_refit(net, found.config, self.train, teacher=self.teacher)
-            scores["kl"] = net.kl(self.exam, found.config, weights=refit.weights)
+            scores["kl"] = net.kl(self.exam, found.config, parameters=refit.parameters)
         net.close()  # makes the model dense again for the next study
         return scores
 

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from dilap.cli import console
+from dilap.core.groups import HEAD
 from dilap.core.printable import joined
-from dilap.profilers.tables.model import LatencyModel
+from dilap.core.shape import by_quality
+from dilap.profilers.tables.model import LatencyModel, PrecisionCosts
 from dilap.profilers.tables.roofline import METHOD as ESTIMATED
 
 
@@ -24,19 +26,31 @@ def show(model: LatencyModel, *, as_json: bool, table: Path | None) -> None:
 
 
 def document(model: LatencyModel) -> dict[str, Any]:
-    """Return the fitted costs, in seconds, and the errors on held-out plans, as a JSON object."""
+    """Return the fitted costs, in seconds, and the errors on held-out plans, as a JSON object.
+
+    The costs are those in the workload's own precision; where others were measured, theirs are under `precisions`.
+    """
+    others = {name: _costs_in(costs) for name, costs in model.by_precision.items() if name}
     return {
         "method": model.method,
         "fixed_seconds": model.fixed_seconds,
-        "attention": [
-            {"work": w, "seconds": s} for w, s in zip(model.attention.work, model.attention.seconds, strict=True)
-        ],
-        "ffn": [{"channels": int(w), "seconds": s} for w, s in zip(model.ffn.work, model.ffn.seconds, strict=True)],
+        **_costs_in(model.by_precision[""]),
+        **({"precisions": others} if others else {}),
         "caveats": list(model.caveats),
         "holdout_errors": model.holdout_errors(),
         "holdout": [
-            {"predicted_seconds": model.predict(one.widths), "measured_seconds": one.seconds} for one in model.holdout
+            {"predicted_seconds": model.predict(one.widths, one.precisions), "measured_seconds": one.seconds}
+            for one in model.holdout
         ],
+    }
+
+
+def _costs_in(costs: PrecisionCosts) -> dict[str, Any]:
+    attention, ffn = costs.attention, costs.ffn
+    return {
+        "head_seconds": costs.head_seconds,
+        "attention": [{"work": w, "seconds": s} for w, s in zip(attention.work, attention.seconds, strict=True)],
+        "ffn": [{"channels": int(w), "seconds": s} for w, s in zip(ffn.work, ffn.seconds, strict=True)],
     }
 
 
@@ -47,6 +61,7 @@ def text(model: LatencyModel) -> str:
         f"fixed part (embedding, head, launch) {model.fixed_seconds * 1e3:.3f} ms; a dense layer's attention "
         f"{model.attention_seconds(dense.num_heads, dense.num_kv_heads) * 1e3:.3f} ms",
         "",
+        *_precisions(model),
         "channels  ms a layer",
         *(f"{int(w):8}  {s * 1e3:10.4f}" for w, s in zip(model.ffn.work, model.ffn.seconds, strict=True)),
         "",
@@ -56,8 +71,30 @@ def text(model: LatencyModel) -> str:
     elif model.method != ESTIMATED:
         lines.append("no held-out plan counts: no budget can be claimed on this table")
     for number, one in enumerate(model.holdout, start=1):
-        predicted = model.predict(one.widths)
+        predicted = model.predict(one.widths, one.precisions)
         lines.append(
             f"{number:13}  {predicted * 1e3:12.2f}  {one.seconds * 1e3:11.2f}  {predicted / one.seconds - 1:+6.1%}"
         )
     return joined([*lines, *model.caveats])
+
+
+def _precisions(model: LatencyModel) -> list[str]:
+    """Return what the parts of a dense model take in every precision, as lines; none where there is only one."""
+    dense, own = model.architecture.layers[0], model.workload.precision
+    names = by_quality(name or own for name in model.by_precision)
+    if len(names) == 1:
+        return []
+    rows = (
+        (
+            name,
+            model.block(HEAD, (), name),
+            model.attention_seconds(dense.num_heads, dense.num_kv_heads, name),
+            model.ffn_seconds(dense.num_channels, name),
+        )
+        for name in names
+    )
+    return [
+        "precision  head, more than the cheapest (ms)  attention of a layer (ms)  feed-forward network of a layer (ms)",
+        *(f"{name:9}  {head * 1e3:34.3f}  {one * 1e3:25.4f}  {two * 1e3:36.4f}" for name, head, one, two in rows),
+        "",
+    ]

@@ -50,9 +50,10 @@ class Costs(Protocol):
     def cheaper(self, block: Block, settings: Sequence[Setting]) -> list[Setting]:
         """Return the settings that a search should choose from, the dearest first.
 
-        Precisions of better quality come first in `settings`, that of the first one is the reference. Of each precision
-        those are returned that are known to cost less than the next larger one returned, where its full width is known
-        to cost less than the reference's, and nothing that a better setting makes useless (see `undominated`).
+        Precisions of better quality come first in `settings`, that of the first one is the reference. Returned are only
+        precisions whose full width is known to cost less than that of every better one returned; of each, settings that
+        are known to cost less than the next larger one returned; and none that a better one makes useless (see
+        `undominated`).
         """
 
 

@@ -1,6 +1,6 @@
 """The widths of a network, without its weights, and what follows from them: parameters, FLOPs, bytes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
@@ -23,6 +23,12 @@ PRECISION_BITS: Mapping[str, float] = {
     "int4": 5,
 }
 UNMIXED: Mapping[str, str] = MappingProxyType({})  # precisions of parts where all have that of the whole
+
+
+def by_quality(precisions: Iterable[str]) -> tuple[str, ...]:
+    """Return precisions, each once, of ever fewer bits; of two with as many bits, the better one comes first."""
+    names = list(PRECISION_BITS)
+    return tuple(sorted(set(precisions), key=lambda one: (-PRECISION_BITS[one], names.index(one))))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dilap.core.costs import Counts
 from dilap.core.errors import Unsupported
 from dilap.core.groups import Block, Kept
 from dilap.core.plan import Plan
-from dilap.core.shape import UNMIXED, Architecture, LayerWidths
+from dilap.core.shape import PRECISION_BITS, UNMIXED, Architecture, LayerWidths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +115,14 @@ class Space:
         """Return the precisions, by name, of the parts that are not in the artifact's own at `config`."""
         levels = {choice.name: choice.levels[index] for choice, index in zip(self.choices, config, strict=True)}
         return {name: level.precision for name, level in levels.items() if level.precision}
+
+def embedding_precision(head: str, offered: Sequence[str]) -> str:
+    """Return the precision of the embedding for one of the precisions `offered` for the head.
+
+    It costs no time, so it has 8 bits where the head has fewer, if they are offered.
+    """
+    eight = [one for one in offered if one and 8 <= PRECISION_BITS[one] < 16]
+    return eight[0] if eight and PRECISION_BITS[head] < 8 else head
 
 
 def plan_of(space: Space, units: Sequence[Kept], *, base: str, precisions: Mapping[str, str] = UNMIXED) -> Plan:

@@ -142,6 +142,7 @@ def profile(
     model: Place = DEFAULT_MODEL,
     *,
     target: str = "host_cpu",
+    precisions: Sequence[str] = (),
     out: Place | None = None,
     devices: Place | None = None,
     cache: Place | None = None,
@@ -150,7 +151,8 @@ def profile(
 ) -> Profile:
     """Measure a model's latency table on `target` and return the fitted cost of every width of every sublayer.
 
-    `options` are those of `prune` about what is timed: `backend`, `phase`, `context`, `precision`, `threads` and so on.
+    `options` are those of `prune` about what is timed: `backend`, `phase`, `context`, `precision`, `threads` and so on;
+    `precisions` are those that parts of the model may have beside that one.
     """
     found = _devices(target, devices)
     asked = job_options(
@@ -159,6 +161,7 @@ def profile(
     return profiling.profile(
         asked,
         devices=found,
+        precisions=precisions,
         out=None if out is None else Path(out),
         tables=_tables(cache),
         progress=_progress(progress),

@@ -17,7 +17,7 @@ from dilap.core.measurement import Measurement
 from dilap.core.plan import Plan, full_plan
 from dilap.core.printable import joined
 from dilap.core.progress import Progress, say_lines
-from dilap.core.shape import UNMIXED, Architecture
+from dilap.core.shape import UNMIXED, Architecture, by_quality
 from dilap.core.workload import Statistic, Workload
 from dilap.job.outputs import home_of, name_of
 from dilap.job.precisions import offered_precisions
@@ -311,7 +311,7 @@ class Bench:
 
         Every device, runtime, workload, shape of the model and set of precisions has a file of its own.
         """
-        return self._kept_path(model, architecture, [sorted(self.others)] if self.others else [])
+        return self._kept_path(model, architecture, [list(self.others)] if self.others else [])
 
     def _kept_path(self, model: str, architecture: Architecture, more: list[Any]) -> Path:
         fingerprint = replace(self.profiler.fingerprint(), soft={})

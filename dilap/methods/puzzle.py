@@ -70,7 +70,7 @@ class Puzzle:
         """
         path = None if task.cache is None else task.cache / f"{name}-{self.objective}.json"
         scores = _read_scores(path) if path is not None and path.exists() else []
-        dense, sizes = asked.space.dense, [len(levels) for levels in asked.evaluator.net.library]
+        dense, sizes = asked.space.dense, asked.evaluator.net.sizes
         loss = self._loss(asked.evaluator, dense)
         with task.bar("block scores", total=sum(sizes), unit="block") as bar:
             bar.update(sum(sizes[: len(scores)]))

@@ -16,6 +16,8 @@ from dilap.core.groups import indices_kept
 from dilap.core.plan import Plan
 from dilap.models.anatomy import architecture_of, blocks_of, decoder_layers
 from dilap.models.families import family_of
+from dilap.models.families.family import has_tied_head
+from dilap.models.matrices import embedding_name, head_name
 from dilap.models.modeling_dilap import add_output_biases_, narrow_layers_, number_layers_, pruned_class
 
 # New values of a dense model's parameters, by their names, in the dense shape or already cut to a plan. An output
@@ -29,13 +31,15 @@ _BY_LAYER = ("layer_types", "no_rope_layers")  # entries of configs that are lis
 def shrink_(model: PreTrainedModel, plan: Plan, *, parameters: Parameters = _NONE) -> PreTrainedModel:
     """Cut `model` in place to the units that `plan` keeps, one layer at a time, and return it.
 
-    `parameters` are new values of decoder layers; what belongs to removed units is cut off. Raises Mismatch when the
-    plan is for another shape or a parameter is unknown.
+    `parameters` are new values of decoder layers, of which what belongs to removed units is cut off, and of embedding
+    and head, which are no longer tied where the head has values of its own. Raises Mismatch when the plan is for
+    another shape or a parameter is unknown.
     """
     if architecture_of(model) != plan.architecture:
         raise Mismatch("the plan was made for a model of another shape")
     _add_missing_biases_(model, parameters)
     _require_known(model, parameters)
+    _replace_ends_(model, parameters)
     prefix = f"{family_of(model.config).layers}."
     layers, blocks = decoder_layers(model), blocks_of(model)
     for index, layer in enumerate(layers):
@@ -84,11 +88,25 @@ def cut_(
 
 
 def _require_known(model: PreTrainedModel, parameters: Parameters) -> None:
-    """Raise Mismatch for a parameter that the decoder layers do not have."""
+    """Raise Mismatch for a parameter that is neither embedding nor head and that the decoder layers do not have."""
     own, prefix = dict(model.named_parameters()), f"{family_of(model.config).layers}."
+    ends = embedding_name(model), head_name(model)
     for name in parameters:
-        if name not in own or not name.startswith(prefix):
+        if name not in ends and (name not in own or not name.startswith(prefix)):
             raise Mismatch(f"there is no parameter {name!r} in the decoder layers of this model")
+
+
+def _replace_ends_(model: PreTrainedModel, parameters: Parameters) -> None:
+    """Give embedding and head their new values; a tied head has those of the embedding unless it has its own."""
+    embedding, head, is_tied = model.get_input_embeddings(), model.get_output_embeddings(), has_tied_head(model)
+    names = {embedding_name(model): embedding, head_name(model): head}
+    for name in set(names) & set(parameters):
+        own = names[name].weight
+        names[name].weight = nn.Parameter(parameters[name].to(own.dtype), requires_grad=own.requires_grad)
+    if is_tied and head_name(model) in parameters:
+        model.config.tie_word_embeddings = False
+    elif is_tied:
+        head.weight = embedding.weight
 
 
 def _add_missing_biases_(model: PreTrainedModel, parameters: Parameters) -> None:

@@ -1,7 +1,7 @@
 """The dense model as the reference of all quality: KL divergence to it, computed cheaply, and perplexity."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from dilap.models.families import family_of
 from dilap.models.tensor_file import Tensors, computed_once
 
 ROWS = 128  # positions whose logits are held at once: 128 x 49152 in f32 is 25 MB, which malloc reuses
+_NO_LABELS = torch.zeros(0, 0, dtype=torch.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +47,14 @@ class AtHead:
     """The KL of a model under test at every position, and gradients with respect to its final hidden states.
 
     `kls` is KL(dense || model) in nats (positions), `slope` its gradient (positions x hidden). `scores` has, for each
-    sample of labels drawn from the model's own distribution, the gradient of their log-likelihood (positions x hidden).
+    sample of `labels` (samples x positions) drawn from the model's own distribution, the gradient of their
+    log-likelihood (positions x hidden).
     """
 
     kls: torch.Tensor
     slope: torch.Tensor
     scores: list[torch.Tensor]
+    labels: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,8 @@ class Teacher:
 
     An artifact gives logits and no hidden states, and logits with a soft cap are not linear in them. To compare with
     these the dense model's whole distributions are needed, which the head computes from the dense model's final states:
-    `states` (sequences x length x hidden), kept only where they are asked for or there is a soft cap.
+    `states` (sequences x length x hidden), kept only where they are asked for or there is a soft cap. `dense_head` is
+    the dense model's head where models under test have another one; see `facing`.
     """
 
     tokens: torch.Tensor
@@ -93,6 +97,7 @@ class Teacher:
     constant: torch.Tensor
     losses: torch.Tensor
     states: torch.Tensor | None = None
+    dense_head: Head | None = None
 
     @property
     def perplexity(self) -> float:
@@ -142,6 +147,18 @@ class Teacher:
 
         return cls(**computed_once(path, make))
 
+    @torch.no_grad()
+    def facing(self, head: Head, *, dense_head: Head) -> "Teacher":
+        """Return the same answers for models under test that have another `head` than the dense one. Needs `states`.
+
+        Only the mean embedding is another one, E' p_t with E of that head and p_t the dense model's probabilities.
+        """
+        assert self.states is not None
+        rows = self.states.reshape(-1, self.states.shape[-1]).split(ROWS)
+        vectors = [head.back(dense_head.logits(one).softmax(-1)) for one in rows] if head.softcap is None else []
+        mean = torch.cat(vectors).reshape(self.mean_embedding.shape) if vectors else self.mean_embedding
+        return replace(self, mean_embedding=mean, dense_head=dense_head)
+
     def log_probabilities(self, row: int, head: Head) -> torch.Tensor:
         """Return the dense model's log-probabilities for one sequence (length x vocabulary).
 
@@ -169,20 +186,23 @@ class Teacher:
         kls: list[torch.Tensor] = []
         slopes: list[torch.Tensor] = []
         scores: list[list[torch.Tensor]] = []
+        drawn: list[torch.Tensor] = []
         for part, kept, constant in zip(*self._parts(hidden, head, rows), strict=True):
             logits = head.logits(part)
             normaliser = logits.logsumexp(-1)
             probabilities = head.probabilities_(logits, normaliser)
             mean = head.back(head.through_cap(probabilities, logits))
-            expected, wanted = _expected(kept, part, logits, head)
+            expected, wanted = _expected(kept, part, logits, head, dense=self.dense_head or head)
             kls.append(normaliser - expected - constant)
             slopes.append(mean - wanted)
-            labels = draw(probabilities, num_samples=samples, generator=generator) if samples else None
-            scores.append([] if labels is None else [one - mean for one in _labelled(labels.T, logits, head)])
+            labels = draw(probabilities, num_samples=samples, generator=generator).T if samples else _NO_LABELS
+            scores.append([one - mean for one in _labelled(labels, logits, head)])
+            drawn.append(labels)
         return AtHead(
             kls=torch.cat(kls),
             slope=torch.cat(slopes),
             scores=[torch.cat(parts) for parts in zip(*scores, strict=True)],
+            labels=torch.cat(drawn, 1),
         )
 
     @torch.no_grad()
@@ -198,7 +218,8 @@ class Teacher:
             for part, kept, constant, wanted in parts:
                 logits = head.logits(part)
                 normaliser = logits.logsumexp(-1)
-                divergences.append(normaliser - _expected(kept, part, logits, head)[0] - constant)
+                expected, _ = _expected(kept, part, logits, head, dense=self.dense_head or head)
+                divergences.append(normaliser - expected - constant)
                 surprises.append(normaliser - logits.gather(1, wanted[:, None]).squeeze(1))
             kls.append(torch.cat(divergences).reshape(batch.shape).mean(1))
             losses.append(torch.cat(surprises).reshape(batch.shape)[:, :-1].mean(1))
@@ -223,16 +244,17 @@ class Teacher:
 
 
 def _expected(
-    kept: torch.Tensor, hidden: torch.Tensor, logits: torch.Tensor, head: Head
+    kept: torch.Tensor, hidden: torch.Tensor, logits: torch.Tensor, head: Head, *, dense: Head
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mean of the model's logits under the dense model, and its gradient with respect to `hidden`.
 
-    `kept` is what is kept of the dense model: the mean embedding, or behind a soft cap the final hidden states.
+    `kept` is what is kept of the dense model: the mean embedding, or behind a soft cap the final hidden states, of
+    which its head, `dense`, makes its logits.
     """
     if head.softcap is None:
         return (kept * hidden.float()).sum(-1), kept
-    dense = head.logits(kept).softmax(-1)
-    return (dense * logits).sum(-1), head.back(head.through_cap(dense, logits))
+    probabilities = dense.logits(kept).softmax(-1)
+    return (probabilities * logits).sum(-1), head.back(head.through_cap(probabilities, logits))
 
 
 def _labelled(labels: torch.Tensor, logits: torch.Tensor, head: Head) -> Iterator[torch.Tensor]:
@@ -259,10 +281,10 @@ def _next_tokens(batch: torch.Tensor) -> torch.Tensor:
     return batch.roll(-1, 1).reshape(-1)
 
 
-def head_of(model: PreTrainedModel) -> Head:
-    """Return the head of a model, its matrix already in the type in which products with it are fastest."""
-    E: torch.Tensor = model.get_output_embeddings().weight.detach()
-    return Head(E=E.to(product_type(E.dtype)), softcap=family_of(model.config).logits_softcap(model.config))
+def head_of(model: PreTrainedModel, *, weight: torch.Tensor | None = None) -> Head:
+    """Return the head of a model, or one with another `weight`, in the type in which products with it are fastest."""
+    E: torch.Tensor = model.get_output_embeddings().weight if weight is None else weight
+    return Head(E=E.detach().to(product_type(E.dtype)), softcap=family_of(model.config).logits_softcap(model.config))
 
 
 class NextTokenLoss(torch.autograd.Function):

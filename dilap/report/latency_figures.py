@@ -39,13 +39,15 @@ def costs(runs: Sequence[Run]) -> list[Figure]:
     """Return the figures of what a layer of any width costs: one for channels, one for KV heads."""
     channels, heads = [], []
     for name, model in _models(runs):
-        for work, seconds in zip(model.ffn.work, model.ffn.seconds, strict=True):
-            channels.append({"table": name, "width": int(work), "microseconds": seconds * 1e6})
         dense = model.architecture.layers[0]
         ratio = dense.num_heads // max(1, dense.num_kv_heads)
-        for kv_heads in range(dense.num_kv_heads + 1):
-            seconds = model.attention_seconds(kv_heads * ratio, kv_heads) if kv_heads else 0.0
-            heads.append({"table": name, "width": kv_heads, "microseconds": seconds * 1e6})
+        for precision, found in model.by_precision.items():
+            label = f"{name}, {precision}" if precision else name
+            for work, seconds in zip(found.ffn.work, found.ffn.seconds, strict=True):
+                channels.append({"table": label, "width": int(work), "microseconds": seconds * 1e6})
+            for kv_heads in range(dense.num_kv_heads + 1):
+                seconds = model.attention_seconds(kv_heads * ratio, kv_heads, precision)
+                heads.append({"table": label, "width": kv_heads, "microseconds": seconds * 1e6})
     return [
         _curve(channels, "cost-channels", "Cost of feed-forward channels", "Channels of a layer"),
         _curve(heads, "cost-heads", "Cost of KV heads", "KV heads of a layer, each with its query heads"),
@@ -74,7 +76,9 @@ def predictions(runs: Sequence[Run]) -> list[Figure]:
     rows: list[dict[str, Any]] = []
     for name, model in _models(runs):
         rows += [
-            _prediction(f"{name}, held-out {number}", "held-out plan", model.predict(one.widths), one.seconds)
+            _prediction(
+                f"{name}, held-out {number}", "held-out plan", model.predict(one.widths, one.precisions), one.seconds
+            )
             for number, one in enumerate(model.holdout, start=1)
         ]
     rows += [

@@ -52,12 +52,18 @@ class Quadratic:
         """Return the model with the diagonal of Q alone: without interactions between choices."""
         return Quadratic(b=self.b, Q=torch.diag(self.Q.diagonal()), sizes=self.sizes)
 
-    def shrunk(self, *, num_rows: float) -> "Quadratic":
-        """Return the model with off-diagonal terms of Q multiplied by rows / (rows + number of levels).
+    def at(self, kept: Sequence[Sequence[int]]) -> "Quadratic":
+        """Return the model over the levels `kept`, indices by choice."""
+        levels = torch.tensor([offset + k for offset, own in zip(self.offsets, kept, strict=True) for k in own])
+        return Quadratic(b=self.b[levels], Q=self.Q[levels][:, levels], sizes=tuple(map(len, kept)))
 
-        Q is estimated from `num_rows` rows; few rows make its off-diagonal terms mostly noise.
+    def shrunk(self, *, num_rows: float, num_changes: int) -> "Quadratic":
+        """Return the model with off-diagonal terms of Q multiplied by rows / (rows + changes).
+
+        Q is estimated from `num_rows` rows for `num_changes` changes, of which the levels consist; few rows make its
+        off-diagonal terms mostly noise.
         """
-        keep = num_rows / (num_rows + len(self.b))
+        keep = num_rows / (num_rows + num_changes)
         diagonal = torch.diag(self.Q.diagonal())
         return Quadratic(b=self.b, Q=diagonal + keep * (self.Q - diagonal), sizes=self.sizes)
 

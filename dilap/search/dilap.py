@@ -9,6 +9,7 @@ on the real KL.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,7 @@ from dilap.core.space import Space
 from dilap.search.allocation import Config, Quadratic, move, move_gains, project, relax, swap
 from dilap.search.levels import prune_by_levels
 from dilap.search.method import Pruned, PruneTask
+from dilap.search.shortlist import Shortlist
 from dilap.search.task import Round, SearchOptions, SearchResult, SearchTask
 
 
@@ -52,7 +54,26 @@ def search(task: SearchTask) -> SearchResult:
             limits = [halfway, limit, *limits]
             continue
         current, value = config, real
+    for config in unpruned_configs(space, limit=task.limit):
+        if (real := evaluator.kl(config)) < value:
+            current, value = config, real
+            task.report(f"no pruning: one precision for all parts is nearer, KL {real:.3f}")
     return polish(task, SearchResult(config=current, kl=value, rounds=tuple(rounds), curvature_scale=scale))
+
+
+def unpruned_configs(space: Space, *, limit: float) -> Iterator[Config]:
+    """Yield the configs within `limit` that keep all widths, and have one precision but the reference wherever it is.
+
+    They are what quantising alone gives.
+    """
+    full = [
+        {level.precision: k for k, level in enumerate(choice.levels) if level.counts == choice.levels[0].counts}
+        for choice in space.choices
+    ]
+    for precision in dict.fromkeys(one for own in full for one in own):
+        config = tuple(own.get(precision, 0) for own in full)
+        if any(config) and space.cost(config) <= limit:
+            yield config
 
 
 def _revise(task: SearchTask, result: SearchResult) -> SearchResult:
@@ -80,14 +101,13 @@ def linear_model(task: SearchTask, config: Config, *, number: int, scale: float 
     """
     options = task.options
     curvature = task.evaluator.curvature(config, samples=options.label_samples, seed=options.seed + number)
-    sizes = tuple(len(levels) for levels in task.evaluator.net.library)
     # A minimum over hundreds of levels finds slopes that are low by chance, so each is taken at the high end of its
     # error.
     slopes = curvature.b + options.caution * curvature.b_error
-    quadratic = Quadratic(b=slopes, Q=scale * curvature.Q, sizes=sizes)
+    quadratic = Quadratic(b=slopes, Q=scale * curvature.Q, sizes=task.evaluator.net.sizes)
     if not options.cross_terms:
         return quadratic.diagonal_only()
-    return quadratic.shrunk(num_rows=curvature.num_rows)
+    return quadratic.shrunk(num_rows=curvature.num_rows, num_changes=curvature.num_changes)
 
 
 def _correction(*, predicted: float, real: float) -> float:
@@ -101,6 +121,8 @@ def allocate(quadratic: Quadratic, space: Space, *, limit: float, previous: Conf
     The candidates are the exact solution without interactions, and relaxations from several starts, each projected onto
     the limit. All of them are improved by swaps.
     """
+    shortlist = Shortlist.of(quadratic, space, always=previous)
+    quadratic, space, previous = shortlist.quadratic, shortlist.space, shortlist.short(previous)
     independent = project(quadratic.diagonal_only(), space, limit=limit)
     candidates = [swap(quadratic, space, independent, limit=limit)]
     if options.cross_terms:
@@ -111,7 +133,7 @@ def allocate(quadratic: Quadratic, space: Space, *, limit: float, previous: Conf
         for p in relax(quadratic, space, limit=limit, starts=starts, options=options.relaxation):
             projected = project(quadratic, space, limit=limit, probabilities=p)
             candidates.append(swap(quadratic, space, projected, limit=limit))
-    return min(candidates, key=lambda config: (quadratic.value(config), config))
+    return shortlist.full(min(candidates, key=lambda config: (quadratic.value(config), config)))
 
 
 def polish(task: SearchTask, result: SearchResult) -> SearchResult:
@@ -124,10 +146,11 @@ def polish(task: SearchTask, result: SearchResult) -> SearchResult:
     if options.evaluations == 0:
         return result
     quadratic = linear_model(task, result.config, number=len(result.rounds), scale=result.curvature_scale)
+    shortlist = Shortlist.of(quadratic, task.space, always=result.config)
     generator = torch.Generator().manual_seed(options.seed)
     config, values, tried, accepted = result.config, task.evaluator.kls(result.config), {result.config}, 0
     for _ in range(options.evaluations):
-        candidate = _proposal(quadratic, task, config, tried, generator)
+        candidate = _proposal(shortlist, config, tried, generator, limit=task.limit)
         if candidate is None:
             break
         tried.add(candidate)
@@ -147,13 +170,14 @@ def _is_better(found: torch.Tensor, values: torch.Tensor) -> bool:
 
 
 def _proposal(
-    quadratic: Quadratic, task: SearchTask, config: Config, tried: set[Config], generator: torch.Generator
+    shortlist: Shortlist, config: Config, tried: set[Config], generator: torch.Generator, *, limit: float
 ) -> Config | None:
     """Return a neighbour of `config` that was not tried, drawn by a softmax of the expected gains; None for none."""
-    gains = move_gains(quadratic, task.space, config, limit=task.limit).reshape(-1)
+    quadratic, start = shortlist.quadratic, shortlist.short(config)
+    gains = move_gains(quadratic, shortlist.space, start, limit=limit).reshape(-1)
     best = gains.topk(min(2000, len(gains)), largest=False)
     finite = best.values[best.values.isfinite()].float()
     gumbel = -torch.empty(len(finite)).exponential_(generator=generator).log()
     order = (finite - 0.25 * finite.std() * gumbel).argsort()
-    moves = (move(quadratic, config, int(best.indices[index])) for index in order)
+    moves = (shortlist.full(move(quadratic, start, int(best.indices[index]))) for index in order)
     return next((moved for moved in moves if moved not in tried), None)

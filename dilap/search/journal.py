@@ -15,7 +15,10 @@ from dilap.core.documents import parse_json, read_text
 from dilap.core.errors import InvalidInput
 from dilap.models.reference import Teacher
 from dilap.models.tensor_file import opened_tensors, save_tensors
-from dilap.search.supernet import Curvature, Supernet, linearise
+from dilap.search.curvature import Curvature, linearise
+from dilap.search.supernet import Supernet
+
+_TENSORS = ("b", "b_error", "of_changes", "parts")  # of a quadratic model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ class Evaluator:
         curvature = linearise(self.net, self.teacher, samples=samples, seed=seed)
         if path is not None:
             metadata = {"value": repr(curvature.value), "num_rows": str(curvature.num_rows)}
-            tensors = {"b": curvature.b, "b_error": curvature.b_error, "Q": curvature.Q}
+            tensors = {name: getattr(curvature, name) for name in _TENSORS}
             save_tensors(path, tensors, metadata=metadata)
         return curvature
 
@@ -70,8 +73,6 @@ def _read_curvature(path: Path) -> Curvature:
         metadata = file.metadata()
         return Curvature(
             value=float(metadata["value"]),
-            b=file.get_tensor("b"),
-            b_error=file.get_tensor("b_error"),
-            Q=file.get_tensor("Q"),
             num_rows=int(metadata["num_rows"]),
+            **{name: file.get_tensor(name) for name in _TENSORS},
         )

@@ -5,50 +5,62 @@ from dataclasses import asdict, replace
 
 from dilap.core.codec import digest
 from dilap.core.plan import Plan
-from dilap.core.space import Choice, plan_of
+from dilap.core.space import Choice, Space, embedding_precision, plan_of
 from dilap.models.reference import Teacher
 from dilap.search.allocation import Config
 from dilap.search.journal import Evaluator
-from dilap.search.library import LibraryOptions, fit_choices
+from dilap.search.library import LibraryOptions, fit_choices, fits_of_levels, width_choices
 from dilap.search.library_file import Fits, Library, kept_library
 from dilap.search.method import Pruned, PruneTask
 from dilap.search.refit import best_refit, refit_refusal
-from dilap.search.supernet import Supernet
+from dilap.search.supernet import HeadLevel, Supernet
 from dilap.search.task import Search, SearchResult, SearchTask
 
 
 def prune_by_levels(task: PruneTask, search: Search) -> Pruned:
-    """Prune to the config that `search` finds, corrected by its measured latency, and refit the projections.
+    """Prune to the config that `search` finds, corrected by its measured latency, refit the projections, and round.
 
     Where the family's projections cannot be refitted in sequence, the library's stay, and a line says why.
     """
     library, name = compensated_library(task, task.levels.library)
-    net, teacher = Supernet(task.model, library), validation_teacher(task)
+    net, teacher = supernet_of(task, library), validation_teacher(task)
     found = search_levels(task, search, net, teacher, journal=f"journal-{name}")
+    options = task.levels.refit
     if reason := refit_refusal(task.model):
         task.report(f"refit: skipped, the projections of the search stay: {reason}")
-        return _by_library(task, net, found.config)
+        options = replace(options, corrections=())
     with task.bar("refit", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
-        refit = best_refit(
-            net, found.config, task.text.train, teacher=teacher, options=task.levels.refit, progress=bar.update
-        )
+        refit = best_refit(net, found.config, task.text.train, teacher=teacher, options=options, progress=bar.update)
     task.report(f"refit: KL on the validation split {found.kl:.3f} -> {refit.kl:.3f}")
-    parameters = {f"{one.path}.weight": refit.weights[one.name] for one in net.sublayers if one.name in refit.weights}
-    return Pruned(plan=plan_at(task, library, found.config), parameters=parameters)
+    return Pruned(plan=plan_at(task, net, found.config), parameters=refit.parameters)
 
 
 def prune_by_library(task: PruneTask, search: Search, library: Library, *, name: str) -> Pruned:
     """Prune to the config that `search` finds, with the library's own projections; `name` is the library's."""
-    net = Supernet(task.model, library)
-    found = search_levels(task, search, net, validation_teacher(task), journal=f"journal-{name}")
-    return _by_library(task, net, found.config)
+    net = supernet_of(task, library)
+    config = search_levels(task, search, net, validation_teacher(task), journal=f"journal-{name}").config
+    return Pruned(plan=plan_at(task, net, config), parameters=net.parameters(config))
 
 
-def _by_library(task: PruneTask, net: Supernet, config: Config) -> Pruned:
-    """Return the plan of `config`, with the library's projections."""
-    fits = {one.path: levels[level] for one, levels, level in zip(net.sublayers, net.library, config, strict=True)}
-    parameters = {f"{path}.weight": fit.weight for path, fit in fits.items() if len(fit.columns)}
-    return Pruned(plan=plan_at(task, net.library, config), parameters=parameters)
+def supernet_of(task: PruneTask, library: Library) -> Supernet:
+    """Return the task's model with the levels of its space; `library` has a fit for every level of its sublayers."""
+    return Supernet(task.model, library, head_levels=head_levels(task.space))
+
+
+def head_levels(space: Space) -> tuple[HeadLevel, ...]:
+    """Return the levels of the head, the last choice of a space, with the precision of the embedding at each.
+
+    The embedding takes no time that depends on its precision. None are returned where the head has no choice.
+    """
+    choice = space.choices[-1]
+    if choice.block.groups:
+        return ()
+    offered = [level.precision for level in choice.levels]
+    changed = [
+        HeadLevel(head=one, embedding=embedding_precision(one, offered)) if one != offered[0] else HeadLevel()
+        for one in offered
+    ]
+    return tuple(changed)
 
 
 def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teacher, *, journal: str) -> SearchResult:
@@ -76,7 +88,7 @@ def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teach
         return results[-1]
 
     def plan(result: SearchResult) -> Plan:
-        return plan_at(task, net.library, result.config)
+        return plan_at(task, net, result.config)
 
     found = task.cost_limit.meet(
         choose,
@@ -91,14 +103,23 @@ def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teach
 def level_library(task: PruneTask, fit: Callable[[Sequence[Choice]], Fits], *, name: str) -> tuple[Library, str]:
     """Return the library of the levels that `fit` fits, and its name in the task's cache, where it is kept.
 
-    The name is `name` with a digest of the levels. `fit` is called only for what is not kept yet.
+    The name is `name` with a digest of the levels. `fit` is called only for what is not kept yet, and with one level of
+    each width, because precisions share fits.
     """
-    choices = task.space.choices
-    name = f"{name}-{digest([[asdict(level) for level in choice.levels] for choice in choices])[:8]}"
+    choices = [choice for choice in task.space.choices if choice.block.groups]
+    wide = width_choices(choices)
+    widths = f"{name}-{_digest(wide)}"
     if task.cache is not None:
-        return kept_library(task.cache / name, choices, fit), name
-    fitted = dict(fit(choices))
-    return [fitted[choice.name] for choice in choices], name
+        fitted = kept_library(task.cache / widths, wide, fit)
+    else:
+        by_name = dict(fit(wide))
+        fitted = [by_name[choice.name] for choice in wide]
+    library = [fits_of_levels(choice, fits) for choice, fits in zip(choices, fitted, strict=True)]
+    return library, f"{name}-{_digest(task.space.choices)}"
+
+
+def _digest(choices: Sequence[Choice]) -> str:
+    return digest([[[*level.counts, level.precision] for level in choice.levels] for choice in choices])[:8]
 
 
 def compensated_library(task: PruneTask, options: LibraryOptions) -> tuple[Library, str]:
@@ -115,12 +136,17 @@ def compensated_library(task: PruneTask, options: LibraryOptions) -> tuple[Libra
 
 
 def validation_teacher(task: PruneTask) -> Teacher:
-    """Return what the dense model predicts on the validation split."""
-    path = None if task.cache is None else task.cache / "teacher-validation.safetensors"
-    return Teacher.once(path, task.model, task.text.validation)
+    """Return what the dense model predicts on the validation split, with its final states where heads differ."""
+    keep_states = bool(head_levels(task.space))
+    name = "teacher-validation-states" if keep_states else "teacher-validation"
+    path = None if task.cache is None else task.cache / f"{name}.safetensors"
+    return Teacher.once(path, task.model, task.text.validation, keep_states=keep_states)
 
 
-def plan_at(task: PruneTask, library: Library, config: Config) -> Plan:
-    """Return the plan that keeps the library's units at `config`."""
-    units = [levels[level].units for levels, level in zip(library, config, strict=True)]
-    return plan_of(task.space, units, base=task.base, precisions=task.space.precisions(config))
+def plan_at(task: PruneTask, net: Supernet, config: Config) -> Plan:
+    """Return the plan that keeps the library's units at `config`, with its precisions."""
+    precisions = task.space.precisions(config)
+    if "head" in precisions:
+        offered = [level.precision for level in task.space.choices[-1].levels]
+        precisions["embedding"] = embedding_precision(precisions["head"], offered)
+    return plan_of(task.space, [fit.units for fit in net.fits(config)], base=task.base, precisions=precisions)

@@ -6,7 +6,7 @@ removed entries to zero gives the same output as cutting them out. Where the uni
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,13 +29,20 @@ class LevelFit:
     """A level with its values: the units that stay, the columns of the projection that stay, the refitted projection.
 
     Of experts, `columns` are those that stay and `weight` has the router's rows for them. `error` is the mean squared
-    output error, relative to that of removing the sublayer (0 full, 1 removed).
+    output error, relative to that of removing the sublayer (0 full, 1 removed). `precision` is the one to which all
+    matrices of the sublayer are rounded, `weight` too, which is kept as it is before; an empty one is the reference.
     """
 
     units: Kept
     columns: torch.Tensor
     weight: torch.Tensor
     error: float
+    precision: str = ""
+
+    @property
+    def counts(self) -> Counts:
+        """How many units stay in every group."""
+        return tuple(len(units) for units in self.units.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +58,28 @@ class LibraryOptions:
     order: Order = "obs"
     ridge: float = 0.01
     batch_tokens: int = 2048
+
+
+def width_choices(choices: Sequence[Choice]) -> list[Choice]:
+    """Return the choices that have widths, with one level of each width; levels of equal width share a fit."""
+    return [replace(one, levels=tuple(_first_of_widths(one).values())) for one in choices if one.block.groups]
+
+
+def fits_of_levels(choice: Choice, fits: Sequence[LevelFit]) -> list[LevelFit]:
+    """Return a fit for every level of a choice, given one for each of its widths."""
+    by_width = dict(zip(_first_of_widths(choice), fits, strict=True))
+    reference = choice.levels[0].precision
+    return [
+        replace(by_width[one.counts], precision="" if one.is_removed or one.precision == reference else one.precision)
+        for one in choice.levels
+    ]
+
+
+def _first_of_widths(choice: Choice) -> dict[Counts, Level]:
+    found: dict[Counts, Level] = {}
+    for level in choice.levels:
+        found.setdefault(level.counts, level)
+    return found
 
 
 def fit_choices(

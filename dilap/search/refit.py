@@ -1,9 +1,10 @@
 """Recovery in closed form: refit every output projection that is left, in order, on its inputs in the pruned model.
 
-Experts have no such projection, and stay as they are.
+Where the config has precisions, every matrix is rounded there too, with the errors of its first columns compensated by
+the others. Experts have no output projection, and stay as they are, or are only rounded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,10 +14,14 @@ from transformers import PreTrainedModel
 
 from dilap.core.errors import Unsupported
 from dilap.models.anatomy import decoder_layers
-from dilap.models.compute import compute_precision
+from dilap.models.compute import batches, compute_precision
+from dilap.models.cut import Parameters
 from dilap.models.families import family_of
-from dilap.models.reference import Teacher
-from dilap.models.statistics import LayerCall, layer_calls
+from dilap.models.matrices import put_, replaced
+from dilap.models.reference import Teacher, final_hidden
+from dilap.models.rounding import compensated
+from dilap.models.skipping import Known, layers_replaced
+from dilap.models.statistics import LayerCall, State, layer_calls
 from dilap.search.allocation import Config
 from dilap.search.supernet import Supernet
 
@@ -42,12 +47,12 @@ class RefitOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Refit:
-    """Projections by sublayer name, and their KL on validation text.
+    """The parameters that a plan changes, by name, and the KL with them on validation text.
 
     `correction` is None where no refit was better than the library's projections, which these are then.
     """
 
-    weights: dict[str, torch.Tensor]
+    parameters: Parameters
     correction: float | None
     kl: float
 
@@ -63,16 +68,16 @@ def best_refit(
 ) -> Refit:
     """Return the first refit on `tokens` (sequences x length) that lowers the KL on the teacher's text.
 
-    Where none does, return the library's projections. `net` is dense again afterwards.
+    Where none does, return the library's projections; those of a config with precisions are rounded, compensated if
+    that lowers the KL. `net` is dense again afterwards.
     """
-    library = {one.name: net.library[i][config[i]].weight for i, one in enumerate(net.sublayers)}
-    kept = {name: weight for name, weight in library.items() if weight.numel()}
-    found = Refit(weights=kept, correction=None, kl=net.kl(teacher, config))
-    for correction in options.corrections:
-        weights = refit_sequentially(net, config, tokens, correction=correction, options=options, progress=progress)
-        kl = net.kl(teacher, config, weights=weights)
+    found = Refit(parameters=net.parameters(config), correction=None, kl=net.kl(teacher, config))
+    attempts = (*options.corrections, None) if net.is_rounded(config) else options.corrections
+    for correction in attempts:
+        made = refit_sequentially(net, config, tokens, correction=correction, options=options, progress=progress)
+        kl = net.kl(teacher, config, parameters=made)
         if kl < found.kl:
-            found = Refit(weights=weights, correction=correction, kl=kl)
+            found = Refit(parameters=made, correction=correction, kl=kl)
             break
     net.close()
     return found
@@ -93,24 +98,26 @@ def refit_sequentially(
     config: Config,
     tokens: torch.Tensor,
     *,
-    correction: float,
+    correction: float | None,
     options: RefitOptions = RefitOptions(),
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, torch.Tensor]:
-    """Return projections over the kept columns, by sublayer name, fitted for `config` on `tokens` (sequences x length).
+    """Return the parameters at `config`, by name, fitted on `tokens` (sequences x length): projections over the columns
+    that stay, and all other matrices that are rounded, in their dense shapes.
 
     The dense and the pruned model are run side by side, layer by layer. For a sublayer with inputs x in the pruned
     model, output y in the dense one, and residual streams r (dense) and r' (pruned) before it, the projection minimises
     |W x - (y + correction (r - r'))|^2 + ridge |W - W_library|^2. So later sublayers make up for the errors of earlier
-    ones, which the library cannot do, because it is fitted on inputs of the dense model. `net` is dense again
-    afterwards. Raises Unsupported for a family that does more than add its sublayers' outputs to the residual stream.
+    ones, which the library cannot do, because it is fitted on inputs of the dense model. In a sublayer with a precision
+    the matrices before the projection are rounded first, so that x has their errors, and the projection afterwards.
+    Without a correction projections are the library's, and only rounded. `net` is dense again afterwards. Raises
+    Unsupported for a correction in a family that does more than add its sublayers' outputs to the residual stream.
     """
     net.close()
-    scale = family_of(net.model.config).residual_scale(net.model.config)
+    scale = 1.0 if correction is None else family_of(net.model.config).residual_scale(net.model.config)
     calls = layer_calls(net.model, tokens, batch_tokens=options.batch_tokens)
     dense_states = [call.hidden for call in calls]
-    pruned_states = [call.hidden for call in calls]
-    weights: dict[str, torch.Tensor] = {}
+    pruned_states, found = _entering(net, config, tokens, dense_states, options=options)
     for number, layer in enumerate(decoder_layers(net.model)):
         indices = [i for i, sublayer in enumerate(net.sublayers) if sublayer.layer == number]
         trace_of = partial(_trace, layer, number, net=net, indices=indices, scale=scale)
@@ -123,26 +130,102 @@ def refit_sequentially(
             fit = net.library[i][config[i]]
             if len(fit.columns) == 0:
                 continue
-            found = list(map(trace_of, calls, pruned_states))
+            if fit.precision:
+                found |= _round_inputs(net, i, fit.precision, map(trace_of, calls, pruned_states))
+            here = list(map(trace_of, calls, pruned_states))
             if i in net.routings:
-                results = [here.result for here in found]
+                results = [one.result for one in here]
                 continue
             problem = _Problem(fit.weight, fit.columns, net.biases[i], ridge=options.ridge)
-            for here, trace in zip(found, traces, strict=True):
-                gap = (trace.residuals[i] - here.residuals[i]) / scale
-                problem.add(here.inputs[i], trace.outputs[i].float() + correction * gap.float())
-            weights[net.sublayers[i].name] = solved = problem.solve()
+            for one, dense in zip(here, traces, strict=True):
+                gap = (dense.residuals[i] - one.residuals[i]) / scale
+                problem.add(one.inputs[i], dense.outputs[i].float() + (correction or 0.0) * gap.float())
+            solved = fit.weight if correction is None else problem.solve()
+            if fit.precision:
+                solved = compensated(solved, problem.H, fit.precision)
+            found[net.matrices[i][-1]] = solved
             net.write(i, fit.columns, solved)
+            if correction is None:
+                results = [one.result for one in map(trace_of, calls, pruned_states)]
+                continue
             with compute_precision():  # the layer's output with the new projection
                 results = [
-                    here.residuals[i] + scale * net.outs[i](here.inputs[i]).reshape(here.result.shape) for here in found
+                    one.residuals[i] + scale * net.outs[i](one.inputs[i]).reshape(one.result.shape) for one in here
                 ]
         dense_states = [trace.result for trace in traces]
         pruned_states = results
         for i in indices:
-            net.write(i, net.library[i][0].columns, net.library[i][0].weight)
+            net.restore(i)
         progress(tokens.numel())
-    return weights
+    return found | _rounded_head(net, config, tokens, pruned_states, options=options)
+
+
+def _entering(
+    net: Supernet, config: Config, tokens: torch.Tensor, dense: list[State], *, options: RefitOptions
+) -> tuple[list[State], dict[str, torch.Tensor]]:
+    """Return what enters the pruned model's first layer, by batch, and the embedding, by name, where it is rounded.
+
+    `dense` is what enters the dense model's.
+    """
+    level = net.head_level(config)
+    if not level.embedding:
+        return dense, {}
+    embedding = {net.embedding_name: net.whole(level)[net.embedding_name]}
+    with replaced(net.model, embedding):
+        calls = layer_calls(net.model, tokens, batch_tokens=options.batch_tokens)
+    return [call.hidden for call in calls], embedding
+
+
+def _round_inputs(net: Supernet, index: int, precision: str, traces: Iterable["_Trace"]) -> dict[str, torch.Tensor]:
+    """Round the matrices before a sublayer's projection in the model, and return them by name.
+
+    Their errors are compensated for the inputs that they have in `traces`; those of experts are not, because every
+    expert has other inputs.
+    """
+    names = net.inputs(index)
+    if index in net.routings:
+        values = {name: net.matrix(name, precision) for name in names}
+    else:
+        first = net.model.get_submodule(names[0].removesuffix(".weight"))  # the others read the same
+        gram = _gram(first, traces)
+        values = {name: compensated(net.dense[name], gram, precision).to(net.dense[name].dtype) for name in names}
+    for name, value in values.items():
+        put_(net.model, name, value)
+    return values
+
+
+def _gram(matrix: nn.Module, runs: Iterable[object]) -> torch.Tensor:
+    """Return X'X (inputs x inputs) of the inputs X that a matrix has in `runs`."""
+    found = torch.zeros(0)
+
+    def add(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        nonlocal found
+        x = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
+        found = x.T @ x + (found if len(found) else 0)
+
+    hook = matrix.register_forward_pre_hook(add)
+    for _ in runs:
+        pass
+    hook.remove()
+    return found
+
+
+def _rounded_head(
+    net: Supernet, config: Config, tokens: torch.Tensor, states: list[State], *, options: RefitOptions
+) -> dict[str, torch.Tensor]:
+    """Return the head by its name where it is rounded and no longer the embedding, compensated for its inputs.
+
+    `states` are what leaves the last layer, by batch.
+    """
+    level = net.head_level(config)
+    if not level.head or net.is_tied(level):
+        return {}
+    dense, gram = net.dense[net.head_name], torch.zeros(0)
+    with layers_replaced(net.model, {len(decoder_layers(net.model)) - 1: Known(states)}):
+        for batch in batches(tokens, batch_tokens=options.batch_tokens):
+            hidden = final_hidden(net.model, batch).float()
+            gram = hidden.T @ hidden + (gram if len(gram) else 0)
+    return {net.head_name: compensated(dense, gram, level.head).to(dense.dtype)}
 
 
 @dataclass(frozen=True, kw_only=True)

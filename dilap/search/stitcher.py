@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from dilap.core.groups import indices_kept
 from dilap.models.anatomy import ExpertSublayer, Sublayer, decoder_layers
-from dilap.models.cut import cut_
+from dilap.models.cut import Parameters, cut_
 from dilap.models.families import family_of
 from dilap.models.routing import Routing
 from dilap.models.skipping import Known, layers_replaced
@@ -23,7 +23,9 @@ from dilap.models.statistics import State
 from dilap.search.library import LevelFit
 
 _PATHS = 3  # configs whose layers' inputs are kept: the one with which others share most, and the latest ones
-Level = tuple[int, ...]  # one level index for every sublayer of a layer
+Level = tuple[int, ...]  # one level index for every sublayer of a layer, and for what else it depends on
+# A sublayer, its level, and the values of those of its matrices that are not the dense model's, by name.
+Cut = tuple[Sublayer | ExpertSublayer, LevelFit, Parameters]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,30 +99,28 @@ def _keeping(states: list[State]) -> Callable[[nn.Module, tuple[State, ...], dic
     return hook
 
 
-def cut_layer(
-    model: PreTrainedModel, index: int, fits: Sequence[tuple[Sublayer | ExpertSublayer, LevelFit]]
-) -> nn.Module:
+def cut_layer(model: PreTrainedModel, index: int, cuts: Sequence[Cut]) -> nn.Module:
     """Return a layer of a dense model with some of its sublayers cut to their levels; the model stays as it is.
 
     Experts are only left out by the router, which computes the same, and as fast.
     """
     family, own = family_of(model.config), decoder_layers(model)[index]
-    if not fits:
+    if not cuts:
         return own
     same = {id(one): one for one in (*own.parameters(), *own.buffers(), model.config)}
     layer: nn.Module = copy.deepcopy(own, same)  # new modules around the same tensors
     prefix = f"{family.layers}.{index}."
-    for sublayer, fit in fits:
+    for sublayer, fit, matrices in cuts:
         if len(fit.columns) == 0:
             for path, module in family.absent(sublayer.kind).items():
                 layer.set_submodule(path, module)
             continue
+        values = {name.removeprefix(prefix): value for name, value in matrices.items()}
         if isinstance(sublayer, ExpertSublayer):
             network, router = (layer.get_submodule(path or "") for path in (family.ffn, family.router))
             Routing(network, router).choose_among(fit.columns, fit.weight)
+            cut_(layer, {}, values=values, requires_grad=False)
             continue
-        kept = indices_kept(sublayer.block.groups, fit.units)
-        values = {f"{sublayer.path.removeprefix(prefix)}.weight": fit.weight}
-        cut_(layer, kept, prefix=prefix, values=values, requires_grad=False)
+        cut_(layer, indices_kept(sublayer.block.groups, fit.units), prefix=prefix, values=values, requires_grad=False)
         family.tell_widths_(layer, sublayer.block, fit.units)
     return layer

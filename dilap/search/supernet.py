@@ -1,8 +1,8 @@
-"""A dense model whose sublayers can be set to any level, and a quadratic model of its loss over all levels at once."""
+"""A dense model whose sublayers can be set to any level: to a width with a refitted projection, and to a precision."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -13,37 +13,54 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from dilap.models.anatomy import ExpertSublayer, Sublayer, all_sublayers, decoder_layers, norm_behind
-from dilap.models.compute import batches, compute_precision, product_type
-from dilap.models.reference import Teacher, before_head, head_of
+from dilap.models.compute import compute_precision, product_type
+from dilap.models.cut import Parameters
+from dilap.models.matrices import embedding_name, head_name, matrices_of, put_, replaced
+from dilap.models.reference import Head, Teacher, head_of
 from dilap.models.routing import Routing
 from dilap.models.skipping import Skipped
 from dilap.search.allocation import Config
 from dilap.search.library import LevelFit
-from dilap.search.stitcher import Level, Stitcher, cut_layer
+from dilap.search.rounded import RoundedMatrices
+from dilap.search.stitcher import Cut, Level, Stitcher, cut_layer
 
 _NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
-# What the levels change in the projections is kept for a whole pass for as many sublayers as this holds, which is all
-# of them for a model of 135M parameters; for the others it is made again for every batch.
-_CHANGES_BYTES = 2 << 30
+# Rounded matrices are kept in so many bytes beyond those of the model itself.
+_ROUNDED_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadLevel:
+    """A level of the head: its precision, and that of the embedding; an empty one is the reference."""
+
+    head: str = ""
+    embedding: str = ""
 
 
 class Supernet:
     """A model whose sublayers can be set to levels of a library; `config` holds the current level of every choice.
 
     A level is set by writing its projection into the dense matrix, with zeros at the removed inputs, or by letting the
-    router choose among its experts. The output is that of the cut model, and gradients reach all levels. `close`
-    restores the dense model. Scoring a config by `kl` writes nothing into the model: it runs layers that are cut, which
-    is faster.
+    router choose among its experts; in another precision than the reference all matrices of the sublayer are rounded.
+    The output is that of the cut model, and gradients reach all levels. The last entry of a config is the level of the
+    head where it has `head_levels`. `close` restores the dense model. Scoring a config by `kl` writes nothing into the
+    model: it runs layers that are cut, which is faster.
     """
 
-    def __init__(self, model: PreTrainedModel, library: Sequence[Sequence[LevelFit]]) -> None:
-        self.model, self.library = model, library
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        library: Sequence[Sequence[LevelFit]],
+        *,
+        head_levels: Sequence[HeadLevel] = (),
+    ) -> None:
+        self.model, self.library, self.head_levels = model, library, tuple(head_levels)
         self.sublayers = list(all_sublayers(model))
         self.outs: list[Any] = [sublayer.out for sublayer in self.sublayers]  # matrices, or networks of experts
         assert len(self.outs) == len(library)
         for sublayer, levels in zip(self.sublayers, library, strict=True):
             assert torch.equal(sublayer.weight.float(), levels[0].weight.float()), "another supernet was left open"
-        self.config: Config = (0,) * len(library)
+        self.config: Config = (0,) * len(self.sizes)
         self.biases = [_bias_of(sublayer) for sublayer in self.sublayers]
         self.routings = {
             index: Routing(one.out, one.router)
@@ -51,16 +68,48 @@ class Supernet:
             if isinstance(one, ExpertSublayer)
         }
         self.norms_behind = [norm_behind(model, sublayer) for sublayer in self.sublayers]
+        self.matrices = [matrices_of(model, sublayer) for sublayer in self.sublayers]
+        self.embedding_name, self.head_name = embedding_name(model), head_name(model)
+        names = (name for own in self.matrices for name in own)
+        self.dense = {name: model.get_parameter(name) for name in (*names, self.embedding_name, self.head_name)}
+        self._embeddings = ["", *(one.embedding for one in self.head_levels)]
+        self._rounded = RoundedMatrices(_ROUNDED_BYTES + sum(one.nbytes for one in model.parameters()))
         self._stitcher = Stitcher(model, self._layer)
+        self._faced: tuple[Teacher | None, dict[str, Teacher]] = (None, {})  # a teacher, for heads in other precisions
         model.requires_grad_(False)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of levels of every choice."""
+        of_head = (len(self.head_levels),) if self.head_levels else ()
+        return (*(len(levels) for levels in self.library), *of_head)
+
+    def head_level(self, config: Sequence[int]) -> HeadLevel:
+        return self.head_levels[config[-1]] if self.head_levels else HeadLevel()
+
+    def fits(self, config: Sequence[int]) -> list[LevelFit]:
+        """Return the levels of all sublayers at `config`."""
+        return [levels[config[index]] for index, levels in enumerate(self.library)]
+
+    def is_rounded(self, config: Sequence[int]) -> bool:
+        """Return whether any part is in another precision than the reference."""
+        return self.head_level(config) != HeadLevel() or any(fit.precision for fit in self.fits(config))
+
     def set(self, config: Sequence[int]) -> None:
-        """Write the projections of `config` into the model, and let its routers choose among its experts."""
+        """Write the projections of `config` into the model, round it, and let its routers choose among its experts."""
         for index, (old, new) in enumerate(zip(self.config, config, strict=True)):
-            if old != new:
-                fit = self.library[index][new]
-                self.write(index, fit.columns, fit.weight)
+            if old != new and index < len(self.library):
+                self._set(index, new)
+        if self.head_level(self.config) != self.head_level(config):
+            for name, value in self.whole(self.head_level(config)).items():
+                put_(self.model, name, value)
         self.config = tuple(config)
+
+    def _set(self, index: int, level: int) -> None:
+        fit = self.library[index][level]
+        self.write(index, fit.columns, self.projection(index, fit))
+        for name in self.inputs(index):
+            put_(self.model, name, self.matrix(name, fit.precision))
 
     @torch.no_grad()
     def write(self, index: int, columns: torch.Tensor, weight: torch.Tensor) -> None:
@@ -78,6 +127,74 @@ class Supernet:
         if bias is not None:
             out.bias.copy_(bias if len(columns) else torch.zeros_like(bias))
 
+    def restore(self, index: int) -> None:
+        """Make one sublayer dense again."""
+        self._set(index, 0)
+
+    def inputs(self, index: int) -> tuple[str, ...]:
+        """Return the names of a sublayer's matrices but its output projection; those of experts are all among them."""
+        return self.matrices[index] if index in self.routings else self.matrices[index][:-1]
+
+    def matrix(self, name: str, precision: str) -> torch.Tensor:
+        """Return a matrix of the dense model in a precision."""
+        return self._rounded.of(id(self.dense[name]), self.dense[name], precision)
+
+    def projection(self, index: int, fit: LevelFit, precision: str | None = None) -> torch.Tensor:
+        """Return the projection of a level in its own precision or another one; a router's rows are not rounded."""
+        if index in self.routings:
+            return fit.weight
+        return self._rounded.of((index, fit.counts), fit.weight, fit.precision if precision is None else precision)
+
+    def masked(self, index: int, fit: LevelFit, precision: str) -> dict[str, torch.Tensor]:
+        """Return a sublayer's matrices at the width of a level and in a precision, in their dense shapes, by name."""
+        values = {name: self.matrix(name, precision) for name in self.inputs(index)}
+        if index not in self.routings:
+            values[self.matrices[index][-1]] = self.masked_projection(index, fit, precision)
+        return values
+
+    def masked_projection(self, index: int, fit: LevelFit, precision: str = "") -> torch.Tensor:
+        """Return the projection of a level in a precision over all inputs, with zeros at those that are removed."""
+        weight = torch.zeros_like(self.outs[index].weight)
+        weight[:, fit.columns] = self.projection(index, fit, precision).to(weight.dtype)
+        return weight
+
+    def parameters(self, config: Sequence[int]) -> Parameters:
+        """Return the parameters that the levels of `config` change, by name, and all output projections that stay.
+
+        Output projections have only the columns that stay, and routers the rows.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for index, (sublayer, fit) in enumerate(zip(self.sublayers, self.fits(config), strict=True)):
+            if len(fit.columns):
+                found |= self._values(index, fit)
+                found[f"{sublayer.path}.weight"] = self.projection(index, fit)
+        level = self.head_level(config)
+        whole = self.whole(level)
+        if self.is_tied(level):
+            del whole[self.head_name]
+        return found | {name: value for name, value in whole.items() if value is not self.dense[name]}
+
+    def _values(self, index: int, fit: LevelFit, given: Parameters = _NONE) -> dict[str, torch.Tensor]:
+        """Return the matrices that a level changes, by name, or those `given` in their places."""
+        inputs = self.inputs(index)
+        names = (name for name in self.matrices[index] if fit.precision or name not in inputs)
+        values: dict[str, torch.Tensor] = {}
+        for name in names:
+            if name in given:
+                values[name] = given[name]
+            else:
+                values[name] = self.matrix(name, fit.precision) if name in inputs else self.projection(index, fit)
+        return values
+
+    def whole(self, level: HeadLevel) -> dict[str, torch.Tensor]:
+        """Return embedding and head at a level of the head, by name; they are the same tensor where they are tied."""
+        names = {self.embedding_name: level.embedding, self.head_name: level.head}
+        return {name: self.matrix(name, precision) for name, precision in names.items()}
+
+    def is_tied(self, level: HeadLevel) -> bool:
+        """Return whether one matrix serves as embedding and head at a level of the head."""
+        return self.dense[self.embedding_name] is self.dense[self.head_name] and level.embedding == level.head
+
     def is_linear(self, index: int) -> bool:
         """Return whether the output of a sublayer, behind its norm if it has one there, is a matrix times its inputs.
 
@@ -88,7 +205,8 @@ class Supernet:
     def output_at(self, index: int, fit: LevelFit, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the output at a level of a sublayer that is not linear, behind its norm, in f32.
 
-        `x` are the inputs of its projection or of its experts, and `dtype` is the type of its outputs.
+        `x` are the inputs of its projection, which is not rounded, or of its experts, and `dtype` is the type of its
+        outputs.
         """
         bias, norm, kind = self.biases[index], self.norms_behind[index], product_type(torch.float32)
         if index in self.routings:
@@ -103,46 +221,64 @@ class Supernet:
         found: torch.Tensor = y if norm is None else norm.forward(y)
         return found.float()
 
-    def kl(
-        self, teacher: Teacher, config: Sequence[int], *, weights: Mapping[str, torch.Tensor] | None = None
-    ) -> float:
+    def kl(self, teacher: Teacher, config: Sequence[int], *, parameters: Parameters = _NONE) -> float:
         """Return the mean KL(dense || config) per position, in nats, on the teacher's tokens.
 
-        `weights` replace the library's projections, by sublayer name. The model is dense again afterwards.
+        `parameters` replace those of the levels, by name. The model is dense again afterwards.
         """
-        return float(self.kls(teacher, config, weights=weights).double().mean())
+        return float(self.kls(teacher, config, parameters=parameters).double().mean())
 
-    def kls(
-        self, teacher: Teacher, config: Sequence[int], *, weights: Mapping[str, torch.Tensor] | None = None
-    ) -> torch.Tensor:
+    def kls(self, teacher: Teacher, config: Sequence[int], *, parameters: Parameters = _NONE) -> torch.Tensor:
         """Return the mean KL(dense || config) per position of every sequence (sequences); see `kl`."""
-        with self.cut(config, text=teacher, weights=weights):
-            return teacher.kls(self.model)
+        with self.cut(config, text=teacher, parameters=parameters):
+            if self.head_name in parameters:
+                return self._facing(teacher, parameters[self.head_name]).kls(self.model)
+            return self.facing(teacher, config).kls(self.model)
+
+    def facing(self, teacher: Teacher, config: Sequence[int]) -> Teacher:
+        """Return the teacher for models with the head of `config`; those of one teacher are kept."""
+        precision = self.head_level(config).head
+        if self._faced[0] is not teacher:
+            self._faced = (teacher, {"": teacher})
+        known = self._faced[1]
+        if precision not in known:
+            known[precision] = self._facing(teacher, self.matrix(self.head_name, precision))
+        return known[precision]
+
+    def _facing(self, teacher: Teacher, weight: torch.Tensor) -> Teacher:
+        return teacher.facing(self.head_of(weight), dense_head=self.head_of(self.dense[self.head_name]))
+
+    def head_of(self, weight: torch.Tensor) -> Head:
+        """Return the model's head with another matrix."""
+        return head_of(self.model, weight=weight)
 
     @contextmanager
-    def cut(
-        self, config: Sequence[int], *, text: object, weights: Mapping[str, torch.Tensor] | None = None
-    ) -> Iterator[None]:
-        """Cut the model's layers to `config` for one pass over `text`, which always has the same batches."""
+    def cut(self, config: Sequence[int], *, text: object, parameters: Parameters = _NONE) -> Iterator[None]:
+        """Cut the model's layers to `config` for one pass over `text`, which always has the same batches.
+
+        `parameters` replace those of the levels, by name.
+        """
         self.close()
         levels: list[Level] = [() for _ in decoder_layers(self.model)]
-        for sublayer, level in zip(self.sublayers, config, strict=True):
-            levels[sublayer.layer] += (level,)
-        build = self._layer if weights is None else partial(self._layer, weights=weights)
-        stitcher = self._stitcher if weights is None else Stitcher(self.model, build)
-        with stitcher.stitched(levels, text=text):
+        for index, sublayer in enumerate(self.sublayers):
+            levels[sublayer.layer] += (config[index],)
+        level = self.head_level(config)
+        levels[0] += (self._embeddings.index(level.embedding),)  # what enters the first layer depends on it
+        stitcher = Stitcher(self.model, partial(self._layer, parameters=parameters)) if parameters else self._stitcher
+        whole = {name: parameters.get(name, value) for name, value in self.whole(level).items()}
+        with replaced(self.model, whole), stitcher.stitched(levels, text=text):
             yield
 
-    def _layer(self, index: int, level: Level, weights: Mapping[str, torch.Tensor] = _NONE) -> nn.Module:
-        """Return a layer with its sublayers cut to their levels, with other projections where `weights` has them."""
-        fits: list[tuple[Sublayer | ExpertSublayer, LevelFit]] = []
+    def _layer(self, index: int, level: Level, parameters: Parameters = _NONE) -> nn.Module:
+        """Return a layer with its sublayers cut to their levels, with other matrices where `parameters` has them."""
+        cuts: list[Cut] = []
         own = [i for i, sublayer in enumerate(self.sublayers) if sublayer.layer == index]
-        for i, chosen in zip(own, level, strict=True):
-            fit, sublayer = self.library[i][chosen], self.sublayers[i]
-            if chosen or sublayer.name in weights:
-                fits.append((sublayer, replace(fit, weight=weights.get(sublayer.name, fit.weight))))
-        is_gone = len(fits) == len(own) and not any(len(fit.columns) for _, fit in fits)
-        return Skipped() if is_gone else cut_layer(self.model, index, fits)
+        for i, chosen in zip(own, level, strict=False):  # the first layer's level ends with that of the embedding
+            fit = self.library[i][chosen]
+            if chosen or any(name in parameters for name in self.matrices[i]):
+                cuts.append((self.sublayers[i], fit, self._values(i, fit, parameters)))
+        is_gone = len(cuts) == len(own) and not any(len(fit.columns) for _, fit, _ in cuts)
+        return Skipped() if is_gone else cut_layer(self.model, index, cuts)
 
     def forget(self) -> None:
         """Free the inputs of layers that scoring keeps for the last few configs."""
@@ -150,198 +286,9 @@ class Supernet:
 
     def close(self) -> None:
         """Restore the dense model."""
-        self.set((0,) * len(self.library))
+        self.set((0,) * len(self.sizes))
 
 
 def _bias_of(sublayer: Sublayer | ExpertSublayer) -> torch.Tensor | None:
     bias = sublayer.out.bias if isinstance(sublayer, Sublayer) else None
     return None if bias is None else bias.detach().clone()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curvature:
-    """A quadratic model of KL(dense || config) near the current config: value + b'c + c'Qc/2.
-
-    c is 1 for the chosen levels and 0 elsewhere. `b` (levels) and `Q` (levels x levels) are over the levels of all
-    choices, one after the other; the entries of the current levels are zero. `b_error` is the standard error of `b`
-    over sequences. `num_rows` is the number of rows from which Q was estimated.
-    """
-
-    value: float
-    b: torch.Tensor
-    b_error: torch.Tensor
-    Q: torch.Tensor
-    num_rows: int
-
-
-def linearise(
-    net: Supernet,
-    teacher: Teacher,
-    *,
-    samples: int,
-    seed: int,
-    batch_tokens: int = 1024,
-    progress: Callable[[int], None] = lambda _: None,
-) -> Curvature:
-    """Return the quadratic model of the KL around the current config, from one pass over the teacher's text.
-
-    Both parts come from a matrix A with a row for every sequence r and a column for every level k of every sublayer s:
-    A[r, (s, k)] is the sum over the positions t of <g_st, delta_skt>, with g the gradient at the sublayer's output,
-    behind its norm if it has one there, and delta the change that the level makes there. For b the gradient is that of
-    KL(dense || current). For Q, the mean of A'A / T over `samples` draws with T the number of positions, it is that of
-    the log-likelihood of labels drawn from the current model itself. So Q is an unbiased estimate of the Fisher matrix,
-    which at the dense model is the curvature of the KL. Rows are sequences, because rows of single positions would miss
-    how the changes at several positions add up.
-    """
-    net.forget()
-    generator = torch.Generator().manual_seed(seed)
-    size = sum(len(levels) for levels in net.library)
-    slopes = torch.zeros(len(teacher.tokens), size)
-    Q, value, start = torch.zeros(size, size), 0.0, 0
-    head = head_of(net.model)
-    with _Tap(net) as tap:
-        for batch in batches(teacher.tokens, batch_tokens=batch_tokens):
-            rows = slice(start, start + len(batch))
-            start += len(batch)
-            hidden = tap.forward(batch)
-            at_head = teacher.at_head(hidden.detach(), head, rows=rows, samples=samples, generator=generator)
-            value += float(at_head.kls.sum())
-            if any(net.config):  # at the dense model the KL is least, so its gradient is zero
-                slopes[rows] = tap.backward(hidden, at_head.slope) / batch.shape[1]
-            for gradient in at_head.scores:
-                products = tap.backward(hidden, gradient)
-                Q += products.T @ products
-            progress(batch.numel())
-    total = teacher.tokens.numel()
-    return Curvature(
-        value=value / total,
-        b=slopes.mean(0),
-        b_error=slopes.std(0, correction=0) / len(slopes) ** 0.5,
-        Q=Q / (total * samples),
-        num_rows=len(teacher.tokens) * samples,
-    )
-
-
-class _Tap:
-    """Computes rows of A (see `linearise`) for one batch at a time.
-
-    It keeps the inputs of the projections in the forward pass, and multiplies them with the gradients at the outputs in
-    the backward passes.
-    """
-
-    def __init__(self, net: Supernet) -> None:
-        self.net = net
-        self.dtype = product_type(torch.float32)
-        self.offsets = [0]
-        for levels in net.library:
-            self.offsets.append(self.offsets[-1] + len(levels))
-        self.kept: dict[int, torch.Tensor] = {}  # the changes of as many sublayers as fit, by index
-        left = _CHANGES_BYTES
-        for index, (sublayer, levels) in enumerate(zip(net.sublayers, net.library, strict=True)):
-            if not net.is_linear(index):
-                continue  # `_multiply_outputs` needs none
-            left -= len(levels) * sublayer.weight.numel() * self.dtype.itemsize
-            if left < 0:
-                break
-            self.kept[index] = self._weight_changes(index)
-        self.products = torch.zeros(0)
-        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
-
-    def _weight_changes(self, index: int) -> torch.Tensor:
-        """Return every level's projection minus the current one (levels x hidden * inputs)."""
-        weight, levels = self.net.sublayers[index].weight.detach(), self.net.library[index]
-        changes = torch.zeros(len(levels), *weight.shape, dtype=self.dtype)
-        for level, fit in enumerate(levels):
-            if level != self.net.config[index]:
-                change = -weight.float()
-                change[:, fit.columns] += fit.weight
-                changes[level] = change
-        return changes.flatten(1)
-
-    def _bias_changes(self, index: int) -> torch.Tensor | None:
-        """Return every level's bias minus the current one (levels x hidden); a removed sublayer has no bias."""
-        bias, levels = self.net.biases[index], self.net.library[index]
-        if bias is None:
-            return None
-        has_bias = torch.tensor([float(len(fit.columns) > 0) for fit in levels])
-        return (has_bias - has_bias[self.net.config[index]])[:, None] * bias.float()
-
-    def __enter__(self) -> "_Tap":
-        for index, out in enumerate(self.net.outs):
-            if self.net.is_linear(index):
-                self.hooks.append(out.register_forward_hook(self._record(index)))
-            else:
-                self.hooks += self._hooks_around(index)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the final hidden states (positions x hidden), with a graph back to the outputs of the projections."""
-        model = self.net.model
-        embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
-        with compute_precision():
-            hidden: torch.Tensor = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        self.products = torch.zeros(len(tokens), self.offsets[-1])
-        return before_head(model, hidden)
-
-    def backward(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Return rows of A (sequences x levels) for a loss with that `gradient` at the final hidden states."""
-        hidden.backward(gradient.to(hidden.dtype), retain_graph=True)
-        return self.products
-
-    def _record(self, index: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            x = inputs[0].detach().to(self.dtype)
-            output.register_hook(lambda gradient: self._multiply(index, x, gradient))
-
-        return hook
-
-    def _hooks_around(self, index: int) -> list[torch.utils.hooks.RemovableHandle]:
-        """Hook a sublayer that is not linear: the inputs of its projection or experts, and the gradient behind all."""
-        inputs: list[torch.Tensor] = []
-
-        def keep(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            inputs[:] = [arguments[0].detach()]
-
-        def record(_: nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            x, before = inputs[0], output.detach()
-            output.register_hook(lambda gradient: self._multiply_outputs(index, x, before, gradient))
-
-        out = self.net.outs[index]
-        last = self.net.norms_behind[index] or out
-        return [out.register_forward_pre_hook(keep), last.register_forward_hook(record)]
-
-    @torch.no_grad()
-    def _multiply_outputs(self, index: int, x: torch.Tensor, before: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Compute rows of A for one sublayer that is not linear, from its inputs x, its output and the gradient there.
-
-        The output of a norm is the same for every length of its input, so a gradient before it would say that the loss
-        does not change when a sublayer is removed; and a token goes to other experts where its own are removed. The
-        output of every level is computed instead.
-        """
-        for level, fit in enumerate(self.net.library[index]):
-            change = -before.float()
-            if len(fit.columns):
-                change += self.net.output_at(index, fit, x, before.dtype)
-            column = self.offsets[index] + level
-            self.products[:, column] = (gradient.float() * change).flatten(1).sum(1)
-        self.products[:, self.offsets[index] + self.net.config[index]] = 0  # not quite, in another order of sums
-
-    @torch.no_grad()
-    def _multiply(self, index: int, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Compute rows of A for one sublayer from its inputs x and the gradient g at its output.
-
-        The sum of <g_t, change x_t> over the positions t of a sequence is <sum of g_t x_t', change>, so a sequence
-        takes only one product with the changes of the levels.
-        """
-        g = gradient.to(self.dtype).reshape(len(self.products), -1, gradient.shape[-1])
-        outer = torch.bmm(g.mT, x.reshape(*g.shape[:2], -1))
-        changes = self.kept[index] if index in self.kept else self._weight_changes(index)
-        products = (outer.reshape(len(g), -1) @ changes.T).float()
-        bias = self._bias_changes(index)
-        if bias is not None:
-            products += g.float().sum(1) @ bias.T
-        self.products[:, self.offsets[index] : self.offsets[index + 1]] = products

@@ -29,7 +29,8 @@ def equal_shares(space: Space, *, limit: float) -> Config:
         raise Infeasible(
             f"the smallest levels take {fastest / limit:.1%} of what is allowed: take a larger budget or smaller ratio"
         )
-    shares = sorted({level.cost / c.levels[0].cost for c in space.choices for level in c.levels}, reverse=True)
+    some = [choice.levels for choice in space.choices if choice.levels[0].cost]  # the cheapest head costs nothing
+    shares = sorted({level.cost / levels[0].cost for levels in some for level in levels}, reverse=True)
     fitting = (config for share in shares if space.cost(config := _at_share(space, share)) <= limit)
     config = next(fitting, space.fastest)
     for index in sorted(range(len(config)), key=lambda index: int(f"{index:016b}"[::-1], 2)):

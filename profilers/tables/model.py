@@ -175,10 +175,14 @@ class LatencyModel:
         offered: dict[str, list[Counts]] = {}
         for counts, precision in settings:
             offered.setdefault(precision, []).append(counts)
-        reference, *others = (self._faster(block, widths, precision) for precision, widths in offered.items())
-        full, step = self.block(block, *reference[0]), self._step(block, reference[0])
-        faster = [one for kept in others if full - self.block(block, *kept[0]) > step for one in kept]
-        return undominated([*reference, *faster], cost=lambda setting: self.block(block, *setting))
+        found: list[Setting] = []
+        best, step = math.inf, 0.0  # of the full widths in better precisions
+        for precision, widths in offered.items():
+            kept = self._faster(block, widths, precision)
+            if best - self.block(block, *kept[0]) > step:
+                found += kept
+                best, step = self.block(block, *kept[0]), self._step(block, kept[0])
+        return undominated(found, cost=lambda setting: self.block(block, *setting))
 
     def _faster(self, block: Block, widths: Sequence[Counts], precision: str) -> list[Setting]:
         """Return the widths that are measurably faster than the next larger one kept, largest first."""

@@ -159,6 +159,11 @@ def _resumed(path: Path, header: TableHeader) -> LatencyTable:
         backend=header.backend,
         precisions=header.offered,
     )
+    if table.header.offered != header.offered:  # it has more, and another choice of random plans
+        raise Mismatch(
+            f"{path}: the table is of the precisions {', '.join(table.header.offered)}, and "
+            f"{', '.join(header.offered)} is asked for: ask for the same ones, or measure another table"
+        )
     return table
 
 

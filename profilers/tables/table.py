@@ -13,14 +13,12 @@ from dilap.core.codec import decode, encode, written_aside
 from dilap.core.documents import parse_object, read_text
 from dilap.core.errors import InvalidInput, Mismatch
 from dilap.core.measurement import Fingerprint, median_interval, quantile
-from dilap.core.shape import PRECISION_BITS, Architecture
+from dilap.core.shape import PRECISION_BITS, Architecture, by_quality
 from dilap.core.workload import Statistic, Workload
 from dilap.profilers.protocol import Protocol
 from dilap.profilers.tables.entries import Probe, TableEntry
 from dilap.profilers.tables.fit import fit
 from dilap.profilers.tables.model import LatencyModel, Observation
-
-_QUALITY = {precision: rank for rank, precision in enumerate(PRECISION_BITS)}  # of two with as many bits: the first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +52,7 @@ class TableHeader:
     @property
     def offered(self) -> tuple[str, ...]:
         """The precisions that a part of a model may have, of ever lower quality; the first is the reference."""
-        names = {self.workload.precision, *self.precisions}
-        return tuple(sorted(names, key=lambda name: (-PRECISION_BITS[name], _QUALITY[name])))
+        return by_quality([self.workload.precision, *self.precisions])
 
     @property
     def others(self) -> tuple[str, ...]:

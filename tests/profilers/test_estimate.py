@@ -115,6 +115,16 @@ def test_estimated_costs_say_so_in_json(checkpoint: Path, capsys: pytest.Capture
     assert (found["estimated"], found["method"], found["table"]) == (True, "estimated", None)
 
 
+def test_parts_are_estimated_in_several_precisions(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--device", "jetson_cpu", "--backend", "llamacpp", "--estimate", *SHORT, "--model", checkpoint]
+    assert call(profile.main, *asked, "--precision", "f16,f32", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    own, other = (costs["ffn"][-1]["seconds"] for costs in (found, found["precisions"]["f32"]))
+    assert other == pytest.approx(2 * own)
+    assert call(profile.main, *asked, "--precision", "f16,q3") == 2
+    assert "unknown precision 'q3'" in capsys.readouterr().err
+
+
 def test_an_estimate_writes_no_table(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", tmp_path / "table.jsonl"]
     assert call(profile.main, "--device", "s23", "--estimate", *SHORT, "--model", checkpoint, *out) == 2

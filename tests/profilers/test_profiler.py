@@ -2,9 +2,10 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from threading import Event
 from typing import Any
 
@@ -17,7 +18,7 @@ from dilap.core import codec
 from dilap.core.artifact import Artifact
 from dilap.core.errors import LinkLost, Mismatch
 from dilap.core.measurement import Fingerprint, Interval, Measurement
-from dilap.core.shape import Architecture
+from dilap.core.shape import UNMIXED, Architecture
 from dilap.core.workload import Budget, Workload
 from dilap.profilers.devices import device as devices
 from dilap.profilers.profiler import Case, Profiler, budget_share, is_shown, speedup
@@ -81,11 +82,20 @@ def test_a_speedup_is_shown_only_if_its_interval_excludes_one(low: float, high: 
 
 
 class FakeExporter:
-    """A probe's file says its widths."""
+    """A probe's file says its widths; each part in another precision counts one less."""
 
-    def export_probe(self, architecture: Architecture, *, precision: str, seed: int, out: Path) -> Artifact:
+    def export_probe(
+        self,
+        architecture: Architecture,
+        *,
+        precision: str,
+        precisions: Mapping[str, str] = UNMIXED,
+        seed: int,
+        out: Path,
+    ) -> Artifact:
         out.mkdir()
-        (out / "model.gguf").write_text(str(sum(one.num_heads + one.num_channels for one in architecture.layers)))
+        widths = sum(one.num_heads + one.num_channels for one in architecture.layers)
+        (out / "model.gguf").write_text(str(widths - len(precisions)))
         artifact = Artifact(
             path="model.gguf",
             format="gguf",
@@ -141,6 +151,7 @@ def build(
     *,
     backend: str = "llamacpp",
     workload: Workload = WORKLOAD,
+    others: Sequence[str] = (),
     protocol: Protocol = QUICK,
     helpers: Sequence[Any] = (),
     progress: Progress | None = None,
@@ -155,6 +166,7 @@ def build(
         path=path,
         attention_levels=attention,
         ffn_levels=ffn,
+        others=dict.fromkeys(others, (attention, ffn)),
         num_random=3,
         num_holdout=2,
         protocol=protocol,
@@ -177,6 +189,26 @@ def test_the_dense_probe_is_in_every_block_and_one_entry(fake: FakeProfiler, tmp
 def test_no_probe_file_is_left_behind(fake: FakeProfiler, tmp_path: Path) -> None:
     build(tmp_path / "t.jsonl")
     assert {path.name for path in tmp_path.iterdir()} == {"t.jsonl", ".t.jsonl.lock"}  # a lock's file has to stay
+
+
+def test_probes_are_written_and_kept_in_their_precisions(fake: FakeProfiler, tmp_path: Path) -> None:
+    table = build(tmp_path / "t.jsonl", others=["q8_0", "f16"])
+    assert table == LatencyTable.read(tmp_path / "t.jsonl")
+    assert table.header.offered == ("f32", "f16", "q8_0")
+    dense = median(table.entries[0].samples_ns)
+    faster = {one.head: dense - median(one.samples_ns) for one in table.entries if one.role == "head"}
+    assert faster == {"q8_0": 1000, "f16": 1000}
+    fake.blocks.clear()
+    assert build(tmp_path / "t.jsonl", others=["q8_0", "f16"]) == table
+    assert fake.blocks == []
+
+
+def test_a_table_goes_on_in_its_own_precisions_only(fake: FakeProfiler, tmp_path: Path) -> None:
+    build(tmp_path / "t.jsonl", others=["q8_0"])
+    with pytest.raises(Mismatch, match=r"of the precisions f32, q8_0, and f32 is asked for"):
+        build(tmp_path / "t.jsonl")
+    with pytest.raises(Mismatch, match=r"precisions: f32, q8_0 / f32, f16"):
+        build(tmp_path / "t.jsonl", others=["f16"])
 
 
 def test_a_killed_table_goes_on_where_it_stopped(fake: FakeProfiler, tmp_path: Path) -> None:

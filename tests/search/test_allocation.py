@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from standins.models import tiny_model
+from standins.allocations import Table, random_quadratic, random_table, space_of
 
 from dilap.core.errors import Infeasible, Unsupported
-from dilap.core.groups import Block, Group
-from dilap.core.space import Choice, Coupling, Level, Space
-from dilap.models.anatomy import architecture_of
+from dilap.core.space import Coupling, Space
 from dilap.search.allocation import (
     Config,
     ExpectedCost,
@@ -31,34 +29,6 @@ from dilap.search.task import SearchOptions
 UNIT = 2.0**-30  # seconds; sums of it are exact
 BUCKETS = 20_000
 SEEDS = range(8)
-Table = list[tuple[float, ...]]
-
-
-def space_of(table: Table, *, fixed_cost: float = 0.0) -> Space:
-    """A space whose choices have only costs."""
-    choices = []
-    for index, row in enumerate(table):
-        group = Group(name=f"layers.{index}.channels", num_units=len(row))
-        levels = tuple(Level(counts=(len(row) - k,), cost=cost) for k, cost in enumerate(row))
-        block = Block(name=f"layers.{index}.ffn", layer=index, kind="ffn", groups=(group,))
-        choices.append(Choice(block=block, levels=levels))
-    return Space(architecture=architecture_of(tiny_model("llama")), choices=tuple(choices), fixed_cost=fixed_cost)
-
-
-def random_table(seed: int, *, choices: int = 5, levels: int = 4) -> Table:
-    """Falling seconds, as measured levels are."""
-    generator = np.random.default_rng(seed)
-    return [tuple(sorted(generator.uniform(0, 1e-3, levels).tolist(), reverse=True)) for _ in range(choices)]
-
-
-def random_quadratic(seed: int, table: Table) -> Quadratic:
-    """Losses that grow as levels fall, with interactions; like those of a Fisher pass Q is a product A'A."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = tuple(len(row) for row in table)
-    scale = torch.cat([torch.linspace(0, 1, size) for size in sizes])
-    A = torch.randn(4 * len(scale), len(scale), generator=generator) * scale + 0.5 * scale
-    b = 0.2 * torch.randn(len(scale), generator=generator) * scale
-    return Quadratic(b=b, Q=A.T @ A / len(A), sizes=sizes)
 
 
 def every_config(table: Table) -> list[Config]:
@@ -154,7 +124,7 @@ def test_value_is_the_quadratic_form_of_the_chosen_levels() -> None:
 
 def test_shrinkage_keeps_the_diagonal() -> None:
     quadratic = random_quadratic(0, random_table(0))
-    shrunk = quadratic.shrunk(num_rows=60)  # 20 levels: three quarters of the interactions stay
+    shrunk = quadratic.shrunk(num_rows=60, num_changes=20)  # three quarters of the interactions stay
     assert torch.allclose(shrunk.Q.diagonal(), quadratic.Q.diagonal())
     assert float(shrunk.Q[0, 7]) == pytest.approx(0.75 * float(quadratic.Q[0, 7]))
     assert float(shrunk.Q[3, 7]) == pytest.approx(0.75 * float(quadratic.Q[3, 7]))

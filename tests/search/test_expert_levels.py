@@ -23,11 +23,12 @@ from dilap.core.errors import Unsupported
 from dilap.models.anatomy import ExpertSublayer, all_sublayers, sublayers
 from dilap.models.cut import shrink_
 from dilap.models.reference import Teacher
+from dilap.search.curvature import linearise
 from dilap.search.experts import importances, inputs_recorded, output_errors
 from dilap.search.library import fit_choices
 from dilap.search.library_file import kept_library
 from dilap.search.refit import refit_refusal, refit_sequentially
-from dilap.search.supernet import Supernet, linearise
+from dilap.search.supernet import Supernet
 
 TOKENS = random_tokens(8, 24)
 OTHERS = random_tokens(3, 12, seed=1)
@@ -202,12 +203,14 @@ def test_a_refit_leaves_experts_alone() -> None:
     space, net = tiny_net(model, TOKENS)
     teacher = Teacher.of(model, TOKENS)
     before = net.kl(teacher, config)
-    weights = refit_sequentially(net, config, TOKENS, correction=1.0)
-    assert sorted(weights) == ["layers.0.attention", "layers.1.attention", "layers.2.attention"]
-    parameters = {f"{one.path}.weight": weights[one.name] for one in net.sublayers if one.name in weights}
+    parameters = refit_sequentially(net, config, TOKENS, correction=1.0)
+    assert sorted(parameters) == [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in range(3)]
+    for index in (1, 5):
+        routed = net.library[index][config[index]].weight
+        parameters[f"{net.sublayers[index].path}.weight"] = routed
     shrunk = shrink_(tiny_model("qwen3_moe"), plan_at(space, net, config), parameters=parameters)
     assert teacher.kl(shrunk) < before
-    assert net.kl(teacher, config, weights=weights) == pytest.approx(teacher.kl(shrunk), rel=1e-3)
+    assert net.kl(teacher, config, parameters=parameters) == pytest.approx(teacher.kl(shrunk), rel=1e-3)
 
 
 def test_a_refit_of_the_dense_config_is_the_dense_model() -> None:
@@ -215,10 +218,9 @@ def test_a_refit_of_the_dense_config_is_the_dense_model() -> None:
     assert refit_refusal(model) is None
     dense = logits(model, TOKENS[:2])
     space, net = tiny_net(model, TOKENS)
-    weights = refit_sequentially(net, space.dense, TOKENS, correction=1.0)
-    for one in net.sublayers:
-        if one.name in weights:
-            one.out.weight.data = weights[one.name]
+    parameters = refit_sequentially(net, space.dense, TOKENS, correction=1.0)
+    for name, value in parameters.items():
+        model.get_parameter(name).data = value
     assert_close(logits(model, TOKENS[:2]), dense, rtol=1e-3, atol=1e-3)
 
 

@@ -110,3 +110,20 @@ def test_added_biases_are_measured_too() -> None:
 
     CostLimit(limit=400.0, predict=cost, measure=measure).bisect(at, output_biases=True)
     assert [(one.out_bias, one.ffn_out_bias) for one in seen] == [(True, True)]
+
+
+def test_plans_are_predicted_and_measured_in_their_precisions() -> None:
+    """The second layer is deleted, so the third one is the second of the network that is measured."""
+    seen: list[Mapping[str, str]] = []
+
+    def measure(_: Architecture, precisions: Mapping[str, str]) -> float:
+        seen.append(precisions)
+        return 0.99
+
+    def predict(_: Sequence[LayerWidths], precisions: Mapping[str, str] = UNMIXED) -> float:
+        return 100.0 - len(precisions)
+
+    kept = {**plan_of(64).kept, "layers.1.channels": (), "layers.1.kv_groups": ()}
+    plan = replace(plan_of(64), kept=kept, precisions={"layers.1.ffn": "f16", "layers.2.ffn": "q4_0", "head": "q8_0"})
+    assert CostLimit(limit=97.0, predict=predict, measure=measure).first([plan]) == plan
+    assert seen == [{"layers.1.ffn": "q4_0", "head": "q8_0"}]

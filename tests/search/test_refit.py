@@ -8,7 +8,6 @@ from standins.models import (
     exported_llama,
     logits,
     plan_at,
-    projections,
     random_tokens,
     tiny_model,
     tiny_net,
@@ -32,8 +31,8 @@ def test_refit_lowers_the_kl_on_its_own_text(family: str) -> None:
     teacher = Teacher.of(model, TOKENS)
     space, net = tiny_net(model, TOKENS)
     before = net.kl(teacher, CONFIG)
-    weights = refit_sequentially(net, CONFIG, TOKENS, correction=1.0)
-    shrunk = shrink_(tiny_model(family), plan_at(space, net, CONFIG), parameters=projections(model, weights))
+    parameters = refit_sequentially(net, CONFIG, TOKENS, correction=1.0)
+    shrunk = shrink_(tiny_model(family), plan_at(space, net, CONFIG), parameters=parameters)
     assert teacher.kl(shrunk) < before
 
 
@@ -64,8 +63,8 @@ def test_refit_of_the_dense_config_is_the_dense_model(family: str) -> None:
     model = tiny_model(family)
     dense = logits(model, TOKENS[:2])
     space, net = tiny_net(model, TOKENS)
-    weights = refit_sequentially(net, space.dense, TOKENS, correction=1.0)
-    shrunk = shrink_(tiny_model(family), plan_at(space, net, space.dense), parameters=projections(model, weights))
+    parameters = refit_sequentially(net, space.dense, TOKENS, correction=1.0)
+    shrunk = shrink_(tiny_model(family), plan_at(space, net, space.dense), parameters=parameters)
     # Least squares in f32 on inputs whose covariance has a condition number of about 100.
     assert_close(logits(shrunk, TOKENS[:2]), dense, rtol=1e-3, atol=1e-3)
 
@@ -82,8 +81,9 @@ def test_refit_names_the_sublayers_that_are_kept() -> None:
     model = tiny_model("llama")
     _, net = tiny_net(model, TOKENS)
     weights = refit_sequentially(net, (4, 1, 0, 3, 1, 2), TOKENS, correction=1.0)
-    assert list(weights) == ["layers.0.ffn", "layers.1.attention", "layers.2.attention", "layers.2.ffn"]
-    assert weights["layers.0.ffn"].shape == (64, 48)
+    kept = ["0.mlp.down_proj", "1.self_attn.o_proj", "2.self_attn.o_proj", "2.mlp.down_proj"]
+    assert list(weights) == [f"model.layers.{one}.weight" for one in kept]
+    assert weights["model.layers.0.mlp.down_proj.weight"].shape == (64, 48)
 
 
 def test_refit_does_not_depend_on_the_batch_size() -> None:
@@ -102,7 +102,7 @@ def test_strong_ridge_keeps_the_projections_of_the_library() -> None:
     _, net = tiny_net(model, TOKENS, options=LibraryOptions(ridge=0.05))
     weights = refit_sequentially(net, CONFIG, TOKENS, correction=1.0, options=RefitOptions(ridge=1e6))
     for index, sublayer in enumerate(net.sublayers):
-        assert_close(weights[sublayer.name], net.library[index][CONFIG[index]].weight, rtol=1e-3, atol=1e-4)
+        assert_close(weights[f"{sublayer.path}.weight"], net.library[index][CONFIG[index]].weight, rtol=1e-3, atol=1e-4)
 
 
 def test_first_refit_is_the_ridge_solution() -> None:
@@ -121,7 +121,7 @@ def test_first_refit_is_the_ridge_solution() -> None:
     damping = 0.1 * H.diagonal().mean()
     expected = ((x @ dense.T).T @ kept + damping * fit.weight) @ torch.linalg.inv(H + damping * torch.eye(len(H)))
     weights = refit_sequentially(net, (1, 0, 0, 0, 0, 0), TOKENS, correction=1.0, options=RefitOptions(ridge=0.1))
-    assert_close(weights["layers.0.attention"].double(), expected, rtol=1e-3, atol=1e-4)
+    assert_close(weights["model.layers.0.self_attn.o_proj.weight"].double(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_best_refit_keeps_the_library_where_no_refit_is_nearer() -> None:
@@ -140,4 +140,4 @@ def test_best_refit_takes_the_first_correction_that_helps() -> None:
     teacher = Teacher.of(model, TOKENS)
     found = best_refit(net, CONFIG, TOKENS, teacher=teacher, options=RefitOptions(corrections=(-20.0, 1.0, 0.5)))
     assert found.correction == 1.0
-    assert found.kl == net.kl(teacher, CONFIG, weights=found.weights)
+    assert found.kl == net.kl(teacher, CONFIG, parameters=found.parameters)

@@ -60,10 +60,10 @@ def test_other_text_and_other_projections_are_not_taken_for_known() -> None:
     expected = [float(one.kls(net.model).mean()) for one in (teacher, other)]
     config = (1, 1, 1, 1, 1, 1)
     plain, elsewhere = net.kl(teacher, config), net.kl(other, config)
-    zeros = {one.name: torch.zeros_like(net.library[i][1].weight) for i, one in enumerate(net.sublayers)}
+    zeros = {f"{one.path}.weight": torch.zeros_like(net.library[i][1].weight) for i, one in enumerate(net.sublayers)}
     assert expected == pytest.approx([0, 0], abs=1e-5)
     assert elsewhere != plain
-    assert net.kl(teacher, config, weights=zeros) == pytest.approx(net.kl(teacher, (4, 3) * 3), rel=1e-4)
+    assert net.kl(teacher, config, parameters=zeros) == pytest.approx(net.kl(teacher, (4, 3) * 3), rel=1e-4)
     assert net.kl(teacher, config) == plain
 
 

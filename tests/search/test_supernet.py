@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from dilap.models.cut import shrink_
 from dilap.models.reference import Teacher, final_hidden, head_of, next_token_loss, perplexity
-from dilap.search import supernet
-from dilap.search.supernet import Supernet, linearise
+from dilap.search import tap
+from dilap.search.curvature import linearise
+from dilap.search.supernet import Supernet
 
 TOKENS = random_tokens(4, 12)
 OTHERS = random_tokens(3, 12, seed=1)
@@ -183,7 +184,7 @@ def test_curvature_is_that_of_the_real_kl(length: int) -> None:
 def test_changes_that_are_not_kept_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     net, teacher, _ = toy(length=6)
     kept = linearise(net, teacher, samples=2, seed=0)
-    monkeypatch.setattr(supernet, "_CHANGES_BYTES", 0)
+    monkeypatch.setattr(tap, "_CHANGES_BYTES", 0)
     made = linearise(net, teacher, samples=2, seed=0)
     assert torch.equal(made.Q, kept.Q)
     assert torch.equal(made.b, kept.b)

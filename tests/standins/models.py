@@ -11,13 +11,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from dilap.core.groups import HEAD
 from dilap.core.plan import Plan
 from dilap.core.shape import UNMIXED, LayerWidths
 from dilap.core.space import Choice, Level, Space, plan_of
 from dilap.models.anatomy import architecture_of, exported_tensors, sublayers
 from dilap.models.cut import shrink_
 from dilap.models.text import Calibration
-from dilap.search.library import LevelFit, LibraryOptions, fit_choices
+from dilap.search.levels import head_levels
+from dilap.search.library import LevelFit, LibraryOptions, fit_choices, fits_of_levels, width_choices
 from dilap.search.limit import CostLimit
 from dilap.search.method import PruneTask
 from dilap.search.supernet import Supernet
@@ -113,6 +115,39 @@ def tiny_space(model: PreTrainedModel, *, fractions: tuple[float, ...] = (1.0, 0
         levels = [Level(counts=one, cost=1e-6 * weights.block(block, one)) for one in [*counts, (0,) * len(sizes)]]
         choices.append(Choice(block=block, levels=tuple(sorted(levels, key=lambda level: -level.cost))))
     return Space(architecture=architecture, choices=tuple(choices), fixed_cost=0.01)
+
+
+def mixed_space(model: PreTrainedModel) -> Space:
+    """`tiny_space` with levels in three precisions, and the head's; blocks of 32 fit into most widths."""
+    shares = {"f16": 1.0, "q8_0": 0.6, "q4_0": 0.4}
+    space = tiny_space(model, fractions=(1.0, 2 / 3, 1 / 3))
+    choices = []
+    for choice in space.choices:
+        levels = [
+            replace(level, precision=precision, cost=share * level.cost)
+            for level in choice.levels
+            for precision, share in shares.items()
+            if precision == "f16" or not level.is_removed
+        ]
+        choices.append(replace(choice, levels=tuple(sorted(levels, key=lambda level: -level.cost))))
+    of_head = (Level(counts=(), cost=0.02 * share, precision=precision) for precision, share in shares.items())
+    head = Choice(block=HEAD, levels=tuple(of_head))
+    return replace(space, choices=(*choices, head))
+
+
+def mixed_net(model: PreTrainedModel, tokens: torch.Tensor) -> tuple[Space, Supernet]:
+    """A supernet over `mixed_space`, its library fitted on `tokens`."""
+    space = mixed_space(model)
+    wide = replace(space, choices=tuple(width_choices(space.choices)))
+    fitted = library_of(model, wide, tokens)
+    library = [fits_of_levels(one, fits) for one, fits in zip(space.choices[:-1], fitted, strict=True)]
+    return space, Supernet(model, library, head_levels=head_levels(space))
+
+
+def level_at(space: Space, index: int, counts: Sequence[int], precision: str) -> int:
+    """The index of the level of a choice with these counts and that precision."""
+    levels = [(level.counts, level.precision) for level in space.choices[index].levels]
+    return levels.index((tuple(counts), precision))
 
 
 def tiny_net(
