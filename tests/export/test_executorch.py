@@ -400,7 +400,7 @@ def test_the_agent_outlives_a_damaged_program(running: AgentClient, dense: Path,
 
 def header(model: PreTrainedModel, precision: str = "f32") -> Any:
     words: Any = SimpleNamespace(bos_token_id=None, eos_token_id=0)
-    return header_of(model, words, precision=precision)
+    return header_of(model, words, mix=Mix(precision=precision))
 
 
 def test_a_sliding_window_bounds_the_context() -> None:
@@ -424,7 +424,7 @@ def test_unknown_rotary_scaling_is_refused() -> None:
 
 
 def test_an_unknown_precision_is_refused(tokenizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match="q4_0"):
+    with pytest.raises(InvalidInput, match="q4_0"):
         exported(tiny_model("llama"), tokenizer, tmp_path / "out", "q4_0")
 
 

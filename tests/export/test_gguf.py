@@ -252,7 +252,7 @@ def test_tensor_of_another_shape_is_named(tokenizer: Path, tmp_path: Path) -> No
 
 
 def test_unknown_precision_is_refused(tokenizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match="q3_k"):
+    with pytest.raises(InvalidInput, match="q3_k"):
         export(tiny_model("llama"), tokenizer, tmp_path / "out", "q3_k")
 
 

@@ -30,7 +30,7 @@ def stored(weight: torch.Tensor, precision: str) -> torch.Tensor:
         return stored_by_ggml(weight, precision)
     if precision in ONNX_BITS:
         return stored_by_onnx_runtime(weight, ONNX_BITS[precision])
-    return stored_by_torchao(weight, is_head=precision == "8da8w")
+    return stored_by_torchao(weight, precision)
 
 
 def stored_by_ggml(weight: torch.Tensor, precision: str) -> torch.Tensor:
@@ -57,12 +57,12 @@ def stored_by_onnx_runtime(weight: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.from_numpy(floats.reshape(len(weight), -1)[:, : weight.shape[1]])
 
 
-def stored_by_torchao(weight: torch.Tensor, *, is_head: bool) -> torch.Tensor:
+def stored_by_torchao(weight: torch.Tensor, precision: str) -> torch.Tensor:
     linear = nn.Linear(weight.shape[1], len(weight), bias=False)
     linear.weight = nn.Parameter(weight.float())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what ExecuTorch and torch deprecate among themselves is not ours to mend
-        importlib.import_module("dilap.export.executorch.quantisation").quantise_linear_(linear, is_head=is_head)
+        importlib.import_module("dilap.export.executorch.quantisation").quantise_linear_(linear, precision=precision)
     quantised: Any = linear.weight
     dequantised: torch.Tensor = quantised.dequantize()
     return dequantised.detach()
