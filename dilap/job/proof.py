@@ -1,7 +1,9 @@
 """The last part of a prune job: from the plan to a measured artifact, and what can be claimed of it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import takewhile
 from pathlib import Path
 
 from dilap.core.artifact import Artifact
@@ -15,10 +17,12 @@ from dilap.job.formats import Files, dense_formats
 from dilap.job.result import PlainDefaults, PruneResult, Quality, Side, caveats, flops_of, versions
 from dilap.job.stages import Goal, Stages, require_measured
 from dilap.job.verdict import verdict
+from dilap.models.anatomy import decoder_layers
 from dilap.models.cut import shrink_
 from dilap.models.distil import distil
 from dilap.models.load import save_checkpoint
 from dilap.models.reference import Teacher
+from dilap.models.tensor_file import load_tensors, save_tensors
 from dilap.models.text import Calibration
 from dilap.profilers import intervals
 from dilap.profilers.profiler import Case, budget_share, is_shown, speedup
@@ -48,7 +52,7 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration, files: 
     recovered = shrunk
     recovery_kls: tuple[float, ...] = ()
     if lessons is not None:
-        recovery_kls = _recover_(stages, lessons)
+        recovery_kls = _recover_(stages, lessons, exam.validation, before=validation_kl)
         recovered = exam.of_torch(source.model)
     with workspace.stage("save the checkpoint"):
         remove(workspace.folder / "checkpoint")  # left by an earlier start
@@ -111,9 +115,14 @@ def _measured(stages: Stages, goal: Goal, paths: Sequence[Path]) -> tuple[list[M
     return measured, plain
 
 
-def _recover_(stages: Stages, lessons: Teacher) -> tuple[float, ...]:
-    """Distil the dense model into the pruned one, in place; return the KL of every step."""
-    options = stages.options.recovery
+def _recover_(stages: Stages, lessons: Teacher, validation: Teacher, *, before: float) -> tuple[float, ...]:
+    """Distil the dense model into the pruned one, in place; return the KL of every step, as long as it is a number.
+
+    Where that does not lower the KL on the validation split, which was `before`, it is undone.
+    """
+    options, model = stages.options.recovery, stages.source.model
+    kept = stages.workspace.cache / "before-recovery.safetensors"
+    save_tensors(kept, {name: parameter.detach() for name, parameter in decoder_layers(model).named_parameters()})
     with (
         stages.workspace.stage("recover"),
         stages.workspace.log.bar("recover", total=options.steps, unit="step") as bar,
@@ -123,9 +132,19 @@ def _recover_(stages: Stages, lessons: Teacher) -> tuple[float, ...]:
             bar.set_postfix(kl=f"{kl:.3f}")
             bar.update(1)
 
-        losses = distil(stages.source.model, lessons, options, progress=show)
-    stages.workspace.log.say(f"recovery ({options.mode}): KL on its own text {losses[0]:.3f} -> {losses[-1]:.3f}")
-    return tuple(losses)
+        losses = distil(model, lessons, options, progress=show)
+        after = validation.kl(model)
+    stages.workspace.log.say(
+        f"recovery ({options.mode}): KL on its own text {losses[0]:.3f} -> {losses[-1]:.3f}, on the validation split "
+        f"{before:.3f} -> {after:.3f}"
+    )
+    if not after < before:  # nor where it is no number
+        stages.workspace.log.say("recovery is undone, because it did not help")
+        earlier = load_tensors(kept)
+        for name, parameter in decoder_layers(model).named_parameters():
+            parameter.data.copy_(earlier[name])
+    remove(kept)
+    return tuple(takewhile(math.isfinite, losses))
 
 
 def _side(
