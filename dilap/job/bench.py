@@ -17,7 +17,7 @@ from dilap.core.measurement import Measurement
 from dilap.core.plan import Plan, full_plan
 from dilap.core.printable import joined
 from dilap.core.progress import Progress, say_lines
-from dilap.core.shape import UNMIXED, Architecture, by_quality
+from dilap.core.shape import UNMIXED, Architecture
 from dilap.core.workload import Statistic, Workload
 from dilap.job.outputs import home_of, name_of
 from dilap.job.precisions import offered_precisions

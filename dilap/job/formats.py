@@ -1,10 +1,11 @@
 """The dense model in every precision that the runtime has, which is what quantising alone gives."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from dilap.core.artifact import Artifact
-from dilap.core.codec import checked, encode, read_json, write_json
+from dilap.core.codec import checked, read_json, write_json
 from dilap.core.measurement import Measurement
 from dilap.core.plan import full_plan
 from dilap.job.exam import Exam
@@ -56,5 +57,5 @@ def _measured(stages: Stages, files: Files) -> list[Measurement]:
         paths = [dense / bench.read_artifact(dense).path, *(folder / one.path for folder, one in files.values())]
         with stages.workspace.stage("latency of the dense model in every precision"):
             measured = bench.measure_cases([Case(path=one, workload=bench.workload) for one in paths])
-        write_json(path, {"measurements": [encode(one) for one in measured]})
+        write_json(path, {"measurements": [asdict(one) for one in measured]})
     return list(checked(tuple[Measurement, ...], read_json(path).get("measurements"), source=str(path)))

@@ -2,7 +2,7 @@
 
 from dilap.backends import Backend
 from dilap.core.errors import Unsupported
-from dilap.core.shape import PRECISION_BITS, Architecture
+from dilap.core.shape import PRECISION_BITS, Architecture, by_quality
 
 AUTO = "auto"
 _FLOATS = ("f16", "bf16", "f32")
@@ -40,8 +40,7 @@ def offered_precisions(
             f"{backend.name} holds all parts of this model in one precision, got {', '.join(asked)}: name one alone"
         )
     wanted = {own, *(_tried(backend, architecture) if asked is None else asked)}
-    ordered = sorted(backend.precisions(), key=lambda one: -PRECISION_BITS[one])
-    return tuple(one for one in ordered if one in wanted)
+    return by_quality(wanted)
 
 
 def _tried(backend: Backend, architecture: Architecture) -> tuple[str, ...]:

@@ -147,12 +147,10 @@ class Stages:
         architecture, own = architecture_of(self.source.model), self.options.workload.precision
         ratio = self.options.budget.ratio
         costs = self._latency_model(architecture) if ratio is None else WeightCosts(architecture=architecture)
-        chosen = self.bench.precisions if self.chooses_precision else (own,)
-        capabilities = {
-            "" if one == own else one: self.bench.backend.capabilities(architecture, precision=one) for one in chosen
-        }
+        precisions = self.bench.precisions if self.chooses_precision else ("",)
+        capabilities = {one: self.bench.backend.capabilities(architecture, precision=one or own) for one in precisions}
         space = build_space(costs, architecture, capabilities, layout=layout)
-        rules = width_rules(layout, capabilities[""])
+        rules = width_rules(layout, self.bench.backend.capabilities(architecture, precision=own))
         if ratio is None:
             return self._latency_goal(dense, costs, space, layout, rules)
         limit = (1 - ratio) * costs.predict(architecture.layers)

@@ -207,7 +207,7 @@ def _require_consistent(
     seen: set[tuple[object, ...]] = set()
     for number, entry in enumerate(entries, start=2):
         reason = entry.misfit(header.architecture)
-        if reason is None and (odd := sorted(entry.precisions_used - {*header.others})):
+        if reason is None and (odd := sorted(entry.precisions_used - {*header.offered})):
             reason = f"it has parts in {odd[0]}, which the table does not offer beside the workload's own precision"
         if reason is None and entry.key in seen:
             reason = f"its probe of role {entry.role} is in the table twice"

@@ -1,7 +1,7 @@
 """A prune job on a made-up device: real exports, fabricated seconds."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from dilap.backends import Backend
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, read_json
 from dilap.core.measurement import Measurement
+from dilap.core.precisions import Mix
 from dilap.core.rules import spread
-from dilap.core.shape import Architecture, LayerWidths
+from dilap.core.shape import UNMIXED, Architecture, LayerWidths, by_quality
 from dilap.core.workload import Workload
 from dilap.job import api
 from dilap.job.bench import Bench
@@ -22,20 +23,25 @@ from dilap.job.comparison import Row
 from dilap.job.result import PruneResult
 from dilap.profilers.profiler import Case
 from dilap.profilers.protocol import TABLE
-from dilap.profilers.tables.entries import TableEntry, runs_of
+from dilap.profilers.tables.entries import TableEntry, run_precisions, runs_of
 from dilap.profilers.tables.probes import default_levels, list_probes
 from dilap.profilers.tables.table import LatencyTable, TableHeader
 from standins.fabricated import FINGERPRINT
 
 LLAMACPP = backends.get("llamacpp")
-FAST = ["--evaluations", "3", "--step", "0.2", "--calib-length", "32", "--context", "64"]
-QUICK: dict[str, Any] = {"evaluations": 3, "step": 0.2, "calib_length": 32, "context": 64}
+SPEED = {"f32": 1.0, "f16": 1.0, "q8_0": 0.6, "q5_0": 0.65, "iq4_nl": 0.4, "q4_0": 0.35, "int8": 0.6, "int4": 0.4}
+FAST = ["--precision", "f16", "--evaluations", "3", "--step", "0.2", "--calib-length", "32", "--context", "64"]
+QUICK: dict[str, Any] = {"precision": "f16", "evaluations": 3, "step": 0.2, "calib_length": 32, "context": 64}
 
 
-def seconds_of(widths: Sequence[LayerWidths]) -> float:
-    """A made-up device: 0.2 ms and a few microseconds a head and channel."""
-    per_layer = (20e-6 * one.num_heads + 30e-6 * one.num_kv_heads + 1e-6 * one.num_channels for one in widths)
-    return 0.2e-3 + sum(per_layer)
+def seconds_of(widths: Sequence[LayerWidths], mix: Mix) -> float:
+    """A made-up device: 0.1 ms, 0.1 ms for the head and a few microseconds a head and channel, by precision."""
+    total = 0.1e-3 + 0.1e-3 * SPEED[mix.of("head")]
+    for index, one in enumerate(widths):
+        attention = 20e-6 * one.num_heads + 30e-6 * one.num_kv_heads
+        total += SPEED[mix.of(f"layers.{index}.attention")] * attention
+        total += SPEED[mix.of(f"layers.{index}.ffn")] * 1e-6 * one.num_channels
+    return total
 
 
 def slowness_of(workload: Workload) -> float:
@@ -62,7 +68,8 @@ class FakeBench(Bench):
         for case in cases:
             sidecar = case.path.with_name("artifact.json")
             artifact = decode(Artifact, read_json(sidecar), source=str(sidecar))
-            center = round(slowness_of(case.workload) * seconds_of(artifact.architecture.layers) * 1e9)
+            mix = Mix(precision=artifact.precision, precisions=artifact.precisions)
+            center = round(slowness_of(case.workload) * seconds_of(artifact.architecture.layers, mix) * 1e9)
             found.append(
                 Measurement(
                     artifact_sha256=artifact.sha256,
@@ -88,12 +95,14 @@ class FakeBench(Bench):
         return Path(model).with_suffix(".jsonl")
 
     def build_table(self, architecture: Architecture, path: Path) -> LatencyTable:
-        table = fabricated_table(architecture.envelope, self.workload, self.backend)
+        table = fabricated_table(architecture.envelope, self.workload, self.backend, precisions=self.others)
         table.write(path)
         return table
 
 
-def fabricated_table(architecture: Architecture, workload: Workload, backend: Backend = LLAMACPP) -> LatencyTable:
+def fabricated_table(
+    architecture: Architecture, workload: Workload, backend: Backend = LLAMACPP, *, precisions: Sequence[str] = ()
+) -> LatencyTable:
     capabilities = backend.capabilities(architecture, precision=workload.precision)
     attention, ffn = default_levels(architecture, capabilities)
     header = TableHeader(
@@ -103,25 +112,31 @@ def fabricated_table(architecture: Architecture, workload: Workload, backend: Ba
         backend=backend.name,
         protocol=TABLE,
         created="2026-01-01T00:00:00+00:00",
+        precisions=by_quality((workload.precision, *precisions)) if precisions else (),
     )
     probes = list_probes(
         architecture,
         measured=(spread(attention, 6), spread(ffn, 6)),
         levels=(attention, ffn),
+        others=dict.fromkeys(precisions, (attention, ffn)),
+        own=workload.precision,
         uniform=not capabilities.per_layer_widths,
         num_random=6,
         num_holdout=3,
         seed=0,
     )
 
-    def nanoseconds(widths: Sequence[LayerWidths]) -> int:
-        return round(slowness_of(workload) * seconds_of(widths) * 1e9)
+    def nanoseconds(widths: Sequence[LayerWidths], precisions: Mapping[str, str] = UNMIXED) -> int:
+        mix = Mix(precision=workload.precision, precisions=precisions)
+        return round(slowness_of(workload) * seconds_of(widths, mix) * 1e9)
 
     return LatencyTable(header).with_entries(
         TableEntry(
             role=probe.role,
-            runs=runs_of(probe.widths),
-            samples_ns=(nanoseconds(probe.widths),) * 15,
+            runs=runs_of(probe.widths, probe.precisions),
+            precisions=run_precisions(probe.widths, probe.precisions),
+            head=probe.precisions.get("head", ""),
+            samples_ns=(nanoseconds(probe.widths, probe.precisions),) * 15,
             sentinel_ns=(nanoseconds(architecture.layers),) * 15,
             status="ok",
         )
