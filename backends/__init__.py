@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from dilap.core import registry
 from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.precisions import Mix
 from dilap.core.rules import Capabilities
-from dilap.core.shape import Architecture
+from dilap.core.shape import UNMIXED, Architecture
 from dilap.core.workload import Workload
 
 if TYPE_CHECKING:
@@ -110,7 +111,10 @@ class Backend(Protocol):
         """
 
     def capabilities(self, architecture: Architecture, *, precision: str) -> Capabilities:
-        """Return the limits on models that compute as `architecture` does, whatever their widths are."""
+        """Return the limits on models that compute as `architecture` does, whatever their widths are.
+
+        A model with parts in several precisions has the limits of all of them.
+        """
 
     def cache_bits(self, workload: Workload) -> float:
         """Return how many bits a number in the KV cache takes in the workload's configuration."""
@@ -134,6 +138,26 @@ def require_precision(backend: Backend, precision: str) -> None:
         raise InvalidInput(f"unknown precision {precision!r}; {backend.name} runs {', '.join(backend.precisions())}")
 
 
+def capabilities_of(backend: Backend, architecture: Architecture, mix: Mix) -> tuple[Capabilities, ...]:
+    """Return the limits of all precisions in `mix`, that of the whole first.
+
+    Raises InvalidInput for a part or a precision that is not known, Unsupported where the runtime holds no such mix.
+    """
+    mix.require_parts(architecture)
+    for one in mix.used:
+        require_precision(backend, one)
+    found = tuple(backend.capabilities(architecture, precision=one) for one in mix.used)
+    if len(found) > 1 and not all(one.mixed_precisions for one in found):
+        raise Unsupported(f"{backend.name} holds all parts of a model in one precision, got {mix}: name one alone")
+    is_untied = mix.precisions.get("head") != mix.precisions.get("embedding")
+    if is_untied and architecture.tied_embeddings and not all(one.untied_precisions for one in found):
+        raise Unsupported(
+            f"{backend.name} holds a {architecture.family} whose head is its embedding in one precision for both: give "
+            "head and embedding the same one"
+        )
+    return found
+
+
 def require_switches(backend: Backend, workload: Workload) -> None:
     """Raise InvalidInput, listing the known ones, for a switch or a value that the backend's runtime does not have."""
     known = backend.switches()
@@ -143,7 +167,14 @@ def require_switches(backend: Backend, workload: Workload) -> None:
             raise InvalidInput(f"{backend.name} has no switch {name!r} with the value {value!r}; it has: {offered}")
 
 
-def require_loadable(backend: Backend, architecture: Architecture, *, precision: str) -> None:
-    """Raise Unsupported, naming the group and the rule, where the runtime does not load models of that shape."""
-    if reason := backend.capabilities(architecture, precision=precision).refusal(architecture):
-        raise Unsupported(f"{backend.name} cannot hold this model in {precision}: {reason}")
+def require_loadable(
+    backend: Backend, architecture: Architecture, *, precision: str, precisions: Mapping[str, str] = UNMIXED
+) -> None:
+    """Raise Unsupported, naming the group and the rule, where the runtime does not load models of that shape.
+
+    `precisions` has, by name, the precision of the parts that do not have `precision`.
+    """
+    mix = Mix(precision=precision, precisions=precisions)
+    for one, limits in zip(mix.used, capabilities_of(backend, architecture, mix), strict=True):
+        if reason := limits.refusal(architecture):
+            raise Unsupported(f"{backend.name} cannot hold this model in {one}: {reason}")

@@ -2,6 +2,7 @@
 
     from dilap import export
     export.get("llamacpp").export(model, tokenizer=folder, precision="q4_0", plan_digest="", out=Path("mine"))
+    export.get("llamacpp").export(model, precision="q4_0", precisions={"head": "q8_0", "layers.3.ffn": "f16"}, ...)
 
 An exporter for another runtime is one class with the methods of `Exporter`, named in `EXPORTERS`.
 """
@@ -32,12 +33,21 @@ class Exporter(Protocol):
     backend: str
 
     def export(
-        self, model: "PreTrainedModel", *, tokenizer: Path, precision: str, plan_digest: str, out: Path
+        self,
+        model: "PreTrainedModel",
+        *,
+        tokenizer: Path,
+        precision: str,
+        precisions: Mapping[str, str] = UNMIXED,
+        plan_digest: str,
+        out: Path,
     ) -> Artifact:
         """Write `model` into the folder `out` with its sidecar `artifact.json`, whole or not at all.
 
-        `tokenizer` is a Hugging Face folder or a GGUF file. The result is verified (logits against torch, the
-        tokenizer's samples against transformers) before it appears. Raises VerificationFailed, Unsupported.
+        `tokenizer` is a Hugging Face folder or a GGUF file. `precisions` has those of parts of the model that do not
+        have `precision`, or are to have exactly it; see `dilap.core.precisions`. The result is verified (logits against
+        torch, the tokenizer's samples against transformers) before it appears. Raises VerificationFailed, Unsupported,
+        and InvalidInput for a part or a precision that is not known.
         """
 
     def export_probe(

@@ -9,6 +9,7 @@ import torch
 from dilap import backends
 from dilap.core.artifact import Artifact
 from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.precisions import Mix
 from dilap.core.shape import Architecture
 from dilap.models.context import context_notes
 from dilap.models.vocabulary import vocabulary_notes
@@ -17,10 +18,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def require_held(architecture: Architecture, *, backend: str, precision: str) -> None:
-    """Raise Unsupported, with the reason that the runtime gives, where it holds no model of this kind."""
-    if reason := backends.get(backend).capabilities(architecture, precision=precision).unsupported:
-        raise Unsupported(reason)
+def require_held(architecture: Architecture, *, backend: str, mix: Mix) -> None:
+    """Raise Unsupported, with the reason that the runtime gives, where it holds no model of this kind in `mix`.
+
+    Raises InvalidInput for a part or a precision that is not known.
+    """
+    for limits in backends.capabilities_of(backends.get(backend), architecture, mix):
+        if limits.unsupported:
+            raise Unsupported(limits.unsupported)
 
 
 def tensor(

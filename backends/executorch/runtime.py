@@ -56,7 +56,7 @@ class ExecuTorch:
         return ", ".join([platform.machine(), *sorted(bindings()._get_registered_backend_names())])
 
     def precisions(self) -> tuple[str, ...]:
-        return ("8da4w", "f32")
+        return ("8da4w", "8da8w", "f32")
 
     def switches(self) -> Mapping[str, tuple[str, ...]]:
         """Return none: only the number of threads can be chosen."""

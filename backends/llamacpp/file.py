@@ -2,7 +2,8 @@
 
 import ctypes
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,8 @@ from dilap.backends.llamacpp.library import collect_errors, fill_, library, load
 from dilap.core.errors import InvalidInput, Unsupported
 
 NO_VOCABULARY = 0  # LLAMA_VOCAB_TYPE_NONE
-FILE_TYPES = {"q8_0": 7, "q4_0": 2}  # LLAMA_FTYPE_MOSTLY_*
+FILE_TYPES = {"q8_0": 7, "q5_0": 8, "iq4_nl": 25, "q4_0": 2}  # LLAMA_FTYPE_MOSTLY_*
+TENSOR_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q5_0": 6, "iq4_nl": 20, "q4_0": 2, "q6_K": 14}  # GGML_TYPE_*
 
 
 class Gguf:
@@ -122,11 +124,18 @@ def validate(path: Path) -> None:
     Gguf(path, num_tokens=1).close()
 
 
-def quantise(source: Path, target: Path, *, precision: str, file_type: int) -> None:
-    """Write the f16 or f32 GGUF `source` as `precision`, llama.cpp's `file_type`, with its own quantiser."""
+def quantise(source: Path, target: Path, *, precision: str, types: Mapping[str, str]) -> None:
+    """Write the f16 or f32 GGUF `source` as `precision`, with llama.cpp's own quantiser.
+
+    `types` has, by name, those of TENSOR_TYPES that tensors get whatever the quantiser would choose for them.
+    """
     lib = library()
     collect_errors()
     params = lib.llama_model_quantize_default_params()
-    params.ftype, params.nthread = file_type, os.cpu_count() or 1
+    params.ftype, params.nthread = FILE_TYPES[precision], os.cpu_count() or 1
+    overrides = (lib.llama_model_tensor_override * (len(types) + 1))()  # the last one, empty, ends the list
+    for override, (name, kind) in zip(overrides, types.items(), strict=False):
+        override.pattern, override.type = f"^{re.escape(name)}$".encode(), TENSOR_TYPES[kind]
+    params.tt_overrides = overrides
     if lib.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)) != 0:
         raise InvalidInput(f"llama.cpp cannot write {target.name} as {precision}: {reason()}")

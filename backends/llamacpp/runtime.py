@@ -56,7 +56,7 @@ class LlamaCpp:
         return text.decode().strip()
 
     def precisions(self) -> tuple[str, ...]:
-        return ("f16", "f32", "q8_0", "q4_0")
+        return ("f16", "f32", "q8_0", "q5_0", "iq4_nl", "q4_0")
 
     def switches(self) -> Mapping[str, tuple[str, ...]]:
         return _SWITCHES
@@ -106,6 +106,7 @@ class LlamaCpp:
                 ffn_removal=False,
                 ffn_multiple=32,
                 output_biases=False,  # llama.cpp's graphs of these families add none
+                untied_precisions=architecture.family != "gemma2",  # of which it reads no head from the file
             )
         if architecture.family == "smollm3":  # of which llama.cpp turns the heads of fixed layers, and adds no biases
             return Capabilities(

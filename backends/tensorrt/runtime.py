@@ -97,7 +97,7 @@ class TensorRT:
         if architecture.experts is not None:
             return Capabilities(unsupported="standard ONNX has no operator that computes only a token's own experts")
         # 8: tensor cores multiply blocks of 8 x 8 f16 or bf16; other widths run, padded or on slower kernels
-        return Capabilities(ffn_multiple=8, max_tokens=MAX_TOKENS)
+        return Capabilities(ffn_multiple=8, mixed_precisions=False, max_tokens=MAX_TOKENS)
 
     def load(self, path: Path, workload: Workload) -> Session:
         """Open the model's engine for the workload; where there is none yet, build it and compare it with torch first.

@@ -1,17 +1,21 @@
 """dilap-export: write any checkpoint, pruned or not, in a runtime's format, checked against torch."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from dilap import backends
 from dilap.cli import arguments, console
+from dilap.core.errors import InvalidInput
 from dilap.job.export import chosen_precision, export
 from dilap.job.outputs import name_of, name_of_vocabulary
 
 _EXAMPLES = """\
   dilap-export --backend llamacpp runs/smollm2-135m-host_cpu-70pct/checkpoint
   dilap-export --backend llamacpp --precision q4_0 --out exported CHECKPOINT
+  dilap-export --backend llamacpp --precision q4_0 --precision head=q8_0 --precision layers.3.ffn=f16 CHECKPOINT
+  dilap-export --backend llamacpp --precision q4_0 --plan runs/mine/plan.json runs/mine/checkpoint
   dilap-export --backend llamacpp --tokenizer original.gguf CHECKPOINT
   dilap-export --backend llamacpp --vocabulary needs.txt CHECKPOINT
   dilap-export --backend tensorrt CHECKPOINT                    # for a Jetson, checked here as far as it goes"""
@@ -25,7 +29,15 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoint", help="a run or a folder with config.json, a .gguf file, a hub id or a built-in name"
     )
     made.add_argument("--backend", required=True, help=f"the runtime: {', '.join(backends.BACKENDS)}")
-    made.add_argument("--precision", help="the runtime's default otherwise")
+    made.add_argument(
+        "--precision",
+        action="append",
+        default=[],
+        metavar="[PART=]FORMAT",
+        help="of the model (the runtime's default otherwise), or of a part: head, embedding, attention, ffn, "
+        "layers.N.attention, layers.N.ffn; may be given several times",
+    )
+    made.add_argument("--plan", metavar="FILE", help="a run's plan.json, whose precisions the parts get")
     made.add_argument("--tokenizer", metavar="PATH", help="a folder or GGUF file; the checkpoint's own by default")
     arguments.add_changes(made)
     made.add_argument("--out", metavar="DIR", help="the artifact's folder (CHECKPOINT-BACKEND-PRECISION)")
@@ -35,15 +47,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command() -> int:
     given = _parser().parse_args()
-    precision = chosen_precision(given.backend, given.precision)
+    whole, parts = _precisions(given.precision)
+    precision = chosen_precision(given.backend, whole)
+    mixed = "-mixed" if parts or given.plan else ""
     changes = f"{name_of(given.merge_adapter)}-" if given.merge_adapter else ""
     changes += f"{name_of_vocabulary(given.vocabulary)}-" if given.vocabulary else ""
-    default = _beside(given.checkpoint, f"{changes}{given.backend}-{precision}")
+    default = _beside(given.checkpoint, f"{changes}{given.backend}-{precision}{mixed}")
     out = arguments.new_path(given.out) if given.out else default
     artifact = export(
         given.checkpoint,
         backend=given.backend,
-        precision=precision,
+        precision=whole,
+        precisions=parts,
+        plan=Path(given.plan) if given.plan else None,
         tokenizer=Path(given.tokenizer) if given.tokenizer else None,
         merge_adapter=given.merge_adapter,
         vocabulary=given.vocabulary,
@@ -58,6 +74,14 @@ def _command() -> int:
         for note in artifact.details.get("notes", ()):  # what was checked, and what only the device can check
             console.show(f"  {note}")
     return 0
+
+
+def _precisions(given: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """Return the precision of the model, None where it is not given, and those of parts. Raises InvalidInput."""
+    wholes = [one for one in given if "=" not in one]
+    if len(wholes) > 1:
+        raise InvalidInput(f"--precision {wholes[0]} and {wholes[1]} are both for the whole model: name one, and PART=")
+    return next(iter(wholes), None), dict(one.split("=", 1) for one in given if "=" in one)
 
 
 def _beside(checkpoint: str, ending: str) -> Path:

@@ -1,7 +1,7 @@
 """The description of a model file in a runtime's format, which is kept beside the file as JSON (its sidecar)."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from dilap.core.documents import is_plain_name
 from dilap.core.shape import Architecture
@@ -26,9 +26,12 @@ class Artifact:
     """A model file in a runtime's format, with what has to be known of it; written beside the file as a JSON sidecar.
 
     `path` is relative to the sidecar. `companions` are other files beside it that the runtime reads, by name, with
-    their SHA-256; `sha256` is that of `path` alone, `num_bytes` counts all files. `run` is set only where the latency
-    of the file was measured.
+    their SHA-256; `sha256` is that of `path` alone, `num_bytes` counts all files. `precisions` has, by name, those of
+    the parts that were given one of their own (see `dilap.core.precisions`). `run` is set only where the latency of the
+    file was measured.
     """
+
+    VERSION: ClassVar[int] = 2  # 1 had no precisions: every part was in the artifact's
 
     path: str
     format: str
@@ -40,6 +43,7 @@ class Artifact:
     num_bytes: int
     sqnr_db: float | None
     companions: dict[str, str] = field(default_factory=dict)
+    precisions: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

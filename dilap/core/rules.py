@@ -25,7 +25,9 @@ class Capabilities:
     quantisation blocks: other widths load, but run no faster than the next multiple, so a search is not offered them.
     It does not concern experts, which are removed whole.
     `layer_removal` says whether whole layers may be removed, which no shape of what is left shows. `output_biases` says
-    whether output projections may have a bias that the family lacks. `max_tokens` is the longest sequence that
+    whether output projections may have a bias that the family lacks. `mixed_precisions` says whether parts of a model
+    may have other precisions than the rest, `untied_precisions` whether a head that is tied to the embedding may have
+    another one than the embedding. `max_tokens` is the longest sequence that
     artifacts for the runtime hold, even where the model itself holds more.
     """
 
@@ -38,6 +40,8 @@ class Capabilities:
     head_dim_multiple: int = 1
     hidden_multiple: int = 1
     output_biases: bool = True
+    mixed_precisions: bool = True
+    untied_precisions: bool = True
     max_tokens: int | None = None
 
     def refusal(self, architecture: Architecture) -> str | None:

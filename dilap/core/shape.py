@@ -1,6 +1,6 @@
 """The widths of a network, without its weights, and what follows from them: parameters, FLOPs, bytes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
@@ -17,6 +17,7 @@ PRECISION_BITS: Mapping[str, float] = {
     "q5_0": 5.5,
     "iq4_nl": 4.5,
     "q4_0": 4.5,
+    "8da8w": 8,  # one scale a row
     "8da4w": 4.5,
     "int8": 9,
     "int4": 5,
@@ -265,29 +266,43 @@ class Architecture:
         heads = sum(layer.num_heads for layer in self.layers)
         return 2 * weights + 4 * heads * self.head_dim * context
 
-    def decode_bytes(self, *, context: int, precision: str, cache_bits: float) -> int:
+    def decode_bytes(
+        self, *, context: int, precision: str, precisions: Mapping[str, str] = UNMIXED, cache_bits: float
+    ) -> int:
         """Return the bytes that are read or written for one token after `context` others.
+
+        `precisions` has, by name, the precision of the parts that do not have `precision`.
 
         They are all weights but those of experts that the token is not sent to, the keys and values of the earlier
         tokens, and those of the new one. The head is read whole, tied to the embeddings or not; activations stay in the
         processor's caches and are not counted.
         """
-        weights = self._weight_bytes(self._active_parameters, precision)
+        weights = self._weight_bytes(self.active_ffn_parameters, precision, precisions)
         return weights + round((context + 1) * self._cache_row_bits(cache_bits) / 8)
 
-    def prefill_bytes(self, *, prompt_tokens: int, precision: str, cache_bits: float) -> int:
-        """Return the bytes that are read or written for a prompt.
+    def prefill_bytes(
+        self, *, prompt_tokens: int, precision: str, precisions: Mapping[str, str] = UNMIXED, cache_bits: float
+    ) -> int:
+        """Return the bytes that are read or written for a prompt, with parts in `precisions` as in `decode_bytes`.
 
         They are all weights once, one embedding per token, and the keys and values, written once and read once. The
         tokens of a prompt together are taken to be sent to all experts.
         """
-        embeddings = int(prompt_tokens * self.hidden_size * PRECISION_BITS[precision] / 8)
+        embedding_bits = PRECISION_BITS[precisions.get("embedding", precision)]
+        embeddings = int(prompt_tokens * self.hidden_size * embedding_bits / 8)
         cached = round(2 * prompt_tokens * self._cache_row_bits(cache_bits) / 8)
-        return self._weight_bytes(self._layer_parameters, precision) + embeddings + cached
+        return self._weight_bytes(self.ffn_parameters, precision, precisions) + embeddings + cached
 
-    def _weight_bytes(self, layer_parameters: int, precision: str) -> int:
-        weights = self.vocab_size * self.hidden_size + layer_parameters
-        return int(weights * PRECISION_BITS[precision] / 8)
+    def _weight_bytes(
+        self, ffn_parameters: Callable[[LayerWidths], int], precision: str, precisions: Mapping[str, str]
+    ) -> int:
+        """Return the bytes of the head and of all layers, which have so many `ffn_parameters` each."""
+        weights = {"head": self.vocab_size * self.hidden_size}
+        for index, layer in enumerate(self.layers):
+            weights[f"layers.{index}.attention"] = self.attention_parameters(layer)
+            weights[f"layers.{index}.ffn"] = ffn_parameters(layer)
+        bits = sum(count * PRECISION_BITS[precisions.get(part, precision)] for part, count in weights.items())
+        return int(bits / 8)
 
     def _cache_row_bits(self, cache_bits: float) -> float:
         """Return the number of bits of one token's keys and values in all layers."""

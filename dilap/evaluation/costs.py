@@ -23,24 +23,28 @@ def count(subject: Subject, workload: Workload) -> Costs:
     return Costs(
         parameters=subject.architecture.num_parameters,
         file_bytes=subject.num_bytes,
-        decode=_counted(subject.architecture, subject.backend, replace(workload, phase="decode")),
-        prefill=_counted(subject.architecture, subject.backend, replace(workload, phase="prefill")),
+        decode=_counted(subject.architecture, subject, replace(workload, phase="decode")),
+        prefill=_counted(subject.architecture, subject, replace(workload, phase="prefill")),
     )
 
 
-def _counted(architecture: Architecture, backend: str, workload: Workload) -> PhaseCosts:
+def _counted(architecture: Architecture, subject: Subject, workload: Workload) -> PhaseCosts:
     precision = workload.precision
-    if backend in backends.BACKENDS:
-        cache_bits = backends.get(backend).cache_bits(workload)
+    if subject.backend in backends.BACKENDS:
+        cache_bits = backends.get(subject.backend).cache_bits(workload)
     else:  # torch keeps keys and values in the weights' precision
         cache_bits = PRECISION_BITS[precision]
     if workload.phase == "decode":
         flops = architecture.decode_flops(context=workload.context)
-        moved = architecture.decode_bytes(context=workload.context, precision=precision, cache_bits=cache_bits)
+        moved = architecture.decode_bytes(
+            context=workload.context, precision=precision, precisions=subject.precisions, cache_bits=cache_bits
+        )
     else:
         tokens = workload.prompt_tokens
         flops = architecture.prefill_flops(prompt_tokens=tokens)
-        moved = architecture.prefill_bytes(prompt_tokens=tokens, precision=precision, cache_bits=cache_bits)
+        moved = architecture.prefill_bytes(
+            prompt_tokens=tokens, precision=precision, precisions=subject.precisions, cache_bits=cache_bits
+        )
     return PhaseCosts(workload=workload, flops=flops, bytes_moved=moved)
 
 

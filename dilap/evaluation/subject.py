@@ -1,6 +1,7 @@
 """What is scored: a checkpoint in torch, an artifact through its runtime, or the artifact of a run."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ class Subject:
     """A model that is open to be scored. `backend` is `torch` or a runtime; `digest` is that of its weights or file.
 
     `path` is the artifact's file, None for a checkpoint. `architecture` is None for a GGUF file that DiLAP did not
-    write. `run` says how an artifact was run when it was measured, None where it was not.
+    write. `precisions` has those of the parts of an artifact that differ from `precision`. `run` says how an artifact
+    was run when it was measured, None where it was not.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Subject:
     architecture: Architecture | None
     reader: Reader
     words: TextTokenizer
+    precisions: Mapping[str, str] = field(default_factory=dict)
     run: HowToRun | None = None
 
 
@@ -118,6 +121,7 @@ def _of_artifact(name: str, folder: Path, backend: str | None, threads: int) -> 
         name=name,
         backend=artifact.backend,
         precision=artifact.precision,
+        precisions=artifact.precisions,
         digest=artifact.sha256,
         plan_digest=artifact.plan_digest,
         num_bytes=artifact.num_bytes,

@@ -24,6 +24,7 @@ from typing import Any
 from dilap.core.artifact import Artifact
 from dilap.core.errors import InvalidInput
 from dilap.core.progress import Progress
+from dilap.core.shape import UNMIXED
 from dilap.core.workload import Budget, Statistic
 from dilap.evaluation.document import Evaluation
 from dilap.job import compare as comparing
@@ -174,16 +175,25 @@ def export(
     backend: str,
     out: Place,
     precision: str | None = None,
+    precisions: Mapping[str, str] = UNMIXED,
+    plan: Place | None = None,
     tokenizer: Place | None = None,
     merge_adapter: Place | None = None,
     vocabulary: Place | None = None,
     progress: Told = None,
 ) -> Artifact:
-    """Write a checkpoint in a runtime's format into the new folder `out`, checked against torch."""
+    """Write a checkpoint in a runtime's format into the new folder `out`, checked against torch.
+
+    `precisions` has those of parts that differ from `precision`: `head`, `embedding`, `layers.N.attention`,
+    `layers.N.ffn`, or `attention` and `ffn` for all layers. `plan` is a run's plan.json, whose precisions are taken for
+    parts that are not named.
+    """
     return exporting.export(
         os.fspath(checkpoint),
         backend=backend,
         precision=precision,
+        precisions=precisions,
+        plan=None if plan is None else Path(plan),
         tokenizer=None if tokenizer is None else Path(tokenizer),
         merge_adapter=None if merge_adapter is None else os.fspath(merge_adapter),
         vocabulary=None if vocabulary is None else os.fspath(vocabulary),

@@ -148,6 +148,7 @@ class Bench:
             source.model,
             tokenizer=source.tokenizer_path,
             precision=self.workload.precision,
+            precisions=plan.pruned_precisions(),
             plan_digest=plan.digest,
             out=folder,
         )

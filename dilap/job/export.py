@@ -1,13 +1,17 @@
 """Export a checkpoint to a runtime's format, checked against torch."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from dilap import backends
 from dilap.core.artifact import Artifact
-from dilap.core.codec import read_json
-from dilap.core.errors import InvalidInput
+from dilap.core.codec import decode, read_json
+from dilap.core.errors import InvalidInput, Mismatch
+from dilap.core.plan import Plan
+from dilap.core.precisions import Mix, for_every_layer
 from dilap.core.progress import Progress
+from dilap.core.shape import UNMIXED
 
 
 def chosen_precision(backend: str, precision: str | None) -> str:
@@ -23,6 +27,8 @@ def export(
     *,
     backend: str,
     precision: str | None = None,
+    precisions: Mapping[str, str] = UNMIXED,
+    plan: Path | None = None,
     tokenizer: Path | None = None,
     merge_adapter: str | None = None,
     vocabulary: str | None = None,
@@ -31,32 +37,51 @@ def export(
 ) -> Artifact:
     """Write the folder `out`, whole or not at all, with the model file and its sidecar `artifact.json`.
 
-    `checkpoint` is a run, a folder, a GGUF file, a hub id or a built-in name. Raises InvalidInput, Unavailable,
-    Unsupported where the runtime cannot hold the model, and VerificationFailed where the runtime computes something
-    else than torch.
+    `checkpoint` is a run, a folder, a GGUF file, a hub id or a built-in name. `precisions` has those of the parts of
+    the model that differ: `head`, `embedding`, `layers.N.attention`, `layers.N.ffn`, or `attention` and `ffn` for all
+    layers. `plan` is the plan.json of a run, whose precisions are those of the parts that are not named. Raises
+    InvalidInput, Unavailable, Unsupported where the runtime cannot hold the model, Mismatch for the plan of another
+    model, and VerificationFailed where the runtime computes something else than torch.
     """
-    chosen = chosen_precision(backend, precision)
+    chosen, planned = chosen_precision(backend, precision), None if plan is None else _read_plan(plan, precision)
+    for one in precisions.values():
+        backends.require_precision(backends.get(backend), one)
     if os.path.lexists(out):
         raise InvalidInput(f"{out} already exists; remove it or choose another --out")
     if tokenizer is not None and not tokenizer.exists():
         raise InvalidInput(f"no tokenizer {str(tokenizer)!r}: give a Hugging Face folder or a GGUF file")
-    progress.say(f"exporting {checkpoint} to {backend}, {chosen}")
+    progress.say(f"exporting {checkpoint} to {backend}, {Mix(precision=chosen, precisions=precisions)}")
     # Importing torch takes seconds: bad input is refused first.
     from dilap import export as exporters  # noqa: PLC0415
     from dilap.models.anatomy import architecture_of  # noqa: PLC0415
     from dilap.models.load import checkpoint_of, load  # noqa: PLC0415
 
     source = load(checkpoint, tokenizer=tokenizer, merge_adapter=merge_adapter, vocabulary=vocabulary)
-    backends.require_loadable(backends.get(backend), architecture_of(source.model), precision=chosen)
+    architecture = architecture_of(source.model)
+    found = for_every_layer(precisions, architecture)
+    if planned is not None:
+        if planned.pruned_architecture().layers != architecture.layers:
+            raise Mismatch(f"{plan} is the plan of a model with other layers than {checkpoint} has")
+        found = planned.pruned_precisions() | found
+    backends.require_loadable(backends.get(backend), architecture, precision=chosen, precisions=found)
     for note in source.notes:
         progress.say(note)
     return exporters.get(backend).export(
         source.model,
         tokenizer=source.tokenizer_path,
         precision=chosen,
+        precisions=found,
         plan_digest=_plan_digest(checkpoint_of(Path(checkpoint))),
         out=out,
     )
+
+
+def _read_plan(path: Path, precision: str | None) -> Plan:
+    """Read a plan. Raises InvalidInput, also where it says only which parts differ from a precision that is missing."""
+    plan = decode(Plan, read_json(path), source=str(path))
+    if plan.precisions and precision is None:
+        raise InvalidInput(f"{path} says which parts differ from the others: name the precision of the others, too")
+    return plan
 
 
 def _plan_digest(checkpoint: Path) -> str:

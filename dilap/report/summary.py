@@ -82,7 +82,8 @@ def mean_accuracy(evaluation: Evaluation | None) -> float | None:
 
 def _row(run: Run, side: Side, evaluation: Evaluation | None, *, is_dense: bool) -> SummaryRow:
     result, workload, architecture = run.result, run.result.workload, side.artifact.architecture
-    precision, cache_bits = workload.precision, backends.get(result.backend).cache_bits(workload)
+    precision, precisions = workload.precision, side.artifact.precisions
+    cache_bits = backends.get(result.backend).cache_bits(workload)
     measurement = side.measurement
     share = (1.0, 1.0, 1.0) if is_dense else _share(result)
     is_known = measurement.status != "estimated" and result.statistic == result.budget.statistic
@@ -111,10 +112,12 @@ def _row(run: Run, side: Side, evaluation: Evaluation | None, *, is_dense: bool)
         mean_accuracy=mean_accuracy(evaluation),
         parameters=side.parameters,
         decode_flops=architecture.decode_flops(context=workload.context),
-        decode_bytes=architecture.decode_bytes(context=workload.context, precision=precision, cache_bits=cache_bits),
+        decode_bytes=architecture.decode_bytes(
+            context=workload.context, precision=precision, precisions=precisions, cache_bits=cache_bits
+        ),
         prefill_flops=architecture.prefill_flops(prompt_tokens=workload.prompt_tokens),
         prefill_bytes=architecture.prefill_bytes(
-            prompt_tokens=workload.prompt_tokens, precision=precision, cache_bits=cache_bits
+            prompt_tokens=workload.prompt_tokens, precision=precision, precisions=precisions, cache_bits=cache_bits
         ),
         file_bytes=side.artifact.num_bytes,
         peak_memory_bytes=measurement.peak_memory_bytes or None,

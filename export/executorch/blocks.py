@@ -75,9 +75,9 @@ class Block(nn.Module):
 
     def quantise_(self) -> None:
         """Give the matrices the types of the block's precision."""
-        if self.shape.precision == "8da4w":
+        if self.shape.precision != "f32":
             for linear in self.linears().values():
-                quantise_linear_(linear, is_head=self.shape.kind == "head")
+                quantise_linear_(linear, precision=self.shape.precision)
 
     def examples(self) -> tuple[torch.Tensor, ...]:
         """Inputs; dimension 1 of activations may have any length."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from dilap.backends.executorch.bindings import MAX_CONTEXT
 from dilap.core.errors import Unsupported
 from dilap.core.numerics import Numerics
+from dilap.core.precisions import Mix
 from dilap.core.shape import Architecture
 from dilap.export.source_model import end_tokens, require_held
 from dilap.models.anatomy import architecture_of, numerics_of
@@ -14,27 +15,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ACTIVATIONS = ("silu", "relu", "gelu_pytorch_tanh")
-PRECISIONS = ("8da4w", "f32")
 GROUP_SIZE = 32  # input channels that share the scale of 4-bit weights; the only step that XNNPACK's kernels take
 SCORED_TOKENS = 128  # whose logits are given at once: for a vocabulary of 50k they are 25 MB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a program computes, and the ids of the tokens that begin and end a text. Raises Unsupported."""
+    """What a program computes, and the ids of the tokens that begin and end a text.
+
+    Raises Unsupported, and InvalidInput for a part or a precision that is not known.
+    """
 
     architecture: Architecture
     numerics: Numerics
-    precision: str
+    mix: Mix
     bos_id: int = 0
     eos_ids: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
-        _require_supported(self.architecture, self.precision)
+        _require_supported(self.architecture, self.mix)
         if self.numerics.activation not in ACTIVATIONS:
             raise Unsupported(
                 f"the ExecuTorch export computes {', '.join(ACTIVATIONS)}, the model has {self.numerics.activation}"
             )
+
+    def precision_of(self, part: str) -> str:
+        """Return a part's precision; head and embedding, where they are not named, have 8 bits even beside 4."""
+        if part in ("head", "embedding") and part not in self.mix.precisions and self.mix.precision == "8da4w":
+            return "8da8w"
+        return self.mix.of(part)
 
     @property
     def max_context(self) -> int:
@@ -62,23 +71,21 @@ class Header:
         }
 
 
-def header_of(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, precision: str) -> Header:
-    """Read from a loaded model. Raises Unsupported for what the program does not compute."""
+def header_of(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, mix: Mix) -> Header:
+    """Read from a loaded model. Raises as Header does."""
     first = model.config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return Header(
         architecture=architecture_of(model),
         numerics=numerics_of(model),
-        precision=precision,
+        mix=mix,
         bos_id=first or 0,
         eos_ids=tuple(end_tokens(model, tokenizer.eos_token_id)),
     )
 
 
-def _require_supported(architecture: Architecture, precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise Unsupported(f"precision {precision!r} is not known; ExecuTorch runs {', '.join(PRECISIONS)}")
-    require_held(architecture, backend="executorch", precision=precision)
-    if precision == "8da4w" and architecture.hidden_size % GROUP_SIZE:
+def _require_supported(architecture: Architecture, mix: Mix) -> None:
+    require_held(architecture, backend="executorch", mix=mix)
+    if mix.used != ("f32",) and architecture.hidden_size % GROUP_SIZE:
         raise Unsupported(
-            f"8da4w needs a hidden size that {GROUP_SIZE} divides, got {architecture.hidden_size}: use f32"
+            f"{mix} needs a hidden size that {GROUP_SIZE} divides, got {architecture.hidden_size}: use f32"
         )

@@ -29,7 +29,7 @@ from torch.nn import functional
 from dilap.core.shape import Architecture, LayerWidths
 from dilap.export.executorch.blocks import EDGE, BlockShape, Delegate, Kind, qk_norm_sizes, template
 from dilap.export.executorch.header import Header
-from dilap.export.executorch.quantisation import quantised_rows
+from dilap.export.executorch.quantisation import quantised_groups, quantised_rows
 from dilap.models.families import families
 
 Values = Callable[[str, tuple[int, ...]], torch.Tensor]  # a tensor's name and shape -> its content in f32
@@ -130,8 +130,9 @@ class Decoder(nn.Module):
     def _make_embedding_(self) -> None:
         model, factor = self.header.architecture, self.header.numerics.embedding_scale
         table = self._values(f"{self._family.embeddings}.weight", (model.vocab_size, model.hidden_size))
-        if self.header.precision == "8da4w":
-            table, scales = quantised_rows(table)
+        precision = self.header.precision_of("embedding")
+        if precision != "f32":
+            table, scales = quantised_groups(table) if precision == "8da4w" else quantised_rows(table)
             self.register_buffer("embedding_scales", scales * factor)
         elif factor != 1:  # a large table is not copied without need
             table = table * factor
@@ -164,24 +165,26 @@ class Decoder(nn.Module):
             matrices = {name: f"{prefix}.{path}" for name, path in paths.items()}
             turns = self.header.numerics.layers[index].rotary is not None
             inside, before = replace(widths, num_channels=0), self._norm(prefix, family.attention_norm)
-            yield self._block("attention_in", inside, matrices, before=before, qk_norms=qk_norms, turns=turns)
+            part = f"layers.{index}.attention"
+            yield self._block("attention_in", part, inside, matrices, before=before, qk_norms=qk_norms, turns=turns)
             out = LayerWidths(num_heads=widths.num_heads, num_kv_heads=widths.num_heads, num_channels=0)
             behind = self._norm(prefix, family.attention_norm_behind)
-            yield self._block("attention_out", out, {"out": f"{prefix}.{family.attention_out}"}, behind=behind)
+            matrices = {"out": f"{prefix}.{family.attention_out}"}
+            yield self._block("attention_out", part, out, matrices, behind=behind)
         if widths.num_channels:
             *gate, up = (f"{prefix}.{path}" for path in family.ffn_in)
             matrices = {"gate": gate[0]} if gate else {}
             matrices |= {"up": up, "down": f"{prefix}.{family.ffn_out}"}
             ffn = LayerWidths(num_heads=0, num_kv_heads=0, num_channels=widths.num_channels)
             before, behind = self._norm(prefix, family.ffn_norm), self._norm(prefix, family.ffn_norm_behind)
-            yield self._block("ffn", ffn, matrices, before=before, behind=behind)
+            yield self._block("ffn", f"layers.{index}.ffn", ffn, matrices, before=before, behind=behind)
 
     def _make_head_(self, *, max_tokens: int) -> _Call:
         model = self.header.architecture
         none = LayerWidths(num_heads=0, num_kv_heads=0, num_channels=0)
         matrix = self._family.embeddings if model.tied_embeddings else "lm_head"
         before = self._norm(*self._family.final_norm.rsplit(".", 1))
-        return self._block("head", none, {"out": matrix}, before=before, max_tokens=max_tokens)
+        return self._block("head", "head", none, {"out": matrix}, before=before, max_tokens=max_tokens)
 
     def _norm(self, prefix: str, path: str | None) -> list[tuple[str, int]]:
         """Return names and sizes of the vectors of the norm at `path` in `prefix`; none where there is no norm."""
@@ -192,6 +195,7 @@ class Decoder(nn.Module):
     def _block(
         self,
         kind: Kind,
+        part: str,
         widths: LayerWidths,
         matrices: dict[str, str],
         *,
@@ -203,12 +207,12 @@ class Decoder(nn.Module):
     ) -> _Call:
         """Lower a block with the model's matrices, and keep the vectors of its norms as buffers.
 
-        `matrices` are paths in the model; vectors are given with their sizes.
+        `part` is what it has its precision from. `matrices` are paths in the model; vectors are given with their sizes.
         """
         header, vectors = self.header, [*before, *qk_norms, *behind]
         shape = BlockShape(
             kind=kind,
-            precision=header.precision,
+            precision=header.precision_of(part),
             norm_eps=header.numerics.norm_eps,
             activation=header.numerics.activation,
             architecture=_relevant(header.architecture, kind),
@@ -273,13 +277,12 @@ class Decoder(nn.Module):
 
     def _embed(self, tokens: torch.Tensor, start: Any) -> torch.Tensor:
         """Return the residual stream (1 x tokens x hidden) before the first layer."""
-        if self.header.precision == "f32":
+        precision, ops = self.header.precision_of("embedding"), cast(Any, torch.ops.quantized_decomposed)
+        if precision == "f32":
             x: torch.Tensor = functional.embedding(tokens, self.embedding)
         else:
-            embedding_byte: Any = torch.ops.quantized_decomposed.embedding_byte
-            x = embedding_byte.dtype(
-                self.embedding, self.embedding_scales, None, -128, 127, tokens, dtype=torch.float32
-            )
+            rows, limits = (ops.embedding_4bit, (-8, 7)) if precision == "8da4w" else (ops.embedding_byte, (-128, 127))
+            x = rows.dtype(self.embedding, self.embedding_scales, None, *limits, tokens, dtype=torch.float32)
         if self.header.architecture.num_positions:
             return x + self.positions.narrow(0, start, tokens.shape[1])
         return x

@@ -1,7 +1,8 @@
-"""The quantisation 8da4w: 4-bit weights in groups of 32, 8-bit activations that are scaled per token at run time.
+"""The quantisations 8da4w, of 4-bit weights in groups of 32, and 8da8w, of 8-bit weights with one scale a row.
 
-The head has 8 bits and one scale a row, and so has a matrix whose rows are no multiple of a group. The embedding has 8
-bits too: a token reads only one row of it, so that 4 bits would make the file smaller and nothing faster.
+Activations have 8 bits and are scaled per token at run time. In 8da4w, a matrix whose rows are no multiple of a group
+has 8 bits all the same. So have head and embedding, unless they are named: a token reads only one row of the embedding,
+so that 4 bits would make the file smaller and nothing faster.
 """
 
 import hashlib
@@ -17,9 +18,9 @@ from dilap.export.executorch.header import GROUP_SIZE
 _INT4: torch.dtype = torch.int4  # type: ignore[attr-defined] # torch's stubs lack it
 
 
-def quantise_linear_(linear: nn.Linear, *, is_head: bool) -> None:
+def quantise_linear_(linear: nn.Linear, *, precision: str) -> None:
     """Quantise a matrix in place; in torch it then computes what XNNPACK does, up to the order of summation."""
-    grouped = not is_head and linear.in_features % GROUP_SIZE == 0
+    grouped = precision == "8da4w" and linear.in_features % GROUP_SIZE == 0
     config = Int8DynamicActivationIntxWeightConfig(
         weight_dtype=_INT4 if grouped else torch.int8,
         weight_granularity=PerGroup(GROUP_SIZE) if grouped else PerAxis(0),
@@ -34,6 +35,20 @@ def quantised_rows(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a table in 8 bits, and the scale of every row."""
     scales = table.abs().amax(1).clamp(min=1e-12) / 127
     return (table / scales[:, None]).round().to(torch.int8), scales
+
+
+def quantised_groups(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a table in 4 bits, two in a byte, and the scale of every group of every row, as a matrix would have them.
+
+    The first of two has the upper half of the byte, and 8 stands for 0.
+    """
+    rows, columns = table.shape
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    linear.weight = nn.Parameter(table, requires_grad=False)
+    quantise_linear_(linear, precision="8da4w")
+    assert isinstance(linear.weight, IntxUnpackedToInt8Tensor)
+    pairs = (linear.weight.qdata + 8).to(torch.uint8).view(rows, -1, 2)
+    return pairs[..., 0] << 4 | pairs[..., 1], linear.weight.scale.float()
 
 
 def constants(linear: nn.Linear) -> list[tuple[str, bytes]]:

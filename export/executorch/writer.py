@@ -3,7 +3,7 @@
 import collections
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,8 @@ from dilap.backends.executorch.bindings import bindings
 from dilap.backends.executorch.program import Program
 from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, file_sha256, write_json, written_aside
-from dilap.core.shape import Architecture
+from dilap.core.precisions import Mix
+from dilap.core.shape import UNMIXED, Architecture
 from dilap.export.executorch.header import GROUP_SIZE, Header, header_of
 from dilap.export.executorch.tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.random_weights import RandomWeights
@@ -37,7 +38,7 @@ NUM_TOKENS = 32  # half of what other formats are compared on, because one pass 
 #   SmolLM2-135M, query rows of one layer misordered       6.1
 # A damaged model amplifies rounding, above all in 8da4w where it moves an activation across a step of its 8 bits: there
 # the bound only tells a program from unrelated logits (-3). That the layout is right is shown by the exact tiny models.
-SQNR_BOUNDS_DB = {"f32": 60.0, "8da4w": -2.5}
+SQNR_BOUNDS_DB = {"f32": 60.0, "8da8w": 0.0, "8da4w": -2.5}
 
 
 class ExecuTorchExporter:
@@ -46,11 +47,18 @@ class ExecuTorchExporter:
     backend = "executorch"
 
     def export(
-        self, model: "PreTrainedModel", *, tokenizer: Path, precision: str, plan_digest: str, out: Path
+        self,
+        model: "PreTrainedModel",
+        *,
+        tokenizer: Path,
+        precision: str,
+        precisions: Mapping[str, str] = UNMIXED,
+        plan_digest: str,
+        out: Path,
     ) -> Artifact:
         """Write `model` into the folder `out`, verified, or leave nothing behind."""
         words = read_tokenizer(tokenizer, vocab_size=architecture_of(model).vocab_size)
-        header = header_of(model, words, precision=precision)
+        header = header_of(model, words, mix=Mix(precision=precision, precisions=precisions))
         with written_aside(out) as folder:
             folder.mkdir()
             path = folder / "model.pte"
@@ -58,16 +66,25 @@ class ExecuTorchExporter:
             notes = tuple(save_tokenizer(words, folder))
             token_ids = words("\n".join(SAMPLES))["input_ids"][: min(NUM_TOKENS, header.max_context)]
             sqnr_db = min(
-                _verify_method(path, method, model, token_ids, precision=precision) for method in ("forward", "score")
+                _verify_method(path, method, model, token_ids, mix=header.mix) for method in ("forward", "score")
             )
             artifact = _describe(path, header, sqnr_db=sqnr_db)
             artifact = described(artifact, model, plan_digest=plan_digest, notes=notes)
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
 
-    def export_probe(self, architecture: Architecture, *, precision: str, seed: int, out: Path) -> Artifact:
+    def export_probe(
+        self,
+        architecture: Architecture,
+        *,
+        precision: str,
+        precisions: Mapping[str, str] = UNMIXED,
+        seed: int,
+        out: Path,
+    ) -> Artifact:
         """Write a model of that shape with random weights and no tokenizer, for timing only."""
-        header = Header(architecture=architecture, numerics=stand_in_numerics(architecture), precision=precision)
+        mix = Mix(precision=precision, precisions=precisions)
+        header = Header(architecture=architecture, numerics=stand_in_numerics(architecture), mix=mix)
         random = RandomWeights(seed)
 
         def values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -93,13 +110,14 @@ def _write(path: Path, header: Header, values: "Values") -> None:
         program.write_to_file(file)
 
 
-def _verify_method(
-    path: Path, method: str, model: "PreTrainedModel", token_ids: Sequence[int], *, precision: str
-) -> float:
-    """Return the SQNR in dB of a method's logits. Raises VerificationFailed below the precision's bound."""
+def _verify_method(path: Path, method: str, model: "PreTrainedModel", token_ids: Sequence[int], *, mix: Mix) -> float:
+    """Return the SQNR in dB of a method's logits.
+
+    Raises VerificationFailed below the bound, which is that of the precision in `mix` that loses most.
+    """
+    bound, name = min(SQNR_BOUNDS_DB[one] for one in mix.used), f"{method} of {path.name} in {mix}"
     with opened(Program, path, runtime="executorch", method=method) as file:
-        name = f"{method} of {path.name} in {precision}"
-        return verify_logits(model, file, token_ids, bound_db=SQNR_BOUNDS_DB[precision], name=name)
+        return verify_logits(model, file, token_ids, bound_db=bound, name=name)
 
 
 def _describe(path: Path, header: Header, *, sqnr_db: float | None) -> Artifact:
@@ -108,7 +126,8 @@ def _describe(path: Path, header: Header, *, sqnr_db: float | None) -> Artifact:
         path=path.name,
         format="pte",
         backend=ExecuTorchExporter.backend,
-        precision=header.precision,
+        precision=header.mix.precision,
+        precisions=dict(header.mix.precisions),
         plan_digest="",
         architecture=header.architecture,
         sha256=file_sha256(path),
@@ -119,14 +138,19 @@ def _describe(path: Path, header: Header, *, sqnr_db: float | None) -> Artifact:
 
 
 def matrix_types(header: Header) -> dict[str, int]:
-    """Return how many matrices have each type: the head, and rows that are no multiple of a group, have 8 bits."""
-    model = header.architecture
-    if header.precision == "f32":
-        return {"f32": sum(4 * (w.num_heads > 0) + model.ffn_matrices * (w.num_channels > 0) for w in model.layers) + 1}
-    columns = [model.hidden_size] * sum(3 * (w.num_heads > 0) for w in model.layers)
-    columns += [w.num_heads * model.head_dim for w in model.layers if w.num_heads]
-    columns += [model.hidden_size] * sum((model.ffn_matrices - 1) * (w.num_channels > 0) for w in model.layers)
-    columns += [w.num_channels for w in model.layers if w.num_channels]
-    counts = collections.Counter("int8" if width % GROUP_SIZE else "int4" for width in columns)
-    counts["int8"] += 1
+    """Return how many matrices have each type; rows that are no multiple of a group have 8 bits in 8da4w, too."""
+    model, counts = header.architecture, collections.Counter[str]()
+    for index, widths in enumerate(model.layers):
+        attention = [*[model.hidden_size] * 3, widths.num_heads * model.head_dim] if widths.num_heads else []
+        ffn = [*[model.hidden_size] * (model.ffn_matrices - 1), widths.num_channels] if widths.num_channels else []
+        for kind, columns in (("attention", attention), ("ffn", ffn)):
+            precision = header.precision_of(f"layers.{index}.{kind}")
+            counts.update(_type_of(precision, count) for count in columns)
+    counts[_type_of(header.precision_of("head"), model.hidden_size)] += 1
     return dict(sorted(counts.items()))
+
+
+def _type_of(precision: str, columns: int) -> str:
+    if precision == "f32":
+        return "f32"
+    return "int8" if precision == "8da8w" or columns % GROUP_SIZE else "int4"

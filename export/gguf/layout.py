@@ -22,12 +22,14 @@ _NORM_ROTARY = ("llama", "deci", "smollm3")  # architectures with the NORM rotar
 class TensorSpec:
     """One tensor of the file: its torch name and a factor, or the constant that fills it.
 
+    `part` is what a matrix has its precision from (see `dilap.core.precisions`); everything else has none.
     `rotary_heads` is the number of heads whose rows are reordered, because llama.cpp's NORM rotary embedding
     turns neighbouring channels where transformers turns the two halves of a head.
     """
 
     name: str
     shape: tuple[int, ...]
+    part: str = ""
     source: str = ""
     constant: float = 0.0
     rotary_heads: int = 0
@@ -36,12 +38,16 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How one model lies in a GGUF file; `name` is llama.cpp's architecture."""
+    """How one model lies in a GGUF file; `name` is llama.cpp's architecture.
+
+    `has_head` says that the head is a tensor of its own even where it is tied to the embedding.
+    """
 
     name: str
     architecture: Architecture
     numerics: Numerics
     rotary: Rotary
+    has_head: bool = False
 
     @property
     def rope_factors(self) -> tuple[float, ...]:
@@ -100,7 +106,9 @@ class Layout:
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor, in file order."""
         hidden, vocab, family = self.architecture.hidden_size, self.architecture.vocab_size, self._family
-        yield TensorSpec(name="token_embd.weight", shape=(vocab, hidden), source=f"{family.embeddings}.weight")
+        yield TensorSpec(
+            name="token_embd.weight", shape=(vocab, hidden), part="embedding", source=f"{family.embeddings}.weight"
+        )
         if self.rope_factors:
             yield TensorSpec(name="rope_freqs.weight", shape=(self.architecture.head_dim // 2,))
         for index, (widths, held) in enumerate(zip(self.architecture.layers, self.layers, strict=True)):
@@ -108,9 +116,10 @@ class Layout:
             yield from self._ffn(index, held, zero=widths.num_channels == 0)
         yield TensorSpec(name="output_norm.weight", shape=(hidden,), source=f"{family.final_norm}.weight")
         is_tied = self.architecture.tied_embeddings
-        if not is_tied or self.name == "olmo2":  # the only one of these whose loader asks for a head in any case
+        # olmo2 is the only one of these whose loader asks for a head in any case
+        if not is_tied or self.has_head or self.name == "olmo2":
             head = family.embeddings if is_tied else "lm_head"
-            yield TensorSpec(name="output.weight", shape=(vocab, hidden), source=f"{head}.weight")
+            yield TensorSpec(name="output.weight", shape=(vocab, hidden), part="head", source=f"{head}.weight")
 
     @property
     def _family(self) -> Family:
@@ -135,7 +144,7 @@ class Layout:
         hidden, head_dim = architecture.hidden_size, architecture.head_dim
         query, key_value = held.num_heads * head_dim, held.num_kv_heads * head_dim
         turned = (held.num_heads, held.num_kv_heads) if self.name in _NORM_ROTARY else (0, 0)
-        block = _Block(index=index, layer=f"{family.layers}.{index}", zero=zero)
+        block = _Block(index=index, kind="attention", layer=f"{family.layers}.{index}", zero=zero)
         if family.attention_norm:
             yield block.norm("attn_norm", family.attention_norm, hidden)
         projections = (
@@ -161,7 +170,7 @@ class Layout:
     def _ffn(self, index: int, held: LayerWidths, *, zero: bool) -> Iterator[TensorSpec]:
         architecture, family, width = self.architecture, self._family, held.num_channels
         hidden, bias = architecture.hidden_size, architecture.ffn_bias
-        block = _Block(index=index, layer=f"{family.layers}.{index}", zero=zero)
+        block = _Block(index=index, kind="ffn", layer=f"{family.layers}.{index}", zero=zero)
         if family.ffn_norm:
             yield block.norm("ffn_norm", family.ffn_norm, hidden)
         if architecture.experts is not None:
@@ -176,7 +185,8 @@ class Layout:
     def _experts(self, block: "_Block", experts: Experts, num_experts: int) -> Iterator[TensorSpec]:
         """The router, and the experts' matrices as 3-D tensors."""
         family, hidden, width = self._family, self.architecture.hidden_size, experts.num_channels
-        yield block.tensor("ffn_gate_inp", f"{family.router}.weight", (num_experts, hidden))
+        router = block.tensor("ffn_gate_inp", f"{family.router}.weight", (num_experts, hidden))
+        yield replace(router, part="")  # in f32, as llama.cpp's own converter and quantiser leave it
         yield block.tensor("ffn_gate_exps", f"{family.experts}.{GATE}", (num_experts, width, hidden))
         yield block.tensor("ffn_up_exps", f"{family.experts}.{UP}", (num_experts, width, hidden))
         yield block.tensor("ffn_down_exps", f"{family.experts}.down_proj", (num_experts, hidden, width))
@@ -184,29 +194,39 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class _Block:
-    """Names of one layer's tensors in the file and in torch, where the layer is at the path `layer`.
+    """Names of a sublayer's tensors in the file and in torch, where its layer is at the path `layer`.
 
-    `zero` stands for a sublayer that torch does not have.
+    `kind` is attention or ffn; `zero` stands for a sublayer that torch does not have.
     """
 
     index: int
+    kind: str
     layer: str
     zero: bool
+
+    @property
+    def part(self) -> str:
+        return f"layers.{self.index}.{self.kind}"
 
     def norm(self, name: str, source: str, size: int, *, factor: float = 1.0) -> TensorSpec:
         spec = TensorSpec(name=f"blk.{self.index}.{name}.weight", shape=(size,), constant=1.0, factor=factor)
         return spec if self.zero else replace(spec, source=f"{self.layer}.{source}.weight")
 
     def tensor(self, name: str, source: str, shape: tuple[int, ...]) -> TensorSpec:
-        return TensorSpec(name=f"blk.{self.index}.{name}.weight", shape=shape, source=f"{self.layer}.{source}")
+        return TensorSpec(
+            name=f"blk.{self.index}.{name}.weight", shape=shape, part=self.part, source=f"{self.layer}.{source}"
+        )
 
     def linear(
         self, name: str, source: str, shape: tuple[int, int], *, bias: bool, heads: int = 0, factor: float = 1.0
     ) -> Iterator[TensorSpec]:
-        parts: dict[str, tuple[int, ...]] = {"weight": shape} | ({"bias": shape[:1]} if bias else {})
-        for part, size in parts.items():
-            spec = TensorSpec(name=f"blk.{self.index}.{name}.{part}", shape=size, rotary_heads=heads, factor=factor)
-            yield spec if self.zero else replace(spec, source=f"{self.layer}.{source}.{part}")
+        weight = TensorSpec(
+            name=f"blk.{self.index}.{name}.weight", shape=shape, part=self.part, rotary_heads=heads, factor=factor
+        )
+        yield weight if self.zero else replace(weight, source=f"{self.layer}.{source}.weight")
+        if bias:
+            added = replace(weight, name=f"blk.{self.index}.{name}.bias", shape=shape[:1], part="")
+            yield added if self.zero else replace(added, source=f"{self.layer}.{source}.bias")
 
 
 def _held(widths: LayerWidths, *, first: bool) -> LayerWidths:

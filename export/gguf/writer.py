@@ -4,7 +4,7 @@ import collections
 import errno
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,9 @@ from dilap.backends.llamacpp import file as llamacpp
 from dilap.backends.llamacpp.gguf_header import read_header
 from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, file_sha256, write_json, written_aside
-from dilap.core.errors import Unsupported
-from dilap.core.shape import Architecture
+from dilap.core.numerics import Numerics
+from dilap.core.precisions import Mix
+from dilap.core.shape import UNMIXED, Architecture
 from dilap.export.gguf.layout import Layout, TensorSpec, layout_of
 from dilap.export.gguf.tokenizer import NO_TOKENIZER, Tokenizer, read_tokenizer, verify_tokenizer, with_end_tokens
 from dilap.export.random_weights import RandomWeights
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Values = Callable[[TensorSpec, "np.dtype[np.floating]"], NDArray[np.floating]]  # one tensor's content
-Verify = Callable[[Path, str], float | None]  # a written file in a precision -> SQNR in dB where there is a reference
+Verify = Callable[[Path, Mix], float | None]  # a written file in a mix -> SQNR in dB where there is a reference
 
 # Measured, in dB (f32, f16, q8_0, q4_0):
 #   tiny random models of four families, the worst   120    56    28    7.1
@@ -43,7 +44,8 @@ Verify = Callable[[Path, str], float | None]  # a written file in a precision ->
 #   SmolLM2-135M, query rows of one layer misordered  6.3   6.3
 # A damaged model amplifies rounding, so the bounds leave it room; f32 and f16 still tell it from a wrong layout.
 # The quantised bounds only tell it from unrelated logits (-3): their layout is verified in f16 before.
-SQNR_BOUNDS_DB = {"f32": 60.0, "f16": 20.0, "q8_0": 0.0, "q4_0": -2.5}
+SQNR_BOUNDS_DB = {"f32": 60.0, "f16": 20.0, "q8_0": 0.0, "q5_0": -2.5, "iq4_nl": -2.5, "q4_0": -2.5}
+_ROW_OF_Q6_K = 256  # weights, of which rows of this type are a multiple
 
 
 class GgufExporter:
@@ -52,32 +54,48 @@ class GgufExporter:
     backend = "llamacpp"
 
     def export(
-        self, model: "PreTrainedModel", *, tokenizer: Path, precision: str, plan_digest: str, out: Path
+        self,
+        model: "PreTrainedModel",
+        *,
+        tokenizer: Path,
+        precision: str,
+        precisions: Mapping[str, str] = UNMIXED,
+        plan_digest: str,
+        out: Path,
     ) -> Artifact:
         """Write `model` into the folder `out`, verified, or leave nothing behind."""
-        architecture = architecture_of(model)
-        layout = layout_of(architecture, numerics_of(model))
+        architecture, mix = architecture_of(model), Mix(precision=precision, precisions=precisions)
+        layout = _layout(architecture, numerics_of(model), mix)
         values = ModelValues(tensors=exported_tensors(model), layout=layout)
         words = read_tokenizer(tokenizer, vocab_size=architecture.vocab_size)
         words = with_end_tokens(words, end_tokens(model, words.end))
 
         notes = set(layout.notes)
 
-        def verify(path: Path, precision: str) -> float:
+        def verify(path: Path, mix: Mix) -> float:
             notes.update(verify_tokenizer(path, tokenizer))
-            return verify_gguf(model, path, precision=precision)
+            return verify_gguf(model, path, mix=mix)
 
         with written_aside(out) as folder:
-            artifact = _write_folder(folder, layout, values, tokenizer=words, precision=precision, verify=verify)
+            artifact = _write_folder(folder, layout, values, tokenizer=words, mix=mix, verify=verify)
             artifact = described(artifact, model, plan_digest=plan_digest, notes=tuple(notes))
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
 
-    def export_probe(self, architecture: Architecture, *, precision: str, seed: int, out: Path) -> Artifact:
+    def export_probe(
+        self,
+        architecture: Architecture,
+        *,
+        precision: str,
+        precisions: Mapping[str, str] = UNMIXED,
+        seed: int,
+        out: Path,
+    ) -> Artifact:
         """Write a model of that shape with random weights and no tokenizer, for timing only."""
-        layout = layout_of(architecture, stand_in_numerics(architecture))
+        mix = Mix(precision=precision, precisions=precisions)
+        layout = _layout(architecture, stand_in_numerics(architecture), mix)
 
-        def verify(path: Path, _: str) -> None:
+        def verify(path: Path, _: Mix) -> None:
             called(llamacpp.validate, path, runtime="llamacpp")
 
         random = RandomWeights(seed)
@@ -86,18 +104,22 @@ class GgufExporter:
             return random.weights(spec.name, spec.shape, dtype)
 
         with written_aside(out) as folder:
-            artifact = _write_folder(folder, layout, values, tokenizer=NO_TOKENIZER, precision=precision, verify=verify)
+            artifact = _write_folder(folder, layout, values, tokenizer=NO_TOKENIZER, mix=mix, verify=verify)
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
 
 
-def verify_gguf(model: "PreTrainedModel", path: Path, *, precision: str) -> float:
-    """Return the SQNR in dB of a file's logits to `model`'s. Raises VerificationFailed below the precision's bound."""
+def verify_gguf(model: "PreTrainedModel", path: Path, *, mix: Mix) -> float:
+    """Return the SQNR in dB of a file's logits to `model`'s.
+
+    Raises VerificationFailed below the bound, which is that of the precision in `mix` that loses most.
+    """
     with opened(llamacpp.Gguf, path, runtime="llamacpp", num_tokens=NUM_TOKENS) as file:
         token_ids = _token_ids(file, min(NUM_TOKENS, max_tokens_of(model.config)))
         # llama.cpp looks GELU up in a table in f16, whatever the precision of the file.
-        judged = "f16" if precision == "f32" and numerics_of(model).activation != "silu" else precision
-        bound, name = SQNR_BOUNDS_DB[judged], f"{path.name} in {precision}"
+        least = min(mix.used, key=SQNR_BOUNDS_DB.__getitem__)
+        judged = "f16" if least == "f32" and numerics_of(model).activation != "silu" else least
+        bound, name = SQNR_BOUNDS_DB[judged], f"{path.name} in {mix}"
         half = torch.float16 if judged == "f16" else None
         return verify_logits(model, file, token_ids, bound_db=bound, name=name, half=half)
 
@@ -133,38 +155,79 @@ def _neighbouring(rows: torch.Tensor, *, num_heads: int) -> torch.Tensor:
     return rows.reshape(num_heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
+def _layout(architecture: Architecture, numerics: Numerics, mix: Mix) -> Layout:
+    """Return the layout of a model in `mix`, in which a head that is tied to the embedding may be of another type.
+
+    Raises Unsupported, and InvalidInput for a part or a precision that is not known.
+    """
+    layout = layout_of(architecture, numerics)
+    require_held(architecture, backend=GgufExporter.backend, mix=mix)
+    if not architecture.tied_embeddings or layout.name == "olmo2":  # whose files have both in any case
+        return layout
+    usual = _type_of_tied(architecture.hidden_size, mix.precision)
+    head, embedding = (mix.precisions.get(part, usual) for part in ("head", "embedding"))
+    return replace(layout, has_head=head != embedding)
+
+
+def _type_of_tied(hidden_size: int, precision: str) -> str:
+    """Return the type that llama.cpp's quantiser chooses for a matrix that is embedding and head at once."""
+    if precision in ("f32", "f16", "q8_0"):
+        return precision
+    return "q8_0" if hidden_size % _ROW_OF_Q6_K else "q6_K"
+
+
 def _write_folder(
-    folder: Path, layout: Layout, values: Values, *, tokenizer: Tokenizer, precision: str, verify: Verify
+    folder: Path, layout: Layout, values: Values, *, tokenizer: Tokenizer, mix: Mix, verify: Verify
 ) -> Artifact:
-    """Write and verify `folder/model.gguf`; for q8_0 and q4_0, llama.cpp's own quantiser makes it from an f16 file.
+    """Write and verify `folder/model.gguf`; a quantised one is made by llama.cpp's own quantiser from an f16 file.
 
     The f16 file is verified too: four bits cost as many decibels (7 left) as a misordered matrix does (6 left).
     """
-    if precision not in SQNR_BOUNDS_DB:
-        raise Unsupported(f"precision {precision!r} is not known; llama.cpp runs {', '.join(SQNR_BOUNDS_DB)}")
-    require_held(layout.architecture, backend=GgufExporter.backend, precision=precision)
     folder.mkdir()
-    path = folder / "model.gguf"
-    quantised = precision in llamacpp.FILE_TYPES
-    floats, written = (folder / "f16.gguf", "f16") if quantised else (path, precision)
-    _write_floats(floats, layout, values, tokenizer=tokenizer, precision=written)
+    path, quantised = folder / "model.gguf", [one for one in mix.used if one in llamacpp.FILE_TYPES]
+    floats, written = (folder / "f16.gguf", _in_floats(mix)) if quantised else (path, mix)
+    _write_floats(floats, layout, values, tokenizer=tokenizer, mix=written)
     sqnr_db = verify(floats, written)
     if quantised:
-        file_type = llamacpp.FILE_TYPES[precision]
-        called(llamacpp.quantise, floats, path, runtime="llamacpp", precision=precision, file_type=file_type)
+        types = _types(layout, mix)
+        called(llamacpp.quantise, floats, path, runtime="llamacpp", precision=quantised[0], types=types)
         floats.unlink()
-        sqnr_db = verify(path, precision)
-    return _describe(path, layout, precision=precision, sqnr_db=sqnr_db)
+        sqnr_db = verify(path, mix)
+    return _describe(path, layout, mix=mix, sqnr_db=sqnr_db)
 
 
-def _write_floats(path: Path, layout: Layout, values: Values, *, tokenizer: Tokenizer, precision: str) -> None:
+def _in_floats(mix: Mix) -> Mix:
+    """Return `mix` with f16 in place of the quantised precisions."""
+    floats = {one: "f16" if one in llamacpp.FILE_TYPES else one for one in mix.used}
+    precisions = {part: floats[one] for part, one in mix.precisions.items()}
+    return Mix(precision=floats[mix.precision], precisions=precisions)
+
+
+def _types(layout: Layout, mix: Mix) -> dict[str, str]:
+    """Return, by name, the types of the matrices that the quantiser is not to choose itself.
+
+    All matrices of a block have one type, where the quantiser would give some of them more bits. For head and embedding
+    it chooses where they are not named and the precision of the whole is quantised, but it would take an embedding that
+    the head is not read from for one that may be coarser.
+    """
+    found = {}
+    for spec in filter(lambda one: one.part, layout.tensors()):
+        is_chosen = spec.part in ("head", "embedding") and spec.part not in mix.precisions
+        if not is_chosen or mix.precision not in llamacpp.FILE_TYPES:
+            found[spec.name] = mix.of(spec.part)
+        elif spec.part == "embedding" and layout.has_head:
+            found[spec.name] = _type_of_tied(layout.architecture.hidden_size, mix.precision)
+    return found
+
+
+def _write_floats(path: Path, layout: Layout, values: Values, *, tokenizer: Tokenizer, mix: Mix) -> None:
     """Write the header, then one tensor at a time, so that memory never holds a second copy of the model."""
     writer = gguf.GGUFWriter(path, layout.name)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if precision == "f16" else gguf.LlamaFileType.ALL_F32)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if mix.precision == "f16" else gguf.LlamaFileType.ALL_F32)
     for key, value in layout.metadata().items():
         _add(writer, f"{layout.name}.{key}", value)
     tokenizer.write(writer)
-    specs = [(spec, _dtype(spec, precision)) for spec in layout.tensors()]
+    specs = [(spec, _dtype(spec, mix)) for spec in layout.tensors()]
     for spec, dtype in specs:
         writer.add_tensor_info(spec.name, spec.shape, dtype, int(np.prod(spec.shape)) * dtype.itemsize)
     try:
@@ -188,13 +251,9 @@ def _add(writer: gguf.GGUFWriter, key: str, value: str | int | float | list[int]
         writer.add_float32(key, value)
 
 
-def _dtype(spec: TensorSpec, precision: str) -> "np.dtype[np.floating]":
-    """Return a tensor's type. llama.cpp needs vectors (norms, biases, rotary factors) in f32, whatever matrices are.
-
-    Routers are in f32 too, as llama.cpp's own converter and quantiser leave them.
-    """
-    is_matrix = len(spec.shape) > 1 and not spec.name.endswith(".ffn_gate_inp.weight")
-    return np.dtype(np.float16 if precision == "f16" and is_matrix else np.float32)
+def _dtype(spec: TensorSpec, mix: Mix) -> "np.dtype[np.floating]":
+    """Return a tensor's type. llama.cpp needs all but matrices (norms, biases, rotary factors) in f32."""
+    return np.dtype(np.float16 if spec.part and mix.of(spec.part) == "f16" else np.float32)
 
 
 def _content(spec: TensorSpec, dtype: "np.dtype[np.floating]", layout: Layout, values: Values) -> NDArray[np.floating]:
@@ -213,7 +272,7 @@ def _write(writer: gguf.GGUFWriter, array: NDArray[np.floating]) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
-def _describe(path: Path, layout: Layout, *, precision: str, sqnr_db: float | None) -> Artifact:
+def _describe(path: Path, layout: Layout, *, mix: Mix, sqnr_db: float | None) -> Artifact:
     """Return the sidecar, without a plan.
 
     The types are read from the file, because llama.cpp keeps f16 where a row does not fill a block.
@@ -225,7 +284,8 @@ def _describe(path: Path, layout: Layout, *, precision: str, sqnr_db: float | No
         path=path.name,
         format="gguf",
         backend=GgufExporter.backend,
-        precision=precision,
+        precision=mix.precision,
+        precisions=dict(mix.precisions),
         plan_digest="",
         architecture=layout.architecture,
         sha256=file_sha256(path),

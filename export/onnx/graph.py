@@ -29,6 +29,7 @@ programs that make the names from a number of layers.
 # cache, and is checked in the same way: logits against torch after every export.
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -36,9 +37,10 @@ import onnx_ir as ir
 
 from dilap.core.errors import Unsupported
 from dilap.core.numerics import LayerNumerics, Numerics, Rotary
+from dilap.core.precisions import Mix
 from dilap.core.shape import Architecture, LayerWidths
 from dilap.export.onnx.emitter import MICROSOFT, Emitter, Values
-from dilap.export.onnx.matrices import HEAD, BlockMatrices, Blocks, FloatMatrices, Matrices, PanelMatrices, Storage
+from dilap.export.onnx.matrices import HEAD, BlockMatrices, Blocks, FloatMatrices, Matrices, PanelMatrices
 from dilap.export.onnx.stacks import Stacks
 from dilap.models.families import families
 
@@ -48,6 +50,7 @@ Form = Literal["onnxruntime", "plain"]
 _DTYPES = {"f32": ir.DataType.FLOAT, "f16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _ACTIVATIONS = ("relu", "gelu", "gelu_pytorch_tanh", "silu")
 _ALL_ROWS = np.iinfo(np.int64).max
+_FLOATS = Mix(precision="f32")
 
 
 def build_model(
@@ -57,13 +60,15 @@ def build_model(
     *,
     form: Form,
     dtype: str = "f32",
-    storage: Storage = "float",
+    mix: Mix = _FLOATS,
     blocks: Blocks | None = None,
 ) -> ir.Model:
     """Return the model. Its weights are lazy tensors, which `onnx_ir.save` reads one at a time.
 
-    `dtype` is f32, f16 or bf16; `storage` other than float needs f32, the form `onnxruntime` and `blocks`. Raises
-    Unsupported for an activation that the graph does not compute.
+    `dtype`, of the activations and of matrices in floats, is f32, f16 or bf16. In `mix`, f32 stands for floats; parts
+    in int8 or int4 need the dtype f32, the form `onnxruntime` and `blocks`. Head and embedding, where they are not
+    named, have 8 bits even where the others have 4, as in llama.cpp's 4-bit files. Raises Unsupported for an activation
+    that the graph does not compute.
     """
     if numerics.activation not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
@@ -72,11 +77,14 @@ def build_model(
         _require_experts(numerics, form)
     fused, stacks = form == "onnxruntime", Stacks()
     emitter = Emitter(dtype=_DTYPES[dtype], values=stacks.of_values(values), contrib=fused)
-    matrices: Matrices = PanelMatrices(emitter) if fused else FloatMatrices(emitter)
-    if storage != "float":
-        assert fused and dtype == "f32" and blocks is not None  # noqa: PT018
-        matrices = BlockMatrices(emitter, stacks.of_blocks(blocks), bits=8 if storage == "int8" else 4)
-    return _Builder(architecture, numerics, emitter, matrices, stacks, fused=fused).build()
+    matrices: dict[str, Matrices] = {"f32": PanelMatrices(emitter) if fused else FloatMatrices(emitter)}
+    if blocks is not None:
+        assert fused and dtype == "f32"  # noqa: PT018
+        read = stacks.of_blocks(blocks)
+        matrices |= {one: BlockMatrices(emitter, read, bits) for one, bits in (("int8", 8), ("int4", 4))}
+    coarse = "f32" if mix.precision == "f32" else "int8"
+    whole = replace(mix, precisions={"head": coarse, "embedding": coarse, **mix.precisions})
+    return _Builder(architecture, numerics, emitter, stacks, matrices=matrices, mix=whole, fused=fused).build()
 
 
 def _require_experts(numerics: Numerics, form: Form) -> None:
@@ -88,20 +96,26 @@ def _require_experts(numerics: Numerics, form: Form) -> None:
 
 
 class _Builder:
-    """Emits one graph. `_residual` is the residual stream, `_update` the sublayer output not yet added to it."""
+    """Emits one graph, part after part, every one with the matrices of its precision in `mix`.
+
+    `_residual` is the residual stream, `_update` the sublayer output not yet added to it, `_matrices` those of the part
+    that is emitted.
+    """
 
     def __init__(
         self,
         architecture: Architecture,
         numerics: Numerics,
         emitter: Emitter,
-        matrices: Matrices,
         stacks: Stacks,
         *,
+        matrices: Mapping[str, Matrices],
+        mix: Mix,
         fused: bool,
     ) -> None:
         self._architecture, self._numerics, self._fused = architecture, numerics, fused
-        self._emitter, self._matrices, self._stacks, self._op = emitter, matrices, stacks, emitter.op
+        self._by_precision, self._mix = matrices, mix
+        self._emitter, self._stacks, self._op = emitter, stacks, emitter.op
         self._family = families()[architecture.family].exported_paths
         self._embeddings = (f"{self._family.embeddings}.weight", (architecture.vocab_size, architecture.hidden_size))
         layers = list(zip(architecture.layers, numerics.layers, strict=True))
@@ -110,6 +124,7 @@ class _Builder:
 
     def build(self) -> ir.Model:
         self._declare_inputs()
+        self._begin("embedding")
         self._residual = self._embedding()
         if self._fused:
             self._lengths = self._fused_lengths()
@@ -120,16 +135,22 @@ class _Builder:
         for index, widths in enumerate(self._architecture.layers):
             layer = f"{self._family.layers}.{index}"
             if widths.num_heads:
+                self._begin(f"layers.{index}.attention")
                 self._update, cache = self._attention(layer, len(present))
                 present.append((cache, widths.num_kv_heads))
             if widths.num_channels:
+                self._begin(f"layers.{index}.ffn")
                 self._update = self._ffn(layer, widths.num_channels)
+        self._begin("head")
         self._emitter.output(self._logits(), "logits", ("batch", "kept", self._architecture.vocab_size))
         for index, (cache, num_kv_heads) in enumerate(present):
             shape = ("batch", num_kv_heads, "total_sequence", self._architecture.head_dim)
             for part, tensor in zip(("key", "value"), cache, strict=True):
                 self._emitter.output(tensor, f"present.{index}.{part}", shape)
         return self._emitter.model()
+
+    def _begin(self, part: str) -> None:
+        self._matrices = self._by_precision[self._mix.of(part)]
 
     def _declare_inputs(self) -> None:
         emitter = self._emitter
@@ -158,9 +179,11 @@ class _Builder:
         hidden = self._norm(self._family.final_norm)
         first = self._op("Neg", self._rows)
         rows = self._op("Slice", hidden, first, self._emitter.integers(_ALL_ROWS), self._emitter.integers(1))
-        if self._architecture.tied_embeddings:
+        if self._architecture.tied_embeddings and self._mix.of("head") == self._mix.of("embedding"):
             logits = self._matrices.tied_matmul(rows, *self._embeddings)
         else:
+            if self._architecture.tied_embeddings:  # in two precisions, it is stored twice
+                self._stacks.add(HEAD.removesuffix(".weight"), {self._family.embeddings: self._embeddings[1][0]})
             logits = self._matrices.matmul(rows, HEAD, self._embeddings[1])
         return self._capped(logits, "logits_softcap", self._numerics.logits_softcap)
 

@@ -1,7 +1,7 @@
 """How the matrices of an ONNX graph are stored and multiplied: as floats, or in blocks of 8 or 4 bits."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +11,6 @@ from dilap.core.errors import Unsupported
 from dilap.export.onnx.emitter import MICROSOFT, Emitter
 from dilap.models.families.family import GATE, UP
 
-Storage = Literal["float", "int8", "int4"]
 # Reads one quantised matrix: its torch name, torch shape and bits -> its bytes (rows x blocks x bytes of a block) and
 # its scales (rows x blocks). A tensor of experts has the rows of all of them.
 Blocks = Callable[[str, tuple[int, ...], int], tuple[NDArray[np.uint8], NDArray[np.float32]]]
@@ -135,10 +134,7 @@ def _side_by_side(*parts: NDArray[Any]) -> NDArray[Any]:
 
 
 class BlockMatrices:
-    """Matrices quantised in symmetric blocks of 32 weights, which the operator MatMulNBits multiplies.
-
-    The embedding and the head have 8 bits even where the others have 4, as in llama.cpp's 4-bit files.
-    """
+    """Matrices quantised to 8 or 4 bits in symmetric blocks of 32 weights, which MatMulNBits multiplies."""
 
     # Why no dynamic 8-bit quantisation (`quantize_dynamic`): it decodes as fast, and is two to six times as fast in a
     # prefill of 128, but it gives all activations of a prompt one scale, and SmolLM2-135M does not survive that: KL to
@@ -148,19 +144,24 @@ class BlockMatrices:
         self._emitter, self._blocks, self._bits = emitter, blocks, bits
 
     def matmul(self, x: ir.Value, name: str, shape: tuple[int, int]) -> ir.Value:
-        bits = 8 if name == HEAD else self._bits
-        dims = (shape[0], -(-shape[1] // BLOCK), BLOCK * bits // 8)
-        return self._product(x, self._bytes(name, shape, dims, bits), name, shape, bits)
+        dims = (shape[0], -(-shape[1] // BLOCK), BLOCK * self._bits // 8)
+        return self._product(x, self._bytes(name, shape, dims), name, shape)
 
     def gather(self, rows: ir.Value, name: str, shape: tuple[int, int]) -> ir.Value:
-        table, scales = self._table(name, shape), self._scales(name, shape, 8)
         return self._emitter.op(
-            "GatherBlockQuantized", table, rows, scales, domain=MICROSOFT, bits=8, block_size=BLOCK, quantize_axis=1
+            "GatherBlockQuantized",
+            self._table(name, shape),
+            rows,
+            self._scales(name, shape),
+            domain=MICROSOFT,
+            bits=self._bits,
+            block_size=BLOCK,
+            quantize_axis=1,
         )
 
     def tied_matmul(self, x: ir.Value, name: str, shape: tuple[int, int]) -> ir.Value:
-        dims = self._emitter.integers(shape[0], shape[1] // BLOCK, BLOCK)
-        return self._product(x, self._emitter.op("Reshape", self._table(name, shape), dims), name, shape, 8)
+        dims = self._emitter.integers(shape[0], shape[1] // BLOCK, BLOCK * self._bits // 8)
+        return self._product(x, self._emitter.op("Reshape", self._table(name, shape), dims), name, shape)
 
     def mixture(self, x: ir.Value, scores: ir.Value, path: str, shape: Sizes, *, num_active: int) -> ir.Value:
         num_experts, channels, hidden = shape
@@ -199,17 +200,17 @@ class BlockMatrices:
             self._emitter.lazy(f"{name}.scales", scales, self._emitter.dtype, lambda: read(1)),
         )
 
-    def _product(self, x: ir.Value, values: ir.Value, name: str, shape: tuple[int, int], bits: int) -> ir.Value:
+    def _product(self, x: ir.Value, values: ir.Value, name: str, shape: tuple[int, int]) -> ir.Value:
         return self._emitter.op(
             "MatMulNBits",
             x,
             values,
-            self._scales(name, shape, bits),
+            self._scales(name, shape),
             name=name,
             domain=MICROSOFT,
             K=shape[1],
             N=shape[0],
-            bits=bits,
+            bits=self._bits,
             block_size=BLOCK,
             accuracy_level=_ACCURACY_LEVEL,
         )
@@ -217,15 +218,16 @@ class BlockMatrices:
     def _table(self, name: str, shape: tuple[int, int]) -> ir.Value:
         if shape[1] % BLOCK:
             raise Unsupported(f"{name}: ONNX Runtime's quantised embedding needs a width of {BLOCK} n, got {shape[1]}")
-        return self._bytes(name, shape, shape, 8)
+        return self._bytes(name, shape, (shape[0], shape[1] * self._bits // 8))
 
-    def _bytes(self, name: str, shape: tuple[int, int], dims: tuple[int, ...], bits: int) -> ir.Value:
+    def _bytes(self, name: str, shape: tuple[int, int], dims: tuple[int, ...]) -> ir.Value:
+        bits = self._bits
         return self._emitter.lazy(
             f"{name}.int{bits}", dims, ir.DataType.UINT8, lambda: self._blocks(name, shape, bits)[0].reshape(dims)
         )
 
-    def _scales(self, name: str, shape: tuple[int, int], bits: int) -> ir.Value:
+    def _scales(self, name: str, shape: tuple[int, int]) -> ir.Value:
         dims = (shape[0], -(-shape[1] // BLOCK))
         return self._emitter.lazy(
-            f"{name}.scales", dims, self._emitter.dtype, lambda: self._blocks(name, shape, bits)[1]
+            f"{name}.scales", dims, self._emitter.dtype, lambda: self._blocks(name, shape, self._bits)[1]
         )

@@ -1,6 +1,7 @@
 """Export to the folder that ONNX Runtime and ONNX Runtime GenAI load."""
 
 import collections
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,11 @@ from dilap.backends.child import opened
 from dilap.backends.onnxruntime.file import OnnxFile
 from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, file_sha256, write_json, written_aside
-from dilap.core.errors import Unsupported
 from dilap.core.numerics import Numerics
-from dilap.core.shape import Architecture
+from dilap.core.precisions import Mix
+from dilap.core.shape import UNMIXED, Architecture
 from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.onnx.graph import build_model
-from dilap.export.onnx.matrices import Storage
 from dilap.export.onnx.weights import ModelWeights, ProbeWeights
 from dilap.export.source_model import described, end_tokens, require_held
 from dilap.export.verify import NUM_TOKENS, verify_logits
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
-STORAGE: dict[str, Storage] = {"f32": "float", "int8": "int8", "int4": "int4"}
 _NO_TOKEN = -1  # for GenAI, which refuses a model without an end token
 _MAX_LENGTH = 4096  # GenAI allocates the cache for this many tokens unless it is told another number
 
@@ -48,45 +47,55 @@ class OnnxRuntimeExporter:
     backend = "onnxruntime"
 
     def export(
-        self, model: "PreTrainedModel", *, tokenizer: Path, precision: str, plan_digest: str, out: Path
+        self,
+        model: "PreTrainedModel",
+        *,
+        tokenizer: Path,
+        precision: str,
+        precisions: Mapping[str, str] = UNMIXED,
+        plan_digest: str,
+        out: Path,
     ) -> Artifact:
         """Write `model` into the folder `out`, verified, or leave nothing behind."""
-        architecture = architecture_of(model)
-        _require_known(architecture, precision)
+        architecture, mix = architecture_of(model), Mix(precision=precision, precisions=precisions)
+        require_held(architecture, backend=self.backend, mix=mix)
         numerics = numerics_of(model)
         weights = ModelWeights(exported_tensors(model))
         words = read_tokenizer(tokenizer, vocab_size=architecture.vocab_size)
         with written_aside(out) as folder:
             folder.mkdir()
             # The f32 file is verified too: four bits cost as many decibels as a misordered matrix does.
-            for written in dict.fromkeys(("f32", precision)):
+            for written in (mix,) if mix.used == ("f32",) else (Mix(precision="f32"), mix):
                 _write_model(folder, architecture, numerics, weights, written)
-                sqnr_db = verify_onnx(model, folder / MODEL, words, precision=written)
+                sqnr_db = verify_onnx(model, folder / MODEL, words, mix=written)
             save_tokenizer(words, folder)
             write_json(folder / "config.json", model.config.to_diff_dict())
             write_json(folder / "genai_config.json", _genai_config(model, architecture, numerics, words))
-            artifact = _describe(folder, architecture, precision=precision, sqnr_db=sqnr_db)
+            artifact = _describe(folder, architecture, mix=mix, sqnr_db=sqnr_db)
             artifact = described(artifact, model, plan_digest=plan_digest)
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
 
-    def export_probe(self, architecture: Architecture, *, precision: str, seed: int, out: Path) -> Artifact:
+    def export_probe(
+        self,
+        architecture: Architecture,
+        *,
+        precision: str,
+        precisions: Mapping[str, str] = UNMIXED,
+        seed: int,
+        out: Path,
+    ) -> Artifact:
         """Write a model of that shape with random weights and no tokenizer, for timing only."""
-        _require_known(architecture, precision)
+        mix = Mix(precision=precision, precisions=precisions)
+        require_held(architecture, backend=self.backend, mix=mix)
         with written_aside(out) as folder:
             folder.mkdir()
             numerics = stand_in_numerics(architecture)
-            _write_model(folder, architecture, numerics, ProbeWeights(seed), precision)
+            _write_model(folder, architecture, numerics, ProbeWeights(seed), mix)
             opened(OnnxFile, folder / MODEL, runtime="onnxruntime", optimised=False).close()
-            artifact = _describe(folder, architecture, precision=precision, sqnr_db=None)
+            artifact = _describe(folder, architecture, mix=mix, sqnr_db=None)
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
-
-
-def _require_known(architecture: Architecture, precision: str) -> None:
-    if precision not in STORAGE:
-        raise Unsupported(f"precision {precision!r} is not known; ONNX Runtime runs {', '.join(STORAGE)}")
-    require_held(architecture, backend=OnnxRuntimeExporter.backend, precision=precision)
 
 
 def _write_model(
@@ -94,16 +103,9 @@ def _write_model(
     architecture: Architecture,
     numerics: Numerics,
     weights: ModelWeights | ProbeWeights,
-    precision: str,
+    mix: Mix,
 ) -> None:
-    model = build_model(
-        architecture,
-        numerics,
-        weights.values,
-        form="onnxruntime",
-        storage=STORAGE[precision],
-        blocks=weights.blocks,
-    )
+    model = build_model(architecture, numerics, weights.values, form="onnxruntime", mix=mix, blocks=weights.blocks)
     ir.save(model, folder / MODEL, external_data=DATA)
     # The graph alone is the same for all models of a shape: with this, its digest stands for the weights as well.
     graph = ir.load(folder / MODEL)
@@ -111,13 +113,16 @@ def _write_model(
     ir.save(graph, folder / MODEL)
 
 
-def verify_onnx(model: "PreTrainedModel", path: Path, tokenizer: "PreTrainedTokenizerBase", *, precision: str) -> float:
-    """Return the SQNR in dB of a file's logits to `model`'s. Raises VerificationFailed below the precision's bound."""
+def verify_onnx(model: "PreTrainedModel", path: Path, tokenizer: "PreTrainedTokenizerBase", *, mix: Mix) -> float:
+    """Return the SQNR in dB of a file's logits to `model`'s.
+
+    Raises VerificationFailed below the bound, which is that of the precision in `mix` that loses most.
+    """
     # Real text, as a trained model's logits are only typical there.
     token_ids = tokenizer("\n".join(SAMPLES))["input_ids"][: min(NUM_TOKENS, max_tokens_of(model.config))]
-    name = f"{path.name} in {precision}"
+    bound, name = min(SQNR_BOUNDS_DB[one] for one in mix.used), f"{path.name} in {mix}"
     with opened(OnnxFile, path, runtime="onnxruntime") as file:
-        return verify_logits(model, file, token_ids, bound_db=SQNR_BOUNDS_DB[precision], name=name)
+        return verify_logits(model, file, token_ids, bound_db=bound, name=name)
 
 
 def _genai_config(
@@ -173,7 +178,7 @@ def _genai_config(
     }
 
 
-def _describe(folder: Path, architecture: Architecture, *, precision: str, sqnr_db: float | None) -> Artifact:
+def _describe(folder: Path, architecture: Architecture, *, mix: Mix, sqnr_db: float | None) -> Artifact:
     """The sidecar, without a plan."""
     model = ir.load(folder / MODEL)
     operators = collections.Counter(node.op_type for node in model.graph)
@@ -181,7 +186,8 @@ def _describe(folder: Path, architecture: Architecture, *, precision: str, sqnr_
         path=MODEL,
         format="onnx",
         backend=OnnxRuntimeExporter.backend,
-        precision=precision,
+        precision=mix.precision,
+        precisions=dict(mix.precisions),
         plan_digest="",
         architecture=architecture,
         sha256=file_sha256(folder / MODEL),

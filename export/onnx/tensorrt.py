@@ -1,6 +1,6 @@
 """Export for TensorRT: an ONNX file and the recipe by which a device builds its engine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,13 +18,14 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, encode, file_sha256, write_json, written_aside
 from dilap.core.errors import Crashed, InvalidInput, Unavailable, Unsupported
 from dilap.core.numerics import Numerics
-from dilap.core.shape import Architecture
+from dilap.core.precisions import Mix
+from dilap.core.shape import UNMIXED, Architecture
 from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.onnx.emitter import Values
 from dilap.export.onnx.graph import build_model
 from dilap.export.onnx.tensorrt_report import CompileReport, compiled, one_layer_a_width
 from dilap.export.onnx.weights import ModelWeights, ProbeWeights
-from dilap.export.source_model import described
+from dilap.export.source_model import described, require_held
 from dilap.export.verify import NUM_TOKENS, torch_logits, verify_logits
 from dilap.models.anatomy import architecture_of, exported_tensors, numerics_of, stand_in_numerics
 from dilap.models.text_samples import SAMPLES
@@ -45,10 +46,18 @@ class TensorRTExporter:
     backend = "tensorrt"
 
     def export(
-        self, model: "PreTrainedModel", *, tokenizer: Path, precision: str, plan_digest: str, out: Path
+        self,
+        model: "PreTrainedModel",
+        *,
+        tokenizer: Path,
+        precision: str,
+        precisions: Mapping[str, str] = UNMIXED,
+        plan_digest: str,
+        out: Path,
     ) -> Artifact:
         """Write `model` into the folder `out`, verified as far as this machine can, or leave nothing behind."""
         architecture = architecture_of(model)
+        require_held(architecture, backend=self.backend, mix=Mix(precision=precision, precisions=precisions))
         numerics = numerics_of(model)
         values = RoundedValues(ModelWeights(exported_tensors(model)).values, precision)
         words = read_tokenizer(tokenizer, vocab_size=architecture.vocab_size)
@@ -68,8 +77,17 @@ class TensorRTExporter:
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
 
-    def export_probe(self, architecture: Architecture, *, precision: str, seed: int, out: Path) -> Artifact:
+    def export_probe(
+        self,
+        architecture: Architecture,
+        *,
+        precision: str,
+        precisions: Mapping[str, str] = UNMIXED,
+        seed: int,
+        out: Path,
+    ) -> Artifact:
         """Write a model of that shape with random weights, for timing only."""
+        require_held(architecture, backend=self.backend, mix=Mix(precision=precision, precisions=precisions))
         numerics = stand_in_numerics(architecture)
         with written_aside(out) as folder:
             folder.mkdir()
@@ -107,9 +125,7 @@ class RoundedValues:
 def _write_model(
     folder: Path, architecture: Architecture, numerics: Numerics, values: Values, *, dtype: str
 ) -> dict[str, str]:
-    """Write the ONNX file and its weights; return their SHA-256 by name. Raises Unsupported for other precisions."""
-    if dtype not in SQNR_BOUNDS_DB:
-        raise Unsupported(f"precision {dtype!r} is not known; TensorRT runs {', '.join(SQNR_BOUNDS_DB)}")
+    """Write the ONNX file and its weights; return their SHA-256 by name."""
     _save(folder / _MODEL, architecture, numerics, values, dtype=dtype)
     weights = file_sha256(folder / _WEIGHTS)
     model = ir.load(folder / _MODEL)

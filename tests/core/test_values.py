@@ -16,6 +16,7 @@ from dilap.core.codec import decode, encode
 from dilap.core.errors import InvalidInput
 from dilap.core.measurement import Fingerprint, Measurement, median_interval, quantile
 from dilap.core.plan import Plan, full_plan
+from dilap.core.precisions import for_every_layer
 from dilap.core.shape import Architecture, LayerWidths
 from dilap.core.workload import Budget, Workload
 from dilap.models.anatomy import architecture_of
@@ -84,6 +85,37 @@ def test_groups_are_kv_heads_query_slots_and_channels() -> None:
 def test_plan_survives_a_round_trip() -> None:
     plan = replace(FULL, kept=FULL.kept | {"layers.0.channels": (1, 5), "layers.1.kv_groups": ()})
     assert decode(Plan, encode(plan), source="plan.json") == plan
+
+
+def test_precisions_of_a_plan_are_those_of_blocks_head_and_embedding() -> None:
+    named = {"layers.1.ffn": "f16", "head": "q8_0", "embedding": "q8_0"}
+    plan = replace(FULL, precisions=named)
+    assert decode(Plan, encode(plan), source="plan.json") == plan
+    assert plan.digest != FULL.digest
+    with pytest.raises(ValueError, match=r"a precision to layers\.9\.ffn, which its architecture does not have"):
+        replace(FULL, precisions={"layers.9.ffn": "f16"})
+
+
+def test_precisions_of_a_pruned_model_are_renumbered_past_deleted_layers() -> None:
+    dense = architecture((4, 2, 96), (4, 2, 96), (4, 2, 96), (4, 2, 96))
+    plan = full_plan(dense, base="base")
+    removed = ("layers.1.kv_groups", "layers.1.channels", "layers.2.channels")
+    given = {f"layers.{index}.{kind}": f"{kind}{index}" for index in range(4) for kind in ("attention", "ffn")}
+    plan = replace(plan, kept=plan.kept | dict.fromkeys(removed, ()), precisions=given | {"head": "h"})
+    assert plan.pruned_precisions() == {
+        "layers.0.attention": "attention0",
+        "layers.0.ffn": "ffn0",
+        "layers.1.attention": "attention2",  # its feed-forward network is removed
+        "layers.2.attention": "attention3",
+        "layers.2.ffn": "ffn3",
+        "head": "h",
+    }
+
+
+def test_a_kind_of_sublayer_stands_for_those_of_all_layers() -> None:
+    found = for_every_layer({"ffn": "q8_0", "layers.0.ffn": "f16", "head": "q4_0"}, DENSE)
+    every = {block.name for block in DENSE.blocks if block.kind == "ffn"}
+    assert found == dict.fromkeys(every, "q8_0") | {"layers.0.ffn": "f16", "head": "q4_0"}
 
 
 @pytest.mark.parametrize("qk_norm", [False, True, "joint"])

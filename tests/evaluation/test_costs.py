@@ -65,6 +65,22 @@ def test_a_token_moves_the_weights_and_the_cache() -> None:
     assert found == 2 * matrices + 2 * 11 * cache_row
 
 
+def test_parts_are_counted_by_the_bits_of_their_own_precision() -> None:
+    architecture = architecture_of(tiny_model("llama"))
+    parts = {"layers.1.ffn": "q8_0", "head": "f32", "embedding": "f32"}
+    head = architecture.vocab_size * architecture.hidden_size
+    more = 2 * head - architecture.ffn_parameters(architecture.layers[1]) * 7.5 / 8  # 32 and 8.5 bits in place of 16
+    plain, mixed = (
+        architecture.decode_bytes(context=10, precision="f16", precisions=one, cache_bits=16) for one in ({}, parts)
+    )
+    assert mixed == plain + more
+    plain, mixed = (
+        architecture.prefill_bytes(prompt_tokens=3, precision="f16", precisions=one, cache_bits=16)
+        for one in ({}, parts)
+    )
+    assert mixed == plain + more + 2 * 3 * architecture.hidden_size
+
+
 def test_an_artifact_moves_about_what_its_file_holds(tmp_path: Path) -> None:
     subject = gguf(tmp_path, tiny_model("llama", tie_word_embeddings=True, vocab_size=300))
     found = costs.count(subject, Workload(precision="f32", context=1)).decode.bytes_moved

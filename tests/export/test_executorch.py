@@ -33,6 +33,7 @@ from dilap.core import codec
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, file_sha256, read_json
 from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed
+from dilap.core.precisions import Mix
 from dilap.core.sqnr import sqnr_db
 from dilap.core.workload import Workload
 from dilap.export.executorch.header import Header, header_of
@@ -182,7 +183,7 @@ def quantised_(model: PreTrainedModel) -> PreTrainedModel:
     model.get_input_embeddings().weight.copy_(table * scales[:, None])
     for module in list(model.modules()):
         if isinstance(module, torch.nn.Linear):
-            quantisation.quantise_linear_(module, is_head=module is model.lm_head)
+            quantisation.quantise_linear_(module, precision="8da8w" if module is model.lm_head else "8da4w")
     return model
 
 
@@ -197,7 +198,7 @@ def test_four_bit_weights_are_exact_against_torch_in_the_same_types(four_bits: P
 
 def test_rows_that_no_group_divides_stay_in_eight_bits() -> None:
     model = pruned_model("llama", {"layers.0.channels": tuple(range(33))})
-    header = Header(architecture=architecture_of(model), numerics=numerics_of(model), precision="8da4w")
+    header = Header(architecture=architecture_of(model), numerics=numerics_of(model), mix=Mix(precision="8da4w"))
     assert matrix_types(header) == {"int4": 20, "int8": 2}  # and the head
 
 
@@ -399,7 +400,7 @@ def test_the_agent_outlives_a_damaged_program(running: AgentClient, dense: Path,
 
 def header(model: PreTrainedModel, precision: str = "f32") -> Any:
     words: Any = SimpleNamespace(bos_token_id=None, eos_token_id=0)
-    return header_of(model, words, precision=precision)
+    return header_of(model, words, mix=Mix(precision=precision))
 
 
 def test_a_sliding_window_bounds_the_context() -> None:
@@ -423,7 +424,7 @@ def test_unknown_rotary_scaling_is_refused() -> None:
 
 
 def test_an_unknown_precision_is_refused(tokenizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match="q4_0"):
+    with pytest.raises(InvalidInput, match="q4_0"):
         exported(tiny_model("llama"), tokenizer, tmp_path / "out", "q4_0")
 
 

@@ -214,7 +214,7 @@ def test_embedding_that_fills_no_blocks_is_refused(words: Path, tmp_path: Path) 
 
 
 def test_unknown_precision_is_refused_with_the_known_ones(words: Path, tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match="f32, int8, int4"):
+    with pytest.raises(InvalidInput, match="f32, int8, int4"):
         write(tiny_model("llama"), words, tmp_path / "out", "q4_0")
 
 

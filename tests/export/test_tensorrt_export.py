@@ -162,8 +162,8 @@ def test_a_weight_of_nan_is_named(tokenizer: Path, tmp_path: Path) -> None:
         export(model, tokenizer, tmp_path / "out", "bf16")
 
 
-def test_an_unknown_precision_is_unsupported(tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match="f16, bf16"):
+def test_an_unknown_precision_of_a_probe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="f16, bf16"):
         exporter.TensorRTExporter().export_probe(tiny_llama(WIDE), precision="q4_0", seed=0, out=tmp_path / "out")
 
 

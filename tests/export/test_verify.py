@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from dilap.backends.llamacpp.file import validate
 from dilap.backends.llamacpp.library import library
 from dilap.core.errors import InvalidInput, Unavailable, VerificationFailed
+from dilap.core.precisions import Mix
 from dilap.core.sqnr import sqnr_db
 from dilap.export.gguf.writer import SQNR_BOUNDS_DB, GgufExporter, verify_gguf
 from dilap.models.anatomy import architecture_of
@@ -43,7 +44,7 @@ def test_changed_weight_fails_with_the_numbers(exported: Path) -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp.down_proj.weight.data[5] += 0.3
     with pytest.raises(VerificationFailed, match=r"SQNR \d+\.\d dB in one pass, \d+\.\d dB token by token"):
-        verify_gguf(model, exported, precision="f32")
+        verify_gguf(model, exported, mix=Mix(precision="f32"))
 
 
 def test_wrong_order_of_query_rows_fails(exported: Path) -> None:
@@ -51,7 +52,7 @@ def test_wrong_order_of_query_rows_fails(exported: Path) -> None:
     weight = model.model.layers[0].self_attn.q_proj.weight
     weight.data = weight.data.flip(0)
     with pytest.raises(VerificationFailed):
-        verify_gguf(model, exported, precision="f16")
+        verify_gguf(model, exported, mix=Mix(precision="f16"))
 
 
 @pytest.fixture
@@ -79,19 +80,19 @@ def test_wrong_order_fails_in_a_model_that_amplifies_rounding(
     weight = amplifying.model.layers[-1].mlp.gate_proj.weight
     weight.data = weight.data.flip(0)
     with pytest.raises(VerificationFailed, match=r"1[0-9.]+ dB expected"):
-        verify_gguf(amplifying, out / "model.gguf", precision="f16")
+        verify_gguf(amplifying, out / "model.gguf", mix=Mix(precision="f16"))
 
 
 def test_model_that_gives_nan_fails(exported: Path) -> None:
     model = tiny_model("llama")
     model.model.norm.weight.data[0] = torch.nan
     with pytest.raises(VerificationFailed):
-        verify_gguf(model, exported, precision="q4_0")
+        verify_gguf(model, exported, mix=Mix(precision="q4_0"))
 
 
 def test_training_mode_is_given_back(exported: Path) -> None:
     model = tiny_model("llama").train()
-    verify_gguf(model, exported, precision="f32")
+    verify_gguf(model, exported, mix=Mix(precision="f32"))
     assert model.training
 
 
@@ -100,7 +101,7 @@ def test_file_without_a_vocabulary_is_compared_on_random_tokens(tokenizer: Path,
     out = tmp_path / "probe"
     GgufExporter().export_probe(architecture_of(model), precision="f32", seed=0, out=out)
     with pytest.raises(VerificationFailed, match="over 64 tokens"):
-        verify_gguf(model, out / "model.gguf", precision="f32")
+        verify_gguf(model, out / "model.gguf", mix=Mix(precision="f32"))
 
 
 def test_short_context_is_compared_on_fewer_tokens(tokenizer: Path, tmp_path: Path) -> None:
