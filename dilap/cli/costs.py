@@ -28,14 +28,15 @@ def show(model: LatencyModel, *, as_json: bool, table: Path | None) -> None:
 def document(model: LatencyModel) -> dict[str, Any]:
     """Return the fitted costs, in seconds, and the errors on held-out plans, as a JSON object.
 
-    The costs are those in the workload's own precision; where others were measured, theirs are under `precisions`.
+    The costs are those in the workload's own precision; where others were measured, theirs are under `precisions`, and
+    under `heads` what the head in each takes more than in the cheapest.
     """
     others = {name: _costs_in(costs) for name, costs in model.by_precision.items() if name}
     return {
         "method": model.method,
         "fixed_seconds": model.fixed_seconds,
         **_costs_in(model.by_precision[""]),
-        **({"precisions": others} if others else {}),
+        **({"precisions": others, "heads": dict(model.heads)} if others else {}),
         "caveats": list(model.caveats),
         "holdout_errors": model.holdout_errors(),
         "holdout": [
@@ -48,7 +49,6 @@ def document(model: LatencyModel) -> dict[str, Any]:
 def _costs_in(costs: PrecisionCosts) -> dict[str, Any]:
     attention, ffn = costs.attention, costs.ffn
     return {
-        "head_seconds": costs.head_seconds,
         "attention": [{"work": w, "seconds": s} for w, s in zip(attention.work, attention.seconds, strict=True)],
         "ffn": [{"channels": int(w), "seconds": s} for w, s in zip(ffn.work, ffn.seconds, strict=True)],
     }

@@ -1,6 +1,5 @@
 """Exporting to one runtime and measuring on one device: everything that a job asks of its target."""
 
-import functools
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
@@ -170,9 +169,8 @@ class Bench:
         roofline gives the latency of the others. Whoever claims something calls `measure_final`.
         """
         if self.estimate:
-            shapes = [
-                (self.read_artifact(one.path.parent).architecture, file_sha256(one.path), UNMIXED) for one in cases
-            ]
+            artifacts = [(self.read_artifact(one.path.parent), file_sha256(one.path)) for one in cases]
+            shapes = [(one.architecture, sha256, one.precisions) for one, sha256 in artifacts]
             return self._estimates(shapes[0][0], shapes)
         protocol = self._protocol(FINAL if final else TABLE)
         with self.progress.bar("measure", total=None, unit="") as bar:
@@ -222,11 +220,11 @@ class Bench:
         if path.exists():
             return list(checked(tuple[Measurement, ...], read_json(path).get("measurements"), source=str(path)))
         folder = path.with_suffix("")
-        write = export.get(self.backend.name).export_probe
-        if precisions:
-            write = functools.partial(write, precisions=precisions)
+        exporter = export.get(self.backend.name)
         shutil.rmtree(folder, ignore_errors=True)
-        probe = write(architecture, precision=self.workload.precision, seed=0, out=folder)
+        probe = exporter.export_probe(
+            architecture, precision=self.workload.precision, precisions=precisions, seed=0, out=folder
+        )
         cases = [Case(path=one, workload=self.workload) for one in (dense, folder / probe.path)]
         measurements = self.measure_final(cases, usual)
         shutil.rmtree(folder)

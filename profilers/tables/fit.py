@@ -34,7 +34,7 @@ def fit(
     of the whole model or the head in one of the precisions.
     """
     used = [one for one in observations if one.role != "holdout"]
-    _require_anchors(used, precisions)
+    _require_anchors(used, precisions, [workload.precision, *precisions] if precisions else [])
     works = {
         precision: attention_work(architecture, workload, cache_bits=cache_bits, precision=precision)
         for precision in ("", *precisions)
@@ -60,6 +60,7 @@ def fit(
         method=method,
         fixed_seconds=float(costs[0]),
         by_precision=grid.costs_by_precision(costs),
+        heads=grid.head_seconds(costs),
         cross_validation=errors,
         noise_seconds=noise / len(_dense(used).widths),  # spread over the layers
         head_noise_seconds=noise,
@@ -67,12 +68,13 @@ def fit(
     )
 
 
-def _require_anchors(observations: Sequence[Observation], precisions: Sequence[str]) -> None:
-    """Raise InvalidInput where a probe is missing from which costs are computed: dense, depth, and two a precision."""
+def _require_anchors(observations: Sequence[Observation], precisions: Sequence[str], heads: Sequence[str]) -> None:
+    """Raise InvalidInput where a probe is missing from which costs are computed."""
     found = {(one.role, "") for one in observations if not one.precisions}
     found |= {("precision", one.precision(0, "ffn")) for one in observations if one.role == "precision"}
     found |= {("head", one.precisions["head"]) for one in observations if one.role == "head"}
-    wanted = [("dense", ""), ("depth", ""), *((role, name) for name in precisions for role in ("precision", "head"))]
+    wanted = [("dense", ""), ("depth", ""), *(("precision", name) for name in precisions)]
+    wanted += [("head", name) for name in heads]
     for role, precision in wanted:
         if (role, precision) not in found:
             kind = f"{role} probe in {precision}" if precision else f"{role} probe"
@@ -116,14 +118,13 @@ class _Knots:
     def size(self) -> int:
         return self.first_ffn + len(self.ffn)
 
-    def curves(self, costs: Vector, *, head_seconds: float) -> PrecisionCosts:
+    def curves(self, costs: Vector) -> PrecisionCosts:
         """Return the curves that a vector of costs stands for."""
         attention = np.concatenate([[0.0], np.cumsum(costs[: self.first_ffn])])
         ffn = np.cumsum(costs[self.first_ffn :])
         return PrecisionCosts(
             attention=Curve(work=self.attention, seconds=tuple(map(float, attention))),
             ffn=Curve(work=self.ffn, seconds=tuple(map(float, ffn))),
-            head_seconds=head_seconds,
         )
 
 
@@ -132,9 +133,11 @@ class _Grid:
     """All knots, and the vector of costs that belongs to them.
 
     The vector is (fixed part, heads, costs of the knots of one precision after the other). The fixed part includes the
-    cheapest head, and `heads` are the precisions of all others. The seconds of a model are linear in the vector.
+    head in the precision `cheapest`, and `heads` are the precisions of all others. The seconds of a model are linear in
+    the vector.
     """
 
+    cheapest: str
     heads: tuple[str, ...]
     knots: Mapping[str, _Knots]
 
@@ -144,7 +147,7 @@ class _Grid:
         seconds = _head_seconds(observations)
         cheapest = min(seconds, key=lambda precision: seconds[precision])
         knots = {precision: _Knots.of(observations, precision, work) for precision, work in works.items()}
-        return cls(tuple(precision for precision in seconds if precision != cheapest), knots)
+        return cls(cheapest, tuple(precision for precision in seconds if precision != cheapest), knots)
 
     @property
     def starts(self) -> dict[str, int]:
@@ -176,19 +179,21 @@ class _Grid:
         return total
 
     def costs_by_precision(self, costs: Vector) -> dict[str, PrecisionCosts]:
-        """Return the curves and heads that a vector of costs stands for."""
-        heads = dict(zip(self.heads, map(float, costs[1:]), strict=False))
+        """Return the curves that a vector of costs stands for."""
         starts = self.starts
         return {
-            precision: knots.curves(
-                costs[starts[precision] : starts[precision] + knots.size], head_seconds=heads.get(precision, 0.0)
-            )
+            precision: knots.curves(costs[starts[precision] : starts[precision] + knots.size])
             for precision, knots in self.knots.items()
         }
 
+    def head_seconds(self, costs: Vector) -> dict[str, float]:
+        """Return what heads cost more than the cheapest one by a vector of costs."""
+        others = costs[1 : 1 + len(self.heads)]
+        return {self.cheapest: 0.0} | dict(zip(self.heads, map(float, others), strict=True))
+
 
 def _head_seconds(observations: Sequence[Observation]) -> dict[str, float]:
-    """Return the seconds of the dense model with its head in every precision that was measured."""
+    """Return the seconds of the dense model by the precision of its head, an empty one where nothing is said of it."""
     own = {"": _dense(observations).seconds}
     return own | {one.precisions["head"]: one.seconds for one in observations if one.role == "head"}
 

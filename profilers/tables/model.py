@@ -38,11 +38,10 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionCosts:
-    """What sublayers cost in one precision, and what its head costs more than the cheapest one that was measured."""
+    """What sublayers cost in one precision."""
 
     attention: Curve
     ffn: Curve
-    head_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +77,10 @@ class Observation:
 class LatencyModel:
     """Predicts the seconds of a model of any widths and precisions on one device.
 
-    `by_precision` has the costs in every measured precision, an empty name standing for the workload's own.
-    `fixed_seconds` is what the embedding, the launch and the cheapest head take. `method` is the fit with the lower
+    `by_precision` has the costs in every measured precision, an empty name standing for the workload's own. `heads` has
+    the seconds that a head in some precision takes more than the cheapest one, which is part of `fixed_seconds` like
+    the embedding and the launch; an empty name stands for the head that artifacts in the workload's precision have, for
+    which some runtimes take more bits. `method` is the fit with the lower
     error (`cross_validation` has the errors of both), `noise_seconds` the difference per layer that the measurements
     cannot tell from none, `head_noise_seconds` that between two heads, `holdout` the models that the fit has not seen,
     and `caveats` what a reader must know of how the probes were measured.
@@ -91,6 +92,7 @@ class LatencyModel:
     method: str
     fixed_seconds: float
     by_precision: Mapping[str, PrecisionCosts]
+    heads: Mapping[str, float]
     cross_validation: dict[str, float]
     noise_seconds: float
     head_noise_seconds: float = 0.0
@@ -126,10 +128,9 @@ class LatencyModel:
 
     def predict(self, widths: Sequence[LayerWidths], precisions: Mapping[str, str] = UNMIXED) -> float:
         """Return the seconds of a whole model with these layers, and precisions by the names of their parts."""
-        head = self._costs(precisions.get("head", "")).head_seconds
         return (
             self.fixed_seconds
-            + head
+            + self._head(precisions.get("head", ""))
             + sum(
                 self.attention_seconds(
                     layer.num_heads, layer.num_kv_heads, precisions.get(f"layers.{index}.attention", "")
@@ -164,7 +165,7 @@ class LatencyModel:
     def block(self, block: Block, counts: Counts, precision: str = "") -> float:
         """Return the seconds of one block with `counts` units left of its groups; the head's beyond the constant."""
         if block.kind == "head":
-            return self._costs(precision).head_seconds
+            return self._head(precision)
         widths = self.architecture.widths_of(block, counts)
         if block.kind == "attention":
             return self.attention_seconds(widths.num_heads, widths.num_kv_heads, precision)
@@ -210,11 +211,19 @@ class LatencyModel:
         """Return the costs in a precision, which may be the workload's own by its name. Raises InvalidInput."""
         own = precision == self.workload.precision
         if (found := self.by_precision.get("" if own else precision)) is None:
-            raise InvalidInput(
-                f"nothing is known of the latency in {precision}; measure a table with it: dilap-profile --precision "
-                f"{','.join([self.workload.precision, precision])}"
-            )
+            raise self._unknown(precision)
         return found
+
+    def _head(self, precision: str) -> float:
+        if precision not in self.heads:
+            raise self._unknown(precision)
+        return self.heads[precision]
+
+    def _unknown(self, precision: str) -> InvalidInput:
+        return InvalidInput(
+            f"nothing is known of the latency in {precision}; measure a table with it: dilap-profile --precision "
+            f"{','.join(dict.fromkeys([self.workload.precision, precision]))}"
+        )
 
 
 def attention_work(architecture: Architecture, workload: Workload, *, cache_bits: float, precision: str = "") -> Work:

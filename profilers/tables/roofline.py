@@ -29,7 +29,7 @@ def roofline(
     weights = architecture.vocab_size * architecture.hidden_size
     heads = {
         key: _seconds(device, num_bytes=weights * PRECISION_BITS[name] / 8, flops=2 * weights)
-        for key, name in names.items()
+        for key, name in [*names.items(), (workload.precision, workload.precision)]
     }
     cheapest = min(heads.values())
     return LatencyModel(
@@ -39,11 +39,9 @@ def roofline(
         method=METHOD,
         fixed_seconds=cheapest,
         by_precision={
-            key: _costs_in(
-                name, architecture, workload, device, cache_bits=cache_bits, head_seconds=heads[key] - cheapest
-            )
-            for key, name in names.items()
+            key: _costs_in(name, architecture, workload, device, cache_bits=cache_bits) for key, name in names.items()
         },
+        heads={key: seconds - cheapest for key, seconds in heads.items()},
         cross_validation={},
         noise_seconds=0.0,
         holdout=(),
@@ -57,7 +55,6 @@ def _costs_in(
     device: Device,
     *,
     cache_bits: float,
-    head_seconds: float,
 ) -> PrecisionCosts:
     """Return what sublayers cost in one precision at best."""
     layer = architecture.layers[0]
@@ -89,7 +86,6 @@ def _costs_in(
             work=tuple(float(channels) for channels in widths),
             seconds=(0.0, *map(ffn_seconds, widths[1:])),
         ),
-        head_seconds=head_seconds,
     )
 
 
