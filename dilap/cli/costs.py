@@ -28,15 +28,15 @@ def show(model: LatencyModel, *, as_json: bool, table: Path | None) -> None:
 def document(model: LatencyModel) -> dict[str, Any]:
     """Return the fitted costs, in seconds, and the errors on held-out plans, as a JSON object.
 
-    The costs are those in the workload's own precision; where others were measured, theirs are under `precisions`.
+    The costs are those in the workload's own precision; where others were measured, theirs are under `precisions`, and
+    under `heads` what the head in each takes more than in the cheapest.
     """
     others = {name: _costs_in(costs) for name, costs in model.by_precision.items() if name}
-    heads = {name or model.workload.precision: seconds for name, seconds in sorted(model.heads.items())}
     return {
         "method": model.method,
         "fixed_seconds": model.fixed_seconds,
         **_costs_in(model.by_precision[""]),
-        **({"precisions": others, "head_seconds": heads} if others else {}),
+        **({"precisions": others, "heads": dict(model.heads)} if others else {}),
         "caveats": list(model.caveats),
         "holdout_errors": model.holdout_errors(),
         "holdout": [

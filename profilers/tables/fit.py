@@ -34,7 +34,7 @@ def fit(
     of the whole model or the head in one of the precisions.
     """
     used = [one for one in observations if one.role != "holdout"]
-    _require_anchors(used, precisions, own=workload.precision)
+    _require_anchors(used, precisions, [workload.precision, *precisions] if precisions else [])
     works = {
         precision: attention_work(architecture, workload, cache_bits=cache_bits, precision=precision)
         for precision in ("", *precisions)
@@ -60,7 +60,7 @@ def fit(
         method=method,
         fixed_seconds=float(costs[0]),
         by_precision=grid.costs_by_precision(costs),
-        heads=grid.head_costs(costs),
+        heads=grid.head_seconds(costs),
         cross_validation=errors,
         noise_seconds=noise / len(_dense(used).widths),  # spread over the layers
         head_noise_seconds=noise,
@@ -68,13 +68,13 @@ def fit(
     )
 
 
-def _require_anchors(observations: Sequence[Observation], precisions: Sequence[str], *, own: str) -> None:
-    """Raise InvalidInput where a probe is missing from which costs are computed: dense, depth, and two a precision."""
+def _require_anchors(observations: Sequence[Observation], precisions: Sequence[str], heads: Sequence[str]) -> None:
+    """Raise InvalidInput where a probe is missing from which costs are computed."""
     found = {(one.role, "") for one in observations if not one.precisions}
     found |= {("precision", one.precision(0, "ffn")) for one in observations if one.role == "precision"}
     found |= {("head", one.precisions["head"]) for one in observations if one.role == "head"}
     wanted = [("dense", ""), ("depth", ""), *(("precision", name) for name in precisions)]
-    wanted += [("head", name) for name in (*precisions, own) if precisions]
+    wanted += [("head", name) for name in heads]
     for role, precision in wanted:
         if (role, precision) not in found:
             kind = f"{role} probe in {precision}" if precision else f"{role} probe"
@@ -133,10 +133,11 @@ class _Grid:
     """All knots, and the vector of costs that belongs to them.
 
     The vector is (fixed part, heads, costs of the knots of one precision after the other). The fixed part includes the
-    cheapest head, and `heads` are the precisions of all others. The seconds of a model are linear in the vector.
+    head in the precision `cheapest`, and `heads` are the precisions of all others. The seconds of a model are linear in
+    the vector.
     """
 
-    cheapest_head: str
+    cheapest: str
     heads: tuple[str, ...]
     knots: Mapping[str, _Knots]
 
@@ -185,13 +186,14 @@ class _Grid:
             for precision, knots in self.knots.items()
         }
 
-    def head_costs(self, costs: Vector) -> dict[str, float]:
-        """Return how much longer than the cheapest the head takes in every precision."""
-        return {self.cheapest_head: 0.0} | dict(zip(self.heads, map(float, costs[1:]), strict=False))
+    def head_seconds(self, costs: Vector) -> dict[str, float]:
+        """Return what heads cost more than the cheapest one by a vector of costs."""
+        others = costs[1 : 1 + len(self.heads)]
+        return {self.cheapest: 0.0} | dict(zip(self.heads, map(float, others), strict=True))
 
 
 def _head_seconds(observations: Sequence[Observation]) -> dict[str, float]:
-    """Return the seconds of the dense model with its head in every precision that was measured."""
+    """Return the seconds of the dense model by the precision of its head, an empty one where nothing is said of it."""
     own = {"": _dense(observations).seconds}
     return own | {one.precisions["head"]: one.seconds for one in observations if one.role == "head"}
 

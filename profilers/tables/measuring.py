@@ -4,7 +4,6 @@ Probes are measured in blocks of a few, each block together with the dense probe
 so that an interrupted measurement goes on where it stopped.
 """
 
-import functools
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dilap import export
+from dilap import backends, export
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, read_json, scratch_folder
 from dilap.core.errors import LinkLost, Mismatch
@@ -166,18 +165,25 @@ class _ProbeBench:
         out = self.folder / name
         if not out.exists():  # only the dense probe stays from block to block
             tell(f"writing probe {name}")
-            write = export.get(self.header.backend).export_probe
-            if probe.precisions:
-                write = functools.partial(write, precisions=probe.precisions)
             with _exporting:
-                write(
+                export.get(self.header.backend).export_probe(
                     replace(self.architecture, layers=probe.widths),
                     precision=self.header.workload.precision,
+                    precisions=self._named(probe),
                     seed=0,
                     out=out,
                 )
         sidecar = out / "artifact.json"
         return out / decode(Artifact, read_json(sidecar), source=str(sidecar)).path
+
+    def _named(self, probe: Probe) -> Mapping[str, str]:
+        """Return the probe's precisions; where the runtime reads the head from the embedding, for that too."""
+        backend, precision = backends.get(self.header.backend), self.header.workload.precision
+        if "head" not in probe.precisions or not self.architecture.tied_embeddings:
+            return probe.precisions
+        if backend.capabilities(self.architecture, precision=precision).untied_precisions:
+            return probe.precisions
+        return {**probe.precisions, "embedding": probe.precisions["head"]}
 
 
 def _entry(probe: Probe, measurement: Measurement, sentinels: Mapping[int, float]) -> TableEntry:

@@ -77,10 +77,10 @@ class Observation:
 class LatencyModel:
     """Predicts the seconds of a model of any widths and precisions on one device.
 
-    `by_precision` has the costs in every measured precision, an empty name standing for the workload's own.
-    `fixed_seconds` is what the embedding, the launch and the cheapest head take, and `heads` how much longer heads take
-    by their precision. The empty name among them is the head that an artifact of the workload's precision has where
-    none is named, which some runtimes keep in more bits. `method` is the fit with the lower
+    `by_precision` has the costs in every measured precision, an empty name standing for the workload's own. `heads` has
+    the seconds that a head in some precision takes more than the cheapest one, which is part of `fixed_seconds` like
+    the embedding and the launch; an empty name stands for the head that artifacts in the workload's precision have, for
+    which some runtimes take more bits. `method` is the fit with the lower
     error (`cross_validation` has the errors of both), `noise_seconds` the difference per layer that the measurements
     cannot tell from none, `head_noise_seconds` that between two heads, `holdout` the models that the fit has not seen,
     and `caveats` what a reader must know of how the probes were measured.
@@ -92,7 +92,7 @@ class LatencyModel:
     method: str
     fixed_seconds: float
     by_precision: Mapping[str, PrecisionCosts]
-    heads: Mapping[str, float] = field(default_factory=lambda: {"": 0.0})
+    heads: Mapping[str, float]
     cross_validation: dict[str, float]
     noise_seconds: float
     head_noise_seconds: float = 0.0
@@ -128,10 +128,9 @@ class LatencyModel:
 
     def predict(self, widths: Sequence[LayerWidths], precisions: Mapping[str, str] = UNMIXED) -> float:
         """Return the seconds of a whole model with these layers, and precisions by the names of their parts."""
-        head = self._head_seconds(precisions.get("head", ""))
         return (
             self.fixed_seconds
-            + head
+            + self._head(precisions.get("head", ""))
             + sum(
                 self.attention_seconds(
                     layer.num_heads, layer.num_kv_heads, precisions.get(f"layers.{index}.attention", "")
@@ -166,7 +165,7 @@ class LatencyModel:
     def block(self, block: Block, counts: Counts, precision: str = "") -> float:
         """Return the seconds of one block with `counts` units left of its groups; the head's beyond the constant."""
         if block.kind == "head":
-            return self._head_seconds(precision)
+            return self._head(precision)
         widths = self.architecture.widths_of(block, counts)
         if block.kind == "attention":
             return self.attention_seconds(widths.num_heads, widths.num_kv_heads, precision)
@@ -215,17 +214,15 @@ class LatencyModel:
             raise self._unknown(precision)
         return found
 
-    def _head_seconds(self, precision: str) -> float:
-        """Return how much longer a head takes than the cheapest. Raises InvalidInput for a precision not measured."""
-        if (found := self.heads.get(precision)) is None:
+    def _head(self, precision: str) -> float:
+        if precision not in self.heads:
             raise self._unknown(precision)
-        return found
+        return self.heads[precision]
 
     def _unknown(self, precision: str) -> InvalidInput:
-        own = self.workload.precision
         return InvalidInput(
             f"nothing is known of the latency in {precision}; measure a table with it: dilap-profile --precision "
-            f"{','.join(dict.fromkeys([own, precision]))}"
+            f"{','.join(dict.fromkeys([self.workload.precision, precision]))}"
         )
 
 

@@ -92,7 +92,7 @@ def build_table(
             measured=(spread(levels[0], num_measured), spread(levels[1], num_measured)),
             levels=levels,
             others={precision: ascending(theirs) for precision, theirs in others.items()},
-            own=workload.precision,
+            heads=precisions,
             uniform=not capabilities.per_layer_widths,
             num_random=plans[0] if num_random is None else num_random,
             num_holdout=plans[1] if num_holdout is None else num_holdout,
@@ -190,7 +190,7 @@ def list_probes(
     measured: Levels,
     levels: Levels,
     others: Mapping[str, Levels] = _NONE,
-    own: str = "",
+    heads: Sequence[str] = (),
     uniform: bool,
     num_random: int,
     num_holdout: int,
@@ -199,9 +199,9 @@ def list_probes(
     """Return the probes of a table, the dense one first.
 
     `levels` are those in the workload's own precision, of which `measured` get a probe; `others` are those in every
-    other precision on offer. A head in the workload's `own` precision by its name is another than the one that its
-    artifacts have where none is named, which some runtimes keep in more bits. With `uniform`, the plans of the random
-    and hold-out probes have equal widths in all of their layers.
+    other precision on offer, and `heads` the precisions on offer for the head. The workload's own is one of them,
+    because a head that is given it may differ from one of which nothing is said. With `uniform`, the plans of the
+    random and hold-out probes have equal widths in all of their layers.
     """
     layers = architecture.layers
     dense = layers[0]
@@ -219,12 +219,12 @@ def list_probes(
     )
     for precision, theirs in others.items():
         probes.extend(_precision_probes(layers, theirs, precision))
-    probes.extend(_head_probe(layers, own) for _ in range(bool(others)))
+    probes.extend(Probe(role="head", widths=layers, precisions={"head": precision}) for precision in heads)
     draw, offered = random.Random(seed), {"": levels, **others}
 
     def draw_plan() -> Probe:
         if others:
-            return _mixed_plan(layers, offered, draw, own=own, uniform=uniform)
+            return _mixed_plan(layers, offered, heads, draw, uniform=uniform)
         widths = _uniform_plan(layers, levels, draw) if uniform else _random_plan(layers, levels, draw)
         return Probe(role="random", widths=widths)
 
@@ -232,7 +232,7 @@ def list_probes(
 
 
 def _precision_probes(layers: tuple[LayerWidths, ...], levels: Levels, precision: str) -> Iterator[Probe]:
-    """Return the probes of one precision: all sublayers in it, the head, attention, and narrower sublayers of a kind.
+    """Return the probes of one precision: all sublayers in it, attention alone, and narrower sublayers of each kind.
 
     What is not named stays in the workload's own precision. In a simulation of five precisions with 2 % of noise on
     every probe, held-out plans are off by 1.7 % (median) with 12 random plans, by 2.3 % with 6, and by 2.3 % without
@@ -243,17 +243,12 @@ def _precision_probes(layers: tuple[LayerWidths, ...], levels: Levels, precision
         {f"layers.{index}.{kind}": precision for index in range(len(layers))} for kind in ("attention", "ffn")
     )
     yield Probe(role="precision", widths=layers, precisions=attention | ffn)
-    yield _head_probe(layers, precision)
     yield Probe(role="attention", widths=layers, precisions=attention)
     for level in _two_narrower([one for one in levels[0] if one != (0, 0)]):
         narrow = (_layer(level, dense.num_channels),) * len(layers)
         yield Probe(role="attention", widths=narrow, precisions=attention)
     for channels in _two_narrower([one for one in levels[1] if one]):
         yield Probe(role="ffn", widths=(replace(dense, num_channels=channels),) * len(layers), precisions=ffn)
-
-
-def _head_probe(layers: tuple[LayerWidths, ...], precision: str) -> Probe:
-    return Probe(role="head", widths=layers, precisions={"head": precision})
 
 
 def _two_narrower(widths: Sequence[T]) -> list[T]:
@@ -305,7 +300,12 @@ def _uniform_plan(layers: Sequence[LayerWidths], levels: Levels, draw: random.Ra
 
 
 def _mixed_plan(
-    layers: Sequence[LayerWidths], levels: Mapping[str, Levels], draw: random.Random, *, own: str, uniform: bool
+    layers: Sequence[LayerWidths],
+    levels: Mapping[str, Levels],
+    heads: Sequence[str],
+    draw: random.Random,
+    *,
+    uniform: bool,
 ) -> Probe:
     """Return a plan of random widths and precisions, the latter in random shares, and a head in a random one.
 
@@ -315,7 +315,7 @@ def _mixed_plan(
     shares = [[draw.expovariate(1) for _ in names] for _ in ("attention", "ffn")]
     keep, equal = draw.random(), _uniform_plan(layers, _common_levels(levels), draw)
     widths: list[LayerWidths] = []
-    precisions = {"head": draw.choice(names) or own}
+    precisions = {"head": draw.choice(heads)}
     for dense in equal if uniform else layers:
         attention, ffn = (draw.choices(names, share)[0] for share in shares)
         may_shrink = bool(widths) and not uniform

@@ -29,7 +29,7 @@ def roofline(
     weights = architecture.vocab_size * architecture.hidden_size
     heads = {
         key: _seconds(device, num_bytes=weights * PRECISION_BITS[name] / 8, flops=2 * weights)
-        for key, name in (*names.items(), *[(workload.precision, workload.precision)] * (len(names) > 1))
+        for key, name in [*names.items(), (workload.precision, workload.precision)]
     }
     cheapest = min(heads.values())
     return LatencyModel(

@@ -207,8 +207,10 @@ def _require_consistent(
     seen: set[tuple[object, ...]] = set()
     for number, entry in enumerate(entries, start=2):
         reason = entry.misfit(header.architecture)
-        if reason is None and (odd := sorted(entry.precisions_used - {*header.offered})):
-            reason = f"it has parts in {odd[0]}, which the table does not offer beside the workload's own precision"
+        blocks = {precision for pair in entry.precisions for precision in pair}
+        odd = sorted((blocks - {"", *header.others}) | ({entry.head} - {"", *header.precisions}))
+        if reason is None and odd:
+            reason = f"it has a part in {odd[0]}, which is none of the other precisions of the table"
         if reason is None and entry.key in seen:
             reason = f"its probe of role {entry.role} is in the table twice"
         if reason is None and dense_layers is not None:

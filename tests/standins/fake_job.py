@@ -119,7 +119,7 @@ def fabricated_table(
         measured=(spread(attention, 6), spread(ffn, 6)),
         levels=(attention, ffn),
         others=dict.fromkeys(precisions, (attention, ffn)),
-        own=workload.precision,
+        heads=(workload.precision, *precisions) if precisions else (),
         uniform=not capabilities.per_layer_widths,
         num_random=6,
         num_holdout=3,
