@@ -124,15 +124,15 @@ def validate(path: Path) -> None:
     Gguf(path, num_tokens=1).close()
 
 
-def quantise(source: Path, target: Path, *, precision: str, types: Mapping[str, str]) -> None:
-    """Write the f16 or f32 GGUF `source` as `precision`, with llama.cpp's own quantiser.
+def quantise(source: Path, target: Path, *, precision: str, file_type: int, types: Mapping[str, str]) -> None:
+    """Write the f16 or f32 GGUF `source` as `precision`, llama.cpp's `file_type`, with its own quantiser.
 
     `types` has, by name, those of TENSOR_TYPES that tensors get whatever the quantiser would choose for them.
     """
     lib = library()
     collect_errors()
     params = lib.llama_model_quantize_default_params()
-    params.ftype, params.nthread = FILE_TYPES[precision], os.cpu_count() or 1
+    params.ftype, params.nthread = file_type, os.cpu_count() or 1
     overrides = (lib.llama_model_tensor_override * (len(types) + 1))()  # the last one, empty, ends the list
     for override, (name, kind) in zip(overrides, types.items(), strict=False):
         override.pattern, override.type = f"^{re.escape(name)}$".encode(), TENSOR_TYPES[kind]

@@ -189,8 +189,15 @@ def _write_folder(
     _write_floats(floats, layout, values, tokenizer=tokenizer, mix=written)
     sqnr_db = verify(floats, written)
     if quantised:
-        types = _types(layout, mix)
-        called(llamacpp.quantise, floats, path, runtime="llamacpp", precision=quantised[0], types=types)
+        called(
+            llamacpp.quantise,
+            floats,
+            path,
+            runtime="llamacpp",
+            precision=str(mix),
+            file_type=llamacpp.FILE_TYPES[quantised[0]],
+            types=_types(layout, mix),
+        )
         floats.unlink()
         sqnr_db = verify(path, mix)
     return _describe(path, layout, mix=mix, sqnr_db=sqnr_db)

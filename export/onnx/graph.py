@@ -73,8 +73,8 @@ def build_model(
     if numerics.activation not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
         raise Unsupported(f"activation {numerics.activation!r} cannot be exported to ONNX yet; known: {known}")
-    if architecture.experts is not None:
-        _require_experts(numerics, form)
+    if architecture.experts is not None and numerics.activation != "silu":
+        raise Unsupported(f"ONNX Runtime computes experts with silu only, the model has {numerics.activation}")
     fused, stacks = form == "onnxruntime", Stacks()
     emitter = Emitter(dtype=_DTYPES[dtype], values=stacks.of_values(values), contrib=fused)
     matrices: dict[str, Matrices] = {"f32": PanelMatrices(emitter) if fused else FloatMatrices(emitter)}
@@ -85,14 +85,6 @@ def build_model(
     coarse = "f32" if mix.precision == "f32" else "int8"
     whole = replace(mix, precisions={"head": coarse, "embedding": coarse, **mix.precisions})
     return _Builder(architecture, numerics, emitter, stacks, matrices=matrices, mix=whole, fused=fused).build()
-
-
-def _require_experts(numerics: Numerics, form: Form) -> None:
-    """Raise Unsupported where the graph computes no experts, or not with the model's activation."""
-    if form != "onnxruntime":
-        raise Unsupported("experts cannot be exported in standard ONNX operators: none computes only the chosen ones")
-    if numerics.activation != "silu":
-        raise Unsupported(f"ONNX Runtime computes experts with silu only, the model has {numerics.activation}")
 
 
 class _Builder:

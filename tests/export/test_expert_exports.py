@@ -163,7 +163,7 @@ def test_a_probe_has_the_size_of_a_real_export(backend: str, kept: Kept, tokeniz
         ("llamacpp f32", {}, {"hidden_act": "gelu"}, "silu only, the model has gelu"),
         ("onnxruntime f32", {}, {"hidden_act": "gelu"}, "experts with silu only, the model has gelu"),
         ("onnxruntime int4", {}, {"moe_intermediate_size": 40}, "experts of a multiple of 32 channels, not 40"),
-        ("tensorrt f16", {}, {}, "in standard ONNX operators"),
+        ("tensorrt f16", {}, {}, "standard ONNX has no operator"),
         ("executorch f32", {}, {}, "XNNPACK has no operator that sends tokens to experts"),
     ],
 )
