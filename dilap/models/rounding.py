@@ -142,7 +142,7 @@ FLOATS: Mapping[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16,
 
 @torch.no_grad()
 def rounded(weight: torch.Tensor, precision: str) -> torch.Tensor:
-    """Return a matrix (outputs x inputs) in f32 with the values that the runtime's quantiser stores in a precision.
+    """Return a tensor (... x inputs) in f32 with the values that the runtime's quantiser stores in a precision.
 
     They are equal to the last bit, but for two things. The search of iq4_nl adds up in f32, and is imitated as it is
     compiled for x86-64; where a compiler fuses multiplications with additions (Arm), it may choose the neighbouring
@@ -159,7 +159,7 @@ def rounded(weight: torch.Tensor, precision: str) -> torch.Tensor:
         return weight.float()
     chunks = form.blocks_of(weight).split(_CHUNK)
     done = torch.cat([form.stored(chunk, form.divisors) for chunk in chunks])
-    return done.reshape(len(weight), -1)[:, : weight.shape[1]]
+    return done.reshape(*weight.shape[:-1], -1)[..., : weight.shape[-1]]
 
 
 def is_on_grid(weight: torch.Tensor, precision: str) -> bool:
