@@ -24,7 +24,7 @@ _ROWS = 1 << 11  # rows of a matrix that are compensated at a time, to bound the
 # Scales that `compensated` tries, relative to that which stores a block's largest weight without a change. Error of
 # projections of SmolLM2-135M in q4_0 relative to 1.0 alone: 1.0 to 0.8 in five steps 0.89 to 0.91, 1.05 to 0.72 in nine
 # 0.87 to 0.89; a down projection with outliers 0.79 and 0.77.
-_SHARES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+SHARES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
 Nearest = Callable[[torch.Tensor], torch.Tensor]  # weights divided by their scale -> codes, not yet limited
 Pair = tuple[float, float]  # for a positive, for a negative weight
@@ -274,10 +274,10 @@ def _candidates(columns: torch.Tensor, form: Format) -> tuple[torch.Tensor, torc
     codes = torch.tensor(form.anchors)[:, None]
     whole = torch.stack([high.values, low.values]) / codes
     mantissas, exponents = torch.frexp(whole)
-    shared = [share * whole for share in _SHARES]
+    shared = [share * whole for share in SHARES]
     scales = torch.cat([*shared, torch.ldexp((16 * mantissas).round(), exponents - 4)])
     anchors = torch.stack([high.indices, low.indices])
-    num_scales = len(_SHARES) + 1
+    num_scales = len(SHARES) + 1
     return scales.to(form.scale_type).float(), anchors.repeat(num_scales, 1), codes.repeat(num_scales, 1)
 
 
