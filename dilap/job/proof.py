@@ -22,6 +22,8 @@ from dilap.models.cut import shrink_
 from dilap.models.distil import distil
 from dilap.models.load import save_checkpoint
 from dilap.models.reference import Teacher
+from dilap.models.rounded_model import round_model_
+from dilap.models.rounding import FLOATS
 from dilap.models.tensor_file import load_tensors, save_tensors
 from dilap.models.text import Calibration
 from dilap.profilers import intervals
@@ -40,6 +42,8 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration, files: 
     with workspace.stage("score the dense model"):
         exam = Exam.of(stages, text)
         lessons = stages.teacher("training", text.train) if stages.options.recovery.mode != "none" else None
+    if plan.precisions:
+        source.model.float()  # half precision has too few values for rounded weights
     shrink_(source.model, plan, parameters=pruned.parameters)
     source.model.config.dilap_plan = plan.digest
     with workspace.stage("score the pruned model"):
@@ -54,6 +58,8 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration, files: 
     if lessons is not None:
         recovery_kls = _recover_(stages, lessons, exam.validation, before=validation_kl)
         recovered = exam.of_torch(source.model)
+    if lessons is not None or not plan.precisions:  # else the method has rounded what it returned
+        _round_(stages, plan, text)
     with workspace.stage("save the checkpoint"):
         remove(workspace.folder / "checkpoint")  # left by an earlier start
         save_checkpoint(source.model, source.tokenizer, workspace.folder / "checkpoint")
@@ -145,6 +151,26 @@ def _recover_(stages: Stages, lessons: Teacher, validation: Teacher, *, before: 
             parameter.data.copy_(earlier[name])
     remove(kept)
     return tuple(takewhile(math.isfinite, losses))
+
+
+def _round_(stages: Stages, plan: Plan, text: Calibration) -> None:
+    """Round the pruned model to the precisions of its parts, so that columns make up for the errors of others.
+
+    The runtime's quantiser then loses nothing more. A head that is tied to the embedding is left to it.
+    """
+    model, own = stages.source.model, stages.options.workload.precision
+    named = plan.pruned_precisions()
+    precisions = {block.name: named.get(block.name, own) for block in plan.pruned_architecture().blocks}
+    if not plan.architecture.tied_embeddings:
+        precisions |= {part: precision for part, precision in named.items() if part in ("head", "embedding")}
+    if set(precisions.values()) <= set(FLOATS):
+        return
+    tokens = text.train[: stages.options.calibration.train_sequences]
+    with (
+        stages.workspace.stage("round"),
+        stages.workspace.log.bar("round", total=len(decoder_layers(model)) * tokens.numel(), unit="tok") as bar,
+    ):
+        round_model_(model.float(), precisions, tokens=tokens, progress=bar.update)
 
 
 def _side(

@@ -111,7 +111,8 @@ def _run(stages: Stages, method: Method, layout: Layout) -> PruneResult | None:
 
 def _method(options: JobOptions, layout: Layout) -> Method:
     """Return the method asked for; DiLAP's own has another search for equal widths. Raises InvalidInput."""
-    name = "equal_widths" if layout == "uniform" and options.method == "dilap" else options.method
+    own = layout == "uniform" and options.method in ("dilap", "prune_then_quantise")
+    name = "equal_widths" if own else options.method
     method: Method = methods.get(name, options.settings)
     return method
 

@@ -18,6 +18,8 @@ from dilap.core.errors import InvalidInput
 METHODS = {
     "dilap": "dilap.search.dilap:prune",
     "equal_widths": "dilap.search.equal_widths:prune",
+    "quantise": "dilap.search.quantise:Quantise",
+    "prune_then_quantise": "dilap.search.dilap:prune",
     "uniform": "dilap.search.uniform:prune",
     "layer_error": "dilap.search.layer_error:prune",
     "magnitude": "dilap.methods.magnitude:prune",
@@ -33,7 +35,7 @@ METHODS = {
     "sprint": "dilap.methods.sprint:Sprint",
     "llm_streamline": "dilap.methods.llm_streamline:Streamline",
 }
-_PRECISION = {"dilap", "equal_widths"}  # the methods that choose the precision of every part of a model
+_PRECISION = {"dilap", "equal_widths", "quantise"}  # the methods that choose the precision of every part of a model
 SEARCHES = {
     "dilap": "dilap.search.dilap:search",
     "equal_widths": "dilap.search.equal_widths:search",
@@ -45,6 +47,8 @@ SEARCHES = {
 SOURCES = {
     "dilap": "levels of measured latency by a relinearised quadratic model of KL; this project",
     "equal_widths": "DiLAP for runtimes that need equal widths; this project",
+    "quantise": "the dense model in the formats that keep the budget; GPTQ's rounding (arXiv 2210.17323, Apache-2.0)",
+    "prune_then_quantise": "DiLAP's search in floats, then the format that ships; this project",
     "uniform": "equal shares of measured levels; this project",
     "layer_error": "exact selection on the error of every layer; this project",
     "magnitude": "norms of weights; FLAP's baseline mag-sp (arXiv 2312.11983, Apache-2.0)",

@@ -47,19 +47,14 @@ def width_rules(layout: Layout, capabilities: Capabilities) -> WidthRules:
 
 
 def build_space(
-    costs: Costs,
-    architecture: Architecture,
-    capabilities: Mapping[str, Capabilities],
-    *,
-    layout: Layout,
-    precision: str = "",
+    costs: Costs, architecture: Architecture, capabilities: Mapping[str, Capabilities], *, layout: Layout
 ) -> Space:
     """Return every sublayer with the widths that the runtime loads and that cost less than the next larger one.
 
     `capabilities` has what the runtime loads in every precision on offer: first the reference, which changes nothing of
-    the quality, then those of ever lower quality. `precision` is the artifact's own among them. Where there are
-    several, the last choice is that of the head's precision, which is named in any case: some runtimes give a head of
-    which nothing is said more bits than the rest.
+    the quality, then those of ever lower quality. An empty name is the artifact's own precision, which is named where
+    there are several: some runtimes give a head of which nothing is said more bits than the rest. Then the last choice
+    is that of the head's precision.
 
     The layout `portable` removes no single heads and has FFN widths that are positive multiples of 256, which more
     runtimes load. `uniform` is for equal widths in every layer, with whole layers removed if the runtime loads that.
@@ -69,9 +64,7 @@ def build_space(
     choices = []
     for block in (*architecture.blocks, *[HEAD] * (len(capabilities) > 1)):
         offered = [
-            (counts, "" if name == precision and block is not HEAD else name)
-            for name, one in capabilities.items()
-            for counts in _widths(block, one, layout)
+            (counts, precision) for precision, one in capabilities.items() for counts in _widths(block, one, layout)
         ]
         levels = [_level(costs, block, setting) for setting in costs.cheaper(block, offered)]
         if layout == "uniform" and block.groups:  # a layer is removed as a whole, and costs nothing then

@@ -116,7 +116,7 @@ def measured_model() -> LatencyModel:
 
 def space(layout: Layout = "free", *, offered: Sequence[str] = HEADER.offered) -> Space:
     found = dict.fromkeys(offered, CAPABILITIES)
-    return build_space(measured_model(), ARCHITECTURE, found, layout=layout, precision=WORKLOAD.precision)
+    return build_space(measured_model(), ARCHITECTURE, found, layout=layout)
 
 
 def test_five_precisions_take_few_probes() -> None:

@@ -89,10 +89,10 @@ class FakeBench(Bench):
         return 0.0
 
     def configuration_path(self, model: str, architecture: Architecture, *, threads: Sequence[int]) -> Path:
-        return Path(model).with_suffix(".configuration.json")
+        return Path(model).with_suffix(f".{self.workload.precision}.configuration.json")
 
     def table_path(self, model: str, architecture: Architecture) -> Path:
-        return Path(model).with_suffix(".jsonl")
+        return Path(model).with_suffix(f".{'-'.join([self.workload.precision, *self.others])}.jsonl")
 
     def build_table(self, architecture: Architecture, path: Path) -> LatencyTable:
         table = fabricated_table(architecture.envelope, self.workload, self.backend, precisions=self.others)
