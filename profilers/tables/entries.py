@@ -104,15 +104,25 @@ class TableEntry:
                     f"a layer of {heads} heads, {kv_heads} KV heads and {channels} channels is not cut from one of "
                     f"{dense.num_heads}, {dense.num_kv_heads} and {dense.num_channels}"
                 )
+        if self.role in ("random", "holdout"):
+            return None
         has_dense_layers = {run[1:] for run in self.runs} == {runs_of([dense])[0][1:]}
-        if self.role in ("dense", "depth", "precision", "head") and not has_dense_layers:
+        is_narrower = self.role in ("attention", "ffn")
+        if not has_dense_layers and not is_narrower:
             return f"a probe of role {self.role} lacks the model's own layers"
-        if self.role in ("attention", "ffn") and has_dense_layers and not self.precisions_used:
+        if has_dense_layers and is_narrower and not self.precisions_used:
             return f"a probe of role {self.role} has the model's own layers"
-        num_precisions = {"dense": 0, "depth": 0, "precision": 1, "head": 1}.get(self.role)
-        if num_precisions not in (None, len(self.precisions_used)):
-            return f"a probe of role {self.role} has parts in {len(self.precisions_used)} other precisions"
-        return None
+        return None if self._has_precisions_of_role else f"a probe of role {self.role} does not have these precisions"
+
+    @property
+    def _has_precisions_of_role(self) -> bool:
+        """Whether its precisions, the same in all layers, are those that a probe of its role can have."""
+        if self.role == "head":
+            return bool(self.head) and not self.precisions
+        name = next(iter(self.precisions_used), "")
+        pairs = {"attention": (name, ""), "ffn": ("", name), "precision": (name, name)}
+        is_changed = bool(name) and {*self.precisions} == {pairs.get(self.role)}
+        return not self.head and (is_changed or (self.role != "precision" and not self.precisions))
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -200,9 +200,13 @@ BAD_ENTRIES: dict[str, tuple[dict[str, object], str]] = {
     "unknown": ({"precisions": [["q3", ""]]}, "unknown precision 'q3'"),
     "not offered": ({"role": "random", "precisions": [["int8", ""]]}, "it has a part in int8, which is none of the"),
     "of no run": ({"precisions": [["q4_0", ""], ["q4_0", ""]]}, "has 1 runs of layers, and precisions of 2"),
-    "of a dense probe": ({"role": "dense"}, "dense has parts in 1 other precisions"),
-    "none": ({"head": ""}, "head has parts in 0 other precisions"),
-    "several": ({"precisions": [["q4_0", "f16"]]}, "head has parts in 3 other precisions"),
+    "of a dense probe": ({"role": "dense"}, "dense does not have these precisions"),
+    "no head": ({"head": ""}, "head does not have these precisions"),
+    "a head and blocks": ({"precisions": [["q4_0", "f16"]]}, "head does not have these precisions"),
+    "none": ({"role": "precision", "head": ""}, "precision does not have these precisions"),
+    "half": ({"role": "precision", "head": "", "precisions": [["q4_0", ""]]}, "precision does not have these"),
+    "two": ({"role": "precision", "head": "", "precisions": [["q4_0", "f16"]]}, "precision does not have these"),
+    "of the other kind": ({"role": "ffn", "head": "", "precisions": [["q4_0", ""]]}, "ffn does not have these"),
     "shallow": ({"runs": [[7, 6, 3, 768]]}, "has 7 layers, and the dense one 16"),
 }
 

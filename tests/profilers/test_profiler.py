@@ -386,13 +386,15 @@ def test_progress_is_told_round_by_round(pair: list[Case]) -> None:
     assert told == ["round 1: 0 of 1 settled"]
 
 
-@pytest.mark.parametrize("backend", ["llamacpp", "onnxruntime"])
-def test_a_tiny_table_is_measured_by_the_real_runtime(backend: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("backend", "others"), [("llamacpp", ["f16"]), ("onnxruntime", [])])
+def test_a_tiny_table_is_measured_by_the_real_runtime(backend: str, others: list[str], tmp_path: Path) -> None:
     if reason := backends.get(backend).unavailable():
         pytest.skip(reason)
     # whatever else runs beside the tests
-    table = build(tmp_path / "t.jsonl", backend=backend, protocol=replace(QUICK, contention_share=1e9))
-    assert {entry.role for entry in table.entries} == {"dense", "depth", "attention", "ffn", "random", "holdout"}
+    protocol = replace(QUICK, contention_share=1e9)
+    table = build(tmp_path / "t.jsonl", backend=backend, others=others, protocol=protocol)
+    roles = {"dense", "depth", "attention", "ffn", "random", "holdout"} | ({"precision", "head"} if others else set())
+    assert {entry.role for entry in table.entries} == roles
     assert len(table.model().holdout_errors()) == 2
     assert json.loads((tmp_path / "t.jsonl").read_text().splitlines()[0])["backend"] == backend
 
