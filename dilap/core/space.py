@@ -110,6 +110,7 @@ class Space:
         levels = {choice.name: choice.levels[index] for choice, index in zip(self.choices, config, strict=True)}
         return {name: level.precision for name, level in levels.items() if level.precision}
 
+
 def embedding_precision(head: str, offered: Sequence[str]) -> str:
     """Return the precision of the embedding for one of the precisions `offered` for the head.
 
