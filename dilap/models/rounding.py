@@ -24,7 +24,7 @@ _ROWS = 1 << 11  # rows of a matrix that are compensated at a time, to bound the
 # Scales that `compensated` tries, relative to that which stores a block's largest weight without a change. Error of
 # projections of SmolLM2-135M in q4_0 relative to 1.0 alone: 1.0 to 0.8 in five steps 0.89 to 0.91, 1.05 to 0.72 in nine
 # 0.87 to 0.89; a down projection with outliers 0.79 and 0.77.
-_SHARES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+SHARES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
 Nearest = Callable[[torch.Tensor], torch.Tensor]  # weights divided by their scale -> codes, not yet limited
 Pair = tuple[float, float]  # for a positive, for a negative weight
@@ -142,7 +142,7 @@ FLOATS: Mapping[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16,
 
 @torch.no_grad()
 def rounded(weight: torch.Tensor, precision: str) -> torch.Tensor:
-    """Return a matrix (outputs x inputs) in f32 with the values that the runtime's quantiser stores in a precision.
+    """Return a tensor (... x inputs) in f32 with the values that the runtime's quantiser stores in a precision.
 
     They are equal to the last bit, but for two things. The search of iq4_nl adds up in f32, and is imitated as it is
     compiled for x86-64; where a compiler fuses multiplications with additions (Arm), it may choose the neighbouring
@@ -159,7 +159,7 @@ def rounded(weight: torch.Tensor, precision: str) -> torch.Tensor:
         return weight.float()
     chunks = form.blocks_of(weight).split(_CHUNK)
     done = torch.cat([form.stored(chunk, form.divisors) for chunk in chunks])
-    return done.reshape(len(weight), -1)[:, : weight.shape[1]]
+    return done.reshape(*weight.shape[:-1], -1)[..., : weight.shape[-1]]
 
 
 def is_on_grid(weight: torch.Tensor, precision: str) -> bool:
@@ -274,10 +274,10 @@ def _candidates(columns: torch.Tensor, form: Format) -> tuple[torch.Tensor, torc
     codes = torch.tensor(form.anchors)[:, None]
     whole = torch.stack([high.values, low.values]) / codes
     mantissas, exponents = torch.frexp(whole)
-    shared = [share * whole for share in _SHARES]
+    shared = [share * whole for share in SHARES]
     scales = torch.cat([*shared, torch.ldexp((16 * mantissas).round(), exponents - 4)])
     anchors = torch.stack([high.indices, low.indices])
-    num_scales = len(_SHARES) + 1
+    num_scales = len(SHARES) + 1
     return scales.to(form.scale_type).float(), anchors.repeat(num_scales, 1), codes.repeat(num_scales, 1)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from dilap import backends
 from dilap.backends.llamacpp.library import library
 from dilap.core.errors import InvalidInput
-from dilap.models.rounding import _SHARES, BLOCK, FORMATS, Format, compensated, is_on_grid, rounded
+from dilap.models.rounding import BLOCK, FORMATS, SHARES, Format, compensated, is_on_grid, rounded
 
 GGML_TYPES = {"q8_0": 8, "q5_0": 6, "q4_0": 2, "iq4_nl": 20}
 ONNX_BITS = {"int8": 8, "int4": 4}
@@ -242,7 +242,7 @@ def _scales(left: torch.Tensor, columns: list[int], form: Format) -> list[tuple[
     """Return scales to try, each with the column that keeps the largest code, and that code."""
     high, low = max(columns, key=lambda c: left[c]), min(columns, key=lambda c: left[c])
     whole = [(float(left[column]) / code, column, code) for column, code in zip((high, low), form.anchors, strict=True)]
-    tries = [(share * scale, column, code) for share in _SHARES for scale, column, code in whole]
+    tries = [(share * scale, column, code) for share in SHARES for scale, column, code in whole]
     four_bits = [(round(math.frexp(s)[0] * 16) / 16 * 2 ** math.frexp(s)[1], column, code) for s, column, code in whole]
     as_stored = [float(torch.tensor(scale).to(form.scale_type)) for scale, _, _ in tries + four_bits]
     return [(scale, *one[1:]) for scale, one in zip(as_stored, tries + four_bits, strict=True)]
