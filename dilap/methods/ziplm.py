@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dilap.search.allocation import Config, solve
+from dilap.search.layer_error import require_one_precision
 from dilap.search.levels import compensated_library, prune_by_library
 from dilap.search.method import Pruned, PruneTask
 from dilap.search.task import SearchResult, SearchTask
@@ -51,6 +52,7 @@ class ZipLm:
 
     def search(self, task: SearchTask, *, progress: Callable[[int], None] = lambda _: None) -> SearchResult:
         """Return the best config of SPDY's search, scored by the real KL; `progress` gets 1 for every weighting."""
+        require_one_precision(task.space)
         errors = [np.array([fit.error for fit in levels]) for levels in task.evaluator.net.library]
         seconds = task.space.level_costs()
         limit = task.limit - task.space.fixed_cost

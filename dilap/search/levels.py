@@ -20,19 +20,22 @@ from dilap.search.task import Search, SearchResult, SearchTask
 def prune_by_levels(task: PruneTask, search: Search) -> Pruned:
     """Prune to the config that `search` finds, corrected by its measured latency, refit the projections, and round.
 
-    Where the family's projections cannot be refitted in sequence, the library's stay, and a line says why.
+    Where the family's projections cannot be refitted in sequence, the library's stay, and a line says why; they are
+    only rounded.
     """
     library, name = compensated_library(task, task.levels.library)
     net, teacher = supernet_of(task, library), validation_teacher(task)
     found = search_levels(task, search, net, teacher, journal=f"journal-{name}")
-    options = task.levels.refit
+    plan, options = plan_at(task, net, found.config), task.levels.refit
     if reason := refit_refusal(task.model):
         task.report(f"refit: skipped, the projections of the search stay: {reason}")
+        if not net.is_rounded(found.config):
+            return Pruned(plan=plan, parameters=net.parameters(found.config))
         options = replace(options, corrections=())
     with task.bar("refit", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
         refit = best_refit(net, found.config, task.text.train, teacher=teacher, options=options, progress=bar.update)
     task.report(f"refit: KL on the validation split {found.kl:.3f} -> {refit.kl:.3f}")
-    return Pruned(plan=plan_at(task, net, found.config), parameters=refit.parameters)
+    return Pruned(plan=plan, parameters=refit.parameters)
 
 
 def prune_by_library(task: PruneTask, search: Search, library: Library, *, name: str) -> Pruned:

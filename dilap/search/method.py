@@ -163,8 +163,9 @@ class Pruned:
     """The result of a method: the units that stay, and new values of parameters if it makes up for the removed ones.
 
     `parameters` are parameters of decoder layers by name, in the dense shape or cut to the plan; an output projection's
-    bias may be among them even where the dense model has none. `facts` is what the run's result should say about the
-    method's choice.
+    bias may be among them even where the dense model has none. So may embedding and head, if the plan gives them
+    precisions: the values of all that it gives one lie on the grid of that precision. `facts` is what the run's result
+    should say about the method's choice.
     """
 
     plan: Plan

@@ -206,3 +206,24 @@ def test_config_lists_the_widths_of_the_kept_layers() -> None:
 def test_full_plan_changes_no_value() -> None:
     plan: Plan = plan_for(tiny_model("llama"), {})
     assert torch.equal(logits(shrink_(tiny_model("llama"), plan), TOKENS), logits(tiny_model("llama"), TOKENS))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_have_the_values_that_they_are_given(tied: bool) -> None:
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    embedding, head = (model.get_input_embeddings().weight.detach() * factor for factor in (2, 3))
+    parameters = {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
+    shrink_(model, plan_for(model, {}), parameters=parameters)
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+    assert torch.equal(model.get_output_embeddings().weight, head)
+    assert not model.config.tie_word_embeddings
+    assert not architecture_of(model).tied_embeddings
+
+
+def test_a_tied_head_follows_the_embedding() -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    embedding = model.get_input_embeddings().weight.detach() * 2
+    shrink_(model, plan_for(model, {}), parameters={"model.embed_tokens.weight": embedding})
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert torch.equal(model.get_output_embeddings().weight, embedding)
+    assert architecture_of(model).tied_embeddings

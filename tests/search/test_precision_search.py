@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from standins.models import logits, mixed_net, mixed_space, random_tokens, tiny_model, tiny_task
 
+from dilap import methods
+from dilap.core.errors import Unsupported
 from dilap.models.cut import shrink_
 from dilap.models.reference import Teacher
 from dilap.models.rounding import rounded
@@ -14,6 +17,8 @@ from dilap.search import dilap, equal_widths
 from dilap.search.allocation import RelaxationOptions
 from dilap.search.dilap import unpruned_configs
 from dilap.search.journal import Evaluator
+from dilap.search.levels import compensated_library
+from dilap.search.library_file import load_fits
 from dilap.search.refit import RefitOptions, best_refit, refit_sequentially
 from dilap.search.supernet import Supernet
 from dilap.search.task import SearchOptions, SearchTask
@@ -133,3 +138,20 @@ def test_a_pruned_model_with_precisions_has_the_kl_that_was_reported(tied: bool)
     found_logits, dense = (logits(one, asked.text.validation).log_softmax(-1) for one in (shrunk, model))
     real = torch.nn.functional.kl_div(found_logits, dense, log_target=True, reduction="none").sum(-1).mean()
     assert float(real) == pytest.approx(kl, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["layer_error", "ziplm"])
+def test_methods_that_know_errors_of_widths_refuse_precisions(name: str) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(Unsupported, match="compares widths and not precisions"):
+        methods.get(name)(replace(tiny_task(model), space=mixed_space(model)))
+
+
+def test_a_library_has_one_fit_of_each_width_on_disk(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    task = replace(tiny_task(model), space=mixed_space(model), cache=tmp_path)
+    library, _ = compensated_library(task, task.levels.library)
+    assert [len(levels) for levels in library] == [len(choice.levels) for choice in task.space.choices[:-1]]
+    kept = [load_fits(path) for path in tmp_path.rglob("*.safetensors")]
+    assert [len(fits) for fits in kept] == [len({fit.counts for fit in fits}) for fits in kept]
+    assert len(kept) == 6
