@@ -65,13 +65,15 @@ class Coupling:
 class Space:
     """All choices of a model. `fixed_cost` is the cost of what no plan changes: embedding, launch, and often the head.
 
-    A config of the space is one level index for every choice.
+    A config of the space is one level index for every choice. `precision` is the artifact's own, which levels with an
+    empty one have; it may be empty itself where levels have no other one.
     """
 
     architecture: Architecture
     choices: tuple[Choice, ...]
     fixed_cost: float
     couplings: tuple[Coupling, ...] = ()
+    precision: str = ""
 
     def cost(self, config: Sequence[int]) -> float:
         """Return the cost of the whole model at `config`."""
@@ -111,6 +113,10 @@ class Space:
             counts |= zip(names, choice.levels[index].counts, strict=True)
         return self.architecture.widths_at(counts)
 
+    def named(self, choice: Choice) -> list[str]:
+        """Return the precisions of a choice's levels, the artifact's own by its name too."""
+        return [level.precision or self.precision for level in choice.levels]
+
     def precisions(self, config: Sequence[int]) -> dict[str, str]:
         """Return the precisions, by name, of the parts that are not in the artifact's own at `config`."""
         levels = {choice.name: choice.levels[index] for choice, index in zip(self.choices, config, strict=True)}
@@ -122,7 +128,7 @@ def embedding_precision(head: str, offered: Sequence[str]) -> str:
 
     It costs no time, so it has 8 bits where the head has fewer, if they are offered.
     """
-    eight = [one for one in offered if one and 8 <= PRECISION_BITS[one] < 16]
+    eight = [one for one in offered if 8 <= PRECISION_BITS[one] < 16]
     return eight[0] if eight and PRECISION_BITS[head] < 8 else head
 
 

@@ -55,15 +55,11 @@ def head_levels(space: Space) -> tuple[HeadLevel, ...]:
 
     The embedding takes no time that depends on its precision. None are returned where the head has no choice.
     """
-    choice = space.choices[-1]
-    if choice.block.groups:
+    if space.choices[-1].block.groups:
         return ()
-    offered = [level.precision for level in choice.levels]
-    changed = [
-        HeadLevel(head=one, embedding=embedding_precision(one, offered)) if one != offered[0] else HeadLevel()
-        for one in offered
-    ]
-    return tuple(changed)
+    _, *others = offered = space.named(space.choices[-1])
+    changed = (HeadLevel(head=one, embedding=embedding_precision(one, offered)) for one in others)
+    return HeadLevel(), *changed
 
 
 def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teacher, *, journal: str) -> SearchResult:
@@ -117,12 +113,14 @@ def level_library(task: PruneTask, fit: Callable[[Sequence[Choice]], Fits], *, n
     else:
         by_name = dict(fit(wide))
         fitted = [by_name[choice.name] for choice in wide]
-    library = [fits_of_levels(choice, fits) for choice, fits in zip(choices, fitted, strict=True)]
-    return library, f"{name}-{_digest(task.space.choices)}"
+    pairs = zip(choices, fitted, strict=True)
+    library = [fits_of_levels(choice, fits, task.space.named(choice)) for choice, fits in pairs]
+    return library, f"{name}-{_digest(task.space.choices, named=task.space.named)}"
 
 
-def _digest(choices: Sequence[Choice]) -> str:
-    return digest([[[*level.counts, level.precision] for level in choice.levels] for choice in choices])[:8]
+def _digest(choices: Sequence[Choice], *, named: Callable[[Choice], Sequence[str]] = lambda _: ()) -> str:
+    """Return a digest of the widths of choices, and of their precisions if these are `named`."""
+    return digest([[[level.counts for level in choice.levels], named(choice)] for choice in choices])[:8]
 
 
 def compensated_library(task: PruneTask, options: LibraryOptions) -> tuple[Library, str]:
@@ -150,6 +148,6 @@ def plan_at(task: PruneTask, net: Supernet, config: Config) -> Plan:
     """Return the plan that keeps the library's units at `config`, with its precisions."""
     precisions = task.space.precisions(config)
     if "head" in precisions:
-        offered = [level.precision for level in task.space.choices[-1].levels]
+        offered = task.space.named(task.space.choices[-1])
         precisions["embedding"] = embedding_precision(precisions["head"], offered)
     return plan_of(task.space, [fit.units for fit in net.fits(config)], base=task.base, precisions=precisions)
