@@ -12,18 +12,26 @@ from executorch.backends.xnnpack.operators.node_visitor import NodeVisitor
 from torch import nn
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxUnpackedToInt8Tensor, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
+from torchao.quantization.quant_primitives import MappingType
 
 from dilap.export.executorch.header import GROUP_SIZE
+from dilap.models.rounding import is_on_grid
 
 _INT4: torch.dtype = torch.int4  # type: ignore[attr-defined] # torch's stubs lack it
 
 
 def quantise_linear_(linear: nn.Linear, *, precision: str) -> None:
-    """Quantise a matrix in place; in torch it then computes what XNNPACK does, up to the order of summation."""
+    """Quantise a matrix in place; in torch it then computes what XNNPACK does, up to the order of summation.
+
+    By default the largest weight of a group lies halfway between two codes and is changed; the scale that leaves it as
+    it is suits weights that were rounded before.
+    """
     grouped = precision == "8da4w" and linear.in_features % GROUP_SIZE == 0
+    is_kept = grouped and is_on_grid(linear.weight, "8da4w")
     config = Int8DynamicActivationIntxWeightConfig(
         weight_dtype=_INT4 if grouped else torch.int8,
         weight_granularity=PerGroup(GROUP_SIZE) if grouped else PerAxis(0),
+        weight_mapping_type=MappingType.SYMMETRIC_NO_CLIPPING_ERR if is_kept else MappingType.SYMMETRIC,
     )
     # The scales are the plain ones: torchao's half-quadratic ones cost SmolLM2-135M 0.15 dB (6.70 for 6.85).
     quantize_(linear, config, filter_fn=None)

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from standins.models import FAMILIES, VOCAB_SIZE, compensated_model, pruned_model, tiny_model
+from standins.models import FAMILIES, VOCAB_SIZE, compensated_model, pruned_model, random_tokens, tiny_model
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -24,6 +24,7 @@ from dilap.core.shape import Architecture, LayerWidths
 from dilap.export.gguf.layout import layout_of
 from dilap.export.gguf.writer import GgufExporter
 from dilap.models.anatomy import architecture_of, stand_in_numerics
+from dilap.models.rounded_model import round_model_
 
 MIXED = {  # other heads, KV heads and channels in every layer; 33 channels fill no block
     "layers.0.kv_groups": (1,),
@@ -147,6 +148,22 @@ def test_precision_costs_what_it_should(precision: str, family: str, tokenizer: 
     artifact = export(pruned_model(family, MIXED), tokenizer, tmp_path / "out", precision)
     assert artifact.sqnr_db is not None
     assert low < artifact.sqnr_db < high, f"{artifact.sqnr_db:.1f} dB"
+
+
+@pytest.mark.parametrize("precision", ["q8_0", "q5_0", "iq4_nl", "q4_0"])
+def test_weights_that_were_rounded_before_are_stored_as_they_are(
+    precision: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    parts = {block.name: precision for block in architecture_of(model).blocks}
+    round_model_(model, parts, tokens=random_tokens(4, 40))
+    export(model, tokenizer, tmp_path / "out", precision)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    layer = model.model.layers[1]
+    for name, matrix in (("attn_output", layer.self_attn.o_proj), ("ffn_down", layer.mlp.down_proj)):
+        found = tensors[f"blk.1.{name}.weight"]
+        values = gguf.quants.dequantize(found.data, found.tensor_type)
+        assert np.array_equal(values, matrix.weight.detach().numpy())
 
 
 def test_bfloat16_model_keeps_its_exact_weights(tokenizer: Path, tmp_path: Path) -> None:
