@@ -42,6 +42,7 @@ from dilap.export.executorch.writer import matrix_types
 from dilap.export.source_model import tensor
 from dilap.models.anatomy import architecture_of, numerics_of
 from dilap.models.cut import shrink_
+from dilap.models.rounding import rounded
 from dilap.profilers.instruments.agent import AgentClient, InstrumentBench, LocalConnection
 
 if reason := backends.get("executorch").unavailable():
@@ -176,14 +177,23 @@ def test_four_bit_weights_cost_what_they_should(four_bits: Path) -> None:
 
 
 @torch.no_grad()
-def quantised_(model: PreTrainedModel) -> PreTrainedModel:
-    """`model`, computing in torch with the weights and activations of an 8da4w program."""
+def quantised_(model: PreTrainedModel, mix: Mix) -> PreTrainedModel:
+    """`model`, computing in torch with the weights and activations of a program in `mix`."""
     quantisation = importlib.import_module("dilap.export.executorch.quantisation")
-    table, scales = quantisation.quantised_rows(model.get_input_embeddings().weight)
-    model.get_input_embeddings().weight.copy_(table * scales[:, None])
-    for module in list(model.modules()):
+    parts = Header(architecture=architecture_of(model), numerics=numerics_of(model), mix=mix)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # no longer tied
+    table = model.get_input_embeddings().weight
+    if parts.precision_of("embedding") == "8da4w":
+        table.copy_(rounded(table, "8da4w"))
+    else:
+        rows, scales = quantisation.quantised_rows(table)
+        table.copy_(rows * scales[:, None])
+    for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear):
-            quantisation.quantise_linear_(module, precision="8da8w" if module is model.lm_head else "8da4w")
+            kind = "attention" if "self_attn" in name else "ffn"
+            precision = parts.precision_of(f"layers.{name.split('.')[2]}.{kind}" if "layers" in name else "head")
+            if precision != "f32":
+                quantisation.quantise_linear_(module, precision=precision)
     return model
 
 
@@ -192,8 +202,26 @@ def test_four_bit_weights_are_exact_against_torch_in_the_same_types(four_bits: P
     session = backends.get("executorch").load(four_bits / "model.pte", DECODE)
     found = session.logits(tokens[0].tolist(), incremental=True)
     session.close()
-    expected = logits(quantised_(four_bits_model(tokenizer)), tokens)[0].numpy()
+    expected = logits(quantised_(four_bits_model(tokenizer), Mix(precision="8da4w")), tokens)[0].numpy()
     assert sqnr_db(expected, found) > 60, f"{sqnr_db(expected, found):.1f} dB"  # measured 134; one rounding off: 30
+
+
+def test_parts_in_precisions_of_their_own_are_exact_against_torch_in_the_same_types(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True, num_hidden_layers=2)
+    named = {"layers.0.attention": "f32", "layers.0.ffn": "8da8w", "head": "8da8w", "embedding": "8da4w"}
+    artifact = export.get("executorch").export(
+        model, tokenizer=tokenizer, precision="8da4w", precisions=named, plan_digest="", out=tmp_path / "out"
+    )
+    assert artifact.precisions == named
+    assert artifact.details["matrix_types"] == {"f32": 4, "int4": 7, "int8": 4}
+    tokens = random_tokens(1, 16)
+    session = backends.get("executorch").load(tmp_path / "out" / "model.pte", DECODE)
+    found = session.logits(tokens[0].tolist(), incremental=True)
+    session.close()
+    expected = logits(quantised_(model, Mix(precision="8da4w", precisions=named)), tokens)[0].numpy()
+    assert sqnr_db(expected, found) > 60, f"{sqnr_db(expected, found):.1f} dB"
 
 
 def test_rows_that_no_group_divides_stay_in_eight_bits() -> None:
