@@ -22,6 +22,9 @@ from dilap.search.shortlist import Shortlist
 from dilap.search.task import Round, SearchOptions, SearchResult, SearchTask
 
 
+_NEAR = 0.01  # a KL in nats a token that is as good as none: eight bits give 0.005
+
+
 def prune(task: PruneTask) -> Pruned:
     """Prune by this search over measured levels, followed by a closed-form refit."""
     return prune_by_levels(task, search)
@@ -36,8 +39,9 @@ def search(task: SearchTask) -> SearchResult:
         return _revise(task, task.previous)
     space, evaluator = task.space, task.evaluator
     rounds: list[Round] = []
-    current, value, scale = space.dense, 0.0, 1.0
-    limits = _limits(task)
+    current, value = _start(task)
+    scale = 1.0
+    limits = _limits(task, start=space.cost(current))
     while limits:
         limit = limits.pop(0)
         quadratic = linear_model(task, current, number=len(rounds), scale=scale)
@@ -50,19 +54,34 @@ def search(task: SearchTask) -> SearchResult:
         # A KL that rises more than twice as much as predicted means that the step was too long for the quadratic
         # model: go half of the way first.
         halfway = (space.cost(current) + limit) / 2
-        if real - value > 2 * (predicted - value) and space.cost(current) - halfway > task.options.step / 8 * limit:
+        is_surprise = real - value > 2 * max(predicted - value, 0.0) + _NEAR
+        if is_surprise and space.cost(current) - halfway > task.options.step / 8 * limit:
             limits = [halfway, limit, *limits]
             continue
         current, value = config, real
-    for config in unpruned_configs(space, limit=task.limit):
-        if (real := evaluator.kl(config)) < value:
+    for config in unpruned_configs(space):
+        if space.cost(config) <= task.limit and (real := evaluator.kl(config)) < value:
             current, value = config, real
             task.report(f"no pruning: one precision for all parts is nearer, KL {real:.3f}")
     return polish(task, SearchResult(config=current, kl=value, rounds=tuple(rounds), curvature_scale=scale))
 
 
-def unpruned_configs(space: Space, *, limit: float) -> Iterator[Config]:
-    """Yield the configs within `limit` that keep all widths, and have one precision but the reference wherever it is.
+def _start(task: SearchTask) -> tuple[Config, float]:
+    """Return the config from which the rounds start, and its KL: the cheapest above the limit that loses nothing.
+
+    That is the dense one, or one of those that quantising alone gives, so that no rounds are spent on what eight bits
+    give for nothing.
+    """
+    found = [(task.space.cost(task.space.dense), task.space.dense, 0.0)]
+    for config in unpruned_configs(task.space):
+        if (cost := task.space.cost(config)) > task.limit and (kl := task.evaluator.kl(config)) < _NEAR:
+            found.append((cost, config, kl))
+    _, config, kl = min(found)
+    return config, kl
+
+
+def unpruned_configs(space: Space) -> Iterator[Config]:
+    """Yield the configs that keep all widths, and have one precision but the reference wherever it is offered.
 
     They are what quantising alone gives.
     """
@@ -72,7 +91,7 @@ def unpruned_configs(space: Space, *, limit: float) -> Iterator[Config]:
     ]
     for precision in dict.fromkeys(one for own in full for one in own):
         config = tuple(own.get(precision, 0) for own in full)
-        if any(config) and space.cost(config) <= limit:
+        if any(config):
             yield config
 
 
@@ -83,15 +102,14 @@ def _revise(task: SearchTask, result: SearchResult) -> SearchResult:
     return polish(task, replace(result, config=config, kl=task.evaluator.kl(config)))
 
 
-def _limits(task: SearchTask) -> list[float]:
-    """Return the limits of the rounds, a step apart, from the dense latency down to the task's.
+def _limits(task: SearchTask, *, start: float) -> list[float]:
+    """Return the limits of the rounds, a step apart, from the latency `start` down to the task's.
 
-    They start at the dense latency, so that tasks with nearby limits share all rounds but the last.
+    They do not begin at the task's own, so that tasks with nearby limits share all rounds but the last.
     """
-    dense = task.space.cost(task.space.dense)
-    step = task.options.step * dense
-    count = math.ceil((dense - task.limit) / step - 0.25)  # the last step may be a quarter longer
-    return [*(dense - step * number for number in range(1, count)), task.limit]
+    step = task.options.step * task.space.cost(task.space.dense)
+    count = math.ceil((start - task.limit) / step - 0.25)  # the last step may be a quarter longer
+    return [*(start - step * number for number in range(1, count)), task.limit]
 
 
 def linear_model(task: SearchTask, config: Config, *, number: int, scale: float = 1.0) -> Quadratic:
