@@ -72,12 +72,9 @@ def _start(task: SearchTask) -> tuple[Config, float]:
     That is the dense one, or one of those that quantising alone gives, so that no rounds are spent on what eight bits
     give for nothing.
     """
-    found = [(task.space.cost(task.space.dense), task.space.dense, 0.0)]
-    for config in unpruned_configs(task.space):
-        if (cost := task.space.cost(config)) > task.limit and (kl := task.evaluator.kl(config)) < _NEAR:
-            found.append((cost, config, kl))
-    _, config, kl = min(found)
-    return config, kl
+    above = (config for config in unpruned_configs(task.space) if task.space.cost(config) > task.limit)
+    near = ((config, kl) for config in above if (kl := task.evaluator.kl(config)) < _NEAR)
+    return min([(task.space.dense, 0.0), *near], key=lambda one: task.space.cost(one[0]))
 
 
 def unpruned_configs(space: Space) -> Iterator[Config]:
@@ -107,7 +104,7 @@ def _limits(task: SearchTask, *, start: float) -> list[float]:
 
     They do not begin at the task's own, so that tasks with nearby limits share all rounds but the last.
     """
-    step = task.options.step * task.space.cost(task.space.dense)
+    step = task.options.step * start
     count = math.ceil((start - task.limit) / step - 0.25)  # the last step may be a quarter longer
     return [*(start - step * number for number in range(1, count)), task.limit]
 
