@@ -21,7 +21,6 @@ from dilap.search.method import Pruned, PruneTask
 from dilap.search.shortlist import Shortlist
 from dilap.search.task import Round, SearchOptions, SearchResult, SearchTask
 
-
 _NEAR = 0.01  # a KL in nats a token that is as good as none: eight bits give 0.005
 
 
