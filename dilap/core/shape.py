@@ -144,6 +144,10 @@ class Architecture:
         """
         return tuple(self._layer_at(f"layers.{index}", counts) for index in range(len(self.layers)))
 
+    def pruned(self, counts: Mapping[str, int]) -> "Architecture":
+        """Return the architecture with `counts` units left in each group, without the layers that are empty then."""
+        return replace(self, layers=tuple(widths for widths in self.widths_at(counts) if not widths.is_empty))
+
     def _layer_at(self, name: str, counts: Mapping[str, int]) -> LayerWidths:
         num_kv_heads = counts.get(f"{name}.kv_groups", 0)
         return LayerWidths(
