@@ -1,7 +1,8 @@
 """The shape of a network of convolutions and matrices in any order, without its weights, and what follows from it.
 
-A decoder's layers are alike, so that a few numbers say its shape (`dilap.core.shape.Architecture`). Of any other network
-the shape is its tensors, the groups of units that lie on them, and where its layers compute. `Shape` stands for either.
+A decoder's layers are alike, so that a few numbers say its shape (`dilap.core.shape.Architecture`). The shape of any
+other network is its tensors, the groups of units that lie on them, and where its layers compute. `Shape` stands for
+either.
 """
 
 import functools
@@ -140,8 +141,8 @@ class Network:
         return second * self._num_groups(layer, first), first
 
     def _num_groups(self, layer: Layer, width: int) -> int:
-        """Return how many groups a convolution has when its first axis has `width` entries: they go whole."""
-        return layer.num_groups * width // self.tensors[layer.weight][0]
+        """Return how many groups a convolution has when the first axis of its weights is so wide: they go whole."""
+        return 1 if layer.num_groups == 1 else layer.num_groups * width // self.tensors[layer.weight][0]
 
     def num_weights(self, layer: Layer, counts: Mapping[str, int] = _FULL) -> int:
         """Return the number of weights of a layer, without its bias, when `counts` units are left in the groups."""
@@ -173,7 +174,7 @@ class Network:
         return replace(
             self,
             tensors=tensors,
-            layers=tuple(layer for layer in self.layers if not layer.weight.startswith(inside)),
+            layers=tuple(self._pruned_layer(one, counts) for one in self.layers if not one.weight.startswith(inside)),
             groups=tuple(self._pruned_group(group, counts, tensors) for group in left),
             buffers=tuple(name for name in self.buffers if name in tensors),
             branches=tuple(branch for branch in self.branches if branch not in gone),
@@ -182,6 +183,9 @@ class Network:
     def _outputs_of(self, name: str, counts: Mapping[str, int]) -> int:
         layer = next(one for one in self.layers if one.name == name)
         return self.channels(layer, counts)[1]
+
+    def _pruned_layer(self, layer: Layer, counts: Mapping[str, int]) -> Layer:
+        return replace(layer, num_groups=self._num_groups(layer, self.size(layer.weight, 0, counts)))
 
     def _pruned_group(self, group: Group, counts: Mapping[str, int], tensors: Mapping[str, object]) -> Group:
         count = counts.get(group.name, group.num_units)

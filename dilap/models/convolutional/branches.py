@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from dilap.core.graph import Branch
-from dilap.core.groups import Group, indices_kept
+from dilap.core.groups import Group
 from dilap.models.convolutional.dependencies import Dependencies
 
 
@@ -18,20 +19,17 @@ def branches_of(
 
     `crops` are the rows and columns that modules take off, where they take any.
     """
-    branches: list[Branch] = []
+    branches = []
     for node in found.nodes:
         if not _is_addition(node) or len(node.inputs) != 2:
             continue
         for shortcut, end in (node.inputs, node.inputs[::-1]):
-            inside = _between(shortcut, end, node)
-            branch = _branch(found, groups, shortcut, end, inside, crops) if inside else None
-            if branch is not None:
-                branches.append(branch)
+            if _is_branch(shortcut, end, node) and (last := _last_of(shortcut, end)) is not None:
+                branches.append(_branch(found, groups, last, _before(last, stop=shortcut), crops))
     order = {group.name: index for index, group in enumerate(groups)}
-    smallest_first = sorted(branches, key=lambda one: len(one.modules))
     taken: set[str] = set()
     kept = []
-    for branch in smallest_first:
+    for branch in sorted(filter(None, branches), key=lambda one: len(one.modules)):
         if taken.isdisjoint(branch.modules):
             taken.update(branch.modules)
             kept.append(branch)
@@ -42,15 +40,23 @@ def _is_addition(node: Any) -> bool:
     return str(getattr(node.module, "_grad_fn", "")).startswith("AddBackward")
 
 
-def _between(shortcut: Any, end: Any, addition: Any) -> list[Any]:
-    """Return the nodes from `end` back to `shortcut`; none where they read or are read by anything else."""
+def _is_branch(shortcut: Any, end: Any, addition: Any) -> bool:
+    """Return whether the nodes from `end` back to `shortcut` read nothing else, and only the addition reads them."""
     inside = list(_before(end, stop=shortcut))
-    if any(one is not shortcut and not one.inputs and not isinstance(one.module, nn.Parameter) for one in inside):
-        return []
     numbers = {id(one) for one in inside} | {id(addition)}
-    if end is shortcut or any(id(out) not in numbers for one in inside for out in one.outputs):
-        return []
-    return inside
+    reads_others = any(not one.inputs and not _is_constant(one) for one in inside)
+    is_read = any(id(out) not in numbers for one in inside for out in one.outputs)
+    return bool(inside) and not reads_others and not is_read
+
+
+def _last_of(shortcut: Any, end: Any) -> Any:
+    """Return the last convolution or matrix through which all passes from `shortcut` to `end`; None for none."""
+    return next((one for one in _before(end, stop=shortcut) if _is_dense(one) and _all_pass(one, end, shortcut)), None)
+
+
+def _is_constant(node: Any) -> bool:
+    """Return whether a node without inputs is a parameter or what is made of one, and not of the network's input."""
+    return isinstance(node.module, nn.Parameter) or all(one is not None for one, _ in node.grad_fn.next_functions)
 
 
 def _before(end: Any, *, stop: Any) -> Iterator[Any]:
@@ -68,37 +74,33 @@ def _before(end: Any, *, stop: Any) -> Iterator[Any]:
 def _branch(
     found: Dependencies,
     groups: Sequence[Group],
-    shortcut: Any,
-    end: Any,
-    inside: Sequence[Any],
+    last: Any,
+    nodes: Iterator[Any],
     crops: Mapping[str, tuple[int, ...]],
 ) -> Branch | None:
-    """Return the branch of these nodes if it gives a constant without the units that lie in it alone."""
-    last = next((one for one in inside if _is_dense(one.module) and _all_pass(one, end, shortcut)), None)
-    if last is None:
-        return None
-    removed = [one for one in _before(last, stop=shortcut) if not isinstance(one.module, nn.Parameter)]
-    names = [name for one in removed if (name := found.name(one)) and list(one.module.parameters(recurse=False))]
-    name, weight = found.name(last), f"{found.name(last)}.weight"
-    inner = [group for group in groups if all(_lies_in(one.tensor, names) for one in group.members)]
-    stays = indices_kept(inner, {group.name: () for group in inner})
-    if len(stays.get((weight, 1), (0,))) or not _covers(inner, weight, last.module.weight.shape[1]):
+    """Return the branch that ends with `last` if this has no inputs without the units that lie in `nodes` alone."""
+    removed = [one for one in nodes if not isinstance(one.module, nn.Parameter)]
+    names = {name for one in removed if (name := found.name(one)) and list(one.module.parameters(recurse=False))}
+    inner = [group for group in groups if all(one.tensor.rpartition(".")[0] in names for one in group.members)]
+    name, num_inputs = found.name(last), last.module.weight.shape[1]
+    inputs = [one for group in inner for one in group.members if (one.tensor, one.axis) == (f"{name}.weight", 1)]
+    if sum(one.span.stop - one.offset for one in inputs) != num_inputs:
         return None
     behind = [one for one in last.outputs if isinstance(one.module, _BatchNorm)]
     norm = found.name(behind[0]) if len(last.outputs) == len(behind) == 1 else ""
     return Branch(
         name=name,
         groups=tuple(group.name for group in inner),
-        modules={path: crops.get(path, ()) for path in sorted({*names, *([norm] if norm else [])})},
+        modules={path: crops.get(path, ()) for path in sorted({*names, norm} - {""})},
         last=name,
         norm=norm,
     )
 
 
-def _is_dense(module: object) -> bool:
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return module.groups == 1 and not module.transposed
-    return isinstance(module, nn.Linear)
+def _is_dense(node: Any) -> bool:
+    if isinstance(node.module, _ConvNd):
+        return node.module.groups == 1 and not node.module.transposed
+    return isinstance(node.module, nn.Linear)
 
 
 def _all_pass(node: Any, end: Any, shortcut: Any) -> bool:
@@ -114,13 +116,3 @@ def _all_pass(node: Any, end: Any, shortcut: Any) -> bool:
         seen.add(id(one))
         waiting.extend(one.inputs)
     return True
-
-
-def _lies_in(tensor: str, modules: Sequence[str]) -> bool:
-    return tensor.rpartition(".")[0] in modules
-
-
-def _covers(groups: Sequence[Group], weight: str, size: int) -> bool:
-    """Return whether all inputs of a matrix belong to units of these groups."""
-    members = [one for group in groups for one in group.members if (one.tensor, one.axis) == (weight, 1)]
-    return sum(one.span.stop - one.offset for one in members) == size

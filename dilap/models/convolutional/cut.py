@@ -23,18 +23,16 @@ def shrink_network_(model: nn.Module, plan: Plan[Network], *, parameters: Parame
     for another network.
     """
     network = plan.architecture
-    own = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
-    if odd := next((name for name in [*own, *network.tensors] if own.get(name) != network.tensors.get(name)), None):
+    own, planned = {name: tuple(one.shape) for name, one in tensors_of(model).items()}, network.tensors
+    if odd := next((name for name in [*own, *planned] if own.get(name) != planned.get(name)), None):
         raise Mismatch(
-            f"the plan was made for another network: tensor {odd} is {own.get(odd)} here, {network.tensors.get(odd)} there"
+            f"the plan is for another network: tensor {odd} is {own.get(odd)} here, {planned.get(odd)} there"
         )
     return cut_network_(model, network, plan.kept, parameters=parameters)
 
 
 @torch.no_grad()
-def cut_network_(
-    model: nn.Module, network: Network, kept: Kept, *, parameters: Parameters = _NONE
-) -> nn.Module:
+def cut_network_(model: nn.Module, network: Network, kept: Kept, *, parameters: Parameters = _NONE) -> nn.Module:
     """Cut `model` in place to the units that `kept` names, all of a group that it does not name, and return it."""
     gone = [branch for branch in network.branches if len(kept.get(branch.groups[0], (0,))) == 0]
     indices = indices_kept(network.groups, kept)

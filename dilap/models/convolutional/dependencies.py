@@ -22,6 +22,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 Place = tuple[str, int]  # a tensor's name and one of its axes
+_BY_CHANNEL = (nn.GroupNorm, nn.LayerNorm, _NormBase, nn.PReLU)  # all their tensors have an entry for every channel
+_SIZES = (  # the attributes that have the number of inputs, and of outputs
+    (_ConvNd, "in_channels", "out_channels"),
+    (nn.Linear, "in_features", "out_features"),
+    (nn.GroupNorm, "num_channels", "num_channels"),
+    (_NormBase, "num_features", "num_features"),
+    (nn.PReLU, "num_parameters", "num_parameters"),
+)
+OF_OUTPUTS = "gives what the network gives"
 _BITS = 32  # of an index within a number that says the side of a node as well
 
 
@@ -66,6 +75,8 @@ class Dependencies:
     def units(self) -> list[Unit]:
         """Return all units, those that cannot go included."""
         edges = list(self._edges())
+        if not edges:
+            return []
         starts, ends = (np.concatenate([edge[side] for edge in edges]) for side in (0, 1))
         codes, numbers = np.unique(np.concatenate([starts, ends]), return_inverse=True)
         first, second = np.split(numbers, 2)
@@ -102,7 +113,9 @@ class Dependencies:
         waiting: list[tuple[Any, bool, Sequence[int]]] = []
         for node in self.nodes:
             if isinstance(node.module, _ConvNd | nn.Linear) and self._size(node, is_input=False) > 1:
-                waiting.append((node, False, range(self._size(node, is_input=False))))
+                outputs = np.arange(self._size(node, is_input=False))
+                waiting.append((node, False, outputs.tolist()))
+                yield (_codes(self._side(node, False), outputs),) * 2  # though nothing may read them
                 yield from self._edges_within(node)
             elif isinstance(node.module, nn.GroupNorm | nn.LayerNorm):
                 yield from self._edges_within(node)
@@ -145,7 +158,7 @@ class Dependencies:
     def _is_input(self, node: Any, function: Any) -> bool:
         """Return whether a function of torch-pruning removes inputs of a node, whose outputs are other channels."""
         pruner = self._graph.get_pruner_of_module(node.module)
-        return function == pruner.prune_in_channels and function != pruner.prune_out_channels
+        return bool(function == pruner.prune_in_channels and function != pruner.prune_out_channels)
 
     def _side(self, node: Any, is_input: bool) -> int:
         pruner = self._graph.get_pruner_of_module(node.module)
@@ -154,47 +167,39 @@ class Dependencies:
 
     def _size(self, node: Any, *, is_input: bool) -> int:
         """Return how many channels a layer takes in or gives; 0 for an operation that has no number of its own."""
-        match node.module:
-            case _ConvNd() as one:
-                return one.in_channels if is_input else one.out_channels
-            case nn.Linear() as one:
-                return one.in_features if is_input else one.out_features
-            case nn.GroupNorm() as one:
-                return one.num_channels
-            case nn.LayerNorm() as one:
-                return one.normalized_shape[-1]
-            case _NormBase() as one:
-                return one.num_features
-            case nn.PReLU() as one:
-                return one.num_parameters
-            case nn.Parameter() as one:
-                return one.shape[node.pruning_dim]
-        return 0
+        module = node.module
+        if isinstance(module, nn.Parameter):
+            return int(module.shape[node.pruning_dim])
+        if isinstance(module, nn.LayerNorm):
+            return module.normalized_shape[-1]
+        if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+            return 0
+        names = next((names for kind, *names in _SIZES if isinstance(module, kind)), None)
+        return 0 if names is None else int(getattr(module, names[not is_input]))
 
     def _places(self, node: Any, is_input: bool) -> list[Place]:
         """Return the tensors and axes on which the channels of a node's side lie."""
         name, module = self.name(node), node.module
         if isinstance(module, nn.Parameter):
             return [(name, node.pruning_dim % module.ndim)] if name else []
-        own = [key for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-               if value.ndim > 0]  # fmt: skip
         if isinstance(module, _ConvNd | nn.Linear):
             axis = _weight_axis(module, is_input=is_input)
             places = [] if axis is None else [(f"{name}.weight", axis)]
             return places if is_input or module.bias is None else [*places, (f"{name}.bias", 0)]
-        if isinstance(module, nn.GroupNorm | nn.LayerNorm | _NormBase | nn.PReLU):
-            return [(f"{name}.{key}", 0) for key in own]
+        if isinstance(module, _BY_CHANNEL) and self._size(node, is_input=is_input):
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            return [(f"{name}.{key}", 0) for key, value in own if value.ndim]
         return []
 
     def _refusal(self, node: Any, is_input: bool) -> str:
         """Return why the channels of a node's side cannot go, in words that follow a layer's name."""
         if id(node) in self._roots and not is_input:
-            return "gives what the network gives"
+            return OF_OUTPUTS
         name, module = self.name(node), node.module
-        if name and not isinstance(module, nn.Parameter | _ConvNd | nn.Linear | nn.GroupNorm | nn.LayerNorm | _NormBase | nn.PReLU):  # noqa: E501
-            return f"is coupled with {name}, a {type(module).__name__}, which is not cut"
+        if name and not isinstance(module, (nn.Parameter, _ConvNd, nn.Linear, *_BY_CHANNEL)):
+            return f"has channels in {name}, a {type(module).__name__}, which is not cut"
         if name in self._tied:
-            return f"is coupled with {name}, whose tensor another module has too"
+            return f"has channels in {name}, whose tensor another module has too"
         return ""
 
 

@@ -13,7 +13,7 @@ from dilap.core.errors import InvalidInput, Unsupported, reason_of
 from dilap.core.graph import Layer, Network
 from dilap.models.convolutional.branches import branches_of
 from dilap.models.convolutional.cut import tensors_of
-from dilap.models.convolutional.dependencies import Dependencies
+from dilap.models.convolutional.dependencies import OF_OUTPUTS, Dependencies
 from dilap.models.convolutional.groups import grouped
 from dilap.models.convolutional.proof import Proof, stand_in
 
@@ -53,11 +53,13 @@ def traced(model: nn.Module, *, input_size: Sequence[int], name: str) -> Traced:
         branches=branches_of(found, made.groups, sizes.crops),
         buffers=tuple(tensor for tensor, _ in probe.named_buffers()),
     )
-    network, refusals = Proof(probe, example, outputs_of).proven(network)
+    network, unproven = Proof(probe, example, outputs_of).proven(network)
+    refusals = {**unproven, **made.refusals}
     if not network.groups:
-        layer, reason = next(iter({**made.refusals, **refusals}.items()), ("", "has no layers of several channels"))
-        raise Unsupported(f"network {name}: no channel can be removed; for example, {layer or 'it'} {reason}")
-    return Traced(network=network, refusals={**made.refusals, **refusals})
+        inner = [one for one in refusals.items() if one[1] != OF_OUTPUTS]
+        layer, reason = next(iter(inner), ("it", "has no layer within whose outputs are several channels"))
+        raise Unsupported(f"network {name}: no channel can be removed; for example, {layer} {reason}")
+    return Traced(network=network, refusals=refusals)
 
 
 def outputs_of(model: nn.Module, inputs: torch.Tensor) -> list[torch.Tensor]:

@@ -81,7 +81,7 @@ def _is_close(one: torch.Tensor, wanted: torch.Tensor) -> bool:
     return bool((one - wanted).abs().max() <= _TOLERANCE * wanted.abs().max())
 
 
-def halves(network: Network, *, seed: int = 0) -> Kept:
+def halves(network: Network, *, seed: int = 0) -> dict[str, tuple[int, ...]]:
     """Return a random half of the units of every group, at least one."""
     generator = np.random.default_rng(seed)
     kept = {}
@@ -91,7 +91,7 @@ def halves(network: Network, *, seed: int = 0) -> Kept:
     return kept
 
 
-def without(network: Network, branches: Sequence[Branch]) -> Kept:
+def without(network: Network, branches: Sequence[Branch]) -> dict[str, tuple[int, ...]]:
     """Return all units but those of some branches."""
     gone = {name for branch in branches for name in branch.groups}
     return {group.name: () if group.name in gone else tuple(range(group.num_units)) for group in network.groups}
