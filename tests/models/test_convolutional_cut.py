@@ -53,7 +53,7 @@ def test_a_removed_branch_leaves_the_constant_that_it_gives_without_units(name: 
 
 @pytest.mark.parametrize("name", HAS_BRANCHES)
 def test_branches_are_the_residual_blocks_whose_shortcut_is_the_identity(name: str) -> None:
-    num_branches = {"mobilenet_v2": 10, "efficientnet": 1, "convnext": 3, "efficientnet_lite": 2}
+    num_branches = {"mobilenet_v2": 10, "efficientnet": 1, "convnext": 3, "lite": 2}
     assert len(tiny(name).branches) == num_branches.get(name, 2)
 
 
@@ -68,7 +68,7 @@ def test_the_shape_of_the_pruned_network_is_that_of_the_shrunk_one(name: str, cu
     assert pruned.num_parameters == sum(one.numel() for one in shrunk.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnet_basic", "unet", "efficientnet_lite"])
+@pytest.mark.parametrize("name", ["resnet_basic", "unet", "lite"])
 def test_a_shrunk_network_is_traced_to_the_shape_of_its_plan(name: str) -> None:
     made = plan(tiny(name), every_third(tiny(name)))
     assert shape_of(shrink_network_(network(name), made)) == made.pruned_architecture()

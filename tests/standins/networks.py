@@ -134,7 +134,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "mobilenet_v2": mobilenet,
     "efficientnet": efficientnet,
     "convnext": convnext,
-    "efficientnet_lite": Lite,
+    "lite": Lite,
     "unet": UNet,
 }
 

@@ -5,12 +5,14 @@ from types import MappingProxyType
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from dilap.core.errors import Mismatch
 from dilap.core.graph import Branch, Network
 from dilap.core.groups import Kept, indices_kept
 from dilap.core.plan import Plan
-from dilap.models.convolutional.narrowing import remove_branch_
+from dilap.models.convolutional.describe import describe_
+from dilap.models.convolutional.narrowing import remove_modules_
 from dilap.models.cut import Parameters, cut_
 
 _NONE: Parameters = MappingProxyType({})
@@ -28,7 +30,10 @@ def shrink_network_(model: nn.Module, plan: Plan[Network], *, parameters: Parame
         raise Mismatch(
             f"the plan is for another network: tensor {odd} is {own.get(odd)} here, {planned.get(odd)} there"
         )
-    return cut_network_(model, network, plan.kept, parameters=parameters)
+    cut_network_(model, network, plan.kept, parameters=parameters)
+    if isinstance(model, PreTrainedModel):
+        describe_(model)
+    return model
 
 
 @torch.no_grad()
@@ -39,7 +44,7 @@ def cut_network_(model: nn.Module, network: Network, kept: Kept, *, parameters: 
     for branch in gone:
         if (outputs := indices.get((f"{branch.last}.weight", 0))) is not None:
             indices[f"{branch.last}.bias", 0] = outputs
-        remove_branch_(model, branch.modules, branch.last, constant_of(model, branch))
+        remove_modules_(model, branch.modules, {branch.last: constant_of(model, branch)})
     left = tensors_of(model)
     stays = {place: one for place, one in indices.items() if place[0] in left}
     cut_(model, stays, values={name: value for name, value in parameters.items() if name in left})

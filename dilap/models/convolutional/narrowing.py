@@ -11,9 +11,9 @@ and gets its tensors from the folder:
     from modeling_narrowed import load_narrowed_
     model = load_narrowed_(my_module.build(), FOLDER)
 
-The record has under `tensors` the shapes of all tensors that differ from those of the class, and under `removed` the
-residual branches that are gone: the paths of its `modules`, each with the rows and columns that it took off, and that
-of the `last` of them, in whose place the constant stands that the branch adds.
+The record has under `tensors` the shapes of all tensors that may differ from those of the class. Of residual branches
+that are gone it has under `removed` the paths of all modules, each with the rows and columns that it took off, and
+under `constants` those of the last modules, in whose places the constants stand that the branches add.
 """
 
 import functools
@@ -28,6 +28,7 @@ from torch import nn
 from transformers import PretrainedConfig as PreTrainedConfig  # its name in transformers 4; 5 has both
 from transformers import PreTrainedModel
 
+TENSORS = "model.safetensors"
 RECORD = "narrowed.json"  # beside the tensors of a network that is no transformers class
 _PREFIX = "Narrowed"  # stands before the stock class's name
 
@@ -96,22 +97,44 @@ def _follow_(module: Any, attribute: str, value: torch.Tensor) -> None:
         module.num_parameters = size
 
 
-def remove_branch_(model: nn.Module, modules: Mapping[str, Sequence[int]], last: str, bias: torch.Tensor) -> None:
-    """Put a constant in the place of a residual branch; what computed its inputs does nothing any more.
+def remove_modules_(
+    model: nn.Module, removed: Mapping[str, Sequence[int]], constants: Mapping[str, torch.Tensor]
+) -> None:
+    """Put constants in the places of modules at their paths, and nothing in those of others.
 
-    `modules` has for the path of every module the rows and columns that it takes off.
+    `removed` has for the path of every module, also of one that a constant replaces, the rows and columns that it takes
+    off.
     """
-    for path, crop in modules.items():
+    for path, crop in removed.items():
         layer = model.get_submodule(path)
-        model.set_submodule(path, Constant(layer, crop, bias) if path == last else Removed(layer, crop))
+        made = Constant(layer, crop, constants[path]) if path in constants else Removed(layer, crop)
+        model.set_submodule(path, made)
+
+
+def record_of(model: nn.Module, stock: nn.Module | None = None) -> dict[str, Any]:
+    """Return the record of a network: what its class, as which `stock` is built, would have to change.
+
+    Without `stock` the shapes of all tensors are in the record.
+    """
+    removed = {path: module for path, module in model.named_modules() if isinstance(module, Removed)}
+    constants = [path for path, module in removed.items() if isinstance(module, Constant)]
+    known = {} if stock is None else {name: one.shape for name, one in stock.state_dict().items()}
+    own = {f"{path}.bias" for path in constants}  # needed also where the class has as many biases in these places
+    tensors = {
+        name: list(one.shape) for name, one in model.state_dict().items() if name in own or known.get(name) != one.shape
+    }
+    return {
+        "tensors": tensors,
+        "removed": {path: list(module.crop) for path, module in removed.items()},
+        "constants": constants,
+    }
 
 
 def narrow_(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
     """Give a network the shapes of a record; its new tensors do not have their values yet."""
-    shapes = record["tensors"]
-    for branch in record["removed"]:
-        bias = torch.empty(shapes[f"{branch['last']}.bias"])
-        remove_branch_(model, branch["modules"], branch["last"], bias)
+    shapes, like = record["tensors"], next(model.parameters())
+    constants = {path: like.new_empty(shapes[f"{path}.bias"]) for path in record["constants"]}
+    remove_modules_(model, record["removed"], constants)
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, shape in shapes.items():
         if list(own[name].shape) != list(shape):
@@ -124,7 +147,7 @@ def load_narrowed_(model: nn.Module, folder: str | Path) -> nn.Module:
     from safetensors.torch import load_file  # noqa: PLC0415 (transformers brings it)
 
     narrow_(model, json.loads((Path(folder) / RECORD).read_text(encoding="utf-8")))
-    model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    model.load_state_dict(load_file(Path(folder) / TENSORS))
     return model.eval()
 
 
