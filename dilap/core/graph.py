@@ -38,6 +38,11 @@ class Layer:
         return f"{self.name}.weight"
 
     @property
+    def outputs_axis(self) -> int:
+        """The axis of the weights on which the outputs lie, or where there are groups of them, the groups."""
+        return int(self.kind == "transposed" and self.num_groups == 1)
+
+    @property
     def num_positions(self) -> int:
         """How many vectors of channels the layer gives for one input."""
         return sum(prod(size) for size in self.output_sizes)
@@ -100,6 +105,10 @@ class Network:
             Block(name=group.name, layer=index, kind="channels", groups=(group,))
             for index, group in enumerate(self.groups)
         )
+
+    def widths_at(self, counts: Mapping[str, int]) -> Mapping[str, int]:
+        """Return what costs of a network are asked for: how many units are left in every group."""
+        return {group.name: counts.get(group.name, group.num_units) for group in self.groups}
 
     def require_network(self, counts: Mapping[str, int]) -> None:
         """Raise ValueError where no network can have `counts` units in its groups."""

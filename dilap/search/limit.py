@@ -1,14 +1,15 @@
 """A limit on what a plan may cost, and the loop by which every method meets it: predict, choose, measure, correct."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dilap.core.errors import Infeasible
+from dilap.core.graph import Shape
 from dilap.core.plan import Plan
-from dilap.core.shape import Architecture, LayerWidths
+from dilap.core.shape import Architecture
 
 T = TypeVar("T")
 _ENOUGH = 0.95  # share of the budget: a plan that uses less has lost quality for nothing
@@ -29,22 +30,23 @@ def uses_well(share: float) -> bool:
 class CostLimit:
     """A limit on what a plan costs.
 
-    `predict` returns the cost of a network with these widths: seconds by the latency table, or weights where a ratio is
-    asked for. `measure` returns the share of the budget that an architecture really uses, the upper end of its
-    interval, or None where the device was disturbed and the prediction stands; it is itself None where predictions are
-    exact. Methods aim at `limit`, which is the share `aim` of the budget.
+    `predict` returns the cost of a network with these widths, which its shape's `widths_at` gives: seconds by the
+    latency table, or weights where a ratio is asked for. `measure` returns the share of the budget that a pruned
+    network of some shape really uses, the upper end of its interval, or None where the device was disturbed and the
+    prediction stands; it is itself None where predictions are exact. Methods aim at `limit`, which is the share `aim`
+    of the budget.
     """
 
     limit: float
-    predict: Callable[[Sequence[LayerWidths]], float]
-    measure: Callable[[Architecture], float | None] | None = None
+    predict: Callable[[Any], float]
+    measure: Callable[[Any], float | None] | None = None
     aim: float = 1.0
 
-    def cost(self, plan: Plan) -> float:
-        return self.predict(plan.all_widths())
+    def cost(self, plan: Plan[Shape]) -> float:
+        return self.predict(plan.architecture.widths_at(plan.counts))
 
     def meet(
-        self, choose: Callable[[float], T], *, cost: Callable[[T], float], architecture: Callable[[T], Architecture]
+        self, choose: Callable[[float], T], *, cost: Callable[[T], float], architecture: Callable[[T], object]
     ) -> T:
         """Return what `choose` finds within a limit that is corrected until the budget is used well.
 
@@ -76,11 +78,11 @@ class CostLimit:
 
     def bisect(
         self,
-        at: Callable[[float], Plan],
+        at: Callable[[float], Plan[Shape]],
         *,
-        refine: Callable[[float, float], Plan] | None = None,
+        refine: Callable[[float, float], Plan[Shape]] | None = None,
         output_biases: bool = False,
-    ) -> Plan:
+    ) -> Plan[Shape]:
         """Return the plan at the smallest knob between 0 and 1 that keeps the limit; a larger knob prunes more.
 
         Where a small step of the knob removes much at once, `refine(knob, part)` gives plans between the removal of
@@ -89,19 +91,21 @@ class CostLimit:
         too much.
         """
 
-        def choose(limit: float) -> Plan:
+        def choose(limit: float) -> Plan[Shape]:
             knob = self._smallest(at, limit)
             if refine is None:
                 return at(knob)
             return refine(knob, self._smallest(lambda part: refine(knob, part), limit))
 
-        def architecture(plan: Plan) -> Architecture:
+        def architecture(plan: Plan[Shape]) -> object:
             pruned = plan.pruned_architecture()
-            return replace(pruned, out_bias=True, ffn_out_bias=True) if output_biases else pruned
+            if output_biases and isinstance(pruned, Architecture):
+                return replace(pruned, out_bias=True, ffn_out_bias=True)
+            return pruned
 
         return self.meet(choose, cost=self.cost, architecture=architecture)
 
-    def _smallest(self, at: Callable[[float], Plan], limit: float) -> float:
+    def _smallest(self, at: Callable[[float], Plan[Shape]], limit: float) -> float:
         """Return the smallest knob whose plan keeps `limit`. Raises Infeasible."""
         low, high = 0.0, 1.0
         if self.cost(at(low)) <= limit:
@@ -113,26 +117,26 @@ class CostLimit:
             low, high = (low, middle) if self.cost(at(middle)) <= limit else (middle, high)
         return high
 
-    def first(self, plans: Iterable[Plan]) -> Plan:
+    def first(self, plans: Iterable[Plan[Shape]]) -> Plan[Shape]:
         """Return the first of ever smaller plans that keeps the limit, making no more of them than needed.
 
         Raises Infeasible where none does.
         """
-        made: list[Plan] = []
+        made: list[Plan[Shape]] = []
         rest = iter(plans)
 
-        def keep(plan: Plan) -> Plan:
+        def keep(plan: Plan[Shape]) -> Plan[Shape]:
             made.append(plan)
             return plan
 
-        def choose(limit: float) -> Plan:
+        def choose(limit: float) -> Plan[Shape]:
             for plan in chain(list(made), map(keep, rest)):
                 if self.cost(plan) <= limit:
                     return plan
             reason = self._excess(made[-1], limit) if made else "the method offers no plan"
             raise Infeasible(f"{reason}; this method cannot prune more")
 
-        return self.meet(choose, cost=self.cost, architecture=Plan.pruned_architecture)
+        return self.meet(choose, cost=self.cost, architecture=lambda plan: plan.pruned_architecture())
 
-    def _excess(self, plan: Plan, limit: float) -> str:
+    def _excess(self, plan: Plan[Shape], limit: float) -> str:
         return f"the smallest plan takes {self.cost(plan) / limit:.1%} of what is allowed"

@@ -39,10 +39,7 @@ def traced(model: nn.Module, *, input_size: Sequence[int], name: str) -> Traced:
         found = Dependencies(probe, example, outputs_of)
     except Exception as error:  # torch-pruning raises many types for graphs that it cannot follow
         raise Unsupported(f"network {name}: its layers cannot be traced: {reason_of(error)}") from error
-    outputs = {
-        layer.name: (layer.weight, int(layer.kind == "transposed" and layer.num_groups == 1)) for layer in sizes.layers
-    }
-    made = grouped(found.units(), outputs)
+    made = grouped(found.units(), {layer.name: (layer.weight, layer.outputs_axis) for layer in sizes.layers})
     state = tensors_of(probe)
     network = Network(
         name=name,
