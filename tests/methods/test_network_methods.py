@@ -146,7 +146,7 @@ def test_torch_prunings_plan_is_what_its_pruner_makes_of_the_network(name: str, 
 
 
 def test_torch_pruning_does_not_remove_groups_whole() -> None:
-    with pytest.raises(Unsupported, match="narrows each of the groups that .* gives channels to"):
+    with pytest.raises(Unsupported, match=r"narrows each of the groups that .* gives channels to"):
         TorchPruning()(task("regnet"))
 
 

@@ -181,6 +181,11 @@ def shuffled(net: Any, x: torch.Tensor) -> Any:
     return net.out(x.view(len(x), 2, 4, 8, 8).transpose(1, 2).reshape(len(x), 8, 8, 8))
 
 
+def gated(net: Any, x: torch.Tensor) -> Any:
+    x = net.b(net.a(x))
+    return net.out(x * net.gate(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)).sigmoid())
+
+
 NOT_CUT: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     "norm_over_channels": own_norm,
     "channels_in_another_order": shuffled,
@@ -188,13 +193,15 @@ NOT_CUT: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     "layer_norm": lambda net, x: net.out(functional.layer_norm(net.b(net.a(x)).movedim(1, -1), (8,)).movedim(-1, 1)),
     "softmax": lambda net, x: net.out(net.b(net.a(x)).softmax(1)),
     "sum_with_the_input": lambda net, x: net.out(net.b(net.a(x)) + x.repeat(1, 3, 1, 1)[:, :8]),
+    "pixels_of_channels": lambda net, x: net.out(functional.pixel_shuffle(net.b(net.a(x)), 2).repeat(1, 4, 1, 1)),
+    "mean_over_channels": gated,
     "output_of_the_network": lambda net, x: net.b(net.a(x)),
 }
 
 
 @pytest.mark.parametrize("case", NOT_CUT)
 def test_channels_that_cannot_go_are_left_and_the_reason_names_the_layer(case: str) -> None:
-    found = trace(Net(NOT_CUT[case], a=conv(3, 6), b=conv(6, 8), out=conv(8, 2)))
+    found = trace(Net(NOT_CUT[case], a=conv(3, 6), b=conv(6, 8), gate=conv(2, 1), out=conv(8, 2)))
     assert [group.name for group in found.network.groups] == ["a"]
     assert "b" in found.refusals
 
@@ -230,3 +237,9 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
     trace(model)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_layer_whose_weights_are_made_of_others_is_refused() -> None:
+    layer = nn.utils.parametrizations.weight_norm(conv(3, 8))
+    with pytest.raises(Unsupported, match=r"layer b makes its weights of other tensors; give it plain ones first"):
+        trace(Net(lambda net, x: net.out(net.b(x)), b=layer, out=conv(8, 2)))

@@ -69,6 +69,9 @@ class Dependencies:
             self._graph.build_dependency(model, example, forward_fn=forward, verbose=False)
         self.nodes: list[Any] = list(self._graph.module2node.values())
         self._number = {id(node): index for index, node in enumerate(self.nodes)}
+        self._pruners = {id(node): self._graph.get_pruner_of_module(node.module) for node in self.nodes}
+        sides = [(node, is_input) for node in self.nodes for is_input in (False, True)]
+        self._most = max((self._size(node, is_input=is_input) for node, is_input in sides), default=0)
         self._roots = {id(node) for node in self.nodes if any(node.grad_fn is one for one in roots)}
         self._tied = _tied(model)
 
@@ -88,13 +91,19 @@ class Dependencies:
         for side in np.unique(sides).tolist():
             here = np.flatnonzero(sides == side)
             node, is_input = self.nodes[side // 2], bool(side % 2)
-            found, indices = labels[here], (codes[here] & ((1 << _BITS) - 1)).tolist()
-            if refusal := self._refusal(node, is_input):
-                for label in set(found.tolist()):
+            found, indices = labels[here].tolist(), (codes[here] & ((1 << _BITS) - 1)).tolist()
+            size = self._size(node, is_input=is_input)
+            refusal = self._refusal(node, is_input)
+            if max(indices) >= (size or self._most):
+                there = f"{self.name(node)}, which has {size} channels there" if size else "a change of shape"
+                refusal = f"is not followed to {there}"
+            if refusal:
+                for label in set(found):
                     refusals[label] = refusals[label] or refusal
             for place in self._places(node, is_input):
-                for label, index in zip(found.tolist(), indices, strict=True):
-                    pieces[label][place].append(index)
+                for label, index in zip(found, indices, strict=True):
+                    if index < size:
+                        pieces[label][place].append(index)
         return [
             Unit(pieces={place: tuple(sorted(each)) for place, each in sorted(one.items())}, refusal=refusal)
             for one, refusal in zip(pieces, refusals, strict=True)
@@ -133,7 +142,9 @@ class Dependencies:
                 sources, mapped = _mapped(dependency, indices)
                 there = self._side(target, at_input)
                 yield _codes(side, sources), _codes(there, mapped)
-                if fresh := set(mapped.tolist()) - seen[there]:
+                # Beyond a layer's channels nothing is followed: such numbers of a misread reshape could grow for ever.
+                limit = self._size(target, is_input=at_input) or self._most
+                if fresh := {index for index in mapped.tolist() if index < limit} - seen[there]:
                     seen[there] |= fresh
                     waiting.append((target, at_input, sorted(fresh)))
 
@@ -157,11 +168,11 @@ class Dependencies:
 
     def _is_input(self, node: Any, function: Any) -> bool:
         """Return whether a function of torch-pruning removes inputs of a node, whose outputs are other channels."""
-        pruner = self._graph.get_pruner_of_module(node.module)
+        pruner = self._pruners[id(node)]
         return bool(function == pruner.prune_in_channels and function != pruner.prune_out_channels)
 
     def _side(self, node: Any, is_input: bool) -> int:
-        pruner = self._graph.get_pruner_of_module(node.module)
+        pruner = self._pruners[id(node)]
         is_two_sided = pruner.prune_in_channels != pruner.prune_out_channels
         return 2 * self._number[id(node)] + (is_input and is_two_sided)
 

@@ -1,5 +1,6 @@
 """Let the class and the config of a transformers model say what its tensors are."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -16,17 +17,23 @@ def describe_(model: PreTrainedModel) -> None:
     """Set class and config to those of a stock model where one has these shapes, else to the narrowed class."""
     stock = stock_class(type(model))
     document = {key: value for key, value in model.config.to_dict().items() if key not in _OWN}
-    for changes in (_stages(model), {}):
-        config = type(model.config).from_dict(document | changes)
-        if (record := record_of(model, built(stock, config))) == _UNCHANGED:
-            model.config, model.__class__ = config, stock
-            return
-    config.narrowed = record
+    changes = _stages(model)
+    if changes is not None and _describes(config := type(model.config).from_dict(document | changes), stock, model):
+        model.config, model.__class__ = config, stock
+        return
+    config = type(model.config).from_dict(document)
+    config.narrowed = record_of(model, built(stock, config))
     model.config, model.__class__ = config, narrowed_class(stock)
     config.architectures = [type(model).__name__]
 
 
-_UNCHANGED: dict[str, Any] = {"tensors": {}, "removed": {}, "constants": []}
+def _describes(config: PreTrainedConfig, stock: Any, model: nn.Module) -> bool:
+    """Return whether the stock model of a config has the shapes of `model`."""
+    try:
+        record = record_of(model, built(stock, config))
+    except (ValueError, ZeroDivisionError):  # groups of a convolution that do not divide such a width
+        return False
+    return not any(record.values())
 
 
 def stock_class(kind: Any) -> Any:
@@ -36,18 +43,22 @@ def stock_class(kind: Any) -> Any:
 
 def built(stock: Any, config: PreTrainedConfig) -> nn.Module:
     """Return the model that a config describes, without values."""
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of widths of 0, which no model is given
         made: nn.Module = stock(config)
     return made
 
 
-def _stages(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the entries of a family's config that say the widths that the stem and the stages have now."""
+def _stages(model: PreTrainedModel) -> dict[str, Any] | None:
+    """Return the entries of a config that say the widths of the stem and the stages; None where they are not there.
+
+    A family whose config says no widths has none to change.
+    """
     if model.config.model_type not in _WITH_STAGES:
         return {}
     network: Any = model.base_model
     ends = [stage.layers[-1].layer[-1].convolution for stage in network.encoder.stages]
     if any(isinstance(end, Removed) for end in ends):
-        return {}
+        return None
     stem = network.embedder.embedder.convolution
     return {"embedding_size": stem.out_channels, "hidden_sizes": [end.out_channels for end in ends]}

@@ -91,6 +91,12 @@ class _Sizes:
         if not outputs:
             raise InvalidInput(f"network {name} gives no tensor of numbers for its input")
         self.layers = tuple(_layer(self._names[one], one, tuple(sizes)) for one, sizes in self._sizes.items())
+        own = tensors_of(model)
+        if odd := next((layer.name for layer in self.layers if layer.weight not in own), None):
+            raise Unsupported(
+                f"network {name}: layer {odd} makes its weights of other tensors; give it plain ones first"
+                " (torch.nn.utils.parametrize.remove_parametrizations)"
+            )
 
     def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if not isinstance(output, torch.Tensor) or not inputs or not isinstance(inputs[0], torch.Tensor):
