@@ -78,6 +78,9 @@ def _build(hint: Any, value: Any) -> Any:
         return value
     if origin is tuple:
         return _build_tuple(arguments, value)
+    if isinstance(hint, typing.TypeVar):  # one of several dataclasses, which their fields tell apart
+        kinds = hint.__constraints__
+        return _build(next((one for one in kinds if set(_mapping(value)) <= _names_of(one)), kinds[0]), value)
     return _build_object(hint, origin or hint, arguments, value)
 
 
@@ -87,8 +90,7 @@ def _build_object(hint: Any, kind: Any, arguments: tuple[Any, ...], value: Any) 
         return {key: _build(arguments[1] if arguments else Any, item) for key, item in _mapping(value).items()}
     if dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)
-        fields = {field.name for field in dataclasses.fields(hint)}
-        if unknown := sorted(set(_mapping(value)) - fields):
+        if unknown := sorted(set(_mapping(value)) - _names_of(hint)):
             raise ValueError(f"unknown field {unknown[0]!r:.80}")
         return typing.cast(Any, hint)(**{name: _build_field(name, hints[name], item) for name, item in value.items()})
     if hint is float and type(value) in (int, float):
@@ -96,6 +98,10 @@ def _build_object(hint: Any, kind: Any, arguments: tuple[Any, ...], value: Any) 
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise TypeError(f"expected {hint.__name__}, got {value!r:.80}")
     return value
+
+
+def _names_of(kind: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
 
 
 def _finite(value: float) -> float:

@@ -1,10 +1,11 @@
 """Which units of a network a plan keeps, and in which precision."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import ClassVar
+from dataclasses import asdict, dataclass, field
+from typing import ClassVar, Generic
 
 from dilap.core.codec import digest
+from dilap.core.graph import Shape
 from dilap.core.groups import Group
 from dilap.core.shape import Architecture, LayerWidths
 
@@ -12,7 +13,7 @@ _NEWER = {"experts": None, "sublayer_norms": 1}  # fields of architectures that 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Generic[Shape]):
     """The units that every group of a dense model keeps, as ascending indices; `base` is that model's digest.
 
     A block is removed by keeping no unit of its first group; a layer that loses all its blocks is deleted.
@@ -23,7 +24,7 @@ class Plan:
     VERSION: ClassVar[int] = 2  # 1 had no precisions: every block was in the artifact's
 
     base: str
-    architecture: Architecture
+    architecture: Shape
     kept: dict[str, tuple[int, ...]]
     precisions: dict[str, str] = field(default_factory=dict)
 
@@ -36,7 +37,7 @@ class Plan:
             _require_units(groups[name], units)
         if odd := sorted(set(self.precisions) - set(self.architecture.parts)):
             raise ValueError(f"the plan gives a precision to {odd[0]}, which its architecture does not have")
-        self.architecture.require_network(self._counts)
+        self.architecture.require_network(self.counts)
 
     @property
     def digest(self) -> str:
@@ -45,31 +46,27 @@ class Plan:
         if not self.precisions:
             del document["precisions"]
         for name, default in _NEWER.items():
-            if document["architecture"][name] == default:
+            if document["architecture"].get(name, ...) == default:
                 del document["architecture"][name]
         return digest(document)
 
     @property
-    def _counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
+        """How many units are left in every group."""
         return {name: len(units) for name, units in self.kept.items()}
 
-    def all_widths(self) -> tuple[LayerWidths, ...]:
-        """Return the widths of every layer of the dense model, deleted layers included."""
-        return self.architecture.widths_at(self._counts)
+    def all_widths(self: "Plan[Architecture]") -> tuple[LayerWidths, ...]:
+        """Return the widths of every layer of a dense decoder, deleted layers included."""
+        return self.architecture.widths_at(self.counts)
 
-    def pruned_architecture(self) -> Architecture:
-        """Return the architecture of the pruned model, without the deleted layers."""
-        return replace(self.architecture, layers=tuple(w for w in self.all_widths() if not w.is_empty))
+    def pruned_architecture(self) -> Shape:
+        """Return the shape of the pruned model, without the layers that are gone."""
+        return self.architecture.pruned(self.counts)
 
     def pruned_precisions(self) -> dict[str, str]:
         """Return the precisions of the parts that the pruned model has, under the names that they have there."""
-        kept = [index for index, widths in enumerate(self.all_widths()) if not widths.is_empty]
-        renamed = {"head": "head", "embedding": "embedding"}
-        for new, old in enumerate(kept):
-            renamed |= {f"layers.{old}.{kind}": f"layers.{new}.{kind}" for kind in ("attention", "ffn")}
-        left = set(self.pruned_architecture().parts)
-        found = {renamed[part]: one for part, one in self.precisions.items() if part in renamed}
-        return {part: one for part, one in found.items() if part in left}
+        names = self.architecture.parts_left(self.counts)
+        return {names[part]: precision for part, precision in self.precisions.items() if part in names}
 
 
 def _require_units(group: Group, units: Sequence[int]) -> None:
@@ -81,7 +78,7 @@ def _require_units(group: Group, units: Sequence[int]) -> None:
         raise ValueError(f"{group.name}: {len(units)} of {group.num_units} units kept, but {need}")
 
 
-def full_plan(architecture: Architecture, *, base: str) -> Plan:
+def full_plan(architecture: Shape, *, base: str) -> Plan[Shape]:
     """Return the plan that keeps everything."""
     groups = (group for block in architecture.blocks for group in block.groups)
     return Plan(base=base, architecture=architecture, kept={one.name: tuple(range(one.num_units)) for one in groups})

@@ -153,12 +153,25 @@ class Architecture:
         """The names of what may have a precision of its own: the blocks, the head and the embedding."""
         return (*(block.name for block in self.blocks), "head", "embedding")
 
+    def parts_left(self, counts: Mapping[str, int]) -> dict[str, str]:
+        """Return the parts of which something is left, by name, and their names where empty layers are deleted."""
+        found = {"head": "head", "embedding": "embedding"}
+        kept = [(index, widths) for index, widths in enumerate(self.widths_at(counts)) if not widths.is_empty]
+        for new, (old, widths) in enumerate(kept):
+            sizes = {"attention": widths.num_heads, "ffn": widths.num_channels}
+            found |= {f"layers.{old}.{kind}": f"layers.{new}.{kind}" for kind, size in sizes.items() if size}
+        return found
+
     def widths_at(self, counts: Mapping[str, int]) -> tuple[LayerWidths, ...]:
         """Return the widths of every layer when `counts` units are left in each group, empty layers included.
 
         A group that `counts` does not name is one that its layer does not have.
         """
         return tuple(self._layer_at(f"layers.{index}", counts) for index in range(len(self.layers)))
+
+    def pruned(self, counts: Mapping[str, int]) -> "Architecture":
+        """Return the architecture with `counts` units left in each group, without the layers that are empty then."""
+        return replace(self, layers=tuple(widths for widths in self.widths_at(counts) if not widths.is_empty))
 
     def _layer_at(self, name: str, counts: Mapping[str, int]) -> LayerWidths:
         num_kv_heads = counts.get(f"{name}.kv_groups", 0)

@@ -36,6 +36,13 @@ METHODS = {
     "llm_streamline": "dilap.methods.llm_streamline:Streamline",
 }
 _PRECISION = {"dilap", "equal_widths", "quantise"}  # the methods that choose the precision of every part of a model
+# For networks that are no decoders: callables of the interface in `dilap.search.network_task`.
+NETWORK_METHODS = {
+    "uniform": "dilap.methods.networks.magnitude:uniform",
+    "magnitude": "dilap.methods.networks.magnitude:magnitude",
+    "taylor": "dilap.methods.networks.taylor:Taylor",
+    "torch_pruning": "dilap.methods.networks.torch_pruning:TorchPruning",
+}
 SEARCHES = {
     "dilap": "dilap.search.dilap:search",
     "equal_widths": "dilap.search.equal_widths:search",

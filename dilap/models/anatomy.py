@@ -148,10 +148,11 @@ def norm_behind(model: PreTrainedModel, sublayer: Sublayer | ExpertSublayer) -> 
     return None if path is None else decoder_layers(model)[sublayer.layer].get_submodule(path)
 
 
-def model_digest(model: PreTrainedModel) -> str:
+def model_digest(model: nn.Module) -> str:
     """Return the SHA-256 of the configuration and of the name, shape, type and every byte of every tensor.
 
-    Tensors are hashed in parallel, because one core reads only 1 to 2 GB/s.
+    A network without a configuration has the words in which torch describes it in its place. Tensors are hashed in
+    parallel, because one core reads only 1 to 2 GB/s.
     """
     tensors = sorted(model.state_dict().items())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -160,7 +161,9 @@ def model_digest(model: PreTrainedModel) -> str:
         [name, list(tensor.shape), str(tensor.dtype), content]
         for (name, tensor), content in zip(tensors, contents, strict=True)
     ]
-    return digest([_configuration(model.config), described])
+    config = getattr(model, "config", None)
+    settings = _configuration(config) if isinstance(config, PreTrainedConfig) else [type(model).__name__, repr(model)]
+    return digest([settings, described])
 
 
 def _configuration(config: PreTrainedConfig) -> dict[str, Any]:

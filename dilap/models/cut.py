@@ -15,6 +15,7 @@ from dilap.core.errors import Mismatch
 from dilap.core.groups import indices_kept
 from dilap.core.plan import Plan
 from dilap.models.anatomy import architecture_of, blocks_of, decoder_layers
+from dilap.models.convolutional.narrowing import set_tensor_
 from dilap.models.families import family_of
 from dilap.models.families.family import has_tied_head
 from dilap.models.matrices import embedding_name, head_name
@@ -82,9 +83,7 @@ def cut_(
                 value = value.index_select(axis, stay)
         if name in values or value.shape != own.shape:
             value = value.to(own.dtype).contiguous()
-            setattr(module, attribute, nn.Parameter(value, requires_grad=requires_grad and own.requires_grad))
-        if isinstance(module, nn.Linear) and attribute == "weight":
-            module.out_features, module.in_features = module.weight.shape
+            set_tensor_(module, attribute, value, requires_grad=requires_grad and own.requires_grad)
 
 
 def _require_known(model: PreTrainedModel, parameters: Parameters) -> None:

@@ -1,14 +1,15 @@
 """A limit on what a plan may cost, and the loop by which every method meets it: predict, choose, measure, correct."""
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from dilap.core.errors import Infeasible
+from dilap.core.graph import Shape
 from dilap.core.plan import Plan
-from dilap.core.shape import UNMIXED, Architecture, LayerWidths
+from dilap.core.shape import UNMIXED, Architecture
 
 T = TypeVar("T")
 _ENOUGH = 0.95  # share of the budget: a plan that uses less has lost quality for nothing
@@ -28,23 +29,24 @@ def uses_well(share: float) -> bool:
 class Predict(Protocol):
     """Predicts what a network costs; see `Costs.predict`."""
 
-    def __call__(self, widths: Sequence[LayerWidths], precisions: Mapping[str, str] = UNMIXED, /) -> float: ...
+    def __call__(self, widths: Any, precisions: Mapping[str, str] = UNMIXED, /) -> float: ...
 
 
 class Measure(Protocol):
     """Measures the share of the budget that a pruned network of some shape and precisions uses, if it can be told."""
 
-    def __call__(self, architecture: Architecture, precisions: Mapping[str, str], /) -> float | None: ...
+    def __call__(self, architecture: Any, precisions: Mapping[str, str], /) -> float | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostLimit:
     """A limit on what a plan costs.
 
-    `predict` returns the cost of a network with these widths and precisions: seconds by the latency table, or weights
-    where a ratio is asked for. `measure` returns the share of the budget that a pruned network really uses, the upper
-    end of its interval, or None where the device was disturbed and the prediction stands; it is itself None where
-    predictions are exact. Methods aim at `limit`, which is the share `aim` of the budget.
+    `predict` returns the cost of a network with these widths, which its shape's `widths_at` gives, and precisions:
+    seconds by the latency table, or weights where a ratio is asked for. `measure` returns the share of the budget that
+    a pruned network really uses, the upper end of its interval, or None where the device was disturbed and the
+    prediction stands; it is itself None where predictions are exact. Methods aim at `limit`, which is the share `aim`
+    of the budget.
     """
 
     limit: float
@@ -52,15 +54,15 @@ class CostLimit:
     measure: Measure | None = None
     aim: float = 1.0
 
-    def cost(self, plan: Plan) -> float:
-        return self.predict(plan.all_widths(), plan.precisions)
+    def cost(self, plan: Plan[Shape]) -> float:
+        return self.predict(plan.architecture.widths_at(plan.counts), plan.precisions)
 
     def meet(
         self,
         choose: Callable[[float], T],
         *,
         cost: Callable[[T], float],
-        architecture: Callable[[T], Architecture],
+        architecture: Callable[[T], object],
         precisions: Callable[[T], Mapping[str, str]] = lambda _: UNMIXED,
     ) -> T:
         """Return what `choose` finds within a limit that is corrected until the budget is used well.
@@ -94,11 +96,11 @@ class CostLimit:
 
     def bisect(
         self,
-        at: Callable[[float], Plan],
+        at: Callable[[float], Plan[Shape]],
         *,
-        refine: Callable[[float, float], Plan] | None = None,
+        refine: Callable[[float, float], Plan[Shape]] | None = None,
         output_biases: bool = False,
-    ) -> Plan:
+    ) -> Plan[Shape]:
         """Return the plan at the smallest knob between 0 and 1 that keeps the limit; a larger knob prunes more.
 
         Where a small step of the knob removes much at once, `refine(knob, part)` gives plans between the removal of
@@ -107,19 +109,23 @@ class CostLimit:
         too much.
         """
 
-        def choose(limit: float) -> Plan:
+        def choose(limit: float) -> Plan[Shape]:
             knob = self._smallest(at, limit)
             if refine is None:
                 return at(knob)
             return refine(knob, self._smallest(lambda part: refine(knob, part), limit))
 
-        def architecture(plan: Plan) -> Architecture:
+        def architecture(plan: Plan[Shape]) -> object:
             pruned = plan.pruned_architecture()
-            return replace(pruned, out_bias=True, ffn_out_bias=True) if output_biases else pruned
+            if output_biases and isinstance(pruned, Architecture):
+                return replace(pruned, out_bias=True, ffn_out_bias=True)
+            return pruned
 
-        return self.meet(choose, cost=self.cost, architecture=architecture, precisions=Plan.pruned_precisions)
+        return self.meet(
+            choose, cost=self.cost, architecture=architecture, precisions=lambda plan: plan.pruned_precisions()
+        )
 
-    def _smallest(self, at: Callable[[float], Plan], limit: float) -> float:
+    def _smallest(self, at: Callable[[float], Plan[Shape]], limit: float) -> float:
         """Return the smallest knob whose plan keeps `limit`. Raises Infeasible."""
         low, high = 0.0, 1.0
         if self.cost(at(low)) <= limit:
@@ -131,19 +137,19 @@ class CostLimit:
             low, high = (low, middle) if self.cost(at(middle)) <= limit else (middle, high)
         return high
 
-    def first(self, plans: Iterable[Plan]) -> Plan:
+    def first(self, plans: Iterable[Plan[Shape]]) -> Plan[Shape]:
         """Return the first of ever smaller plans that keeps the limit, making no more of them than needed.
 
         Raises Infeasible where none does.
         """
-        made: list[Plan] = []
+        made: list[Plan[Shape]] = []
         rest = iter(plans)
 
-        def keep(plan: Plan) -> Plan:
+        def keep(plan: Plan[Shape]) -> Plan[Shape]:
             made.append(plan)
             return plan
 
-        def choose(limit: float) -> Plan:
+        def choose(limit: float) -> Plan[Shape]:
             for plan in chain(list(made), map(keep, rest)):
                 if self.cost(plan) <= limit:
                     return plan
@@ -151,8 +157,11 @@ class CostLimit:
             raise Infeasible(f"{reason}; this method cannot prune more")
 
         return self.meet(
-            choose, cost=self.cost, architecture=Plan.pruned_architecture, precisions=Plan.pruned_precisions
+            choose,
+            cost=self.cost,
+            architecture=lambda plan: plan.pruned_architecture(),
+            precisions=lambda plan: plan.pruned_precisions(),
         )
 
-    def _excess(self, plan: Plan, limit: float) -> str:
+    def _excess(self, plan: Plan[Shape], limit: float) -> str:
         return f"the smallest plan takes {self.cost(plan) / limit:.1%} of what is allowed"

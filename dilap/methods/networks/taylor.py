@@ -1,0 +1,86 @@
+"""Units whose removal changes the loss least, to first order, go first.
+
+Molchanov et al., Importance Estimation for Neural Network Pruning (arXiv 1906.10771): the importance of a unit is the
+squared sum, over its scale and shift in a batch norm, of parameter times gradient, in the mean over batches. A unit
+without a batch norm is scored by the weights and biases of its filters. Without labels the classes that the network
+itself predicts take their place.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _NormBase
+
+from dilap.core.graph import Network
+from dilap.core.groups import Group, Member
+from dilap.core.plan import Plan
+from dilap.methods.networks.scores import by_unit, filters_of, over_axis
+from dilap.models.convolutional.network import outputs_of
+from dilap.search.network_task import NetworkTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taylor:
+    """First-order Taylor importance, compared over the whole network.
+
+    Gradients are those of batches of `batch_size` examples.
+    """
+
+    batch_size: int = 32
+
+    def __call__(self, task: NetworkTask) -> Plan[Network]:
+        return task.keep_highest(self.scores(task))
+
+    def scores(self, task: NetworkTask) -> dict[str, torch.Tensor]:
+        """Return the importance of every unit by group; the model is left as it was, without gradients."""
+        gates = {group.name: gates_of(task.model, task.network, group) for group in task.network.groups}
+        names = sorted({one.tensor for members in gates.values() for one in members})
+        found = {group.name: torch.zeros(group.num_units) for group in task.network.groups}
+        parameters = dict(task.model.named_parameters())
+        with _evaluated_with_gradients(task.model):
+            for batch in task.examples.batches(self.batch_size):
+                logits = outputs_of(task.model, batch.inputs)[0]
+                labels = logits.detach().argmax(1) if batch.labels is None else batch.labels
+                loss = functional.cross_entropy(logits, labels)
+                gradients = dict(zip(names, torch.autograd.grad(loss, [parameters[one] for one in names]), strict=True))
+                for name, members in gates.items():
+                    change = torch.zeros(len(found[name]))
+                    for one in members:
+                        product = (parameters[one.tensor].detach() * gradients[one.tensor]).float()
+                        change += by_unit(over_axis(product, one.axis), one)
+                    found[name] += change.square() * (len(batch) / len(task.examples))
+        return found
+
+
+def gates_of(model: nn.Module, network: Network, group: Group) -> list[Member]:
+    """Return where the parameters lie that a group's units are scored by: of batch norms, or else of filters."""
+    norms = [one for one in group.members if _is_norm(model, one.tensor) and one.tensor.endswith(("weight", "bias"))]
+    if norms:
+        return norms
+    filters = filters_of(network, group)
+    biases = {f"{one.tensor.removesuffix('weight')}bias" for one in filters}
+    return filters + [one for one in group.members if one.tensor in biases]
+
+
+def _is_norm(model: nn.Module, tensor: str) -> bool:
+    return isinstance(model.get_submodule(tensor.rpartition(".")[0]), _NormBase)
+
+
+@contextmanager
+def _evaluated_with_gradients(model: nn.Module) -> Iterator[None]:
+    """Let all parameters have gradients while the network evaluates; at the end all is as it was."""
+    training = [(module, module.training) for module in model.modules()]
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    model.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, was_required in required:
+            parameter.requires_grad_(was_required)
+        for module, was_training in training:
+            module.training = was_training

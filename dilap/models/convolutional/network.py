@@ -1,0 +1,122 @@
+"""Find out the shape of a network by running it: its layers, the groups that can be cut, its residual branches."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from dilap.core.errors import InvalidInput, Unsupported, reason_of
+from dilap.core.graph import Layer, Network
+from dilap.models.convolutional.branches import branches_of
+from dilap.models.convolutional.cut import tensors_of
+from dilap.models.convolutional.dependencies import OF_OUTPUTS, Dependencies
+from dilap.models.convolutional.groups import grouped
+from dilap.models.convolutional.proof import Proof, stand_in
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """The shape of a network, and for each layer whose outputs no group holds the reason, in words after its name."""
+
+    network: Network
+    refusals: Mapping[str, str]
+
+
+def traced(model: nn.Module, *, input_size: Sequence[int], name: str) -> Traced:
+    """Return the shape of `model` for inputs of a size, such as (channels, height, width).
+
+    Nothing is computed with the model's own weights, and it stays as it is. Raises InvalidInput where the model does
+    not take such inputs, Unsupported where no channel of it can be removed.
+    """
+    probe = stand_in(model)
+    example = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sizes = _Sizes(probe, example, name)
+    try:
+        found = Dependencies(probe, example, outputs_of)
+    except Exception as error:  # torch-pruning raises many types for graphs that it cannot follow
+        raise Unsupported(f"network {name}: its layers cannot be traced: {reason_of(error)}") from error
+    made = grouped(found.units(), {layer.name: (layer.weight, layer.outputs_axis) for layer in sizes.layers})
+    state = tensors_of(probe)
+    network = Network(
+        name=name,
+        input_size=tuple(input_size),
+        tensors={tensor: tuple(value.shape) for tensor, value in state.items()},
+        layers=sizes.layers,
+        groups=made.groups,
+        branches=branches_of(found, made.groups, sizes.crops),
+        buffers=tuple(tensor for tensor, _ in probe.named_buffers()),
+    )
+    network, unproven = Proof(probe, example, outputs_of).proven(network)
+    refusals = {**unproven, **made.refusals}
+    if not network.groups:
+        inner = [one for one in refusals.items() if one[1] != OF_OUTPUTS]
+        layer, reason = next(iter(inner), ("it", "has no layer within whose outputs are several channels"))
+        raise Unsupported(f"network {name}: no channel can be removed; for example, {layer} {reason}")
+    return Traced(network=network, refusals=refusals)
+
+
+def outputs_of(model: nn.Module, inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Return all tensors that a network gives, in whatever containers they are."""
+    return list(_tensors_in(model(inputs)))
+
+
+def _tensors_in(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [tensor for part in parts for tensor in _tensors_in(part)]
+
+
+class _Sizes:
+    """The layers of a network in the order in which they run, and the rows and columns that its modules take off."""
+
+    def __init__(self, model: nn.Module, example: torch.Tensor, name: str) -> None:
+        self.crops: dict[str, tuple[int, ...]] = {}
+        self._names = {module: path for path, module in model.named_modules()}
+        self._sizes: dict[nn.Module, list[tuple[int, ...]]] = defaultdict(list)
+        hooks = [module.register_forward_hook(self._see) for module in model.modules()]
+        try:
+            with torch.no_grad():
+                outputs = outputs_of(model, example)
+        except Exception as error:  # any that a user's own `forward` raises
+            size = "x".join(map(str, example.shape[1:]))
+            raise InvalidInput(f"network {name} takes no input of {size}: {reason_of(error)}") from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not outputs:
+            raise InvalidInput(f"network {name} gives no tensor of numbers for its input")
+        self.layers = tuple(_layer(self._names[one], one, tuple(sizes)) for one, sizes in self._sizes.items())
+        own = tensors_of(model)
+        if odd := next((layer.name for layer in self.layers if layer.weight not in own), None):
+            raise Unsupported(
+                f"network {name}: layer {odd} makes its weights of other tensors; give it plain ones first"
+                " (torch.nn.utils.parametrize.remove_parametrizations)"
+            )
+
+    def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not isinstance(output, torch.Tensor) or not inputs or not isinstance(inputs[0], torch.Tensor):
+            return
+        if isinstance(module, nn.Linear):
+            self._sizes[module].append(tuple(output.shape[1:-1]))
+        elif isinstance(module, _ConvNd):
+            self._sizes[module].append(tuple(output.shape[2:]))
+            crop = tuple(before - after for before, after in zip(inputs[0].shape[2:], output.shape[2:], strict=True))
+            if any(crop):
+                self.crops[self._names[module]] = crop
+
+
+def _layer(name: str, module: nn.Module, output_sizes: tuple[tuple[int, ...], ...]) -> Layer:
+    if not isinstance(module, _ConvNd):
+        return Layer(name=name, kind="linear", output_sizes=output_sizes)
+    return Layer(
+        name=name,
+        kind="transposed" if module.transposed else "convolution",
+        stride=tuple(module.stride),
+        num_groups=module.groups,
+        output_sizes=output_sizes,
+    )

@@ -1,0 +1,78 @@
+"""The interface of pruning methods for networks that are no decoders; it mirrors that of `dilap.search.method`.
+
+A method is anything that is called with a `NetworkTask` and returns the plan that it chooses:
+
+    def drop_small_filters(task: NetworkTask) -> Plan[Network]:
+        return task.keep_equal_shares({group.name: my_scores(task.model, group) for group in task.network.groups})
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dilap.core.graph import Network
+from dilap.core.groups import Group
+from dilap.core.plan import Plan, full_plan
+from dilap.models.convolutional.examples import Examples
+from dilap.search.limit import CostLimit
+
+Scores = Mapping[str, torch.Tensor]  # of the units of groups, by the groups' names
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkTask:
+    """What a method gets: a network, examples to calibrate on, and a limit on its cost.
+
+    `base` is the model's digest. Numbers of channels that stay are multiples of `multiple`, which is what the runtime's
+    kernels fill, where a group has as many.
+    """
+
+    model: nn.Module
+    base: str
+    network: Network
+    examples: Examples
+    cost_limit: CostLimit
+    multiple: int = 1
+    seed: int = 0
+
+    def rounded(self, group: Group, wanted: float) -> int:
+        """Return the number of units nearest to `wanted` that fills kernels, at least one and at most all."""
+        channels = math.prod(group.members[0].grid) // group.num_units
+        step = self.multiple // math.gcd(self.multiple, channels)
+        return min(max(round(wanted / step) * step, step), group.num_units)
+
+    def keep(self, scores: Scores, counts: Mapping[str, float]) -> Plan[Network]:
+        """Return the plan that keeps, of every group in `scores`, about `counts` units, those with the best scores."""
+        kept = dict(full_plan(self.network, base=self.base).kept)
+        for group in self.network.groups:
+            if group.name in scores:
+                order = scores[group.name].argsort(descending=True, stable=True)
+                number = self.rounded(group, counts[group.name])
+                kept[group.name] = tuple(order[:number].sort().values.tolist())
+        return Plan(base=self.base, architecture=self.network, kept=kept)
+
+    def keep_equal_shares(self, scores: Scores) -> Plan[Network]:
+        """Return the plan that keeps the limit by removing the same share of every group. Raises Infeasible."""
+        return self.cost_limit.bisect(
+            lambda share: self.keep(scores, {one.name: (1 - share) * one.num_units for one in self.network.groups})
+        )
+
+    def keep_highest(self, scores: Scores) -> Plan[Network]:
+        """Return the plan that keeps the limit by removing the units with the lowest scores of all. Raises Infeasible.
+
+        Scores of different groups are compared.
+        """
+        every = torch.cat([scores[name] for name in sorted(scores)]).sort().values
+
+        def keep(share: float) -> Plan[Network]:
+            number = int(share * len(every))
+            limit = every[number] if number < len(every) else torch.tensor(math.inf)
+            return self.keep(scores, {name: int((one >= limit).sum()) for name, one in scores.items()})
+
+        return self.cost_limit.bisect(keep)
+
+
+NetworkMethod = Callable[[NetworkTask], Plan[Network]]

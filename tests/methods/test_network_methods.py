@@ -1,0 +1,171 @@
+"""Methods for networks keep their limit, rank units as their papers say, and leave the model as it was."""
+
+import pytest
+import torch
+import torch_pruning
+from standins.networks import INPUT_SIZE, NUM_CLASSES, network, output, shape
+from torch import nn
+from torch.nn import functional
+
+from dilap import methods
+from dilap.core.errors import Infeasible, InvalidInput, Unsupported
+from dilap.methods.networks.magnitude import norms
+from dilap.methods.networks.taylor import Taylor
+from dilap.methods.networks.torch_pruning import TorchPruning
+from dilap.models.convolutional.cut import shrink_network_
+from dilap.models.convolutional.examples import Examples, recalibrate_
+from dilap.models.convolutional.network import outputs_of
+from dilap.search.limit import CostLimit
+from dilap.search.network_task import NetworkTask
+
+INNER = "resnet.encoder.stages.0.layers.1.layer.0.convolution"  # of 16 channels
+
+
+def examples(number: int = 8) -> Examples:
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(number, *INPUT_SIZE, generator=generator)
+    return Examples(inputs=inputs, labels=torch.randint(NUM_CLASSES, (number,), generator=generator))
+
+
+def task(name: str, *, share: float = 0.5, multiple: int = 1) -> NetworkTask:
+    """A limit on the FLOPs that are left."""
+    limit = CostLimit(limit=share * shape(name).flops(), predict=shape(name).flops)
+    return NetworkTask(
+        model=network(name), base="", network=shape(name), examples=examples(), cost_limit=limit, multiple=multiple
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        (method, name)
+        for method in methods.NETWORK_METHODS
+        for name in ("resnet_basic", "regnet", "lite", "unet")
+        if (method, name) != ("torch_pruning", "regnet")
+    ],
+)
+def test_a_method_keeps_its_limit_and_leaves_the_model_as_it_was(method: str, name: str) -> None:
+    given = task(name)
+    before = {key: value.clone() for key, value in given.model.state_dict().items()}
+    if name == "unet":  # no class for every image
+        given = NetworkTask(**vars(given) | {"examples": Examples(inputs=examples().inputs)})
+    plan = methods.get(method, table=methods.NETWORK_METHODS)(given)
+    used = shape(name).flops(plan.counts) / given.cost_limit.limit
+    assert 0.75 <= used <= 1, f"{used:.2f}"
+    assert all(torch.equal(value, before[key]) for key, value in given.model.state_dict().items())
+    assert all(one.grad is None for one in given.model.parameters())
+
+
+@pytest.mark.parametrize("method", methods.NETWORK_METHODS)
+def test_numbers_of_channels_fill_kernels(method: str) -> None:
+    plan = methods.get(method, table=methods.NETWORK_METHODS)(task("resnet_basic", multiple=4))
+    assert {count % 4 for count in plan.counts.values()} == {0}
+    assert len(set(plan.counts.values())) > 1
+
+
+def test_units_of_several_channels_fill_kernels_by_their_channels() -> None:
+    given = task("regnet", multiple=16)
+    pair = next(group for group in given.network.groups if group.num_units == 4 and len(group.members) > 5)
+    assert [given.rounded(pair, wanted) for wanted in (1, 2.9, 3.1, 4)] == [2, 2, 4, 4]
+
+
+def test_a_limit_that_no_plan_keeps_is_infeasible() -> None:
+    with pytest.raises(Infeasible, match="this method cannot prune more"):
+        methods.get("uniform", table=methods.NETWORK_METHODS)(task("resnet_basic", share=0.001))
+
+
+def test_uniform_removes_the_same_share_of_every_group() -> None:
+    plan = methods.get("uniform", table=methods.NETWORK_METHODS)(task("resnet_basic"))
+    shares = [plan.counts[group.name] / group.num_units for group in plan.architecture.groups]
+    assert max(shares) - min(shares) < 1 / 8  # of a stem of 8 channels
+
+
+def test_norms_are_those_of_the_filters_in_all_coupled_layers() -> None:
+    given = task("lite")
+    found = norms(given)["blocks.0.expand"]
+    expand, depthwise = (given.model.get_parameter(f"blocks.0.{name}.weight") for name in ("expand", "depthwise"))
+    torch.testing.assert_close(found, expand.abs().sum((1, 2, 3)) + depthwise.abs().sum((1, 2, 3)))
+
+
+def test_magnitude_removes_the_smallest_filter_first() -> None:
+    given = task("resnet_basic", share=0.99)
+    weight = given.model.get_parameter(f"{INNER}.weight")
+    weight.data[5] /= 100
+    plan = methods.get("magnitude", table=methods.NETWORK_METHODS)(given)
+    assert 5 not in plan.kept[INNER]
+
+
+@torch.no_grad()
+def loss(model: nn.Module) -> float:
+    given = examples()
+    assert given.labels is not None
+    return float(functional.cross_entropy(outputs_of(model, given.inputs.double())[0], given.labels))
+
+
+def test_taylor_scores_are_squared_derivatives_of_the_loss_by_a_units_scale() -> None:
+    """Scale and shift of a unit in its batch norm are multiplied by a little more and a little less than 1."""
+    scores, step = Taylor().scores(task("resnet_basic"))[INNER], 1e-5
+    for unit in (0, 7):
+        losses = []
+        for factor in (1 + step, 1 - step):
+            model = network("resnet_basic").double()
+            for name in ("weight", "bias"):
+                model.get_parameter(f"{INNER.replace('convolution', 'normalization')}.{name}").data[unit] *= factor
+            losses.append(loss(model))
+        slope = (losses[0] - losses[1]) / (2 * step)
+        assert scores[unit].item() == pytest.approx(slope**2, rel=1e-3)
+
+
+def test_taylor_needs_no_labels() -> None:
+    given = task("resnet_basic")
+    unlabelled = NetworkTask(**vars(given) | {"examples": Examples(inputs=examples().inputs)})
+    assert all(torch.isfinite(scores).all() for scores in Taylor().scores(unlabelled).values())
+
+
+@pytest.mark.parametrize("name", ["resnet_basic", "resnet_bottleneck", "lite"])
+@pytest.mark.parametrize("global_pruning", [False, True])
+def test_torch_prunings_plan_is_what_its_pruner_makes_of_the_network(name: str, global_pruning: bool) -> None:
+    given = task(name)
+    (plan,) = TorchPruning(global_pruning=global_pruning).plans(given, [0.5])
+    theirs = network(name)
+    classifier = next(module for module in theirs.modules() if isinstance(module, nn.Linear))
+    torch_pruning.pruner.BasePruner(
+        theirs.requires_grad_(True),
+        given.examples.inputs[:2],
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=0.5,
+        global_pruning=global_pruning,
+        ignored_layers=[classifier],
+        forward_fn=outputs_of,
+    ).step()
+    ours = shrink_network_(network(name), plan)
+    assert {key: value.shape for key, value in ours.state_dict().items()} == {
+        key: value.shape for key, value in theirs.state_dict().items()
+    }
+    torch.testing.assert_close(output(ours), output(theirs))
+
+
+def test_torch_pruning_does_not_remove_groups_whole() -> None:
+    with pytest.raises(Unsupported, match=r"narrows each of the groups that .* gives channels to"):
+        TorchPruning()(task("regnet"))
+
+
+def test_norms_are_measured_again_and_nothing_else_changes() -> None:
+    model, given = network("resnet_basic"), examples()
+    first = "resnet.embedder.embedder"
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    recalibrate_(model, given, batch_size=4)
+    with torch.no_grad():
+        seen = model.get_submodule(f"{first}.convolution")(given.inputs)
+    mean = model.get_submodule(f"{first}.normalization").get_buffer("running_mean")
+    torch.testing.assert_close(mean, seen.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    changed = {
+        key.rpartition(".")[2] for key, value in model.state_dict().items() if not torch.equal(value, before[key])
+    }
+    assert changed == {"running_mean", "running_var", "num_batches_tracked"}
+    assert not any(module.training for module in model.modules())
+
+
+def test_as_many_labels_as_inputs_are_needed() -> None:
+    with pytest.raises(InvalidInput, match="8 inputs have 2 labels"):
+        Examples(inputs=examples().inputs, labels=torch.zeros(2))

@@ -1,0 +1,161 @@
+"""Tiny networks of convolutions with random weights, for images of 32 x 32."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    EfficientNetConfig,
+    EfficientNetForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    RegNetConfig,
+    RegNetForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+from dilap.core.graph import Network
+from dilap.models.convolutional.network import outputs_of, traced
+from dilap.models.convolutional.proof import stand_in
+
+INPUT_SIZE = (3, 32, 32)
+NUM_CLASSES = 7
+
+
+def resnet(kind: str = "basic", **changes: Any) -> Any:
+    sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 2], "num_labels": NUM_CLASSES}
+    return ResNetForImageClassification(ResNetConfig(layer_type=kind, **sizes | changes))
+
+
+def bottleneck() -> Any:
+    return resnet("bottleneck")
+
+
+def regnet() -> Any:
+    """Two and four groups of 8 channels."""
+    sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 2], "groups_width": 8}
+    return RegNetForImageClassification(RegNetConfig(num_labels=NUM_CLASSES, **sizes))
+
+
+def mobilenet() -> Any:
+    return MobileNetV2ForImageClassification(
+        MobileNetV2Config(depth_multiplier=0.25, image_size=32, num_labels=NUM_CLASSES)
+    )
+
+
+def efficientnet() -> Any:
+    return EfficientNetForImageClassification(
+        EfficientNetConfig(
+            image_size=32,
+            width_coefficient=0.25,
+            depth_coefficient=1.0,
+            depth_divisor=4,
+            hidden_dim=320,
+            in_channels=[32, 16],
+            out_channels=[16, 24],
+            strides=[1, 2],
+            expand_ratios=[1, 6],
+            kernel_sizes=[3, 5],
+            num_block_repeats=[1, 2],
+            depthwise_padding=[],
+            num_labels=NUM_CLASSES,
+        )
+    )
+
+
+def convnext() -> Any:
+    sizes = {"hidden_sizes": [8, 16], "depths": [2, 1], "num_stages": 2, "image_size": 32}
+    return ConvNextForImageClassification(ConvNextConfig(num_labels=NUM_CLASSES, **sizes))
+
+
+class InvertedResidual(nn.Module):
+    """A block of EfficientNet-Lite: expansion, depthwise convolution, projection; ReLU6, no squeeze and excitation."""
+
+    def __init__(self, inputs: int, outputs: int, *, stride: int) -> None:
+        super().__init__()
+        self.expand, self.expand_norm = nn.Conv2d(inputs, 4 * inputs, 1, bias=False), nn.BatchNorm2d(4 * inputs)
+        self.depthwise = nn.Conv2d(4 * inputs, 4 * inputs, 3, stride, 1, groups=4 * inputs, bias=False)
+        self.norm = nn.BatchNorm2d(4 * inputs)
+        self.project, self.project_norm = nn.Conv2d(4 * inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.has_shortcut = stride == 1 and inputs == outputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = nn.functional.relu6(self.expand_norm(self.expand(x)))
+        inner = nn.functional.relu6(self.norm(self.depthwise(inner)))
+        inner = self.project_norm(self.project(inner))
+        made: torch.Tensor = inner + x if self.has_shortcut else inner
+        return made
+
+
+class Lite(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
+        self.blocks = nn.Sequential(
+            InvertedResidual(8, 8, stride=1), InvertedResidual(8, 16, stride=2), InvertedResidual(16, 16, stride=1)
+        )
+        self.head = nn.Linear(16, NUM_CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.blocks(nn.functional.relu6(self.stem_norm(self.stem(x))))
+        logits: torch.Tensor = self.head(features.mean((2, 3)))
+        return logits
+
+
+class UNet(nn.Module):
+    """Down twice and up twice; what comes up is concatenated with what went down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.third = nn.Conv2d(12, 16, 3, stride=2, padding=1)
+        self.up_second, self.up_first = nn.ConvTranspose2d(16, 12, 2, stride=2), nn.ConvTranspose2d(20, 8, 2, stride=2)
+        self.after_second, self.after_first = nn.Conv2d(24, 20, 3, padding=1), nn.Conv2d(16, 10, 3, padding=1)
+        self.out = nn.Conv2d(10, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.first(x).relu()
+        second = self.second(first).relu()
+        up = self.up_second(self.third(second).relu())
+        up = self.up_first(self.after_second(torch.cat([up, second], 1)).relu())
+        mask: torch.Tensor = self.out(self.after_first(torch.cat([up, first], 1)).relu())
+        return mask
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet_basic": resnet,
+    "resnet_bottleneck": bottleneck,
+    "regnet": regnet,
+    "mobilenet_v2": mobilenet,
+    "efficientnet": efficientnet,
+    "convnext": convnext,
+    "lite": Lite,
+    "unet": UNet,
+}
+
+
+def network(name: str) -> nn.Module:
+    """Return a network in which every tensor matters, statistics of batch norms and scales of layers included."""
+    torch.manual_seed(0)
+    return stand_in(NETWORKS[name]()).float()
+
+
+def shape_of(model: nn.Module) -> Network:
+    return traced(model, input_size=INPUT_SIZE, name="tiny").network
+
+
+@functools.cache
+def shape(name: str) -> Network:
+    """Return the shape of a network of NETWORKS, traced once."""
+    return shape_of(network(name))
+
+
+@torch.no_grad()
+def output(model: nn.Module, *, seed: int = 1) -> torch.Tensor:
+    images = torch.randn(2, *INPUT_SIZE, generator=torch.Generator().manual_seed(seed))
+    return outputs_of(model, images)[0]
