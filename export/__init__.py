@@ -12,9 +12,13 @@ from typing import TYPE_CHECKING, Protocol
 from dilap.core import registry
 from dilap.core.artifact import Artifact
 from dilap.core.errors import Unavailable
+from dilap.core.images import ImageInput
 from dilap.core.shape import Architecture
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import nn
     from transformers import PreTrainedModel
 
 EXPORTERS = {
@@ -41,6 +45,23 @@ class Exporter(Protocol):
 
     def export_probe(self, architecture: Architecture, *, precision: str, seed: int, out: Path) -> Artifact:
         """Write a model of that shape with random weights and no tokenizer, for timing only."""
+
+    def export_network(
+        self,
+        model: "nn.Module",
+        *,
+        input_: ImageInput,
+        precision: str,
+        images: "NDArray[np.float32] | None",
+        plan_digest: str,
+        out: Path,
+    ) -> Artifact:
+        """Write a network that maps one batch of images to logits, as `export` writes a decoder.
+
+        `input_` is what it takes, and becomes part of the sidecar. `images` (images x channels x height x width) are
+        preprocessed photographs: 8 bits take their scales from them, and need them; the result is compared with torch
+        on the first of them, or on random images where there are none. Raises VerificationFailed, Unsupported.
+        """
 
 
 def get(backend: str) -> Exporter:

@@ -161,7 +161,7 @@ class Bench:
         roofline gives the latency of the others. Whoever claims something calls `measure_final`.
         """
         if self.estimate:
-            shapes = [(self.read_artifact(one.path.parent).architecture, file_sha256(one.path)) for one in cases]
+            shapes = [(self.read_artifact(one.path.parent).decoder, file_sha256(one.path)) for one in cases]
             return self._estimates(shapes[0][0], shapes)
         protocol = self._protocol(FINAL if final else TABLE)
         with self.progress.bar("measure", total=None, unit="") as bar:
@@ -199,7 +199,7 @@ class Bench:
         The two measurements are kept in the file `path`, where a continued run finds them, unless they are contended.
         """
         if self.estimate:
-            whole = self.read_artifact(dense.parent).architecture
+            whole = self.read_artifact(dense.parent).decoder
             return self._estimates(whole, [(whole, file_sha256(dense)), (architecture, "")])
         if path.exists():
             return list(checked(tuple[Measurement, ...], read_json(path).get("measurements"), source=str(path)))
@@ -227,7 +227,7 @@ class Bench:
         artifact = self.read_artifact(path.parent)
         world = MeasuredWorld(
             backend=self.backend,
-            vocab_size=artifact.architecture.vocab_size,
+            vocab_size=artifact.decoder.vocab_size,
             measure=lambda workloads: self.measure_cases([Case(path=path, workload=one) for one in workloads]),
             diverge=lambda base, other, tokens: self.divergence(path, base, other, tokens),
         )

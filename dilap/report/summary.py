@@ -81,7 +81,7 @@ def mean_accuracy(evaluation: Evaluation | None) -> float | None:
 
 
 def _row(run: Run, side: Side, evaluation: Evaluation | None, *, is_dense: bool) -> SummaryRow:
-    result, workload, architecture = run.result, run.result.workload, side.artifact.architecture
+    result, workload, architecture = run.result, run.result.workload, side.artifact.decoder
     precision, cache_bits = workload.precision, backends.get(result.backend).cache_bits(workload)
     measurement = side.measurement
     share = (1.0, 1.0, 1.0) if is_dense else _share(result)

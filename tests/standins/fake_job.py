@@ -61,7 +61,7 @@ class FakeBench(Bench):
         for case in cases:
             sidecar = case.path.with_name("artifact.json")
             artifact = decode(Artifact, read_json(sidecar), source=str(sidecar))
-            center = round(slowness_of(case.workload) * seconds_of(artifact.architecture.layers) * 1e9)
+            center = round(slowness_of(case.workload) * seconds_of(artifact.decoder.layers) * 1e9)
             found.append(
                 Measurement(
                     artifact_sha256=artifact.sha256,
