@@ -157,12 +157,17 @@ def require_precision(backend: Backend, precision: str) -> None:
         raise InvalidInput(f"unknown precision {precision!r}; {backend.name} runs {', '.join(backend.precisions())}")
 
 
-def require_network_precision(backend: Backend, precision: str) -> None:
-    """Raise Unsupported, listing the known ones, for a precision in which the runtime runs no image networks."""
-    known = backend.network_precisions()
-    if not known:
+def require_networks(backend: Backend) -> None:
+    """Raise Unsupported, with the runtimes that do, for a runtime that runs no image networks."""
+    if not backend.network_precisions():
         able = [name for name in BACKENDS if get(name).network_precisions()]
         raise Unsupported(f"{backend.name} runs no image networks; use --backend {' or '.join(able)}")
+
+
+def require_network_precision(backend: Backend, precision: str) -> None:
+    """Raise Unsupported, listing the known ones, for a precision in which the runtime runs no image networks."""
+    require_networks(backend)
+    known = backend.network_precisions()
     if precision not in known:
         raise Unsupported(f"{backend.name} runs image networks in {' and '.join(known)}, not in {precision!r}")
 

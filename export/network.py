@@ -38,7 +38,6 @@ def described(
     model: nn.Module,
     input_: ImageInput,
     *,
-    format_: str,
     backend: str,
     precision: str,
     plan_digest: str,
@@ -48,7 +47,7 @@ def described(
     """Return the sidecar of a network's one file."""
     return Artifact(
         path=path.name,
-        format=format_,
+        format=backends.get(backend).format,
         backend=backend,
         precision=precision,
         plan_digest=plan_digest,

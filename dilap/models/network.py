@@ -3,14 +3,13 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dilap.core.errors import Unsupported
+from dilap.core.errors import Unsupported, reason_of
 
 _IMAGES_AT_ONCE = 16  # the activations of ResNet-50 at 224x224 take about 100 MB an image
 
@@ -37,14 +36,18 @@ class TorchNetwork:
         self._logits = Logits(model)
 
     def outputs(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the logits (images x classes) in f32."""
+        """Return the logits (images x classes) in f32. Raises Unsupported for images that the model does not take."""
         weight = next(self._logits.parameters())
+        rows: list[NDArray[np.float32]] = []
         with evaluating(self._logits), torch.inference_mode():
-            rows = [
-                self._logits(few.to(weight.device, weight.dtype)).float().cpu().numpy()
-                for few in torch.from_numpy(np.ascontiguousarray(images)).split(_IMAGES_AT_ONCE)
-            ]
-        return cast("NDArray[np.float32]", np.concatenate(rows))
+            for few in torch.from_numpy(np.ascontiguousarray(images)).split(_IMAGES_AT_ONCE):
+                try:
+                    found = self._logits(few.to(weight.device, weight.dtype))
+                except (RuntimeError, ValueError, TypeError) as error:
+                    size = "x".join(map(str, images.shape[1:]))
+                    raise Unsupported(f"the model does not take images of {size}: {reason_of(error)}") from error
+                rows.append(found.float().cpu().numpy())
+        return np.concatenate(rows)
 
 
 @contextmanager

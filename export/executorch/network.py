@@ -1,54 +1,80 @@
-"""An image network as an ExecuTorch program for its XNNPACK delegate, in f32 or with 8-bit weights and activations."""
+"""Export of image networks to ExecuTorch."""
 
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import torch
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
-from executorch.exir import ExecutorchBackendConfig, ExecutorchProgramManager, to_edge_transform_and_lower
-from executorch.exir.passes import MemoryPlanningPass
 from numpy.typing import NDArray
 from torch import nn
-from torch.export import ExportedProgram
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from dilap.backends.inputs import whole_batches
+from dilap.backends.child import opened
+from dilap.backends.executorch.bindings import bindings
+from dilap.backends.executorch.network import ExecuTorchNetwork
+from dilap.core.artifact import Artifact
+from dilap.core.codec import encode, write_json, written_aside
+from dilap.core.errors import Unsupported, reason_of
 from dilap.core.images import ImageInput
-from dilap.export.traced import traced
+from dilap.export.network import SQNR_BOUNDS_DB, described, require_exportable, verified_images
+from dilap.export.traced import quietly, traced
+from dilap.export.verify import verify_outputs
+from dilap.models.network import TorchNetwork
 
-EDGE_DELEGATE = "executorch_call_delegate"
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """A program ready to be written, and how many operators of it are left to ExecuTorch's own, slow kernels."""
-
-    program: ExecutorchProgramManager
-    left: dict[str, int]
+MODEL = "model.pte"
 
 
-@torch.no_grad()
-def lowered(graph: ExportedProgram) -> Lowered:
-    """Hand a graph to XNNPACK, as much of it as it takes. The caller's tensors serve as they are, uncopied."""
-    edge = to_edge_transform_and_lower(graph, partitioner=[XnnpackPartitioner()])
-    left: dict[str, int] = {}
-    for node in edge.exported_program().graph.nodes:
-        name = getattr(node.target, "__name__", "")
-        if node.op == "call_function" and name not in (EDGE_DELEGATE, "getitem"):
-            left[name] = left.get(name, 0) + 1
-    planning = MemoryPlanningPass(alloc_graph_input=False)
-    return Lowered(edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)), left)
+class ExecuTorchNetworkExporter:
+    """Writes `model.pte` and `artifact.json`."""
+
+    backend = "executorch"
+
+    def export(
+        self,
+        model: nn.Module,
+        *,
+        input_: ImageInput,
+        precision: str,
+        images: NDArray[np.float32] | None,
+        plan_digest: str,
+        out: Path,
+    ) -> Artifact:
+        """Write `model` into the folder `out`, verified, or leave nothing behind."""
+        require_exportable(self.backend, precision, input_, images)
+        shown = verified_images(input_, images)
+        expected = TorchNetwork(model).outputs(shown)
+        with written_aside(out) as folder:
+            folder.mkdir()
+            path = folder / MODEL
+            left = _write(path, model, input_, images if precision == "int8" else None)
+            with opened(ExecuTorchNetwork, path, runtime=self.backend, threads=1) as file:
+                bound, name = SQNR_BOUNDS_DB[precision], f"{path.name} in {precision}"
+                sqnr_db = verify_outputs(expected, file, shown, bound_db=bound, name=name)
+            artifact = described(
+                path,
+                model,
+                input_,
+                backend=self.backend,
+                precision=precision,
+                plan_digest=plan_digest,
+                sqnr_db=sqnr_db,
+                details={"operators_outside_xnnpack": left},
+            )
+            write_json(folder / "artifact.json", encode(artifact))
+        return artifact
 
 
-@torch.no_grad()
-def quantised(model: nn.Module, input_: ImageInput, images: NDArray[np.float32]) -> ExportedProgram:
-    """Return the network's graph with 8-bit weights, a scale a channel, and activations, scaled by what `images` make.
+def _write(path: Path, model: nn.Module, input_: ImageInput, images: NDArray[np.float32] | None) -> dict[str, int]:
+    """Write a network's program, with 8 bits from `images` if there are some. Return the operators left to ExecuTorch.
 
-    Batch norms become part of the convolutions before their weights are quantised.
+    Raises Unsupported where the network cannot be traced or lowered.
     """
-    settings = get_symmetric_quantization_config(is_per_channel=True)
-    observed = prepare_pt2e(traced(model, input_).module(), XNNPACKQuantizer().set_global(settings))
-    for batch in whole_batches(images, input_.shape):
-        observed(torch.from_numpy(batch))
-    return torch.export.export(convert_pt2e(observed), (torch.zeros(input_.shape),), strict=False)
+    bindings()  # raises a one-line reason where ExecuTorch is not installed
+    from dilap.export.executorch.lowering import lowered, quantised  # noqa: PLC0415 - needs ExecuTorch
+
+    with quietly():
+        graph = traced(model, input_) if images is None else quantised(model, input_, images)
+        try:
+            found = lowered(graph)
+        except Exception as error:  # whatever ExecuTorch raises for an operator that it lacks
+            raise Unsupported(f"ExecuTorch cannot hold the model: {reason_of(error)}") from error
+    with path.open("wb") as file:
+        found.program.write_to_file(file)
+    return found.left

@@ -7,29 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
 
 from dilap.backends.child import opened
 from dilap.backends.executorch.bindings import bindings
-from dilap.backends.executorch.network import ExecuTorchNetwork
 from dilap.backends.executorch.program import Program
 from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, file_sha256, write_json, written_aside
-from dilap.core.errors import Unsupported, reason_of
-from dilap.core.images import ImageInput
 from dilap.core.shape import Architecture
-from dilap.export import network
 from dilap.export.executorch.header import GROUP_SIZE, Header, header_of
 from dilap.export.executorch.tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.random_weights import RandomWeights
 from dilap.export.source_model import described, tensor
-from dilap.export.traced import quietly, traced
-from dilap.export.verify import verify_logits, verify_outputs
+from dilap.export.verify import verify_logits
 from dilap.models.anatomy import architecture_of, exported_tensors, stand_in_numerics
-from dilap.models.network import TorchNetwork
 from dilap.models.text_samples import SAMPLES
 
 if TYPE_CHECKING:
@@ -89,62 +80,6 @@ class ExecuTorchExporter:
             artifact = _describe(path, header, sqnr_db=None)
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
-
-    def export_network(
-        self,
-        model: nn.Module,
-        *,
-        input_: ImageInput,
-        precision: str,
-        images: NDArray[np.float32] | None,
-        plan_digest: str,
-        out: Path,
-    ) -> Artifact:
-        """Write `model.pte` and `artifact.json` into the folder `out`, verified, or leave nothing behind."""
-        network.require_exportable(self.backend, precision, input_, images)
-        shown = network.verified_images(input_, images)
-        expected = TorchNetwork(model).outputs(shown)
-        with written_aside(out) as folder:
-            folder.mkdir()
-            path = folder / "model.pte"
-            left = _write_network(path, model, input_, images if precision == "int8" else None)
-            with opened(ExecuTorchNetwork, path, runtime="executorch", threads=1) as file:
-                bound, name = network.SQNR_BOUNDS_DB[precision], f"{path.name} in {precision}"
-                sqnr_db = verify_outputs(expected, file, shown, bound_db=bound, name=name)
-            artifact = network.described(
-                path,
-                model,
-                input_,
-                format_="pte",
-                backend=self.backend,
-                precision=precision,
-                plan_digest=plan_digest,
-                sqnr_db=sqnr_db,
-                details={"operators_outside_xnnpack": left},
-            )
-            write_json(folder / "artifact.json", encode(artifact))
-        return artifact
-
-
-def _write_network(
-    path: Path, model: nn.Module, input_: ImageInput, images: NDArray[np.float32] | None
-) -> dict[str, int]:
-    """Write a network's program, with 8 bits from `images` if there are some. Return the operators left to ExecuTorch.
-
-    Raises Unsupported where the network cannot be traced or lowered.
-    """
-    bindings()  # raises a one-line reason where ExecuTorch is not installed
-    from dilap.export.executorch.network import lowered, quantised  # noqa: PLC0415 - needs ExecuTorch
-
-    with quietly():
-        graph = traced(model, input_) if images is None else quantised(model, input_, images)
-        try:
-            found = lowered(graph)
-        except Exception as error:  # whatever ExecuTorch raises for an operator that it lacks
-            raise Unsupported(f"ExecuTorch cannot hold the model: {reason_of(error)}") from error
-    with path.open("wb") as file:
-        found.program.write_to_file(file)
-    return found.left
 
 
 def _write(path: Path, header: Header, values: "Values") -> None:

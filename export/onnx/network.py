@@ -7,7 +7,6 @@ import collections
 import importlib
 import importlib.util
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,70 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dilap.backends.child import called
+from dilap.backends.child import called, opened
 from dilap.backends.inputs import whole_batches
+from dilap.backends.onnxruntime.network import OnnxNetwork
+from dilap.core.artifact import Artifact
+from dilap.core.codec import encode, write_json, written_aside
 from dilap.core.errors import Unavailable, Unsupported, reason_of
 from dilap.core.images import ImageInput
+from dilap.export.network import SQNR_BOUNDS_DB, described, require_exportable, verified_images
 from dilap.export.onnx.emitter import OPSET
 from dilap.export.traced import quietly, traced
+from dilap.export.verify import verify_outputs
+from dilap.models.network import TorchNetwork
 
+MODEL = "model.onnx"
 _IMAGES = "calibration.npy"
+_PRODUCTS = ["Conv", "ConvTranspose", "Gemm", "MatMul"]
+
+
+class OnnxNetworkExporter:
+    """Writes `model.onnx` and `artifact.json`."""
+
+    backend = "onnxruntime"
+
+    def export(
+        self,
+        model: nn.Module,
+        *,
+        input_: ImageInput,
+        precision: str,
+        images: NDArray[np.float32] | None,
+        plan_digest: str,
+        out: Path,
+    ) -> Artifact:
+        """Write `model` into the folder `out`, verified, or leave nothing behind."""
+        require_exportable(self.backend, precision, input_, images)
+        shown = verified_images(input_, images)
+        expected = TorchNetwork(model).outputs(shown)
+        with written_aside(out) as folder:
+            folder.mkdir()
+            path = folder / MODEL
+            write_network(path, model, input_)
+            sqnr_db = verify_network(path, expected, shown, precision="f32")
+            if precision == "int8" and images is not None:
+                quantise_(path, images, input_)
+                sqnr_db = verify_network(path, expected, shown, precision=precision)
+            artifact = described(
+                path,
+                model,
+                input_,
+                backend=self.backend,
+                precision=precision,
+                plan_digest=plan_digest,
+                sqnr_db=sqnr_db,
+                details={"operators": operators(path)},
+            )
+            write_json(folder / "artifact.json", encode(artifact))
+        return artifact
+
+
+def verify_network(path: Path, expected: NDArray[np.float32], images: NDArray[np.float32], *, precision: str) -> float:
+    """Return the SQNR in dB of a file's logits to the expected ones. Raises VerificationFailed below the bound."""
+    with opened(OnnxNetwork, path, runtime="onnxruntime", threads=1) as file:
+        bound, name = SQNR_BOUNDS_DB[precision], f"{path.name} in {precision}"
+        return verify_outputs(expected, file, images, bound_db=bound, name=name)
 
 
 def write_network(path: Path, model: nn.Module, input_: ImageInput) -> None:
@@ -46,24 +101,7 @@ def write_network(path: Path, model: nn.Module, input_: ImageInput) -> None:
     exported.save(path)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Quantisation:
-    """How a runtime wants its 8 bits.
-
-    `symmetric` activations have no zero point. `float_weights` keeps weights as floats before a pair of Q and DQ, and
-    biases as floats.
-    """
-
-    symmetric: bool
-    float_weights: bool
-
-
-# x86 and Arm CPUs multiply unsigned by signed bytes; TensorRT takes signed ones without a zero point.
-CPU = Quantisation(symmetric=False, float_weights=False)
-TENSORRT = Quantisation(symmetric=True, float_weights=True)
-
-
-def quantise_(path: Path, images: NDArray[np.float32], input_: ImageInput, how: Quantisation) -> None:
+def quantise_(path: Path, images: NDArray[np.float32], input_: ImageInput, *, for_tensorrt: bool = False) -> None:
     """Quantise the file in f32, in place, with scales from what `images` make of it.
 
     Raises InvalidInput for images of another size.
@@ -72,21 +110,13 @@ def quantise_(path: Path, images: NDArray[np.float32], input_: ImageInput, how: 
     path.rename(floats)
     np.save(stored, np.stack(list(whole_batches(images, input_.shape))))
     try:
-        called(
-            quantised,
-            floats,
-            path,
-            stored,
-            runtime="onnxruntime",
-            symmetric=how.symmetric,
-            float_weights=how.float_weights,
-        )
+        called(quantised, floats, path, stored, runtime="onnxruntime", for_tensorrt=for_tensorrt)
     finally:
         floats.unlink()
         stored.unlink()
 
 
-def quantised(floats: Path, path: Path, images: Path, *, symmetric: bool, float_weights: bool) -> None:
+def quantised(floats: Path, path: Path, images: Path, *, for_tensorrt: bool) -> None:
     """Quantise the file `floats` into the file `path` with ONNX Runtime's own quantiser, in this process.
 
     `images` is an .npy file of batches. Channels have scales of their own, because the weights of depthwise
@@ -104,20 +134,29 @@ def quantised(floats: Path, path: Path, images: Path, *, symmetric: bool, float_
             batch = next(self._batches, None)
             return None if batch is None else {"images": np.ascontiguousarray(batch)}
 
+    # CPUs multiply unsigned by signed bytes.
+    settings = {"activation_type": library.QuantType.QUInt8}
+    if for_tensorrt:
+        # TensorRT takes signed bytes without a zero point, weights and biases as floats, and joins a convolution with
+        # what follows it where nothing is quantised between them.
+        settings = {
+            "activation_type": library.QuantType.QInt8,
+            "op_types_to_quantize": _PRODUCTS,
+            "extra_options": {
+                "ActivationSymmetric": True,
+                "AddQDQPairToWeight": True,
+                "QuantizeBias": False,
+                "OpTypesToExcludeOutputQuantization": _PRODUCTS,
+            },
+        }
     library.quantize_static(
         floats,
         path,
         Reader(),
         quant_format=library.QuantFormat.QDQ,
         per_channel=True,
-        activation_type=library.QuantType.QInt8 if symmetric else library.QuantType.QUInt8,
         weight_type=library.QuantType.QInt8,
-        extra_options={
-            "ActivationSymmetric": symmetric,
-            "WeightSymmetric": True,
-            "AddQDQPairToWeight": float_weights,
-            "QuantizeBias": not float_weights,
-        },
+        **settings,
     )
 
 

@@ -4,34 +4,26 @@ import collections
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from dilap.backends.child import opened
 from dilap.backends.onnxruntime.file import OnnxFile
-from dilap.backends.onnxruntime.network import OnnxNetwork
 from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, file_sha256, write_json, written_aside
 from dilap.core.errors import Unsupported
-from dilap.core.images import ImageInput
 from dilap.core.numerics import Numerics
 from dilap.core.shape import Architecture
-from dilap.export import network
 from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.onnx.graph import build_model
 from dilap.export.onnx.matrices import Storage
-from dilap.export.onnx.network import CPU, operators, quantise_, write_network
 from dilap.export.onnx.weights import ModelWeights, ProbeWeights
 from dilap.export.source_model import described, end_tokens, require_held
-from dilap.export.verify import NUM_TOKENS, verify_logits, verify_outputs
+from dilap.export.verify import NUM_TOKENS, verify_logits
 from dilap.models.anatomy import architecture_of, exported_tensors, numerics_of, stand_in_numerics
 from dilap.models.context import max_tokens_of
-from dilap.models.network import TorchNetwork
 from dilap.models.text_samples import SAMPLES
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
@@ -89,49 +81,6 @@ class OnnxRuntimeExporter:
             artifact = _describe(folder, architecture, precision=precision, sqnr_db=None)
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
-
-    def export_network(
-        self,
-        model: "nn.Module",
-        *,
-        input_: ImageInput,
-        precision: str,
-        images: NDArray[np.float32] | None,
-        plan_digest: str,
-        out: Path,
-    ) -> Artifact:
-        """Write `model.onnx` and `artifact.json` into the folder `out`, verified, or leave nothing behind."""
-        network.require_exportable(self.backend, precision, input_, images)
-        shown = network.verified_images(input_, images)
-        expected = TorchNetwork(model).outputs(shown)
-        with written_aside(out) as folder:
-            folder.mkdir()
-            path = folder / MODEL
-            write_network(path, model, input_)
-            sqnr_db = verify_network(path, expected, shown, precision="f32")
-            if precision == "int8" and images is not None:
-                quantise_(path, images, input_, CPU)
-                sqnr_db = verify_network(path, expected, shown, precision=precision)
-            artifact = network.described(
-                path,
-                model,
-                input_,
-                format_="onnx",
-                backend=self.backend,
-                precision=precision,
-                plan_digest=plan_digest,
-                sqnr_db=sqnr_db,
-                details={"operators": operators(path)},
-            )
-            write_json(folder / "artifact.json", encode(artifact))
-        return artifact
-
-
-def verify_network(path: Path, expected: NDArray[np.float32], images: NDArray[np.float32], *, precision: str) -> float:
-    """Return the SQNR in dB of a file's logits to the expected ones. Raises VerificationFailed below the bound."""
-    with opened(OnnxNetwork, path, runtime="onnxruntime", threads=1) as file:
-        bound, name = network.SQNR_BOUNDS_DB[precision], f"{path.name} in {precision}"
-        return verify_outputs(expected, file, images, bound_db=bound, name=name)
 
 
 def _require_known(architecture: Architecture, precision: str) -> None:
