@@ -16,7 +16,7 @@ from dilap.core.images import ImageInput
 from dilap.export.network import SQNR_BOUNDS_DB, described, require_exportable, verified_images
 from dilap.export.traced import quietly, traced
 from dilap.export.verify import verify_outputs
-from dilap.models.network import TorchNetwork
+from dilap.models.network import TorchNetwork, in_f32
 
 MODEL = "model.pte"
 
@@ -39,7 +39,7 @@ class ExecuTorchNetworkExporter:
         """Write `model` into the folder `out`, verified, or leave nothing behind."""
         require_exportable(self.backend, precision, input_, images)
         shown = verified_images(input_, images)
-        expected = TorchNetwork(model).outputs(shown)
+        expected = TorchNetwork(in_f32(model)).outputs(shown)
         with written_aside(out) as folder:
             folder.mkdir()
             path = folder / MODEL

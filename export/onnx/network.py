@@ -27,7 +27,7 @@ from dilap.export.network import SQNR_BOUNDS_DB, described, require_exportable, 
 from dilap.export.onnx.emitter import OPSET
 from dilap.export.traced import quietly, traced
 from dilap.export.verify import verify_outputs
-from dilap.models.network import TorchNetwork
+from dilap.models.network import TorchNetwork, in_f32
 
 MODEL = "model.onnx"
 _IMAGES = "calibration.npy"
@@ -52,7 +52,7 @@ class OnnxNetworkExporter:
         """Write `model` into the folder `out`, verified, or leave nothing behind."""
         require_exportable(self.backend, precision, input_, images)
         shown = verified_images(input_, images)
-        expected = TorchNetwork(model).outputs(shown)
+        expected = TorchNetwork(in_f32(model)).outputs(shown)
         with written_aside(out) as folder:
             folder.mkdir()
             path = folder / MODEL

@@ -18,7 +18,7 @@ from dilap.export.network import SQNR_BOUNDS_DB, described, require_exportable, 
 from dilap.export.onnx.network import MODEL, operators, quantise_, round_to_f16_, verify_network, write_network
 from dilap.export.onnx.tensorrt import REFERENCE, REMAINING, REPORT, TESTED
 from dilap.export.onnx.tensorrt_report import CompileReport, compiled_network
-from dilap.models.network import TorchNetwork
+from dilap.models.network import TorchNetwork, in_f32
 
 
 class TensorRTNetworkExporter:
@@ -42,7 +42,7 @@ class TensorRTNetworkExporter:
         """
         require_exportable(self.backend, precision, input_, images)
         shown = verified_images(input_, images)
-        expected = TorchNetwork(model).outputs(shown)
+        expected = TorchNetwork(in_f32(model)).outputs(shown)
         with written_aside(out) as folder:
             folder.mkdir()
             path = folder / MODEL

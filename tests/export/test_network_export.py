@@ -181,7 +181,7 @@ def test_a_module_without_logits_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_network_than_the_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = TorchNetwork(tiny_network("resnet")).outputs(IMAGES)
+    expected = TorchNetwork(tiny_network("resnet")).outputs(random_pixels(8))
     monkeypatch.setattr(TorchNetwork, "outputs", lambda self, images: expected[: len(images)])
     with pytest.raises(VerificationFailed, match=r"model.onnx in f32 differs from the torch model: SQNR"):
         exported(tiny_network(), tmp_path / "model")
