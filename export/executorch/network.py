@@ -67,9 +67,9 @@ def _write(path: Path, model: nn.Module, input_: ImageInput, images: NDArray[np.
     Raises Unsupported where the network cannot be traced or lowered.
     """
     bindings()  # raises a one-line reason where ExecuTorch is not installed
-    from dilap.export.executorch.lowering import lowered, quantised  # noqa: PLC0415 - needs ExecuTorch
-
     with quietly():
+        from dilap.export.executorch.lowering import lowered, quantised  # noqa: PLC0415 - needs ExecuTorch
+
         graph = traced(model, input_) if images is None else quantised(model, input_, images)
         try:
             found = lowered(graph)

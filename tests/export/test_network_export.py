@@ -70,6 +70,20 @@ def test_executorch_computes_what_torch_does(name: str, precision: str, tmp_path
     assert artifact.details["operators_outside_xnnpack"] == {}
 
 
+def test_what_a_relu6_clips_gets_its_8_bits_behind_it() -> None:
+    """Before it, EfficientNet-Lite0 has 9 dB and not 21."""
+    if reason := backends.get("executorch").unavailable():
+        pytest.skip(reason)
+    from dilap.export.traced import quietly  # noqa: PLC0415
+
+    with quietly():
+        from dilap.export.executorch.lowering import quantised as in_8_bits  # noqa: PLC0415
+
+        graph = in_8_bits(tiny_network(), INPUT, IMAGES).graph
+    clips = [node for node in graph.nodes if "hardtanh" in str(node.target) or "relu6" in str(node.target)]
+    assert ["conv" in str(clip.args[0].target) for clip in clips] == [True]
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Artifact]:
     folder = tmp_path_factory.mktemp("plain") / "model"
