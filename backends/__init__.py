@@ -44,8 +44,24 @@ class Session(Protocol):
     def sample(self) -> int:
         """Run the workload once and return the nanoseconds that it took."""
 
+    # Raises Unsupported in the phase `forward`; see `Network`.
     def logits(self, token_ids: Sequence[int], *, incremental: bool) -> "NDArray[np.float32]":
         """Return the logits (tokens x vocabulary) at all positions: in one pass, or one by one with the KV cache."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+class Network(Protocol):
+    """One loaded artifact that maps images to logits; the sessions of the phase `forward` are such too."""
+
+    shape: tuple[int, ...]
+
+    def outputs(self, images: "NDArray[np.float32]") -> "NDArray[np.float32]":
+        """Return the logits (images x classes) of any number of images, each of the size that the file takes.
+
+        `shape` is that of the batch that the file takes at once: batch x channels x height x width.
+        """
 
     def close(self) -> None:
         """Free the model."""
@@ -98,7 +114,10 @@ class Backend(Protocol):
         """Return the features of this build that change its speed, such as instruction sets."""
 
     def precisions(self) -> tuple[str, ...]:
-        """Return the precisions that the runtime runs, the default first."""
+        """Return the precisions in which the runtime runs decoders, the default first."""
+
+    def network_precisions(self) -> tuple[str, ...]:
+        """Return the precisions in which the runtime runs image networks, the default first; none where it cannot."""
 
     def switches(self) -> Mapping[str, tuple[str, ...]]:
         """Return settings that may make a model faster on some machine: switch -> values, the plain default first."""
@@ -123,7 +142,11 @@ class Backend(Protocol):
         """Return advice for a user whose runtime crashed in its process."""
 
     def load(self, path: Path, workload: Workload) -> Session:
-        """Load an artifact. Raises InvalidInput where the file is damaged or its tensors are wrong."""
+        """Load an artifact.
+
+        Raises InvalidInput where the file is damaged or its tensors are wrong, Unsupported where it is for another
+        workload: a decoder, an image network of another batch.
+        """
 
 
 def get(name: str) -> Backend:
@@ -156,6 +179,21 @@ def capabilities_of(backend: Backend, architecture: Architecture, mix: Mix) -> t
             "head and embedding the same one"
         )
     return found
+
+
+def require_networks(backend: Backend) -> None:
+    """Raise Unsupported, with the runtimes that do, for a runtime that runs no image networks."""
+    if not backend.network_precisions():
+        able = [name for name in BACKENDS if get(name).network_precisions()]
+        raise Unsupported(f"{backend.name} runs no image networks; use --backend {' or '.join(able)}")
+
+
+def require_network_precision(backend: Backend, precision: str) -> None:
+    """Raise Unsupported, listing the known ones, for a precision in which the runtime runs no image networks."""
+    require_networks(backend)
+    known = backend.network_precisions()
+    if precision not in known:
+        raise Unsupported(f"{backend.name} runs image networks in {' and '.join(known)}, not in {precision!r}")
 
 
 def require_switches(backend: Backend, workload: Workload) -> None:

@@ -13,6 +13,7 @@ runtime; it ends when this process does.
 """
 
 import atexit
+import base64
 import contextlib
 import functools
 import importlib
@@ -38,7 +39,7 @@ from dilap.core.errors import Crashed, DilapError
 T = TypeVar("T")
 _PIPE_BYTES = 1 << 20  # with the default of 64 KiB, logits (100 MB at a time) take half as long again
 _F_SETPIPE_SZ = 1031
-_PATH = "__path__"
+_PATH, _ARRAY = "__path__", "__array__"
 
 
 def opened(kind: Callable[..., T], *arguments: Any, runtime: str, **options: Any) -> T:
@@ -223,18 +224,25 @@ def _file_name(arguments: tuple[Any, ...]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Turn a path or a numpy value into what JSON can hold."""
+    """Turn a path or a numpy value into what JSON can hold; see `_restored`."""
     if isinstance(value, Path):
         return {_PATH: str(value.absolute())}  # we may change the current folder; the child stays where it began
     if isinstance(value, np.integer):
         return int(value)
-    if isinstance(value, np.ndarray):
-        return value.tolist()
+    if isinstance(value, np.ndarray):  # a batch of images as JSON numbers would take ten times as long
+        content = base64.b64encode(np.ascontiguousarray(value).data).decode("ascii")
+        return {_ARRAY: content, "dtype": value.dtype.str, "shape": value.shape}
     raise TypeError(f"{type(value).__name__} does not travel to a child")
 
 
-def _with_paths(document: dict[str, Any]) -> Any:
-    return Path(document[_PATH]) if set(document) == {_PATH} else document
+def _restored(document: dict[str, Any]) -> Any:
+    """Turn the objects that `_plain` made into paths and arrays again; return all others as they are."""
+    if set(document) == {_PATH}:
+        return Path(document[_PATH])
+    if set(document) == {_ARRAY, "dtype", "shape"}:
+        flat = np.frombuffer(base64.b64decode(document[_ARRAY]), np.dtype(document["dtype"]))
+        return flat.reshape(document["shape"])
+    return document
 
 
 def _received(stream: IO[bytes]) -> tuple[dict[str, Any], "np.ndarray[Any, Any] | None"]:
@@ -302,7 +310,7 @@ def _serve(requests: IO[str], responses: IO[bytes]) -> None:
     for line in received(requests, idle_seconds=lambda: None):
         array: np.ndarray[Any, Any] | None = None
         try:
-            value = server.answer(json.loads(line, object_hook=_with_paths))
+            value = server.answer(json.loads(line, object_hook=_restored))
             if isinstance(value, np.ndarray):
                 array = np.ascontiguousarray(value)
             response: dict[str, Any] = {"value": None if array is not None else value}

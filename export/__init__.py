@@ -3,20 +3,28 @@
     from dilap import export
     export.get("llamacpp").export(model, tokenizer=folder, precision="q4_0", plan_digest="", out=Path("mine"))
     export.get("llamacpp").export(model, precision="q4_0", precisions={"head": "q8_0", "layers.3.ffn": "f16"}, ...)
+    export.get_network("onnxruntime").export(
+        network, input_=ImageInput.parse("3x224x224"), precision="f32", images=None, plan_digest="", out=Path("ours")
+    )
 
 An exporter for another runtime is one class with the methods of `Exporter`, named in `EXPORTERS`.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from dilap import backends
 from dilap.core import registry
 from dilap.core.artifact import Artifact
 from dilap.core.errors import Unavailable
+from dilap.core.images import ImageInput
 from dilap.core.shape import UNMIXED, Architecture
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import nn
     from transformers import PreTrainedModel
 
 EXPORTERS = {
@@ -24,6 +32,11 @@ EXPORTERS = {
     "llamacpp": "dilap.export.gguf.writer:GgufExporter",
     "onnxruntime": "dilap.export.onnx.onnxruntime:OnnxRuntimeExporter",
     "tensorrt": "dilap.export.onnx.tensorrt:TensorRTExporter",
+}
+NETWORK_EXPORTERS = {
+    "executorch": "dilap.export.executorch.network:ExecuTorchNetworkExporter",
+    "onnxruntime": "dilap.export.onnx.network:OnnxNetworkExporter",
+    "tensorrt": "dilap.export.onnx.tensorrt_network:TensorRTNetworkExporter",
 }
 
 
@@ -62,10 +75,44 @@ class Exporter(Protocol):
         """Write a model of that shape with random weights and no tokenizer, for timing only."""
 
 
+class NetworkExporter(Protocol):
+    """Writes image networks for one runtime; `backend` is the runtime's name."""
+
+    backend: str
+
+    def export(
+        self,
+        model: "nn.Module",
+        *,
+        input_: ImageInput,
+        precision: str,
+        images: "NDArray[np.float32] | None",
+        plan_digest: str,
+        out: Path,
+    ) -> Artifact:
+        """Write a network that maps a batch of images to logits into the folder `out`, whole or not at all.
+
+        `input_` is what it takes, and becomes part of the sidecar. `images` (images x channels x height x width) are
+        preprocessed photographs: 8 bits take their scales from them, and need them. The result is compared with torch
+        on the first of them, or on random images where there are none. Raises VerificationFailed, Unsupported.
+        """
+
+
 def get(backend: str) -> Exporter:
     """Return the exporter for a backend. Raises InvalidInput, listing the known ones, Unavailable without a library."""
+    exporter: Exporter = _made(EXPORTERS, backend)
+    return exporter
+
+
+def get_network(backend: str) -> NetworkExporter:
+    """Return the exporter of image networks for a backend. Raises what `get` raises, and Unsupported for none."""
+    backends.require_networks(backends.get(backend))
+    exporter: NetworkExporter = _made(NETWORK_EXPORTERS, backend)
+    return exporter
+
+
+def _made(table: Mapping[str, str], backend: str) -> Any:
     try:
-        exporter: Exporter = registry.get(EXPORTERS, backend, kind="backend")()
+        return registry.get(table, backend, kind="backend")()
     except ImportError as error:
         raise Unavailable(f"exporting to {backend} needs {error.name}; pip install 'dilap[{backend}]'") from error
-    return exporter

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dilap.backends import Network
 from dilap.core.errors import VerificationFailed
 from dilap.core.sqnr import sqnr_db
 
@@ -63,6 +64,22 @@ def verify_logits(
             f" {incremental:.1f} dB token by token, over {len(token_ids)} tokens; {bound:.3g} dB expected{hint}"
         )
     return worst
+
+
+def verify_outputs(
+    expected: NDArray[np.float32], network: Network, images: NDArray[np.float32], *, bound_db: float, name: str
+) -> float:
+    """Return the SQNR in dB of an open image network against the logits that torch gives for `images`.
+
+    `name` says in an error what was compared. Raises VerificationFailed below the bound.
+    """
+    found = sqnr_db(expected, network.outputs(images))
+    if not found >= bound_db:
+        raise VerificationFailed(
+            f"{name} differs from the torch model: SQNR {found:.1f} dB over {len(images)} images; {bound_db:.3g} dB "
+            "expected"
+        )
+    return found
 
 
 @torch.no_grad()

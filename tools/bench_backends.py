@@ -211,7 +211,7 @@ def _fastest(models: Sequence[Model], workload: Workload, console: Console) -> d
 
         world = MeasuredWorld(
             backend=backends.get(model.backend),
-            vocab_size=model.artifact.architecture.vocab_size,
+            vocab_size=model.artifact.decoder.vocab_size,
             measure=measure,
             diverge=lambda *_: None,
         )
@@ -292,7 +292,7 @@ def _read_bytes(model: Model, workload: Workload) -> int | None:
     """
     if model.precision not in ("f32", "f16"):
         return None
-    shape = model.artifact.architecture
+    shape = model.artifact.decoder
     unread = 0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size
     weights = round((shape.num_parameters - unread) * PRECISION_BITS[model.precision] / 8)
     cached = 2 * sum(widths.num_kv_heads for widths in shape.layers) * shape.head_dim * workload.context

@@ -16,16 +16,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dilap.backends import Session
 from dilap.backends.executorch.bindings import MAX_CONTEXT, bindings
+from dilap.backends.executorch.network import ExecuTorchNetwork
 from dilap.backends.executorch.program import Program, inputs_of
-from dilap.backends.inputs import random_tokens
+from dilap.backends.executorch.threads import hold_threads, release_threads, use_threads
+from dilap.backends.inputs import random_tokens, require_batch
 from dilap.core.errors import InvalidInput, Unsupported
 from dilap.core.rules import Capabilities
 from dilap.core.shape import Architecture
 from dilap.core.workload import Workload
 
 _PACKAGES = ("executorch", "torch")
-_open_sessions: set[int] = set()  # the process has one thread pool, which must not change under a loaded program
 
 
 class ExecuTorch:
@@ -58,6 +60,9 @@ class ExecuTorch:
     def precisions(self) -> tuple[str, ...]:
         return ("8da4w", "8da8w", "f32")
 
+    def network_precisions(self) -> tuple[str, ...]:
+        return ("f32", "int8")
+
     def switches(self) -> Mapping[str, tuple[str, ...]]:
         """Return none: only the number of threads can be chosen."""
         return {}
@@ -89,8 +94,12 @@ class ExecuTorch:
         # 32: a group of 4-bit weights; one step for every precision keeps plans portable between them
         return Capabilities(ffn_multiple=32, hidden_multiple=1 if precision == "f32" else 32, max_tokens=MAX_CONTEXT)
 
-    def load(self, path: Path, workload: Workload) -> "ExecuTorchSession":
-        return ExecuTorchSession(path, workload)
+    def load(self, path: Path, workload: Workload) -> Session:
+        if workload.phase != "forward":
+            return ExecuTorchSession(path, workload)
+        network = ExecuTorchNetwork(path, threads=workload.threads)
+        require_batch(path, network.shape, workload)
+        return network
 
 
 class ExecuTorchSession:
@@ -99,7 +108,7 @@ class ExecuTorchSession:
     def __init__(self, path: Path, workload: Workload) -> None:
         if workload.batch != 1:
             raise Unsupported(f"ExecuTorch is timed with batch 1, got batch {workload.batch}")
-        _use_threads(workload.threads)
+        use_threads(workload.threads)
         self._workload = workload
         self._program = Program(path, method="forward")
         num_tokens = workload.context if workload.phase == "decode" else workload.prompt_tokens
@@ -107,7 +116,7 @@ class ExecuTorchSession:
         room, vocab_size = (self._program.constant(name) for name in ("get_max_context_len", "get_vocab_size"))
         if needed > room:
             raise Unsupported(f"{path}: it has room for {room} tokens, {workload.describe()} needs {needed}")
-        _open_sessions.add(id(self))
+        hold_threads(self)
         prompt = random_tokens(num_tokens, vocab_size=vocab_size)
         if workload.phase == "decode":
             self._program.logits_at(prompt, position=0)
@@ -125,7 +134,7 @@ class ExecuTorchSession:
         return self._program.logits(token_ids, incremental=incremental)
 
     def close(self) -> None:
-        _open_sessions.discard(id(self))
+        release_threads(self)
         self._program.close()
 
 
@@ -133,12 +142,12 @@ class ExecuTorchReader:
     """Reads text with a program's method `score`, which has a KV cache of its own; see `dilap.backends.Reader`."""
 
     def __init__(self, path: Path, *, threads: int) -> None:
-        _use_threads(threads)
+        use_threads(threads)
         self._program = Program(path, method="score")
         self.max_tokens = self._program.constant("get_max_context_len")
         self.vocab_size = self._program.constant("get_vocab_size")
         self._max_scored = self._program.constant("get_max_scored_len")
-        _open_sessions.add(id(self))
+        hold_threads(self)
 
     def reserve(self, num_tokens: int) -> None:
         assert num_tokens <= self.max_tokens  # a program has reserved all its room
@@ -152,16 +161,5 @@ class ExecuTorchReader:
         return np.concatenate(rows)
 
     def close(self) -> None:
-        _open_sessions.discard(id(self))
+        release_threads(self)
         self._program.close()
-
-
-def _use_threads(count: int) -> None:
-    """Give the thread pool `count` threads. Raises Unsupported where an open program runs in another number."""
-    library = bindings()
-    if library._threadpool_get_thread_count() == count:
-        return
-    if _open_sessions:
-        have = library._threadpool_get_thread_count()
-        raise Unsupported(f"models with {have} threads are open, {count} were asked for: close them first")
-    library._unsafe_reset_threadpool(count)  # unsafe for programs that hold the old pool: there are none

@@ -58,6 +58,10 @@ class LlamaCpp:
     def precisions(self) -> tuple[str, ...]:
         return ("f16", "f32", "q8_0", "q5_0", "iq4_nl", "q4_0")
 
+    def network_precisions(self) -> tuple[str, ...]:
+        """Return none: llama.cpp runs language models."""
+        return ()
+
     def switches(self) -> Mapping[str, tuple[str, ...]]:
         return _SWITCHES
 
@@ -128,6 +132,8 @@ class LlamaCppSession:
     """One model and one context, whose KV cache has the workload's content before every sample."""
 
     def __init__(self, path: Path, workload: Workload) -> None:
+        if workload.phase == "forward":
+            raise Unsupported("llama.cpp runs no networks of one forward pass; use --backend onnxruntime")
         if workload.batch != 1:
             raise Unsupported(f"llama.cpp is timed with batch 1, got batch {workload.batch}")
         self._workload = workload

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, for decoders whose KV cache is among their inputs and outputs."""
+"""ONNX Runtime on the CPU, for image networks and for decoders whose KV cache is among their inputs and outputs."""
 
 import json
 import time
@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dilap.backends.inputs import random_tokens, setting
+from dilap.backends import Session
+from dilap.backends.inputs import random_tokens, require_batch, setting
 from dilap.backends.onnxruntime.library import NO_FLASH, SPINNING, library, open_session
+from dilap.backends.onnxruntime.network import OnnxNetwork
 from dilap.core.bounds import MAX_TOKENS
 from dilap.core.codec import read_json
 from dilap.core.documents import value_at
@@ -53,6 +55,9 @@ class OnnxRuntime:
     def precisions(self) -> tuple[str, ...]:
         return ("f32", "int8", "int4")
 
+    def network_precisions(self) -> tuple[str, ...]:
+        return ("f32", "int8")
+
     def switches(self) -> Mapping[str, tuple[str, ...]]:
         return _SWITCHES
 
@@ -93,8 +98,12 @@ class OnnxRuntime:
             max_tokens=_MAX_TOKENS,
         )
 
-    def load(self, path: Path, workload: Workload) -> "OnnxRuntimeSession":
-        return OnnxRuntimeSession(path, workload)
+    def load(self, path: Path, workload: Workload) -> Session:
+        if workload.phase != "forward":
+            return OnnxRuntimeSession(path, workload)
+        network = OnnxNetwork(path, threads=workload.threads, spinning=setting(workload, _SWITCHES, "spinning"))
+        require_batch(path, network.shape, workload)
+        return network
 
 
 class OnnxRuntimeSession:

@@ -2,11 +2,13 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from dilap.core import codec
 from dilap.core.errors import Mismatch, Unsupported
 from dilap.core.workload import Phase, Workload
 
+T = TypeVar("T")
 RECIPE_FILE = "recipe.json"
 MAX_TOKENS = 2048  # most tokens of a prompt and of a context: an engine reserves memory for its largest shapes
 SHAPE_INPUT = "logits_to_keep"  # the only input whose numbers decide shapes: TensorRT reads it on the host
@@ -43,26 +45,60 @@ class CacheInput:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What a device needs to build an engine, run it and compare it with torch.
+class AnyRecipe:
+    """What the recipes of decoders and of image networks have in common.
 
-    `files` are the SHA-256 of the ONNX file and its external data, by name. Decoding takes 1 token after 0 to
-    `max_past` tokens, a prefill 1 to `max_prompt` tokens after none; the batch is 1. `reference` names an .npz file,
-    read without pickle, with `token_ids` and torch's `logits`: every new engine is compared with them on its device,
-    and must reach an SQNR of `bound_db`. Probes, which are only timed, have no reference (None). `tested` says which
-    TensorRT versions the format is meant for.
+    `files` are the SHA-256 of the ONNX file and its external data, by name. `reference` names an .npz file, read
+    without pickle, with what torch computes: every new engine is compared with it on its device, and must reach an SQNR
+    of `bound_db`. Probes, which are only timed, have no reference (None). `tested` says which TensorRT versions the
+    format is meant for.
     """
 
     precision: str
+    files: dict[str, str]
+    reference: str | None
+    bound_db: float
+    tested: tuple[str, ...]
+
+    def require_files(self, folder: Path) -> None:
+        """Raise Mismatch where a file is not the one that the recipe was written for."""
+        for name, sha256 in self.files.items():
+            path = folder / name
+            if not path.is_file() or codec.file_sha256(path) != sha256:
+                raise Mismatch(
+                    f"{path}: missing, or not the file that {RECIPE_FILE} was written for; copy the folder again"
+                )
+
+    def engine_key(self, profiles: tuple[Profile, ...], *, runtime: str, gpu: str) -> str:
+        """Return a digest of all that an engine depends on: model content, shapes, TensorRT version and GPU."""
+        document = [self.files, self.precision, [asdict(one) for one in profiles], runtime, gpu]
+        return codec.digest(document)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkRecipe(AnyRecipe):
+    """The recipe of an image network: one batch of the given `shape` in, logits of `num_classes` out, both in f32.
+
+    The reference has `images` and torch's `logits`.
+    """
+
+    shape: tuple[int, ...]
+    num_classes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(AnyRecipe):
+    """The recipe of a decoder.
+
+    Decoding takes 1 token after 0 to `max_past` tokens, a prefill 1 to `max_prompt` tokens after none; the batch is 1.
+    The reference has `token_ids` and torch's `logits`.
+    """
+
     head_dim: int
     vocab_size: int
     cache: tuple[CacheInput, ...]
     max_past: int
     max_prompt: int
-    files: dict[str, str]
-    reference: str | None
-    bound_db: float
-    tested: tuple[str, ...]
 
     def shapes(self, *, num_tokens: int, past: int, kept: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of every input for one step; for the shape input, its values."""
@@ -106,22 +142,17 @@ class Recipe:
                 f"the engine takes prompts of at most {self.max_prompt} tokens, got {workload.prompt_tokens}"
             )
 
-    def require_files(self, folder: Path) -> None:
-        """Raise Mismatch where a file is not the one that the recipe was written for."""
-        for name, sha256 in self.files.items():
-            path = folder / name
-            if not path.is_file() or codec.file_sha256(path) != sha256:
-                raise Mismatch(
-                    f"{path}: missing, or not the file that {RECIPE_FILE} was written for; copy the folder again"
-                )
-
-    def engine_key(self, profiles: tuple[Profile, ...], *, runtime: str, gpu: str) -> str:
-        """Return a digest of all that an engine depends on: model content, shapes, TensorRT version and GPU."""
-        document = [self.files, self.precision, [asdict(one) for one in profiles], runtime, gpu]
-        return codec.digest(document)
-
 
 def read_recipe(folder: Path) -> Recipe:
-    """Read the recipe in a model's folder. Raises InvalidInput where it is absent or damaged."""
+    """Read the recipe in a decoder's folder. Raises InvalidInput where it is absent, damaged or a network's."""
+    return _read(Recipe, folder)
+
+
+def read_network_recipe(folder: Path) -> NetworkRecipe:
+    """Read the recipe in an image network's folder. Raises InvalidInput where it is absent, damaged or a decoder's."""
+    return _read(NetworkRecipe, folder)
+
+
+def _read(kind: type[T], folder: Path) -> T:
     path = folder / RECIPE_FILE
-    return codec.decode(Recipe, codec.read_json(path), source=str(path))
+    return codec.decode(kind, codec.read_json(path), source=str(path))

@@ -13,19 +13,30 @@ from typing import Any
 import numpy as np
 
 from dilap.backends import Session
+from dilap.backends.inputs import require_batch
 from dilap.backends.tensorrt import builder as tensorrt_build
 from dilap.backends.tensorrt import cuda, trtexec
 from dilap.backends.tensorrt.builder import Api, PhaseSummary
-from dilap.backends.tensorrt.recipe import MAX_TOKENS, Profile, Recipe, read_recipe
+from dilap.backends.tensorrt.network import EngineNetwork
+from dilap.backends.tensorrt.recipe import (
+    MAX_TOKENS,
+    AnyRecipe,
+    NetworkRecipe,
+    Profile,
+    Recipe,
+    read_network_recipe,
+    read_recipe,
+)
 from dilap.backends.tensorrt.session import EngineSession
 from dilap.core import codec
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported, VerificationFailed
 from dilap.core.rules import Capabilities
 from dilap.core.shape import Architecture
 from dilap.core.sqnr import sqnr_db
-from dilap.core.workload import Workload
+from dilap.core.workload import Phase, Workload
 
 _PRECISIONS = ("f16", "bf16")
+_NETWORK_PRECISIONS = ("f16", "int8")
 _CACHE = Path(".cache") / "dilap"  # in the user's home
 
 
@@ -78,6 +89,9 @@ class TensorRT:
     def precisions(self) -> tuple[str, ...]:
         return _PRECISIONS
 
+    def network_precisions(self) -> tuple[str, ...]:
+        return _NETWORK_PRECISIONS
+
     def switches(self) -> Mapping[str, tuple[str, ...]]:
         """Return none: TensorRT's builder tries the kernels itself."""
         return {}
@@ -106,9 +120,8 @@ class TensorRT:
         """
         if not path.is_file():
             raise InvalidInput(f"{path}: no such file")
-        recipe = read_recipe(path.parent)
+        recipe, profiles = _recipe(path, workload)
         recipe.require_files(path.parent)
-        profiles = recipe.profiles(workload)
         job = _Job(path=path, recipe=recipe, profiles=profiles, workload=workload, runtime=self.version())
         try:
             api = tensorrt_build.find_api()
@@ -122,7 +135,7 @@ class _Job:
     """Opens the engine of one model under one workload on this device, and builds it where there is none."""
 
     path: Path
-    recipe: Recipe
+    recipe: Recipe | NetworkRecipe
     profiles: tuple[Profile, ...]
     workload: Workload
     runtime: str
@@ -145,6 +158,8 @@ class _Job:
 
     def through_trtexec(self) -> Session:
         """Use the program trtexec. It gives no logits, so the engine is not compared, and its sidecar says so."""
+        if isinstance(self.recipe, NetworkRecipe):
+            raise Unsupported("image networks need TensorRT's Python module: apt-get install python3-libnvinfer")
         gpu = cuda.load().gpu()
         engine_file, sidecar = self._files(gpu)
         if not sidecar.exists():
@@ -160,7 +175,9 @@ class _Job:
         folder.mkdir(exist_ok=True)
         return folder / f"{key[:16]}.engine", folder / f"{key[:16]}.json"
 
-    def _session(self, engine: Any, device: cuda.Cuda) -> EngineSession:
+    def _session(self, engine: Any, device: cuda.Cuda) -> EngineSession | EngineNetwork:
+        if isinstance(self.recipe, NetworkRecipe):
+            return EngineNetwork(engine, device, self.recipe)
         return EngineSession(engine, device, self.recipe, self.profiles, self.workload)
 
     def _bind(
@@ -171,7 +188,8 @@ class _Job:
         memory = None
         if api is not None:
             layers = tensorrt_build.inspect(engine, api=api)
-            phases = tensorrt_build.summarise(layers, [profile.phase for profile in self.profiles])
+            names: list[Phase] = [profile.phase for profile in self.profiles]
+            phases = tensorrt_build.summarise(layers, names or ["forward"])
             memory = api.device_memory_bytes(engine)
         bound = EngineSidecar(
             key=self.recipe.engine_key(self.profiles, runtime=self.runtime, gpu=gpu),
@@ -186,7 +204,17 @@ class _Job:
         codec.write_json(sidecar, codec.encode(bound))
 
 
-def compare(session: Session, folder: Path, recipe: Recipe) -> float | None:
+def _recipe(path: Path, workload: Workload) -> tuple[Recipe | NetworkRecipe, tuple[Profile, ...]]:
+    """Return a model's recipe and the profiles for a workload; a network's shape is fixed and needs none."""
+    if workload.phase != "forward":
+        recipe = read_recipe(path.parent)
+        return recipe, recipe.profiles(workload)
+    network = read_network_recipe(path.parent)
+    require_batch(path, network.shape, workload)
+    return network, ()
+
+
+def compare(session: EngineSession | EngineNetwork, folder: Path, recipe: AnyRecipe) -> float | None:
     """Return the SQNR in dB against torch's logits in the folder: the worse of one pass and of decoding by token.
 
     TensorRT has compiled models wrongly without an error (10.13 joined q, k and v wrongly at batch 1), so no engine of
@@ -195,6 +223,8 @@ def compare(session: Session, folder: Path, recipe: Recipe) -> float | None:
     """
     if recipe.reference is None:
         return None
+    if isinstance(session, EngineNetwork):
+        return _compare_network(session, folder / recipe.reference, recipe)
     with np.load(folder / recipe.reference, allow_pickle=False) as stored:
         token_ids, expected = [int(token) for token in stored["token_ids"]], stored["logits"]
     together, one_by_one = (
@@ -208,6 +238,17 @@ def compare(session: Session, folder: Path, recipe: Recipe) -> float | None:
             " a JetPack with another TensorRT"
         )
     return worst
+
+
+def _compare_network(network: EngineNetwork, reference: Path, recipe: AnyRecipe) -> float:
+    with np.load(reference, allow_pickle=False) as stored:
+        found = sqnr_db(stored["logits"], network.outputs(stored["images"]))
+    if not found >= recipe.bound_db:
+        raise VerificationFailed(
+            f"the TensorRT engine differs from the torch model: SQNR {found:.1f} dB; {recipe.bound_db:g} dB expected."
+            " TensorRT miscompiled it: try another --precision, or a JetPack with another TensorRT"
+        )
+    return found
 
 
 def _deserialised(runtime: Any, plan: Any, path: Path) -> Any:

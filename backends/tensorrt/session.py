@@ -1,6 +1,5 @@
 """An engine under one workload: its buffers, its KV cache and its clock."""
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dilap.backends.tensorrt.cuda import Cuda
+from dilap.backends.tensorrt.launch import Launch
 from dilap.backends.tensorrt.recipe import SHAPE_INPUT, Profile, Recipe
-from dilap.core.errors import Unavailable, Unsupported
+from dilap.core.errors import Unsupported
 from dilap.core.workload import Phase, Workload
 
 _LOGITS = "logits"
@@ -31,29 +31,19 @@ class EngineSession:
         self._outputs = [name for name in _tensor_names(engine) if name == _LOGITS or name.startswith("present.")]
         self._memory: dict[str, tuple[int, int]] = {}  # buffer -> address, bytes
         self._kept = np.zeros(1, np.int64)  # lives as long as the context, which reads it on the host
-        self._graph: int | None = None
-        self._prepared = False
+        self._launch: Launch | None = None
         self._read, self._write = "a", "b"
         self.host_ns: list[int] = []
-        self._start, self._end = cuda.new_event(), cuda.new_event()
 
     def sample(self) -> int:
         """Return the GPU's nanoseconds for one run of the workload, measured by CUDA events."""
-        if not self._prepared:
-            self._prepare_()
-        begin = time.perf_counter_ns()
-        self._cuda.record(self._start)
-        if self._graph is None:
-            self._enqueue()
-        else:
-            self._cuda.launch(self._graph)
-        self._cuda.record(self._end)
-        self._cuda.synchronise()
-        self.host_ns.append(time.perf_counter_ns() - begin)
-        return self._cuda.elapsed_ns(self._start, self._end)
+        self._launch = self._launch or self._prepared()
+        gpu, host = self._launch.sample()
+        self.host_ns.append(host)
+        return gpu
 
     def logits(self, token_ids: Sequence[int], *, incremental: bool) -> NDArray[np.float32]:
-        self._prepared = False
+        self._launch = None
         steps = [[token] for token in token_ids] if incremental else [list(token_ids)]
         rows, past = [], 0
         for step in steps:
@@ -70,20 +60,14 @@ class EngineSession:
         self._memory.clear()
         self._context = None
 
-    def _prepare_(self) -> None:
-        """Bind the workload's shapes and record one run as a CUDA graph, which spares the CPU the single launches."""
+    def _prepared(self) -> Launch:
+        """Bind the workload's shapes and record one run."""
         work = self._workload
         decode = work.phase == "decode"
         draw = np.random.default_rng(0)
         tokens = draw.integers(0, self._recipe.vocab_size, 1 if decode else work.prompt_tokens).tolist()
         self._bind(work.phase, tokens, past=work.context if decode else 0, kept=1)
-        self._enqueue()  # TensorRT sets itself up in the first run, which cannot be captured
-        self._cuda.synchronise()
-        try:
-            self._graph = self._cuda.capture(self._enqueue)
-        except Unavailable:  # parts of the engine run on the CPU: it is timed with its single launches
-            self._graph = None
-        self._prepared = True
+        return Launch(self._cuda, self._enqueue)
 
     def _bind(self, phase: Phase, tokens: Sequence[int], *, past: int, kept: int) -> None:
         """Give every input its shape and address, and every output its address."""

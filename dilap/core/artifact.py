@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from dilap.core.documents import is_plain_name
+from dilap.core.errors import Unsupported
+from dilap.core.images import ImageInput
 from dilap.core.shape import Architecture
 
 
@@ -28,28 +30,37 @@ class Artifact:
     `path` is relative to the sidecar. `companions` are other files beside it that the runtime reads, by name, with
     their SHA-256; `sha256` is that of `path` alone, `num_bytes` counts all files. `precisions` has, by name, those of
     the parts that were given one of their own (see `dilap.core.precisions`). `run` is set only where the latency of the
-    file was measured.
+    file was measured. A decoder has an `architecture`, an image network an `input`; the other one is None.
     """
 
-    VERSION: ClassVar[int] = 2  # 1 had no precisions: every part was in the artifact's
+    VERSION: ClassVar[int] = 2  # 1 was of decoders alone, with every part in the artifact's precision
 
     path: str
     format: str
     backend: str
     precision: str
     plan_digest: str
-    architecture: Architecture
+    architecture: Architecture | None
     sha256: str
     num_bytes: int
     sqnr_db: float | None
     companions: dict[str, str] = field(default_factory=dict)
     precisions: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    run: HowToRun | None = None
+    input: ImageInput | None = None
 
     def __post_init__(self) -> None:
         if odd := next((name for name in (self.path, *self.companions) if not is_plain_name(name)), None):
             raise ValueError(f"{odd!r:.80} is no name of a file beside the sidecar")
         if self.num_bytes < 0:
             raise ValueError(f"{self.num_bytes} bytes")
+        if (self.architecture is None) == (self.input is None):
+            raise ValueError("an artifact has the architecture of a decoder or the input of an image network")
 
-    run: HowToRun | None = None
+    @property
+    def decoder(self) -> Architecture:
+        """The shape of a decoder. Raises Unsupported for an image network."""
+        if self.architecture is None:
+            raise Unsupported(f"{self.path} is an image network, and a decoder is needed here")
+        return self.architecture

@@ -3,12 +3,13 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from dilap.core.bounds import MAX_BATCH, MAX_BUDGET, MAX_THREADS, MAX_TOKENS
 from dilap.core.errors import InvalidInput
 
-Phase = Literal["decode", "prefill"]
+Phase = Literal["decode", "prefill", "forward"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 Statistic = Literal["p50", "p90"]
 FRACTIONS: Mapping[Statistic, float] = {"p50": 0.5, "p90": 0.9}
 
@@ -17,7 +18,8 @@ FRACTIONS: Mapping[Statistic, float] = {"p50": 0.5, "p90": 0.9}
 class Workload:
     """What is timed, and in which configuration of the runtime.
 
-    The phase `decode` is one token after `context` tokens, `prefill` is one prompt of `prompt_tokens`. The
+    The phase `decode` is one token after `context` tokens, `prefill` is one prompt of `prompt_tokens`, `forward` is
+    one pass of `batch` examples through a network without a KV cache, whose file says how large an example is. The
     configuration is the number of threads and the runtime's own switches by name, like `{"flash_attention": "off"}`;
     a switch that is not named has the runtime's plain default.
     """
@@ -35,14 +37,24 @@ class Workload:
             raise ValueError(
                 f"at most {MAX_TOKENS:,} prompt tokens and context, {MAX_THREADS} threads and batch {MAX_BATCH:,}"
             )
-        if self.phase not in ("decode", "prefill"):
-            raise ValueError(f"phase is decode or prefill, got {self.phase!r}")
+        if self.phase not in PHASES:
+            raise ValueError(f"phase is {', '.join(PHASES[:-1])} or {PHASES[-1]}, got {self.phase!r}")
         if min(self.prompt_tokens, self.context, self.batch, self.threads) < 1:
             raise ValueError(f"prompt tokens, context, batch and threads are at least 1, got {self}")
 
     def describe(self) -> str:
-        work = f"decode at context {self.context}" if self.phase == "decode" else f"prefill of {self.prompt_tokens}"
-        return f"{work}, {self.precision}, {self.configuration}"
+        works = {
+            "decode": f"decode at context {self.context}",
+            "prefill": f"prefill of {self.prompt_tokens}",
+            "forward": f"forward of batch {self.batch}",
+        }
+        return f"{works[self.phase]}, {self.precision}, {self.configuration}"
+
+    def per_second(self, seconds: float) -> float:
+        """Return how many tokens, or examples of a `forward`, a second are processed if one run takes `seconds`."""
+        return {"decode": self.batch, "prefill": self.batch * self.prompt_tokens, "forward": self.batch}[
+            self.phase
+        ] / seconds
 
     @property
     def configuration(self) -> str:

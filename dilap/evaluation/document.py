@@ -34,6 +34,26 @@ class TextQuality:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageQuality:
+    """How close a network is to the dense one on images.
+
+    `kl` is the mean KL divergence of its class probabilities from the dense network's, in nats an image, `agreement`
+    the share of images in which both prefer the same class. The shares of images whose own class is preferred (top 1)
+    or among the five preferred (top 5), also the `reference`'s, are None where the images have no labels.
+    """
+
+    images: str
+    images_sha256: str
+    num_images: int
+    kl: float
+    agreement: float
+    top1: float | None = None
+    top5: float | None = None
+    reference_top1: float | None = None
+    reference_top5: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskFacts:
     """What the scores of a task rest on.
 

@@ -187,7 +187,7 @@ class Bench:
         """
         if self.estimate:
             artifacts = [(one.path, self.read_artifact(one.path.parent)) for one in cases]
-            shapes = [(one.architecture, file_sha256(path), self._mix_of(one)) for path, one in artifacts]
+            shapes = [(one.decoder, file_sha256(path), self._mix_of(one)) for path, one in artifacts]
             return self._estimates(shapes[0][0], shapes)
         protocol = self._protocol(FINAL if final else TABLE)
         with self.progress.bar("measure", total=None, unit="") as bar:
@@ -232,7 +232,7 @@ class Bench:
         file `path`, where a continued run finds them, unless they are contended.
         """
         if self.estimate:
-            whole = self.read_artifact(dense.parent).architecture
+            whole = self.read_artifact(dense.parent).decoder
             return self._estimates(whole, [(whole, file_sha256(dense), UNMIXED), (architecture, "", precisions)])
         if path.exists():
             return list(checked(tuple[Measurement, ...], read_json(path).get("measurements"), source=str(path)))
@@ -269,7 +269,7 @@ class Bench:
     def _mix_of(self, artifact: Artifact) -> Mapping[str, str]:
         """Return the precisions, by name, of the parts of an artifact that are not in the workload's own."""
         own = artifact.precision
-        parts = artifact.architecture.parts if own != self.workload.precision else ()
+        parts = artifact.decoder.parts if own != self.workload.precision else ()
         return {**dict.fromkeys(parts, own), **artifact.precisions}
 
     def find_configuration(self, path: Path, *, threads: Sequence[int]) -> Configuration:
@@ -277,7 +277,7 @@ class Bench:
         artifact = self.read_artifact(path.parent)
         world = MeasuredWorld(
             backend=self.backend,
-            vocab_size=artifact.architecture.vocab_size,
+            vocab_size=artifact.decoder.vocab_size,
             measure=lambda workloads: self.measure_cases([Case(path=path, workload=one) for one in workloads]),
             diverge=lambda base, other, tokens: self.divergence(path, base, other, tokens),
         )

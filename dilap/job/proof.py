@@ -185,8 +185,8 @@ def _side(
             if measurement.status == "estimated"
             else intervals.latency(measurement, stages.options.budget.statistic)
         ),
-        parameters=artifact.architecture.num_parameters,
-        flops=flops_of(artifact.architecture, stages.bench.workload),
+        parameters=artifact.decoder.num_parameters,
+        flops=flops_of(artifact.decoder, stages.bench.workload),
         quality=quality,
         torch_quality=torch_quality,
     )

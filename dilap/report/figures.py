@@ -188,9 +188,7 @@ def _kept(runs: Sequence[Run], attribute: str, name: str, title: str, unit: str)
             "share": getattr(layer, attribute) / max(1, getattr(dense, attribute)),
         }
         for run in runs
-        for index, (layer, dense) in enumerate(
-            zip(run.widths, run.result.dense.artifact.architecture.layers, strict=True)
-        )
+        for index, (layer, dense) in enumerate(zip(run.widths, run.result.dense.artifact.decoder.layers, strict=True))
     ]
     columns = {"run": "Run", "layer": "Layer", "kept": f"Kept {unit}", "dense": f"Dense {unit}", "share": "Share"}
     if name == "heads":

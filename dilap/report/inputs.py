@@ -79,7 +79,7 @@ def _run(folder: Path) -> Run:
     plan = folder / "plan.json"
     table, evaluation = folder / "table.jsonl", folder / "evaluation.json"
     result, widths = read_result(folder), decode(Plan, read_json(plan), source=str(plan)).all_widths()
-    if len(widths) != len(result.dense.artifact.architecture.layers):
+    if len(widths) != len(result.dense.artifact.decoder.layers):
         raise InvalidInput(f"{folder}: its plan.json is of another model than its result.json")
     return Run(
         name=folder.resolve().name,

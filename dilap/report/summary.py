@@ -81,7 +81,7 @@ def mean_accuracy(evaluation: Evaluation | None) -> float | None:
 
 
 def _row(run: Run, side: Side, evaluation: Evaluation | None, *, is_dense: bool) -> SummaryRow:
-    result, workload, architecture = run.result, run.result.workload, side.artifact.architecture
+    result, workload, architecture = run.result, run.result.workload, side.artifact.decoder
     precision, precisions = workload.precision, side.artifact.precisions
     cache_bits = backends.get(result.backend).cache_bits(workload)
     measurement = side.measurement

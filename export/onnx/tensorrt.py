@@ -33,8 +33,8 @@ from dilap.models.text_samples import SAMPLES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_MODEL, _WEIGHTS, _REFERENCE, _REPORT = "model.onnx", "model.onnx.data", "reference.npz", "compile_report.json"
-_TESTED = ("TensorRT 10.3 (JetPack 6)", "TensorRT 10.16 (JetPack 7.2)", "TensorRT 11", "TensorRT for RTX 1.7")
+_MODEL, _WEIGHTS, REFERENCE, REPORT = "model.onnx", "model.onnx.data", "reference.npz", "compile_report.json"
+TESTED = ("TensorRT 10.3 (JetPack 6)", "TensorRT 10.16 (JetPack 7.2)", "TensorRT 11", "TensorRT for RTX 1.7")
 # Measured in dB on tiny random models of five families, pruned: f16 53 to 66, bf16 38 to 51; SmolLM2-135M: f16 56.
 # A damaged model amplifies rounding (llama.cpp's f16 then has 27), and an engine rounds at other places than torch.
 SQNR_BOUNDS_DB = {"f16": 20.0, "bf16": 10.0}
@@ -66,12 +66,12 @@ class TensorRTExporter:
             folder.mkdir()
             save_tokenizer(words, folder)
             files = _write_model(folder, architecture, numerics, values, dtype=precision)
-            np.savez(folder / _REFERENCE, token_ids=np.array(token_ids), logits=torch_logits(model, token_ids))
-            recipe = _recipe(architecture, numerics, precision=precision, files=files, reference=_REFERENCE)
+            np.savez(folder / REFERENCE, token_ids=np.array(token_ids), logits=torch_logits(model, token_ids))
+            recipe = _recipe(architecture, numerics, precision=precision, files=files, reference=REFERENCE)
             write_json(folder / RECIPE_FILE, encode(recipe))
             job = _Check(model, architecture, numerics, values, recipe, folder)
             sqnr_db, verified = job.verify(token_ids)
-            notes = (verified, job.compile(), _REMAINING)
+            notes = (verified, job.compile(), REMAINING)
             artifact = _describe(folder, recipe, architecture, sqnr_db=sqnr_db)
             artifact = described(artifact, model, plan_digest=plan_digest, notes=notes)
             write_json(folder / "artifact.json", encode(artifact))
@@ -99,9 +99,9 @@ class TensorRTExporter:
         return artifact
 
 
-_REMAINING = (
+REMAINING = (
     "on the device: the first run builds the engine with JetPack's TensorRT, compares its logits with torch's "
-    f"({_REFERENCE}) and keeps it in engines/; nothing here was run on a GPU"
+    f"({REFERENCE}) and keeps it in engines/; nothing here was run on a GPU"
 )
 
 
@@ -167,7 +167,7 @@ def _recipe(
         files=files,
         reference=reference,
         bound_db=SQNR_BOUNDS_DB[precision],
-        tested=_TESTED,
+        tested=TESTED,
     )
 
 
@@ -240,11 +240,11 @@ class _Check:
             return f"not compiled: {error}"
         finally:
             _remove_check(self.folder)
-        found = decode(CompileReport, document, source=_REPORT)
+        found = decode(CompileReport, document, source=REPORT)
         depth, built = len(self.architecture.layers), len(shallow.layers)
         report = replace(found, files=self.recipe.files, num_layers=depth, num_layers_built=built)
-        write_json(self.folder / _REPORT, encode(report))
-        return f"{report.describe()} ({_REPORT})"
+        write_json(self.folder / REPORT, encode(report))
+        return f"{report.describe()} ({REPORT})"
 
 
 def _remove_check(folder: Path) -> None:

@@ -30,7 +30,11 @@ class CompiledTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class CompileReport:
-    """What TensorRT for RTX made of a model: the whole file was parsed, and one layer of every width was built."""
+    """What TensorRT for RTX made of a model.
+
+    The whole file was parsed. Of a decoder's `num_layers`, one of every width was built; an image network, for which
+    both numbers are 0, was built as a whole.
+    """
 
     runtime: str
     files: dict[str, str]
@@ -45,7 +49,10 @@ class CompileReport:
         failed = [f"{one.target}: {one.reason}" for one in self.targets if not one.built]
         unfused = sorted({node for one in built for phase in one.phases for node in phase.unfused_attention})
         text = f"compiled by {self.runtime} for {', '.join(one.target for one in built) or 'no target'}"
-        text += f"; attention that is not one kernel: {', '.join(unfused)}" if unfused else "; all attention fused"
+        if unfused:
+            text += f"; attention that is not one kernel: {', '.join(unfused)}"
+        elif any(phase.fused_attention for one in built for phase in one.phases):
+            text += "; all attention fused"
         return text + "".join(f"; failed for {reason}" for reason in failed)
 
 
@@ -55,15 +62,32 @@ def compiled(whole: Path, shallow: Path, *, recipe: Mapping[str, Any], targets: 
     `recipe` is the shallow model's Recipe as JSON values, because this function runs in a process of its own (TensorRT
     is native code). Raises Unavailable without TensorRT, Unsupported for one that builds for this machine's GPU only.
     """
+    api = _rtx()
+    tensorrt_build.parse(whole, api=api)
+    profiles = decode(Recipe, recipe, source="the recipe").profiles()
+    return _report(api, [_compile_for(shallow, profiles, api, target) for target in targets])
+
+
+def compiled_network(path: Path, *, targets: Sequence[str]) -> dict[str, Any]:
+    """Build an image network for every GPU generation, as `compiled` does; raises what that raises."""
+    api = _rtx()
+    tensorrt_build.parse(path, api=api)
+    return _report(api, [_compile_for(path, (), api, target) for target in targets])
+
+
+def _rtx() -> tensorrt_build.Api:
     api = tensorrt_build.find_api()
     if not api.for_rtx:
         raise Unsupported(f"{api.version} builds for this machine's GPU only")
-    tensorrt_build.parse(whole, api=api)
-    profiles = decode(Recipe, recipe, source="the recipe").profiles()
-    built = tuple(_compile_for(shallow, profiles, api, target) for target in targets)
-    return encode(
-        CompileReport(runtime=api.version, files={}, parsed=True, num_layers=0, num_layers_built=0, targets=built)
+    return api
+
+
+def _report(api: tensorrt_build.Api, built: Sequence[CompiledTarget]) -> dict[str, Any]:
+    """Return a report as JSON values, without the facts of the model."""
+    report = CompileReport(
+        runtime=api.version, files={}, parsed=True, num_layers=0, num_layers_built=0, targets=tuple(built)
     )
+    return encode(report)
 
 
 def _compile_for(path: Path, profiles: Sequence[Profile], api: tensorrt_build.Api, target: str) -> CompiledTarget:
@@ -78,7 +102,9 @@ def _compile_for(path: Path, profiles: Sequence[Profile], api: tensorrt_build.Ap
         seconds=round(built.seconds, 1),
         engine_bytes=built.num_bytes,
         phases=tensorrt_build.summarise(
-            built.layers, [profile.phase for profile in profiles], activation_bytes=built.activation_bytes
+            built.layers,
+            [profile.phase for profile in profiles] or ["forward"],
+            activation_bytes=built.activation_bytes,
         ),
     )
 

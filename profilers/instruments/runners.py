@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from dilap.backends.inputs import random_images, require_batch
 from dilap.backends.llamacpp.bench_flags import llama_bench_flags
+from dilap.core.artifact import Artifact
 from dilap.core.bounds import MAX_TOKENS
-from dilap.core.codec import checked, read_json
+from dilap.core.codec import checked, decode, read_json
 from dilap.core.documents import parse_object, value_at
 from dilap.core.errors import DilapError, InvalidInput, LinkLost, Unsupported
 from dilap.core.workload import Workload
@@ -106,22 +108,15 @@ class ExecutorRunnerSession:
     _LINE = re.compile(r"[DIEF] ([0-9]{1,6}):([0-9]{1,2}):([0-9]{1,2})\.([0-9]{6}) executorch:[^\]]*\] (.*)")
 
     def __init__(self, transport: Transport, program: str, job: Job) -> None:
-        workload = job.workload
-        count, position = (1, workload.context) if workload.phase == "decode" else (workload.prompt_tokens, 0)
-        room = _max_context(job.local)
-        if position + count > room:
-            raise Unsupported(f"{job.local}: it has room for {room} tokens, {workload.describe()} needs more")
-        # input files have the shape's upper bound; what is beyond --input_shapes is not read
-        tokens = job.put("tokens.bin", bytes(8 * room))
-        start = job.put("position.bin", position.to_bytes(8, "little"))
+        files, shapes = _images(job) if job.workload.phase == "forward" else _tokens(job)
         argv = [
             *job.prefix,
             program,
             f"--model_path={job.model}",
-            f"--inputs={tokens},{start}",
-            f"--input_shapes=1x{count},1",
-            f"--cpu_threads={workload.threads}",
-            f"--output_file={tokens}.out",
+            f"--inputs={','.join(files)}",
+            f"--input_shapes={','.join(shapes)}",
+            f"--cpu_threads={job.workload.threads}",
+            f"--output_file={files[0]}.out",
             "--print_output=none",
             "--server_mode",
         ]
@@ -176,6 +171,31 @@ class ExecutorRunnerSession:
             if words in found[5]:
                 return self._last
         raise LinkLost(f"executor_runner logged {_MAX_LOG_LINES:,} lines, and {words!r} in none of them; try again")
+
+
+def _tokens(job: Job) -> tuple[list[str], list[str]]:
+    """Put a decoder's two inputs on the device; return their files and shapes. Raises Unsupported for too many tokens.
+
+    The files have the shape's upper bound; what is beyond --input_shapes is not read.
+    """
+    workload = job.workload
+    count, position = (1, workload.context) if workload.phase == "decode" else (workload.prompt_tokens, 0)
+    room = _max_context(job.local)
+    if position + count > room:
+        raise Unsupported(f"{job.local}: it has room for {room} tokens, {workload.describe()} needs more")
+    tokens = job.put("tokens.bin", bytes(8 * room))
+    return [tokens, job.put("position.bin", position.to_bytes(8, "little"))], [f"1x{count}", "1"]
+
+
+def _images(job: Job) -> tuple[list[str], list[str]]:
+    """Put a batch of random images on the device; return its file and shape. Raises Unsupported for another batch."""
+    sidecar = job.local.with_name("artifact.json")
+    input_ = decode(Artifact, read_json(sidecar), source=str(sidecar)).input
+    if input_ is None:
+        raise Unsupported(f"{job.local} is a decoder: it is timed in decode and prefill")
+    require_batch(job.local, input_.shape, job.workload)
+    images = job.put("images.bin", random_images(input_.shape).tobytes())
+    return [images], ["x".join(map(str, input_.shape))]
 
 
 def _max_context(path: Path) -> int:

@@ -119,7 +119,8 @@ def test_every_sample_has_its_host_time(exported: Path) -> None:
 def test_samples_run_as_a_graph(exported: Path) -> None:
     session = session_of(exported)
     session.sample()
-    assert session._graph is not None
+    assert session._launch is not None
+    assert session._launch._graph is not None
 
 
 def test_asking_for_logits_leaves_the_timed_shapes_alone(exported: Path) -> None:

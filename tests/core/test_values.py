@@ -296,3 +296,14 @@ def test_impossible_workload_is_refused(changes: dict[str, Any]) -> None:
 def test_workload_describes_its_configuration_in_words() -> None:
     workload = Workload(threads=2, switches={"kv_cache": "q8_0", "flash_attention": "off"})
     assert workload.describe() == "decode at context 256, f16, 2 threads, flash attention off, kv cache q8_0"
+
+
+def test_a_forward_describes_its_batch_and_counts_images_a_second() -> None:
+    workload = Workload(phase="forward", batch=8, precision="int8")
+    assert workload.describe() == "forward of batch 8, int8, 1 thread"
+    assert workload.per_second(0.02) == pytest.approx(400)
+
+
+@pytest.mark.parametrize(("phase", "rate"), [("decode", 50), ("prefill", 50 * 128)])
+def test_decoders_count_tokens_a_second(phase: Literal["decode", "prefill"], rate: float) -> None:
+    assert Workload(phase=phase).per_second(0.02) == pytest.approx(rate)

@@ -399,7 +399,7 @@ def test_a_probe_has_the_size_of_a_real_export(
     real = artifact_in(request.getfixturevalue(folder))
     monkeypatch.setattr("dilap.export.executorch.header.MAX_CONTEXT", real.details["max_context"])
     probe = export.get("executorch").export_probe(
-        real.architecture, precision=real.precision, seed=0, out=tmp_path / "probe"
+        real.decoder, precision=real.precision, seed=0, out=tmp_path / "probe"
     )
     assert probe.details["matrix_types"] == real.details["matrix_types"]
     assert probe.num_bytes == pytest.approx(real.num_bytes, abs=4096)  # alignment

@@ -56,7 +56,7 @@ def exported(source: Source, backend: str, out: Path) -> Artifact:
         plan_digest="",
         out=out,
     )
-    assert artifact.architecture.vocab_size == source.model.config.vocab_size == len(source.tokenizer) < 400
+    assert artifact.decoder.vocab_size == source.model.config.vocab_size == len(source.tokenizer) < 400
     assert artifact.sqnr_db is not None
     assert artifact.sqnr_db > (45 if backend == "tensorrt" else 100), f"{artifact.sqnr_db:.1f} dB"  # f16: 53 measured
     assert any("its vocabulary was cut to what needs.txt needs" in note for note in artifact.details["notes"])

@@ -84,7 +84,7 @@ def test_nothing_is_written_but_into_out_and_the_cache(
 def test_tables_lie_in_the_cache(tmp_path: Path, finished: FinishedJob, monkeypatch: pytest.MonkeyPatch) -> None:
     result = decode(PruneResult, read_json(finished.run / "result.json"), source="result.json")
     bench = Bench.of([devices.get("host_cpu")], "llamacpp", Workload(), api.Bars(), tables=tmp_path)
-    assert bench.table_path("tiny", result.dense.artifact.architecture).parent == tmp_path
+    assert bench.table_path("tiny", result.dense.artifact.decoder).parent == tmp_path
 
 
 @pytest.mark.parametrize(

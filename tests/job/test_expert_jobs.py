@@ -22,7 +22,7 @@ def experts(tmp_path: Path) -> Path:
 
 
 def numbers_of_experts(result: PruneResult) -> list[int]:
-    return [layer.num_channels // 32 for layer in result.pruned.artifact.architecture.layers]
+    return [layer.num_channels // 32 for layer in result.pruned.artifact.decoder.layers]
 
 
 def require(backend: str) -> None:
@@ -41,7 +41,7 @@ def test_a_budget_leaves_llamacpp_equally_many_experts_in_every_layer(
     assert len(set(numbers_of_experts(result))) == 1
     checkpoint = load(str(tmp_path / "run")).model
     assert type(checkpoint).__name__ == "Qwen3MoeForCausalLM"
-    assert architecture_of(checkpoint) == result.pruned.artifact.architecture
+    assert architecture_of(checkpoint) == result.pruned.artifact.decoder
 
 
 def test_a_ratio_keeps_as_many_experts_as_every_layer_needs_in_onnxruntime(
@@ -50,7 +50,7 @@ def test_a_ratio_keeps_as_many_experts_as_every_layer_needs_in_onnxruntime(
     require("onnxruntime")
     asked = {"backend": "onnxruntime", "precision": "f32", "estimate": True, "target": "jetson_cpu"}
     result = prune_tiny(experts, corpus, tmp_path / "run", budget=None, ratio=0.3, method="dilap", **asked)
-    dense, pruned = result.dense.artifact.architecture, result.pruned.artifact.architecture
+    dense, pruned = result.dense.artifact.decoder, result.pruned.artifact.decoder
     kept = sum(map(pruned.attention_parameters, pruned.layers)) + sum(map(pruned.ffn_parameters, pruned.layers))
     whole = sum(map(dense.attention_parameters, dense.layers)) + sum(map(dense.ffn_parameters, dense.layers))
     assert 0.6 < kept / whole <= 0.7

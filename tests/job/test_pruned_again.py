@@ -58,4 +58,4 @@ def test_a_run_is_pruned_again_by_a_job(method: str, finished: FinishedJob, tmp_
     again = dilap.prune(str(tmp_path / "first"), budget="85%", out=tmp_path / "again", **options)
     assert again.pruned.parameters < first.pruned.parameters == again.dense.parameters
     plan = decode(Plan, read_json(tmp_path / "again" / "plan.json"), source="plan.json")
-    assert plan.architecture == first.pruned.artifact.architecture
+    assert plan.architecture == first.pruned.artifact.decoder

@@ -54,7 +54,7 @@ class SlowHeads(FakeBench):
 
     def measure_cases(self, cases: Sequence[Case], *, final: bool = False) -> list[Measurement]:
         def delayed(case: Case, one: Measurement) -> Measurement:
-            delay = ROW_NS * (self.read_artifact(case.path.parent).architecture.vocab_size - CUT)
+            delay = ROW_NS * (self.read_artifact(case.path.parent).decoder.vocab_size - CUT)
             return replace(one, samples_ns=tuple(sample + delay for sample in one.samples_ns))
 
         return [delayed(*both) for both in zip(cases, super().measure_cases(cases, final=final), strict=True)]
@@ -114,8 +114,8 @@ def pruned(given: Given) -> PruneResult:
 
 
 def test_a_budget_is_a_share_of_the_model_as_it_was_given(pruned: PruneResult, checkpoint: Path) -> None:
-    assert pruned.dense.artifact.architecture.vocab_size == ROWS
-    assert pruned.pruned.artifact.architecture.vocab_size == CUT
+    assert pruned.dense.artifact.decoder.vocab_size == ROWS
+    assert pruned.pruned.artifact.decoder.vocab_size == CUT
     assert pruned.limit_seconds == pytest.approx(0.6 * pruned.dense.seconds)
     assert pruned.status == "kept"
     assert pruned.speedup is not None
@@ -133,7 +133,7 @@ def test_the_cut_is_not_paid_for_twice(pruned: PruneResult, checkpoint: Path, co
     without = prune_tiny(checkpoint, corpus, tmp_path / "without", budget="60%")
 
     def in_layers(result: PruneResult) -> int:
-        architecture = result.pruned.artifact.architecture
+        architecture = result.pruned.artifact.decoder
         return architecture.num_parameters - 2 * architecture.vocab_size * architecture.hidden_size
 
     assert in_layers(pruned) > 1.1 * in_layers(without)
@@ -215,7 +215,7 @@ def test_a_loaded_model_brings_its_vocabulary(checkpoint: Path, corpus: Path, ne
     source = dilap.load(str(checkpoint), vocabulary=needs)
     result = dilap.prune(source, **quick(corpus, tmp_path / "run", budget="60%", method="magnitude"))
     assert result.model_digest == source.digest
-    assert result.dense.artifact.architecture.vocab_size == ROWS
+    assert result.dense.artifact.decoder.vocab_size == ROWS
     assert result.options["vocabulary"] == str(needs)
     with pytest.raises(InvalidInput, match=r"give vocabulary to dilap\.load instead"):
         dilap.prune(source, **quick(corpus, tmp_path / "other", budget="60%", vocabulary=needs))

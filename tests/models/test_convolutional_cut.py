@@ -14,7 +14,7 @@ from dilap.core.plan import Plan, full_plan
 from dilap.models.convolutional.cut import shrink_network_
 from dilap.models.convolutional.proof import halves, masked_, without
 
-HAS_BRANCHES = [name for name in NETWORKS if name != "unet"]
+HAS_BRANCHES = [name for name in NETWORKS if name not in ("plain", "unet")]
 
 
 def plan(shape: Network, kept: dict[str, tuple[int, ...]]) -> Plan[Network]:

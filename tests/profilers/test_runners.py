@@ -1,14 +1,20 @@
 """What the runner programs print, from their documented formats, and a phone's own words."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from dilap.core.artifact import Artifact
+from dilap.core.codec import encode, write_json
 from dilap.core.errors import InvalidInput, LinkLost, Unsupported
+from dilap.core.images import ImageInput
 from dilap.core.measurement import DeviceState
 from dilap.core.workload import Workload
 from dilap.profilers.instruments.phone import parse_state
 from dilap.profilers.instruments.runners import (
+    ExecutorRunner,
     Job,
     LlamaBench,
     LlamaMain,
@@ -16,6 +22,7 @@ from dilap.profilers.instruments.runners import (
     parse_llama_bench,
     parse_llama_main,
 )
+from dilap.profilers.links.transports import Transport
 
 DECODE = Workload(context=16, precision="q4_0", threads=5)
 PREFILL = Workload(phase="prefill", prompt_tokens=24, precision="q4_0", threads=5)
@@ -99,6 +106,42 @@ def test_a_prompt_of_another_length_is_refused() -> None:
 def test_other_output_of_llama_main_is_an_error(output: str) -> None:
     with pytest.raises(LinkLost, match="llama_main printed"):
         parse_llama_main(output, DECODE)
+
+
+class NoProgram:
+    """A transport on which no program starts; it keeps the command."""
+
+    def start(self, argv: list[str], *, seconds: float) -> None:
+        self.argv = argv
+        raise LinkLost("no program here")
+
+
+def write_sidecar(folder: Path, input_: ImageInput) -> None:
+    artifact = Artifact(
+        path="model.pte", format="pte", backend="executorch", precision="f32", plan_digest="", architecture=None,
+        input=input_, sha256="0", num_bytes=1, sqnr_db=None,
+    )  # fmt: skip
+    write_json(folder / "artifact.json", encode(artifact))
+
+
+def test_executor_runner_is_fed_a_batch_of_images(tmp_path: Path) -> None:
+    write_sidecar(tmp_path, ImageInput(channels=3, height=8, width=16, batch=2))
+    transport = NoProgram()
+    put: dict[str, bytes] = {}
+    forward = Workload(phase="forward", batch=2, precision="f32", threads=5)
+    asked = replace(job(tmp_path, forward), put=lambda name, content: name if put.setdefault(name, content) else "")
+    with pytest.raises(LinkLost):
+        ExecutorRunner().open(cast(Transport, transport), "/p/executor_runner", asked)
+    assert {"--inputs=images.bin", "--input_shapes=2x3x8x16"} <= set(transport.argv)
+    assert {name: len(content) for name, content in put.items()} == {"images.bin": 2 * 3 * 8 * 16 * 4}
+
+
+def test_executor_runner_refuses_another_batch(tmp_path: Path) -> None:
+    write_sidecar(tmp_path, ImageInput(channels=3, height=8, width=16))
+    with pytest.raises(Unsupported, match="takes 1 images at once, and the workload has batch 2"):
+        ExecutorRunner().open(
+            cast(Transport, NoProgram()), "/p/executor_runner", job(tmp_path, Workload(phase="forward", batch=2))
+        )
 
 
 def test_llama_main_without_a_tokenizer_says_what_times_probes(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ class FakeBench(Bench):
             sidecar = case.path.with_name("artifact.json")
             artifact = decode(Artifact, read_json(sidecar), source=str(sidecar))
             mix = Mix(precision=artifact.precision, precisions=artifact.precisions)
-            center = round(slowness_of(case.workload) * seconds_of(artifact.architecture.layers, mix) * 1e9)
+            center = round(slowness_of(case.workload) * seconds_of(artifact.decoder.layers, mix) * 1e9)
             found.append(
                 Measurement(
                     artifact_sha256=artifact.sha256,

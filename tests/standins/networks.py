@@ -1,10 +1,13 @@
-"""Tiny networks of convolutions with random weights, for images of 32 x 32."""
+"""Tiny networks of convolutions with random weights, for images of 32 x 32, and photographs that are made here."""
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from transformers import (
     ConvNextConfig,
@@ -20,11 +23,29 @@ from transformers import (
 )
 
 from dilap.core.graph import Network
+from dilap.core.images import ImageInput, Preprocessing
 from dilap.models.convolutional.network import outputs_of, traced
 from dilap.models.convolutional.proof import stand_in
 
-INPUT_SIZE = (3, 32, 32)
+PREPROCESSING = Preprocessing(resize=(36,), mean=(127.0, 120.0, 100.0), std=(128.0, 64.0, 64.0))
+INPUT = ImageInput(channels=3, height=32, width=32, preprocessing=PREPROCESSING)
+INPUT_SIZE = INPUT.size
 NUM_CLASSES = 7
+
+
+def plain() -> nn.Module:
+    """Convolutions of all kinds: with a batch norm, depthwise, with a bias; no transformers around them."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU6(),
+        nn.Conv2d(8, 8, 3, groups=8, padding=1),
+        nn.BatchNorm2d(8),
+        nn.Hardswish(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, NUM_CLASSES),
+    )
 
 
 def resnet(kind: str = "basic", **changes: Any) -> Any:
@@ -128,6 +149,7 @@ class UNet(nn.Module):
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "plain": plain,
     "resnet_basic": resnet,
     "resnet_bottleneck": bottleneck,
     "regnet": regnet,
@@ -159,3 +181,18 @@ def shape(name: str) -> Network:
 def output(model: nn.Module, *, seed: int = 1) -> torch.Tensor:
     images = torch.randn(2, *INPUT_SIZE, generator=torch.Generator().manual_seed(seed))
     return outputs_of(model, images)[0]
+
+
+def random_pixels(count: int, *, seed: int = 1) -> NDArray[np.float32]:
+    """Preprocessed images of noise."""
+    return np.random.default_rng(seed).standard_normal((count, *INPUT_SIZE), np.float32)
+
+
+def write_photograph(path: Path, *, seed: int = 0, height: int = 40, width: int = 60) -> Path:
+    """Write a file of coloured noise."""
+    from PIL import Image  # noqa: PLC0415
+
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)
+    return path

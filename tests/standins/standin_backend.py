@@ -30,6 +30,9 @@ class StandIn:
     def precisions(self) -> tuple[str, ...]:
         return ("f32",)
 
+    def network_precisions(self) -> tuple[str, ...]:
+        return ("f32",)
+
     def switches(self) -> dict[str, tuple[str, ...]]:
         return {}
 

@@ -1,0 +1,70 @@
+"""An image network in torch: any module that maps a batch of images to logits."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from dilap.core.errors import Unsupported, reason_of
+
+_IMAGES_AT_ONCE = 16  # the activations of ResNet-50 at 224x224 take about 100 MB an image
+
+
+class Logits(nn.Module):
+    """A network with its logits as the only output: transformers' models give an object that has them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        found = self.model(images)
+        found = found if isinstance(found, torch.Tensor) else getattr(found, "logits", None)
+        if not isinstance(found, torch.Tensor) or found.dim() != 2:
+            raise Unsupported("the model gives no logits (images x classes): it is no network that classifies images")
+        return found
+
+
+class TorchNetwork:
+    """The `dilap.backends.Network` of a torch model; it computes in the type that the weights have."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._logits = Logits(model)
+
+    def outputs(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the logits (images x classes) in f32. Raises Unsupported for images that the model does not take."""
+        weight = next(self._logits.parameters())
+        rows: list[NDArray[np.float32]] = []
+        with evaluating(self._logits), torch.inference_mode():
+            for few in torch.from_numpy(np.ascontiguousarray(images)).split(_IMAGES_AT_ONCE):
+                try:
+                    found = self._logits(few.to(weight.device, weight.dtype))
+                except (RuntimeError, ValueError, TypeError) as error:
+                    size = "x".join(map(str, images.shape[1:]))
+                    raise Unsupported(f"the model does not take images of {size}: {reason_of(error)}") from error
+                rows.append(found.float().cpu().numpy())
+        return np.concatenate(rows)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Let a model and all its parts evaluate; in the end everything that trained before trains again."""
+    trained = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
+
+
+def in_f32(model: nn.Module) -> nn.Module:
+    """Return the model on the CPU in f32: itself, or a copy where it is anything else."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if all(one.device.type == "cpu" and (one.dtype == torch.float32 or not one.is_floating_point()) for one in tensors):
+        return model
+    return copy.deepcopy(model).to("cpu", torch.float32)

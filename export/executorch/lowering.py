@@ -1,0 +1,83 @@
+"""An image network as an ExecuTorch program for its XNNPACK delegate, in f32 or with 8-bit weights and activations."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
+from executorch.exir import ExecutorchBackendConfig, ExecutorchProgramManager, to_edge_transform_and_lower
+from executorch.exir.passes import MemoryPlanningPass
+from numpy.typing import NDArray
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+from dilap.backends.inputs import whole_batches
+from dilap.core.images import ImageInput
+from dilap.export.traced import traced
+
+EDGE_DELEGATE = "executorch_call_delegate"
+
+
+_CLIPS = (torch.ops.aten.hardtanh.default, torch.ops.aten.hardtanh_.default, torch.ops.aten.relu6.default)
+_BEFORE_CLIPS = (
+    torch.ops.aten.conv2d.default,
+    torch.ops.aten.linear.default,
+    torch.ops.aten.batch_norm.default,
+)
+
+
+class ClippingQuantizer(XNNPACKQuantizer):  # type: ignore[misc]
+    """XNNPACK's quantizer, which gives what a ReLU6 clips its 8 bits after the clip and not before, as for a ReLU.
+
+    XNNPACK joins both with the convolution. Before the clip, most of the 256 steps lie where nothing is left behind it.
+    """
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        model = super().annotate(model)
+        for node in model.graph.nodes:
+            before = node.args[0] if node.target in _CLIPS else None
+            if isinstance(before, Node) and before.target in _BEFORE_CLIPS and len(before.users) == 1:
+                annotation = before.meta.get(Q_ANNOTATION_KEY)
+                if annotation is not None and isinstance(annotation.output_qspec, QuantizationSpec):
+                    spec, annotation.output_qspec = annotation.output_qspec, None
+                    node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(output_qspec=spec, _annotated=True)
+        return model
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program ready to be written, and how many operators of it are left to ExecuTorch's own, slow kernels."""
+
+    program: ExecutorchProgramManager
+    left: dict[str, int]
+
+
+@torch.no_grad()
+def lowered(graph: ExportedProgram) -> Lowered:
+    """Hand a graph to XNNPACK, as much of it as it takes. The caller's tensors serve as they are, uncopied."""
+    edge = to_edge_transform_and_lower(graph, partitioner=[XnnpackPartitioner()])
+    left: dict[str, int] = {}
+    for node in edge.exported_program().graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if node.op == "call_function" and name not in (EDGE_DELEGATE, "getitem"):
+            left[name] = left.get(name, 0) + 1
+    planning = MemoryPlanningPass(alloc_graph_input=False)
+    return Lowered(edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)), left)
+
+
+@torch.no_grad()
+def quantised(model: nn.Module, input_: ImageInput, images: NDArray[np.float32]) -> ExportedProgram:
+    """Return the network's graph with 8-bit weights, a scale a channel, and activations, scaled by what `images` make.
+
+    Batch norms become part of the convolutions before their weights are quantised.
+    """
+    settings = get_symmetric_quantization_config(is_per_channel=True)
+    observed = prepare_pt2e(traced(model, input_).module(), ClippingQuantizer().set_global(settings))
+    for batch in whole_batches(images, input_.shape):
+        observed(torch.from_numpy(batch))
+    return torch.export.export(convert_pt2e(observed), (torch.zeros(input_.shape),), strict=False)

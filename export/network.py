@@ -1,0 +1,64 @@
+"""What the exporters of image networks share: what is verified on, and the sidecar."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from dilap import backends
+from dilap.backends.inputs import random_images
+from dilap.core.artifact import Artifact
+from dilap.core.codec import file_sha256
+from dilap.core.errors import InvalidInput
+from dilap.core.images import ImageInput
+
+NUM_VERIFIED = 8  # images
+_FLOATS = ("f32", "f16")
+# Measured, in dB (ONNX Runtime f32, int8; ExecuTorch f32, int8; TensorRT f16):
+#   tiny random networks of four kinds, the worst   124    27   127    25    57
+#   EfficientNet-Lite0 on photographs               119    21   115    21    46
+# A damaged network amplifies rounding, so the bounds leave it room; that of 8 bits only tells a file from unrelated
+# logits (-3). In ONNX Runtime the same graph is compared in f32 before it is quantised.
+SQNR_BOUNDS_DB = {"f32": 60.0, "f16": 20.0, "int8": 0.0}
+
+
+def require_exportable(backend: str, precision: str, input_: ImageInput, images: NDArray[np.float32] | None) -> None:
+    """Raise Unsupported for a precision that the runtime has not, InvalidInput where images are wrong or missing."""
+    backends.require_network_precision(backends.get(backend), precision)
+    if images is None and precision not in _FLOATS:
+        raise InvalidInput(f"{precision} needs images, from which the ranges of the activations are taken: --calib")
+    if images is not None and (images.shape[1:] != input_.size or not len(images)):
+        raise InvalidInput(f"images are {images.shape}, and the network takes them as {input_}")
+
+
+def verified_images(input_: ImageInput, images: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """Return the images on which an artifact is compared with torch: random ones where there are no others."""
+    return random_images((NUM_VERIFIED, *input_.size)) if images is None else images[:NUM_VERIFIED]
+
+
+def described(
+    path: Path,
+    model: nn.Module,
+    input_: ImageInput,
+    *,
+    backend: str,
+    precision: str,
+    plan_digest: str,
+    sqnr_db: float | None,
+    details: dict[str, object],
+) -> Artifact:
+    """Return the sidecar of a network's one file."""
+    return Artifact(
+        path=path.name,
+        format=backends.get(backend).format,
+        backend=backend,
+        precision=precision,
+        plan_digest=plan_digest,
+        architecture=None,
+        input=input_,
+        sha256=file_sha256(path),
+        num_bytes=path.stat().st_size,
+        sqnr_db=sqnr_db,
+        details={"torch_dtype": str(next(model.parameters()).dtype), "notes": [], **details},
+    )
