@@ -1,8 +1,9 @@
-"""An image network in torch: any module that maps a batch of images to logits."""
+"""An image network in torch: what it gives for images, however they and its outputs are packed."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +23,29 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        found = self.model(images)
-        found = found if isinstance(found, torch.Tensor) else getattr(found, "logits", None)
-        if not isinstance(found, torch.Tensor) or found.dim() != 2:
+        found = outputs_of(self.model, images)
+        if not found or found[0].dim() != 2:
             raise Unsupported("the model gives no logits (images x classes): it is no network that classifies images")
-        return found
+        return found[0]
+
+
+def outputs_of(model: nn.Module, inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Return all tensors that a network gives, in whatever containers they are; logits are the first of them."""
+    return list(_tensors_in(model(inputs)))
+
+
+def _tensors_in(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [tensor for part in parts for tensor in _tensors_in(part)]
+
+
+def batches_of(images: NDArray[np.float32], size: int, *, model: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield preprocessed images, `size` at a time, where the weights of `model` are and in their type."""
+    weight = next(model.parameters())
+    for few in torch.from_numpy(np.ascontiguousarray(images)).split(size):
+        yield few.to(weight.device, weight.dtype)
 
 
 class TorchNetwork:
@@ -37,12 +56,11 @@ class TorchNetwork:
 
     def outputs(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the logits (images x classes) in f32. Raises Unsupported for images that the model does not take."""
-        weight = next(self._logits.parameters())
         rows: list[NDArray[np.float32]] = []
         with evaluating(self._logits), torch.inference_mode():
-            for few in torch.from_numpy(np.ascontiguousarray(images)).split(_IMAGES_AT_ONCE):
+            for few in batches_of(images, _IMAGES_AT_ONCE, model=self._logits):
                 try:
-                    found = self._logits(few.to(weight.device, weight.dtype))
+                    found = self._logits(few)
                 except (RuntimeError, ValueError, TypeError) as error:
                     size = "x".join(map(str, images.shape[1:]))
                     raise Unsupported(f"the model does not take images of {size}: {reason_of(error)}") from error

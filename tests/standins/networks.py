@@ -24,8 +24,9 @@ from transformers import (
 
 from dilap.core.graph import Network
 from dilap.core.images import ImageInput, Preprocessing
-from dilap.models.convolutional.network import outputs_of, traced
+from dilap.models.convolutional.network import traced
 from dilap.models.convolutional.proof import stand_in
+from dilap.models.network import outputs_of
 
 PREPROCESSING = Preprocessing(resize=(36,), mean=(127.0, 120.0, 100.0), std=(128.0, 64.0, 64.0))
 INPUT = ImageInput(channels=3, height=32, width=32, preprocessing=PREPROCESSING)
@@ -179,8 +180,7 @@ def shape(name: str) -> Network:
 
 @torch.no_grad()
 def output(model: nn.Module, *, seed: int = 1) -> torch.Tensor:
-    images = torch.randn(2, *INPUT_SIZE, generator=torch.Generator().manual_seed(seed))
-    return outputs_of(model, images)[0]
+    return outputs_of(model, torch.from_numpy(random_pixels(2, seed=seed)))[0]
 
 
 def random_pixels(count: int, *, seed: int = 1) -> NDArray[np.float32]:

@@ -19,7 +19,7 @@ from dilap.core.graph import Network
 from dilap.core.groups import Group, Member
 from dilap.core.plan import Plan
 from dilap.methods.networks.scores import by_unit, filters_of, over_axis
-from dilap.models.convolutional.network import outputs_of
+from dilap.models.network import batches_of, evaluating, outputs_of
 from dilap.search.network_task import NetworkTask
 
 
@@ -27,7 +27,7 @@ from dilap.search.network_task import NetworkTask
 class Taylor:
     """First-order Taylor importance, compared over the whole network.
 
-    Gradients are those of batches of `batch_size` examples.
+    Gradients are those of batches of `batch_size` images.
     """
 
     batch_size: int = 32
@@ -41,10 +41,11 @@ class Taylor:
         names = sorted({one.tensor for members in gates.values() for one in members})
         found = {group.name: torch.zeros(group.num_units) for group in task.network.groups}
         parameters = dict(task.model.named_parameters())
-        with _evaluated_with_gradients(task.model):
-            for batch in task.examples.batches(self.batch_size):
-                logits = outputs_of(task.model, batch.inputs)[0]
-                labels = logits.detach().argmax(1) if batch.labels is None else batch.labels
+        known = None if task.labels is None else torch.tensor(task.labels).split(self.batch_size)
+        with evaluating(task.model), _gradients(task.model):
+            for number, batch in enumerate(batches_of(task.images, self.batch_size, model=task.model)):
+                logits = outputs_of(task.model, batch)[0]
+                labels = logits.detach().argmax(1) if known is None else known[number].to(logits.device)
                 loss = functional.cross_entropy(logits, labels)
                 gradients = dict(zip(names, torch.autograd.grad(loss, [parameters[one] for one in names]), strict=True))
                 for name, members in gates.items():
@@ -52,7 +53,7 @@ class Taylor:
                     for one in members:
                         product = (parameters[one.tensor].detach() * gradients[one.tensor]).float()
                         change += by_unit(over_axis(product, one.axis), one)
-                    found[name] += change.square() * (len(batch) / len(task.examples))
+                    found[name] += change.square() * (len(batch) / len(task.images))
         return found
 
 
@@ -71,16 +72,12 @@ def _is_norm(model: nn.Module, tensor: str) -> bool:
 
 
 @contextmanager
-def _evaluated_with_gradients(model: nn.Module) -> Iterator[None]:
-    """Let all parameters have gradients while the network evaluates; at the end all is as it was."""
-    training = [(module, module.training) for module in model.modules()]
+def _gradients(model: nn.Module) -> Iterator[None]:
+    """Let all parameters have gradients; at the end those that had none do so no longer."""
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
     model.requires_grad_(True)
     try:
         yield
     finally:
         for parameter, was_required in required:
             parameter.requires_grad_(was_required)
-        for module, was_training in training:
-            module.training = was_training

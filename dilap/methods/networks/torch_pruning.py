@@ -19,7 +19,7 @@ from dilap.core.graph import Network
 from dilap.core.groups import Group
 from dilap.core.plan import Plan, full_plan
 from dilap.methods.networks.scores import by_unit, filters_of
-from dilap.models.convolutional.network import outputs_of
+from dilap.models.network import batches_of, outputs_of
 from dilap.search.network_task import NetworkTask
 
 # Its arguments whose defaults are dictionaries into which every pruner writes.
@@ -63,7 +63,7 @@ class TorchPruning:
         cut = {one.tensor for group in task.network.groups for one in filters_of(task.network, group)}
         return torch_pruning.pruner.BasePruner(
             model,
-            task.examples.inputs[:2],
+            next(batches_of(task.images, 2, model=model)),
             importance=torch_pruning.importance.GroupMagnitudeImportance(p=int(self.norm)),
             global_pruning=self.global_pruning,
             ignored_layers=[model.get_submodule(one.name) for one in task.network.layers if one.weight not in cut],

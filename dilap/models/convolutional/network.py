@@ -16,6 +16,7 @@ from dilap.models.convolutional.cut import tensors_of
 from dilap.models.convolutional.dependencies import OF_OUTPUTS, Dependencies
 from dilap.models.convolutional.groups import grouped
 from dilap.models.convolutional.proof import Proof, stand_in
+from dilap.models.network import outputs_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +58,6 @@ def traced(model: nn.Module, *, input_size: Sequence[int], name: str) -> Traced:
         layer, reason = next(iter(inner), ("it", "has no layer within whose outputs are several channels"))
         raise Unsupported(f"network {name}: no channel can be removed; for example, {layer} {reason}")
     return Traced(network=network, refusals=refusals)
-
-
-def outputs_of(model: nn.Module, inputs: torch.Tensor) -> list[torch.Tensor]:
-    """Return all tensors that a network gives, in whatever containers they are."""
-    return list(_tensors_in(model(inputs)))
-
-
-def _tensors_in(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value] if value.is_floating_point() else []
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return [tensor for part in parts for tensor in _tensors_in(part)]
 
 
 class _Sizes:
