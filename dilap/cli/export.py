@@ -1,4 +1,4 @@
-"""dilap-export: write any checkpoint, pruned or not, in a runtime's format, checked against torch."""
+"""dilap-export: write any checkpoint or image network, pruned or not, in a runtime's format, checked against torch."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,7 +8,9 @@ from pathlib import Path
 from dilap import backends
 from dilap.cli import arguments, console
 from dilap.core.errors import InvalidInput
+from dilap.core.images import ImageInput
 from dilap.job.export import chosen_precision, export
+from dilap.job.networks import is_network, network_precision
 from dilap.job.outputs import name_of, name_of_vocabulary
 
 _EXAMPLES = """\
@@ -18,7 +20,12 @@ _EXAMPLES = """\
   dilap-export --backend llamacpp --precision q4_0 --plan runs/mine/plan.json runs/mine/checkpoint
   dilap-export --backend llamacpp --tokenizer original.gguf CHECKPOINT
   dilap-export --backend llamacpp --vocabulary needs.txt CHECKPOINT
-  dilap-export --backend tensorrt CHECKPOINT                    # for a Jetson, checked here as far as it goes"""
+  dilap-export --backend tensorrt CHECKPOINT                    # for a Jetson, checked here as far as it goes
+image networks (classifiers of transformers, efficientnet-lite0, your own modules):
+  dilap-export --backend onnxruntime ./resnet-50
+  dilap-export --backend executorch --precision int8 --calib photos/ efficientnet-lite0
+  dilap-export --backend tensorrt --input 3x224x224 my_module:build
+  dilap-export --backend onnxruntime --input 3x224x224 --weights runs/mine/checkpoint my_module:build"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -26,7 +33,8 @@ def _parser() -> argparse.ArgumentParser:
         "Write a checkpoint in a runtime's format and verify it against the torch model.", _EXAMPLES
     )
     made.add_argument(
-        "checkpoint", help="a run or a folder with config.json, a .gguf file, a hub id or a built-in name"
+        "checkpoint",
+        help="a run or a folder with config.json, a .gguf file, a hub id, a built-in name, or my_module:build",
     )
     made.add_argument("--backend", required=True, help=f"the runtime: {', '.join(backends.BACKENDS)}")
     made.add_argument(
@@ -40,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--plan", metavar="FILE", help="a run's plan.json, whose precisions the parts get")
     made.add_argument("--tokenizer", metavar="PATH", help="a folder or GGUF file; the checkpoint's own by default")
     arguments.add_changes(made)
+    made.add_argument("--input", metavar="CxHxW", help="of an image network, 3x224x224: needed for my_module:build")
+    made.add_argument(
+        "--processor", metavar="DIR", help="has preprocessor_config.json, which says how photographs become inputs"
+    )
+    made.add_argument("--weights", metavar="DIR", help="a checkpoint of what my_module:build returns")
+    made.add_argument("--calib", metavar="PHOTOS", help="a folder of photographs, which int8 takes its ranges from")
     made.add_argument("--out", metavar="DIR", help="the artifact's folder (CHECKPOINT-BACKEND-PRECISION)")
     made.add_argument("--json", action="store_true", help="print the sidecar as JSON")
     return made
@@ -48,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
 def _command() -> int:
     given = _parser().parse_args()
     whole, parts = _precisions(given.precision)
-    precision = chosen_precision(given.backend, whole)
+    input_ = None if given.input is None else ImageInput.parse(given.input)
+    is_image_network = input_ is not None or is_network(given.checkpoint)
+    precision = (network_precision if is_image_network else chosen_precision)(given.backend, whole)
     mixed = "-mixed" if parts or given.plan else ""
     changes = f"{name_of(given.merge_adapter)}-" if given.merge_adapter else ""
     changes += f"{name_of_vocabulary(given.vocabulary)}-" if given.vocabulary else ""
@@ -63,6 +79,10 @@ def _command() -> int:
         tokenizer=Path(given.tokenizer) if given.tokenizer else None,
         merge_adapter=given.merge_adapter,
         vocabulary=given.vocabulary,
+        input_=input_,
+        processor=Path(given.processor) if given.processor else None,
+        weights=Path(given.weights) if given.weights else None,
+        calib=given.calib,
         out=out,
         progress=console.Console(),
     )
@@ -89,7 +109,7 @@ def _beside(checkpoint: str, ending: str) -> Path:
     path = Path(checkpoint)
     if path.name in ("", ".."):
         path = path.resolve()
-    return path.parent / f"{path.name}-{ending}"
+    return path.parent / f"{path.name.replace(':', '-')}-{ending}"
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 from dilap.core.artifact import Artifact
 from dilap.core.errors import InvalidInput
+from dilap.core.images import ImageInput
 from dilap.core.progress import Progress
 from dilap.core.shape import UNMIXED
 from dilap.core.workload import Budget, Statistic
@@ -177,13 +178,19 @@ def export(
     tokenizer: Place | None = None,
     merge_adapter: Place | None = None,
     vocabulary: Place | None = None,
+    input_: str | None = None,
+    processor: Place | None = None,
+    weights: Place | None = None,
+    calib: Place | None = None,
     progress: Told = None,
 ) -> Artifact:
     """Write a checkpoint in a runtime's format into the new folder `out`, checked against torch.
 
     `precisions` has those of parts that differ from `precision`: `head`, `embedding`, `layers.N.attention`,
     `layers.N.ffn`, or `attention` and `ffn` for all layers. `plan` is a run's plan.json, whose precisions are taken for
-    parts that are not named.
+    parts that are not named. The checkpoint may be an image network: `input_` is then what it takes, as in
+    `3x224x224`, `processor` a folder whose preprocessor_config.json says how photographs become that, `calib` are
+    photographs from which 8 bits take their ranges, and `weights` those of `my_module:build`.
     """
     return exporting.export(
         os.fspath(checkpoint),
@@ -194,6 +201,10 @@ def export(
         tokenizer=None if tokenizer is None else Path(tokenizer),
         merge_adapter=None if merge_adapter is None else os.fspath(merge_adapter),
         vocabulary=None if vocabulary is None else os.fspath(vocabulary),
+        input_=None if input_ is None else ImageInput.parse(input_),
+        processor=None if processor is None else Path(processor),
+        weights=None if weights is None else Path(weights),
+        calib=None if calib is None else os.fspath(calib),
         out=Path(out),
         progress=_progress(progress),
     )

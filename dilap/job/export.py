@@ -8,10 +8,12 @@ from dilap import backends
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, read_json
 from dilap.core.errors import InvalidInput, Mismatch
+from dilap.core.images import ImageInput
 from dilap.core.plan import Plan
 from dilap.core.precisions import Mix, for_every_layer
 from dilap.core.progress import Progress
 from dilap.core.shape import UNMIXED
+from dilap.job.networks import export_network, is_network
 
 
 def chosen_precision(backend: str, precision: str | None) -> str:
@@ -32,22 +34,43 @@ def export(
     tokenizer: Path | None = None,
     merge_adapter: str | None = None,
     vocabulary: str | None = None,
+    input_: ImageInput | None = None,
+    processor: Path | None = None,
+    weights: Path | None = None,
+    calib: str | None = None,
     out: Path,
     progress: Progress,
 ) -> Artifact:
     """Write the folder `out`, whole or not at all, with the model file and its sidecar `artifact.json`.
 
-    `checkpoint` is a run, a folder, a GGUF file, a hub id or a built-in name. `precisions` has those of the parts of
-    the model that differ: `head`, `embedding`, `layers.N.attention`, `layers.N.ffn`, or `attention` and `ffn` for all
-    layers. `plan` is the plan.json of a run, whose precisions are those of the parts that are not named. Raises
-    InvalidInput, Unavailable, Unsupported where the runtime cannot hold the model, Mismatch for the plan of another
-    model, and VerificationFailed where the runtime computes something else than torch.
+    `checkpoint` is a run, a folder, a GGUF file, a hub id or a built-in name; or an image network, which is every model
+    with an `input_`: `processor`, `weights` and `calib` are for these alone (see `export_network`). `precisions` has
+    those of the parts of the model that differ: `head`, `embedding`, `layers.N.attention`, `layers.N.ffn`, or
+    `attention` and `ffn` for all layers. `plan` is the plan.json of a run, whose precisions are those of the parts that
+    are not named. Raises InvalidInput, Unavailable, Unsupported where the runtime cannot hold the model, Mismatch for
+    the plan of another model, and VerificationFailed where the runtime computes something else than torch.
     """
+    if os.path.lexists(out):
+        raise InvalidInput(f"{out} already exists; remove it or choose another --out")
+    if input_ is not None or is_network(checkpoint):
+        changes = {"--tokenizer": tokenizer, "--merge-adapter": merge_adapter, "--vocabulary": vocabulary}
+        _refuse(f"the image network {checkpoint}", {"--precision PART=": precisions, "--plan": plan, **changes})
+        return export_network(
+            checkpoint,
+            backend=backend,
+            precision=precision,
+            input_=input_,
+            processor=processor,
+            weights=weights,
+            calib=calib,
+            out=out,
+            progress=progress,
+        )
+    of_networks = {"--processor": processor, "--weights": weights, "--calib": calib}
+    _refuse(f"{checkpoint}, which is no image network", of_networks)
     chosen, planned = chosen_precision(backend, precision), None if plan is None else _read_plan(plan, precision)
     for one in precisions.values():
         backends.require_precision(backends.get(backend), one)
-    if os.path.lexists(out):
-        raise InvalidInput(f"{out} already exists; remove it or choose another --out")
     if tokenizer is not None and not tokenizer.exists():
         raise InvalidInput(f"no tokenizer {str(tokenizer)!r}: give a Hugging Face folder or a GGUF file")
     progress.say(f"exporting {checkpoint} to {backend}, {Mix(precision=chosen, precisions=precisions)}")
@@ -74,6 +97,12 @@ def export(
         plan_digest=_plan_digest(checkpoint_of(Path(checkpoint))),
         out=out,
     )
+
+
+def _refuse(model: str, options: Mapping[str, object]) -> None:
+    """Raise InvalidInput where one of these options, by name, is given for a model that has no use for it."""
+    if given := [name for name, value in options.items() if value]:
+        raise InvalidInput(f"{given[0]} does not apply to {model}: leave it away")
 
 
 def _read_plan(path: Path, precision: str | None) -> Plan:

@@ -127,7 +127,7 @@ def _by_learning_rate(student: nn.Module, options: RecoveryOptions) -> list[dict
 def _adapted(adapter: LoraLayer) -> torch.Tensor:
     """Return the matrix that an adapter changes: of a layer, or one of several of the same module (experts)."""
     layer: Any = adapter
-    weight: torch.Tensor = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
+    weight: torch.Tensor = layer.get_param() if isinstance(adapter, ParamWrapper) else layer.get_base_layer().weight
     return weight
 
 

@@ -81,11 +81,14 @@ class ImageSet:
         return replace(self, pictures=tuple(self.pictures[index] for index in indices), labels=labels)
 
 
-def read_images(name: str, *, classes: Mapping[str, int] | None = None, num_classes: int | None = None) -> ImageSet:
+def read_images(
+    name: str, *, classes: Mapping[str, int] | None = None, num_classes: int | None = None, labelled: bool = True
+) -> ImageSet:
     """Find the photographs that `name` stands for, and their labels where they have some; see KNOWN.
 
     A label is the number of a class, or a name among the model's `classes`. Folders that are neither are numbered in
-    the order of their names, if there are `num_classes` of them. Raises InvalidInput where an image cannot be opened or
+    the order of their names, if there are `num_classes` of them. Labels are left aside unless they are asked for
+    (`labelled`). Raises InvalidInput where an image cannot be opened or
     a label is no class, Unavailable where the hub or a library is missing.
     """
     path = Path(name).expanduser()
@@ -99,7 +102,7 @@ def read_images(name: str, *, classes: Mapping[str, int] | None = None, num_clas
     if not pictures:
         raise InvalidInput(f"{name}: it holds no images; {KNOWN}")
     _require_openable(name, pictures)
-    numbers = _numbers(name, pictures, classes or {}, num_classes)
+    numbers = _numbers(name, pictures, classes or {}, num_classes) if labelled else None
     return ImageSet(name=name, pictures=pictures, labels=numbers)
 
 
@@ -107,7 +110,9 @@ def prepared(picture: Picture, input_: ImageInput, *, source: str) -> NDArray[np
     """Return a photograph as the network takes it (channels x height x width). Raises InvalidInput."""
     how = input_.preprocessing
     if how is None:
-        raise InvalidInput("how photographs become inputs is not known: the model has no image processor; give one")
+        raise InvalidInput(
+            "how photographs become inputs is not known: the model has no image processor; give one as --processor"
+        )
     library = pillow()
     try:
         with library.open(io.BytesIO(picture.content())) as file:

@@ -219,7 +219,7 @@ def test_a_checkpoint_without_its_classifier_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_of_a_users_own_network_says_what_to_give(tmp_path: Path) -> None:
     _, folder = saved_lite(tmp_path)
-    with pytest.raises(InvalidInput, match="give --model my_module:build --weights"):
+    with pytest.raises(InvalidInput, match="give my_module:build, which builds the network, with --weights"):
         load_network(str(folder))
 
 

@@ -29,7 +29,7 @@ from dilap.models.pretrained import errors_of_damaged_files, from_pretrained
 
 MODELLING_FILE = "modeling_narrowed.py"
 _USUAL_SIDE = 224  # of images, where a config does not say it (ResNet, RegNet)
-# Of 500 photographs of ImageNet LITE_SHARE are classified as they are labelled.
+# With it, 87 % of 500 photographs of ImageNet's classes are named rightly; with ImageNet's mean and deviation, 76 %.
 _LITE_INPUT = ImageInput(
     channels=3,
     height=224,
@@ -58,31 +58,26 @@ class NetworkSource:
         return traced(self.model, input_size=self.input.size, name=self.name)
 
 
-def load_network(name: str, *, input_: ImageInput | None = None, weights: str | Path | None = None) -> NetworkSource:
+def load_network(
+    name: str,
+    *,
+    input_: ImageInput | None = None,
+    processor: Path | None = None,
+    weights: str | Path | None = None,
+) -> NetworkSource:
     """Load a network.
 
     `name` is a built-in name, a Hugging Face folder of an image classifier, or the `module:function` of a user that
-    returns a module; this one is imported because it was named, and no other code is. `input_` is needed for a user's
-    own; where it says no preprocessing, the model's own is taken, if it has one. `weights` is the folder of a
-    checkpoint that `save_network` wrote of a network that is no transformers class, and has the values and shapes that
-    replace those of the named one. Raises InvalidInput, Unavailable, Unsupported.
+    returns a module; this one is imported because it was named, and no other code is. What it takes is said by the
+    folder `processor`, which has a preprocessor_config.json, or else by the model itself; `input_` is another size, and
+    for a user's own, one of the two is needed. `weights` is the folder of a checkpoint that `save_network` wrote of a
+    network that is no transformers class, and has the values and shapes that replace those of the named one. Raises
+    InvalidInput, Unavailable, Unsupported.
     """
     folder = Path(name).expanduser()
-    model: nn.Module
-    own: ImageInput | None = None
-    notes: tuple[str, ...] = ()
-    if name in BUILTIN_NETWORKS:
-        model, own = _builtin(name), _LITE_INPUT
-    elif folder.is_dir():
-        model = _classifier(name, folder)
-        own, notes = _own_input(folder, model.config)
-    elif ":" in name:
-        model = _built(name, registry.own(name, kind="model"))
-    else:
-        raise InvalidInput(
-            f"no network {name!r}: give {', '.join(BUILTIN_NETWORKS)}, the folder of an image classifier of"
-            " transformers, or my_module:build, a function that returns a module"
-        )
+    model, own, notes = _model(name, folder)
+    if processor is not None:
+        own, notes = _processed(processor), ()
     found = own if input_ is None else _asked_input(input_, own)
     if found is None:
         raise InvalidInput(f"network {name!r} does not say how large its input is; give it, as --input 3x224x224")
@@ -96,6 +91,21 @@ def load_network(name: str, *, input_: ImageInput | None = None, weights: str | 
         digest=model_digest(model),
         folder=folder if folder.is_dir() else None,
         notes=notes,
+    )
+
+
+def _model(name: str, folder: Path) -> tuple[nn.Module, ImageInput | None, tuple[str, ...]]:
+    """Return a model, what it takes, None where it does not say that, and notes."""
+    if name in BUILTIN_NETWORKS:
+        return _builtin(name), _LITE_INPUT, ()
+    if folder.is_dir():
+        model = _classifier(name, folder)
+        return model, *_own_input(folder, model.config)
+    if ":" in name:
+        return _built(name, registry.own(name, kind="model")), None, ()
+    raise InvalidInput(
+        f"no network {name!r}: give {', '.join(BUILTIN_NETWORKS)}, the folder of an image classifier of transformers,"
+        " or my_module:build, a function that returns a module"
     )
 
 
@@ -113,6 +123,13 @@ def _asked_input(asked: ImageInput, own: ImageInput | None) -> ImageInput:
         return asked
     resize = tuple(round(side * asked.height / own.height) for side in own.preprocessing.resize)
     return replace(asked, preprocessing=replace(own.preprocessing, resize=resize))
+
+
+def _processed(folder: Path) -> ImageInput:
+    found = read_preprocessing(folder)
+    if found is None:
+        raise InvalidInput(f"{folder} has no {CONFIG}, which says how photographs become inputs")
+    return found
 
 
 def _own_input(folder: Path, config: PreTrainedConfig) -> tuple[ImageInput, tuple[str, ...]]:
@@ -144,7 +161,11 @@ def _built(name: str, build: Callable[[], Any]) -> nn.Module:
 def _classifier(name: str, folder: Path) -> PreTrainedModel:
     """Load an image classifier of transformers, a narrowed one by our own class."""
     if not (folder / "config.json").is_file():
-        hint = f"; give --model my_module:build --weights {name}" if (folder / RECORD).is_file() else ""
+        hint = (
+            f"; give my_module:build, which builds the network, with --weights {name}"
+            if (folder / RECORD).is_file()
+            else ""
+        )
         raise InvalidInput(f"model {name!r} cannot be loaded: there is no config.json{hint}")
     try:
         config = from_pretrained(AutoConfig, folder)
