@@ -16,6 +16,8 @@ from dilap.models.reference import final_hidden
 from dilap.models.rounding import compensated, rounded
 from dilap.models.statistics import InputStatistics, Role, layer_statistics, paths_of
 
+# KL to the dense model of SmolLM2-135M (turned, its layers rounded) on 2,048 tokens of WikiText-2, rounded plainly and
+# with 32 sequences of 256 tokens of C4: q4_0 0.586 and 0.135, int4 0.585 and 0.134; 8 layers in q4_0 0.155 and 0.050.
 ROLES: tuple[Role, ...] = ("attention_in", "attention_out", "ffn_in", "ffn_out")
 
 
