@@ -1,12 +1,12 @@
 """The summary of a report: the numbers of every model in one row, for the tables of all formats."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dilap import backends
 from dilap.evaluation.document import Evaluation
-from dilap.job.result import PruneResult, Side
+from dilap.job.result import DenseFormat, PruneResult, Side
 from dilap.report.inputs import Contents, Run
 
 
@@ -62,6 +62,8 @@ class SummaryRow:
 def rows(contents: Contents) -> list[SummaryRow]:
     """Return a row for the dense model, as it was measured beside the first run, and one for each run.
 
+    Where that run chose precisions, the dense model has a row for each of them.
+
     The shares in a run's row are of the dense model that was measured beside that run.
     """
     scored = {one.digest: one for one in contents.evaluations}
@@ -69,7 +71,8 @@ def rows(contents: Contents) -> list[SummaryRow]:
         _row(run, run.result.dense, scored.get(run.result.dense.artifact.sha256), is_dense=True)
         for run in contents.runs[:1]
     ]
-    return dense + [_row(run, run.result.pruned, run.evaluation, is_dense=False) for run in contents.runs]
+    formats = [_format_row(run, one) for run in contents.runs[:1] for one in run.result.formats]
+    return dense + formats + [_row(run, run.result.pruned, run.evaluation, is_dense=False) for run in contents.runs]
 
 
 def mean_accuracy(evaluation: Evaluation | None) -> float | None:
@@ -82,7 +85,7 @@ def mean_accuracy(evaluation: Evaluation | None) -> float | None:
 
 def _row(run: Run, side: Side, evaluation: Evaluation | None, *, is_dense: bool) -> SummaryRow:
     result, workload, architecture = run.result, run.result.workload, side.artifact.decoder
-    precision, precisions = workload.precision, side.artifact.precisions
+    precision, precisions = side.artifact.precision, side.artifact.precisions
     cache_bits = backends.get(result.backend).cache_bits(workload)
     measurement = side.measurement
     share = (1.0, 1.0, 1.0) if is_dense else _share(result)
@@ -124,6 +127,24 @@ def _row(run: Run, side: Side, evaluation: Evaluation | None, *, is_dense: bool)
         measurement=measurement.words,
         notes="; ".join(measurement.caveats),
     )
+
+
+def _format_row(run: Run, one: DenseFormat) -> SummaryRow:
+    """Return the row of the dense model in one precision, on the scale of the dense model that ships."""
+    result = run.result
+    side = replace(
+        result.dense,
+        artifact=one.artifact,
+        measurement=one.measurement,
+        seconds=one.seconds(result.dense, result.budget.statistic),
+        interval=None,
+        quality=one.quality,
+        torch_quality=result.dense.in_torch,
+    )
+    row = replace(_row(run, side, None, is_dense=True), run=f"dense in {one.precision}")
+    if (found := one.speedup) is None:
+        return replace(row, of_dense=side.seconds / result.dense.seconds)
+    return replace(row, of_dense=1 / found.value, of_dense_low=1 / found.high, of_dense_high=1 / found.low)
 
 
 def _share(result: PruneResult) -> tuple[float, float | None, float | None]:

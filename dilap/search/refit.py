@@ -21,7 +21,7 @@ from dilap.models.matrices import put_, replaced
 from dilap.models.reference import Teacher, final_hidden
 from dilap.models.rounding import compensated
 from dilap.models.skipping import Known, layers_replaced
-from dilap.models.statistics import LayerCall, State, layer_calls
+from dilap.models.statistics import InputStatistics, LayerCall, State, layer_calls
 from dilap.search.allocation import Config
 from dilap.search.supernet import Supernet
 
@@ -196,18 +196,13 @@ def _round_inputs(net: Supernet, index: int, precision: str, traces: Iterable["_
 
 def _gram(matrix: nn.Module, runs: Iterable[object]) -> torch.Tensor:
     """Return X'X (inputs x inputs) of the inputs X that a matrix has in `runs`."""
-    found = torch.zeros(0)
-
-    def add(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        nonlocal found
-        x = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
-        found = x.T @ x + (found if len(found) else 0)
-
-    hook = matrix.register_forward_pre_hook(add)
+    statistics = InputStatistics()
+    hook = matrix.register_forward_pre_hook(lambda _, arguments: statistics.add(arguments[0], covariance=True))
     for _ in runs:
         pass
     hook.remove()
-    return found
+    assert statistics.covariance_sum is not None  # a batch has tokens
+    return statistics.covariance_sum
 
 
 def _rounded_head(
@@ -220,12 +215,12 @@ def _rounded_head(
     level = net.head_level(config)
     if not level.head or net.is_tied(level):
         return {}
-    dense, gram = net.dense[net.head_name], torch.zeros(0)
+    dense, statistics = net.dense[net.head_name], InputStatistics()
     with layers_replaced(net.model, {len(decoder_layers(net.model)) - 1: Known(states)}):
         for batch in batches(tokens, batch_tokens=options.batch_tokens):
-            hidden = final_hidden(net.model, batch).float()
-            gram = hidden.T @ hidden + (gram if len(gram) else 0)
-    return {net.head_name: compensated(dense, gram, level.head).to(dense.dtype)}
+            statistics.add(final_hidden(net.model, batch), covariance=True)
+    assert statistics.covariance_sum is not None  # a batch has tokens
+    return {net.head_name: compensated(dense, statistics.covariance_sum, level.head).to(dense.dtype)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ from dilap.core.errors import InvalidInput, Unsupported
 from dilap.job.precisions import asked_precisions, offered_precisions
 from dilap.job.result import PruneResult, table
 from dilap.models.anatomy import architecture_of
+from dilap.report.inputs import Contents, Run
+from dilap.report.summary import rows
 
 pytestmark = pytest.mark.usefixtures("fake_device")
 AUTO = {"method": "dilap", "precision": "auto"}
@@ -93,3 +95,13 @@ def test_methods_that_choose_no_precision_use_the_one_that_ships(
 def test_an_unknown_precision_is_named(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="unknown precision 'q9'"):
         prune_tiny(checkpoint, corpus, tmp_path / "out", precision="q8_0,q9", method="dilap")
+
+
+def test_a_report_has_the_dense_model_in_every_precision(chosen: PruneResult) -> None:
+    run = Run(name="half", result=chosen, widths=(), table=None, evaluation=None)
+    contents = Contents(runs=(run,), evaluations=(), failures=())
+    found = {row.run: row for row in rows(contents)}
+    assert [*found] == ["dense", *(f"dense in {one.precision}" for one in chosen.formats), "half"]
+    eight = found["dense in q8_0"]
+    assert eight.of_dense == pytest.approx(eight.seconds / found["dense"].seconds)
+    assert eight.decode_bytes > found["dense"].decode_bytes
