@@ -1,4 +1,4 @@
-"""dilap-eval: evaluate a checkpoint or the exported artifact itself on lm-eval's tasks, text and costs."""
+"""dilap-eval: evaluate a checkpoint or the exported artifact itself on lm-eval's tasks, text, photographs and costs."""
 
 import argparse
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 from dilap.cli import arguments, console
 from dilap.core.bounds import MAX_THREADS, MAX_TOKENS
 from dilap.core.codec import encode
+from dilap.core.errors import InvalidInput
 from dilap.core.printable import joined
-from dilap.evaluation.document import TASKS, Costs, Evaluation
+from dilap.evaluation.document import TASKS, Costs, Evaluation, ImageEvaluation
 from dilap.profilers import intervals
 from dilap.profilers.devices.device import Device
 
@@ -19,6 +20,7 @@ _EXAMPLES = """\
   dilap-eval runs/quickstart --reference smollm2-135m           # KL, perplexity and top-1 beside the dense model
   dilap-eval runs/quickstart --costs                            # memory, prefill and decode latency, FLOPs, bytes
   dilap-eval exported/model.gguf --tasks mmlu --num-fewshot 0 --limit 20 --json
+  dilap-eval resnet-50-onnxruntime-int8 --images photos/ --reference ./resnet-50   # an image network: top-1, top-5, KL
 A killed evaluation with --out, or of a run, goes on after the last whole task when the same command is given again."""
 
 
@@ -55,6 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     arguments.add_changes(made)
     made.add_argument("--reference", metavar="DENSE", help="also KL, perplexity and top-1 beside this model")
     made.add_argument("--eval-text", default="python-docs", metavar="TEXT", help="where --reference is compared")
+    made.add_argument(
+        "--images",
+        metavar="PHOTOS",
+        help="show an image network photographs: a folder, with a folder for each class or a labels.csv for top-1",
+    )
     made.add_argument("--costs", action="store_true", help="also size, FLOPs, bytes, memory and latency of both phases")
     made.add_argument("--device", default="host_cpu", metavar="NAME", help="where --costs are measured (host_cpu)")
     made.add_argument(
@@ -71,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command() -> int:
     given = _given()
+    if given.images is not None:
+        return _show_images(given)
     device = _device(given) if given.costs else None
     from dilap.job.evaluate import EvaluationOptions, evaluate  # torch takes seconds: bad input is refused first
 
@@ -98,6 +107,47 @@ def _command() -> int:
     else:
         console.show(report(done) + (f"\n\nkept in {options.kept_in}" if options.kept_in else ""))
     return 0
+
+
+def _show_images(given: argparse.Namespace) -> int:
+    """Evaluate an image network, and print that."""
+    apart = {
+        "--tasks": given.tasks,
+        "--costs": given.costs,
+        "--vocabulary": given.vocabulary,
+        "--backend": given.backend,
+    }
+    if odd := [name for name, value in apart.items() if value]:
+        raise InvalidInput(f"{odd[0]} is for decoders, and --images for image networks: leave one of them away")
+    from dilap.job.evaluate_images import ImageOptions, evaluate_on_images
+
+    out = arguments.new_path(given.out) if given.out else None
+    options = ImageOptions(
+        subject=given.subject, images=given.images, reference=given.reference, threads=given.threads, out=out
+    )
+    done = evaluate_on_images(options, progress=console.Console())
+    if given.json:
+        console.show_json(encode(done))
+    else:
+        console.show(image_report(done))
+    return 0
+
+
+def image_report(done: ImageEvaluation) -> str:
+    """Return the evaluation of an image network as text."""
+    quality = done.quality
+    lines = [
+        f"{done.model} through {done.backend}, {done.precision}: {quality.num_images} photographs of {quality.images}"
+    ]
+    for name, own, other in (
+        ("top-1", quality.top1, quality.reference_top1),
+        ("top-5", quality.top5, quality.reference_top5),
+    ):
+        if own is not None:
+            lines.append(f"{name} {own:.1%}" + ("" if other is None else f" ({other:.1%} of {done.reference})"))
+    if quality.kl is not None:
+        lines.append(f"beside {done.reference}: KL {quality.kl:.4f}, same class {quality.agreement:.1%}")
+    return joined(lines)
 
 
 def _device(given: argparse.Namespace) -> Device:

@@ -35,18 +35,18 @@ class TextQuality:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageQuality:
-    """How close a network is to the dense one on images.
+    """How good a network is on images, beside the dense one where that is the reference.
 
-    `kl` is the mean KL divergence of its class probabilities from the dense network's, in nats an image, `agreement`
-    the share of images in which both prefer the same class. The shares of images whose own class is preferred (top 1)
-    or among the five preferred (top 5), also the `reference`'s, are None where the images have no labels.
+    `kl` is the mean KL divergence of its class probabilities from the reference's, in nats an image, `agreement` the
+    share of images in which both prefer the same class; they are None without a reference. The shares of images whose
+    own class is preferred (top 1) or among the five preferred (top 5) are None where the images have no labels.
     """
 
     images: str
     images_sha256: str
     num_images: int
-    kl: float
-    agreement: float
+    kl: float | None = None
+    agreement: float | None = None
     top1: float | None = None
     top5: float | None = None
     reference_top1: float | None = None
@@ -115,6 +115,22 @@ class Evaluation:
     def __post_init__(self) -> None:
         if without := set(self.tasks) - set(self.facts):
             raise ValueError(f"the task {min(without)!r:.80} has scores and no facts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEvaluation:
+    """The evaluation of one image network. `reference` is the network beside which it stands, empty without one."""
+
+    model: str
+    backend: str
+    precision: str
+    digest: str
+    plan_digest: str
+    threads: int
+    versions: dict[str, str]
+    quality: ImageQuality
+    reference: str = ""
+    reference_digest: str = ""
 
 
 def identity(evaluation: Evaluation) -> Mapping[str, Any]:

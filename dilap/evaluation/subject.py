@@ -114,6 +114,7 @@ def _of_artifact(name: str, folder: Path, backend: str | None, threads: int) -> 
     artifact = decode(Artifact, read_json(sidecar), source=str(sidecar))
     if backend not in (None, artifact.backend):
         raise InvalidInput(f"{name} is an artifact of {artifact.backend}, not of {backend}")
+    architecture = artifact.decoder
     require_unchanged(folder, artifact)
     path = folder / artifact.path
     words: TextTokenizer = GgufTokenizer(path) if artifact.format == "gguf" else HuggingFaceTokenizer.read(folder)
@@ -126,7 +127,7 @@ def _of_artifact(name: str, folder: Path, backend: str | None, threads: int) -> 
         plan_digest=artifact.plan_digest,
         num_bytes=artifact.num_bytes,
         path=path,
-        architecture=artifact.architecture,
+        architecture=architecture,
         reader=open_reader(artifact.backend, path, threads=threads),
         words=words,
         run=artifact.run,

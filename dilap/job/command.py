@@ -3,10 +3,12 @@
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 from dilap.core.documents import value_at
 from dilap.core.workload import Budget
 from dilap.job.options import JobOptions
+from dilap.job.precisions import AUTO
 from dilap.job.result import PruneResult
 
 # For every flag, where its value is in a job's options. A flag at the default of `JobOptions` is left out.
@@ -18,7 +20,6 @@ _FLAGS: Mapping[str, tuple[str, ...]] = {
     "--phase": ("workload", "phase"),
     "--context": ("workload", "context"),
     "--prompt-tokens": ("workload", "prompt_tokens"),
-    "--precision": ("workload", "precision"),
     "--stat": ("budget", "statistic"),
     "--configuration": ("configuration",),
     "--layout": ("layout",),
@@ -33,7 +34,7 @@ _FLAGS: Mapping[str, tuple[str, ...]] = {
     "--recover": ("recovery", "mode"),
     "--seed": ("seed",),
 }
-_OF_THE_DEVICE = ("--backend", "--precision")  # their defaults depend on it, so they are always given
+_OF_THE_DEVICE = ("--backend",)  # its default depends on it, so it is always given
 
 
 def command_line(result: PruneResult) -> str:
@@ -48,6 +49,7 @@ def command_line(result: PruneResult) -> str:
         is_default = flag not in _OF_THE_DEVICE and value == value_at(defaults, *path)
         if value is not None and not is_default:
             words += [flag, str(value)]
+    words += ["--precision", _precision(options)]
     tried = value_at(options, "threads_tried") or [value_at(options, "workload", "threads")]
     if isinstance(tried, list | tuple) and len(tried) == 1 and tried[0] is not None:  # several are the default
         words += ["--threads", str(tried[0])]
@@ -58,3 +60,9 @@ def command_line(result: PruneResult) -> str:
     for name, value in settings.items() if isinstance(settings, Mapping) else ():
         words += ["--set", f"{name}={value}"]
     return shlex.join(words)
+
+
+def _precision(options: Mapping[str, Any]) -> str:
+    """Return what `--precision` asks for; an earlier version knew no precisions of parts."""
+    parts = options.get("precisions", ())
+    return AUTO if parts is None else ",".join(parts) or str(value_at(options, "workload", "precision"))

@@ -158,6 +158,13 @@ def test_every_option_of_a_job_is_in_its_command(finished: FinishedJob) -> None:
     assert options_of(shlex.split(command_line(result))[1:]) == options
 
 
+def test_the_command_asks_for_the_same_precisions(finished: FinishedJob) -> None:
+    options = options_of("--target host_cpu --budget 70% --precision q8_0,q4_0".split())
+    result = decode(PruneResult, read_json(finished.run / "result.json"), source="result.json")
+    words = shlex.split(command_line(replace(result, options=asdict(options))))[1:]
+    assert options_of(words).precisions == ("q8_0", "q4_0")
+
+
 def test_the_command_of_a_job_of_defaults_asks_for_it_too(finished: FinishedJob) -> None:
     options = options_of(["--target", "host_cpu", "--budget", "70%"])
     result = decode(PruneResult, read_json(finished.run / "result.json"), source="result.json")

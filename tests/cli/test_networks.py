@@ -1,4 +1,4 @@
-"""dilap-export of image networks: classifiers of transformers, a user's own module, and the built-in one."""
+"""dilap-export and dilap-eval of image networks: classifiers of transformers, and a user's own module."""
 
 import json
 import sys
@@ -10,9 +10,11 @@ from standins.networks import INPUT, network, random_pixels, write_photograph
 from transformers import ViTImageProcessorPil
 
 from dilap import backends
+from dilap.cli import eval as evaluation
 from dilap.cli import export
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, file_sha256, read_json
+from dilap.evaluation.document import ImageEvaluation
 from dilap.job.networks import is_network
 from dilap.models.convolutional.load import save_network
 
@@ -155,3 +157,73 @@ def test_networks_are_told_apart_from_decoders(classifier: Path, checkpoint: Pat
     (tmp_path / "odd" / "config.json").write_text(json.dumps({"architectures": None}))
     names = [str(classifier), "efficientnet-lite0", "my_module:build", str(checkpoint), str(tmp_path / "odd"), "a/b"]
     assert [is_network(name) for name in names] == [True, True, True, False, False, False]
+
+
+@pytest.fixture
+def exported(classifier: Path) -> Path:
+    assert call(export.main, "--backend", "onnxruntime", classifier) == 0
+    return classifier.with_name("resnet-onnxruntime-f32")
+
+
+def label_(photographs: Path, classifier: Path) -> None:
+    """Put photographs into the folders of the classes that a classifier prefers; of the last one, of another."""
+    from dilap.evaluation.image_subject import open_image_subject  # noqa: PLC0415
+    from dilap.models.images import read_images  # noqa: PLC0415
+
+    subject = open_image_subject(str(classifier))
+    images = read_images(str(photographs), labelled=False)
+    preferred = subject.network.outputs(images.all_pixels(subject.input)).argmax(1).tolist()
+    preferred[-1] = (preferred[-1] + 1) % 7
+    for picture, label in zip(images.pictures, preferred, strict=True):
+        (photographs / str(label)).mkdir(exist_ok=True)
+        (photographs / picture.name).rename(photographs / str(label) / Path(picture.name).name)
+    for folder in photographs.glob("class *"):
+        folder.rmdir()
+
+
+def test_an_artifact_is_shown_photographs_beside_the_dense_network(
+    exported: Path, classifier: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label_(photographs, classifier)
+    given = ["--images", photographs, "--reference", classifier, "--out", tmp_path / "kept.json"]
+    assert call(evaluation.main, exported, *given) == 0
+    found = decode(ImageEvaluation, read_json(tmp_path / "kept.json"), source="kept.json")
+    assert (found.backend, found.precision, found.digest) == ("onnxruntime", "f32", sidecar(exported).sha256)
+    assert (found.quality.top1, found.quality.reference_top1, found.quality.agreement) == (0.75, 0.75, 1.0)
+    assert found.quality.kl == pytest.approx(0, abs=1e-6)
+    assert "top-1 75.0% (75.0% of " in capsys.readouterr().out
+
+
+def test_a_classifier_in_torch_needs_no_reference(
+    classifier: Path, photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label_(photographs, classifier)
+    assert call(evaluation.main, classifier, "--images", photographs, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["backend"], found["quality"]["top1"], found["quality"]["kl"]) == ("torch", 0.75, None)
+
+
+def test_photographs_without_labels_need_a_reference(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_photograph(tmp_path / "unlabelled" / "0.png")
+    assert call(evaluation.main, classifier, "--images", tmp_path / "unlabelled") == 2
+    assert "no photograph has a label; give labels, or a --reference" in last_line(capsys)
+
+
+def test_a_damaged_artifact_is_not_scored(
+    exported: Path, photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (exported / "model.onnx").open("ab") as file:
+        file.write(b"x")
+    assert call(evaluation.main, exported, "--images", photographs) == 2
+    assert "is of another model than" in last_line(capsys)
+
+
+def test_texts_and_photographs_are_for_different_models(
+    exported: Path, photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(evaluation.main, exported, "--images", photographs, "--tasks", "piqa") == 2
+    assert "--tasks is for decoders" in last_line(capsys)
+    assert call(evaluation.main, exported, "--reference", exported) == 2
+    assert "is an image network, and a decoder is needed here" in last_line(capsys)
