@@ -159,7 +159,7 @@ def test_every_option_of_a_job_is_in_its_command(finished: FinishedJob) -> None:
 
 
 def test_the_command_asks_for_the_same_precisions(finished: FinishedJob) -> None:
-    options = options_of("--target host_cpu --budget 70% --precision q8_0,q4_0".split())
+    options = options_of(["--target", "host_cpu", "--budget", "70%", "--precision", "q8_0,q4_0"])
     result = decode(PruneResult, read_json(finished.run / "result.json"), source="result.json")
     words = shlex.split(command_line(replace(result, options=asdict(options))))[1:]
     assert options_of(words).precisions == ("q8_0", "q4_0")
