@@ -143,7 +143,6 @@ def profile(
     model: Place = DEFAULT_MODEL,
     *,
     target: str = "host_cpu",
-    precisions: Sequence[str] = (),
     out: Place | None = None,
     devices: Place | None = None,
     cache: Place | None = None,
@@ -152,8 +151,7 @@ def profile(
 ) -> Profile:
     """Measure a model's latency table on `target` and return the fitted cost of every width of every sublayer.
 
-    `options` are those of `prune` about what is timed: `backend`, `phase`, `context`, `precision`, `threads` and so on;
-    `precisions` are those that parts of the model may have beside that one.
+    `options` are those of `prune` about what is timed: `backend`, `phase`, `context`, `precision`, `threads` and so on.
     """
     found = _devices(target, devices)
     asked = job_options(
@@ -162,7 +160,6 @@ def profile(
     return profiling.profile(
         asked,
         devices=found,
-        precisions=precisions,
         out=None if out is None else Path(out),
         tables=_tables(cache),
         progress=_progress(progress),

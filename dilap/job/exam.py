@@ -43,14 +43,14 @@ class Exam:
             num_sequences=options.evaluation_sequences,
             length=options.calibration.sequence_length,
         )
-        head, rounds = head_of(stages.source.model), stages.chooses_precision
+        rounds = stages.chooses_precision
         return cls(
             text=text,
             reference=stages.teacher("unseen-states", text.tokens, keep_states=True),
             validation=stages.teacher(
                 "validation-states" if rounds else "validation", calibration.validation, keep_states=rounds
             ),
-            dense_head=replace(head, E=head.E.clone()) if rounds else head,
+            dense_head=head_of(stages.source.model),
         )
 
     def facing(self, model: PreTrainedModel) -> "Exam":

@@ -126,7 +126,8 @@ def _by_learning_rate(student: nn.Module, options: RecoveryOptions) -> list[dict
 
 def _adapted(adapter: LoraLayer) -> torch.Tensor:
     """Return the matrix that an adapter changes: of a layer, or one of several of the same module (experts)."""
-    return adapter.get_param() if isinstance(adapter, ParamWrapper) else adapter.get_base_layer().weight
+    name = adapter.parameter_name if isinstance(adapter, ParamWrapper) else "weight"
+    return adapter.get_base_layer().get_parameter(name)
 
 
 def _size(weight: torch.Tensor) -> float:

@@ -145,7 +145,8 @@ class Teacher:
             tensors = {one.name: getattr(made, one.name) for one in fields(cls)}
             return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
-        return cls(**computed_once(path, make))
+        found: dict[str, Any] = dict(computed_once(path, make))  # a head is never among them
+        return cls(**found)
 
     @torch.no_grad()
     def facing(self, head: Head, *, dense_head: Head) -> "Teacher":

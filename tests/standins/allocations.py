@@ -9,7 +9,7 @@ from dilap.models.anatomy import architecture_of
 from dilap.search.allocation import Quadratic
 from standins.models import tiny_model
 
-Table = list[tuple[float, ...]]
+Table = Sequence[tuple[float, ...]]
 
 
 def space_of(table: Table, *, fixed_cost: float = 0.0) -> Space:
