@@ -1,5 +1,7 @@
 """Small problems of allocation: spaces that have only costs, and quadratic models like those of a Fisher pass."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
