@@ -16,7 +16,7 @@ from dilap.evaluation.scoring import beside_teacher
 from dilap.evaluation.subject import require_unchanged
 from dilap.job.result import Quality, versions
 from dilap.job.stages import Stages
-from dilap.models.reference import Scores, Teacher, head_of
+from dilap.models.reference import Head, Scores, Teacher, head_of
 from dilap.models.text import Calibration, EvaluationText, evaluation_text
 
 
@@ -24,12 +24,14 @@ from dilap.models.text import Calibration, EvaluationText, evaluation_text
 class Exam:
     """The text on which all models of a job are scored, with the answers of the dense torch model.
 
-    `reference` has its answers on `text`, `validation` those on the validation split of the calibration text.
+    `reference` has its answers on `text`, `validation` those on the validation split of the calibration text, and
+    `dense_head` is its head, which rounding may change.
     """
 
     text: EvaluationText
     reference: Teacher
     validation: Teacher
+    dense_head: Head
 
     @classmethod
     def of(cls, stages: Stages, calibration: Calibration) -> "Exam":
@@ -41,10 +43,25 @@ class Exam:
             num_sequences=options.evaluation_sequences,
             length=options.calibration.sequence_length,
         )
+        rounds = stages.chooses_precision
         return cls(
             text=text,
             reference=stages.teacher("unseen-states", text.tokens, keep_states=True),
-            validation=stages.teacher("validation", calibration.validation),
+            validation=stages.teacher(
+                "validation-states" if rounds else "validation", calibration.validation, keep_states=rounds
+            ),
+            dense_head=head_of(stages.source.model),
+        )
+
+    def facing(self, model: PreTrainedModel) -> "Exam":
+        """Return the exam for models that have the head of `model`, which may be another one than the dense model's."""
+        if self.validation.states is None:
+            return self
+        head = head_of(model)
+        return replace(
+            self,
+            reference=self.reference.facing(head, dense_head=self.dense_head),
+            validation=self.validation.facing(head, dense_head=self.dense_head),
         )
 
     @property
@@ -53,7 +70,7 @@ class Exam:
         return self._quality(kl=0.0, perplexity=self.reference.perplexity)
 
     def of_torch(self, model: PreTrainedModel) -> Quality:
-        """Score a torch model that has the dense model's head."""
+        """Score a torch model that has the head which this exam is for: the dense model's, or see `facing`."""
         return self._scored(self.reference.scores(model))
 
     def of_artifact(self, stages: Stages, folder: Path, artifact: Artifact, *, in_torch: Quality) -> Quality:
@@ -73,7 +90,7 @@ class Exam:
         return decode(Quality, read_json(path), source=str(path))
 
     def _read(self, stages: Stages, folder: Path, artifact: Artifact) -> Quality:
-        total, head = self.text.tokens.numel(), head_of(stages.source.model)
+        total = self.text.tokens.numel()
         reader: Reader = open_reader(
             artifact.backend,
             folder / artifact.path,
@@ -84,7 +101,7 @@ class Exam:
         if vocabulary is not None and folder == stages.workspace.dense:  # it has all tokens, and the text few of them
             reader = KeptTokens(reader, vocabulary.kept.numpy())
         with closing(reader), stages.workspace.log.bar(f"read {folder.name}", total=total, unit="tok") as bar:
-            scores = beside_teacher(reader, self.reference, head, progress=bar.update)
+            scores = beside_teacher(reader, self.reference, self.dense_head, progress=bar.update)
         return replace(self._scored(scores), through=artifact.backend, artifact_sha256=artifact.sha256)
 
     def _key(self, stages: Stages, artifact: Artifact) -> str:

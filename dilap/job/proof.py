@@ -21,7 +21,7 @@ from dilap.models.anatomy import decoder_layers
 from dilap.models.cut import shrink_
 from dilap.models.distil import distil
 from dilap.models.load import save_checkpoint
-from dilap.models.reference import Teacher
+from dilap.models.reference import Teacher, head_of
 from dilap.models.rounded_model import round_model_
 from dilap.models.rounding import FLOATS
 from dilap.models.tensor_file import load_tensors, save_tensors
@@ -41,11 +41,14 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration, files: 
     write_json(workspace.folder / "plan.json", encode(plan))
     with workspace.stage("score the dense model"):
         exam = Exam.of(stages, text)
-        lessons = stages.teacher("training", text.train) if stages.options.recovery.mode != "none" else None
+        lessons = _lessons(stages, text)
     if plan.precisions:
         source.model.float()  # half precision has too few values for rounded weights
     shrink_(source.model, plan, parameters=pruned.parameters)
     source.model.config.dilap_plan = plan.digest
+    exam = exam.facing(source.model)
+    if lessons is not None and lessons.states is not None:
+        lessons = lessons.facing(head_of(source.model), dense_head=exam.dense_head)
     with workspace.stage("score the pruned model"):
         validation_kl = exam.validation.kl(source.model)
         shrunk = exam.of_torch(source.model)
@@ -119,6 +122,14 @@ def _measured(stages: Stages, goal: Goal, paths: Sequence[Path]) -> tuple[list[M
         budget_used=budget_share(budget, dense, pruned) if budget.ratio is None else None,
     )
     return measured, plain
+
+
+def _lessons(stages: Stages, text: Calibration) -> Teacher | None:
+    """Return what the dense model says about the text of the recovery, None without one."""
+    if stages.options.recovery.mode == "none":
+        return None
+    rounds = stages.chooses_precision
+    return stages.teacher("training-states" if rounds else "training", text.train, keep_states=rounds)
 
 
 def _recover_(stages: Stages, lessons: Teacher, validation: Teacher, *, before: float) -> tuple[float, ...]:

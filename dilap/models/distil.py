@@ -126,9 +126,8 @@ def _by_learning_rate(student: nn.Module, options: RecoveryOptions) -> list[dict
 
 def _adapted(adapter: LoraLayer) -> torch.Tensor:
     """Return the matrix that an adapter changes: of a layer, or one of several of the same module (experts)."""
-    layer: Any = adapter
-    weight: torch.Tensor = layer.get_param() if isinstance(adapter, ParamWrapper) else layer.get_base_layer().weight
-    return weight
+    name = adapter.parameter_name if isinstance(adapter, ParamWrapper) else "weight"
+    return adapter.get_base_layer().get_parameter(name)
 
 
 def _size(weight: torch.Tensor) -> float:

@@ -1,6 +1,6 @@
 """The dense model as the reference of all quality: KL divergence to it, computed cheaply, and perplexity."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -145,8 +145,8 @@ class Teacher:
             tensors = {one.name: getattr(made, one.name) for one in fields(cls)}
             return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
-        kept: Mapping[str, Any] = computed_once(path, make)
-        return cls(**kept)
+        found: dict[str, Any] = dict(computed_once(path, make))  # a head is never among them
+        return cls(**found)
 
     @torch.no_grad()
     def facing(self, head: Head, *, dense_head: Head) -> "Teacher":

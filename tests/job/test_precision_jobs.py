@@ -72,6 +72,12 @@ def test_words_say_that_quantising_alone_is_not_enough(chosen: PruneResult) -> N
     assert "quantising alone is not enough: the fastest format of the dense model, q4_0, takes 143%" in table(chosen)
 
 
+def test_the_torch_model_is_compared_with_the_dense_head_as_the_artifact_is(chosen: PruneResult) -> None:
+    """Its own head was rounded, so that answers of the dense model through it would be others."""
+    assert chosen.pruned.artifact.precisions["head"] not in ("f16", "f32")
+    assert chosen.pruned.in_torch.kl == pytest.approx(chosen.pruned.quality.kl, rel=0.02)
+
+
 def test_the_artifact_is_in_the_precisions_of_the_plan(chosen: PruneResult) -> None:
     assert chosen.precisions
     assert chosen.pruned.artifact.precisions == chosen.precisions
