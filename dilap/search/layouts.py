@@ -73,7 +73,14 @@ def build_space(
         kept = tuple(level for level in levels if block.name != architecture.required_block or not level.is_removed)
         choices.append(Choice(block=block, levels=kept))
     couplings = tuple(_coupling(choices, names, cost) for names, cost in costs.pairs.items())
-    return Space(architecture=architecture, choices=tuple(choices), fixed_cost=costs.constant, couplings=couplings)
+    return Space(
+        architecture=architecture,
+        choices=tuple(choices),
+        fixed_cost=costs.constant,
+        couplings=couplings,
+        untied_precisions=not architecture.tied_embeddings
+        or all(one.untied_precisions for one in capabilities.values()),
+    )
 
 
 def _widths(block: Block, capabilities: Capabilities, layout: Layout) -> list[Counts]:
