@@ -51,7 +51,7 @@ def test_a_run_through_another_runtime_keeps_its_budget_in_what_ships_there(
 ) -> None:
     if reason := backends.get(backend).unavailable():
         pytest.skip(reason)
-    options = ["--budget", "70%", "--backend", backend]
+    options = ["--budget", "70%", "--backend", backend, "--precision", devices.get("host_cpu").backends[backend]]
     if backend == "executorch":  # lowers every shape for seconds: one layer of two goes, and all shapes are the probes'
         as_probes = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
         model, checkpoint = tiny_model("llama", num_hidden_layers=2, **as_probes), tmp_path / "two layers"

@@ -29,7 +29,17 @@ from dilap.profilers.tables.table import LatencyTable, TableHeader
 from standins.fabricated import FINGERPRINT
 
 LLAMACPP = backends.get("llamacpp")
-SPEED = {"f32": 1.0, "f16": 1.0, "q8_0": 0.6, "q5_0": 0.65, "iq4_nl": 0.4, "q4_0": 0.35, "int8": 0.6, "int4": 0.4}
+SPEED = {
+    "f32": 1.0,
+    "f16": 1.0,
+    "q8_0": 0.6,
+    "q5_0": 0.65,
+    "iq4_nl": 0.4,
+    "q4_0": 0.35,
+    "int8": 0.6,
+    "int4": 0.4,
+    "8da4w": 0.4,
+}
 FAST = ["--precision", "f16", "--evaluations", "3", "--step", "0.2", "--calib-length", "32", "--context", "64"]
 QUICK: dict[str, Any] = {"precision": "f16", "evaluations": 3, "step": 0.2, "calib_length": 32, "context": 64}
 
