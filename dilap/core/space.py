@@ -66,7 +66,8 @@ class Space:
     """All choices of a model. `fixed_cost` is the cost of what no plan changes: embedding, launch, and often the head.
 
     A config of the space is one level index for every choice. `precision` is the artifact's own, which levels with an
-    empty one have; it may be empty itself where levels have no other one.
+    empty one have; it may be empty itself where levels have no other one. Without `untied_precisions` the runtime reads
+    the head from the embedding, so that both have the same.
     """
 
     architecture: Architecture
@@ -74,6 +75,7 @@ class Space:
     fixed_cost: float
     couplings: tuple[Coupling, ...] = ()
     precision: str = ""
+    untied_precisions: bool = True
 
     def cost(self, config: Sequence[int]) -> float:
         """Return the cost of the whole model at `config`."""
@@ -113,6 +115,15 @@ class Space:
             counts |= zip(names, choice.levels[index].counts, strict=True)
         return self.architecture.widths_at(counts)
 
+    def embedding_precision(self, head: str) -> str:
+        """Return the precision of the embedding where the head has the precision `head`.
+
+        It costs no time, so it has 8 bits where the head has fewer, if they are offered and the runtime allows that.
+        """
+        offered = self.named(self.choices[-1])
+        eight = [one for one in offered if 8 <= PRECISION_BITS[one] < 16]
+        return eight[0] if eight and PRECISION_BITS[head] < 8 and self.untied_precisions else head
+
     def named(self, choice: Choice) -> list[str]:
         """Return the precisions of a choice's levels, the artifact's own by its name too."""
         return [level.precision or self.precision for level in choice.levels]
@@ -121,15 +132,6 @@ class Space:
         """Return the precisions, by name, of the parts that are not in the artifact's own at `config`."""
         levels = {choice.name: choice.levels[index] for choice, index in zip(self.choices, config, strict=True)}
         return {name: level.precision for name, level in levels.items() if level.precision}
-
-
-def embedding_precision(head: str, offered: Sequence[str]) -> str:
-    """Return the precision of the embedding for one of the precisions `offered` for the head.
-
-    It costs no time, so it has 8 bits where the head has fewer, if they are offered.
-    """
-    eight = [one for one in offered if 8 <= PRECISION_BITS[one] < 16]
-    return eight[0] if eight and PRECISION_BITS[head] < 8 else head
 
 
 def plan_of(space: Space, units: Sequence[Kept], *, base: str, precisions: Mapping[str, str] = UNMIXED) -> Plan:

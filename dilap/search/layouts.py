@@ -72,8 +72,15 @@ def build_space(
             levels = [*(level for level in levels if not level.is_removed), *[removed] * layer_removal]
         kept = tuple(level for level in levels if block.name != architecture.required_block or not level.is_removed)
         choices.append(Choice(block=block, levels=kept))
+    unties = all(one.untied_precisions for one in capabilities.values())
     couplings = tuple(_coupling(choices, names, cost) for names, cost in costs.pairs.items())
-    return Space(architecture=architecture, choices=tuple(choices), fixed_cost=costs.constant, couplings=couplings)
+    return Space(
+        architecture=architecture,
+        choices=tuple(choices),
+        fixed_cost=costs.constant,
+        couplings=couplings,
+        untied_precisions=unties or not architecture.tied_embeddings,
+    )
 
 
 def _widths(block: Block, capabilities: Capabilities, layout: Layout) -> list[Counts]:

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 from dilap.core.codec import digest
 from dilap.core.plan import Plan
-from dilap.core.space import Choice, Space, embedding_precision, plan_of
+from dilap.core.space import Choice, Space, plan_of
 from dilap.models.reference import Teacher
 from dilap.search.allocation import Config
 from dilap.search.journal import Evaluator
@@ -57,8 +57,8 @@ def head_levels(space: Space) -> tuple[HeadLevel, ...]:
     """
     if space.choices[-1].block.groups:
         return ()
-    _, *others = offered = space.named(space.choices[-1])
-    changed = (HeadLevel(head=one, embedding=embedding_precision(one, offered)) for one in others)
+    _, *others = space.named(space.choices[-1])
+    changed = (HeadLevel(head=one, embedding=space.embedding_precision(one)) for one in others)
     return HeadLevel(), *changed
 
 
@@ -148,6 +148,5 @@ def plan_at(task: PruneTask, net: Supernet, config: Config) -> Plan:
     """Return the plan that keeps the library's units at `config`, with its precisions."""
     precisions = task.space.precisions(config)
     if "head" in precisions:
-        offered = task.space.named(task.space.choices[-1])
-        precisions["embedding"] = embedding_precision(precisions["head"], offered)
+        precisions["embedding"] = task.space.embedding_precision(precisions["head"])
     return plan_of(task.space, [fit.units for fit in net.fits(config)], base=task.base, precisions=precisions)

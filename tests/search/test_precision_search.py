@@ -158,3 +158,9 @@ def test_a_library_has_one_fit_of_each_width_on_disk(tmp_path: Path) -> None:
     kept = [load_fits(path) for path in tmp_path.rglob("*.safetensors")]
     assert [len(fits) for fits in kept] == [len({fit.counts for fit in fits}) for fits in kept]
     assert len(kept) == 6
+
+
+def test_a_head_that_is_read_from_the_embedding_has_its_precision() -> None:
+    space = base_task().space
+    assert space.embedding_precision("q4_0") == "q8_0"
+    assert replace(space, untied_precisions=False).embedding_precision("q4_0") == "q4_0"
