@@ -33,7 +33,7 @@ class ImageSubject:
     @property
     def num_classes(self) -> int:
         """How many logits it gives."""
-        return self.network.outputs(random_images((1, *self.input.size))).shape[1]
+        return int(self.network.outputs(random_images((1, *self.input.size))).shape[1])
 
 
 def open_image_subject(name: str, *, input_: ImageInput | None = None, threads: int = 1) -> ImageSubject:

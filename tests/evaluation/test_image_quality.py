@@ -66,6 +66,7 @@ def test_a_runtime_and_torch_are_shown_the_same_photographs(tmp_path: Path) -> N
     found = compare_on_images(network, TorchNetwork(model), images, input_=INPUT, progress=shown.append)
     network.close()
     assert (sum(shown), found.num_images, found.images_sha256) == (5, 5, images.sha256)
+    assert found.kl is not None
     assert 0 < found.kl < 0.05
     assert found.top1 is not None
 
