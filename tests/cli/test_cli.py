@@ -179,7 +179,13 @@ def test_a_budget_that_the_dense_model_keeps_changes_nothing(
 ) -> None:
     assert prune_tiny(checkpoint, corpus, tmp_path / "run", "--budget", "1s") == 0
     assert "already keeps" in capsys.readouterr().err
-    kept = ["corpus.txt", "tiny", "tiny.configuration.json", "tiny.jsonl", "words"]  # the table and its configuration
+    kept = [
+        "corpus.txt",
+        "tiny",
+        "tiny.f16.configuration.json",
+        "tiny.f16.jsonl",
+        "words",
+    ]  # the table and its configuration
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 

@@ -51,7 +51,8 @@ def test_widths_that_become_equal_are_a_stock_model_again() -> None:
 @pytest.mark.parametrize("method", ["dilap", "flap", "llm_pruner", "puzzle", "sleb"])
 def test_a_run_is_pruned_again_by_a_job(method: str, finished: FinishedJob, tmp_path: Path) -> None:
     options: dict[str, Any] = {"calib": str(finished.corpus), "eval_text": str(finished.corpus), "method": method}
-    options |= {"evaluations": 2, "step": 0.3, "calib_length": 32, "context": 64, "progress": lambda _: None}
+    options |= {"evaluations": 2, "step": 0.3, "calib_length": 32, "context": 64, "precision": "f16"}
+    options["progress"] = lambda _: None
     first = dilap.prune(
         str(finished.checkpoint), budget="80%", out=tmp_path / "first", **(options | {"method": "dilap"})
     )
