@@ -61,8 +61,9 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration, files: 
     if lessons is not None:
         recovery_kls = _recover_(stages, lessons, exam.validation, before=validation_kl)
         recovered = exam.of_torch(source.model)
-    if lessons is not None or not plan.precisions:  # else the method has rounded what it returned
-        _round_(stages, plan, text)
+    is_rounded = bool(plan.precisions) and lessons is None  # by the method that chose the precisions
+    if not is_rounded and _round_(stages, plan, text):
+        recovered = exam.of_torch(source.model)
     with workspace.stage("save the checkpoint"):
         remove(workspace.folder / "checkpoint")  # left by an earlier start
         save_checkpoint(source.model, source.tokenizer, workspace.folder / "checkpoint")
@@ -164,10 +165,11 @@ def _recover_(stages: Stages, lessons: Teacher, validation: Teacher, *, before: 
     return tuple(takewhile(math.isfinite, losses))
 
 
-def _round_(stages: Stages, plan: Plan, text: Calibration) -> None:
+def _round_(stages: Stages, plan: Plan, text: Calibration) -> bool:
     """Round the pruned model to the precisions of its parts, so that columns make up for the errors of others.
 
-    The runtime's quantiser then loses nothing more. A head that is tied to the embedding is left to it.
+    The runtime's quantiser then loses nothing more. A head that is tied to the embedding is left to it. Return whether
+    anything was rounded.
     """
     model, own = stages.source.model, stages.options.workload.precision
     named = plan.pruned_precisions()
@@ -175,13 +177,14 @@ def _round_(stages: Stages, plan: Plan, text: Calibration) -> None:
     if not plan.architecture.tied_embeddings:
         precisions |= {part: precision for part, precision in named.items() if part in ("head", "embedding")}
     if set(precisions.values()) <= set(FLOATS):
-        return
+        return False
     tokens = text.train[: stages.options.calibration.train_sequences]
     with (
         stages.workspace.stage("round"),
         stages.workspace.log.bar("round", total=len(decoder_layers(model)) * tokens.numel(), unit="tok") as bar,
     ):
         round_model_(model.float(), precisions, tokens=tokens, progress=bar.update)
+    return True
 
 
 def _side(

@@ -9,11 +9,11 @@ import torch
 from standins.models import logits, mixed_net, mixed_space, random_tokens, tiny_model, tiny_task
 
 from dilap import methods
-from dilap.core.errors import Unsupported
+from dilap.core.errors import Infeasible, Unsupported
 from dilap.models.cut import shrink_
 from dilap.models.reference import Teacher
 from dilap.models.rounding import rounded
-from dilap.search import dilap, equal_widths
+from dilap.search import dilap, equal_widths, quantise
 from dilap.search.allocation import RelaxationOptions
 from dilap.search.dilap import unpruned_configs
 from dilap.search.journal import Evaluator
@@ -164,3 +164,27 @@ def test_a_head_that_is_read_from_the_embedding_has_its_precision() -> None:
     space = base_task().space
     assert space.embedding_precision("q4_0") == "q8_0"
     assert replace(space, untied_precisions=False).embedding_precision("q4_0") == "q4_0"
+
+
+def test_quantising_finds_the_nearest_formats_within_the_limit() -> None:
+    """Formats of the body and of the head are chosen apart, and all widths stay."""
+    asked = task(0.8)
+    found = quantise.search(asked)
+    body, head = (asked.space.choices[:-1], asked.space.choices[-1])
+    full = [
+        {one.precision: k for k, one in enumerate(choice.levels) if one.counts == choice.levels[0].counts}
+        for choice in body
+    ]
+    tried = [
+        (*(own.get(name, 0) for own in full), level)
+        for name in ("f16", "q8_0", "q4_0")
+        for level in range(len(head.levels))
+    ]
+    kept = [config for config in tried if asked.space.cost(config) <= asked.limit]
+    assert 1 < len(kept) < len(tried)
+    assert found.kl == min(asked.evaluator.kl(config) for config in kept)
+
+
+def test_a_limit_that_no_format_keeps_is_infeasible() -> None:
+    with pytest.raises(Infeasible, match="no format of the dense model keeps"):
+        quantise.search(task(0.05))

@@ -12,7 +12,7 @@ QUICK: Mapping[str, dict[str, str]] = {
     "compresso": {"steps": "12"},
     "ziplm": {"starts": "5", "failures": "2"},
 }
-NAMES = [name for name in methods.METHODS if name != "equal_widths"]
+NAMES = [name for name in methods.METHODS if name not in ("equal_widths", "quantise")]
 
 
 def method(name: str) -> Method:
