@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from dilap.core.errors import InvalidInput, Unsupported, reason_of
 from dilap.core.images import Filter, ImageInput, Preprocessing
 from dilap.models.images import Picture, pillow, prepared
+from dilap.models.pretrained import from_pretrained
 
 CONFIG = "preprocessor_config.json"
 _MOST_APART = 2.0  # of 255: the processor rounds resized values to whole numbers at other places
@@ -33,9 +34,9 @@ def read_preprocessing(folder: Path, *, channels: int = 3) -> ImageInput | None:
     from transformers import AutoImageProcessor  # noqa: PLC0415  (it imports every processor that it has)
 
     try:
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-    except Exception as error:  # a dozen types
-        raise InvalidInput(f"{folder / CONFIG}: transformers cannot read it: {reason_of(error)}") from error
+        processor = from_pretrained(AutoImageProcessor, folder, backend="pil", local_files_only=True)
+    except InvalidInput as error:
+        raise InvalidInput(f"{folder / CONFIG}: transformers cannot read it: {error}") from error
     picture = _photograph(library)
     try:
         black, white, expected = (_processed(processor, one) for one in (*_plain_images(library), picture))
