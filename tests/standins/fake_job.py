@@ -38,7 +38,7 @@ SPEED = {
     "q4_0": 0.35,
     "int8": 0.6,
     "int4": 0.4,
-    "8da4w": 0.4,
+    "8da4w": 1.0,
 }
 FAST = ["--precision", "f16", "--evaluations", "3", "--step", "0.2", "--calib-length", "32", "--context", "64"]
 QUICK: dict[str, Any] = {"precision": "f16", "evaluations": 3, "step": 0.2, "calib_length": 32, "context": 64}
