@@ -30,6 +30,8 @@ from dilap.profilers import intervals
 from dilap.profilers.profiler import Case, budget_share, is_shown, speedup
 from dilap.search.method import Pruned
 
+_UNDONE = "recovery is undone, because it did not help"
+
 
 def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration, files: Files) -> PruneResult:
     """Shrink, recover and export the model, score it on unseen text, measure it with fresh starts; return the result.
@@ -56,10 +58,10 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration, files: 
         f"shrunk, the torch model in floats: KL {shrunk.kl:.3f} on {exam.text.name}, {validation_kl:.3f} on the "
         "validation split"
     )
-    recovered = shrunk
+    recovered, is_undone = shrunk, False
     recovery_kls: tuple[float, ...] = ()
     if lessons is not None:
-        recovery_kls = _recover_(stages, lessons, exam.validation, before=validation_kl)
+        recovery_kls, is_undone = _recover_(stages, lessons, exam.validation, before=validation_kl)
         recovered = exam.of_torch(source.model)
     is_rounded = bool(plan.precisions) and lessons is None  # by the method that chose the precisions
     if not is_rounded and _round_(stages, plan, text):
@@ -71,7 +73,8 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration, files: 
     formats = dense_formats(stages, files, exam)
     result = _result(stages, goal, pruned, text, dense=dense, side=side, shrunk=shrunk, validation_kl=validation_kl)
     precisions = plan.pruned_precisions()
-    return replace(result, recovery_kls=recovery_kls, plain=plain, formats=formats, precisions=precisions)
+    notes = (*result.notes, *[_UNDONE] * is_undone)
+    return replace(result, notes=notes, recovery_kls=recovery_kls, plain=plain, formats=formats, precisions=precisions)
 
 
 def _sides(
@@ -133,10 +136,13 @@ def _lessons(stages: Stages, text: Calibration) -> Teacher | None:
     return stages.teacher("training-states" if rounds else "training", text.train, keep_states=rounds)
 
 
-def _recover_(stages: Stages, lessons: Teacher, validation: Teacher, *, before: float) -> tuple[float, ...]:
+def _recover_(
+    stages: Stages, lessons: Teacher, validation: Teacher, *, before: float
+) -> tuple[tuple[float, ...], bool]:
     """Distil the dense model into the pruned one, in place; return the KL of every step, as long as it is a number.
 
-    Where that does not lower the KL on the validation split, which was `before`, it is undone.
+    Where that does not lower the KL on the validation split, which was `before`, it is undone; the second value says
+    whether it was.
     """
     options, model = stages.options.recovery, stages.source.model
     kept = stages.workspace.cache / "before-recovery.safetensors"
@@ -156,13 +162,14 @@ def _recover_(stages: Stages, lessons: Teacher, validation: Teacher, *, before: 
         f"recovery ({options.mode}): KL on its own text {losses[0]:.3f} -> {losses[-1]:.3f}, on the validation split "
         f"{before:.3f} -> {after:.3f}"
     )
-    if not after < before:  # nor where it is no number
-        stages.workspace.log.say("recovery is undone, because it did not help")
+    is_undone = not after < before  # also where it is no number
+    if is_undone:
+        stages.workspace.log.say(_UNDONE)
         earlier = load_tensors(kept)
         for name, parameter in decoder_layers(model).named_parameters():
             parameter.data.copy_(earlier[name])
     remove(kept)
-    return tuple(takewhile(math.isfinite, losses))
+    return tuple(takewhile(math.isfinite, losses)), is_undone
 
 
 def _round_(stages: Stages, plan: Plan, text: Calibration) -> bool:

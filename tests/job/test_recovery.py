@@ -28,3 +28,4 @@ def test_recovery_that_does_not_help_is_undone(
     result = prune_tiny(checkpoint, corpus, tmp_path / "out", recover="full", recover_steps=2, progress=lines.append)
     assert result.pruned.in_torch.kl == result.kl_without_recovery
     assert "recovery is undone, because it did not help" in lines
+    assert "recovery is undone, because it did not help" in result.all_notes
