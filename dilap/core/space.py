@@ -47,6 +47,11 @@ class Choice:
     def name(self) -> str:
         return self.block.name
 
+    @property
+    def precisions(self) -> list[str]:
+        """The precision of every level."""
+        return [level.precision for level in self.levels]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Coupling:
@@ -65,16 +70,14 @@ class Coupling:
 class Space:
     """All choices of a model. `fixed_cost` is the cost of what no plan changes: embedding, launch, and often the head.
 
-    A config of the space is one level index for every choice. `precision` is the artifact's own, which levels with an
-    empty one have; it may be empty itself where levels have no other one. Without `untied_precisions` the runtime reads
-    the head from the embedding, so that both have the same.
+    A config of the space is one level index for every choice. Without `untied_precisions` the runtime reads the head
+    from the embedding, so that both have the same precision.
     """
 
     architecture: Architecture
     choices: tuple[Choice, ...]
     fixed_cost: float
     couplings: tuple[Coupling, ...] = ()
-    precision: str = ""
     untied_precisions: bool = True
 
     def cost(self, config: Sequence[int]) -> float:
@@ -120,13 +123,8 @@ class Space:
 
         It costs no time, so it has 8 bits where the head has fewer, if they are offered and the runtime allows that.
         """
-        offered = self.named(self.choices[-1])
-        eight = [one for one in offered if 8 <= PRECISION_BITS[one] < 16]
+        eight = [one for one in self.choices[-1].precisions if 8 <= PRECISION_BITS[one] < 16]
         return eight[0] if eight and PRECISION_BITS[head] < 8 and self.untied_precisions else head
-
-    def named(self, choice: Choice) -> list[str]:
-        """Return the precisions of a choice's levels, the artifact's own by its name too."""
-        return [level.precision or self.precision for level in choice.levels]
 
     def precisions(self, config: Sequence[int]) -> dict[str, str]:
         """Return the precisions, by name, of the parts that are not in the artifact's own at `config`."""

@@ -82,7 +82,7 @@ def unpruned_configs(space: Space) -> Iterator[Config]:
     They are what quantising alone gives.
     """
     full = [
-        {name: k for k, name in enumerate(space.named(choice)) if choice.levels[k].counts == choice.levels[0].counts}
+        {name: k for k, name in enumerate(choice.precisions) if choice.levels[k].counts == choice.levels[0].counts}
         for choice in space.choices
     ]
     for precision in dict.fromkeys(one for own in full for one in own):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 from dilap.core.codec import digest
+from dilap.core.costs import Counts
 from dilap.core.plan import Plan
 from dilap.core.space import Choice, Space, plan_of
 from dilap.models.reference import Teacher
@@ -57,7 +58,7 @@ def head_levels(space: Space) -> tuple[HeadLevel, ...]:
     """
     if space.choices[-1].block.groups:
         return ()
-    _, *others = space.named(space.choices[-1])
+    _, *others = space.choices[-1].precisions
     changed = (HeadLevel(head=one, embedding=space.embedding_precision(one)) for one in others)
     return HeadLevel(), *changed
 
@@ -107,20 +108,22 @@ def level_library(task: PruneTask, fit: Callable[[Sequence[Choice]], Fits], *, n
     """
     choices = [choice for choice in task.space.choices if choice.block.groups]
     wide = width_choices(choices)
-    widths = f"{name}-{_digest(wide)}"
+    widths = f"{name}-{_digest([_widths(one) for one in wide])}"
     if task.cache is not None:
         fitted = kept_library(task.cache / widths, wide, fit)
     else:
         by_name = dict(fit(wide))
         fitted = [by_name[choice.name] for choice in wide]
-    pairs = zip(choices, fitted, strict=True)
-    library = [fits_of_levels(choice, fits, task.space.named(choice)) for choice, fits in pairs]
-    return library, f"{name}-{_digest(task.space.choices, named=task.space.named)}"
+    library = [fits_of_levels(choice, fits) for choice, fits in zip(choices, fitted, strict=True)]
+    return library, f"{name}-{_digest([[one.precisions, _widths(one)] for one in task.space.choices])}"
 
 
-def _digest(choices: Sequence[Choice], *, named: Callable[[Choice], Sequence[str]] = lambda _: ()) -> str:
-    """Return a digest of the widths of choices, and of their precisions if these are `named`."""
-    return digest([[[level.counts for level in choice.levels], named(choice)] for choice in choices])[:8]
+def _widths(choice: Choice) -> list[Counts]:
+    return [level.counts for level in choice.levels]
+
+
+def _digest(described: object) -> str:
+    return digest(described)[:8]
 
 
 def compensated_library(task: PruneTask, options: LibraryOptions) -> tuple[Library, str]:

@@ -65,12 +65,13 @@ def width_choices(choices: Sequence[Choice]) -> list[Choice]:
     return [replace(one, levels=tuple(_first_of_widths(one).values())) for one in choices if one.block.groups]
 
 
-def fits_of_levels(choice: Choice, fits: Sequence[LevelFit], precisions: Sequence[str]) -> list[LevelFit]:
-    """Return a fit for every level of a choice, given one for each of its widths, and the names of its precisions."""
+def fits_of_levels(choice: Choice, fits: Sequence[LevelFit]) -> list[LevelFit]:
+    """Return a fit for every level of a choice, given one for each of its widths."""
     by_width = dict(zip(_first_of_widths(choice), fits, strict=True))
+    reference = choice.levels[0].precision
     return [
-        replace(by_width[level.counts], precision="" if level.is_removed or name == precisions[0] else name)
-        for level, name in zip(choice.levels, precisions, strict=True)
+        replace(by_width[one.counts], precision="" if one.is_removed or one.precision == reference else one.precision)
+        for one in choice.levels
     ]
 
 

@@ -18,7 +18,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from dilap.backends.inputs import whole_batches
 from dilap.core.images import ImageInput
-from dilap.export.traced import traced
+from dilap.export.graph_of_network import exported_graph
 
 EDGE_DELEGATE = "executorch_call_delegate"
 
@@ -77,7 +77,7 @@ def quantised(model: nn.Module, input_: ImageInput, images: NDArray[np.float32])
     Batch norms become part of the convolutions before their weights are quantised.
     """
     settings = get_symmetric_quantization_config(is_per_channel=True)
-    observed = prepare_pt2e(traced(model, input_).module(), ClippingQuantizer().set_global(settings))
+    observed = prepare_pt2e(exported_graph(model, input_).module(), ClippingQuantizer().set_global(settings))
     for batch in whole_batches(images, input_.shape):
         observed(torch.from_numpy(batch))
     return torch.export.export(convert_pt2e(observed), (torch.zeros(input_.shape),), strict=False)

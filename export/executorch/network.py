@@ -13,8 +13,8 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, write_json, written_aside
 from dilap.core.errors import Unsupported, reason_of
 from dilap.core.images import ImageInput
+from dilap.export.graph_of_network import exported_graph, quietly
 from dilap.export.network import SQNR_BOUNDS_DB, described, require_exportable, verified_images
-from dilap.export.traced import quietly, traced
 from dilap.export.verify import verify_outputs
 from dilap.models.network import TorchNetwork, in_f32
 
@@ -70,7 +70,7 @@ def _write(path: Path, model: nn.Module, input_: ImageInput, images: NDArray[np.
     with quietly():
         from dilap.export.executorch.lowering import lowered, quantised  # noqa: PLC0415 - needs ExecuTorch
 
-        graph = traced(model, input_) if images is None else quantised(model, input_, images)
+        graph = exported_graph(model, input_) if images is None else quantised(model, input_, images)
         try:
             found = lowered(graph)
         except Exception as error:  # whatever ExecuTorch raises for an operator that it lacks

@@ -23,9 +23,9 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, write_json, written_aside
 from dilap.core.errors import Unavailable, Unsupported, reason_of
 from dilap.core.images import ImageInput
+from dilap.export.graph_of_network import exported_graph, quietly
 from dilap.export.network import SQNR_BOUNDS_DB, described, require_exportable, verified_images
 from dilap.export.onnx.emitter import OPSET
-from dilap.export.traced import quietly, traced
 from dilap.export.verify import verify_outputs
 from dilap.models.network import TorchNetwork, in_f32
 
@@ -86,7 +86,7 @@ def write_network(path: Path, model: nn.Module, input_: ImageInput) -> None:
     """Write a network in f32, with the input `images` and the output `logits`. Raises Unsupported, Unavailable."""
     if importlib.util.find_spec("onnxscript") is None:
         raise Unavailable("exporting image networks to ONNX needs onnxscript; pip install 'dilap[onnxruntime]'")
-    graph = traced(model, input_)
+    graph = exported_graph(model, input_)
     with quietly():
         try:
             exported = torch.onnx.export(

@@ -80,7 +80,7 @@ def test_what_a_relu6_clips_gets_its_8_bits_behind_it() -> None:
     """Before it, EfficientNet-Lite0 has 9 dB and not 21."""
     if reason := backends.get("executorch").unavailable():
         pytest.skip(reason)
-    from dilap.export.traced import quietly  # noqa: PLC0415
+    from dilap.export.graph_of_network import quietly  # noqa: PLC0415
 
     with quietly():
         from dilap.export.executorch.lowering import quantised as in_8_bits  # noqa: PLC0415

@@ -1,7 +1,6 @@
 """Levels with precisions: a score is that of the cut and rounded model, and the quadratic model knows of rounding."""
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,8 +20,7 @@ from dilap.models.reference import Teacher
 from dilap.models.rounding import rounded
 from dilap.models.statistics import first_of
 from dilap.search.curvature import linearise
-from dilap.search.levels import head_levels, plan_at
-from dilap.search.library import fits_of_levels
+from dilap.search.levels import plan_at
 from dilap.search.rounded import RoundedMatrices
 from dilap.search.supernet import Supernet
 from dilap.search.tap import base_fit
@@ -273,16 +271,3 @@ def test_base_fit_is_the_current_level_or_the_full_one() -> None:
     net.set((0, 2, 0, removed, 0, 0, 0))
     assert base_fit(net, 1) is net.library[1][2]
     assert base_fit(net, 3) is net.library[3][0]
-
-
-def test_a_level_without_a_precision_is_rounded_to_the_artifact_s_own() -> None:
-    space, net, _ = mixed("llama")
-    unnamed = tuple(
-        replace(one, levels=tuple(replace(k, precision=k.precision.replace("q4_0", "")) for k in one.levels))
-        for one in space.choices
-    )
-    own = replace(space, choices=unnamed, precision="q4_0")
-    widths = list({fit.counts: fit for fit in net.library[1]}.values())
-    found = fits_of_levels(own.choices[1], widths, own.named(own.choices[1]))
-    assert [fit.precision for fit in found] == [fit.precision for fit in net.library[1]]
-    assert head_levels(own) == net.head_levels

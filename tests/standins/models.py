@@ -140,9 +140,7 @@ def mixed_net(model: PreTrainedModel, tokens: torch.Tensor) -> tuple[Space, Supe
     space = mixed_space(model)
     wide = replace(space, choices=tuple(width_choices(space.choices)))
     fitted = library_of(model, wide, tokens)
-    library = [
-        fits_of_levels(one, fits, space.named(one)) for one, fits in zip(space.choices[:-1], fitted, strict=True)
-    ]
+    library = [fits_of_levels(one, fits) for one, fits in zip(space.choices[:-1], fitted, strict=True)]
     return space, Supernet(model, library, head_levels=head_levels(space))
 
 

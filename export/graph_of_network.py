@@ -14,7 +14,7 @@ from dilap.core.images import ImageInput
 from dilap.models.network import Logits, evaluating, in_f32
 
 
-def traced(model: nn.Module, input_: ImageInput) -> ExportedProgram:
+def exported_graph(model: nn.Module, input_: ImageInput) -> ExportedProgram:
     """Return the graph of a network in f32 for batches of the given shape. Raises Unsupported where there is none."""
     network = Logits(in_f32(model))
     with evaluating(network), quietly(), torch.no_grad():
