@@ -31,7 +31,7 @@ def parser(description: str, examples: str) -> argparse.ArgumentParser:
 
 
 class Several(argparse.Action):
-    """An argument with several items, separated by spaces or commas; an item that is repeated counts once."""
+    """An argument with several items, separated by spaces or commas, or given again and again; none counts twice."""
 
     def __init__(self, *, convert: Callable[[str], object] = str, **keywords: Any) -> None:
         super().__init__(nargs="+", **keywords)
@@ -42,7 +42,9 @@ class Several(argparse.Action):
             items = [self._convert(one) for value in values for one in value.replace(",", " ").split()]
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise argparse.ArgumentError(self, str(error)) from error
-        setattr(namespace, self.dest, list(dict.fromkeys(items)))
+        before = getattr(namespace, self.dest)
+        earlier = [] if before is self.default else before
+        setattr(namespace, self.dest, list(dict.fromkeys([*earlier, *items])))
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:

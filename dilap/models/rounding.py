@@ -5,6 +5,7 @@ better ones of the same format, for which that quantiser finds the same scales a
 with it is exported as any other, and loses nothing more.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +48,7 @@ def _nearest_iq4_nl(x: torch.Tensor) -> torch.Tensor:
     return _iq4_nl_of_half(low, high)[(2 * x).floor().clamp_(low, high).sub_(low).int()]
 
 
+@functools.cache
 def _iq4_nl_of_half(low: int, high: int) -> torch.Tensor:
     """Return the code of every half-open interval [n / 2, (n + 1) / 2)."""
     codes = torch.tensor(_IQ4_NL, dtype=torch.float32)

@@ -122,6 +122,7 @@ def refit_sequentially(
         indices = [i for i, sublayer in enumerate(net.sublayers) if sublayer.layer == number]
         trace_of = partial(_trace, layer, number, net=net, indices=indices, scale=scale)
         traces = list(map(trace_of, calls, dense_states))
+        traces_until = partial(_traces_until, trace_of, calls, pruned_states)
         for i in indices:
             fit = net.library[i][config[i]]
             net.write(i, fit.columns, fit.weight)
@@ -131,15 +132,15 @@ def refit_sequentially(
             if len(fit.columns) == 0:
                 continue
             if fit.precision:
-                found |= _round_inputs(net, i, fit.precision, map(trace_of, calls, pruned_states))
-            here = list(map(trace_of, calls, pruned_states))
+                found |= _round_inputs(net, i, fit.precision, traces_until)
             if i in net.routings:
-                results = [one.result for one in here]
+                results = [one.result for one in map(trace_of, calls, pruned_states)]
                 continue
+            here = traces_until(net.outs[i])
             problem = _Problem(fit.weight, fit.columns, net.biases[i], ridge=options.ridge)
             for one, dense in zip(here, traces, strict=True):
                 gap = (dense.residuals[i] - one.residuals[i]) / scale
-                problem.add(one.inputs[i], dense.outputs[i].float() + (correction or 0.0) * gap.float())
+                problem.add(one.reached, dense.outputs[i].float() + (correction or 0.0) * gap.float())
             solved = fit.weight if correction is None else problem.solve()
             if fit.precision:
                 solved = compensated(solved, problem.H, fit.precision)
@@ -150,7 +151,7 @@ def refit_sequentially(
                 continue
             with compute_precision():  # the layer's output with the new projection
                 results = [
-                    one.residuals[i] + scale * net.outs[i](one.inputs[i]).reshape(one.result.shape) for one in here
+                    one.residuals[i] + scale * net.outs[i](one.reached).reshape(one.residuals[i].shape) for one in here
                 ]
         dense_states = [trace.result for trace in traces]
         pruned_states = results
@@ -176,31 +177,31 @@ def _entering(
     return [call.hidden for call in calls], embedding
 
 
-def _round_inputs(net: Supernet, index: int, precision: str, traces: Iterable["_Trace"]) -> dict[str, torch.Tensor]:
+def _round_inputs(
+    net: Supernet, index: int, precision: str, traces_until: Callable[[nn.Module], Iterable["_Trace"]]
+) -> dict[str, torch.Tensor]:
     """Round the matrices before a sublayer's projection in the model, and return them by name.
 
-    Their errors are compensated for the inputs that they have in `traces`; those of experts are not, because every
-    expert has other inputs.
+    Their errors are compensated for the inputs that they have in the traces, which `traces_until` the first of them
+    gives; those of experts are not, because every expert has other inputs.
     """
     names = net.inputs(index)
     if index in net.routings:
         values = {name: net.matrix(name, precision) for name in names}
     else:
         first = net.model.get_submodule(names[0].removesuffix(".weight"))  # the others read the same
-        gram = _gram(first, traces)
+        gram = _gram(trace.reached for trace in traces_until(first))
         values = {name: compensated(net.dense[name], gram, precision).to(net.dense[name].dtype) for name in names}
     for name, value in values.items():
         put_(net.model, name, value)
     return values
 
 
-def _gram(matrix: nn.Module, runs: Iterable[object]) -> torch.Tensor:
-    """Return X'X (inputs x inputs) of the inputs X that a matrix has in `runs`."""
+def _gram(inputs: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return X'X (inputs x inputs) of the inputs X of a matrix, which come in batches."""
     statistics = InputStatistics()
-    hook = matrix.register_forward_pre_hook(lambda _, arguments: statistics.add(arguments[0], covariance=True))
-    for _ in runs:
-        pass
-    hook.remove()
+    for batch in inputs:
+        statistics.add(batch, covariance=True)
     assert statistics.covariance_sum is not None  # a batch has tokens
     return statistics.covariance_sum
 
@@ -225,15 +226,21 @@ def _rounded_head(
 
 @dataclass(frozen=True, kw_only=True)
 class _Trace:
-    """What happens in one layer on one batch: the layer's `result`, and by choice the rest.
+    """What happens in one layer on one batch: inputs and outputs of the output projections, and the residual stream
+    before the sublayers, by the sublayer.
 
-    By choice are the inputs and outputs of the output projections, and the residual stream before the sublayers.
+    A run ends with the layer's `result`, or at a module before that, whose inputs are `reached`; the other is empty.
     """
 
     inputs: dict[int, torch.Tensor]
     outputs: dict[int, torch.Tensor]
     residuals: dict[int, torch.Tensor]
     result: torch.Tensor
+    reached: torch.Tensor
+
+
+class _Reached(Exception):
+    """The module for which a layer was run has its inputs."""
 
 
 def _trace(
@@ -245,13 +252,15 @@ def _trace(
     net: Supernet,
     indices: Sequence[int],
     scale: float,
+    until: nn.Module | None = None,
 ) -> _Trace:
-    """Run the layer of that number and record what happens in it.
+    """Run the layer of that number, or only as far as the module `until`, and record what happens in it.
 
     `scale` is the factor of a sublayer's output where it is added to the residual stream.
     """
     inputs: dict[int, torch.Tensor] = {}
     outputs: dict[int, torch.Tensor] = {}
+    result, reached = torch.zeros(0), [torch.zeros(0)]
 
     def record(index: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
         def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -259,18 +268,33 @@ def _trace(
 
         return hook
 
+    def stop(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        reached[:] = arguments[:1]
+        raise _Reached
+
     hooks = [net.outs[index].register_forward_hook(record(index)) for index in indices]
+    hooks += [] if until is None else [until.register_forward_pre_hook(stop)]
     try:
         with compute_precision():
             result = layer(state, **call.arguments[number])
+    except _Reached:
+        pass
     finally:
         for hook in hooks:
             hook.remove()
     residuals, stream = {}, state
     for index in indices:  # attention first: its output joins the stream that the FFN reads
         residuals[index] = stream
-        stream = stream + scale * outputs[index]
-    return _Trace(inputs=inputs, outputs=outputs, residuals=residuals, result=result)
+        if index in outputs:
+            stream = stream + scale * outputs[index]
+    return _Trace(inputs=inputs, outputs=outputs, residuals=residuals, result=result, reached=reached[0])
+
+
+def _traces_until(
+    trace_of: Callable[..., _Trace], calls: Sequence[LayerCall], states: Sequence[torch.Tensor], module: nn.Module
+) -> list[_Trace]:
+    """Run a layer on all batches as far as `module`, which is cheaper than all of it; `trace_of` is its `_trace`."""
+    return [trace_of(call, state, until=module) for call, state in zip(calls, states, strict=True)]
 
 
 class _Problem:

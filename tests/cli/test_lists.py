@@ -25,6 +25,16 @@ def test_ratios_are_parted_by_spaces_or_commas(words: list[str]) -> None:
     assert compare._parser().parse_args(["--target", "host_cpu", "--ratio", *words]).ratio == [0.3, 0.5]
 
 
+def test_an_option_that_is_given_again_adds_to_its_list() -> None:
+    given = compare._parser().parse_args(["--target", "host_cpu", "--budget", "85%", "--budget", "70%,85%"])
+    assert given.budget == ["85%", "70%"]
+
+
+def test_a_list_has_its_defaults_only_where_it_is_not_given() -> None:
+    assert compare._parser().parse_args(["--target", "host_cpu", "--methods", "flap"]).methods == ["flap"]
+    assert compare._parser().parse_args(["--target", "host_cpu"]).methods == ["all"]
+
+
 def test_a_ratio_that_is_no_number_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         compare._parser().parse_args(["--target", "host_cpu", "--ratio", "0.3,half"])
