@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dilap import methods
 from dilap.cli import arguments, console
 from dilap.cli.console import Console
-from dilap.cli.job_arguments import add_search, add_text_and_recovery, job_options
+from dilap.cli.job_arguments import add_search, add_text_and_recovery, decoder_job
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
 from dilap.job import comparison
@@ -83,7 +83,7 @@ def _command() -> int:
     names = methods.named(given.methods)
     settings = _settings(given.set, names)
     devices = arguments.devices_of(given, given.target)
-    base = job_options(given, device=devices[0], budget=budgets[0])
+    base = decoder_job(given, device=devices[0], budget=budgets[0])
     model = name_of(given.model, merge_adapter=given.merge_adapter, vocabulary=given.vocabulary)
     default = f"compare-{model}-{given.target}"
     out = arguments.new_path(given.out) if given.out else home_of(given.model) / "runs" / default

@@ -32,7 +32,7 @@ from dilap.job import compare as comparing
 from dilap.job import evaluate as evaluating
 from dilap.job import export as exporting
 from dilap.job import profile as profiling
-from dilap.job import prune as pruning
+from dilap.job.asked import OPTIONS, asked_job, start
 from dilap.job.comparison import Row
 from dilap.job.options import job_options
 from dilap.job.profile import Profile
@@ -68,13 +68,15 @@ def prune(
     cache: Place | None = None,
     progress: Told = None,
     **options: Any,
-) -> PruneResult | None:
+) -> PruneResult[Any] | None:
     """Prune `model` to a budget and return what was measured on `target`; None where the dense model keeps the budget.
 
     `budget` is like `"40ms"`, `"70%"` of the dense latency or `"1.4x"` faster; instead, `ratio` is the share of the
-    decoder layers' weights to remove. `options` are those of `dilap.job.options.job_options`: `method`, `precision`,
-    `recover`, `seed` and so on. A model that is passed as a `Source` is not changed. Raises DilapError with a one-line
-    message; the same call, made again, goes on with what was done so far.
+    weights to remove (of a decoder, those of its layers). `options` are those of `dilap.job.options.job_options`:
+    `method`, `precision`, `recover`, `seed` and so on; of an image network, those of
+    `dilap.job.network_options.network_options`: `calib`, `eval_images`, `input_`, `batch` and so on. A model that is
+    passed as a `Source` is not changed. Raises DilapError with a one-line message; the same call, made again, goes on
+    with what was done so far.
     """
     source = replace(model, model=copy.deepcopy(model.model)) if isinstance(model, Source) else None
     if isinstance(model, Source):
@@ -84,13 +86,13 @@ def prune(
         options["merge_adapter"] = model.merge_adapter
         options["vocabulary"] = None if model.vocabulary is None else model.vocabulary.name
     found = _devices(target, devices)
-    asked = job_options(
+    asked = asked_job(
         device=found[0],
         budget=_budget(budget, ratio, stat),
         model=model.name if isinstance(model, Source) else os.fspath(model),
-        **_known(options, among=_JOB_OPTIONS),
+        given=_known(options, among=set(OPTIONS)),
     )
-    return pruning.prune(
+    return start(
         asked, devices=found, out=Path(out), progress=_progress(progress), source=source, tables=_tables(cache)
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dilap import __version__, backends, methods
 from dilap.backends import Backend
-from dilap.core.codec import encode, write_json
+from dilap.core.codec import encode
 from dilap.core.progress import Progress
 from dilap.core.shape import Architecture
 from dilap.job.bench import Bench
@@ -67,11 +67,7 @@ def prune(
             workspace.log.say(note)
         stages = Stages(options=options, workspace=workspace, bench=bench, source=source)
         result = _run(stages, method, layout)
-        if result is None:
-            workspace.discard()
-        else:
-            write_json(workspace.folder / "result.json", encode(result))
-            workspace.finish()
+        workspace.end(None if result is None else encode(result))
     return result
 
 

@@ -5,6 +5,7 @@ Such an estimate says which parts of a model weigh most, but not whether a budge
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, Protocol
 
 from dilap.core.errors import InvalidInput
 from dilap.core.measurement import Fingerprint, Measurement
@@ -28,7 +29,7 @@ def roofline(
     names = {"": workload.precision} | {name: name for name in precisions if name != workload.precision}
     weights = architecture.vocab_size * architecture.hidden_size
     heads = {
-        key: _seconds(device, num_bytes=weights * PRECISION_BITS[name] / 8, flops=2 * weights)
+        key: roofline_seconds(device, num_bytes=weights * PRECISION_BITS[name] / 8, flops=2 * weights)
         for key, name in [*names.items(), (workload.precision, workload.precision)]
     }
     cheapest = min(heads.values())
@@ -70,9 +71,9 @@ def _costs_in(
         network = replace(layer, num_channels=num_channels)
         active = architecture.active_ffn_parameters(network)
         read = active if workload.phase == "decode" else architecture.ffn_parameters(network)
-        return _seconds(device, num_bytes=read * byte, flops=2 * active * tokens)
+        return roofline_seconds(device, num_bytes=read * byte, flops=2 * active * tokens)
 
-    attention_seconds = _seconds(
+    attention_seconds = roofline_seconds(
         device,
         num_bytes=work(layer) if workload.phase == "decode" else attention * byte,
         flops=2 * attention * tokens + 4 * layer.num_heads * architecture.head_dim * pairs,
@@ -112,9 +113,18 @@ def describe(device: Device) -> str:
     return f"a roofline of {device.bytes_per_second / 1e9:.0f} GB/s and {device.flops_per_second / 1e9:.0f} GFLOP/s"
 
 
+class Predicts(Protocol):
+    """Predicts the seconds that one run of a model under a workload takes."""
+
+    @property
+    def workload(self) -> Workload: ...
+
+    def predict(self, widths: Any, precisions: Mapping[str, str] = UNMIXED) -> float: ...
+
+
 def estimated(
-    model: LatencyModel,
-    widths: tuple[LayerWidths, ...],
+    model: Predicts,
+    widths: Any,
     *,
     precisions: Mapping[str, str] = UNMIXED,
     device: Device,
@@ -136,7 +146,7 @@ def estimated(
     )
 
 
-def _seconds(device: Device, *, num_bytes: float, flops: float) -> float:
+def roofline_seconds(device: Device, *, num_bytes: float, flops: float) -> float:
     describe(device)  # raises where the numbers are missing
     assert device.bytes_per_second is not None
     assert device.flops_per_second is not None

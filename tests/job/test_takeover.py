@@ -12,7 +12,7 @@ from dilap.core.codec import read_json, write_json
 from dilap.core.errors import InvalidInput, Mismatch
 from dilap.core.measurement import Measurement
 from dilap.export.gguf.writer import GgufExporter
-from dilap.job import api, proof
+from dilap.job import api, claims
 from dilap.job import compare as comparing
 from dilap.job.result import PruneResult
 from dilap.models.load import load, save_checkpoint
@@ -36,7 +36,7 @@ def stop(*_: object, **__: object) -> None:
 def stopped(go: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a run that was interrupted before its claim."""
     with monkeypatch.context() as patch:
-        patch.setattr(proof, "_measured", stop)
+        patch.setattr(claims, "measured", stop)
         with pytest.raises(KeyboardInterrupt):
             go()
     return tmp_path / ".run.unfinished"

@@ -12,6 +12,7 @@ from dilap import backends
 from dilap.backends import Backend
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, read_json
+from dilap.core.graph import Network
 from dilap.core.measurement import Measurement
 from dilap.core.precisions import Mix
 from dilap.core.rules import spread
@@ -20,6 +21,7 @@ from dilap.core.workload import Workload
 from dilap.job import api
 from dilap.job.bench import Bench
 from dilap.job.comparison import Row
+from dilap.job.network_bench import NetworkBench
 from dilap.job.result import PruneResult
 from dilap.profilers.profiler import Case
 from dilap.profilers.protocol import TABLE
@@ -70,6 +72,21 @@ class FinishedJob:
     run: Path
 
 
+def fabricated_measurement(artifact: Artifact, workload: Workload, *, seconds: float) -> Measurement:
+    center = round(1e9 * seconds)
+    return Measurement(
+        artifact_sha256=artifact.sha256,
+        workload=workload,
+        fingerprint=FINGERPRINT,
+        samples_ns=tuple(center + 10 * step for step in range(-7, 8)),
+        rounds=tuple(range(15)),
+        peak_memory_bytes=artifact.num_bytes,
+        load_seconds=0.1,
+        started="2026-01-01T00:00:00+00:00",
+        status="ok",
+    )
+
+
 class FakeBench(Bench):
     """Real exports, fabricated seconds."""
 
@@ -79,20 +96,8 @@ class FakeBench(Bench):
             sidecar = case.path.with_name("artifact.json")
             artifact = decode(Artifact, read_json(sidecar), source=str(sidecar))
             mix = Mix(precision=artifact.precision, precisions=artifact.precisions)
-            center = round(slowness_of(case.workload) * seconds_of(artifact.decoder.layers, mix) * 1e9)
-            found.append(
-                Measurement(
-                    artifact_sha256=artifact.sha256,
-                    workload=case.workload,
-                    fingerprint=FINGERPRINT,
-                    samples_ns=tuple(center + 10 * step for step in range(-7, 8)),
-                    rounds=tuple(range(15)),
-                    peak_memory_bytes=artifact.num_bytes,
-                    load_seconds=0.1,
-                    started="2026-01-01T00:00:00+00:00",
-                    status="ok",
-                )
-            )
+            seconds = slowness_of(case.workload) * seconds_of(artifact.decoder.layers, mix)
+            found.append(fabricated_measurement(artifact, case.workload, seconds=seconds))
         return found
 
     def divergence(self, path: Path, base: Workload, other: Workload, tokens: Sequence[int]) -> float | None:
@@ -190,3 +195,25 @@ def call(main: Callable[[], None], *arguments: object) -> int:
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+class FakeNetworkBench(NetworkBench):
+    """Real exports of image networks, and a made-up device that takes a nanosecond a byte of the file."""
+
+    def measure_cases(self, cases: Sequence[Case], *, final: bool = False) -> list[Measurement]:
+        if self.estimate:
+            return super().measure_cases(cases, final=final)
+        found = []
+        for case in cases:
+            artifact = self.read_artifact(case.path.parent)
+            slowness = 1.5 if case.workload.threads == 1 else 1.0
+            found.append(fabricated_measurement(artifact, case.workload, seconds=slowness * 1e-9 * artifact.num_bytes))
+        return found
+
+    def configuration_path(self, model: str, network: Network, *, threads: Sequence[int]) -> Path:
+        assert self.tables is not None
+        return self.tables / "configuration.json"
+
+
+def use_fake_network_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dilap.job.network_prune.NetworkBench", FakeNetworkBench)
