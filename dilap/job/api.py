@@ -12,7 +12,6 @@ or `$XDG_CACHE_HOME/dilap`. `progress` is a function that is called with every l
 """
 
 import copy
-import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
@@ -34,17 +33,17 @@ from dilap.job import export as exporting
 from dilap.job import profile as profiling
 from dilap.job.asked import OPTIONS, asked_job, start
 from dilap.job.comparison import Row
+from dilap.job.networks import is_network
 from dilap.job.options import job_options
 from dilap.job.profile import Profile
 from dilap.job.result import PruneResult
-from dilap.methods import named
+from dilap.methods import METHODS, NETWORK_METHODS, named
 from dilap.models.builtin import DEFAULT_MODEL
 from dilap.models.load import Source, load
 from dilap.profilers.devices.device import Device
 from dilap.profilers.devices.locations import known_devices
 
 __all__ = ["compare", "evaluate", "export", "load", "profile", "prune"]
-_JOB_OPTIONS = set(inspect.signature(job_options).parameters) - {"device", "budget", "model"}
 _TIMED_OPTIONS = {
     "backend", "phase", "context", "prompt_tokens", "precision", "threads", "configuration", "estimate", "force",
     "merge_adapter", "vocabulary",
@@ -122,13 +121,18 @@ def compare(
     asked = list(dict.fromkeys(asked + [_budget(None, one, stat) for one in _several(ratios)]))
     if not asked:
         raise InvalidInput("nothing to compare at: name budgets or ratios")
-    names, chosen = named(_several(methods)), settings or {}
+    is_of_images = options.get("input_") is not None or is_network(os.fspath(model))
+    table = NETWORK_METHODS if is_of_images else METHODS
+    names, chosen = named(_several(methods), table=table), settings or {}
     if strange := sorted(set(chosen) - set(names)):
         raise InvalidInput(f"settings of {strange[0]!r}, which is not compared; methods: {', '.join(names)}")
     found = _devices(target, devices)
-    known = _known(options, among=_JOB_OPTIONS - {"method", "settings"})  # it has `methods`, and settings of each
-    base = job_options(
-        device=found[0], budget=asked[0], model=os.fspath(model), **{"recover": "full", "recover_steps": 16, **known}
+    known = _known(options, among=set(OPTIONS) - {"method", "settings"})  # it has `methods`, and settings of each
+    base = asked_job(
+        device=found[0],
+        budget=asked[0],
+        model=os.fspath(model),
+        given={"recover": "full", "recover_steps": 16, **known},
     )
     return comparing.compare(
         base,

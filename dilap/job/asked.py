@@ -1,26 +1,22 @@
 """From the options of a command or a call to a job: that of a decoder, or that of an image network."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dilap.core.errors import InvalidInput
-from dilap.core.progress import Progress
 from dilap.core.workload import Budget
+from dilap.job.kinds import kind_of
 from dilap.job.network_options import NetworkOptions, network_options
-from dilap.job.network_prune import prune_network
 from dilap.job.networks import is_network
-from dilap.job.options import JobOptions, job_options
-from dilap.job.prune import prune
+from dilap.job.options import CommonOptions, JobOptions, job_options
 from dilap.job.result import PruneResult
-from dilap.models.load import Source
 from dilap.profilers.devices.device import Device
 
 _ASKED_APART = {"device", "budget", "model"}
 
 
-def options_of(make: Callable[..., object]) -> Mapping[str, Any]:
+def options_of(make: Callable[..., object]) -> dict[str, Any]:
     """Return the options by name that a job is made of, with their defaults."""
     parameters = inspect.signature(make).parameters
     return {name: one.default for name, one in parameters.items() if name not in _ASKED_APART}
@@ -38,7 +34,8 @@ def asked_job(*, device: Device, budget: Budget, model: str, given: Mapping[str,
     if odd := sorted(set(given) - set(OPTIONS)):
         raise InvalidInput(f"there is no option {odd[0]!r}; there are: {', '.join(sorted(OPTIONS))}")
     is_of_images = given.get("input_") is not None or is_network(model)
-    make, other = (network_options, job_options) if is_of_images else (job_options, network_options)
+    kinds: tuple[Callable[..., JobOptions | NetworkOptions], ...] = (job_options, network_options)
+    make, other = reversed(kinds) if is_of_images else kinds
     known, others = options_of(make), options_of(other)
     for name in sorted(set(given) - set(known)):
         if given[name] != others[name]:
@@ -48,20 +45,9 @@ def asked_job(*, device: Device, budget: Budget, model: str, given: Mapping[str,
     chosen = {name: value for name, value in given.items() if name in known}
     if chosen.get("method", "") is None:
         del chosen["method"]
-    made: JobOptions | NetworkOptions = make(device=device, budget=budget, model=model, **chosen)  # type: ignore[operator]
-    return made
+    return make(device=device, budget=budget, model=model, **chosen)
 
 
-def start(
-    options: JobOptions | NetworkOptions,
-    *,
-    devices: Sequence[Device],
-    out: Path,
-    progress: Progress,
-    source: Source | None = None,
-    tables: Path | None = None,
-) -> PruneResult[Any] | None:
-    """Run a job, whatever its model is; see `dilap.job.prune.prune`. `source` is a decoder that is loaded already."""
-    if isinstance(options, NetworkOptions):
-        return prune_network(options, devices=devices, out=out, progress=progress, tables=tables)
-    return prune(options, devices=devices, out=out, progress=progress, source=source, tables=tables)
+def start(options: CommonOptions, **given: Any) -> PruneResult[Any] | None:
+    """Run a job, whatever its model is; what is `given` beside its options is that of `dilap.job.prune.prune`."""
+    return kind_of(options).prune(options, **given)

@@ -150,7 +150,9 @@ def result_of(
     `source` is the model's name and digest, `dense_cost` its predicted cost. `notes` are added to the caveats of the
     measurements and of the predictions.
     """
-    options, dense, side = stages.options, claim.dense, claim.pruned
+    options = stages.options
+    dense: Side[AnyQuality] = claim.dense
+    side: Side[AnyQuality] = claim.pruned
     budget, statuses = options.budget, {dense.measurement.status, side.measurement.status}
     is_estimate = "estimated" in statuses
     ratio = None if is_estimate else speedup(dense.measurement, side.measurement, budget.statistic)

@@ -66,14 +66,9 @@ def prune_network(
         source = source or load_source(options)
         traced = source.traced
     with workspace.stage("find the photographs"):
-        shown = shown_photographs(
-            options.photographs,
-            input_=source.input,
-            classes=classes_of(source.model),
-            num_classes=_num_classes(source),
-        )
+        shown = _shown(options, source)
     identity = {"options": asdict(options), "model": source.digest, "dilap": __version__}
-    with workspace.opened({**identity, "inputs": named_inputs(options, shown)}):
+    with workspace.opened({**identity, "inputs": _inputs_of(options, shown)}):
         for line in (f"{source.name}: {describe(traced)}", *source.notes, describe_photographs(shown)):
             workspace.log.say(line)
         stages = NetworkStages(
@@ -99,8 +94,25 @@ def load_source(options: NetworkOptions) -> NetworkSource:
     return replace(found, input=replace(usual_input(found.input), batch=options.workload.batch), notes=notes)
 
 
-def named_inputs(options: NetworkOptions, shown: Shown) -> dict[str, str]:
-    """Return the digest of every input's content, by a name for messages."""
+def require_possible(_: NetworkOptions, source: NetworkSource) -> None:
+    """Raise Unsupported or InvalidInput for a network of which nothing can be removed, before anything runs."""
+    assert source.traced
+
+
+def named_inputs(options: NetworkOptions, source: NetworkSource) -> dict[str, str]:
+    """Return the digests of the inputs that the options name, by a name for messages."""
+    return _inputs_of(options, _shown(options, source))
+
+
+def _shown(options: NetworkOptions, source: NetworkSource) -> Shown:
+    """Return the photographs of a job. Raises InvalidInput for those that are of no use."""
+    logits = TorchNetwork(source.model).outputs(random_images((1, *source.input.size)))
+    return shown_photographs(
+        options.photographs, input_=source.input, classes=classes_of(source.model), num_classes=logits.shape[1]
+    )
+
+
+def _inputs_of(options: NetworkOptions, shown: Shown) -> dict[str, str]:
     found = {"the photographs of --calib": shown.searched_sha256, "the photographs scored": shown.evaluation.sha256}
     if ":" in options.method:
         found[f"the code of {options.method}"] = code_sha256(options.method)
@@ -125,10 +137,6 @@ def describe_photographs(shown: Shown) -> str:
         f"photographs: {len(shown.train)} to calibrate on and {len(shown.validation)} to judge recovery by, of "
         f"{shown.name}; {len(shown.evaluation)} to score on, of {shown.evaluation.name}, {labels}"
     )
-
-
-def _num_classes(source: NetworkSource) -> int:
-    return TorchNetwork(source.model).outputs(random_images((1, *source.input.size))).shape[1]
 
 
 def _run(stages: NetworkStages, method: NetworkMethod) -> PruneResult[PhotoQuality] | None:

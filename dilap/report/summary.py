@@ -119,6 +119,7 @@ def _row(run: Run, side: Side[Any], evaluation: Evaluation | None, *, is_dense: 
         budget_used_high=None if is_dense else result.share.high,
         **side.quality.numbers,
         quality_through=side.quality.through,
+        torch_kl=side.in_torch.kl,
         mean_accuracy=mean_accuracy(evaluation),
         parameters=side.parameters,
         **(_of_images(result.workload, side) if result.is_of_images else _of_text(result, side)),
@@ -132,22 +133,21 @@ def _row(run: Run, side: Side[Any], evaluation: Evaluation | None, *, is_dense: 
 def _of_text(result: PruneResult, side: Side) -> dict[str, Any]:
     """Return the numbers that only a decoder has."""
     architecture, workload, precision = side.artifact.decoder, result.workload, side.artifact.precision
-    kept = {"precisions": side.artifact.precisions, "cache_bits": backends.get(result.backend).cache_bits(workload)}
+    read: dict[str, Any] = {"precision": precision, "precisions": side.artifact.precisions}
+    read["cache_bits"] = backends.get(result.backend).cache_bits(workload)
     context, prompt = workload.context, workload.prompt_tokens
     return {
-        "torch_kl": side.in_torch.kl,
         "torch_perplexity": side.in_torch.perplexity,
         "decode_flops": architecture.decode_flops(context=context),
-        "decode_bytes": architecture.decode_bytes(context=context, precision=precision, **kept),
+        "decode_bytes": architecture.decode_bytes(context=context, **read),
         "prefill_flops": architecture.prefill_flops(prompt_tokens=prompt),
-        "prefill_bytes": architecture.prefill_bytes(prompt_tokens=prompt, precision=precision, **kept),
+        "prefill_bytes": architecture.prefill_bytes(prompt_tokens=prompt, **read),
     }
 
 
 def _of_images(workload: Workload, side: Side[PhotoQuality]) -> dict[str, Any]:
     """Return the numbers that only an image network has."""
     return {
-        "torch_kl": side.in_torch.kl,
         "image_flops": side.flops // workload.batch,
         "images_per_second": workload.per_second(side.seconds),
     }

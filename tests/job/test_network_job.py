@@ -347,3 +347,19 @@ def test_photographs_that_are_of_no_use_are_refused(name: str, words: str, place
 def test_photographs_that_are_searched_on_are_not_scored(place: Place) -> None:
     with pytest.raises(InvalidInput, match="are among those of --calib, which the search sees"):
         place.prune(eval_images=str(place.photographs))
+
+
+def test_methods_are_compared_at_the_same_latency(place: Place, tmp_path: Path) -> None:
+    given = {"backend": "onnxruntime", "calib": str(place.photographs), "progress": lambda _: None, "recover_steps": 1}
+    out, cache = tmp_path / "compared", tmp_path / "cache"
+    rows = api.compare(
+        str(place.classifier), out=out, cache=cache, budgets="80%", methods=["uniform", "taylor"], **given
+    )
+    assert [(row.method, row.error, row.status) for row in rows] == [
+        ("uniform", None, "kept"),
+        ("taylor", None, "kept"),
+    ]
+    assert all(row.artifact_agreement is not None and row.artifact_top1 is not None for row in rows)
+    written = (out / "compare.md").read_text()
+    assert "| KL | same class | top-1 |" in written
+    assert "Calibrated on the same 8 photographs." in written

@@ -14,6 +14,7 @@ from dilap.core.measurement import Measurement
 from dilap.export.gguf.writer import GgufExporter
 from dilap.job import api, claims
 from dilap.job import compare as comparing
+from dilap.job.kinds import kind_of
 from dilap.job.result import PruneResult
 from dilap.models.load import load, save_checkpoint
 from dilap.profilers.profiler import Case
@@ -113,7 +114,7 @@ def test_a_comparison_goes_on_from_the_result_of_a_run_that_has_no_row(
     compare_ratio(checkpoint, corpus, out, "magnitude")
     before = read_json(out / "compare.json")
     (out / "runs" / "ratio-0.3" / "magnitude" / "row.json").unlink()
-    monkeypatch.setattr(comparing, "prune", stop)
+    monkeypatch.setattr(comparing, "kind_of", lambda options: replace(kind_of(options), prune=stop))
     compare_ratio(checkpoint, corpus, out, "magnitude")
     assert read_json(out / "compare.json") == before
 
