@@ -1,4 +1,4 @@
-"""A prune job of an image network: real exports and a real runtime, fabricated seconds."""
+"""Prune jobs of image networks, with fabricated seconds; two of them are exported for real and scored in a runtime."""
 
 import copy
 import json
@@ -50,8 +50,9 @@ class Place:
     runs: Path
 
     def prune(self, name: str = "run", **options: Any) -> Result:
-        given = {"method": "uniform", "budget": "80%", "backend": "onnxruntime", "calib": str(self.photographs)}
-        out = {"out": self.runs / name, "cache": self.runs / "cache", "progress": lambda _: None}
+        given: dict[str, Any] = {"method": "uniform", "budget": "80%", "backend": "onnxruntime"}
+        given["calib"] = str(self.photographs)
+        out: dict[str, Any] = {"out": self.runs / name, "cache": self.runs / "cache", "progress": lambda _: None}
         found = api.prune(str(self.classifier), **out | given | options)
         assert found is not None
         return found
@@ -73,7 +74,7 @@ def write_photographs(folder: Path, *, count: int = 16, first: int = 0) -> Path:
 
 @pytest.fixture(autouse=True)
 def _fake_bench(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_fake_network_bench(monkeypatch)
+    use_fake_network_bench(monkeypatch, exports=False)
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, Result]:
     """A finished job with a recovery, made once and only to be read."""
     place = place_in(tmp_path_factory.mktemp("done"))
     with pytest.MonkeyPatch.context() as monkeypatch:
-        use_fake_network_bench(monkeypatch)
+        use_fake_network_bench(monkeypatch, exports=True)
         return place, place.prune(recover="full", recover_steps=3)
 
 
@@ -259,7 +260,8 @@ def test_a_file_that_is_replaced_while_it_is_measured_is_not_claimed_of(
 
 def test_a_budget_that_is_kept_already_writes_nothing(place: Place) -> None:
     out = place.runs / "run"
-    given = {"method": "uniform", "backend": "onnxruntime", "calib": str(place.photographs), "progress": lambda _: None}
+    given: dict[str, Any] = {"method": "uniform", "backend": "onnxruntime", "progress": lambda _: None}
+    given["calib"] = str(place.photographs)
     assert api.prune(str(place.classifier), budget="100s", out=out, cache=place.runs / "cache", **given) is None
     assert not out.exists()
 
@@ -279,9 +281,11 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_users_own_module_is_pruned_by_the_command(
     own: str, place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    use_fake_network_bench(monkeypatch, exports=True)
     monkeypatch.chdir(tmp_path)
     others = write_photographs(tmp_path / "others", count=8, first=100)
-    given = ["--target", "host_cpu", "--budget", "90%", "--method", "taylor", "--model", own, "--input", "3x32x32"]
+    given: list[object] = ["--target", "host_cpu", "--budget", "90%", "--method", "taylor"]
+    given += ["--model", own, "--input", "3x32x32"]
     given += ["--calib", place.photographs, "--eval-images", others, "--batch", "2", "--configuration", "plain"]
     assert call(prune.main, *given, "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -350,7 +354,8 @@ def test_photographs_that_are_searched_on_are_not_scored(place: Place) -> None:
 
 
 def test_methods_are_compared_at_the_same_latency(place: Place, tmp_path: Path) -> None:
-    given = {"backend": "onnxruntime", "calib": str(place.photographs), "progress": lambda _: None, "recover_steps": 1}
+    given: dict[str, Any] = {"backend": "onnxruntime", "calib": str(place.photographs), "recover_steps": 1}
+    given["progress"] = lambda _: None
     out, cache = tmp_path / "compared", tmp_path / "cache"
     rows = api.compare(
         str(place.classifier), out=out, cache=cache, budgets="80%", methods=["uniform", "taylor"], **given

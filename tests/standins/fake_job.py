@@ -6,23 +6,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
 
 from dilap import backends
 from dilap.backends import Backend
 from dilap.core.artifact import Artifact
-from dilap.core.codec import decode, read_json
+from dilap.core.codec import decode, encode, read_json, write_json, written_aside
 from dilap.core.graph import Network
 from dilap.core.measurement import Measurement
 from dilap.core.precisions import Mix
 from dilap.core.rules import spread
 from dilap.core.shape import UNMIXED, Architecture, LayerWidths, by_quality
 from dilap.core.workload import Workload
+from dilap.export.network import described
 from dilap.job import api
 from dilap.job.bench import Bench
 from dilap.job.comparison import Row
 from dilap.job.network_bench import NetworkBench
 from dilap.job.result import PruneResult
+from dilap.models.convolutional.load import NetworkSource
+from dilap.models.network import TorchNetwork
 from dilap.profilers.profiler import Case
 from dilap.profilers.protocol import TABLE
 from dilap.profilers.tables.entries import TableEntry, run_precisions, runs_of
@@ -215,5 +221,41 @@ class FakeNetworkBench(NetworkBench):
         return self.tables / "configuration.json"
 
 
-def use_fake_network_bench(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dilap.job.network_prune.NetworkBench", FakeNetworkBench)
+class QuickNetworkBench(FakeNetworkBench):
+    """Keeps networks as files of torch, which takes no time, instead of exporting them."""
+
+    def export(
+        self, source: NetworkSource, folder: Path, *, images: NDArray[np.float32], plan_digest: str = ""
+    ) -> Artifact:
+        with written_aside(folder) as part:
+            part.mkdir()
+            torch.save(source.model, part / "model.onnx")
+            artifact = described(
+                part / "model.onnx",
+                source.model,
+                source.input,
+                backend=self.backend.name,
+                precision=self.workload.precision,
+                plan_digest=plan_digest,
+                sqnr_db=None,
+                details={},
+            )
+            write_json(part / "artifact.json", encode(artifact))
+        return artifact
+
+
+class QuickNetwork(TorchNetwork):
+    """What `QuickNetworkBench` kept, opened as an artifact is."""
+
+    def __init__(self, _: str, path: Path, *, threads: int) -> None:
+        super().__init__(torch.load(path, weights_only=False))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def use_fake_network_bench(monkeypatch: pytest.MonkeyPatch, *, exports: bool) -> None:
+    """Let jobs of image networks be measured on a made-up device; without `exports`, runtimes are made up as well."""
+    monkeypatch.setattr("dilap.job.network_prune.NetworkBench", FakeNetworkBench if exports else QuickNetworkBench)
+    if not exports:
+        monkeypatch.setattr("dilap.job.network_exam.open_network", QuickNetwork)
