@@ -6,10 +6,9 @@ from typing import Any
 
 from dilap.job import network_prune, prune
 from dilap.job.network_options import NetworkOptions
-from dilap.job.options import CommonOptions, JobOptions
+from dilap.job.options import CommonOptions
 from dilap.job.result import PruneResult
 from dilap.methods import METHODS, NETWORK_METHODS
-from dilap.models.load import Source, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +26,9 @@ class Kind:
     prune: Callable[..., PruneResult[Any] | None]
 
 
-def load_decoder(options: JobOptions) -> Source:
-    return load(options.model, merge_adapter=options.merge_adapter, vocabulary=options.vocabulary)
-
-
 DECODERS = Kind(
     methods=METHODS,
-    load=load_decoder,
+    load=prune.load_source,
     require_possible=prune.require_possible,
     named_inputs=prune.named_inputs,
     prune=prune.prune,

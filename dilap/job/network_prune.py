@@ -96,7 +96,7 @@ def load_source(options: NetworkOptions) -> NetworkSource:
 
 def require_possible(_: NetworkOptions, source: NetworkSource) -> None:
     """Raise Unsupported or InvalidInput for a network of which nothing can be removed, before anything runs."""
-    assert source.traced
+    source.traced  # noqa: B018 (it raises)
 
 
 def named_inputs(options: NetworkOptions, source: NetworkSource) -> dict[str, str]:
@@ -127,8 +127,8 @@ def describe(traced: Traced) -> str:
         f"{len(network.groups)} groups of channels can be cut"
     )
     if network.branches:
-        said += f", {len(network.branches)} residual branches removed"
-    return f"{said}; all outputs stay of {len(traced.refusals)} layers" if traced.refusals else said
+        said += f" and {len(network.branches)} residual branches removed"
+    return f"{said}; layers that keep all their outputs: {len(traced.refusals)}" if traced.refusals else said
 
 
 def describe_photographs(shown: Shown) -> str:

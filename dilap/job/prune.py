@@ -1,4 +1,4 @@
-"""The main job: prune a model to a budget, and measure the smaller model."""
+"""The main job for decoders: prune one to a budget, and measure the smaller model."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -54,7 +54,7 @@ def prune(
         estimate=options.estimate,
     )
     with workspace.stage("load the model"):
-        source = source or load(options.model, merge_adapter=options.merge_adapter, vocabulary=options.vocabulary)
+        source = source or load_source(options)
     architecture = architecture_of(source.model)
     layout = _layout(options, bench.backend, architecture)
     method = _method(options, layout)
@@ -69,6 +69,11 @@ def prune(
         result = _run(stages, method, layout)
         workspace.end(None if result is None else encode(result))
     return result
+
+
+def load_source(options: JobOptions) -> Source:
+    """Load the decoder of a job."""
+    return load(options.model, merge_adapter=options.merge_adapter, vocabulary=options.vocabulary)
 
 
 def named_inputs(options: JobOptions, source: Source) -> dict[str, str]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dilap import backends
 from dilap.backends import Backend
+from dilap.backends.readers import open_network
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, encode, read_json, write_json, written_aside
 from dilap.core.graph import Network
@@ -217,8 +218,7 @@ class FakeNetworkBench(NetworkBench):
         return found
 
     def configuration_path(self, model: str, network: Network, *, threads: Sequence[int]) -> Path:
-        assert self.tables is not None
-        return self.tables / "configuration.json"
+        return (self.tables or Path("tables")) / "configuration.json"
 
 
 class QuickNetworkBench(FakeNetworkBench):
@@ -257,5 +257,4 @@ class QuickNetwork(TorchNetwork):
 def use_fake_network_bench(monkeypatch: pytest.MonkeyPatch, *, exports: bool) -> None:
     """Let jobs of image networks be measured on a made-up device; without `exports`, runtimes are made up as well."""
     monkeypatch.setattr("dilap.job.network_prune.NetworkBench", FakeNetworkBench if exports else QuickNetworkBench)
-    if not exports:
-        monkeypatch.setattr("dilap.job.network_exam.open_network", QuickNetwork)
+    monkeypatch.setattr("dilap.job.network_exam.open_network", open_network if exports else QuickNetwork)
