@@ -33,6 +33,9 @@ class NetworkCosts(Protocol):
     @property
     def workload(self) -> Workload: ...
 
+    @property
+    def caveats(self) -> tuple[str, ...]: ...
+
     def predict(self, widths: Mapping[str, int], precisions: Mapping[str, str] = UNMIXED) -> float: ...
 
 

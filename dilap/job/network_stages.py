@@ -90,6 +90,7 @@ class NetworkStages(CommonStages[Network]):
             ),
             fastest_seconds=fastest,
             usual=usual,
+            caveats=() if self.bench.estimate else costs.caveats,
         )
 
     def weights(self, widths: Mapping[str, int], precisions: Mapping[str, str] = UNMIXED) -> float:  # noqa: ARG002

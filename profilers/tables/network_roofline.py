@@ -8,7 +8,7 @@ from dilap.core.graph import Layer, Network
 from dilap.core.shape import PRECISION_BITS, UNMIXED
 from dilap.core.workload import Workload
 from dilap.profilers.devices.device import Device
-from dilap.profilers.tables.roofline import roofline_seconds
+from dilap.profilers.tables.roofline import published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,11 @@ class NetworkRoofline:
     workload: Workload
     device: Device
 
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What a reader has to know of the predictions."""
+        return ("latencies were predicted from operations and bytes, not from a latency table",)
+
     def predict(self, widths: Mapping[str, int], precisions: Mapping[str, str] = UNMIXED) -> float:  # noqa: ARG002
         """Return the seconds of one run with so many units left in the groups, all of those that are not named."""
         return sum(self._seconds(layer, widths) for layer in self.network.layers)
@@ -36,8 +41,7 @@ class NetworkRoofline:
         positions = layer.num_positions
         read = positions / step if layer.kind == "transposed" else positions * step
         numbers = weights + batch * (taken * read + given * positions)
-        return roofline_seconds(
-            self.device,
-            num_bytes=numbers * PRECISION_BITS[self.workload.precision] / 8,
-            flops=batch * self.network.layer_flops(layer, counts),
-        )
+        num_bytes = numbers * PRECISION_BITS[self.workload.precision] / 8
+        flops = batch * self.network.layer_flops(layer, counts)
+        bytes_per_second, flops_per_second = published(self.device)
+        return max(num_bytes / bytes_per_second, flops / flops_per_second)

@@ -29,7 +29,7 @@ def roofline(
     names = {"": workload.precision} | {name: name for name in precisions if name != workload.precision}
     weights = architecture.vocab_size * architecture.hidden_size
     heads = {
-        key: roofline_seconds(device, num_bytes=weights * PRECISION_BITS[name] / 8, flops=2 * weights)
+        key: _seconds(device, num_bytes=weights * PRECISION_BITS[name] / 8, flops=2 * weights)
         for key, name in [*names.items(), (workload.precision, workload.precision)]
     }
     cheapest = min(heads.values())
@@ -71,9 +71,9 @@ def _costs_in(
         network = replace(layer, num_channels=num_channels)
         active = architecture.active_ffn_parameters(network)
         read = active if workload.phase == "decode" else architecture.ffn_parameters(network)
-        return roofline_seconds(device, num_bytes=read * byte, flops=2 * active * tokens)
+        return _seconds(device, num_bytes=read * byte, flops=2 * active * tokens)
 
-    attention_seconds = roofline_seconds(
+    attention_seconds = _seconds(
         device,
         num_bytes=work(layer) if workload.phase == "decode" else attention * byte,
         flops=2 * attention * tokens + 4 * layer.num_heads * architecture.head_dim * pairs,
@@ -108,13 +108,19 @@ def estimated_fingerprint(device: Device, *, backend: str) -> Fingerprint:
 
 def describe(device: Device) -> str:
     """Return in words the two numbers that an estimate rests on. Raises InvalidInput for a device without them."""
+    bytes_per_second, flops_per_second = published(device)
+    return f"a roofline of {bytes_per_second / 1e9:.0f} GB/s and {flops_per_second / 1e9:.0f} GFLOP/s"
+
+
+def published(device: Device) -> tuple[float, float]:
+    """Return the bytes and the operations a second that are published. Raises InvalidInput where they are not."""
     if device.bytes_per_second is None or device.flops_per_second is None:
         raise InvalidInput(f"no bandwidth and compute are published for {device.name}: it cannot be estimated")
-    return f"a roofline of {device.bytes_per_second / 1e9:.0f} GB/s and {device.flops_per_second / 1e9:.0f} GFLOP/s"
+    return device.bytes_per_second, device.flops_per_second
 
 
-class Predicts(Protocol):
-    """Predicts the seconds that one run of a model under a workload takes."""
+class Predicting(Protocol):
+    """The costs of a decoder or of any other network under a workload."""
 
     @property
     def workload(self) -> Workload: ...
@@ -123,7 +129,7 @@ class Predicts(Protocol):
 
 
 def estimated(
-    model: Predicts,
+    model: Predicting,
     widths: Any,
     *,
     precisions: Mapping[str, str] = UNMIXED,
@@ -131,7 +137,7 @@ def estimated(
     backend: str,
     artifact_sha256: str,
 ) -> Measurement:
-    """Return a model's prediction in the form of a measurement."""
+    """Return a prediction for what `model` is given as widths, in the form of a measurement."""
     return Measurement(
         artifact_sha256=artifact_sha256,
         workload=model.workload,
@@ -146,8 +152,6 @@ def estimated(
     )
 
 
-def roofline_seconds(device: Device, *, num_bytes: float, flops: float) -> float:
-    describe(device)  # raises where the numbers are missing
-    assert device.bytes_per_second is not None
-    assert device.flops_per_second is not None
-    return max(num_bytes / device.bytes_per_second, flops / device.flops_per_second)
+def _seconds(device: Device, *, num_bytes: float, flops: float) -> float:
+    bytes_per_second, flops_per_second = published(device)
+    return max(num_bytes / bytes_per_second, flops / flops_per_second)
