@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from dilap.core import registry
 from dilap.core.errors import InvalidInput, Unsupported
 from dilap.core.precisions import Mix
-from dilap.core.rules import Capabilities
+from dilap.core.rules import Capabilities, NetworkCapabilities
 from dilap.core.shape import UNMIXED, Architecture
 from dilap.core.workload import Workload
 
@@ -134,6 +134,9 @@ class Backend(Protocol):
 
         A model with parts in several precisions has the limits of all of them.
         """
+
+    def network_capabilities(self, *, precision: str) -> NetworkCapabilities:
+        """Return what the runtime makes of image networks in a precision of `network_precisions`."""
 
     def cache_bits(self, workload: Workload) -> float:
         """Return how many bits a number in the KV cache takes in the workload's configuration."""

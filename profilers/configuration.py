@@ -6,7 +6,7 @@ the one that is found here, and the artifact says how to run it that way.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -80,17 +80,21 @@ def find_fastest(
     backend: Backend,
     threads: Sequence[int],
     world: World,
+    switches: Mapping[str, tuple[str, ...]] | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Configuration:
     """Start from the plain defaults and take the change that gains most, until none gains LEAST_GAIN or more.
 
+    `switches` are those that are tried, all of the backend's by default.
+
     Every round measures the best configuration known and all that differ from it in one switch, or in the number of
     threads; what was clearly slower in one round is not tried again.
     """
+    switches = backend.switches() if switches is None else switches
     best, trials, slower = plain, [], set[tuple[str, str]]()
     tried = [plain]
     while True:
-        changes = [one for one in _changes(best, backend, threads) if one[0] not in slower and one[1] not in tried]
+        changes = [one for one in _changes(best, switches, threads) if one[0] not in slower and one[1] not in tried]
         tried += [workload for _, workload in changes]
         refused = {index: _refusal(plain, workload, backend, world) for index, (_, workload) in enumerate(changes)}
         trials += [Trial(workload=changes[index][1], refused=reason) for index, reason in refused.items() if reason]
@@ -112,9 +116,11 @@ def find_fastest(
     return Configuration(workload=best, plain=plain, trials=tuple(trials))
 
 
-def _changes(base: Workload, backend: Backend, threads: Sequence[int]) -> Iterator[tuple[tuple[str, str], Workload]]:
+def _changes(
+    base: Workload, switches: Mapping[str, tuple[str, ...]], threads: Sequence[int]
+) -> Iterator[tuple[tuple[str, str], Workload]]:
     """Yield every configuration that differs from `base` in one setting, with the name and value of that setting."""
-    for name, (default, *others) in backend.switches().items():
+    for name, (default, *others) in switches.items():
         for value in (default, *others):
             if value != base.switches.get(name, default):
                 rest = {key: setting for key, setting in base.switches.items() if key != name}
@@ -142,12 +148,15 @@ def _refusal(plain: Workload, workload: Workload, backend: Backend, world: World
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredWorld:
-    """A `World` that measures: `measure` times workloads of one model side by side, `diverge` compares two of them."""
+    """A `World` that measures: `measure` times workloads of one model side by side, `diverge` compares two of them.
+
+    By default it is not known how far two of them are apart, as of a model that reads no tokens.
+    """
 
     backend: Backend
-    vocab_size: int
     measure: Callable[[Sequence[Workload]], list[Measurement]]
-    diverge: Callable[[Workload, Workload, Sequence[int]], float | None]
+    diverge: Callable[[Workload, Workload, Sequence[int]], float | None] = lambda *_: None
+    vocab_size: int = 1
 
     def compare(self, base: Workload, others: Sequence[Workload]) -> list[tuple[float, Interval]]:
         together = [one for one in others if one.threads == base.threads or not self.backend.shares_threads]

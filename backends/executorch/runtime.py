@@ -23,7 +23,7 @@ from dilap.backends.executorch.program import Program, inputs_of
 from dilap.backends.executorch.threads import hold_threads, release_threads, use_threads
 from dilap.backends.inputs import random_tokens, require_batch
 from dilap.core.errors import InvalidInput, Unsupported
-from dilap.core.rules import Capabilities
+from dilap.core.rules import Capabilities, NetworkCapabilities
 from dilap.core.shape import Architecture
 from dilap.core.workload import Workload
 
@@ -69,8 +69,9 @@ class ExecuTorch:
 
     def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:
         threads = f"--cpu_threads={workload.threads}"
+        for_text = {"llama_main": f"llama_main --model_path={file} --tokenizer_path=tokenizer.json {threads}"}
         return {
-            "llama_main": f"llama_main --model_path={file} --tokenizer_path=tokenizer.json {threads}",
+            **(for_text if workload.phase != "forward" else {}),
             "executor_runner": f"executor_runner --model_path={file} {threads}",
             "python": "import executorch.extension.llm.custom_ops.custom_ops, executorch.kernels.quantized, "
             "executorch.runtime; executorch.extension.pybindings.portable_lib._unsafe_reset_threadpool"
@@ -93,6 +94,10 @@ class ExecuTorch:
             return Capabilities(unsupported=reason)
         # 32: a group of 4-bit weights; one step for every precision keeps plans portable between them
         return Capabilities(ffn_multiple=32, hidden_multiple=1 if precision == "f32" else 32, max_tokens=MAX_CONTEXT)
+
+    def network_capabilities(self, *, precision: str) -> NetworkCapabilities:  # noqa: ARG002
+        # 8: XNNPACK's kernels compute 8 channels at once, or 16, with and without 8 bits
+        return NetworkCapabilities(channel_multiple=8)
 
     def load(self, path: Path, workload: Workload) -> Session:
         if workload.phase != "forward":

@@ -15,7 +15,7 @@ from dilap.backends.llamacpp.bench_flags import llama_bench_flags
 from dilap.backends.llamacpp.build import cmake_args_here
 from dilap.backends.llamacpp.library import CACHE_TYPES, batch_of, fill_, library, load_model, new_context, reason
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported
-from dilap.core.rules import Capabilities
+from dilap.core.rules import Capabilities, NetworkCapabilities
 from dilap.core.shape import PRECISION_BITS, Architecture
 from dilap.core.workload import Workload
 
@@ -123,6 +123,9 @@ class LlamaCpp:
             )
         # 32: a quantisation block; one step for every precision keeps plans portable between them
         return Capabilities(ffn_multiple=32)
+
+    def network_capabilities(self, *, precision: str) -> NetworkCapabilities:  # noqa: ARG002
+        return NetworkCapabilities()
 
     def load(self, path: Path, workload: Workload) -> "LlamaCppSession":
         return LlamaCppSession(path, workload)

@@ -17,7 +17,7 @@ from dilap.core.bounds import MAX_TOKENS
 from dilap.core.codec import read_json
 from dilap.core.documents import value_at
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported
-from dilap.core.rules import Capabilities
+from dilap.core.rules import Capabilities, NetworkCapabilities
 from dilap.core.shape import Architecture
 from dilap.core.workload import Workload
 
@@ -68,7 +68,9 @@ class OnnxRuntime:
             lines.append(f'options.add_session_config_entry("{SPINNING}", "0")')
             options[SPINNING] = "0"
         lines.append(f'onnxruntime.InferenceSession("{file}", options)')
-        found = {"python": "; ".join(lines), "genai_config.json": f"session_options: {json.dumps(options)}"}
+        found = {"python": "; ".join(lines)}
+        if workload.phase != "forward":  # onnxruntime-genai runs decoders
+            found["genai_config.json"] = f"session_options: {json.dumps(options)}"
         if setting(workload, _SWITCHES, "flash_attention") == "off":
             found["environment"] = f"{NO_FLASH}=1"
         return found
@@ -97,6 +99,10 @@ class OnnxRuntime:
             hidden_multiple=1 if precision == "f32" else 32,
             max_tokens=_MAX_TOKENS,
         )
+
+    def network_capabilities(self, *, precision: str) -> NetworkCapabilities:  # noqa: ARG002
+        # 8: channels lie in blocks of the vector registers (NCHWc: 8 floats with AVX2, 16 with AVX-512)
+        return NetworkCapabilities(channel_multiple=8, switches=frozenset({"spinning"}))
 
     def load(self, path: Path, workload: Workload) -> Session:
         if workload.phase != "forward":

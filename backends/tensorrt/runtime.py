@@ -30,7 +30,7 @@ from dilap.backends.tensorrt.recipe import (
 from dilap.backends.tensorrt.session import EngineSession
 from dilap.core import codec
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported, VerificationFailed
-from dilap.core.rules import Capabilities
+from dilap.core.rules import Capabilities, NetworkCapabilities
 from dilap.core.shape import Architecture
 from dilap.core.sqnr import sqnr_db
 from dilap.core.workload import Phase, Workload
@@ -112,6 +112,10 @@ class TensorRT:
             return Capabilities(unsupported="standard ONNX has no operator that computes only a token's own experts")
         # 8: tensor cores multiply blocks of 8 x 8 f16 or bf16; other widths run, padded or on slower kernels
         return Capabilities(ffn_multiple=8, mixed_precisions=False, max_tokens=MAX_TOKENS)
+
+    def network_capabilities(self, *, precision: str) -> NetworkCapabilities:
+        # tensor cores multiply blocks of 16 bytes: 8 channels in f16; in 8 bits, channels lie in vectors of 32
+        return NetworkCapabilities(channel_multiple=32 if precision == "int8" else 8)
 
     def load(self, path: Path, workload: Workload) -> Session:
         """Open the model's engine for the workload; where there is none yet, build it and compare it with torch first.

@@ -13,7 +13,7 @@ from dilap.core.bounds import MAX_THREADS, MAX_TOKENS
 from dilap.core.documents import int64
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Workload
-from dilap.models.builtin import BUILTIN_MODELS, DEFAULT_MODEL
+from dilap.models.builtin import BUILTIN_MODELS, BUILTIN_NETWORKS, DEFAULT_MODEL
 from dilap.profilers.devices.device import Device, Registry
 from dilap.profilers.devices.locations import default_file, known_devices
 from dilap.profilers.instruments.runners import RUNNERS
@@ -78,8 +78,8 @@ def add_model(to: argparse.ArgumentParser) -> None:
         "--model",
         default=DEFAULT_MODEL,
         metavar="M",
-        help=f"{', '.join(BUILTIN_MODELS)} (the first is the default), a folder with config.json, a run's folder, "
-        "a .gguf file or a hub id",
+        help=f"{', '.join([*BUILTIN_MODELS, *BUILTIN_NETWORKS])} (the first is the default), a folder with "
+        "config.json, a run's folder, a .gguf file or a hub id; my_module:build for an image network",
     )
     add_changes(to)
 

@@ -1,23 +1,25 @@
 """dilap-compare: compare pruning methods at the same measured latency, before and after the same recovery."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dilap import methods
 from dilap.cli import arguments, console
 from dilap.cli.console import Console
-from dilap.cli.job_arguments import add_search, add_text_and_recovery, job_options
+from dilap.cli.job_arguments import add_images, add_search, add_text_and_recovery, asked_job
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
 from dilap.job import comparison
+from dilap.job.networks import is_network
 from dilap.job.outputs import home_of, name_of
-from dilap.methods import METHODS
+from dilap.methods import METHODS, NETWORK_METHODS
 
 _EXAMPLES = """\
   dilap-compare --target host_cpu --budget 85% 70% 55% --methods all
   dilap-compare --target host_cpu --ratio 0.3 0.5 0.8 --methods dilap magnitude --keep-models
   dilap-compare --target host_cpu --budget 70% --methods dilap flap sleb my_module:MyMethod --recover lora
   dilap-compare --target host_cpu --budget 70% --methods flap loraprune --set flap.metric=WIFN --set loraprune.steps=50
+  dilap-compare --target host_cpu --budget 70% --model efficientnet-lite0 --calib photos/    # an image network
   dilap-compare --list-methods
 A killed comparison goes on where it stopped when the same command is given again; failed methods are tried again."""
 
@@ -48,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         action=arguments.Several,
         default=["all"],
         metavar="NAME",
-        help=f"all, or some of {', '.join(METHODS)}, or your own as module:attribute (all)",
+        help=f"all, or some of {', '.join(METHODS)}, or your own as module:attribute (all); of image networks: "
+        f"{', '.join(NETWORK_METHODS)}",
     )
     arguments.add_model(made)
     made.add_argument("--out", metavar="DIR", help="the comparison's folder (runs/compare-MODEL-TARGET)")
@@ -62,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     arguments.add_workload(made)
     add_search(made)
     add_text_and_recovery(made, mode="full", steps=16)
+    add_images(made)
     return made
 
 
@@ -70,7 +74,10 @@ class _ListMethods(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         width = max(map(len, METHODS))
-        console.show("\n".join(f"{name:{width}}  {methods.SOURCES[name]}" for name in METHODS))
+        lines = [f"{name:{width}}  {methods.SOURCES[name]}" for name in METHODS]
+        lines += ["", "of image networks:"]
+        lines += [f"{name:{width}}  {source}" for name, source in methods.NETWORK_SOURCES.items()]
+        console.show("\n".join(lines))
         parser.exit()
 
 
@@ -80,10 +87,12 @@ def _command() -> int:
     budgets += map(Budget.of_ratio, given.ratio)
     if not budgets:
         raise InvalidInput("nothing to compare at: name a --budget or a --ratio; --help has examples")
-    names = methods.named(given.methods)
-    settings = _settings(given.set, names)
+    is_of_images = given.input_ is not None or is_network(given.model)
+    table = NETWORK_METHODS if is_of_images else METHODS
+    names = methods.named(given.methods, table=table)
+    settings = _settings(given.set, names, table)
     devices = arguments.devices_of(given, given.target)
-    base = job_options(given, device=devices[0], budget=budgets[0])
+    base = asked_job(given, device=devices[0], budget=budgets[0], method=None, settings={})
     model = name_of(given.model, merge_adapter=given.merge_adapter, vocabulary=given.vocabulary)
     default = f"compare-{model}-{given.target}"
     out = arguments.new_path(given.out) if given.out else home_of(given.model) / "runs" / default
@@ -105,13 +114,13 @@ def _command() -> int:
     return 0
 
 
-def _settings(pairs: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, str]]:
+def _settings(pairs: Sequence[str], names: Sequence[str], table: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """Return the settings of every method, given `METHOD.name=value` for one method, `name=value` for all that have it.
 
     Raises InvalidInput for a setting that no method has, before hours are spent.
     """
     found: dict[str, dict[str, str]] = {name: {} for name in names}
-    known = {name: methods.settings_of(name) for name in names}
+    known = {name: methods.settings_of(name, table=table) for name in names}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         method, _, setting = key.rpartition(".")

@@ -5,11 +5,15 @@ import inspect
 from typing import TYPE_CHECKING
 
 from dilap.cli import arguments
+from dilap.core.bounds import MAX_BATCH
+from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
+from dilap.job.networks import is_network
 from dilap.profilers.devices.device import Device
 from dilap.search.layouts import LAYOUTS
 
 if TYPE_CHECKING:
+    from dilap.job.network_options import NetworkOptions
     from dilap.job.options import JobOptions
 
 
@@ -55,7 +59,8 @@ def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", 
     group.add_argument(
         "--calib",
         default="self",
-        help="self (sampled from the model), a file (.txt .md .json .jsonl .csv .tsv .parquet, .gz too) or a hub set",
+        help="self (sampled from the model), a file (.txt .md .json .jsonl .csv .tsv .parquet, .gz too) or a hub set; "
+        "photographs for an image network",
     )
     group.add_argument(
         "--calib-length",
@@ -71,17 +76,46 @@ def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", 
     )
 
 
-def job_options(
-    given: argparse.Namespace,
-    *,
-    device: Device,
-    budget: Budget,
-    method: str = "dilap",
-    settings: dict[str, str] | None = None,
-) -> "JobOptions":
-    """Return the job that the arguments ask for. Raises InvalidInput for impossible values."""
+def add_images(made: argparse.ArgumentParser) -> None:
+    """Add the options about image networks, which also take --calib, a folder of photographs, and --recover full."""
+    group = made.add_argument_group("image networks")
+    group.add_argument("--input", dest="input_", metavar="CxHxW", help="3x224x224: needed for my_module:build")
+    group.add_argument(
+        "--processor", metavar="DIR", help="has preprocessor_config.json, which says how photographs become inputs"
+    )
+    group.add_argument("--weights", metavar="DIR", help="a checkpoint of what my_module:build returns")
+    group.add_argument(
+        "--batch", type=arguments.whole(1, MAX_BATCH), default=1, metavar="N", help="images that are timed at once (1)"
+    )
+    group.add_argument(
+        "--eval-images",
+        metavar="PHOTOS",
+        help="scored, never searched on: a folder, with a folder for each class or a labels.csv for top-1 "
+        "(half of --calib)",
+    )
+
+
+def asked_job(
+    given: argparse.Namespace, *, device: Device, budget: Budget, method: str | None, settings: dict[str, str]
+) -> "JobOptions | NetworkOptions":
+    """Return the job that the arguments ask for, of whatever kind the model is.
+
+    Without a `method` it has the default one of that kind. Raises InvalidInput for impossible values.
+    """
+    from dilap.job import asked  # importing torch takes seconds: bad input is refused first
+
+    chosen = {name: value for name, value in vars(given).items() if name in asked.OPTIONS}
+    return asked.asked_job(
+        device=device, budget=budget, model=given.model, given=chosen | {"method": method, "settings": settings}
+    )
+
+
+def decoder_job(given: argparse.Namespace, *, device: Device, budget: Budget) -> "JobOptions":
+    """Return the job of a decoder that the arguments ask for. Raises InvalidInput, also for an image network."""
+    if is_network(given.model):
+        raise InvalidInput(f"{given.model} is an image network, and this command knows decoders alone; see dilap-prune")
     from dilap.job import options  # importing torch takes seconds: bad input is refused first
 
-    known = set(inspect.signature(options.job_options).parameters) - {"device", "budget", "method", "settings"}
+    known = set(inspect.signature(options.job_options).parameters) - {"device", "budget"}
     chosen = {name: value for name, value in vars(given).items() if name in known}
-    return options.job_options(device=device, budget=budget, method=method, settings=settings or {}, **chosen)
+    return options.job_options(device=device, budget=budget, **chosen)

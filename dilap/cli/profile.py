@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from dilap.cli import arguments, console, costs
-from dilap.cli.job_arguments import job_options
+from dilap.cli.job_arguments import decoder_job
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
 from dilap.profilers.devices import doctor
@@ -56,7 +56,7 @@ def _command() -> int:
     if given.estimate and given.out:
         raise InvalidInput("--estimate measures nothing, so it writes no table: leave --out away")
     devices = arguments.devices_of(given, given.device)
-    asked = job_options(given, device=devices[0], budget=Budget(fraction=1.0))
+    asked = decoder_job(given, device=devices[0], budget=Budget(fraction=1.0))
     from dilap.job.profile import profile  # importing torch takes seconds: bad input is refused first
 
     out = arguments.new_path(given.out) if given.out else None

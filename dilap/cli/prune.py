@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dilap.cli import arguments, console
-from dilap.cli.job_arguments import add_search, add_text_and_recovery, job_options
+from dilap.cli.job_arguments import add_images, add_search, add_text_and_recovery, asked_job
 from dilap.core.codec import encode
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
 from dilap.job import result
+from dilap.job.networks import is_network
 from dilap.job.outputs import home_of, name_of
-from dilap.methods import METHODS
+from dilap.methods import METHODS, NETWORK_METHODS
 from dilap.profilers.devices.device import DEVICES, Device
 
 if TYPE_CHECKING:
+    from dilap.job.network_options import NetworkOptions
     from dilap.job.options import JobOptions
 
 _EXAMPLES = """\
@@ -28,6 +30,9 @@ _EXAMPLES = """\
   dilap-prune --target host_cpu --budget 60% --vocabulary needs.txt    # only the tokens of that text, and bytes
   dilap-prune --target jetson_cpu --budget 40ms                 # where it is stands in devices.toml
   dilap-prune --target s23 --budget 60% --estimate              # no device: published numbers stand for it
+image networks (classifiers of transformers, efficientnet-lite0, your own modules) are pruned with photographs:
+  dilap-prune --target host_cpu --budget 60% --method uniform --model ./resnet-50 --calib photos/
+  dilap-prune --target jetson_gpu --budget 4ms --model my_module:build --input 3x224x224 --calib photos/
 A killed run goes on where it stopped when the same command is given again."""
 
 
@@ -54,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sparse(made)
     add_search(made)
     add_text_and_recovery(made)
+    add_images(made)
     return made
 
 
@@ -63,6 +69,7 @@ def _add_method(made: argparse.ArgumentParser) -> None:
         "--method",
         metavar="NAME",
         help=f"{', '.join(METHODS)}, or your own as module:attribute; see the README (dilap). "
+        f"Of image networks: {', '.join(NETWORK_METHODS)} (taylor). "
         "With --pattern: magnitude, wanda, sparsegpt (wanda)",
     )
     group.add_argument(
@@ -82,6 +89,8 @@ def _add_sparse(made: argparse.ArgumentParser) -> None:
 
 def _sparse(given: argparse.Namespace) -> int:
     """Run the job for a pattern of zeros, and return the exit code."""
+    if is_network(given.model):
+        raise InvalidInput(f"--pattern does not apply to the image network {given.model}: leave it away")
     from dilap.job import sparsify as sparse_job  # importing torch takes seconds: bad input is refused first
     from dilap.models.text import CalibrationOptions
 
@@ -120,10 +129,10 @@ def _command() -> int:
     budget = _budget(given)
     devices = arguments.devices_of(given, given.target)
     options = options_of(given, device=devices[0])
-    from dilap.job.prune import prune  # importing torch takes seconds: bad input is refused first
+    from dilap.job.asked import start  # importing torch takes seconds: bad input is refused first
 
     out = arguments.new_path(given.out) if given.out else _default_out(given, budget)
-    done = prune(options, devices=devices, out=out, progress=console.Console())
+    done = start(options, devices=devices, out=out, progress=console.Console())
     if done is None:
         if given.json:
             console.show_json({"status": "already met"})
@@ -135,11 +144,9 @@ def _command() -> int:
     return 1 if done.status in ("missed", "uncertain") else 0
 
 
-def options_of(given: argparse.Namespace, *, device: Device) -> "JobOptions":
+def options_of(given: argparse.Namespace, *, device: Device) -> "JobOptions | NetworkOptions":
     """Return the job that the arguments ask for. Raises InvalidInput for impossible values."""
-    return job_options(
-        given, device=device, budget=_budget(given), method=given.method or "dilap", settings=_settings(given.set)
-    )
+    return asked_job(given, device=device, budget=_budget(given), method=given.method, settings=_settings(given.set))
 
 
 def _budget(given: argparse.Namespace) -> Budget:

@@ -88,11 +88,11 @@ def _build_object(hint: Any, kind: Any, arguments: tuple[Any, ...], value: Any) 
     """Return `value` as a dictionary, a dataclass or a plain value."""
     if kind in (dict, Mapping):
         return {key: _build(arguments[1] if arguments else Any, item) for key, item in _mapping(value).items()}
-    if dataclasses.is_dataclass(hint):
-        hints = typing.get_type_hints(hint)
-        if unknown := sorted(set(_mapping(value)) - _names_of(hint)):
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        if unknown := sorted(set(_mapping(value)) - _names_of(kind)):
             raise ValueError(f"unknown field {unknown[0]!r:.80}")
-        return typing.cast(Any, hint)(**{name: _build_field(name, hints[name], item) for name, item in value.items()})
+        return typing.cast(Any, kind)(**{name: _build_field(name, hints[name], item) for name, item in value.items()})
     if hint is float and type(value) in (int, float):
         return _finite(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

@@ -104,6 +104,18 @@ class Capabilities:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NetworkCapabilities:
+    """What a runtime makes of image networks.
+
+    `channel_multiple` is the step of numbers of channels that fills its kernels: others run no faster than the next
+    multiple, so a method is not offered them. `switches` are the names of those of its switches that concern networks.
+    """
+
+    channel_multiple: int = 1
+    switches: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
 class WidthRules:
     """The plans that a runtime and a layout allow, whether or not a width makes the model faster.
 

@@ -11,9 +11,9 @@ from dilap.core.codec import decode, read_json
 from dilap.core.errors import InvalidInput
 from dilap.core.images import ImageInput
 from dilap.evaluation.image_quality import ShowsImages
-from dilap.evaluation.subject import require_unchanged
+from dilap.evaluation.subject import require_unchanged, why_no_artifact
 from dilap.models.convolutional.load import load_network
-from dilap.models.network import TorchNetwork
+from dilap.models.network import TorchNetwork, classes_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,15 @@ class ImageSubject:
 
 
 def open_image_subject(name: str, *, input_: ImageInput | None = None, threads: int = 1) -> ImageSubject:
-    """Open the folder of an artifact, or what `load_network` loads (in torch), for images as `input_` says.
+    """Open the folder of an artifact or of a run, or what `load_network` loads (in torch), for images as `input_` says.
 
     Raises InvalidInput, Unavailable, Unsupported, and Mismatch where a file is not the one that its sidecar describes.
     """
     folder = Path(name)
+    if (folder / "result.json").is_file():
+        folder = folder / "artifact"
+        if not folder.is_dir():
+            raise InvalidInput(f"{name} has no artifact, {why_no_artifact(Path(name))}")
     return _of_artifact(name, folder, threads) if (folder / "artifact.json").is_file() else _of_model(name, input_)
 
 
@@ -74,5 +78,5 @@ def _of_model(name: str, input_: ImageInput | None) -> ImageSubject:
         plan_digest="",
         input=source.input,
         network=TorchNetwork(source.model),
-        classes=getattr(getattr(source.model, "config", None), "label2id", None) or {},
+        classes=classes_of(source.model),
     )

@@ -12,7 +12,6 @@ or `$XDG_CACHE_HOME/dilap`. `progress` is a function that is called with every l
 """
 
 import copy
-import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
@@ -32,19 +31,19 @@ from dilap.job import compare as comparing
 from dilap.job import evaluate as evaluating
 from dilap.job import export as exporting
 from dilap.job import profile as profiling
-from dilap.job import prune as pruning
+from dilap.job.asked import OPTIONS, asked_job, start
 from dilap.job.comparison import Row
+from dilap.job.networks import is_network
 from dilap.job.options import job_options
 from dilap.job.profile import Profile
 from dilap.job.result import PruneResult
-from dilap.methods import named
+from dilap.methods import METHODS, NETWORK_METHODS, named
 from dilap.models.builtin import DEFAULT_MODEL
 from dilap.models.load import Source, load
 from dilap.profilers.devices.device import Device
 from dilap.profilers.devices.locations import known_devices
 
 __all__ = ["compare", "evaluate", "export", "load", "profile", "prune"]
-_JOB_OPTIONS = set(inspect.signature(job_options).parameters) - {"device", "budget", "model"}
 _TIMED_OPTIONS = {
     "backend", "phase", "context", "prompt_tokens", "precision", "threads", "configuration", "estimate", "force",
     "merge_adapter", "vocabulary",
@@ -68,13 +67,15 @@ def prune(
     cache: Place | None = None,
     progress: Told = None,
     **options: Any,
-) -> PruneResult | None:
+) -> PruneResult[Any] | None:
     """Prune `model` to a budget and return what was measured on `target`; None where the dense model keeps the budget.
 
     `budget` is like `"40ms"`, `"70%"` of the dense latency or `"1.4x"` faster; instead, `ratio` is the share of the
-    decoder layers' weights to remove. `options` are those of `dilap.job.options.job_options`: `method`, `precision`,
-    `recover`, `seed` and so on. A model that is passed as a `Source` is not changed. Raises DilapError with a one-line
-    message; the same call, made again, goes on with what was done so far.
+    weights to remove (of a decoder, those of its layers). `options` are those of `dilap.job.options.job_options`:
+    `method`, `precision`, `recover`, `seed` and so on; of an image network, those of
+    `dilap.job.network_options.network_options`: `calib`, `eval_images`, `input_`, `batch` and so on. A model that is
+    passed as a `Source` is not changed. Raises DilapError with a one-line message; the same call, made again, goes on
+    with what was done so far.
     """
     source = replace(model, model=copy.deepcopy(model.model)) if isinstance(model, Source) else None
     if isinstance(model, Source):
@@ -84,13 +85,13 @@ def prune(
         options["merge_adapter"] = model.merge_adapter
         options["vocabulary"] = None if model.vocabulary is None else model.vocabulary.name
     found = _devices(target, devices)
-    asked = job_options(
+    asked = asked_job(
         device=found[0],
         budget=_budget(budget, ratio, stat),
         model=model.name if isinstance(model, Source) else os.fspath(model),
-        **_known(options, among=_JOB_OPTIONS),
+        given=_known(options, among=set(OPTIONS)),
     )
-    return pruning.prune(
+    return start(
         asked, devices=found, out=Path(out), progress=_progress(progress), source=source, tables=_tables(cache)
     )
 
@@ -120,13 +121,18 @@ def compare(
     asked = list(dict.fromkeys(asked + [_budget(None, one, stat) for one in _several(ratios)]))
     if not asked:
         raise InvalidInput("nothing to compare at: name budgets or ratios")
-    names, chosen = named(_several(methods)), settings or {}
+    is_of_images = options.get("input_") is not None or is_network(os.fspath(model))
+    table = NETWORK_METHODS if is_of_images else METHODS
+    names, chosen = named(_several(methods), table=table), settings or {}
     if strange := sorted(set(chosen) - set(names)):
         raise InvalidInput(f"settings of {strange[0]!r}, which is not compared; methods: {', '.join(names)}")
     found = _devices(target, devices)
-    known = _known(options, among=_JOB_OPTIONS - {"method", "settings"})  # it has `methods`, and settings of each
-    base = job_options(
-        device=found[0], budget=asked[0], model=os.fspath(model), **{"recover": "full", "recover_steps": 16, **known}
+    known = _known(options, among=set(OPTIONS) - {"method", "settings"})  # it has `methods`, and settings of each
+    base = asked_job(
+        device=found[0],
+        budget=asked[0],
+        model=os.fspath(model),
+        given={"recover": "full", "recover_steps": 16, **known},
     )
     return comparing.compare(
         base,

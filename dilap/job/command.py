@@ -7,6 +7,7 @@ from typing import Any
 
 from dilap.core.documents import value_at
 from dilap.core.workload import Budget
+from dilap.job.network_options import NetworkOptions, Photographs
 from dilap.job.options import JobOptions
 from dilap.job.precisions import AUTO
 from dilap.job.result import PruneResult
@@ -34,17 +35,35 @@ _FLAGS: Mapping[str, tuple[str, ...]] = {
     "--recover": ("recovery", "mode"),
     "--seed": ("seed",),
 }
+_NETWORK_FLAGS: Mapping[str, tuple[str, ...]] = {
+    "--model": ("model",),
+    "--processor": ("processor",),
+    "--weights": ("weights",),
+    "--backend": ("backend",),
+    "--batch": ("workload", "batch"),
+    "--stat": ("budget", "statistic"),
+    "--configuration": ("configuration",),
+    "--method": ("method",),
+    "--calib": ("photographs", "source"),
+    "--eval-images": ("photographs", "evaluation"),
+    "--recover": ("recovery", "mode"),
+    "--seed": ("seed",),
+}
 _OF_THE_DEVICE = ("--backend",)  # its default depends on it, so it is always given
 
 
-def command_line(result: PruneResult) -> str:
+def command_line(result: PruneResult[Any]) -> str:
     """Return the `dilap-prune` command for the job of a result, which an earlier version may have written."""
     options, budget = result.options, result.budget
     words = ["dilap-prune", "--target", result.target]
     asked = ["--ratio", f"{budget.ratio:g}"] if budget.ratio is not None else ["--budget", str(budget)]
     words += asked
-    defaults = asdict(JobOptions(budget=Budget(fraction=1.0)))
-    for flag, path in _FLAGS.items():
+    flags, defaults = _FLAGS, asdict(JobOptions(budget=Budget(fraction=1.0)))
+    if result.is_of_images:
+        default = NetworkOptions(budget=Budget(fraction=1.0), model="", photographs=Photographs(source=""))
+        flags, defaults = _NETWORK_FLAGS, asdict(default)
+        words += _input(options)
+    for flag, path in flags.items():
         value = value_at(options, *path)
         is_default = flag not in _OF_THE_DEVICE and value == value_at(defaults, *path)
         if value is not None and not is_default:
@@ -60,6 +79,14 @@ def command_line(result: PruneResult) -> str:
     for name, value in settings.items() if isinstance(settings, Mapping) else ():
         words += ["--set", f"{name}={value}"]
     return shlex.join(words)
+
+
+def _input(options: Mapping[str, Any]) -> list[str]:
+    """Return the words that ask for the input of an image network; none where the network says it."""
+    found = value_at(options, "input")
+    if found is None:
+        return []
+    return ["--input", "x".join(str(value_at(found, side)) for side in ("channels", "height", "width"))]
 
 
 def _precision(options: Mapping[str, Any]) -> str:

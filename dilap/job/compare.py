@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from dilap import __version__, methods
 from dilap.core.codec import decode, digest, encode, read_json, write_json
@@ -14,18 +15,17 @@ from dilap.core.progress import Progress
 from dilap.core.workload import Budget
 from dilap.job import comparison
 from dilap.job.comparison import Row
-from dilap.job.options import JobOptions
-from dilap.job.prune import named_inputs, prune, require_possible
+from dilap.job.kinds import Kind, kind_of
+from dilap.job.options import CommonOptions
 from dilap.job.result import PruneResult
 from dilap.job.run_folder import changes, foreign_content, held, remove_leftovers_below, tidy
-from dilap.models.load import Source, load
 from dilap.profilers.devices.device import Device
 
 _LARGE = ("checkpoint", "artifact")  # folders of a run, removed when its numbers are known
 
 
 def compare(
-    base: JobOptions,
+    base: CommonOptions,
     *,
     budgets: Sequence[Budget],
     settings: Mapping[str, Mapping[str, str]],
@@ -42,7 +42,7 @@ def compare(
     with other options, or by anything else.
     """
     for method, chosen in settings.items():  # before hours are spent on the others
-        methods.get(method, chosen)
+        methods.get(method, chosen, table=kind_of(base).methods)
     jobs = [
         replace(base, budget=budget, method=method, settings=dict(chosen))
         for budget in budgets
@@ -56,7 +56,7 @@ def compare(
         return runs.rows(jobs)
 
 
-def _open(out: Path, base: JobOptions, settings: Mapping[str, Mapping[str, str]]) -> None:
+def _open(out: Path, base: CommonOptions, settings: Mapping[str, Mapping[str, str]]) -> None:
     """Start a comparison in `out`, or go on with one of the same options; its budgets and methods may be others.
 
     Raises InvalidInput where the comparison in `out` has other options.
@@ -75,18 +75,22 @@ def _open(out: Path, base: JobOptions, settings: Mapping[str, Mapping[str, str]]
 class _Runs:
     """The runs of a comparison, in folders below `out`; what they have in common is in the folder `out`/shared."""
 
-    base: JobOptions
+    base: CommonOptions
     devices: Sequence[Device]
     out: Path
     progress: Progress
     keep_models: bool
     tables: Path | None
 
-    @cached_property
-    def _dense(self) -> Source:
-        return load(self.base.model, merge_adapter=self.base.merge_adapter, vocabulary=self.base.vocabulary)
+    @property
+    def _kind(self) -> Kind:
+        return kind_of(self.base)
 
-    def rows(self, jobs: Sequence[JobOptions]) -> list[Row]:
+    @cached_property
+    def _dense(self) -> Any:
+        return self._kind.load(self.base)
+
+    def rows(self, jobs: Sequence[CommonOptions]) -> list[Row]:
         """Return all rows, after doing the runs that have none yet; the tables are rewritten after each row."""
         rows: list[Row] = []
         known = sum(self._row_file(options).exists() for options in jobs)
@@ -107,11 +111,11 @@ class _Runs:
             shutil.rmtree(self.out / "shared" / "methods", ignore_errors=True)  # gigabytes that no run needs any more
         return rows
 
-    def _require_possible(self, options: JobOptions) -> None:
+    def _require_possible(self, options: CommonOptions) -> None:
         """Raise for what no method could do, so that it is reported once and not in every row."""
-        require_possible(options, self._dense)
+        self._kind.require_possible(options, self._dense)
 
-    def _require_same_inputs(self, jobs: Sequence[JobOptions]) -> None:
+    def _require_same_inputs(self, jobs: Sequence[CommonOptions]) -> None:
         """Raise InvalidInput where an input has changed since the rows and shared files were made from it.
 
         The code of a user's own method may change as long as the method has no rows.
@@ -120,7 +124,7 @@ class _Runs:
         begun = read_json(path) if path.exists() else {}
         now = {"DiLAP": __version__, "the model": self._dense.digest}
         for options in jobs:
-            now |= named_inputs(options, self._dense)
+            now |= self._kind.named_inputs(options, self._dense)
         mended = {
             f"the code of {options.method}"
             for options in jobs
@@ -133,11 +137,11 @@ class _Runs:
             )
         write_json(path, begun | now)
 
-    def _row_file(self, options: JobOptions) -> Path:
+    def _row_file(self, options: CommonOptions) -> Path:
         budget = str(options.budget).replace("%", "pct").replace(" ", "-")
         return self.out / "runs" / budget / options.method.replace(":", ".") / "row.json"
 
-    def _row(self, options: JobOptions) -> Row:
+    def _row(self, options: CommonOptions) -> Row:
         path = self._row_file(options)
         if path.exists():
             return comparison.read_row(read_json(path), source=str(path))
@@ -150,7 +154,7 @@ class _Runs:
         write_json(path, encode(row))  # last: a run with a row has no large folders left, whenever it is killed
         return row
 
-    def _result(self, options: JobOptions, folder: Path) -> PruneResult:
+    def _result(self, options: CommonOptions, folder: Path) -> PruneResult[Any]:
         """Read the result of a finished run. Raises InvalidInput where `folder` is anything else than this run."""
         path = folder / "result.json"
         if not path.is_file():
@@ -161,11 +165,11 @@ class _Runs:
         tidy(folder)
         return result
 
-    def _run(self, options: JobOptions, folder: Path) -> Row:
+    def _run(self, options: CommonOptions, folder: Path) -> Row:
         try:
             if folder.exists():  # an earlier call was killed between the run and its row
                 return comparison.row_of(self._result(options, folder))
-            result = prune(
+            result = self._kind.prune(
                 options,
                 devices=self.devices,
                 out=folder,

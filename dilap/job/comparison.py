@@ -31,7 +31,8 @@ class Row:
 
     `torch_*` is the quality of the torch model in floats: `*_before` as the method left it, the others after the
     recovery that all rows share. `artifact_*` is the quality of the exported file, read through its runtime; None where
-    the file cannot be read here.
+    the file cannot be read here. A decoder has a perplexity; an image network has `agreement`, the share of photographs
+    in which it prefers the dense network's class, and, with labels, `top1` and `top5`.
     """
 
     method: str
@@ -61,6 +62,21 @@ class Row:
     calibration_tokens: int | None = None
     notes: tuple[str, ...] = ()
     budget_used_ci: tuple[float, float] | None = None
+    torch_agreement: float | None = None
+    torch_top1: float | None = None
+    torch_top5: float | None = None
+    dense_torch_top1: float | None = None
+    dense_torch_top5: float | None = None
+    artifact_agreement: float | None = None
+    artifact_top1: float | None = None
+    artifact_top5: float | None = None
+    dense_artifact_top1: float | None = None
+    dense_artifact_top5: float | None = None
+    calibration_images: int | None = None
+
+    @property
+    def is_of_images(self) -> bool:
+        return self.torch_agreement is not None
 
     @property
     def kl(self) -> float:
@@ -68,8 +84,8 @@ class Row:
         return self.torch_kl or 0.0 if self.artifact_kl is None else self.artifact_kl
 
 
-def row_of(result: PruneResult) -> Row:
-    pruned, text = result.pruned, result.options["calibration"]
+def row_of(result: PruneResult[Any]) -> Row:
+    pruned, text = result.pruned, result.options.get("calibration")
     return Row(
         method=result.method,
         budget=str(result.budget),
@@ -85,30 +101,27 @@ def row_of(result: PruneResult) -> Row:
         peak_memory_bytes=pruned.measurement.peak_memory_bytes,
         pruning_seconds=result.pruning_seconds,
         pruning_peak_memory_bytes=result.pruning_peak_memory_bytes,
-        calibration_tokens=text["train_sequences"] * text["sequence_length"],
+        calibration_tokens=None if text is None else text["train_sequences"] * text["sequence_length"],
+        calibration_images=result.calibration_sequences if text is None else None,
         notes=result.all_notes,
         budget_used_ci=(result.share.low, result.share.high),
     )
 
 
-def _qualities(result: PruneResult) -> dict[str, Any]:
+def _qualities(result: PruneResult[Any]) -> dict[str, Any]:
     dense, pruned = result.dense, result.pruned
-    found: dict[str, Any] = {
+    found = {f"torch_{name}": value for name, value in pruned.in_torch.numbers.items()}
+    found |= {f"dense_torch_{name}": value for name, value in dense.in_torch.numbers.items()}
+    found |= {
         "torch_kl_before": result.kl_without_recovery,
         "torch_perplexity_before": result.perplexity_without_recovery,
-        "torch_kl": pruned.in_torch.kl,
-        "torch_perplexity": pruned.in_torch.perplexity,
-        "dense_torch_perplexity": dense.in_torch.perplexity,
     }
-    if pruned.quality.through == "torch":
-        return found
-    return found | {
-        "artifact_kl": pruned.quality.kl,
-        "artifact_perplexity": pruned.quality.perplexity,
-        "dense_artifact_kl": dense.quality.kl,
-        "dense_artifact_perplexity": dense.quality.perplexity,
-        "artifact_reader": pruned.quality.through,
-    }
+    if pruned.quality.through != "torch":
+        found |= {f"artifact_{name}": value for name, value in pruned.quality.numbers.items()}
+        found |= {f"dense_artifact_{name}": value for name, value in dense.quality.numbers.items()}
+        found["artifact_reader"] = pruned.quality.through
+    known = {field.name for field in fields(Row)}  # what the dense model is by itself is not among them
+    return {name: value for name, value in found.items() if name in known}
 
 
 def read_row(document: Mapping[str, Any], *, source: str) -> Row:
@@ -163,6 +176,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     """Return what a reader has to know to compare the rows."""
     shared = "What does not depend on the budget is computed once: its seconds are in the row that asked first."
     shared = f"{_quality_note(rows)} {shared}"
+    if images := {row.calibration_images for row in rows if row.calibration_images}:
+        return [f"{shared} Calibrated on the same {max(images):,} photographs."]
     sizes = {row.calibration_tokens for row in rows if row.calibration_tokens}
     if len(sizes) != 1:
         return [shared]
@@ -176,25 +191,28 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _quality_note(rows: Sequence[Row]) -> str:
-    """Say which models the columns of KL and perplexity are about."""
+    """Say which models the columns of quality are about."""
+    names = "KL and the shares of photographs" if any(row.is_of_images for row in rows) else "KL and perplexity"
     torch = "torch KL is of the torch model in floats, the only one that is known before recovery"
     read = next((row for row in rows if row.artifact_reader is not None), None)
     if read is None:
-        return f"KL and perplexity are of the torch models in floats, not of the artifacts; {torch}."
-    return (
-        f"KL and perplexity are of the artifacts, read through {read.artifact_reader} (dense: "
-        f"{_number(read.dense_artifact_kl, 3)} and {_number(read.dense_artifact_perplexity, 2)}); {torch}."
-    )
+        return f"{names} are of the torch models in floats, not of the artifacts; {torch}."
+    dense = f"{_number(read.dense_artifact_kl, 3)} and {_number(read.dense_artifact_perplexity, 2)}"
+    if read.is_of_images:
+        dense = f"KL {_number(read.dense_artifact_kl, 3)}"
+        dense += "" if read.dense_artifact_top1 is None else f", top-1 {read.dense_artifact_top1:.1%}"
+    return f"{names} are of the artifacts, read through {read.artifact_reader} (dense: {dense}); {torch}."
 
 
 def _table(budget: str, rows: Sequence[Row]) -> str:
     done = sorted((row for row in rows if row.error is None), key=_rank)
+    quality = "KL | same class | top-1" if any(row.is_of_images for row in done) else "KL | perplexity"
     lines = [
         f"Budget {in_markdown(budget)}",
         "",
-        "| method | ms | 95 % interval | budget used | torch KL before recovery | torch KL | KL | perplexity "
+        f"| method | ms | 95 % interval | budget used | torch KL before recovery | torch KL | {quality} "
         "| parameters | FLOPs | peak memory | pruning took | and memory |",
-        "|---|" + "--:|" * 12,
+        "|---|" + "--:|" * (11 + quality.count("|")),
         *(_line(row) for row in done),
     ]
     failed = [f"{row.method} failed: {row.error}" for row in rows if row.error is not None]
@@ -226,10 +244,17 @@ def _line(row: Row) -> str:
 
 
 def _quality_cells(row: Row) -> list[str]:
-    """Return the artifact's KL and perplexity, or, marked, the torch model's where the artifact was not read."""
-    if row.artifact_reader is None:
-        return [f"{one} (torch)" for one in (_number(row.torch_kl, 3), _number(row.torch_perplexity, 2))]
-    return [_number(row.artifact_kl, 3), _number(row.artifact_perplexity, 2)]
+    """Return the artifact's numbers, or, marked, the torch model's where the artifact was not read."""
+    is_read = row.artifact_reader is not None
+    mark = "" if is_read else " (torch)"
+    kl = row.artifact_kl if is_read else row.torch_kl
+    if row.is_of_images:
+        agreement = row.artifact_agreement if is_read else row.torch_agreement
+        top1 = row.artifact_top1 if is_read else row.torch_top1
+        cells = [_number(kl, 3), *("" if one is None else f"{one:.1%}" for one in (agreement, top1))]
+    else:
+        cells = [_number(kl, 3), _number(row.artifact_perplexity if is_read else row.torch_perplexity, 2)]
+    return [f"{cell}{mark}" for cell in cells]
 
 
 def _scaled(value: float | None, unit: float, digits: int, name: str = "") -> str:

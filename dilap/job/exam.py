@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 from dilap.backends import Reader, host
 from dilap.backends.readers import open_reader
 from dilap.core.artifact import Artifact
-from dilap.core.codec import decode, digest, encode, read_json, write_json
-from dilap.core.errors import Crashed, Unavailable, Unsupported
+from dilap.core.codec import digest
 from dilap.evaluation.kept_tokens import KeptTokens
 from dilap.evaluation.scoring import beside_teacher
 from dilap.evaluation.subject import require_unchanged
-from dilap.job.result import Quality, versions
+from dilap.job.quality import Quality, kept_quality
+from dilap.job.result import versions
 from dilap.job.stages import Stages
 from dilap.models.reference import Head, Scores, Teacher, head_of
 from dilap.models.text import Calibration, EvaluationText, evaluation_text
@@ -82,12 +82,9 @@ class Exam:
         """
         require_unchanged(folder, artifact)
         path = stages.workspace.common / f"quality-{self._key(stages, artifact)}.json"
-        if not path.exists():
-            try:
-                write_json(path, encode(self._read(stages, folder, artifact)))
-            except (Crashed, Unavailable, Unsupported) as error:
-                return replace(in_torch, reason=str(error), artifact_sha256=artifact.sha256)
-        return decode(Quality, read_json(path), source=str(path))
+        return kept_quality(
+            path, lambda: self._read(stages, folder, artifact), in_torch=in_torch, sha256=artifact.sha256
+        )
 
     def _read(self, stages: Stages, folder: Path, artifact: Artifact) -> Quality:
         total = self.text.tokens.numel()

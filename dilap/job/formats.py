@@ -8,9 +8,10 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import checked, read_json, write_json
 from dilap.core.measurement import Measurement
 from dilap.core.plan import full_plan
+from dilap.job.common_stages import require_measured
 from dilap.job.exam import Exam
 from dilap.job.result import DenseFormat
-from dilap.job.stages import Stages, require_measured
+from dilap.job.stages import Stages
 from dilap.models.anatomy import architecture_of
 from dilap.profilers.profiler import Case, speedup
 

@@ -15,10 +15,12 @@ _CLASSIFIER = "ForImageClassification"  # ends the names of transformers' classe
 
 
 def is_network(name: str) -> bool:
-    """Return whether a model is an image network: built in, the folder of an image classifier, or a user's own."""
+    """Return whether a model is an image network: built in, the folder of a classifier or its run, or a user's own."""
     folder = Path(name).expanduser()
     if name in BUILTIN_NETWORKS or not folder.exists():
         return name in BUILTIN_NETWORKS or ":" in name
+    if (folder / "result.json").is_file():
+        folder = folder / "checkpoint"
     config = folder / "config.json"
     if not config.is_file():
         return (folder / "narrowed.json").is_file()

@@ -41,37 +41,50 @@ _TIMED, _TEXT, _LIBRARY, _SEARCH, _RECOVERY = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobOptions:
-    """Everything that a prune job is asked for: two jobs with equal options are the same job.
+class CommonOptions:
+    """What a prune job of any kind of model is asked for.
 
     For the `fastest` configuration, the runtime's switches and `threads_tried` are tried, starting from `workload`;
-    the `plain` one has the runtime's default switches. `precisions` are those that parts of the model may have beside
-    the workload's own, which is the artifact's; None stands for all that the runtime has. `merge_adapter` is the folder
-    of an adapter that becomes part of the model, `vocabulary` the text whose tokens alone stay in it.
+    the `plain` one has the runtime's default switches. `seed` is that of everything random.
     """
 
     budget: Budget
-    model: str = DEFAULT_MODEL
-    merge_adapter: str | None = None
-    vocabulary: str | None = None
+    model: str
     target: str = "host_cpu"
-    backend: str = "llamacpp"
-    workload: Workload = field(default_factory=Workload)
-    precisions: tuple[str, ...] | None = ()
+    backend: str
+    workload: Workload
     force: bool = False
     estimate: bool = False
     configuration: Literal["fastest", "plain"] = "fastest"
     threads_tried: tuple[int, ...] = ()
+    method: str
+    settings: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions(CommonOptions):
+    """Everything that a prune job of a decoder is asked for: two jobs with equal options are the same job.
+
+    `precisions` are those that parts of the model may have beside the workload's own, which is the artifact's; None
+    stands for all that the runtime has. `merge_adapter` is the folder of an adapter that becomes part of the model,
+    `vocabulary` the text whose tokens alone stay in it. The seed is set in the options of text, search and recovery.
+    """
+
+    model: str = DEFAULT_MODEL
+    merge_adapter: str | None = None
+    vocabulary: str | None = None
+    backend: str = "llamacpp"
+    workload: Workload = field(default_factory=Workload)
+    precisions: tuple[str, ...] | None = ()
     layout: Layout | None = None
     method: str = "dilap"
-    settings: dict[str, str] = field(default_factory=dict)
     table: str | None = None
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     evaluation_text: str = "python-docs"
     evaluation_sequences: int = 32
     levels: LevelOptions = field(default_factory=LevelOptions)
     recovery: RecoveryOptions = field(default_factory=RecoveryOptions)
-    seed: int = 0  # of everything random: text, search, methods, recovery; set in their options too
 
     def __post_init__(self) -> None:
         search = replace(self.levels.search, seed=self.seed)
@@ -130,8 +143,8 @@ def job_options(
     """
     if not (math.isfinite(step) and 0 < step <= 1):
         raise InvalidInput(f"--step is a share of the dense latency above 0, got {step:g}")
-    _require_known(configuration=configuration, layout=layout, importance=importance, recover=recover)
-    _require_in_range(
+    require_known(configuration=configuration, layout=layout, importance=importance, recover=recover)
+    require_in_range(
         calib_length=calib_length, recover_steps=recover_steps, evaluations=evaluations, seed=seed, threads=threads
     )
     backend = backend or next(iter(device.backends))
@@ -173,14 +186,14 @@ def job_options(
     )
 
 
-def _require_known(**given: str | None) -> None:
+def require_known(**given: str | None) -> None:
     """Raise InvalidInput for an option with a value that it does not have; None is the default of the device."""
     for name, value in given.items():
         if value is not None and value not in _CHOICES[name]:
             raise InvalidInput(f"{name} is one of {', '.join(_CHOICES[name])}, got {value!r:.80}")
 
 
-def _require_in_range(**given: int | None) -> None:
+def require_in_range(**given: int | None) -> None:
     """Raise InvalidInput for a number outside the range of its option; None is the default of the device."""
     for name, value in given.items():
         least, most = RANGES[name]

@@ -11,6 +11,7 @@ def name_of(model: str, *, merge_adapter: str | None = None, vocabulary: str | N
     path = Path(model)
     name = (path.resolve() if path.exists() else path).name.removesuffix(".gguf")
     adapter = "" if merge_adapter is None else f"+{name_of(merge_adapter)}"
+    name = name.replace(":", "-")  # of module:function
     return f"{name}{adapter}" + ("" if vocabulary is None else f"-{name_of_vocabulary(vocabulary)}")
 
 

@@ -1,4 +1,4 @@
-"""The main job: prune a model to a budget, and measure the smaller model."""
+"""The main job for decoders: prune one to a budget, and measure the smaller model."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dilap import __version__, backends, methods
 from dilap.backends import Backend
-from dilap.core.codec import encode, write_json
+from dilap.core.codec import encode
 from dilap.core.progress import Progress
 from dilap.core.shape import Architecture
 from dilap.job.bench import Bench
@@ -54,7 +54,7 @@ def prune(
         estimate=options.estimate,
     )
     with workspace.stage("load the model"):
-        source = source or load(options.model, merge_adapter=options.merge_adapter, vocabulary=options.vocabulary)
+        source = source or load_source(options)
     architecture = architecture_of(source.model)
     layout = _layout(options, bench.backend, architecture)
     method = _method(options, layout)
@@ -67,12 +67,13 @@ def prune(
             workspace.log.say(note)
         stages = Stages(options=options, workspace=workspace, bench=bench, source=source)
         result = _run(stages, method, layout)
-        if result is None:
-            workspace.discard()
-        else:
-            write_json(workspace.folder / "result.json", encode(result))
-            workspace.finish()
+        workspace.end(None if result is None else encode(result))
     return result
+
+
+def load_source(options: JobOptions) -> Source:
+    """Load the decoder of a job."""
+    return load(options.model, merge_adapter=options.merge_adapter, vocabulary=options.vocabulary)
 
 
 def named_inputs(options: JobOptions, source: Source) -> dict[str, str]:

@@ -5,7 +5,7 @@ import platform
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic
 
 from dilap import __version__, backends
 from dilap.core.artifact import Artifact
@@ -16,42 +16,14 @@ from dilap.core.printable import joined
 from dilap.core.shape import PRECISION_BITS, Architecture
 from dilap.core.vocabulary import VocabularyCut
 from dilap.core.workload import Budget, Statistic, Workload
-from dilap.job.verdict import Verdict, percent, words
+from dilap.job.quality import AnyQuality, Quality, in_words, words
+from dilap.job.verdict import Verdict, percent
+from dilap.job.verdict import words as verdict_in_words
 from dilap.profilers.profiler import is_shown
 
-if TYPE_CHECKING:
-    from dilap.models.text import EvaluationText
-
 
 @dataclass(frozen=True, kw_only=True)
-class Quality:
-    """How good a model is on text that no search saw. KL is to the dense torch model, in nats a token.
-
-    `through` is what read the text: the artifact's runtime, or `torch`, which scores the torch model in floats, as in
-    all results of earlier versions. `reason` says why there are torch's numbers instead of the artifact's.
-    """
-
-    text: str
-    text_sha256: str
-    tokens: int
-    kl: float
-    perplexity: float
-    through: str = "torch"
-    reason: str = ""
-    artifact_sha256: str = ""
-
-    def __post_init__(self) -> None:
-        if self.perplexity < 0 or self.tokens < 0:
-            raise ValueError(f"a perplexity of {self.perplexity} on {self.tokens} tokens")
-
-    @classmethod
-    def on(cls, text: "EvaluationText", *, kl: float, perplexity: float) -> "Quality":
-        """Return the quality of a torch model on `text`."""
-        return cls(text=text.name, text_sha256=text.sha256, tokens=text.tokens.numel(), kl=kl, perplexity=perplexity)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Side:
+class Side(Generic[AnyQuality]):
     """One of the two models, dense or pruned: what it is, what it costs and how good it is.
 
     `quality` is the artifact's own where its runtime can read it here; `torch_quality` is that of the torch model from
@@ -64,15 +36,15 @@ class Side:
     interval: Interval | None
     parameters: int
     flops: int
-    quality: Quality
-    torch_quality: Quality | None = None
+    quality: AnyQuality
+    torch_quality: AnyQuality | None = None
 
     def __post_init__(self) -> None:
         if self.seconds <= 0 or min(self.parameters, self.flops) < 0 or (self.interval and self.interval.low <= 0):
             raise ValueError(f"{self.seconds} seconds, {self.parameters} parameters and {self.flops} FLOPs of a model")
 
     @property
-    def in_torch(self) -> Quality:
+    def in_torch(self) -> AnyQuality:
         """Quality of the torch model in floats, which is the only one in results of earlier versions."""
         return self.torch_quality or self.quality
 
@@ -90,7 +62,7 @@ class DenseFormat:
     speedup: Interval | None
     quality: Quality
 
-    def seconds(self, dense: Side, statistic: Statistic) -> float:
+    def seconds(self, dense: Side[Quality], statistic: Statistic) -> float:
         """Return its latency, on the scale of the measurement of `dense`, the dense model that ships."""
         if self.speedup is None:
             return self.measurement.seconds(statistic)
@@ -108,11 +80,12 @@ class PlainDefaults:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneResult:
+class PruneResult(Generic[AnyQuality]):
     """Everything that a run claims, with what the claims rest on.
 
     `kl_without_recovery` and `perplexity_without_recovery` are of the pruned torch model before recovery. An estimate
-    has no intervals and no speed-up.
+    has no intervals and no speed-up. Of an image network, the sequences of the calibration are photographs; it has no
+    layout and no perplexity.
     """
 
     status: Verdict
@@ -122,15 +95,14 @@ class PruneResult:
     model: str
     model_digest: str
     method: str
-    layout: str
     budget: Budget
     workload: Workload
     limit_seconds: float | None
     floor_seconds: float | None
     fastest_seconds: float | None
     predicted_seconds: float | None
-    dense: Side
-    pruned: Side
+    dense: Side[AnyQuality]
+    pruned: Side[AnyQuality]
     speedup: Interval | None
     speedup_shown: bool
     plan_digest: str
@@ -140,12 +112,13 @@ class PruneResult:
     calibration: str
     calibration_sha256: str
     calibration_sequences: int
-    calibration_sequence_length: int
     options: dict[str, Any]
     stage_seconds: dict[str, float]
     versions: dict[str, str]
     seed: int
     notes: tuple[str, ...] = ()
+    layout: str = ""  # empty for an image network
+    calibration_sequence_length: int | None = None  # tokens; None for photographs
     # The first results of this version lack the fields from here on, but can still be read.
     perplexity_without_recovery: float | None = None
     recovery_kls: tuple[float, ...] = ()
@@ -177,7 +150,7 @@ class PruneResult:
     @property
     def verdict(self) -> str:
         """The status in words, for people."""
-        return words(self.status, self.share)
+        return verdict_in_words(self.status, self.share)
 
     @property
     def statistic(self) -> Statistic:
@@ -192,6 +165,11 @@ class PruneResult:
         """Why the speed-up is not shown, where `speedup_shown` is false."""
         crosses = self.speedup is None or not is_shown(self.speedup)
         return "the interval includes 1" if crosses else "the device was busy or slowed down"
+
+    @property
+    def is_of_images(self) -> bool:
+        """Whether it is about an image network, and not about a decoder."""
+        return self.dense.artifact.input is not None
 
     @property
     def is_estimate(self) -> bool:
@@ -227,7 +205,7 @@ def flops_of(architecture: Architecture, workload: Workload) -> int:
     return architecture.prefill_flops(prompt_tokens=workload.prompt_tokens)
 
 
-def read_result(path: Path) -> PruneResult:
+def read_result(path: Path) -> PruneResult[Any]:
     """Read the result in the folder of a run. Raises InvalidInput, also for a run that measured no latency."""
     result = path / "result.json"
     document = read_json(result)
@@ -250,10 +228,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def table(result: PruneResult) -> str:
+def table(result: PruneResult[Any]) -> str:
     """Return the text that a job ends with: a table of both models, the verdict, and the notes."""
     dense, pruned = result.dense, result.pruned
-    in_torch = " (torch)" if pruned.quality.through == "torch" else ""
     speedup = None if result.is_estimate else result.speedup
     rows: list[tuple[str, str, str, str]] = [
         ("", "dense", "pruned", "pruned / dense"),
@@ -264,8 +241,8 @@ def table(result: PruneResult) -> str:
             _of_dense(result, dense.seconds, pruned.seconds, speedup),
         ),
         *_interval_rows(result),
-        (f"KL to dense{in_torch}", f"{dense.quality.kl:.3f}", f"{pruned.quality.kl:.3f}", ""),
-        (f"perplexity{in_torch}", f"{dense.quality.perplexity:.2f}", f"{pruned.quality.perplexity:.2f}", ""),
+        *_throughput_rows(result),
+        *_quality_rows(result),
         ("parameters", _mega(dense.parameters), _mega(pruned.parameters), _ratio(pruned.parameters, dense.parameters)),
         ("FLOPs", _mega(dense.flops), _mega(pruned.flops), _ratio(pruned.flops, dense.flops)),
         _bytes_row("file", dense.artifact.num_bytes, pruned.artifact.num_bytes),
@@ -287,7 +264,7 @@ def table(result: PruneResult) -> str:
     )
 
 
-def _of_dense(result: PruneResult, dense: float, pruned: float, speedup: Interval | None) -> str:
+def _of_dense(result: PruneResult[Any], dense: float, pruned: float, speedup: Interval | None) -> str:
     """Format the pruned latency as a share of the dense one, from the speed-up where that is of the same statistic.
 
     Only a ratio of medians is called paired: it is paired by rounds, that of p90s only by starts.
@@ -297,13 +274,28 @@ def _of_dense(result: PruneResult, dense: float, pruned: float, speedup: Interva
     return f"{1 / speedup.value:.1%}{' paired' * (result.statistic == 'p50')}"
 
 
-def _interval_rows(result: PruneResult) -> list[tuple[str, str, str, str]]:
+def _interval_rows(result: PruneResult[Any]) -> list[tuple[str, str, str, str]]:
     """Return the row of 95 % intervals; an estimate has none."""
     low, high = result.dense.interval, result.pruned.interval
     if low is None or high is None or result.is_estimate:
         return []
     name = "95 % interval" if result.statistic == result.budget.statistic else "95 % interval of p50"
     return [(name, _ms_interval(low), _ms_interval(high), "")]
+
+
+def _throughput_rows(result: PruneResult[Any]) -> list[tuple[str, str, str, str]]:
+    """Return the row of images a second; nothing for a decoder."""
+    if not result.is_of_images:
+        return []
+    dense, pruned = (result.workload.per_second(one.seconds) for one in (result.dense, result.pruned))
+    return [("images a second", f"{dense:.1f}", f"{pruned:.1f}", "")]
+
+
+def _quality_rows(result: PruneResult[Any]) -> list[tuple[str, str, str, str]]:
+    dense, pruned = result.dense.quality.shown, result.pruned.quality.shown
+    in_torch = " (torch)" if result.pruned.quality.through == "torch" else ""
+    names = {name: "KL to dense" if name == "KL" else name for name in pruned}
+    return [(f"{title}{in_torch}", dense[name], pruned[name], "") for name, title in names.items()]
 
 
 def _bytes_row(name: str, dense: int | None, pruned: int | None) -> tuple[str, str, str, str]:
@@ -313,7 +305,7 @@ def _bytes_row(name: str, dense: int | None, pruned: int | None) -> tuple[str, s
     return (name, f"{dense / 1e6:.1f} MB", f"{pruned / 1e6:.1f} MB", _ratio(pruned, dense))
 
 
-def _speedup_line(result: PruneResult) -> list[str]:
+def _speedup_line(result: PruneResult[Any]) -> list[str]:
     """Return the line about the speed-up; an estimate claims none."""
     found = result.speedup
     if found is None or result.is_estimate:
@@ -322,21 +314,21 @@ def _speedup_line(result: PruneResult) -> list[str]:
     return [f"speed-up {found.value:.3f}x [{found.low:.3f}, {found.high:.3f}]{remark}"]
 
 
-def _quality_lines(result: PruneResult) -> list[str]:
-    """Say which models KL and perplexity are about, and on which text."""
+def _quality_lines(result: PruneResult[Any]) -> list[str]:
+    """Say which models the numbers of quality are about, and on what they were found."""
     quality, in_torch = result.pruned.quality, result.pruned.in_torch
-    text = f"on {quality.text} ({quality.tokens} tokens, never seen by the search)"
+    on = f"on {quality.read}"
     before = f"; KL before recovery {result.kl_without_recovery:.3f}" if result.recovery != "none" else ""
     if quality.through == "torch":
         why = f" ({quality.reason})" if quality.reason else ""
-        return [f"KL and perplexity of the torch models in floats, not of the artifacts{why}, {text}{before}"]
+        return [f"{words(quality.shown)} of the torch models in floats, not of the artifacts{why}, {on}{before}"]
     return [
-        f"KL and perplexity of the artifacts, read through {quality.through}, {text}",
-        f"the pruned torch model in floats: KL {in_torch.kl:.3f}, perplexity {in_torch.perplexity:.2f}{before}",
+        f"{words(quality.shown)} of the artifacts, read through {quality.through}, {on}",
+        f"the pruned torch model in floats: {in_words(in_torch.shown)}{before}",
     ]
 
 
-def _verdict(result: PruneResult) -> str:
+def _verdict(result: PruneResult[Any]) -> str:
     if result.limit_seconds is None or result.predicted_seconds is None:
         counted = "kept" if result.budget_used <= 1 else "MISSED"  # weights are counted, whatever is known of seconds
         estimated = f"; latency {result.verdict}" if result.is_estimate else ""
@@ -386,7 +378,7 @@ def _quantising_alone(result: PruneResult) -> str:
     return f"quantising alone: {alone}; the result here has {result.pruned.quality.kl:.3f}"
 
 
-def _configuration(result: PruneResult) -> list[str]:
+def _configuration(result: PruneResult[Any]) -> list[str]:
     """Say how to run the model at the latency that is claimed, and what latency the runtime's defaults give."""
     lines = []
     if (plain := result.plain) is not None:
@@ -412,7 +404,7 @@ def _aligned(rows: list[tuple[str, str, str, str]]) -> list[str]:
     return lines
 
 
-def _ms(side: Side) -> str:
+def _ms(side: Side[Any]) -> str:
     return f"{side.seconds * 1e3:.2f} ms{side.measurement.mark}"
 
 
@@ -428,7 +420,7 @@ def _ratio(pruned: float, dense: float) -> str:
     return f"{pruned / dense:.1%}"
 
 
-def summary(result: PruneResult) -> dict[str, Any]:
+def summary(result: PruneResult[Any]) -> dict[str, Any]:
     """Return the main numbers of a result, for programs that compare runs."""
     dense, pruned = result.dense, result.pruned
     return {
@@ -443,23 +435,19 @@ def summary(result: PruneResult) -> dict[str, Any]:
         "pruned_seconds": pruned.seconds,
         "speedup": None if result.speedup is None else result.speedup.value,
         "measurement": {"dense": dense.measurement.words, "pruned": pruned.measurement.words},
-        "kl": pruned.quality.kl,
-        "perplexity": pruned.quality.perplexity,
-        "dense_kl": dense.quality.kl,
-        "dense_perplexity": dense.quality.perplexity,
+        **pruned.quality.numbers,
+        **{f"dense_{name}": value for name, value in dense.quality.numbers.items()},
         "precisions": result.precisions,
         "dense_formats": {
             one.precision: {
                 "seconds": one.seconds(dense, result.budget.statistic),
-                "kl": one.quality.kl,
-                "perplexity": one.quality.perplexity,
+                **one.quality.numbers,
                 "bytes": one.artifact.num_bytes,
             }
             for one in result.formats
         },
         "quality_through": pruned.quality.through,
-        "torch_kl": pruned.in_torch.kl,
-        "torch_perplexity": pruned.in_torch.perplexity,
+        **{f"torch_{name}": value for name, value in pruned.in_torch.numbers.items()},
         "torch_kl_without_recovery": result.kl_without_recovery,
         "plan_digest": result.plan_digest,
         "notes": list(result.all_notes),

@@ -174,6 +174,14 @@ class Workspace:
         peak = host.memory_use().peak_bytes
         self._peaks = [max(earlier, peak) for earlier in self._peaks]
 
+    def end(self, result: dict[str, Any] | None) -> None:
+        """Keep the result of the run as `result.json` and finish, or discard the folder of a run without one."""
+        if result is None:
+            self.discard()
+        else:
+            write_json(self.folder / "result.json", result)
+            self.finish()
+
     def finish(self) -> None:
         """Rename the folder to `out`, in one step, and then remove its cache.
 

@@ -14,7 +14,8 @@ from dilap.core.progress import Progress
 from dilap.core.vocabulary import VocabularyCut
 from dilap.job.calibration import calibration_text
 from dilap.job.inputs import inputs_of
-from dilap.job.result import Quality, versions
+from dilap.job.quality import Quality
+from dilap.job.result import versions
 from dilap.job.run_folder import Workspace
 from dilap.models.anatomy import decoder_layers
 from dilap.models.builtin import DEFAULT_MODEL

@@ -71,6 +71,12 @@ SOURCES = {
     "sprint": "sublayers by damage a second, the next network tuned (arXiv 2506.03510, research only)",
     "llm_streamline": "a window of layers replaced by a trained one (arXiv 2403.19135)",
 }
+NETWORK_SOURCES = {
+    "uniform": "small filters, the same share of every group (arXiv 1608.08710)",
+    "magnitude": "small filters by their L1 norms, compared over the network (arXiv 1608.08710)",
+    "taylor": "parameters times gradients of batch norms, squared (arXiv 1906.10771)",
+    "torch_pruning": "torch-pruning's own pruner, run until the budget is kept (arXiv 2301.12900, MIT)",
+}
 # Tokens on which the authors calibrate, for methods that need no training and whose authors say it: FLAP's are 1,024
 # sequences of 128, Puzzle's 16 of 8,192, SPRINT's 128 of 2,048. What other methods read is in their docstrings.
 PUBLISHED_TOKENS = {"wanda_sp": 16_384, "flap": 131_072, "llm_pruner": 640, "puzzle": 131_072, "sprint": 262_144}
@@ -98,19 +104,22 @@ def chooses_precision(name: str) -> bool:
     return name in _PRECISION
 
 
-def named(asked: Sequence[str]) -> list[str]:
-    """Return the methods asked for, once each; `all` stands for all that are compared. Raises InvalidInput."""
+def named(asked: Sequence[str], *, table: Mapping[str, str] = METHODS) -> list[str]:
+    """Return the methods asked for, once each; `all` stands for all that are compared.
+
+    `table` has the names to choose from. Raises InvalidInput.
+    """
     if "all" in asked:
-        return [name for name in METHODS if name not in NOT_COMPARED]
+        return [name for name in table if name not in NOT_COMPARED]
     for name in asked:
-        if ":" not in name and name not in METHODS:
-            raise InvalidInput(f"unknown method {name!r}; known: all, {', '.join(sorted(METHODS))}")
+        if ":" not in name and name not in table:
+            raise InvalidInput(f"unknown method {name!r}; known: all, {', '.join(sorted(table))}")
     return list(dict.fromkeys(asked))
 
 
-def settings_of(name: str) -> list[str]:
+def settings_of(name: str, *, table: Mapping[str, str] = METHODS) -> list[str]:
     """Return the names of a method's settings. Raises InvalidInput for an unknown method."""
-    found = _find(name, METHODS)
+    found = _find(name, table)
     return [field.name for field in fields(found)] if is_dataclass(found) else []
 
 

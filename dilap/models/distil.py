@@ -62,7 +62,9 @@ def distil(
     groups = _by_learning_rate(student, options)
     parameters = [parameter for group in groups for parameter in group["params"]]
     adam = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, options))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        adam, lambda step: rate_at(step, steps=options.steps, warmup=options.warmup)
+    )
     losses: list[float] = []
     for _, rows in zip(
         range(options.steps),
@@ -119,7 +121,7 @@ def _by_learning_rate(student: nn.Module, options: RecoveryOptions) -> list[dict
         parts = [([parameter], parameter) for parameter in student.parameters()]
         rate = options.full_rate
     return [
-        {"params": [one for one in trained if one.requires_grad], "lr": rate * _size(weight)}
+        {"params": [one for one in trained if one.requires_grad], "lr": rate * size_of(weight)}
         for trained, weight in parts
     ]
 
@@ -130,14 +132,14 @@ def _adapted(adapter: LoraLayer) -> torch.Tensor:
     return adapter.get_base_layer().get_parameter(name)
 
 
-def _size(weight: torch.Tensor) -> float:
+def size_of(weight: torch.Tensor) -> float:
     """Return the root mean square of a tensor; that of a tensor of zeros, such as a new bias, is taken to be 0.001."""
     return max(float(weight.detach().float().square().mean().sqrt()), 1e-3)
 
 
-def _rate(step: int, options: RecoveryOptions) -> float:
+def rate_at(step: int, *, steps: int, warmup: float) -> float:
     """Return the factor of the learning rate at `step`: a linear warm-up, then half a cosine down to a tenth."""
-    warm = max(1, round(options.warmup * options.steps))
+    warm = max(1, round(warmup * steps))
     if step < warm:
         return (step + 1) / warm
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, options.steps - warm)))
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

@@ -34,6 +34,11 @@ class Picture:
     content: Callable[[], bytes]
     label: str | None = None
 
+    @property
+    def sha256(self) -> str:
+        """The digest of the file's content."""
+        return hashlib.sha256(self.content()).hexdigest()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:

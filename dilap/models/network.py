@@ -29,6 +29,11 @@ class Logits(nn.Module):
         return found[0]
 
 
+def classes_of(model: nn.Module) -> Mapping[str, int]:
+    """Return the numbers of the classes that have names, which transformers' configs say."""
+    return getattr(getattr(model, "config", None), "label2id", None) or {}
+
+
 def outputs_of(model: nn.Module, inputs: torch.Tensor) -> list[torch.Tensor]:
     """Return all tensors that a network gives, in whatever containers they are; logits are the first of them."""
     return list(_tensors_in(model(inputs)))

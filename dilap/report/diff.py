@@ -35,7 +35,7 @@ def compare(first: Path, second: Path) -> list[Difference]:
     return list(_differences("", encode(one), encode(other)))
 
 
-def _read(path: Path) -> PruneResult | Evaluation:
+def _read(path: Path) -> PruneResult[Any] | Evaluation:
     result = path / "result.json"
     if result.is_file():
         return read_result(path)

@@ -1,6 +1,6 @@
 """The figures of a report as Vega-Lite, each with its caption and its data as a table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dilap.report.figure import Figure, field, tooltip
@@ -25,13 +25,21 @@ def figures(contents: Contents, summary: Sequence[SummaryRow]) -> list[Figure]:
 def _tradeoffs(summary: Sequence[SummaryRow]) -> list[Figure]:
     """Return quality against latency, one figure for each measure of quality."""
     measures = (
-        ("kl", "KL to the dense model (nats a token)", False),
+        ("kl", f"KL to the dense model (nats a {_units(row.is_of_images for row in summary)})", False),
         ("perplexity", "Perplexity", False),
+        ("agreement", "Photographs with the dense model's class", True),
+        ("top1", "Top-1", True),
         ("mean_accuracy", "Mean accuracy of the tasks", True),
     )
     if len(summary) < 2:
         return []
     return [_tradeoff(summary, key, title, is_gain) for key, title, is_gain in measures]
+
+
+def _units(are_of_images: Iterable[bool]) -> str:
+    """Say what quality is counted by, given for every model whether it is an image network."""
+    found = set(are_of_images)
+    return " or ".join(["token"] * (False in found) + ["photograph"] * (True in found))
 
 
 def _tradeoff(summary: Sequence[SummaryRow], key: str, title: str, is_gain: bool) -> Figure:
@@ -85,7 +93,8 @@ def _tradeoff(summary: Sequence[SummaryRow], key: str, title: str, is_gain: bool
         f"{_latency_words(rows)} Better is left and {better}; the dashed line joins the measured runs that no other "
         f"beats in both.{_quality_words(rows)}"
     )
-    names = {"kl": "KL", "perplexity": "Perplexity", "mean_accuracy": "Accuracy"}
+    names = {"kl": "KL", "perplexity": "Perplexity", "agreement": "Same class", "top1": "Top-1"}
+    names |= {"mean_accuracy": "Accuracy"}
     return Figure(
         name=f"tradeoff-{key.replace('_', '-')}",
         title=f"{names[key]} against latency",
@@ -170,11 +179,30 @@ def _accuracies(contents: Contents) -> list[Figure]:
 
 
 def _widths(runs: Sequence[Run]) -> list[Figure]:
-    """Return what every layer keeps: one figure for attention heads, one for channels."""
+    """Return what every layer keeps: figures for attention heads and channels of decoders, and for image networks."""
+    decoders = [run for run in runs if run.widths]
     return [
-        _kept(runs, "num_heads", "heads", "Attention heads kept by layer", "query heads"),
-        _kept(runs, "num_channels", "channels", "Feed-forward channels kept by layer", "channels"),
+        _kept(decoders, "num_heads", "heads", "Attention heads kept by layer", "query heads"),
+        _kept(decoders, "num_channels", "channels", "Feed-forward channels kept by layer", "channels"),
+        _kept_groups([run for run in runs if run.channels]),
     ]
+
+
+def _kept_groups(runs: Sequence[Run]) -> Figure:
+    """Return what every group of channels of image networks keeps."""
+    rows = [
+        {"run": run.name, "layer": number, "group": name, "kept": kept, "dense": dense, "share": kept / dense}
+        for run in runs
+        for number, (name, (kept, dense)) in enumerate(run.channels.items())
+    ]
+    columns = {"run": "Run", "layer": "Group", "group": "First layer", "kept": "Kept units", "dense": "Dense units"}
+    columns["share"] = "Share"
+    caption = (
+        "The share of channels that each group keeps, in the order of the network. The layers of a group have the same "
+        "channels; it has the name of the first. 0 is a residual branch that was removed."
+    )
+    title = "Channels kept by group"
+    return _map_of_shares("kept-groups", title, caption, columns, rows, num_runs=len(runs), place="Group")
 
 
 def _kept(runs: Sequence[Run], attribute: str, name: str, title: str, unit: str) -> Figure:
@@ -193,11 +221,26 @@ def _kept(runs: Sequence[Run], attribute: str, name: str, title: str, unit: str)
     columns = {"run": "Run", "layer": "Layer", "kept": f"Kept {unit}", "dense": f"Dense {unit}", "share": "Share"}
     if name == "heads":
         columns["kv_heads"] = "Kept KV heads"
+    caption = f"The share of {unit} that each decoder layer keeps; 0 is a sublayer that was removed."
+    return _map_of_shares(f"kept-{name}", title, caption, columns, rows, num_runs=len(runs), place="Layer")
+
+
+def _map_of_shares(
+    name: str,
+    title: str,
+    caption: str,
+    columns: Mapping[str, str],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    num_runs: int,
+    place: str,
+) -> Figure:
+    """Return a figure with a row for each run, and a cell for each layer or group (`place`), coloured by its share."""
     spec = {
-        "height": 34 * len(runs),
+        "height": 34 * num_runs,
         "mark": {"type": "rect", "cornerRadius": 2},
         "encoding": {
-            "x": field("layer", "Layer", "ordinal", axis={"labelAngle": 0, "labelOverlap": True}),
+            "x": field("layer", place, "ordinal", axis={"labelAngle": 0, "labelOverlap": True}),
             "y": field("run", "", "nominal", axis={"labelLimit": 110}),
             "color": field(
                 "share",
@@ -209,8 +252,7 @@ def _kept(runs: Sequence[Run], attribute: str, name: str, title: str, unit: str)
         },
         "config": {"scale": {"bandPaddingInner": 0.08}},
     }
-    caption = f"The share of {unit} that each decoder layer keeps; 0 is a sublayer that was removed."
-    return Figure(name=f"kept-{name}", title=title, caption=caption, columns=columns, rows=rows, spec=spec)
+    return Figure(name=name, title=title, caption=caption, columns=columns, rows=rows, spec=spec)
 
 
 def _recoveries(runs: Sequence[Run]) -> list[Figure]:
@@ -219,7 +261,7 @@ def _recoveries(runs: Sequence[Run]) -> list[Figure]:
         for run in runs
         for step, kl in enumerate(run.result.recovery_kls, start=1)
     ]
-    columns = {"run": "Run", "step": "Step", "kl": "KL (nats a token)"}
+    columns = {"run": "Run", "step": "Step", "kl": f"KL (nats a {_units(run.result.is_of_images for run in runs)})"}
     spec = {
         "height": 260,
         "mark": {"type": "line", "point": {"filled": True, "size": 40}},
@@ -230,5 +272,5 @@ def _recoveries(runs: Sequence[Run]) -> list[Figure]:
             "tooltip": tooltip(columns, rows),
         },
     }
-    caption = "KL to the dense model on each step's own text while the pruned model learns from it."
+    caption = "KL to the dense model on each step's own examples while the pruned model learns from them."
     return [Figure(name="recovery", title="Recovery", caption=caption, columns=columns, rows=rows, spec=spec)]

@@ -81,7 +81,7 @@ def _claim(run: Run) -> dict[str, str]:
     }
 
 
-def _headline(result: PruneResult) -> str:
+def _headline(result: PruneResult[Any]) -> str:
     """Return the speed-up in words; it is claimed only where it was measured and is shown to differ from 1."""
     found = result.speedup
     if found is None or result.is_estimate:
@@ -91,7 +91,7 @@ def _headline(result: PruneResult) -> str:
     return f"{found.value:.2f}x faster" if found.value > 1 else f"{1 / found.value:.2f}x slower"
 
 
-def _interval(result: PruneResult) -> str:
+def _interval(result: PruneResult[Any]) -> str:
     found, mark = result.speedup, result.pruned.measurement.mark
     if found is None or result.is_estimate:
         return "measured on no device; "

@@ -1,11 +1,13 @@
 """Read the runs, comparisons and evaluations that a report is about."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from dilap.core.codec import decode, read_json
 from dilap.core.errors import InvalidInput
+from dilap.core.graph import Network
 from dilap.core.plan import Plan
 from dilap.core.shape import LayerWidths
 from dilap.evaluation.document import Evaluation
@@ -18,15 +20,17 @@ from dilap.profilers.tables.table import LatencyTable
 class Run:
     """What a report shows of a prune job's folder.
 
-    `name` is unique in a report. `widths` are those of all layers of the dense model, the deleted ones included.
-    `table` and `evaluation` are None where the folder has none.
+    `name` is unique in a report. `widths` are those of all layers of the dense decoder, the deleted ones included; an
+    image network has none, but `channels`: how many units of every group are left, and how many there were. `table` and
+    `evaluation` are None where the folder has none.
     """
 
     name: str
-    result: PruneResult
-    widths: tuple[LayerWidths, ...]
-    table: LatencyTable | None
-    evaluation: Evaluation | None
+    result: PruneResult[Any]
+    widths: tuple[LayerWidths, ...] = ()
+    channels: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    table: LatencyTable | None = None
+    evaluation: Evaluation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +80,21 @@ def _read(path: Path) -> Contents:
 
 
 def _run(folder: Path) -> Run:
-    plan = folder / "plan.json"
+    path = folder / "plan.json"
+    result, plan = read_result(folder), decode(Plan, read_json(path), source=str(path))
+    return _network_run(folder, result, plan) if result.is_of_images else _decoder_run(folder, result, plan)
+
+
+def _network_run(folder: Path, result: PruneResult[Any], plan: Plan[Network]) -> Run:
+    if plan.digest != result.plan_digest:
+        raise InvalidInput(f"{folder}: its plan.json is not that of its result.json")
+    channels = {group.name: (plan.counts[group.name], group.num_units) for group in plan.architecture.groups}
+    return Run(name=folder.resolve().name, result=result, channels=channels)
+
+
+def _decoder_run(folder: Path, result: PruneResult[Any], plan: Plan) -> Run:
     table, evaluation = folder / "table.jsonl", folder / "evaluation.json"
-    result, widths = read_result(folder), decode(Plan, read_json(plan), source=str(plan)).all_widths()
+    widths = plan.all_widths()
     if len(widths) != len(result.dense.artifact.decoder.layers):
         raise InvalidInput(f"{folder}: its plan.json is of another model than its result.json")
     return Run(

@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dilap import backends
+from dilap.core.workload import Workload
 from dilap.evaluation.document import Evaluation
+from dilap.job.quality import PhotoQuality
 from dilap.job.result import DenseFormat, PruneResult, Side
 from dilap.report.inputs import Contents, Run
 
@@ -20,7 +22,8 @@ class SummaryRow:
     intervals and no memory.
 
     `kl` and `perplexity` are of the artifact, read through `quality_through`. Where that says `torch`, they are of the
-    torch model in floats, as `torch_*` are.
+    torch model in floats, as `torch_*` are. An image network has no perplexity and no tokens, but `agreement` with the
+    dense one, `top1` and `top5` (as shares of the photographs; None without labels), and FLOPs an image.
     """
 
     run: str
@@ -39,20 +42,29 @@ class SummaryRow:
     budget_used_low: float | None
     budget_used_high: float | None
     kl: float
-    perplexity: float
+    perplexity: float | None = None
+    agreement: float | None = None
+    top1: float | None = None
+    top5: float | None = None
     quality_through: str
     torch_kl: float
-    torch_perplexity: float
+    torch_perplexity: float | None = None
     mean_accuracy: float | None
     parameters: int
-    decode_flops: int
-    decode_bytes: int
-    prefill_flops: int
-    prefill_bytes: int
+    decode_flops: int | None = None
+    decode_bytes: int | None = None
+    prefill_flops: int | None = None
+    prefill_bytes: int | None = None
+    image_flops: int | None = None
+    images_per_second: float | None = None
     file_bytes: int
     peak_memory_bytes: int | None
     measurement: str
     notes: str
+
+    @property
+    def is_of_images(self) -> bool:
+        return self.image_flops is not None
 
     @property
     def is_estimate(self) -> bool:
@@ -83,10 +95,8 @@ def mean_accuracy(evaluation: Evaluation | None) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def _row(run: Run, side: Side, evaluation: Evaluation | None, *, is_dense: bool) -> SummaryRow:
-    result, workload, architecture = run.result, run.result.workload, side.artifact.decoder
-    precision, precisions = side.artifact.precision, side.artifact.precisions
-    cache_bits = backends.get(result.backend).cache_bits(workload)
+def _row(run: Run, side: Side[Any], evaluation: Evaluation | None, *, is_dense: bool) -> SummaryRow:
+    result = run.result
     measurement = side.measurement
     share = (1.0, 1.0, 1.0) if is_dense else _share(result)
     is_known = measurement.status != "estimated" and result.statistic == result.budget.statistic
@@ -107,26 +117,40 @@ def _row(run: Run, side: Side, evaluation: Evaluation | None, *, is_dense: bool)
         budget_used=None if is_dense else result.budget_used,
         budget_used_low=None if is_dense else result.share.low,
         budget_used_high=None if is_dense else result.share.high,
-        kl=side.quality.kl,
-        perplexity=side.quality.perplexity,
+        **side.quality.numbers,
         quality_through=side.quality.through,
         torch_kl=side.in_torch.kl,
-        torch_perplexity=side.in_torch.perplexity,
         mean_accuracy=mean_accuracy(evaluation),
         parameters=side.parameters,
-        decode_flops=architecture.decode_flops(context=workload.context),
-        decode_bytes=architecture.decode_bytes(
-            context=workload.context, precision=precision, precisions=precisions, cache_bits=cache_bits
-        ),
-        prefill_flops=architecture.prefill_flops(prompt_tokens=workload.prompt_tokens),
-        prefill_bytes=architecture.prefill_bytes(
-            prompt_tokens=workload.prompt_tokens, precision=precision, precisions=precisions, cache_bits=cache_bits
-        ),
+        **(_of_images(result.workload, side) if result.is_of_images else _of_text(result, side)),
         file_bytes=side.artifact.num_bytes,
         peak_memory_bytes=measurement.peak_memory_bytes or None,
         measurement=measurement.words,
         notes="; ".join(measurement.caveats),
     )
+
+
+def _of_text(result: PruneResult, side: Side) -> dict[str, Any]:
+    """Return the numbers that only a decoder has."""
+    architecture, workload, precision = side.artifact.decoder, result.workload, side.artifact.precision
+    read: dict[str, Any] = {"precision": precision, "precisions": side.artifact.precisions}
+    read["cache_bits"] = backends.get(result.backend).cache_bits(workload)
+    context, prompt = workload.context, workload.prompt_tokens
+    return {
+        "torch_perplexity": side.in_torch.perplexity,
+        "decode_flops": architecture.decode_flops(context=context),
+        "decode_bytes": architecture.decode_bytes(context=context, **read),
+        "prefill_flops": architecture.prefill_flops(prompt_tokens=prompt),
+        "prefill_bytes": architecture.prefill_bytes(prompt_tokens=prompt, **read),
+    }
+
+
+def _of_images(workload: Workload, side: Side[PhotoQuality]) -> dict[str, Any]:
+    """Return the numbers that only an image network has."""
+    return {
+        "image_flops": side.flops // workload.batch,
+        "images_per_second": workload.per_second(side.seconds),
+    }
 
 
 def _format_row(run: Run, one: DenseFormat) -> SummaryRow:
@@ -147,7 +171,7 @@ def _format_row(run: Run, one: DenseFormat) -> SummaryRow:
     return replace(row, of_dense=1 / found.value, of_dense_low=1 / found.high, of_dense_high=1 / found.low)
 
 
-def _share(result: PruneResult) -> tuple[float, float | None, float | None]:
+def _share(result: PruneResult[Any]) -> tuple[float, float | None, float | None]:
     found = None if result.is_estimate or result.statistic != result.budget.statistic else result.speedup
     if found is None:
         return result.share_of_dense, None, None

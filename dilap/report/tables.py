@@ -8,10 +8,18 @@ from dataclasses import asdict, dataclass, fields
 from dilap.core.measurement import Interval, Measurement
 from dilap.core.printable import csv_cell, markdown
 from dilap.evaluation.document import Evaluation, PhaseCosts
+from dilap.job.quality import in_words, words
 from dilap.profilers import intervals
 from dilap.report.figure import Cell, Figure
 from dilap.report.inputs import Contents, Run
 from dilap.report.summary import SummaryRow
+
+# The columns of a summary in their order; one that no row has is left out.
+_SUMMARY = (
+    "Model", "Method", "Budget", "Latency, 95 %", "Images a second", "Of dense", "KL", "Perplexity", "Accuracy",
+    "Same class", "Top-1", "Top-5", "Parameters", "FLOPs a token", "Bytes a token", "Prefill FLOPs", "FLOPs an image",
+    "File", "Peak memory",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +33,13 @@ class Table:
 
 def summary_table(rows: Sequence[SummaryRow]) -> Table:
     """Return the summary with the columns that people read."""
-    headings = ["Model", "Method", "Budget", "Latency, 95 %", "Of dense", "KL", "Perplexity", "Accuracy", "Parameters"]
-    headings += ["FLOPs a token", "Bytes a token", "Prefill FLOPs", "File", "Peak memory"]
+    cells = [_summary_cells(row) for row in rows]
+    headings = list(dict.fromkeys(heading for row in cells for heading in row))
+    headings.sort(key=_SUMMARY.index)
     return Table(
         caption=f"{latency_words(rows)} {quality_words(rows)}",
         headings=headings,
-        rows=[_summary_cells(row) for row in rows],
+        rows=[[row.get(heading, "") for heading in headings] for row in cells],
     )
 
 
@@ -48,33 +57,55 @@ def latency_words(rows: Sequence[SummaryRow]) -> str:
 
 
 def quality_words(rows: Sequence[SummaryRow]) -> str:
-    """Say whether KL and perplexity are of the artifacts or of the torch models."""
+    """Say whether the numbers of quality are of the artifacts or of the torch models."""
+    names = "KL and perplexity" * any(not row.is_of_images for row in rows)
+    if any(row.is_of_images for row in rows):
+        names = " or ".join(filter(None, [names, "KL and the shares of photographs"]))
     in_torch = "of the torch model in floats, not of the artifact"
     if all(row.quality_through == "torch" for row in rows):
-        return f"KL and perplexity are {in_torch}."
+        return f"{names} are {in_torch}."
     marked = f"; (torch): {in_torch}" if any(row.quality_through == "torch" for row in rows) else ""
-    return f"KL and perplexity are of the artifact, read through its runtime{marked}."
+    return f"{names} are of the artifact, read through its runtime{marked}."
 
 
-def _summary_cells(row: SummaryRow) -> list[str]:
+def _summary_cells(row: SummaryRow) -> dict[str, str]:
+    """Return the cells of a model, by heading, that its kind of model has."""
     stands = "" if row.status in ("", "kept") else f" ({row.verdict})"
     in_torch = " (torch)" if row.quality_through == "torch" else ""
-    return [
-        row.run,
-        row.method,
-        row.budget + stands,
-        _summary_latency(row),
-        f"{row.of_dense:.1%}",
-        f"{row.kl:.3f}{in_torch}",
-        f"{row.perplexity:.2f}{in_torch}",
-        "" if row.mean_accuracy is None else f"{row.mean_accuracy:.1%}",
-        f"{row.parameters / 1e6:.1f} M",
-        f"{row.decode_flops / 1e6:.0f} M",
-        _megabytes(row.decode_bytes),
-        f"{row.prefill_flops / 1e9:.1f} G",
-        _megabytes(row.file_bytes),
-        _megabytes(row.peak_memory_bytes),
-    ]
+    found = {
+        "Model": row.run,
+        "Method": row.method,
+        "Budget": row.budget + stands,
+        "Latency, 95 %": _summary_latency(row),
+        "Of dense": f"{row.of_dense:.1%}",
+        "KL": f"{row.kl:.3f}{in_torch}",
+        "Parameters": f"{row.parameters / 1e6:.1f} M",
+        "File": _megabytes(row.file_bytes),
+        "Peak memory": _megabytes(row.peak_memory_bytes),
+    }
+    return found | (_image_cells(row, in_torch) if row.is_of_images else _text_cells(row, in_torch))
+
+
+def _text_cells(row: SummaryRow, in_torch: str) -> dict[str, str]:
+    return {
+        "Perplexity": f"{row.perplexity:.2f}{in_torch}",
+        "Accuracy": _share(row.mean_accuracy),
+        "FLOPs a token": f"{(row.decode_flops or 0) / 1e6:.0f} M",
+        "Bytes a token": _megabytes(row.decode_bytes),
+        "Prefill FLOPs": f"{(row.prefill_flops or 0) / 1e9:.1f} G",
+    }
+
+
+def _image_cells(row: SummaryRow, in_torch: str) -> dict[str, str]:
+    shares = {"Same class": row.agreement, "Top-1": row.top1, "Top-5": row.top5}
+    return {name: f"{_share(one)}{in_torch}" for name, one in shares.items() if one is not None} | {
+        "Images a second": f"{row.images_per_second:.1f}",
+        "FLOPs an image": f"{(row.image_flops or 0) / 1e9:.2f} G",
+    }
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 def _summary_latency(row: SummaryRow) -> str:
@@ -193,8 +224,8 @@ def facts_table(run: Run) -> Table:
         ["artifact sha256", result.pruned.artifact.sha256[:12]],
         _origin(result.pruned.measurement),
         ["calibration", f"{result.calibration} ({result.calibration_sha256[:12]})"],
-        ["quality on", f"{quality.text} ({quality.text_sha256[:12]}), read through {quality.through}"],
-        ["torch model in floats", f"KL {in_torch.kl:.3f}, perplexity {in_torch.perplexity:.2f}"],
+        ["quality on", f"{quality.source[0]} ({quality.source[1][:12]}), read through {quality.through}"],
+        ["torch model in floats", in_words(in_torch.shown)],
         ["seed", str(result.seed)],
         ["versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())],
     ]
@@ -221,7 +252,8 @@ def _run_notes(run: Run) -> list[str]:
     if not result.speedup_shown and not result.is_estimate:
         found.append(f"no speed-up is shown: {result.why_not_shown}")
     if reason := result.pruned.quality.reason:
-        found.append(f"its KL and perplexity are of the torch model in floats, not of the artifact: {reason}")
+        names = words(result.pruned.quality.shown)
+        found.append(f"its {names} are of the torch model in floats, not of the artifact: {reason}")
     return list(dict.fromkeys(found))
 
 

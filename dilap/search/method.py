@@ -17,11 +17,12 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dilap.core.graph import Shape
 from dilap.core.groups import Block, Group
 from dilap.core.plan import Plan, full_plan
 from dilap.core.rules import WidthRules
@@ -159,7 +160,7 @@ class PruneTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pruned:
+class Pruned(Generic[Shape]):
     """The result of a method: the units that stay, and new values of parameters if it makes up for the removed ones.
 
     `parameters` are parameters of decoder layers by name, in the dense shape or cut to the plan; an output projection's
@@ -168,7 +169,7 @@ class Pruned:
     should say about the method's choice.
     """
 
-    plan: Plan
+    plan: Plan[Shape]
     parameters: Parameters = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 

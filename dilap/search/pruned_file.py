@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from dilap.core.codec import decode, encode
 from dilap.core.documents import parse_object
@@ -10,13 +11,13 @@ from dilap.models.tensor_file import opened_tensors, save_tensors
 from dilap.search.method import Pruned
 
 
-def save_pruned(path: Path, pruned: Pruned) -> None:
+def save_pruned(path: Path, pruned: Pruned[Any]) -> None:
     """Write `pruned`, whole or not at all."""
     metadata = {"plan": json.dumps(encode(pruned.plan)), "facts": json.dumps(dict(pruned.facts))}
     save_tensors(path, pruned.parameters, metadata=metadata)
 
 
-def load_pruned(path: Path) -> Pruned:
+def load_pruned(path: Path) -> Pruned[Any]:
     """Read what `save_pruned` wrote. Raises InvalidInput for a damaged file."""
     with opened_tensors(path, what="result of a method") as file:
         metadata = file.metadata()

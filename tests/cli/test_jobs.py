@@ -13,7 +13,7 @@ from dilap.cli import eval as evaluation
 from dilap.cli.export import _beside
 from dilap.core.codec import read_json
 from dilap.core.measurement import Measurement
-from dilap.methods import METHODS
+from dilap.methods import METHODS, NETWORK_METHODS
 from dilap.profilers.devices import device as devices
 from dilap.profilers.profiler import Case
 
@@ -126,8 +126,9 @@ def test_wrong_settings_are_found_before_any_work(
 def test_methods_are_listed_with_their_sources(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(compare.main, "--list-methods") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(METHODS)
-    assert all("arXiv" in line or "this project" in line for line in lines)
+    named = [line for line in lines if line and not line.startswith("of image networks")]
+    assert [line.split()[0] for line in named] == [*METHODS, *NETWORK_METHODS]
+    assert all("arXiv" in line or "this project" in line for line in named)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from dilap.core.codec import decode, read_json
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Workload
 from dilap.job import api
+from dilap.job.asked import asked_job
 from dilap.job.bench import Bench
-from dilap.job.options import job_options
 from dilap.job.result import PruneResult
 from dilap.models.anatomy import model_digest
 from dilap.profilers.devices import device as devices
@@ -159,9 +159,10 @@ def test_the_lines_of_the_readme_run(finished: FinishedJob, tmp_path: Path, monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def shortened(**options: Any) -> Any:
-        return job_options(**options | QUICK | {"calib": str(finished.corpus), "eval_text": str(finished.corpus)})
+        given = options["given"] | QUICK | {"calib": str(finished.corpus), "eval_text": str(finished.corpus)}
+        return asked_job(**options | {"given": given})
 
-    monkeypatch.setattr(api, "job_options", shortened)
+    monkeypatch.setattr(api, "asked_job", shortened)
     assert len(blocks) == 1
     assert len(blocks[0].strip().splitlines()) <= 6
     exec(blocks[0].replace("smollm2-135m", str(finished.checkpoint)), {})

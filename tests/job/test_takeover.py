@@ -12,8 +12,9 @@ from dilap.core.codec import read_json, write_json
 from dilap.core.errors import InvalidInput, Mismatch
 from dilap.core.measurement import Measurement
 from dilap.export.gguf.writer import GgufExporter
-from dilap.job import api, proof
+from dilap.job import api, claims
 from dilap.job import compare as comparing
+from dilap.job.kinds import kind_of
 from dilap.job.result import PruneResult
 from dilap.models.load import load, save_checkpoint
 from dilap.profilers.profiler import Case
@@ -36,7 +37,7 @@ def stop(*_: object, **__: object) -> None:
 def stopped(go: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a run that was interrupted before its claim."""
     with monkeypatch.context() as patch:
-        patch.setattr(proof, "_measured", stop)
+        patch.setattr(claims, "measured", stop)
         with pytest.raises(KeyboardInterrupt):
             go()
     return tmp_path / ".run.unfinished"
@@ -113,7 +114,7 @@ def test_a_comparison_goes_on_from_the_result_of_a_run_that_has_no_row(
     compare_ratio(checkpoint, corpus, out, "magnitude")
     before = read_json(out / "compare.json")
     (out / "runs" / "ratio-0.3" / "magnitude" / "row.json").unlink()
-    monkeypatch.setattr(comparing, "prune", stop)
+    monkeypatch.setattr(comparing, "kind_of", lambda options: replace(kind_of(options), prune=stop))
     compare_ratio(checkpoint, corpus, out, "magnitude")
     assert read_json(out / "compare.json") == before
 

@@ -14,8 +14,8 @@ from dilap.core.codec import read_json, write_json
 from dilap.core.measurement import Interval, Measurement
 from dilap.core.shape import Architecture
 from dilap.core.workload import Budget, Workload
+from dilap.job.common_stages import AIM
 from dilap.job.result import read_result, table
-from dilap.job.stages import AIM
 from dilap.job.verdict import percent, verdict, words
 from dilap.profilers.profiler import Case, budget_share
 from dilap.report.report import Report

@@ -6,21 +6,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
 
 from dilap import backends
 from dilap.backends import Backend
+from dilap.backends.readers import open_network
 from dilap.core.artifact import Artifact
-from dilap.core.codec import decode, read_json
+from dilap.core.codec import decode, encode, read_json, write_json, written_aside
+from dilap.core.graph import Network
 from dilap.core.measurement import Measurement
 from dilap.core.precisions import Mix
 from dilap.core.rules import spread
 from dilap.core.shape import UNMIXED, Architecture, LayerWidths, by_quality
 from dilap.core.workload import Workload
+from dilap.export.network import described
 from dilap.job import api
 from dilap.job.bench import Bench
 from dilap.job.comparison import Row
+from dilap.job.network_bench import NetworkBench
 from dilap.job.result import PruneResult
+from dilap.models.convolutional.load import NetworkSource
+from dilap.models.network import TorchNetwork
 from dilap.profilers.profiler import Case
 from dilap.profilers.protocol import TABLE
 from dilap.profilers.tables.entries import TableEntry, run_precisions, runs_of
@@ -70,6 +79,21 @@ class FinishedJob:
     run: Path
 
 
+def fabricated_measurement(artifact: Artifact, workload: Workload, *, seconds: float) -> Measurement:
+    center = round(1e9 * seconds)
+    return Measurement(
+        artifact_sha256=artifact.sha256,
+        workload=workload,
+        fingerprint=FINGERPRINT,
+        samples_ns=tuple(center + 10 * step for step in range(-7, 8)),
+        rounds=tuple(range(15)),
+        peak_memory_bytes=artifact.num_bytes,
+        load_seconds=0.1,
+        started="2026-01-01T00:00:00+00:00",
+        status="ok",
+    )
+
+
 class FakeBench(Bench):
     """Real exports, fabricated seconds."""
 
@@ -79,20 +103,8 @@ class FakeBench(Bench):
             sidecar = case.path.with_name("artifact.json")
             artifact = decode(Artifact, read_json(sidecar), source=str(sidecar))
             mix = Mix(precision=artifact.precision, precisions=artifact.precisions)
-            center = round(slowness_of(case.workload) * seconds_of(artifact.decoder.layers, mix) * 1e9)
-            found.append(
-                Measurement(
-                    artifact_sha256=artifact.sha256,
-                    workload=case.workload,
-                    fingerprint=FINGERPRINT,
-                    samples_ns=tuple(center + 10 * step for step in range(-7, 8)),
-                    rounds=tuple(range(15)),
-                    peak_memory_bytes=artifact.num_bytes,
-                    load_seconds=0.1,
-                    started="2026-01-01T00:00:00+00:00",
-                    status="ok",
-                )
-            )
+            seconds = slowness_of(case.workload) * seconds_of(artifact.decoder.layers, mix)
+            found.append(fabricated_measurement(artifact, case.workload, seconds=seconds))
         return found
 
     def divergence(self, path: Path, base: Workload, other: Workload, tokens: Sequence[int]) -> float | None:
@@ -190,3 +202,59 @@ def call(main: Callable[[], None], *arguments: object) -> int:
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+class FakeNetworkBench(NetworkBench):
+    """Real exports of image networks, and a made-up device that takes a nanosecond a byte of the file."""
+
+    def measure_cases(self, cases: Sequence[Case], *, final: bool = False) -> list[Measurement]:
+        if self.estimate:
+            return super().measure_cases(cases, final=final)
+        found = []
+        for case in cases:
+            artifact = self.read_artifact(case.path.parent)
+            slowness = 1.5 if case.workload.threads == 1 else 1.0
+            found.append(fabricated_measurement(artifact, case.workload, seconds=slowness * 1e-9 * artifact.num_bytes))
+        return found
+
+    def configuration_path(self, model: str, network: Network, *, threads: Sequence[int]) -> Path:
+        return (self.tables or Path("tables")) / "configuration.json"
+
+
+class QuickNetworkBench(FakeNetworkBench):
+    """Keeps networks as files of torch, which takes no time, instead of exporting them."""
+
+    def export(
+        self, source: NetworkSource, folder: Path, *, images: NDArray[np.float32], plan_digest: str = ""
+    ) -> Artifact:
+        with written_aside(folder) as part:
+            part.mkdir()
+            torch.save(source.model, part / "model.onnx")
+            artifact = described(
+                part / "model.onnx",
+                source.model,
+                source.input,
+                backend=self.backend.name,
+                precision=self.workload.precision,
+                plan_digest=plan_digest,
+                sqnr_db=None,
+                details={},
+            )
+            write_json(part / "artifact.json", encode(artifact))
+        return artifact
+
+
+class QuickNetwork(TorchNetwork):
+    """What `QuickNetworkBench` kept, opened as an artifact is."""
+
+    def __init__(self, _: str, path: Path, *, threads: int) -> None:
+        super().__init__(torch.load(path, weights_only=False))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def use_fake_network_bench(monkeypatch: pytest.MonkeyPatch, *, exports: bool) -> None:
+    """Let jobs of image networks be measured on a made-up device; without `exports`, runtimes are made up as well."""
+    monkeypatch.setattr("dilap.job.network_prune.NetworkBench", FakeNetworkBench if exports else QuickNetworkBench)
+    monkeypatch.setattr("dilap.job.network_exam.open_network", open_network if exports else QuickNetwork)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dilap.core.rules import Capabilities
+from dilap.core.rules import Capabilities, NetworkCapabilities
 from dilap.core.shape import Architecture
 from dilap.core.workload import Workload
 
@@ -47,6 +47,9 @@ class StandIn:
 
     def capabilities(self, architecture: Architecture, *, precision: str) -> Capabilities:
         return Capabilities()
+
+    def network_capabilities(self, *, precision: str) -> NetworkCapabilities:
+        return NetworkCapabilities()
 
     def load(self, path: Path, workload: Workload) -> Any:
         return StandInSession(path.stat().st_size)

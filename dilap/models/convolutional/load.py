@@ -25,6 +25,7 @@ from dilap.models.convolutional.narrowing import RECORD, TENSORS, load_narrowed_
 from dilap.models.convolutional.network import Traced, traced
 from dilap.models.faithful import exact_type, require_every_tensor
 from dilap.models.image_processor import CONFIG, read_preprocessing
+from dilap.models.load import checkpoint_of
 from dilap.models.pretrained import errors_of_damaged_files, from_pretrained
 
 MODELLING_FILE = "modeling_narrowed.py"
@@ -67,14 +68,14 @@ def load_network(
 ) -> NetworkSource:
     """Load a network.
 
-    `name` is a built-in name, a Hugging Face folder of an image classifier, or the `module:function` of a user that
-    returns a module; this one is imported because it was named, and no other code is. What it takes is said by the
-    folder `processor`, which has a preprocessor_config.json, or else by the model itself; `input_` is another size, and
-    for a user's own, one of the two is needed. `weights` is the folder of a checkpoint that `save_network` wrote of a
-    network that is no transformers class, and has the values and shapes that replace those of the named one. Raises
-    InvalidInput, Unavailable, Unsupported.
+    `name` is a built-in name, a Hugging Face folder of an image classifier or the folder of its run, or the
+    `module:function` of a user that returns a module; this one is imported because it was named, and no other code is.
+    What it takes is said by the folder `processor`, which has a preprocessor_config.json, or else by the model itself;
+    `input_` is another size, and for a user's own, one of the two is needed. `weights` is the folder of a checkpoint
+    that `save_network` wrote of a network that is no transformers class, and has the values and shapes that replace
+    those of the named one. Raises InvalidInput, Unavailable, Unsupported.
     """
-    folder = Path(name).expanduser()
+    folder = checkpoint_of(Path(name).expanduser())
     model, own, notes = _model(name, folder)
     if processor is not None:
         own, notes = _processed(processor), ()
@@ -162,7 +163,7 @@ def _classifier(name: str, folder: Path) -> PreTrainedModel:
     """Load an image classifier of transformers, a narrowed one by our own class."""
     if not (folder / "config.json").is_file():
         hint = (
-            f"; give my_module:build, which builds the network, with --weights {name}"
+            f"; give my_module:build, which builds the network, with --weights {folder}"
             if (folder / RECORD).is_file()
             else ""
         )

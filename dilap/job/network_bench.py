@@ -1,0 +1,130 @@
+"""Exporting image networks to one runtime and measuring them on one device."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dilap import backends, export
+from dilap.core.artifact import Artifact
+from dilap.core.codec import file_sha256
+from dilap.core.graph import Network
+from dilap.core.measurement import Measurement
+from dilap.core.plan import Plan
+from dilap.core.rules import NetworkCapabilities
+from dilap.core.shape import UNMIXED
+from dilap.core.workload import Workload
+from dilap.job.measuring import MeasuringBench, Usual
+from dilap.models.convolutional.load import NetworkSource
+from dilap.profilers.configuration import Configuration, MeasuredWorld, find_fastest
+from dilap.profilers.profiler import Case
+from dilap.profilers.tables.network_roofline import NetworkRoofline
+from dilap.profilers.tables.roofline import estimated
+
+_NUM_CALIBRATED = 128  # images, whose activations say the ranges of 8 bits
+
+
+class NetworkCosts(Protocol):
+    """Predicts the seconds of a network with any widths."""
+
+    @property
+    def workload(self) -> Workload: ...
+
+    @property
+    def caveats(self) -> tuple[str, ...]: ...
+
+    def predict(self, widths: Mapping[str, int], precisions: Mapping[str, str] = UNMIXED) -> float: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkBench(MeasuringBench):
+    """A device, a runtime and a workload, for which a job exports, measures and predicts image networks.
+
+    `plans` are those of the artifacts that it can estimate.
+    """
+
+    plans: tuple[Plan[Network], ...] = ()
+    require_precision = staticmethod(backends.require_network_precision)
+
+    @property
+    def capabilities(self) -> NetworkCapabilities:
+        return self.backend.network_capabilities(precision=self.workload.precision)
+
+    def export(
+        self, source: NetworkSource, folder: Path, *, images: NDArray[np.float32], plan_digest: str = ""
+    ) -> Artifact:
+        """Export the source's network as it is now into `folder`, and compare it with torch on photographs.
+
+        Raises the exporter's errors, VerificationFailed among them.
+        """
+        return export.get_network(self.backend.name).export(
+            source.model,
+            input_=source.input,
+            precision=self.workload.precision,
+            images=images[:_NUM_CALIBRATED],
+            plan_digest=plan_digest,
+            out=folder,
+        )
+
+    def costs(self, network: Network) -> NetworkCosts:
+        """Return what predicts latencies between those that are measured."""
+        return NetworkRoofline(network=network, workload=self.workload, device=self.device)
+
+    def estimates(self, cases: Sequence[Case]) -> list[Measurement]:
+        """Return estimates for model files of the bench's plans."""
+        plans = {plan.digest: plan for plan in self.plans}
+        found = [plans[self.read_artifact(case.path.parent).plan_digest] for case in cases]
+        return [
+            self._estimate(plan.architecture, plan.counts, sha256=file_sha256(case.path))
+            for plan, case in zip(found, cases, strict=True)
+        ]
+
+    def measure_counts(
+        self,
+        dense: Path,
+        network: Network,
+        counts: Mapping[str, int],
+        path: Path,
+        *,
+        probe: Callable[[Path], Artifact],
+        usual: Usual | None,
+    ) -> list[Measurement]:
+        """Measure the dense network beside a `probe` with so many units left in its groups; see `measure_beside`."""
+        if not self.estimate:
+            return self.measure_beside(dense, path, probe=probe, usual=usual)
+        return [
+            self._estimate(network, {}, sha256=file_sha256(dense)),
+            self._estimate(network, counts, sha256=""),
+        ]
+
+    def _estimate(self, network: Network, counts: Mapping[str, int], *, sha256: str) -> Measurement:
+        return estimated(
+            NetworkRoofline(network=network, workload=self.workload, device=self.device),
+            network.widths_at(counts),
+            device=self.device,
+            backend=self.backend.name,
+            artifact_sha256=sha256,
+        )
+
+    def find_configuration(self, path: Path, *, threads: Sequence[int]) -> Configuration:
+        """Return the fastest configuration for the model file `path`, with one of the given numbers of threads."""
+        known = self.capabilities.switches
+        world = MeasuredWorld(
+            backend=self.backend,
+            measure=lambda workloads: self.measure_cases([Case(path=path, workload=one) for one in workloads]),
+        )
+        return find_fastest(
+            self.workload,
+            backend=self.backend,
+            threads=threads,
+            world=world,
+            switches={name: values for name, values in self.backend.switches().items() if name in known},
+            tell=self.progress.say,
+        )
+
+    def configuration_path(self, model: str, network: Network, *, threads: Sequence[int]) -> Path:
+        """Return the file that keeps a network's fastest configuration."""
+        return self.kept_path(model, asdict(network), [list(threads)]).with_suffix(".configuration.json")

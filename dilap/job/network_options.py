@@ -1,0 +1,137 @@
+"""The options of a prune job of an image network."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from dilap import backends
+from dilap.core.bounds import MAX_BATCH
+from dilap.core.errors import InvalidInput
+from dilap.core.images import ImageInput
+from dilap.core.workload import Budget, Workload
+from dilap.job.options import CommonOptions, require_in_range, require_known
+from dilap.models.builtin import BUILTIN_NETWORKS
+from dilap.models.distil_network import NetworkMode, NetworkRecovery
+from dilap.profilers.configuration import thread_counts
+from dilap.profilers.devices.device import Device
+
+METHOD = "taylor"  # the default
+_TEXT = "self"  # what --calib is by default, for decoders
+_RECOVERY = NetworkRecovery()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Photographs:
+    """Where photographs are: `source` is searched on, `evaluation` is scored and never searched on.
+
+    Without `evaluation`, half of those in `source` are set aside for it. Methods see at most `most_train` photographs,
+    and recovery is judged on at most `most_validation` others; `seed` says which.
+    """
+
+    source: str
+    evaluation: str | None = None
+    most_train: int = 512
+    most_validation: int = 128
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(CommonOptions):
+    """Everything that a prune job of an image network is asked for: two jobs with equal options are the same job.
+
+    `input`, `processor` and `weights` are those of `dilap.models.convolutional.load.load_network`. The seed is set in
+    the options of photographs and recovery.
+    """
+
+    model: str = next(iter(BUILTIN_NETWORKS))
+    backend: str = "onnxruntime"
+    workload: Workload = field(default_factory=lambda: Workload(phase="forward", precision="f32"))
+    method: str = METHOD
+    input: ImageInput | None = None
+    processor: str | None = None
+    weights: str | None = None
+    photographs: Photographs
+    recovery: NetworkRecovery = field(default_factory=NetworkRecovery)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "photographs", replace(self.photographs, seed=self.seed))
+        object.__setattr__(self, "recovery", replace(self.recovery, seed=self.seed))
+
+
+def network_options(
+    *,
+    device: Device,
+    budget: Budget,
+    model: str,
+    input_: str | None = None,
+    processor: str | None = None,
+    weights: str | None = None,
+    method: str = METHOD,
+    settings: Mapping[str, str] | None = None,
+    backend: str | None = None,
+    batch: int = 1,
+    precision: str | None = None,
+    threads: int | None = None,
+    configuration: Literal["fastest", "plain"] = "fastest",
+    calib: str | None = None,
+    eval_images: str | None = None,
+    recover: NetworkMode = _RECOVERY.mode,
+    recover_steps: int = _RECOVERY.steps,
+    seed: int = 0,
+    estimate: bool = False,
+    force: bool = False,
+) -> NetworkOptions:
+    """Return the job that these options of `dilap-prune` ask for; its `--help` says what each of them is.
+
+    None stands for the default of `device`: its first runtime that runs image networks, the first precision in which
+    that does, and for `threads` a choice between all physical cores and fewer. Raises InvalidInput for impossible
+    values, and Unsupported for a runtime that runs no image networks.
+    """
+    require_known(configuration=configuration)
+    require_in_range(recover_steps=recover_steps, seed=seed, threads=threads)
+    if recover not in ("none", "full"):
+        raise InvalidInput(f"recover is none or full for an image network, got {recover!r:.80}")
+    if type(batch) is not int or not 1 <= batch <= MAX_BATCH:
+        raise InvalidInput(f"batch is a whole number from 1 to {MAX_BATCH:,}, got {batch!r:.80}")
+    if calib in (None, _TEXT):
+        raise InvalidInput(f"the image network {model} is pruned with photographs: give a folder of them as --calib")
+    runtime = backend or _first_backend(device)
+    return NetworkOptions(
+        budget=budget,
+        model=model,
+        input=None if input_ is None else ImageInput.parse(input_),
+        processor=processor,
+        weights=weights,
+        target=device.label,
+        backend=runtime,
+        workload=Workload(
+            phase="forward",
+            batch=batch,
+            precision=_precision(runtime, precision),
+            threads=device.default_threads() if threads is None else threads,
+        ),
+        force=force,
+        estimate=estimate,
+        configuration=configuration,
+        threads_tried=thread_counts(device.default_threads()) if threads is None else (threads,),
+        method=method,
+        settings=dict(settings or {}),
+        photographs=Photographs(source=str(calib), evaluation=eval_images),
+        recovery=NetworkRecovery(mode=recover, steps=recover_steps),
+        seed=seed,
+    )
+
+
+def _first_backend(device: Device) -> str:
+    """Return the first runtime of a device that runs image networks; the first one of all where none does."""
+    able = (name for name in device.backends if backends.get(name).network_precisions())
+    return next(able, next(iter(device.backends)))
+
+
+def _precision(backend: str, asked: str | None) -> str:
+    """Return the precision asked for, or the runtime's first one for image networks. Raises Unsupported."""
+    runtime = backends.get(backend)
+    backends.require_networks(runtime)
+    chosen = runtime.network_precisions()[0] if asked in (None, "auto") else str(asked)
+    backends.require_network_precision(runtime, chosen)
+    return chosen

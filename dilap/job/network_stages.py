@@ -1,0 +1,156 @@
+"""The stages of an image network's prune job up to the plan; see `dilap.job.common_stages`."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dilap.core.artifact import Artifact
+from dilap.core.codec import digest
+from dilap.core.graph import Network
+from dilap.core.plan import Plan, full_plan
+from dilap.core.shape import UNMIXED
+from dilap.job.common_stages import AIM, ALREADY_KEPT, CommonStages, Goal
+from dilap.job.measuring import Usual
+from dilap.job.network_bench import NetworkBench
+from dilap.job.network_options import NetworkOptions
+from dilap.job.photographs import Shown
+from dilap.models.convolutional.cut import shrink_network_
+from dilap.models.convolutional.load import NetworkSource
+from dilap.models.convolutional.recalibration import recalibrate_
+from dilap.models.tensor_file import computed_once
+from dilap.profilers.configuration import Configuration
+from dilap.search.limit import CostLimit
+from dilap.search.method import Pruned
+from dilap.search.network_task import NetworkMethod, NetworkTask
+
+_NUM_OF_PROBE = 32  # photographs on which the batch norms of a network that is only timed are measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkStages(CommonStages[Network]):
+    """The stages of an image network's job. `network` is the shape of the dense one."""
+
+    options: NetworkOptions
+    bench: NetworkBench
+    source: NetworkSource
+    network: Network
+    shown: Shown
+
+    @property
+    def dense_plan(self) -> Plan[Network]:
+        return full_plan(self.network, base=self.source.digest)
+
+    def export(self, plan: Plan[Network], folder: Path, precision: str | None) -> None:
+        assert precision is None
+        self.bench.export(self.source, folder, images=self.shown.train_pixels, plan_digest=plan.digest)
+
+    def _begun_configuration(self, dense: Path) -> Configuration:
+        """Return the fastest configuration, which all runs of a network share."""
+        threads = self.options.threads_tried
+        kept = self.bench.configuration_path(self.source.name, self.network, threads=threads)
+        with self.workspace.stage("find the fastest configuration"):
+            return self.bench.kept_configuration(kept, threads=threads, dense=lambda: dense)
+
+    def goal(self, dense: Artifact) -> Goal | None:
+        """Return the budget in numbers, or None where the dense network keeps it already; log the reachable latencies.
+
+        Raises Infeasible where no plan is fast enough.
+        """
+        ratio = self.options.budget.ratio
+        if ratio is not None:
+            return Goal(cost_limit=CostLimit(limit=(1 - ratio) * self.weights({}), predict=self.weights))
+        budget, costs = self.options.budget, self.bench.costs(self.network)
+        with self.workspace.stage("latency of the dense model"):
+            measured = self.dense_measurement(dense)
+        seconds = measured.seconds(budget.statistic)
+        limit = budget.limit_seconds(dense_seconds=seconds)
+        scale = seconds / costs.predict({})
+        fastest = scale * costs.predict(self._narrowest)
+        self.workspace.log.say(
+            f"dense {seconds * 1e3:.2f} ms{measured.mark}; fastest reachable, as predicted, {fastest * 1e3:.2f} ms; "
+            f"budget {budget} is {limit * 1e3:.2f} ms"
+        )
+        if limit >= seconds:
+            self.workspace.log.say(ALREADY_KEPT)
+            return None
+        self.require_reachable(fastest, limit=limit, dense=seconds, advice="a smaller --precision or a smaller model")
+        usual = Usual(seconds=seconds, statistic=budget.statistic)
+        return Goal(
+            cost_limit=CostLimit(
+                limit=AIM * limit / scale,
+                predict=costs.predict,
+                measure=partial(self._share_used, dense, usual),
+                aim=AIM,
+            ),
+            fastest_seconds=fastest,
+            usual=usual,
+            caveats=() if self.bench.estimate else costs.caveats,
+        )
+
+    def weights(self, widths: Mapping[str, int], precisions: Mapping[str, str] = UNMIXED) -> float:  # noqa: ARG002
+        """Return the number of weights of all layers with so many units left in the groups."""
+        return float(sum(self.network.num_weights(layer, widths) for layer in self.network.layers))
+
+    @property
+    def _narrowest(self) -> Mapping[str, int]:
+        """How many units a method leaves at least in every group."""
+        task = self._task(Goal(cost_limit=CostLimit(limit=0.0, predict=self.weights)))
+        return {group.name: task.rounded(group, 1) for group in self.network.groups}
+
+    def answers(self, name: str, ask: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Return what the dense network says about photographs; it is asked once, and the answer is kept as `name`."""
+        path = self.workspace.methods / f"answers-{name}.safetensors"
+        found = computed_once(path, lambda: {"logits": torch.from_numpy(ask())})
+        answers: NDArray[np.float32] = found["logits"].numpy()
+        return answers
+
+    def prune(self, method: NetworkMethod, goal: Goal) -> Pruned[Network]:
+        """Return what `method` answers; see `answered`."""
+        return self.answered(lambda: Pruned(plan=method(self._task(goal))))
+
+    def _task(self, goal: Goal) -> NetworkTask:
+        return NetworkTask(
+            model=self.source.model,
+            base=self.source.digest,
+            network=self.network,
+            images=self.shown.train_pixels,
+            labels=self.shown.train.labels,
+            cost_limit=goal.cost_limit,
+            multiple=self.bench.capabilities.channel_multiple,
+            seed=self.options.seed,
+        )
+
+    def _share_used(self, dense: Artifact, usual: Usual, pruned: Network, _: Mapping[str, str]) -> float | None:
+        """Return the share of the budget that a pruned network of some shape uses; see `share_used`."""
+        left = {group.name: group.num_units for group in pruned.groups}
+        counts = {group.name: left.get(group.name, 0) for group in self.network.groups}
+        path = self.workspace.common / f"measured-{digest(counts)[:16]}.json"
+        measure = partial(
+            self.bench.measure_counts,
+            self.workspace.dense / dense.path,
+            self.network,
+            counts,
+            path,
+            probe=self._probe(counts),
+            usual=usual,
+        )
+        return self.share_used(dense, path, measure)
+
+    def _probe(self, counts: Mapping[str, int]) -> Callable[[Path], Artifact]:
+        """Return what exports a network with so many units left, the first ones, to be timed."""
+
+        def export(folder: Path) -> Artifact:
+            kept = {name: tuple(range(count)) for name, count in counts.items()}
+            plan = Plan(base=self.source.digest, architecture=self.network, kept=kept)
+            model = shrink_network_(copy.deepcopy(self.source.model), plan)
+            images = self.shown.train_pixels
+            recalibrate_(model, images[:_NUM_OF_PROBE])  # so that what passes through keeps its size
+            return self.bench.export(replace(self.source, model=model), folder, images=images)
+
+        return export

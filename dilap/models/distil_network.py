@@ -1,0 +1,75 @@
+"""Recovery of image networks by distillation: the pruned network learns what the dense one says about photographs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+from dilap.models.distil import rate_at, size_of
+from dilap.models.network import evaluating, outputs_of
+
+NetworkMode = Literal["none", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkRecovery:
+    """Settings of training all parameters with AdamW on KL(dense || pruned), `batch_images` photographs a step.
+
+    A step moves the numbers of a tensor by about `rate` times their root mean square. `warmup` is the share of the
+    steps in which the rate rises.
+    """
+
+    mode: NetworkMode = "none"
+    steps: int = 60
+    batch_images: int = 32
+    rate: float = 1.6e-3
+    warmup: float = 0.1
+    seed: int = 0
+
+
+def distil_network(
+    model: nn.Module,
+    images: NDArray[np.float32],
+    answers: NDArray[np.float32],
+    options: NetworkRecovery,
+    *,
+    progress: Callable[[float], None] = lambda _: None,
+) -> list[float]:
+    """Train `model` in place to give `answers`, the dense network's logits, for preprocessed `images`.
+
+    Return the KL of every step, in nats an image, which `progress` gets too. The statistics of batch norms stay: what
+    is trained is what is shipped.
+    """
+    parameters = [one for one in model.parameters() if one.is_floating_point()]
+    kept = [(one, one.dtype, one.requires_grad) for one in parameters]
+    model.float().requires_grad_(True)
+    groups = [{"params": [one], "lr": options.rate * size_of(one)} for one in parameters]
+    adam = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        adam, lambda step: rate_at(step, steps=options.steps, warmup=options.warmup)
+    )
+    device = parameters[0].device
+    generator, losses = torch.Generator().manual_seed(options.seed), list[float]()
+    with evaluating(model):
+        while len(losses) < options.steps:
+            rows = torch.randperm(len(images), generator=generator)[: options.batch_images].numpy()
+            seen, wanted = (torch.from_numpy(one[rows]).to(device) for one in (images, answers))
+            adam.zero_grad()
+            found = outputs_of(model, seen)[0].log_softmax(1)
+            loss = functional.kl_div(found, wanted.log_softmax(1), reduction="batchmean", log_target=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            adam.step()
+            schedule.step()
+            losses.append(float(loss.detach()))
+            progress(losses[-1])
+    for parameter, dtype, was_required in kept:
+        parameter.data = parameter.data.to(dtype)
+        parameter.grad = None
+        parameter.requires_grad_(was_required)
+    return losses

@@ -1,0 +1,41 @@
+"""Distillation of image networks."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from standins.networks import network, random_pixels
+
+from dilap.core.sqnr import kl_divergence
+from dilap.models.distil_network import NetworkRecovery, distil_network
+from dilap.models.network import TorchNetwork
+
+
+@torch.no_grad()
+def disturbed(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy whose weights are a little off."""
+    generator, made = torch.Generator().manual_seed(0), copy.deepcopy(model)
+    for parameter in made.parameters():
+        parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+    return made
+
+
+def test_a_network_learns_what_the_dense_one_says() -> None:
+    dense, images = network("lite"), random_pixels(16)
+    answers = TorchNetwork(dense).outputs(images)
+    student = disturbed(dense)
+    before = kl_divergence(answers, TorchNetwork(student).outputs(images))
+    losses = distil_network(student, images, answers, NetworkRecovery(mode="full", steps=20, batch_images=16))
+    assert losses[0] == pytest.approx(before, rel=1e-3)
+    assert kl_divergence(answers, TorchNetwork(student).outputs(images)) < 0.5 * before
+
+
+def test_statistics_of_batch_norms_and_the_caller_s_settings_stay() -> None:
+    model, images = network("plain").half(), random_pixels(4)
+    model.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    distil_network(model, images, np.zeros((4, 7), np.float32), NetworkRecovery(mode="full", steps=2))
+    assert {one.dtype for one in model.parameters()} == {torch.float16}
+    assert not any(one.requires_grad for one in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
