@@ -5,6 +5,7 @@ Such an estimate says which parts of a model weigh most, but not whether a budge
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, Protocol
 
 from dilap.core.errors import InvalidInput
 from dilap.core.measurement import Fingerprint, Measurement
@@ -107,21 +108,36 @@ def estimated_fingerprint(device: Device, *, backend: str) -> Fingerprint:
 
 def describe(device: Device) -> str:
     """Return in words the two numbers that an estimate rests on. Raises InvalidInput for a device without them."""
+    bytes_per_second, flops_per_second = published(device)
+    return f"a roofline of {bytes_per_second / 1e9:.0f} GB/s and {flops_per_second / 1e9:.0f} GFLOP/s"
+
+
+def published(device: Device) -> tuple[float, float]:
+    """Return the bytes and the operations a second that are published. Raises InvalidInput where they are not."""
     if device.bytes_per_second is None or device.flops_per_second is None:
         raise InvalidInput(f"no bandwidth and compute are published for {device.name}: it cannot be estimated")
-    return f"a roofline of {device.bytes_per_second / 1e9:.0f} GB/s and {device.flops_per_second / 1e9:.0f} GFLOP/s"
+    return device.bytes_per_second, device.flops_per_second
+
+
+class Predicting(Protocol):
+    """The costs of a decoder or of any other network under a workload."""
+
+    @property
+    def workload(self) -> Workload: ...
+
+    def predict(self, widths: Any, precisions: Mapping[str, str] = UNMIXED) -> float: ...
 
 
 def estimated(
-    model: LatencyModel,
-    widths: tuple[LayerWidths, ...],
+    model: Predicting,
+    widths: Any,
     *,
     precisions: Mapping[str, str] = UNMIXED,
     device: Device,
     backend: str,
     artifact_sha256: str,
 ) -> Measurement:
-    """Return a model's prediction in the form of a measurement."""
+    """Return a prediction for what `model` is given as widths, in the form of a measurement."""
     return Measurement(
         artifact_sha256=artifact_sha256,
         workload=model.workload,
@@ -137,7 +153,5 @@ def estimated(
 
 
 def _seconds(device: Device, *, num_bytes: float, flops: float) -> float:
-    describe(device)  # raises where the numbers are missing
-    assert device.bytes_per_second is not None
-    assert device.flops_per_second is not None
-    return max(num_bytes / device.bytes_per_second, flops / device.flops_per_second)
+    bytes_per_second, flops_per_second = published(device)
+    return max(num_bytes / bytes_per_second, flops / flops_per_second)
