@@ -1,8 +1,10 @@
 """Fit what a unit of work takes, in every layer of a network, to measurements of whole networks.
 
-Seconds are linear in the speeds, so that they are found by non-negative least squares, in two steps: first the speeds
-that all layers of a kernel share, drawn to those of a plain device; then those of every layer, drawn to the shared ones
-the more, the less freedom they have. Cross-validation chooses the channels that kernels fill, and then the freedom.
+Seconds are linear in the speeds, so that these are found by non-negative least squares, in two steps: first the speeds
+that all layers of a kernel share, drawn to those of a plain device; then how many times slower than these each layer
+is, drawn to once the more, the less freedom it has. Cross-validation chooses the channels that kernels fill, and then
+the freedom. In the simulation of `list_network_probes`, layers that have speeds of their own for every kind of work are
+predicted no better.
 """
 
 import statistics
@@ -71,24 +73,23 @@ class _Design:
         scale = self._seconds[dense] / (rows[dense] @ plain)
         self._plain = plain * scale
         self._plain[0] = 0.01 * self._seconds[dense]
-        kernels = list(dict.fromkeys((one.kernel, kind) for one, kind in self._columns))
-        self._shared = np.zeros((len(self._plain), 1 + len(kernels)))  # of layers' speeds in the shared ones
-        self._shared[0, 0] = 1
-        for index, (one, kind) in enumerate(self._columns, start=1):
-            self._shared[index, 1 + kernels.index((one.kernel, kind))] = 1
+        self._shared = _members([(one.kernel, kind) for one, kind in self._columns])
+        self._layers = _members([one.layer for one, _ in self._columns])
 
     def _row(self, counts: Mapping[str, int]) -> Vector:
         return np.array([1.0, *(amount(one.works[kind], counts) for one, kind in self._columns)])
 
     def speeds(self, rows: NDArray[np.int64], freedom: float) -> Vector:
-        """Return what a unit of every work takes, fitted to some of the measured networks."""
+        """Return the constant, and what a unit of every work takes, fitted to some of the measured networks."""
         matrix = self._matrix[rows]
         plain = self._plain @ self._shared / self._shared.sum(axis=0)
         shared = _drawn(matrix @ self._shared, plain, width=_TRUST * plain)
         speeds = self._shared @ shared
         if not freedom:
             return speeds
-        return _drawn(matrix, speeds, width=freedom * np.maximum(speeds, 0.1 * self._plain))
+        alike = np.ones(self._layers.shape[1])
+        slowness = _drawn(matrix @ (speeds[:, None] * self._layers), alike, width=freedom * alike)
+        return np.asarray(speeds * (self._layers @ slowness), dtype=np.float64)
 
     def cross_validated(self, freedom: float) -> float:
         """Return the relative error (root of the mean square) on networks that the fit has not seen, fold by fold."""
@@ -108,8 +109,17 @@ class _Design:
         }
 
 
+def _members(names: Sequence[object]) -> Vector:
+    """Return which columns of works (rows) have the same name (columns), after the constant, which is alone."""
+    different = list(dict.fromkeys(names))
+    found = np.zeros((1 + len(names), 1 + len(different)))
+    found[0, 0] = 1
+    found[np.arange(len(names)) + 1, [1 + different.index(name) for name in names]] = 1
+    return found
+
+
 def _drawn(matrix: Vector, middle: Vector, *, width: Vector) -> Vector:
-    """Return the non-negative speeds with which every row of `matrix` comes closest to 1, drawn to `middle`.
+    """Return the non-negative numbers with which every row of `matrix` comes closest to 1, drawn to `middle`.
 
     A deviation by `width` weighs as much as an error of _ERROR in one row.
     """

@@ -36,8 +36,8 @@ class NetworkObservation:
 class Fit:
     """How costs are fitted: the channels that kernels are taken to fill, and how freely the speeds of layers differ.
 
-    With `freedom` 0 all layers of a kernel have the same speeds. With 1, a difference of 100 % weighs as much as
-    missing a probe by 1 %.
+    With `freedom` 0 all layers of a kernel have the same speeds. With 1, a layer that is slower by 100 % weighs as much
+    as a probe that is missed by 1 %.
     """
 
     multiple: int
