@@ -132,7 +132,7 @@ class Network:
                 raise ValueError(f"{empty[0]} keeps no unit and {kept} does: the groups of a branch go together")
 
     @functools.cached_property
-    def _units_on(self) -> dict[tuple[str, int], list[tuple[Group, int]]]:
+    def units_on(self) -> dict[tuple[str, int], list[tuple[Group, int]]]:
         """The groups whose units lie on an axis of a tensor, and how many of its entries one unit is."""
         found: dict[tuple[str, int], list[tuple[Group, int]]] = {}
         for group in self.groups:
@@ -143,7 +143,7 @@ class Network:
 
     def size(self, tensor: str, axis: int, counts: Mapping[str, int] = _FULL) -> int:
         """Return how many entries an axis of a tensor has when `counts` units are left in the groups."""
-        units = self._units_on.get((tensor, axis), ())
+        units = self.units_on.get((tensor, axis), ())
         removed = sum(each * (group.num_units - counts.get(group.name, group.num_units)) for group, each in units)
         return self.tensors[tensor][axis] - removed
 

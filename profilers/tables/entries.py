@@ -5,15 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from dilap.core.measurement import Status
 from dilap.core.shape import PRECISION_BITS, UNMIXED, Architecture, LayerWidths
+from dilap.profilers.tables.samples import Samples
 
 # `attention` and `ffn` probes have one sublayer of all layers in another width or precision, `precision` probes all
 # sublayers in another precision, `head` probes only the head.
 Role = Literal["dense", "depth", "attention", "ffn", "precision", "head", "random", "holdout"]
 Run = tuple[int, int, int, int]  # layers in a row, heads, KV heads, channels
 RunPrecisions = tuple[str, str]  # of the attention and of the feed-forward network of these layers
-_LONGEST_NS = 10**13  # three hours for one token or one prompt: what is longer is no sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +38,11 @@ class Probe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableEntry:
+class TableEntry(Samples):
     """One measured probe.
 
     `precisions` has those of every run of layers, and none where all are in the workload's own; an empty one is the
-    workload's own. `sentinel_ns` has, for every sample, the dense probe's median in the same round; `forced` says what
-    made the device unfit and was overridden.
+    workload's own.
     """
 
     VERSION: ClassVar[int] = 2  # 1 had no precisions: every part was in the workload's own
@@ -53,19 +51,9 @@ class TableEntry:
     runs: tuple[Run, ...]
     precisions: tuple[RunPrecisions, ...] = ()
     head: str = ""
-    samples_ns: tuple[int, ...]
-    sentinel_ns: tuple[int, ...]
-    status: Status
-    note: str = ""
-    forced: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.samples_ns or len(self.sentinel_ns) != len(self.samples_ns):
-            raise ValueError("an entry needs samples, and the sentinel of each")
-        if not all(0 < one <= _LONGEST_NS for one in (*self.samples_ns, *self.sentinel_ns)):
-            raise ValueError(f"a sample takes between 1 and {_LONGEST_NS} nanoseconds, and one here does not")
-        if self.status == "estimated":
-            raise ValueError("it is estimated, and a latency table holds what was measured")
+        super().__post_init__()
         if not self.runs or min(run[0] for run in self.runs) < 1:
             raise ValueError("every run has at least one layer")
         for _, heads, kv_heads, channels in self.runs:
@@ -74,11 +62,6 @@ class TableEntry:
             raise ValueError(f"it has {len(self.runs)} runs of layers, and precisions of {len(self.precisions)}")
         if odd := sorted(self.precisions_used - {*PRECISION_BITS}):
             raise ValueError(f"unknown precision {odd[0]!r:.80}")
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether costs are fitted to it: not if other processes used the cores meanwhile, unless overridden."""
-        return self.status != "contended" or bool(self.forced)
 
     @property
     def num_layers(self) -> int:

@@ -2,26 +2,25 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
-from filelock import FileLock, Timeout
-
-from dilap import backends
+from dilap import backends, export
+from dilap.backends import Backend
 from dilap.core.errors import Mismatch, Unsupported
+from dilap.core.measurement import Measurement
 from dilap.core.rules import Capabilities, spread
 from dilap.core.shape import PRECISION_BITS, Architecture, LayerWidths
 from dilap.core.workload import Workload
 from dilap.profilers.profiler import Profiler
 from dilap.profilers.protocol import TABLE, Protocol
-from dilap.profilers.tables.entries import Probe
-from dilap.profilers.tables.measuring import Progress, Share, fill
+from dilap.profilers.tables.entries import Probe, TableEntry, run_precisions, runs_of
+from dilap.profilers.tables.measuring import ProbeKind, Progress, fill
 from dilap.profilers.tables.model import attention_work
-from dilap.profilers.tables.table import LatencyTable, TableHeader, partner_path
+from dilap.profilers.tables.resuming import alone, shares_of
+from dilap.profilers.tables.table import LatencyTable, TableHeader
 
 AttentionLevel = tuple[int, int]  # heads, KV heads; (0, 0) is none
 Levels = tuple[Sequence[AttentionLevel], Sequence[int]]  # of attention, and numbers of channels
@@ -66,16 +65,23 @@ def build_table(
     another process measures the same table, its end is waited for. Raises Mismatch where `path` was measured for
     something else.
     """
-    with _alone(path, progress):
-        precisions = (workload.precision, *others) if others else ()
-        shares = _shares(
-            [profiler, *helpers],
-            path,
-            workload=workload,
-            architecture=architecture,
-            protocol=protocol,
-            precisions=precisions,
+    precisions = (workload.precision, *others) if others else ()
+
+    def start(profiler: Profiler, created: str) -> LatencyTable:
+        return LatencyTable(
+            TableHeader(
+                fingerprint=profiler.fingerprint(),
+                workload=workload,
+                architecture=architecture,
+                backend=profiler.backend,
+                protocol=protocol,
+                created=created,
+                precisions=precisions,
+            )
         )
+
+    with alone(path, progress):
+        shares = shares_of([profiler, *helpers], path, start=start, resume=_resumed)
         cache_bytes = shares[0].table.header.fingerprint.last_level_cache_bytes
         shallow = probe_architecture(architecture, workload, cache_bytes=cache_bytes, precisions=precisions)
         backend = backends.get(profiler.backend)
@@ -98,57 +104,7 @@ def build_table(
             num_holdout=plans[1] if num_holdout is None else num_holdout,
             seed=seed,
         )
-        return fill(shares, probes, architecture=shallow, progress=progress)
-
-
-@contextmanager
-def _alone(path: Path, progress: Progress | None) -> Iterator[None]:
-    """Wait until no other process measures the same table, and keep others waiting meanwhile.
-
-    Two processes would spoil each other's samples and remove each other's probes.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if progress is not None:
-            progress(0, 0, "another process measures this table: waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _shares(
-    profilers: Sequence[Profiler],
-    path: Path,
-    *,
-    workload: Workload,
-    architecture: Architecture,
-    protocol: Protocol,
-    precisions: Sequence[str],
-) -> list[Share]:
-    """Return every device's table as far as it was measured. Raises Mismatch for devices that are not of one kind."""
-    shares: list[Share] = []
-    for number, profiler in enumerate(profilers, start=1):
-        header = TableHeader(
-            fingerprint=profiler.fingerprint(),
-            workload=workload,
-            architecture=architecture,
-            backend=profiler.backend,
-            protocol=protocol,
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            precisions=tuple(precisions),
-        )
-        own = path if number == 1 else partner_path(path, number)
-        table = _resumed(own, header) if own.exists() else LatencyTable(header)
-        shares.append(Share(profiler=profiler, table=replace(table, partners=()), path=own))
-        first = shares[0].table.header.fingerprint
-        if differences := first.differences(replace(header.fingerprint, serial_sha256=first.serial_sha256)):
-            raise Mismatch(f"device {number} is not of the first one's kind: {'; '.join(differences)}")
-    return shares
+        return fill(shares, probes, kind=_kind(shallow, workload, backend), progress=progress)
 
 
 def _resumed(path: Path, header: TableHeader) -> LatencyTable:
@@ -166,6 +122,44 @@ def _resumed(path: Path, header: TableHeader) -> LatencyTable:
             f"{', '.join(header.offered)} is asked for: ask for the same ones, or measure another table"
         )
     return table
+
+
+def _kind(architecture: Architecture, workload: Workload, backend: Backend) -> ProbeKind[Probe, TableEntry]:
+    """Return how probes of a decoder are written: models with random weights, by the runtime's exporter."""
+
+    def named(probe: Probe) -> Mapping[str, str]:
+        """Return the probe's precisions; where the runtime reads the head from the embedding, for that too."""
+        if "head" not in probe.precisions or not architecture.tied_embeddings:
+            return probe.precisions
+        if backend.capabilities(architecture, precision=workload.precision).untied_precisions:
+            return probe.precisions
+        return {**probe.precisions, "embedding": probe.precisions["head"]}
+
+    def write(probe: Probe, out: Path) -> Path:
+        artifact = export.get(backend.name).export_probe(
+            replace(architecture, layers=probe.widths),
+            precision=workload.precision,
+            precisions=named(probe),
+            seed=0,
+            out=out,
+        )
+        return out / artifact.path
+
+    return ProbeKind(dense=Probe(role="dense", widths=architecture.layers), write=write, entry=_entry)
+
+
+def _entry(probe: Probe, measurement: Measurement, sentinel_ns: tuple[int, ...]) -> TableEntry:
+    return TableEntry(
+        role=probe.role,
+        runs=runs_of(probe.widths, probe.precisions),
+        precisions=run_precisions(probe.widths, probe.precisions),
+        head=probe.precisions.get("head", ""),
+        samples_ns=measurement.samples_ns,
+        sentinel_ns=sentinel_ns,
+        status=measurement.status,
+        note=measurement.note,
+        forced=measurement.forced,
+    )
 
 
 def probe_architecture(

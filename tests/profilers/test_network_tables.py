@@ -1,0 +1,470 @@
+"""Latency tables of networks and the costs derived from them, with fabricated seconds."""
+
+import itertools
+import json
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from standins.fabricated import FINGERPRINT
+
+from dilap.core.errors import InvalidInput, Mismatch
+from dilap.core.graph import Branch, Layer, Network
+from dilap.core.groups import Group, Member
+from dilap.core.measurement import Fingerprint, Measurement
+from dilap.core.workload import Workload
+from dilap.profilers.devices import device as devices
+from dilap.profilers.protocol import TABLE, Protocol
+from dilap.profilers.tables.networks.entries import NetworkEntry, NetworkProbe, dense_counts, named
+from dilap.profilers.tables.networks.estimate import network_roofline
+from dilap.profilers.tables.networks.model import NetworkLatency
+from dilap.profilers.tables.networks.probes import build_network_table, list_network_probes, widths_of
+from dilap.profilers.tables.networks.table import NetworkTable, NetworkTableHeader
+from dilap.profilers.tables.networks.works import Kind, amount, layer_works
+from dilap.profilers.tables.roofline import estimated
+
+
+def layer(name: str, side: int, *, num_groups: int = 1, stride: int = 1) -> Layer:
+    return Layer(
+        name=name,
+        kind="convolution",
+        stride=(stride, stride),
+        num_groups=num_groups,
+        output_sizes=((side, side),),
+    )
+
+
+def group(name: str, num_units: int, *places: tuple[str, int] | tuple[str, int, int]) -> Group:
+    """A group at (tensor, axis) or (tensor, axis, offset)."""
+    members = tuple(
+        Member(tensor=f"{place[0]}.weight", axis=place[1], grid=(num_units,), offset=place[2] if len(place) > 2 else 0)
+        for place in places
+    )
+    return Group(name=name, num_units=num_units, members=members)
+
+
+# A depthwise convolution, a branch that can be removed, a concatenation (`joined` reads `stem` and `side`), and a
+# convolution whose outputs are added to its inputs.
+NETWORK = Network(
+    name="tiny",
+    input_size=(3, 32, 32),
+    tensors={
+        "stem.weight": (24, 3, 3, 3),
+        "depthwise.weight": (24, 1, 3, 3),
+        "expand.weight": (96, 24, 1, 1),
+        "project.weight": (24, 96, 1, 1),
+        "side.weight": (12, 24, 1, 1),
+        "joined.weight": (64, 36, 1, 1),
+        "loop.weight": (64, 64, 3, 3),
+        "head.weight": (7, 64),
+    },
+    layers=(
+        layer("stem", 16, stride=2),
+        layer("depthwise", 16, num_groups=24),
+        layer("expand", 16),
+        layer("project", 16),
+        layer("side", 16),
+        layer("joined", 8, stride=2),
+        layer("loop", 8),
+        Layer(name="head", kind="linear"),
+    ),
+    groups=(
+        group("stem", 24, ("stem", 0), ("depthwise", 0), ("expand", 1), ("project", 0), ("side", 1), ("joined", 1)),
+        group("expand", 96, ("expand", 0), ("project", 1)),
+        group("side", 12, ("side", 0), ("joined", 1, 24)),
+        group("joined", 64, ("joined", 0), ("loop", 0), ("loop", 1), ("head", 1)),
+    ),
+    branches=(Branch(name="project", groups=("expand",), modules={"expand": (), "project": ()}, last="project"),),
+)
+DENSE = dict(named(NETWORK, dense_counts(NETWORK)))
+WORKLOAD = Workload(phase="forward", precision="f32", threads=2)
+HEADER = NetworkTableHeader(
+    fingerprint=FINGERPRINT,
+    workload=WORKLOAD,
+    network=NETWORK,
+    backend="onnxruntime",
+    protocol=TABLE,
+    created="2026-01-01T00:00:00+00:00",
+)
+FIXED = 2e-4
+SPEEDS: dict[Kind, float] = {"operations": 2e-11, "reads": 2e-10, "writes": 3e-10, "weights": 1e-10, "launch": 5e-6}
+DEPTHWISE = 6.0  # times slower
+EFFICIENCY = {one.name: 1 + 0.2 * (-1) ** index for index, one in enumerate(NETWORK.layers)}
+
+
+def in_reach(counts: Mapping[str, int]) -> float:
+    """Seconds on a device whose kernels fill 8 channels, all layers of a kernel at the same speeds."""
+    return FIXED + sum(
+        (DEPTHWISE if one.kernel == "depthwise" else 1) * SPEEDS[kind] * amount(work, counts)
+        for one in layer_works(NETWORK, multiple=8)
+        for kind, work in one.works.items()
+    )
+
+
+def out_of_reach(counts: Mapping[str, int]) -> float:
+    """Seconds on a device that no sum of products describes.
+
+    Its kernels fill 16 channels, layers have efficiencies of their own, and computing hides most of what is moved.
+    """
+    total = FIXED
+    for one in layer_works(NETWORK, multiple=16):
+        amounts = {kind: amount(work, counts) for kind, work in one.works.items()}
+        if not amounts["launch"]:
+            continue
+        computed = SPEEDS["operations"] * (amounts["operations"] + 10 * amounts["writes"])
+        moved = sum(SPEEDS[kind] * amounts[kind] for kind in ("reads", "writes", "weights"))
+        total += EFFICIENCY[one.layer] * (computed**3 + moved**3) ** (1 / 3) + SPEEDS["launch"]
+    return total
+
+
+Seconds = Callable[[Mapping[str, int]], float]
+
+
+def entry(probe: NetworkProbe, seconds: Seconds, *, noise: float = 0.0, drift: float = 1.0) -> NetworkEntry:
+    center = seconds(named(NETWORK, probe.counts)) * drift * (1 + noise * random.Random(str(probe.key)).gauss(0, 1))
+    return NetworkEntry(
+        role=probe.role,
+        counts=probe.counts,
+        samples_ns=tuple(round(center * 1e9 * (1 + 0.001 * (step - 7))) for step in range(15)),
+        sentinel_ns=(round(seconds(DENSE) * drift * 1e9),) * 15,
+        status="ok",
+    )
+
+
+def probes_of(network: Network = NETWORK, *, seed: int = 0) -> list[NetworkProbe]:
+    return list_network_probes(network, multiple=8, num_random=24, num_holdout=12, seed=seed)
+
+
+def measured_table(seconds: Seconds = in_reach, *, noise: float = 0.0, drifting: bool = False) -> NetworkTable:
+    return NetworkTable(HEADER).with_entries(
+        entry(probe, seconds, noise=noise, drift=1 + 0.1 * (index // 4) * drifting)
+        for index, probe in enumerate(probes_of())
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> NetworkLatency:
+    return measured_table(out_of_reach, noise=0.01).model()
+
+
+def levels() -> dict[str, list[int]]:
+    return {"stem": [8, 12, 24], "expand": [0, 40, 96], "side": [5, 12], "joined": [8, 64]}
+
+
+def test_a_prediction_is_the_constant_and_the_terms_of_blocks_and_pairs(model: NetworkLatency) -> None:
+    blocks = {block.name: block for block in NETWORK.blocks}
+    for combination in itertools.product(*levels().values()):
+        counts = dict(zip(levels(), combination, strict=True))
+        total = model.constant + sum(model.block(block, (counts[name],)) for name, block in blocks.items())
+        total += sum(cost((counts[one],), (counts[two],)) for (one, two), cost in model.pairs.items())
+        assert model.predict(counts) == pytest.approx(total, rel=1e-12)
+
+
+def test_groups_that_meet_in_a_layer_are_the_pairs(model: NetworkLatency) -> None:
+    assert set(model.pairs) == {("stem", "expand"), ("stem", "side"), ("stem", "joined"), ("side", "joined")}
+
+
+def test_expected_seconds_are_a_quadratic_form_of_the_probabilities(model: NetworkLatency) -> None:
+    """p'u + p'Wp is the mean over all combinations of independent levels."""
+    draw = np.random.default_rng(0)
+    chances = {name: draw.dirichlet(np.ones(len(widths))) for name, widths in levels().items()}
+    expected = 0.0
+    for choice in itertools.product(*(range(len(widths)) for widths in levels().values())):
+        share = np.prod([chances[name][index] for name, index in zip(levels(), choice, strict=True)])
+        counts = {name: levels()[name][index] for name, index in zip(levels(), choice, strict=True)}
+        expected += float(share) * model.predict(counts)
+    form = model.constant
+    for block in NETWORK.blocks:
+        costs = [model.block(block, (width,)) for width in levels()[block.name]]
+        form += float(chances[block.name] @ costs)
+    for (one, two), cost in model.pairs.items():
+        table = [[cost((width,), (other,)) for other in levels()[two]] for width in levels()[one]]
+        form += float(chances[one] @ np.array(table) @ chances[two])
+    assert form == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_layer_within_one_group_is_no_pair_and_quadratic() -> None:
+    (loop,) = [one for one in layer_works(NETWORK) if one.layer == "loop"]
+    assert amount(loop.works["operations"], DENSE | {"joined": 32}) == 32 * 32 * 9 * 64
+
+
+@pytest.mark.parametrize("counts", [{}, {"stem": 7, "side": 3, "joined": 11, "expand": 50}])
+def test_the_operations_of_layers_are_those_of_the_network(counts: dict[str, int]) -> None:
+    works = layer_works(NETWORK)
+    total = sum(amount(one.works["operations"], DENSE | counts) for one in works)
+    assert 2 * total == NETWORK.flops(DENSE | counts)
+
+
+def test_a_removed_branch_costs_nothing(model: NetworkLatency) -> None:
+    seconds = model.layer_seconds({"expand": 0})
+    assert seconds["expand"] == seconds["project"] == 0
+    kept = model.layer_seconds({})
+    assert kept["expand"] > 0
+    assert kept["project"] > 0
+
+
+def test_channels_are_rounded_up_to_what_a_kernel_fills() -> None:
+    (stem, *_) = layer_works(NETWORK, multiple=16)
+    assert amount(stem.works["writes"], DENSE | {"stem": 9}) == amount(stem.works["writes"], DENSE | {"stem": 16})
+
+
+def test_the_fit_recovers_the_speeds_of_a_device_that_it_describes() -> None:
+    found = measured_table().model()
+    assert found.method.startswith("multiples of 8 channels")
+    assert max(found.holdout_errors()) < 0.005
+
+
+@pytest.mark.parametrize(("noise", "median", "worst"), [(0.0, 0.02, 0.06), (0.01, 0.03, 0.08), (0.02, 0.04, 0.1)])
+def test_a_device_that_no_model_describes_is_predicted(noise: float, median: float, worst: float) -> None:
+    """The hold-out plans have the noise too."""
+    errors = sorted(measured_table(out_of_reach, noise=noise).model().holdout_errors())
+    assert errors[len(errors) // 2] < median
+    assert errors[-1] < worst
+
+
+def test_drift_between_blocks_is_divided_out() -> None:
+    assert max(measured_table(drifting=True).model().holdout_errors()) < 0.005
+
+
+def test_costs_never_fall_with_a_width_however_noisy_the_probes() -> None:
+    found, draw = measured_table(out_of_reach, noise=0.2).model(), random.Random(0)
+    for _ in range(50):
+        counts = {one.name: draw.randint(1, one.num_units) for one in NETWORK.groups}
+        name = draw.choice(list(counts))
+        wider = counts | {name: draw.randint(counts[name], DENSE[name])}
+        assert found.predict(wider) >= found.predict(counts) >= 0
+
+
+def test_holdout_plans_take_no_part_in_the_fit() -> None:
+    table = measured_table(noise=0.02)
+    kept = tuple(one for one in table.entries if one.role != "holdout")
+    assert replace(table, entries=kept).model().terms == table.model().terms
+
+
+def test_p90_is_the_median_times_the_tail() -> None:
+    table = measured_table()
+    assert table.model("p90").predict({}) == pytest.approx(1.006 * table.model().predict({}), rel=0.01)
+
+
+def test_only_widths_that_are_measurably_faster_are_offered(model: NetworkLatency) -> None:
+    block = NETWORK.blocks[1]
+    settings = [((width,), "") for width in range(97)]
+    found = [counts[0] for (counts, _) in model.cheaper(block, settings)]
+    assert found[0] == 96
+    assert found == sorted(found, reverse=True)
+    assert 1 < len(found) < 20  # the kernel fills 16
+
+
+def test_another_precision_is_not_known(model: NetworkLatency) -> None:
+    assert model.predict({}, {"stem": "f32"}) == model.predict({})
+    with pytest.raises(InvalidInput, match="nothing is known of the latency of the network in int8"):
+        model.predict({}, {"stem": "int8"})
+
+
+def test_the_same_arguments_give_the_same_probes() -> None:
+    assert probes_of() == probes_of()
+    assert probes_of() != probes_of(seed=1)
+
+
+def test_probes_have_multiples_of_channels_and_are_there_once() -> None:
+    probes = probes_of()
+    assert [probe.role for probe in probes[:5]] == ["dense", "even", "even", "even", "random"]
+    assert len({probe.counts for probe in probes}) == len(probes) == 1 + 3 + 24 + 12
+    assert {probe.counts[0] for probe in probes} == {8, 16, 24}
+    assert any(probe.counts[1] == 0 for probe in probes)
+
+
+def test_few_different_plans_leave_some_for_the_hold_out() -> None:
+    few = replace(NETWORK, groups=NETWORK.groups[:1], branches=())
+    roles = [probe.role for probe in list_network_probes(few, multiple=4, num_random=24, num_holdout=12, seed=0)]
+    assert roles.count("holdout") >= 1
+
+
+def test_units_of_several_channels_fill_kernels_together() -> None:
+    eights = Group(name="g", num_units=6, members=(Member(tensor="t", axis=0, grid=(6, 4)),))
+    assert widths_of(eights, 8) == [2, 4, 6]
+
+
+def test_a_table_survives_a_round_trip(tmp_path: Path) -> None:
+    table = measured_table()
+    table.write(tmp_path / "t.jsonl")
+    assert NetworkTable.read(tmp_path / "t.jsonl") == table
+
+
+BAD_ENTRIES: dict[str, tuple[dict[str, object], str]] = {
+    "negative": ({"samples_ns": [-5] * 15}, "a sample takes between 1"),
+    "estimated": ({"status": "estimated"}, "it is estimated"),
+    "a group less": ({"counts": [24, 96, 12]}, "it has 3 groups, and the network 4"),
+    "more units": ({"counts": [24, 97, 12, 64]}, "it has 97 units of expand, and the network 96"),
+    "negative units": ({"counts": [24, -1, 12, 64]}, "it has -1 units of expand"),
+    "no units": ({"counts": [0, 96, 12, 64]}, "stem keeps no unit"),
+    "all units": ({"counts": [24, 96, 12, 64]}, "a probe of role even has all units"),
+    "another dense one": ({"role": "dense"}, "a probe of role dense lacks all units"),
+    "an unknown role": ({"role": "depth"}, "'depth' is none of"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_ENTRIES)
+def test_an_entry_that_no_measurement_gives_is_refused_by_its_line(what: str, tmp_path: Path) -> None:
+    changes, said = BAD_ENTRIES[what]
+    path = tmp_path / "t.jsonl"
+    measured_table().write(path)
+    lines = path.read_text().splitlines()
+    lines[3] = json.dumps(json.loads(lines[3]) | changes)
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(InvalidInput, match=rf"t\.jsonl: line 4.*{re.escape(said)}"):
+        NetworkTable.read(path)
+
+
+@pytest.mark.parametrize("kind", ["LatencyTable", "Plan"])
+def test_another_document_is_no_table_of_a_network(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(json.dumps({"type": kind, "version": 1}) + "\n")
+    with pytest.raises(InvalidInput, match="line 1 is not the header of a latency table"):
+        NetworkTable.read(tmp_path / "t.jsonl")
+
+
+def test_a_later_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    measured_table().write(path)
+    first, *others = path.read_text().splitlines(keepends=True)
+    path.write_text(json.dumps(json.loads(first) | {"version": 2}) + "\n" + "".join(others))
+    with pytest.raises(InvalidInput, match=r"line 1: .* has version 2"):
+        NetworkTable.read(path)
+
+
+def test_a_table_for_something_else_names_every_field_that_differs() -> None:
+    with pytest.raises(Mismatch) as caught:
+        NetworkTable(HEADER).require_usable(
+            fingerprint=replace(FINGERPRINT, runtime_version="2"),
+            workload=replace(WORKLOAD, precision="int8", batch=2, context=1),
+            network=replace(NETWORK, input_size=(3, 64, 64)),
+            backend="executorch",
+        )
+    assert str(caught.value).startswith(
+        "the latency table was measured for something else (table / here): backend: onnxruntime / executorch;"
+        " runtime_version: 1 / 2; workload batch: 1 / 2; workload precision: f32 / int8; network input_size differ;"
+    )
+
+
+def test_what_was_measured_beside_other_load_is_left_out_and_said() -> None:
+    table = measured_table()
+    bad = replace(table.entries[6], status="contended", samples_ns=(10**9,) * 15)
+    found = table.with_entries([bad]).model()
+    assert max(found.holdout_errors()) < 0.005
+    assert found.caveats == ("1 of the latency table's 40 probes are left out, because other processes used the cores",)
+
+
+def test_a_table_without_its_dense_probe_asks_for_it() -> None:
+    with pytest.raises(InvalidInput, match="the latency table has no dense probe yet"):
+        replace(measured_table(), entries=measured_table().entries[1:]).model()
+
+
+class FakeProfiler:
+    """A file's number is its latency in nanoseconds; after `killed_after` blocks the power goes off."""
+
+    backend = "onnxruntime"
+
+    def __init__(self, *, killed_after: int = 99) -> None:
+        self.killed_after = killed_after
+        self.measured: list[str] = []
+        self.blocks = 0
+
+    def fingerprint(self) -> Fingerprint:
+        return FINGERPRINT
+
+    def measure(
+        self, cases: Sequence[object], protocol: Protocol, *, progress: Callable[[str], None] | None = None
+    ) -> list[Measurement]:
+        if self.blocks == self.killed_after:
+            raise KeyboardInterrupt
+        self.blocks += 1
+        texts = [case.path.read_text() for case in cases]  # type: ignore[attr-defined]
+        self.measured += texts[1:]
+        return [
+            Measurement(
+                artifact_sha256="",
+                workload=WORKLOAD,
+                fingerprint=FINGERPRINT,
+                samples_ns=(int(text.split()[0]),) * 15,
+                rounds=tuple(range(15)),
+                peak_memory_bytes=1,
+                load_seconds=0.1,
+                started="",
+                status="ok",
+            )
+            for text in texts
+        ]
+
+
+def write_probe(counts: Mapping[str, int], folder: Path) -> Path:
+    folder.mkdir()
+    path = folder / "model.onnx"
+    path.write_text(f"{round(1e9 * in_reach(counts))} {dict(counts)}")
+    return path
+
+
+def build(path: Path, profiler: FakeProfiler) -> NetworkTable:
+    return build_network_table(
+        NETWORK,
+        profiler=profiler,  # type: ignore[arg-type]
+        write_probe=write_probe,
+        workload=WORKLOAD,
+        path=path,
+        num_random=8,
+        num_holdout=4,
+    )
+
+
+def test_a_table_is_measured_and_kept(tmp_path: Path) -> None:
+    table = build(tmp_path / "t.jsonl", FakeProfiler())
+    assert NetworkTable.read(tmp_path / "t.jsonl") == table
+    assert [entry.role for entry in table.entries].count("holdout") == 4
+    assert sorted(one.name for one in tmp_path.iterdir()) == [".t.jsonl.lock", "t.jsonl"]
+    assert max(table.model().holdout_errors()) < 0.02
+
+
+def test_a_killed_table_goes_on_with_the_probes_that_it_lacks(tmp_path: Path) -> None:
+    killed, second = FakeProfiler(killed_after=2), FakeProfiler()
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "t.jsonl", killed)
+    build(tmp_path / "t.jsonl", second)
+    whole = FakeProfiler()
+    build(tmp_path / "other.jsonl", whole)
+    assert killed.measured + second.measured == whole.measured
+    assert NetworkTable.read(tmp_path / "t.jsonl").entries == NetworkTable.read(tmp_path / "other.jsonl").entries
+
+
+def test_a_table_of_another_network_is_not_continued(tmp_path: Path) -> None:
+    other = replace(HEADER, network=replace(NETWORK, input_size=(3, 64, 64)))
+    NetworkTable(other).write(tmp_path / "t.jsonl")
+    with pytest.raises(Mismatch, match="network input_size differ"):
+        build(tmp_path / "t.jsonl", FakeProfiler())
+
+
+DEVICE = replace(devices.get("s23"), bytes_per_second=1e9, flops_per_second=1e9)
+
+
+def test_an_estimate_is_bound_by_what_it_computes_on_a_slow_processor() -> None:
+    found = network_roofline(NETWORK, WORKLOAD, replace(DEVICE, bytes_per_second=1e15))
+    assert found.predict({"stem": 8}) == pytest.approx(NETWORK.flops(DENSE | {"stem": 8}) / 1e9)
+
+
+def test_an_estimate_is_bound_by_what_it_moves_where_memory_is_slow() -> None:
+    found = network_roofline(NETWORK, WORKLOAD, replace(DEVICE, flops_per_second=1e15))
+    assert found.layer_seconds({})["head"] == pytest.approx(4 * (64 + 7 + 64 * 7) / 1e9)
+
+
+def test_an_estimate_stands_for_a_measurement_and_says_so() -> None:
+    found = network_roofline(NETWORK, WORKLOAD, DEVICE)
+    measurement = estimated(found, DENSE, device=DEVICE, backend="onnxruntime", artifact_sha256="")
+    assert measurement.status == "estimated"
+    assert measurement.seconds() == pytest.approx(found.predict({}), rel=1e-4)
+
+
+def test_a_device_without_published_numbers_is_not_estimated() -> None:
+    with pytest.raises(InvalidInput, match="no bandwidth and compute are published"):
+        network_roofline(NETWORK, WORKLOAD, replace(DEVICE, bytes_per_second=None))
