@@ -10,16 +10,16 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import file_sha256, scratch_folder
 from dilap.core.measurement import Measurement
 from dilap.core.plan import Plan, full_plan
-from dilap.core.printable import joined
-from dilap.core.progress import say_lines
+from dilap.core.progress import Progress, say_lines
 from dilap.core.shape import UNMIXED, Architecture
 from dilap.core.workload import Workload
 from dilap.job.measuring import MeasuringBench, Usual
 from dilap.job.precisions import offered_precisions
+from dilap.job.tables import describe_errors, shown_probes
 from dilap.models.anatomy import architecture_of
 from dilap.models.load import Source
 from dilap.profilers.configuration import Configuration, MeasuredWorld, find_fastest
-from dilap.profilers.profiler import Case, Profiler
+from dilap.profilers.profiler import Case
 from dilap.profilers.protocol import TABLE
 from dilap.profilers.tables.model import LatencyModel
 from dilap.profilers.tables.probes import build_table, default_levels
@@ -171,16 +171,11 @@ class Bench(MeasuringBench):
             default_levels(architecture, self.backend.capabilities(architecture, precision=precision))
             for precision in (self.workload.precision, *self.others)
         )
-        with self.progress.bar("latency table", total=None, unit="probe") as bar:
-
-            def show(done: int, total: int, text: str) -> None:
-                bar.total, bar.n = total, done
-                bar.set_postfix_str(text)
-
+        with shown_probes(self.progress) as show:
             table = build_table(
                 architecture,
                 profiler=self.profiler,
-                helpers=[Profiler(one, backend=self.backend.name, force=self.force) for one in self.helpers],
+                helpers=self.helping_profilers,
                 workload=self.workload,
                 path=path,
                 attention_levels=attention_levels,
@@ -189,7 +184,7 @@ class Bench(MeasuringBench):
                 protocol=self.protocol(TABLE),
                 progress=show,
             )
-        say_lines(self.progress, describe_errors(table))
+        _tell_errors(self.progress, table)
         return table
 
     def read_table(self, path: Path, architecture: Architecture) -> LatencyTable:
@@ -202,7 +197,7 @@ class Bench(MeasuringBench):
             backend=self.backend.name,
             precisions=self.others,
         )
-        say_lines(self.progress, describe_errors(table))
+        _tell_errors(self.progress, table)
         return table
 
 
@@ -225,19 +220,9 @@ def kept_configuration(
         )
 
 
-def describe_errors(table: LatencyTable) -> str:
-    """Say how well a table predicts plans that took no part in its fit, and which caveats it has."""
+def _tell_errors(progress: Progress, table: LatencyTable) -> None:
     model = table.model()
-    errors = model.holdout_errors()
-    said = f"latency table fitted by {model.method}"
-    if errors:
-        said += (
-            f": on {len(errors)} held-out random plans the prediction is off by {statistics.median(errors):.1%} "
-            f"(median), {max(errors):.1%} (worst){_by_precision(model)}"
-        )
-    else:
-        said += "; it has no held-out plans yet"
-    return joined([said, *model.caveats])
+    say_lines(progress, describe_errors(model, more=_by_precision(model)))
 
 
 def _by_precision(model: LatencyModel) -> str:

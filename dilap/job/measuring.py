@@ -217,6 +217,11 @@ class MeasuringBench(ABC):
         if artifact.run != run:
             write_json(folder / "artifact.json", encode(replace(artifact, run=run)))
 
+    @property
+    def helping_profilers(self) -> list[Profiler]:
+        """Those of the helpers, which share the work of a latency table."""
+        return [Profiler(one, backend=self.backend.name, force=self.force) for one in self.helpers]
+
     def kept_path(self, model: str, shape: object, more: list[Any]) -> Path:
         """Return the file, without an ending that says what it holds, of what is kept of a model for later runs.
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,29 +13,21 @@ from dilap.core.codec import file_sha256
 from dilap.core.graph import Network
 from dilap.core.measurement import Measurement
 from dilap.core.plan import Plan
+from dilap.core.progress import say_lines
 from dilap.core.rules import NetworkCapabilities
-from dilap.core.shape import UNMIXED
-from dilap.core.workload import Workload
 from dilap.job.measuring import MeasuringBench, Usual
+from dilap.job.tables import describe_errors, shown_probes
 from dilap.models.convolutional.load import NetworkSource
 from dilap.profilers.configuration import Configuration, MeasuredWorld, find_fastest
 from dilap.profilers.profiler import Case
-from dilap.profilers.tables.network_roofline import NetworkRoofline
+from dilap.profilers.protocol import TABLE
+from dilap.profilers.tables.networks.estimate import network_roofline
+from dilap.profilers.tables.networks.model import NetworkLatency
+from dilap.profilers.tables.networks.probes import build_network_table
+from dilap.profilers.tables.networks.table import NetworkTable
 from dilap.profilers.tables.roofline import estimated
 
 _NUM_CALIBRATED = 128  # images, whose activations say the ranges of 8 bits
-
-
-class NetworkCosts(Protocol):
-    """Predicts the seconds of a network with any widths."""
-
-    @property
-    def workload(self) -> Workload: ...
-
-    @property
-    def caveats(self) -> tuple[str, ...]: ...
-
-    def predict(self, widths: Mapping[str, int], precisions: Mapping[str, str] = UNMIXED) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +60,35 @@ class NetworkBench(MeasuringBench):
             out=folder,
         )
 
-    def costs(self, network: Network) -> NetworkCosts:
-        """Return what predicts latencies between those that are measured."""
-        return NetworkRoofline(network=network, workload=self.workload, device=self.device)
+    def estimated_costs(self, network: Network) -> NetworkLatency:
+        """Return the roofline of the device, which takes the place of a fitted latency table in an estimate."""
+        return network_roofline(network, self.workload, self.device)
+
+    def table_path(self, model: str, network: Network) -> Path:
+        """Return the default file of a network's latency table."""
+        return self.kept_path(model, asdict(network), [])
+
+    def build_table(
+        self, network: Network, path: Path, *, write_probe: Callable[[Mapping[str, int], Path], Path]
+    ) -> NetworkTable:
+        """Measure the probes that the table in the file `path` still lacks, and return the table.
+
+        `write_probe` is that of `build_network_table`.
+        """
+        with shown_probes(self.progress) as show:
+            table = build_network_table(
+                network,
+                profiler=self.profiler,
+                helpers=self.helping_profilers,
+                write_probe=write_probe,
+                workload=self.workload,
+                path=path,
+                multiple=self.capabilities.channel_multiple,
+                protocol=self.protocol(TABLE),
+                progress=show,
+            )
+        say_lines(self.progress, describe_errors(table.model()))
+        return table
 
     def estimates(self, cases: Sequence[Case]) -> list[Measurement]:
         """Return estimates for model files of the bench's plans."""
@@ -102,7 +119,7 @@ class NetworkBench(MeasuringBench):
 
     def _estimate(self, network: Network, counts: Mapping[str, int], *, sha256: str) -> Measurement:
         return estimated(
-            NetworkRoofline(network=network, workload=self.workload, device=self.device),
+            self.estimated_costs(network),
             network.widths_at(counts),
             device=self.device,
             backend=self.backend.name,

@@ -20,16 +20,18 @@ from dilap.job.measuring import Usual
 from dilap.job.network_bench import NetworkBench
 from dilap.job.network_options import NetworkOptions
 from dilap.job.photographs import Shown
+from dilap.job.tables import require_claimable
 from dilap.models.convolutional.cut import shrink_network_
 from dilap.models.convolutional.load import NetworkSource
 from dilap.models.convolutional.recalibration import recalibrate_
 from dilap.models.tensor_file import computed_once
 from dilap.profilers.configuration import Configuration
+from dilap.profilers.tables.networks.model import NetworkLatency
 from dilap.search.limit import CostLimit
 from dilap.search.method import Pruned
 from dilap.search.network_task import NetworkMethod, NetworkTask
 
-_NUM_OF_PROBE = 32  # photographs on which the batch norms of a network that is only timed are measured
+_NUM_OF_PROBE = 8  # photographs on which the batch norms of a network that is only timed are measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +67,16 @@ class NetworkStages(CommonStages[Network]):
         ratio = self.options.budget.ratio
         if ratio is not None:
             return Goal(cost_limit=CostLimit(limit=(1 - ratio) * self.weights({}), predict=self.weights))
-        budget, costs = self.options.budget, self.bench.costs(self.network)
+        budget, costs = self.options.budget, self._costs()
         with self.workspace.stage("latency of the dense model"):
             measured = self.dense_measurement(dense)
         seconds = measured.seconds(budget.statistic)
         limit = budget.limit_seconds(dense_seconds=seconds)
         scale = seconds / costs.predict({})
-        fastest = scale * costs.predict(self._narrowest)
+        floor, fastest = scale * costs.constant, scale * costs.predict(self._narrowest)
         self.workspace.log.say(
-            f"dense {seconds * 1e3:.2f} ms{measured.mark}; fastest reachable, as predicted, {fastest * 1e3:.2f} ms; "
-            f"budget {budget} is {limit * 1e3:.2f} ms"
+            f"dense {seconds * 1e3:.2f} ms{measured.mark}; floor that no plan removes {floor * 1e3:.2f} ms; fastest "
+            f"reachable, as predicted, {fastest * 1e3:.2f} ms; budget {budget} is {limit * 1e3:.2f} ms"
         )
         if limit >= seconds:
             self.workspace.log.say(ALREADY_KEPT)
@@ -88,10 +90,26 @@ class NetworkStages(CommonStages[Network]):
                 measure=partial(self._share_used, dense, usual),
                 aim=AIM,
             ),
+            floor_seconds=floor,
             fastest_seconds=fastest,
             usual=usual,
-            caveats=() if self.bench.estimate else costs.caveats,
+            caveats=costs.caveats,
         )
+
+    def _costs(self) -> NetworkLatency:
+        """Return what predicts latencies: the costs fitted to a measured table, or an estimate."""
+        if self.bench.estimate:
+            return self.bench.estimated_costs(self.network)
+        path = self.bench.table_path(self.source.name, self.network)
+        with self.workspace.stage("latency table"):
+            table = self.bench.build_table(self.network, path, write_probe=self._write_probe)
+        table.write(self.workspace.folder / "table.jsonl")
+        model = table.model(self.options.budget.statistic)
+        require_claimable(model, advice="the same command on a quiet machine")
+        return model
+
+    def _write_probe(self, counts: Mapping[str, int], folder: Path) -> Path:
+        return folder / self._probe(counts)(folder).path
 
     def weights(self, widths: Mapping[str, int], precisions: Mapping[str, str] = UNMIXED) -> float:  # noqa: ARG002
         """Return the number of weights of all layers with so many units left in the groups."""

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from dilap.models.network import TorchNetwork
 from dilap.profilers.profiler import Case
 from dilap.profilers.protocol import TABLE
 from dilap.profilers.tables.entries import TableEntry, run_precisions, runs_of
+from dilap.profilers.tables.networks.estimate import network_roofline
+from dilap.profilers.tables.networks.model import NetworkLatency, NetworkObservation
 from dilap.profilers.tables.probes import default_levels, list_probes
 from dilap.profilers.tables.table import LatencyTable, TableHeader
 from standins.fabricated import FINGERPRINT
@@ -219,6 +221,31 @@ class FakeNetworkBench(NetworkBench):
 
     def configuration_path(self, model: str, network: Network, *, threads: Sequence[int]) -> Path:
         return (self.tables or Path("tables")) / "configuration.json"
+
+    def table_path(self, model: str, network: Network) -> Path:
+        return (self.tables or Path("tables")) / "table.jsonl"
+
+    def build_table(
+        self, network: Network, path: Path, *, write_probe: Callable[[Mapping[str, int], Path], Path]
+    ) -> Any:
+        device = replace(self.device, bytes_per_second=1e9, flops_per_second=1e30)
+        return FakeTable(network_roofline(network, self.workload, device))
+
+
+@dataclass(frozen=True)
+class FakeTable:
+    """The table of the made-up device, which says exactly what one held-out plan takes."""
+
+    costs: NetworkLatency
+
+    def model(self, _: str) -> NetworkLatency:
+        dense = self.costs.network.widths_at({})
+        seconds = self.costs.predict(dense)
+        seen = NetworkObservation(role="holdout", counts=dense, seconds=seconds, half_width=0.0)
+        return replace(self.costs, holdout=(seen,))
+
+    def write(self, path: Path) -> None:
+        path.write_text("a made-up table", encoding="utf-8")
 
 
 class QuickNetworkBench(FakeNetworkBench):
