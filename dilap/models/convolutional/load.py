@@ -11,24 +11,45 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dilap.core import registry
 from dilap.core.bounds import MAX_WIDTH
 from dilap.core.codec import read_json, write_json, written_aside
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported, reason_of
 from dilap.core.images import ImageInput, Preprocessing
+from dilap.core.network_input import NetworkInput, TokenInput
 from dilap.models import convolutional
 from dilap.models.anatomy import model_digest, require_finite
 from dilap.models.builtin import BUILTIN_NETWORKS, LITE
-from dilap.models.convolutional.narrowing import RECORD, TENSORS, load_narrowed_, narrowed_class, record_of
+from dilap.models.convolutional.encoders import LAYERS
+from dilap.models.convolutional.narrowing import PREFIX, RECORD, TENSORS, load_narrowed_, narrowed_class, record_of
 from dilap.models.convolutional.network import Traced, traced
 from dilap.models.faithful import exact_type, require_every_tensor
 from dilap.models.image_processor import CONFIG, read_preprocessing
+from dilap.models.load import load_tokenizer
+from dilap.models.network import gives_embeddings, takes_tokens
 from dilap.models.pretrained import errors_of_damaged_files, from_pretrained
+from dilap.models.sentences import POOLING, read_pooling
 
 MODELLING_FILE = "modeling_narrowed.py"
 _USUAL_SIDE = 224  # of images, where a config does not say it (ResNet, RegNet)
+_USUAL_LENGTH = 128  # tokens of a text
+_HEADS = ("pooler.", "cls.", "lm_head.")  # parts of encoders that make no embeddings of texts
+# Files of an encoder of texts that say how texts become tokens and, to sentence-transformers, tokens an embedding.
+_TEXT_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", POOLING),
+)
 # With it, 87 % of 500 photographs of ImageNet's classes are named rightly; with ImageNet's mean and deviation, 76 %.
 _LITE_INPUT = ImageInput(
     channels=3,
@@ -47,7 +68,7 @@ class NetworkSource:
 
     name: str
     model: nn.Module
-    input: ImageInput
+    input: NetworkInput
     digest: str
     folder: Path | None = None
     notes: tuple[str, ...] = ()
@@ -57,30 +78,38 @@ class NetworkSource:
         """Its shape, found out when it is first asked for; see `dilap.models.convolutional.network.traced`."""
         return traced(self.model, input_size=self.input.size, name=self.name)
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of an encoder of texts. Raises InvalidInput where its folder has none."""
+        assert self.folder is not None
+        return load_tokenizer(self.folder, local_files_only=True)
+
 
 def load_network(
     name: str,
     *,
-    input_: ImageInput | None = None,
+    input_: NetworkInput | None = None,
     processor: Path | None = None,
     weights: str | Path | None = None,
 ) -> NetworkSource:
     """Load a network.
 
-    `name` is a built-in name, a Hugging Face folder of an image classifier, or the `module:function` of a user that
-    returns a module; this one is imported because it was named, and no other code is. What it takes is said by the
-    folder `processor`, which has a preprocessor_config.json, or else by the model itself; `input_` is another size, and
-    for a user's own, one of the two is needed. `weights` is the folder of a checkpoint that `save_network` wrote of a
-    network that is no transformers class, and has the values and shapes that replace those of the named one. Raises
-    InvalidInput, Unavailable, Unsupported.
+    `name` is a built-in name, a Hugging Face folder of an image classifier or an encoder of texts, or the
+    `module:function` of a user that returns a module; this one is imported because it was named, and no other code is.
+    What it takes is said by the folder `processor`, which has a preprocessor_config.json, or else by the model itself;
+    `input_` is another size, and for a user's own, one of the two is needed. `weights` is the folder of a checkpoint
+    that `save_network` wrote of a network that is no transformers class, and has the values and shapes that replace
+    those of the named one. Raises InvalidInput, Unavailable, Unsupported.
     """
-    folder = Path(name).expanduser()
+    folder = BUILTIN_NETWORKS[name]() if name in BUILTIN_NETWORKS else Path(name).expanduser()
     model, own, notes = _model(name, folder)
     if processor is not None:
         own, notes = _processed(processor), ()
     found = own if input_ is None else _asked_input(input_, own)
     if found is None:
         raise InvalidInput(f"network {name!r} does not say how large its input is; give it, as --input 3x224x224")
+    if isinstance(found, TokenInput) != takes_tokens(model):
+        raise InvalidInput(f"network {name!r} takes {'texts' if takes_tokens(model) else 'images'}, and not {found}")
     if weights is not None:
         _read_weights_(model, Path(weights).expanduser())
     require_finite(model)
@@ -94,32 +123,36 @@ def load_network(
     )
 
 
-def _model(name: str, folder: Path) -> tuple[nn.Module, ImageInput | None, tuple[str, ...]]:
+def _model(name: str, folder: Path) -> tuple[nn.Module, NetworkInput | None, tuple[str, ...]]:
     """Return a model, what it takes, None where it does not say that, and notes."""
-    if name in BUILTIN_NETWORKS:
-        return _builtin(name), _LITE_INPUT, ()
     if folder.is_dir():
-        model = _classifier(name, folder)
+        model = _transformer(name, folder)
+        if takes_tokens(model):
+            model.config.sentence_pooling = read_pooling(folder)
+            return model, TokenInput(length=min(_USUAL_LENGTH, model.config.max_position_embeddings)), ()
         return model, *_own_input(folder, model.config)
+    if name in BUILTIN_NETWORKS:
+        return _builtin(name, folder), _LITE_INPUT, ()
     if ":" in name:
         return _built(name, registry.own(name, kind="model")), None, ()
     raise InvalidInput(
-        f"no network {name!r}: give {', '.join(BUILTIN_NETWORKS)}, the folder of an image classifier of transformers,"
-        " or my_module:build, a function that returns a module"
+        f"no network {name!r}: give {', '.join(BUILTIN_NETWORKS)}, the folder of an image classifier or an encoder of"
+        " texts of transformers, or my_module:build, a function that returns a module"
     )
 
 
-def _builtin(name: str) -> nn.Module:
+def _builtin(name: str, weights: Path) -> nn.Module:
     """Return the network that one package builds, with the weights for ImageNet that another one has."""
-    weights = BUILTIN_NETWORKS[name]()
     model: nn.Module = importlib.import_module(LITE).EfficientNet.from_name(name)
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return model.eval()
 
 
-def _asked_input(asked: ImageInput, own: ImageInput | None) -> ImageInput:
+def _asked_input(asked: NetworkInput, own: NetworkInput | None) -> NetworkInput:
     """Return the input that is asked for, with the preprocessing of the model's own one, in proportion."""
-    if own is None or own.preprocessing is None or asked.preprocessing is not None or asked.channels != own.channels:
+    if not isinstance(asked, ImageInput) or not isinstance(own, ImageInput):
+        return asked
+    if own.preprocessing is None or asked.preprocessing is not None or asked.channels != own.channels:
         return asked
     resize = tuple(round(side * asked.height / own.height) for side in own.preprocessing.resize)
     return replace(asked, preprocessing=replace(own.preprocessing, resize=resize))
@@ -158,8 +191,8 @@ def _built(name: str, build: Callable[[], Any]) -> nn.Module:
     return model.eval()
 
 
-def _classifier(name: str, folder: Path) -> PreTrainedModel:
-    """Load an image classifier of transformers, a narrowed one by our own class."""
+def _transformer(name: str, folder: Path) -> PreTrainedModel:
+    """Load an image classifier or an encoder of texts of transformers, a narrowed one by our own class."""
     if not (folder / "config.json").is_file():
         hint = (
             f"; give my_module:build, which builds the network, with --weights {name}"
@@ -174,6 +207,8 @@ def _classifier(name: str, folder: Path) -> PreTrainedModel:
         model, report = from_pretrained(kind, folder, **arguments)
     except InvalidInput as error:
         raise InvalidInput(f"model {name!r} cannot be loaded: {error}") from error
+    if gives_embeddings(model):  # made without these
+        report = {key: [one for one in names if not str(one).startswith(_HEADS)] for key, names in report.items()}
     require_every_tensor(report, is_tied=False, source=f"model {name!r}")
     if hasattr(model.config, "auto_map"):  # names files of code, which are never run and not saved
         del model.config.auto_map
@@ -181,16 +216,35 @@ def _classifier(name: str, folder: Path) -> PreTrainedModel:
 
 
 def _class_of(config: PreTrainedConfig) -> Any:
-    known = AutoModelForImageClassification._model_mapping
-    if type(config) not in known:
-        raise Unsupported(f"transformers has no image classifier of the type {config.model_type!r}")
-    stock = known[type(config)]
-    stock = stock[0] if isinstance(stock, tuple) else stock
+    stock = _stock_class_of(config)
     record = getattr(config, "narrowed", None)
     if record is None:
         return stock
     _require_plausible(record)
     return narrowed_class(stock)
+
+
+def _stock_class_of(config: PreTrainedConfig) -> Any:
+    """Return the class of transformers that a config names, or of its type the one that the other tasks start from."""
+    named = str(next(iter(config.architectures or ()), "")).removeprefix(PREFIX)
+    kinds = [*_classes(AutoModelForImageClassification, config)]
+    if any(f"{one.__name__.removesuffix('Model')}Layer" in LAYERS for one in _classes(AutoModel, config)) and not kinds:
+        kinds = [*_classes(AutoModel, config), *_classes(AutoModelForSequenceClassification, config)]
+    if not kinds:
+        raise Unsupported(
+            f"transformers has no image classifier of the type {config.model_type!r}, and it is no encoder of texts"
+            " that can be cut"
+        )
+    return next((one for one in kinds if one.__name__ == named), kinds[0])
+
+
+def _classes(loader: Any, config: PreTrainedConfig) -> tuple[Any, ...]:
+    """Return the classes that a loader of transformers has for the type of a config."""
+    known = loader._model_mapping
+    if type(config) not in known:
+        return ()
+    found = known[type(config)]
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _read_weights_(model: nn.Module, folder: Path) -> None:
@@ -229,5 +283,7 @@ def save_network(model: nn.Module, out: Path, *, source: Path | None = None) -> 
             write_json(folder / RECORD, record_of(model))
             narrowing = Path(convolutional.__file__).with_name("narrowing.py")
             shutil.copyfile(narrowing, folder / MODELLING_FILE)
-        if source is not None and (source / CONFIG).is_file():
-            shutil.copyfile(source / CONFIG, folder / CONFIG)
+        for name in (CONFIG, *_TEXT_FILES):
+            if source is not None and (source / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source / name, folder / name)
