@@ -11,14 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from dilap.core.codec import read_json
-from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.errors import InvalidInput
 from dilap.core.network_input import TOKEN_INPUTS, TokenInput
-from dilap.models.network import Pooling
+from dilap.models.load import load_tokenizer
 from dilap.models.text_files import read_text
 
-POOLING = "1_Pooling/config.json"  # sentence-transformers' file in a checkpoint
-_POOLINGS: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"}
 _END = re.compile(r"(?<=[.!?])\s+|\s*\n\s*\n\s*")  # of a sentence or a paragraph
 _FEWEST_WORDS = 4  # what has fewer is a heading, a number, or half of an abbreviation
 
@@ -65,26 +62,14 @@ class SentenceSet:
         return replace(self, sentences=tuple(drawn[:train])), replace(self, sentences=tuple(drawn[train:]))
 
 
-def read_sentences(name: str, tokenizer: PreTrainedTokenizerBase) -> SentenceSet:
+def read_sentences(name: str, *, tokenizer: Path) -> SentenceSet:
     """Return the sentences, each once, of a text that `dilap.models.text_files.read_text` takes by `name`.
 
-    Raises InvalidInput where there is none.
+    `tokenizer` is the folder of the encoder's. Raises InvalidInput where there is none, or no sentence.
     """
+    words = load_tokenizer(tokenizer, local_files_only=True)
     found = (" ".join(one.split()) for one in _END.split(read_text(name)))
     sentences = tuple(dict.fromkeys(one for one in found if one.count(" ") >= _FEWEST_WORDS - 1))
     if not sentences:
         raise InvalidInput(f"{name}: it holds no sentence of at least {_FEWEST_WORDS} words")
-    return SentenceSet(name=name, sentences=sentences, tokenizer=tokenizer)
-
-
-def read_pooling(folder: Path) -> Pooling:
-    """Return how a checkpoint makes one vector of those of a text's tokens: their mean where it does not say it.
-
-    Raises Unsupported for another way.
-    """
-    if not (folder / POOLING).is_file():
-        return "mean"
-    modes = sorted(name for name, used in read_json(folder / POOLING).items() if used is True and "_mode_" in name)
-    if len(modes) != 1 or modes[0] not in _POOLINGS:
-        raise Unsupported(f"{folder / POOLING}: {' and '.join(modes) or 'no mode'}; known are {' and '.join(_POOLINGS)}")
-    return _POOLINGS[modes[0]]
+    return SentenceSet(name=name, sentences=sentences, tokenizer=words)

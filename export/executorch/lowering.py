@@ -1,14 +1,12 @@
-"""An image network as an ExecuTorch program for its XNNPACK delegate, in f32 or with 8-bit weights and activations."""
+"""A network that is no decoder as an ExecuTorch program for its XNNPACK delegate, in f32 or with 8-bit weights and activations."""
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
 from executorch.exir import ExecutorchBackendConfig, ExecutorchProgramManager, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
-from numpy.typing import NDArray
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
@@ -17,8 +15,9 @@ from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, Quantiza
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from dilap.backends.inputs import whole_batches
-from dilap.core.images import ImageInput
-from dilap.export.graph_of_network import exported_graph
+from dilap.core.network_input import NetworkInput
+from dilap.export.graph_of_network import arguments_of, exported_graph
+from dilap.models.network import Examples, random_examples
 
 EDGE_DELEGATE = "executorch_call_delegate"
 
@@ -71,7 +70,7 @@ def lowered(graph: ExportedProgram) -> Lowered:
 
 
 @torch.no_grad()
-def quantised(model: nn.Module, input_: ImageInput, images: NDArray[np.float32]) -> ExportedProgram:
+def quantised(model: nn.Module, input_: NetworkInput, images: Examples) -> ExportedProgram:
     """Return the network's graph with 8-bit weights, a scale a channel, and activations, scaled by what `images` make.
 
     Batch norms become part of the convolutions before their weights are quantised.
@@ -79,5 +78,6 @@ def quantised(model: nn.Module, input_: ImageInput, images: NDArray[np.float32])
     settings = get_symmetric_quantization_config(is_per_channel=True)
     observed = prepare_pt2e(exported_graph(model, input_).module(), ClippingQuantizer().set_global(settings))
     for batch in whole_batches(images, input_.shape):
-        observed(torch.from_numpy(batch))
-    return torch.export.export(convert_pt2e(observed), (torch.zeros(input_.shape),), strict=False)
+        observed(*arguments_of(torch.from_numpy(batch)))
+    examples = random_examples(model, input_.size, input_.batch)
+    return torch.export.export(convert_pt2e(observed), arguments_of(examples), strict=False)

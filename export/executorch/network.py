@@ -1,9 +1,7 @@
-"""Export of image networks to ExecuTorch."""
+"""Export of networks that are no decoders to ExecuTorch."""
 
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from dilap.backends.child import opened
@@ -12,11 +10,11 @@ from dilap.backends.executorch.network import ExecuTorchNetwork
 from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, write_json, written_aside
 from dilap.core.errors import Unsupported, reason_of
-from dilap.core.images import ImageInput
+from dilap.core.network_input import NetworkInput
 from dilap.export.graph_of_network import exported_graph, quietly
-from dilap.export.network import SQNR_BOUNDS_DB, described, require_exportable, verified_images
+from dilap.export.network import SQNR_BOUNDS_DB, described, require_exportable, verified_examples
 from dilap.export.verify import verify_outputs
-from dilap.models.network import TorchNetwork, in_f32
+from dilap.models.network import Examples, TorchNetwork, in_f32
 
 MODEL = "model.pte"
 
@@ -30,15 +28,15 @@ class ExecuTorchNetworkExporter:
         self,
         model: nn.Module,
         *,
-        input_: ImageInput,
+        input_: NetworkInput,
         precision: str,
-        images: NDArray[np.float32] | None,
+        images: Examples | None,
         plan_digest: str,
         out: Path,
     ) -> Artifact:
         """Write `model` into the folder `out`, verified, or leave nothing behind."""
         require_exportable(self.backend, precision, input_, images)
-        shown = verified_images(input_, images)
+        shown = verified_examples(model, input_, images)
         expected = TorchNetwork(in_f32(model)).outputs(shown)
         with written_aside(out) as folder:
             folder.mkdir()
@@ -61,7 +59,7 @@ class ExecuTorchNetworkExporter:
         return artifact
 
 
-def _write(path: Path, model: nn.Module, input_: ImageInput, images: NDArray[np.float32] | None) -> dict[str, int]:
+def _write(path: Path, model: nn.Module, input_: NetworkInput, images: Examples | None) -> dict[str, int]:
     """Write a network's program, with 8 bits from `images` if there are some. Return the operators left to ExecuTorch.
 
     Raises Unsupported where the network cannot be traced or lowered.

@@ -57,7 +57,7 @@ def test_a_shrunk_encoder_has_the_shape_of_its_plan_and_is_shrunk_again() -> Non
 @pytest.mark.parametrize("name", ENCODERS)
 def test_flops_are_those_torch_counts(name: str) -> None:
     model = encoder(name)
-    model.set_attn_implementation("eager")  # whose products torch counts on a CPU
+    model.set_attn_implementation("eager")  # of the others, torch counts nothing on a CPU
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         outputs_of(model, texts(1, model=model))
     assert shape(name).flops() == counter.get_total_flops()

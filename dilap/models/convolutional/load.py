@@ -18,7 +18,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from dilap.core import registry
@@ -35,20 +34,20 @@ from dilap.models.convolutional.narrowing import PREFIX, RECORD, TENSORS, load_n
 from dilap.models.convolutional.network import Traced, traced
 from dilap.models.faithful import exact_type, require_every_tensor
 from dilap.models.image_processor import CONFIG, read_preprocessing
-from dilap.models.load import load_tokenizer
-from dilap.models.network import gives_embeddings, takes_tokens
+from dilap.models.network import Pooling, gives_embeddings, takes_tokens
 from dilap.models.pretrained import errors_of_damaged_files, from_pretrained
-from dilap.models.sentences import POOLING, read_pooling
 
 MODELLING_FILE = "modeling_narrowed.py"
 _USUAL_SIDE = 224  # of images, where a config does not say it (ResNet, RegNet)
 _USUAL_LENGTH = 128  # tokens of a text
+_POOLING = "1_Pooling/config.json"  # sentence-transformers' file, and its names of what is known here
+_POOLINGS: Mapping[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"}
 _HEADS = ("pooler.", "cls.", "lm_head.")  # parts of encoders that make no embeddings of texts
 # Files of an encoder of texts that say how texts become tokens and, to sentence-transformers, tokens an embedding.
 _TEXT_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model"),
-    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", POOLING),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", _POOLING),
 )
 # With it, 87 % of 500 photographs of ImageNet's classes are named rightly; with ImageNet's mean and deviation, 76 %.
 _LITE_INPUT = ImageInput(
@@ -77,12 +76,6 @@ class NetworkSource:
     def traced(self) -> Traced:
         """Its shape, found out when it is first asked for; see `dilap.models.convolutional.network.traced`."""
         return traced(self.model, input_size=self.input.size, name=self.name)
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of an encoder of texts. Raises InvalidInput where its folder has none."""
-        assert self.folder is not None
-        return load_tokenizer(self.folder, local_files_only=True)
 
 
 def load_network(
@@ -128,7 +121,7 @@ def _model(name: str, folder: Path) -> tuple[nn.Module, NetworkInput | None, tup
     if folder.is_dir():
         model = _transformer(name, folder)
         if takes_tokens(model):
-            model.config.sentence_pooling = read_pooling(folder)
+            model.config.sentence_pooling = _pooling(folder)
             return model, TokenInput(length=min(_USUAL_LENGTH, model.config.max_position_embeddings)), ()
         return model, *_own_input(folder, model.config)
     if name in BUILTIN_NETWORKS:
@@ -178,6 +171,20 @@ def _own_input(folder: Path, config: PreTrainedConfig) -> tuple[ImageInput, tupl
     side = getattr(config, "image_size", None) or _USUAL_SIDE
     height, width = side if isinstance(side, list | tuple) else (side, side)
     return ImageInput(channels=channels, height=height, width=width), (note,)
+
+
+def _pooling(folder: Path) -> Pooling:
+    """Return how an encoder makes one vector of those of a text's tokens: their mean where its folder does not say it.
+
+    Raises Unsupported for another way.
+    """
+    if not (folder / _POOLING).is_file():
+        return "mean"
+    modes = sorted(name for name, used in read_json(folder / _POOLING).items() if used is True and "_mode_" in name)
+    if len(modes) != 1 or modes[0] not in _POOLINGS:
+        found = " and ".join(modes) or "no mode"
+        raise Unsupported(f"{folder / _POOLING} has {found}; what is known is {' or '.join(_POOLINGS)}")
+    return _POOLINGS[modes[0]]
 
 
 def _built(name: str, build: Callable[[], Any]) -> nn.Module:
