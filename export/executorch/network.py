@@ -41,7 +41,7 @@ class ExecuTorchNetworkExporter:
         with written_aside(out) as folder:
             folder.mkdir()
             path = folder / MODEL
-            left = _write(path, model, input_, images if precision == "int8" else None)
+            left = _write(path, model, input_, shown if images is None else images, precision=precision)
             with opened(ExecuTorchNetwork, path, runtime=self.backend, threads=1) as file:
                 bound, name = SQNR_BOUNDS_DB[precision], f"{path.name} in {precision}"
                 sqnr_db = verify_outputs(expected, file, shown, bound_db=bound, name=name)
@@ -59,8 +59,8 @@ class ExecuTorchNetworkExporter:
         return artifact
 
 
-def _write(path: Path, model: nn.Module, input_: NetworkInput, images: Examples | None) -> dict[str, int]:
-    """Write a network's program, with 8 bits from `images` if there are some. Return the operators left to ExecuTorch.
+def _write(path: Path, model: nn.Module, input_: NetworkInput, images: Examples, *, precision: str) -> dict[str, int]:
+    """Write a network's program, where it has 8 bits by `images`. Return the operators left to ExecuTorch.
 
     Raises Unsupported where the network cannot be traced or lowered.
     """
@@ -68,7 +68,7 @@ def _write(path: Path, model: nn.Module, input_: NetworkInput, images: Examples 
     with quietly():
         from dilap.export.executorch.lowering import lowered, quantised  # noqa: PLC0415 - needs ExecuTorch
 
-        graph = exported_graph(model, input_) if images is None else quantised(model, input_, images)
+        graph = exported_graph(model, input_) if precision == "f32" else quantised(model, input_, images)
         try:
             found = lowered(graph)
         except Exception as error:  # whatever ExecuTorch raises for an operator that it lacks

@@ -25,7 +25,14 @@ from dilap.core.codec import encode, write_json, written_aside
 from dilap.core.errors import Unavailable, Unsupported, reason_of
 from dilap.core.network_input import NetworkInput, input_names
 from dilap.export.graph_of_network import exported_graph, quietly
-from dilap.export.network import SQNR_BOUNDS_DB, described, output_name, require_exportable, verified_examples
+from dilap.export.network import (
+    SQNR_BOUNDS_DB,
+    described,
+    is_scaled_at_run_time,
+    output_name,
+    require_exportable,
+    verified_examples,
+)
 from dilap.export.onnx.emitter import OPSET
 from dilap.export.verify import verify_outputs
 from dilap.models.network import Examples, TorchNetwork, in_f32
@@ -59,8 +66,11 @@ class OnnxNetworkExporter:
             path = folder / MODEL
             write_network(path, model, input_)
             sqnr_db = verify_network(path, expected, shown, precision="f32")
-            if precision == "int8" and images is not None:
-                quantise_(path, images, input_)
+            if precision == "int8":
+                if images is None or is_scaled_at_run_time(input_):
+                    quantise_weights_(path)
+                else:
+                    quantise_(path, images, input_)
                 sqnr_db = verify_network(path, expected, shown, precision=precision)
             artifact = described(
                 path,
@@ -108,6 +118,23 @@ def write_network(path: Path, model: nn.Module, input_: NetworkInput) -> None:
         node.metadata_props.clear()  # stack traces with the paths of this machine
     exported.model.metadata_props.clear()
     exported.save(path)
+
+
+def quantise_weights_(path: Path) -> None:
+    """Quantise the weights of the file in f32, in place; its activations get their scales at run time."""
+    floats = path.with_name(f"f32-{path.name}")
+    path.rename(floats)
+    try:
+        called(weights_quantised, floats, path, runtime="onnxruntime")
+    finally:
+        floats.unlink()
+
+
+def weights_quantised(floats: Path, path: Path) -> None:
+    """Quantise the weights of the file `floats` into the file `path`, in this process."""
+    logging.disable(logging.WARNING)  # advice to fold constants first, which is done
+    library: Any = importlib.import_module("onnxruntime.quantization")
+    library.quantize_dynamic(floats, path, per_channel=True, weight_type=library.QuantType.QInt8)
 
 
 def quantise_(path: Path, images: Examples, input_: NetworkInput, *, for_tensorrt: bool = False) -> None:
