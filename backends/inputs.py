@@ -62,8 +62,9 @@ def batch_shape(path: Path, shapes: Mapping[str, tuple[object, ...]]) -> tuple[i
 def require_batch(path: Path, shape: tuple[int, ...], workload: Workload) -> None:
     """Raise Unsupported where the file takes another number of images at once than the workload has."""
     if shape[0] != workload.batch:
+        kind = "images" if len(shape) == _IMAGE_DIMENSIONS else "texts"
         raise Unsupported(
-            f"{path}: it takes {shape[0]} {'images' if len(shape) == _IMAGE_DIMENSIONS else 'texts'} at once, and the workload has batch {workload.batch}: export it with "
+            f"{path}: it takes {shape[0]} {kind} at once, and the workload has batch {workload.batch}: export it with "
             "that batch"
         )
 

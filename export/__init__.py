@@ -89,13 +89,15 @@ class NetworkExporter(Protocol):
         images: "Examples | None",
         plan_digest: str,
         out: Path,
+        tokenizer: Path | None = None,
     ) -> Artifact:
         """Write a network that maps a batch of images or texts to vectors into the folder `out`, whole or not at all.
 
         `input_` is what it takes, and becomes part of the sidecar. `images` (images x channels x height x width) are
         preprocessed photographs, or sentences as tokens (sentences x 3 x tokens): 8 bits take their scales from them,
         and need them. The result is compared with torch on the first of them, or on random ones where there are none.
-        Raises VerificationFailed, Unsupported.
+        `tokenizer` is the folder of the tokenizer of an encoder of texts, which is put beside its file. Raises
+        VerificationFailed, Unsupported.
         """
 
 

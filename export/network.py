@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from dilap import backends
 from dilap.backends.inputs import random_images
@@ -10,6 +11,7 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import file_sha256
 from dilap.core.errors import InvalidInput
 from dilap.core.network_input import NetworkInput, TokenInput
+from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.models.network import Examples, gives_embeddings, random_examples, takes_tokens
 
 NUM_VERIFIED = 8  # images, or texts
@@ -54,6 +56,13 @@ def verified_examples(model: nn.Module, input_: NetworkInput, images: Examples |
 def output_name(model: nn.Module) -> str:
     """Return the name of a file's output."""
     return "sentence_embedding" if gives_embeddings(model) else "logits"
+
+
+def add_tokenizer(folder: Path, tokenizer: Path | None, model: nn.Module) -> None:
+    """Write the tokenizer of a folder beside an encoder's file. Raises InvalidInput, VerificationFailed."""
+    if tokenizer is not None and isinstance(model, PreTrainedModel):
+        vocab_size = model.get_input_embeddings().num_embeddings
+        save_tokenizer(read_tokenizer(tokenizer, vocab_size=vocab_size), folder)
 
 
 def described(

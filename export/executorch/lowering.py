@@ -1,4 +1,4 @@
-"""A network that is no decoder as an ExecuTorch program for its XNNPACK delegate, in f32 or with 8-bit weights and activations."""
+"""A network as an ExecuTorch program for its XNNPACK delegate, in f32 or with 8-bit weights and activations."""
 
 from dataclasses import dataclass
 
@@ -92,7 +92,8 @@ def lowered(graph: ExportedProgram) -> Lowered:
 def quantised(model: nn.Module, input_: NetworkInput, images: Examples) -> ExportedProgram:
     """Return the network's graph with 8-bit weights, a scale a channel, and activations, scaled by what `images` make.
 
-    Those of texts have 8 bits in matrix products alone, and are scaled at run time. Batch norms become part of the convolutions before their weights are quantised.
+    Those of texts have 8 bits in matrix products alone, and are scaled at run time. Batch norms become part of the
+    convolutions before their weights are quantised.
     """
     settings = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=is_scaled_at_run_time(input_))
     observed = prepare_pt2e(exported_graph(model, input_).module(), ClippingQuantizer().set_global(settings))

@@ -12,7 +12,7 @@ from dilap.core.codec import encode, write_json, written_aside
 from dilap.core.errors import Unsupported, reason_of
 from dilap.core.network_input import NetworkInput
 from dilap.export.graph_of_network import exported_graph, quietly
-from dilap.export.network import SQNR_BOUNDS_DB, described, require_exportable, verified_examples
+from dilap.export.network import SQNR_BOUNDS_DB, add_tokenizer, described, require_exportable, verified_examples
 from dilap.export.verify import verify_outputs
 from dilap.models.network import Examples, TorchNetwork, in_f32
 
@@ -33,6 +33,7 @@ class ExecuTorchNetworkExporter:
         images: Examples | None,
         plan_digest: str,
         out: Path,
+        tokenizer: Path | None = None,
     ) -> Artifact:
         """Write `model` into the folder `out`, verified, or leave nothing behind."""
         require_exportable(self.backend, precision, input_, images)
@@ -45,6 +46,7 @@ class ExecuTorchNetworkExporter:
             with opened(ExecuTorchNetwork, path, runtime=self.backend, threads=1) as file:
                 bound, name = SQNR_BOUNDS_DB[precision], f"{path.name} in {precision}"
                 sqnr_db = verify_outputs(expected, file, shown, bound_db=bound, name=name)
+            add_tokenizer(folder, tokenizer, model)
             artifact = described(
                 path,
                 model,

@@ -27,6 +27,7 @@ from dilap.core.network_input import NetworkInput, input_names
 from dilap.export.graph_of_network import exported_graph, quietly
 from dilap.export.network import (
     SQNR_BOUNDS_DB,
+    add_tokenizer,
     described,
     is_scaled_at_run_time,
     output_name,
@@ -56,6 +57,7 @@ class OnnxNetworkExporter:
         images: Examples | None,
         plan_digest: str,
         out: Path,
+        tokenizer: Path | None = None,
     ) -> Artifact:
         """Write `model` into the folder `out`, verified, or leave nothing behind."""
         require_exportable(self.backend, precision, input_, images)
@@ -72,6 +74,7 @@ class OnnxNetworkExporter:
                 else:
                     quantise_(path, images, input_)
                 sqnr_db = verify_network(path, expected, shown, precision=precision)
+            add_tokenizer(folder, tokenizer, model)
             artifact = described(
                 path,
                 model,
@@ -156,8 +159,8 @@ def quantise_(path: Path, images: Examples, input_: NetworkInput, *, for_tensorr
 def quantised(floats: Path, path: Path, images: Path, *, names: Sequence[str], for_tensorrt: bool) -> None:
     """Quantise the file `floats` into the file `path` with ONNX Runtime's own quantiser, in this process.
 
-    `images` is an .npy file of batches, `names` are those of the inputs. Channels have scales of their own, because the weights of depthwise
-    convolutions differ a hundredfold between them.
+    `images` is an .npy file of batches, `names` are those of the inputs. Channels have scales of their own, because the
+    weights of depthwise convolutions differ a hundredfold between them.
     """
     logging.disable(logging.WARNING)  # advice to fold constants first, which is done
     library: Any = importlib.import_module("onnxruntime.quantization")

@@ -35,6 +35,7 @@ class TensorRTNetworkExporter:
         images: Examples | None,
         plan_digest: str,
         out: Path,
+        tokenizer: Path | None = None,  # noqa: ARG002  (texts are refused)
     ) -> Artifact:
         """Write `model` into the folder `out`, verified as far as this machine can, or leave nothing behind.
 

@@ -20,7 +20,9 @@ def describe_(model: PreTrainedModel) -> None:
     stock = stock_class(type(model))
     document = {key: value for key, value in model.config.to_dict().items() if key not in _OWN}
     changes = _widths(model)
-    if changes is not None and _describes(config := type(model.config).from_dict({**document, **changes}), stock, model):
+    if changes is not None and _describes(
+        config := type(model.config).from_dict({**document, **changes}), stock, model
+    ):
         model.config, model.__class__ = config, stock
         return
     config = type(model.config).from_dict(document)

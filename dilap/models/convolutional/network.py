@@ -74,7 +74,9 @@ def _of_encoder(probe: nn.Module, sizes: "_Sizes", name: str) -> _Parts | None:
     if found is None:
         if takes_tokens(probe):
             known = ", ".join(sorted(one.removesuffix("Layer") for one in LAYERS))
-            raise Unsupported(f"network {name}: {type(probe).__name__} is no encoder that can be cut; known are {known}")
+            raise Unsupported(
+                f"network {name}: {type(probe).__name__} is no encoder that can be cut; known are {known}"
+            )
         return None
     layers = [
         replace(one, num_attended=one.num_positions) if one.name in found.attention else one for one in sizes.layers
