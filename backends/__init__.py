@@ -12,7 +12,7 @@ runtime can be used here (`unavailable`) and which models it can hold (`capabili
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dilap.core import registry
 from dilap.core.errors import InvalidInput, Unsupported
@@ -53,11 +53,15 @@ class Session(Protocol):
 
 
 class Network(Protocol):
-    """One loaded artifact that maps images to logits; the sessions of the phase `forward` are such too."""
+    """One loaded artifact that maps images to logits; the sessions of the phase `forward` are such too.
+
+    Encoders of texts are networks as well. Theirs are tokens (texts x 3 x tokens, see `dilap.core.network_input`), and
+    without a head they give an embedding of every text.
+    """
 
     shape: tuple[int, ...]
 
-    def outputs(self, images: "NDArray[np.float32]") -> "NDArray[np.float32]":
+    def outputs(self, images: "NDArray[Any]") -> "NDArray[np.float32]":
         """Return the logits (images x classes) of any number of images, each of the size that the file takes.
 
         `shape` is that of the batch that the file takes at once: batch x channels x height x width.

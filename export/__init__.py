@@ -4,7 +4,7 @@
     export.get("llamacpp").export(model, tokenizer=folder, precision="q4_0", plan_digest="", out=Path("mine"))
     export.get("llamacpp").export(model, precision="q4_0", precisions={"head": "q8_0", "layers.3.ffn": "f16"}, ...)
     export.get_network("onnxruntime").export(
-        network, input_=ImageInput.parse("3x224x224"), precision="f32", images=None, plan_digest="", out=Path("ours")
+        network, input_=parse_input("3x224x224"), precision="f32", images=None, plan_digest="", out=Path("ours")
     )
 
 An exporter for another runtime is one class with the methods of `Exporter`, named in `EXPORTERS`.
@@ -18,14 +18,14 @@ from dilap import backends
 from dilap.core import registry
 from dilap.core.artifact import Artifact
 from dilap.core.errors import Unavailable
-from dilap.core.images import ImageInput
+from dilap.core.network_input import NetworkInput
 from dilap.core.shape import UNMIXED, Architecture
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import nn
     from transformers import PreTrainedModel
+
+    from dilap.models.network import Examples
 
 EXPORTERS = {
     "executorch": "dilap.export.executorch.writer:ExecuTorchExporter",
@@ -76,7 +76,7 @@ class Exporter(Protocol):
 
 
 class NetworkExporter(Protocol):
-    """Writes image networks for one runtime; `backend` is the runtime's name."""
+    """Writes networks that are no decoders for one runtime; `backend` is the runtime's name."""
 
     backend: str
 
@@ -84,17 +84,20 @@ class NetworkExporter(Protocol):
         self,
         model: "nn.Module",
         *,
-        input_: ImageInput,
+        input_: NetworkInput,
         precision: str,
-        images: "NDArray[np.float32] | None",
+        images: "Examples | None",
         plan_digest: str,
         out: Path,
+        tokenizer: Path | None = None,
     ) -> Artifact:
-        """Write a network that maps a batch of images to logits into the folder `out`, whole or not at all.
+        """Write a network that maps a batch of images or texts to vectors into the folder `out`, whole or not at all.
 
         `input_` is what it takes, and becomes part of the sidecar. `images` (images x channels x height x width) are
-        preprocessed photographs: 8 bits take their scales from them, and need them. The result is compared with torch
-        on the first of them, or on random images where there are none. Raises VerificationFailed, Unsupported.
+        preprocessed photographs, or sentences as tokens (sentences x 3 x tokens): 8 bits take their scales from them,
+        and need them. The result is compared with torch on the first of them, or on random ones where there are none.
+        `tokenizer` is the folder of the tokenizer of an encoder of texts, which is put beside its file. Raises
+        VerificationFailed, Unsupported.
         """
 
 

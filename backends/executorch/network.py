@@ -1,4 +1,4 @@
-"""An image network in ExecuTorch: one batch in, logits out."""
+"""An image network or an encoder of texts in ExecuTorch: one batch in, logits or embeddings out."""
 
 import importlib
 import time
@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 
 from dilap.backends.executorch.bindings import bindings
 from dilap.backends.executorch.threads import hold_threads, release_threads, use_threads
-from dilap.backends.inputs import image_batch, in_batches, random_images, reads_no_text
+from dilap.backends.inputs import arrays_of, batch_shape, in_batches, random_batch, reads_no_text
 from dilap.core.errors import InvalidInput, reason_of
 
 
 class ExecuTorchNetwork:
-    """One network with a buffer for its input; random images are timed."""
+    """One network with buffers for its inputs; random images or texts are timed."""
 
     def __init__(self, path: Path, *, threads: int) -> None:
-        """Open the file. Raises InvalidInput, in one line, where it is damaged or no image network."""
+        """Open the file. Raises InvalidInput, in one line, where it is damaged or another network."""
         if not path.is_file():
             raise InvalidInput(f"{path}: no such file")
         use_threads(threads)
@@ -31,19 +31,21 @@ class ExecuTorchNetwork:
             raise InvalidInput(f"{path}: ExecuTorch cannot load it: {reason_of(error)}") from error
         meta = self._method.method_meta()
         inputs = {f"input {index}": tuple(meta.input_tensor_meta(index).sizes()) for index in range(meta.num_inputs())}
-        self.shape = image_batch(path, inputs)
+        self.shape = batch_shape(path, inputs)
         hold_threads(self)
-        self._images = importlib.import_module("torch").from_numpy(random_images(self.shape))
+        torch = importlib.import_module("torch")
+        self._inputs = [torch.from_numpy(array) for array in arrays_of(random_batch(self.shape))]
 
     def sample(self) -> int:
         start = time.perf_counter_ns()
-        self._method([self._images], clone_outputs=False)
+        self._method(self._inputs, clone_outputs=False)
         return time.perf_counter_ns() - start
 
-    def outputs(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        def run(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-            self._images.numpy()[:] = batch
-            logits: NDArray[np.float32] = self._method([self._images])[0].numpy()
+    def outputs(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        def run(arrays: list[NDArray[Any]]) -> NDArray[np.float32]:
+            for buffer, array in zip(self._inputs, arrays, strict=True):
+                buffer.numpy()[:] = array
+            logits: NDArray[np.float32] = self._method(self._inputs)[0].numpy()
             return logits
 
         return in_batches(images, self.shape, run)

@@ -1,4 +1,4 @@
-"""An image network in ONNX Runtime on the CPU: one batch in, logits out."""
+"""An image network or an encoder of texts in ONNX Runtime on the CPU: one batch in, logits or embeddings out."""
 
 import time
 from collections.abc import Sequence
@@ -9,26 +9,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dilap.backends.inputs import image_batch, in_batches, random_images, reads_no_text
+from dilap.backends.inputs import arrays_of, batch_shape, in_batches, random_batch, reads_no_text
 from dilap.backends.onnxruntime.library import library, open_session
 from dilap.core.errors import InvalidInput
 
 
 class OnnxNetwork:
-    """One network with buffers for its input and output; random images are timed."""
+    """One network with buffers for its inputs and output; random images or texts are timed."""
 
     def __init__(self, path: Path, *, threads: int, spinning: str = "on") -> None:
-        """Open the file. Raises InvalidInput, in one line, where it is damaged or no image network."""
+        """Open the file. Raises InvalidInput, in one line, where it is damaged or another network."""
         self._session: Any = open_session(path, threads=threads, spinning=spinning)
         inputs = {value.name: tuple(value.shape) for value in self._session.get_inputs()}
-        self.shape = image_batch(path, inputs)
+        self.shape = batch_shape(path, inputs)
         outputs = self._session.get_outputs()
         if len(outputs) != 1 or len(outputs[0].shape) != 2 or outputs[0].shape[0] != self.shape[0]:
-            raise InvalidInput(f"{path}: not an image network that DiLAP exported: its output is no batch of logits")
-        self._images = random_images(self.shape)
+            raise InvalidInput(f"{path}: not a network that DiLAP exported: its output is no batch of logits")
+        self._inputs = arrays_of(random_batch(self.shape))
         self._logits = np.zeros(outputs[0].shape, np.float32)
         self._binding = self._session.io_binding()
-        self._binding.bind_ortvalue_input(next(iter(inputs)), library().OrtValue.ortvalue_from_numpy(self._images))
+        for name, array in zip(inputs, self._inputs, strict=True):
+            self._binding.bind_ortvalue_input(name, library().OrtValue.ortvalue_from_numpy(array))
         self._binding.bind_ortvalue_output(outputs[0].name, library().OrtValue.ortvalue_from_numpy(self._logits))
 
     def sample(self) -> int:
@@ -36,9 +37,10 @@ class OnnxNetwork:
         self._session.run_with_iobinding(self._binding)
         return time.perf_counter_ns() - start
 
-    def outputs(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        def run(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-            self._images[:] = batch
+    def outputs(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        def run(arrays: list[NDArray[Any]]) -> NDArray[np.float32]:
+            for buffer, array in zip(self._inputs, arrays, strict=True):
+                buffer[:] = array
             self._session.run_with_iobinding(self._binding)
             return self._logits.copy()
 

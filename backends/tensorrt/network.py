@@ -37,8 +37,8 @@ class EngineNetwork:
     def outputs(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         return in_batches(images, self.shape, self._run)
 
-    def _run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        self._cuda.to_device(self._input, np.ascontiguousarray(batch))
+    def _run(self, arrays: list[NDArray[Any]]) -> NDArray[np.float32]:
+        self._cuda.to_device(self._input, np.ascontiguousarray(arrays[0]))
         self._enqueue()
         self._cuda.synchronise()
         self._cuda.to_host(self._logits, self._output)

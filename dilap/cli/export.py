@@ -8,7 +8,7 @@ from pathlib import Path
 from dilap import backends
 from dilap.cli import arguments, console
 from dilap.core.errors import InvalidInput
-from dilap.core.images import ImageInput
+from dilap.core.network_input import parse_input
 from dilap.job.export import chosen_precision, export
 from dilap.job.networks import is_network, network_precision
 from dilap.job.outputs import name_of, name_of_vocabulary
@@ -25,7 +25,9 @@ image networks (classifiers of transformers, efficientnet-lite0, your own module
   dilap-export --backend onnxruntime ./resnet-50
   dilap-export --backend executorch --precision int8 --calib photos/ efficientnet-lite0
   dilap-export --backend tensorrt --input 3x224x224 my_module:build
-  dilap-export --backend onnxruntime --input 3x224x224 --weights runs/mine/checkpoint my_module:build"""
+  dilap-export --backend onnxruntime --input 3x224x224 --weights runs/mine/checkpoint my_module:build
+encoders of texts (BERT and its relatives in transformers, all-minilm-l6-v2):
+  dilap-export --backend onnxruntime --precision int8 --input 128 all-minilm-l6-v2"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,12 +50,18 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--plan", metavar="FILE", help="a run's plan.json, whose precisions the parts get")
     made.add_argument("--tokenizer", metavar="PATH", help="a folder or GGUF file; the checkpoint's own by default")
     arguments.add_changes(made)
-    made.add_argument("--input", metavar="CxHxW", help="of an image network, 3x224x224: needed for my_module:build")
+    made.add_argument(
+        "--input",
+        metavar="SIZE",
+        help="of an image network, 3x224x224: needed for my_module:build; tokens of an encoder of texts, 128",
+    )
     made.add_argument(
         "--processor", metavar="DIR", help="has preprocessor_config.json, which says how photographs become inputs"
     )
     made.add_argument("--weights", metavar="DIR", help="a checkpoint of what my_module:build returns")
-    made.add_argument("--calib", metavar="PHOTOS", help="a folder of photographs, which int8 takes its ranges from")
+    made.add_argument(
+        "--calib", metavar="DATA", help="photographs, which int8 takes its ranges from; an encoder's text"
+    )
     made.add_argument("--out", metavar="DIR", help="the artifact's folder (CHECKPOINT-BACKEND-PRECISION)")
     made.add_argument("--json", action="store_true", help="print the sidecar as JSON")
     return made
@@ -62,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 def _command() -> int:
     given = _parser().parse_args()
     whole, parts = _precisions(given.precision)
-    input_ = None if given.input is None else ImageInput.parse(given.input)
+    input_ = None if given.input is None else parse_input(given.input)
     is_image_network = input_ is not None or is_network(given.checkpoint)
     precision = (network_precision if is_image_network else chosen_precision)(given.backend, whole)
     mixed = "-mixed" if parts or given.plan else ""

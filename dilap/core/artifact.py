@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from dilap.core.documents import is_plain_name
 from dilap.core.errors import Unsupported
-from dilap.core.images import ImageInput
+from dilap.core.network_input import NetworkInput
 from dilap.core.shape import Architecture
 
 
@@ -30,7 +30,7 @@ class Artifact:
     `path` is relative to the sidecar. `companions` are other files beside it that the runtime reads, by name, with
     their SHA-256; `sha256` is that of `path` alone, `num_bytes` counts all files. `precisions` has, by name, those of
     the parts that were given one of their own (see `dilap.core.precisions`). `run` is set only where the latency of the
-    file was measured. A decoder has an `architecture`, an image network an `input`; the other one is None.
+    file was measured. A decoder has an `architecture`, any other network an `input`; the other one is None.
     """
 
     VERSION: ClassVar[int] = 2  # 1 was of decoders alone, with every part in the artifact's precision
@@ -48,7 +48,7 @@ class Artifact:
     precisions: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     run: HowToRun | None = None
-    input: ImageInput | None = None
+    input: NetworkInput | None = None
 
     def __post_init__(self) -> None:
         if odd := next((name for name in (self.path, *self.companions) if not is_plain_name(name)), None):
@@ -56,11 +56,11 @@ class Artifact:
         if self.num_bytes < 0:
             raise ValueError(f"{self.num_bytes} bytes")
         if (self.architecture is None) == (self.input is None):
-            raise ValueError("an artifact has the architecture of a decoder or the input of an image network")
+            raise ValueError("an artifact has the architecture of a decoder or the input of another network")
 
     @property
     def decoder(self) -> Architecture:
-        """The shape of a decoder. Raises Unsupported for an image network."""
+        """The shape of a decoder. Raises Unsupported for another network."""
         if self.architecture is None:
-            raise Unsupported(f"{self.path} is an image network, and a decoder is needed here")
+            raise Unsupported(f"{self.path} is no decoder, and one is needed here")
         return self.architecture

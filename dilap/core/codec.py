@@ -14,7 +14,7 @@ import sys
 import tempfile
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,17 +71,23 @@ def _build(hint: Any, value: Any) -> Any:
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _build(next(a for a in arguments if a is not type(None)), value)
+        return None if value is None else _build_one_of([a for a in arguments if a is not type(None)], value)
     if origin is typing.Literal:
         if value not in arguments:
             raise ValueError(f"{value!r:.80} is none of {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple:
         return _build_tuple(arguments, value)
-    if isinstance(hint, typing.TypeVar):  # one of several dataclasses, which their fields tell apart
-        kinds = hint.__constraints__
-        return _build(next((one for one in kinds if set(_mapping(value)) <= _names_of(one)), kinds[0]), value)
+    if isinstance(hint, typing.TypeVar):
+        return _build_one_of(hint.__constraints__, value)
     return _build_object(hint, origin or hint, arguments, value)
+
+
+def _build_one_of(hints: Sequence[Any], value: Any) -> Any:
+    """Return `value` as the one type of `hints`, or as one of several dataclasses, which their fields tell apart."""
+    if len(hints) == 1:
+        return _build(hints[0], value)
+    return _build(next((one for one in hints if set(_mapping(value)) <= _names_of(one)), hints[0]), value)
 
 
 def _build_object(hint: Any, kind: Any, arguments: tuple[Any, ...], value: Any) -> Any:

@@ -24,7 +24,8 @@ class Layer:
     """A convolution or a matrix, whose weights are the tensor `NAME.weight`.
 
     `output_sizes` has, for every time that one input passes the layer, the size of what it gives without the channels:
-    (height, width) of a convolution, () of a matrix that is applied to one vector.
+    (height, width) of a convolution, () of a matrix that is applied to one vector. In attention, each vector that a
+    layer of queries or of values gives is multiplied with those of `num_attended` positions, too, and not with weights.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Layer:
     stride: tuple[int, ...] = ()
     num_groups: int = 1
     output_sizes: tuple[tuple[int, ...], ...] = ((),)
+    num_attended: int = 0
 
     @property
     def weight(self) -> str:
@@ -67,8 +69,9 @@ class Branch:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """The shape of a network for inputs of the size `input_size`, such as (channels, height, width) of an image.
+    """The shape of a network for inputs of the size `input_size`.
 
+    The size of an image is (channels, height, width), that of a text (3, tokens); see `dilap.core.network_input`.
     `tensors` are the shapes of all parameters and of the `buffers`, such as the statistics of batch norms; `groups` are
     those units that can be removed, with all their members.
     """
@@ -167,10 +170,11 @@ class Network:
         return prod(self.shape(layer.weight, counts))
 
     def layer_flops(self, layer: Layer, counts: Mapping[str, int] = _FULL) -> int:
-        """Return the FLOPs of a layer on one input; a multiply-add is two."""
+        """Return the FLOPs of a layer on one input, and of attention to what it gives; a multiply-add is two."""
         if layer.kind == "transposed":  # every input is multiplied with all its weights, and is a stride apart
             return 2 * self.num_weights(layer, counts) * layer.num_positions // prod(layer.stride)
-        return 2 * self.num_weights(layer, counts) * layer.num_positions
+        attended = layer.num_attended * self.channels(layer, counts)[1]
+        return 2 * (self.num_weights(layer, counts) + attended) * layer.num_positions
 
     def flops(self, counts: Mapping[str, int] = _FULL) -> int:
         """Return the FLOPs of all layers on one input; a multiply-add is two."""

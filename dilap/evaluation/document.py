@@ -54,6 +54,22 @@ class ImageQuality:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SentenceQuality:
+    """How near the embeddings of an encoder of texts are to those of the dense one.
+
+    `cosine` is the mean cosine similarity over all sentences, `low_cosine` what 95 % of them reach. `same_nearest` is
+    the share of sentences whose most similar other sentence is the same one for both.
+    """
+
+    text: str
+    text_sha256: str
+    num_sentences: int
+    cosine: float
+    low_cosine: float
+    same_nearest: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskFacts:
     """What the scores of a task rest on.
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from dilap.core.artifact import Artifact
 from dilap.core.errors import InvalidInput
-from dilap.core.images import ImageInput
+from dilap.core.network_input import parse_input
 from dilap.core.progress import Progress
 from dilap.core.shape import UNMIXED
 from dilap.core.workload import Budget, Statistic
@@ -207,7 +207,7 @@ def export(
         tokenizer=None if tokenizer is None else Path(tokenizer),
         merge_adapter=None if merge_adapter is None else os.fspath(merge_adapter),
         vocabulary=None if vocabulary is None else os.fspath(vocabulary),
-        input_=None if input_ is None else ImageInput.parse(input_),
+        input_=None if input_ is None else parse_input(input_),
         processor=None if processor is None else Path(processor),
         weights=None if weights is None else Path(weights),
         calib=None if calib is None else os.fspath(calib),

@@ -8,7 +8,7 @@ from dilap import backends
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, read_json
 from dilap.core.errors import InvalidInput, Mismatch
-from dilap.core.images import ImageInput
+from dilap.core.network_input import NetworkInput
 from dilap.core.plan import Plan
 from dilap.core.precisions import Mix, for_every_layer
 from dilap.core.progress import Progress
@@ -34,7 +34,7 @@ def export(
     tokenizer: Path | None = None,
     merge_adapter: str | None = None,
     vocabulary: str | None = None,
-    input_: ImageInput | None = None,
+    input_: NetworkInput | None = None,
     processor: Path | None = None,
     weights: Path | None = None,
     calib: str | None = None,

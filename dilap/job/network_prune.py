@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from dilap import __version__, methods
 from dilap.backends.inputs import random_images
 from dilap.core.codec import encode, remove, write_json
+from dilap.core.errors import Unsupported
 from dilap.core.graph import Network
+from dilap.core.network_input import TokenInput
 from dilap.core.plan import Plan
 from dilap.core.progress import Progress
 from dilap.job.claims import Calibrated, Claim, claimed, result_of
@@ -90,6 +92,10 @@ def load_source(options: NetworkOptions) -> NetworkSource:
         processor=None if options.processor is None else Path(options.processor),
         weights=options.weights,
     )
+    if isinstance(found.input, TokenInput):
+        raise Unsupported(
+            f"{options.model} is an encoder of texts: dilap-export and dilap-eval take it, dilap-prune does not yet"
+        )
     notes = found.notes if found.input.preprocessing is not None else (GUESSED,)
     return replace(found, input=replace(usual_input(found.input), batch=options.workload.batch), notes=notes)
 

@@ -1,21 +1,27 @@
-"""Export image networks to a runtime's format, checked against torch."""
+"""Export image networks and encoders of texts to a runtime's format, checked against torch."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dilap import backends
 from dilap.core.artifact import Artifact
 from dilap.core.codec import read_json
 from dilap.core.errors import InvalidInput
-from dilap.core.images import ImageInput
+from dilap.core.network_input import NetworkInput, TokenInput
 from dilap.core.progress import Progress
 from dilap.models.builtin import BUILTIN_NETWORKS
 
-_NUM_CALIBRATED = 128  # images, whose activations say the ranges of 8 bits
+if TYPE_CHECKING:
+    from dilap.models.convolutional.load import NetworkSource
+    from dilap.models.network import Examples
+
+_NUM_CALIBRATED = 128  # images or sentences, whose activations say the ranges of 8 bits
 _CLASSIFIER = "ForImageClassification"  # ends the names of transformers' classes
+_ENCODERS = ("bert", "roberta", "xlm-roberta")  # the types of encoders of texts
 
 
 def is_network(name: str) -> bool:
-    """Return whether a model is an image network: built in, the folder of a classifier or its run, or a user's own."""
+    """Return whether a model is no decoder: built in, a classifier's or encoder's folder or run, or a user's own."""
     folder = Path(name).expanduser()
     if name in BUILTIN_NETWORKS or not folder.exists():
         return name in BUILTIN_NETWORKS or ":" in name
@@ -25,7 +31,15 @@ def is_network(name: str) -> bool:
     if not config.is_file():
         return (folder / "narrowed.json").is_file()
     classes = read_json(config).get("architectures")
-    return isinstance(classes, list) and any(str(one).endswith(_CLASSIFIER) for one in classes)
+    is_classifier = isinstance(classes, list) and any(str(one).endswith(_CLASSIFIER) for one in classes)
+    return is_classifier or reads_texts(name)
+
+
+def reads_texts(name: str) -> bool:
+    """Return whether a model is an encoder of texts: built in, or its folder."""
+    folder = BUILTIN_NETWORKS[name]() if name in BUILTIN_NETWORKS else Path(name).expanduser()
+    config = folder / "config.json"
+    return config.is_file() and read_json(config).get("model_type") in _ENCODERS
 
 
 def export_network(
@@ -33,7 +47,7 @@ def export_network(
     *,
     backend: str,
     precision: str | None = None,
-    input_: ImageInput | None = None,
+    input_: NetworkInput | None = None,
     processor: Path | None = None,
     weights: Path | None = None,
     calib: str | None = None,
@@ -43,30 +57,49 @@ def export_network(
     """Write the folder `out`, whole or not at all, with the network's file and its sidecar `artifact.json`.
 
     `name`, `input_`, `processor` and `weights` are those of `load_network`. `calib` names photographs (see
-    `dilap.models.images.read_images`), from which 8 bits take the ranges of activations. Raises InvalidInput,
+    `dilap.models.images.read_images`), from which 8 bits take the ranges of activations, or a text for an encoder of
+    texts, which is compared with torch on its sentences. Raises InvalidInput,
     Unavailable, Unsupported where the runtime cannot hold the network, and VerificationFailed where it computes
     something else than torch.
     """
     chosen = network_precision(backend, precision)
-    if chosen == "int8" and calib is None:
+    if chosen == "int8" and calib is None and not reads_texts(name):
         raise InvalidInput("int8 needs photographs, which say the ranges of the activations: give a folder as --calib")
     progress.say(f"exporting {name} to {backend}, {chosen}")
     # Importing torch takes seconds: bad input is refused first.
     from dilap import export as exporters  # noqa: PLC0415
     from dilap.models.convolutional.load import load_network  # noqa: PLC0415
-    from dilap.models.images import read_images  # noqa: PLC0415
 
     exporter = exporters.get_network(backend)
-    images = None if calib is None else read_images(calib, labelled=False)
     source = load_network(name, input_=input_, processor=processor, weights=weights)
     for note in source.notes:
         progress.say(note)
-    pixels = None
-    if images is not None:
-        few, _ = images.split(train=min(len(images), _NUM_CALIBRATED), validation=0, seed=0)
-        progress.say(f"calibrating on {len(few)} of the {len(images)} photographs in {images.name}")
-        pixels = few.all_pixels(source.input)
-    return exporter.export(source.model, input_=source.input, precision=chosen, images=pixels, plan_digest="", out=out)
+    return exporter.export(
+        source.model,
+        input_=source.input,
+        precision=chosen,
+        images=None if calib is None else _calibration(calib, source, progress),
+        plan_digest="",
+        out=out,
+        tokenizer=source.folder if isinstance(source.input, TokenInput) else None,
+    )
+
+
+def _calibration(name: str, source: "NetworkSource", progress: Progress) -> "Examples":
+    """Return photographs, or sentences of a text, as the network takes them."""
+    from dilap.models.images import read_images  # noqa: PLC0415
+    from dilap.models.sentences import read_sentences  # noqa: PLC0415
+
+    if isinstance(source.input, TokenInput):
+        assert source.folder is not None
+        sentences = read_sentences(name, tokenizer=source.folder)
+        some, _ = sentences.split(train=min(len(sentences), _NUM_CALIBRATED), validation=0, seed=0)
+        progress.say(f"calibrating on {len(some)} of the {len(sentences)} sentences of {sentences.name}")
+        return some.all_tokens(source.input)
+    images = read_images(name, labelled=False)
+    few, _ = images.split(train=min(len(images), _NUM_CALIBRATED), validation=0, seed=0)
+    progress.say(f"calibrating on {len(few)} of the {len(images)} photographs in {images.name}")
+    return few.all_pixels(source.input)
 
 
 def network_precision(backend: str, precision: str | None) -> str:

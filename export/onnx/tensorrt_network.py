@@ -13,12 +13,12 @@ from dilap.backends.tensorrt.recipe import RECIPE_FILE, NetworkRecipe
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, encode, file_sha256, write_json, written_aside
 from dilap.core.errors import Crashed, Unavailable, Unsupported
-from dilap.core.images import ImageInput
-from dilap.export.network import SQNR_BOUNDS_DB, described, require_exportable, verified_images
+from dilap.core.network_input import NetworkInput, TokenInput
+from dilap.export.network import SQNR_BOUNDS_DB, described, require_exportable, verified_examples
 from dilap.export.onnx.network import MODEL, operators, quantise_, round_to_f16_, verify_network, write_network
 from dilap.export.onnx.tensorrt import REFERENCE, REMAINING, REPORT, TESTED
 from dilap.export.onnx.tensorrt_report import CompileReport, compiled_network
-from dilap.models.network import TorchNetwork, in_f32
+from dilap.models.network import Examples, TorchNetwork, in_f32
 
 
 class TensorRTNetworkExporter:
@@ -30,18 +30,21 @@ class TensorRTNetworkExporter:
         self,
         model: nn.Module,
         *,
-        input_: ImageInput,
+        input_: NetworkInput,
         precision: str,
-        images: NDArray[np.float32] | None,
+        images: Examples | None,
         plan_digest: str,
         out: Path,
+        tokenizer: Path | None = None,  # noqa: ARG002  (texts are refused)
     ) -> Artifact:
         """Write `model` into the folder `out`, verified as far as this machine can, or leave nothing behind.
 
         What is not in 8 bits is in f16; input and output are in f32.
         """
         require_exportable(self.backend, precision, input_, images)
-        shown = verified_images(input_, images)
+        if isinstance(input_, TokenInput):
+            raise Unsupported("DiLAP writes no encoders of texts for TensorRT yet; use onnxruntime or executorch")
+        shown = verified_examples(model, input_, images)
         expected = TorchNetwork(in_f32(model)).outputs(shown)
         with written_aside(out) as folder:
             folder.mkdir()
@@ -79,7 +82,7 @@ class TensorRTNetworkExporter:
 
 
 def _verified(
-    path: Path, expected: NDArray[np.float32], images: NDArray[np.float32], *, precision: str
+    path: Path, expected: NDArray[np.float32], images: Examples, *, precision: str
 ) -> tuple[float | None, str]:
     """Return the SQNR in dB of the file in ONNX Runtime, None without it, and a line that says so."""
     try:

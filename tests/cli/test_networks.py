@@ -231,4 +231,4 @@ def test_texts_and_photographs_are_for_different_models(
     assert call(evaluation.main, exported, "--images", photographs, "--tasks", "piqa") == 2
     assert "--tasks is for decoders" in last_line(capsys)
     assert call(evaluation.main, exported, "--reference", exported) == 2
-    assert "is an image network, and a decoder is needed here" in last_line(capsys)
+    assert "is no decoder, and one is needed here" in last_line(capsys)

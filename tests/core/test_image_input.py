@@ -48,7 +48,7 @@ def test_a_network_has_no_decoders_architecture() -> None:
 
 
 def test_an_artifact_is_of_a_decoder_or_a_network() -> None:
-    with pytest.raises(ValueError, match="architecture of a decoder or the input of an image network"):
+    with pytest.raises(ValueError, match="architecture of a decoder or the input of another network"):
         artifact(input=None)
 
 

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
     EfficientNetConfig,
     EfficientNetForImageClassification,
     MobileNetV2Config,
@@ -20,6 +22,8 @@ from transformers import (
     RegNetForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from dilap.core.graph import Network
@@ -95,6 +99,19 @@ def convnext() -> Any:
     return ConvNextForImageClassification(ConvNextConfig(num_labels=NUM_CLASSES, **sizes))
 
 
+_ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+def vit() -> Any:
+    return ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, num_labels=NUM_CLASSES, **_ENCODER))
+
+
+def deit() -> Any:
+    """With the head of the distillation token."""
+    config = DeiTConfig(image_size=32, patch_size=8, num_labels=NUM_CLASSES, **_ENCODER)
+    return DeiTForImageClassificationWithTeacher(config)
+
+
 class InvertedResidual(nn.Module):
     """A block of EfficientNet-Lite: expansion, depthwise convolution, projection; ReLU6, no squeeze and excitation."""
 
@@ -157,6 +174,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "mobilenet_v2": mobilenet,
     "efficientnet": efficientnet,
     "convnext": convnext,
+    "vit": vit,
+    "deit": deit,
     "lite": Lite,
     "unet": UNet,
 }

@@ -4,6 +4,9 @@ Molchanov et al., Importance Estimation for Neural Network Pruning (arXiv 1906.1
 squared sum, over its scale and shift in a batch norm, of parameter times gradient, in the mean over batches. A unit
 without a batch norm is scored by the weights and biases of its filters. Without labels the classes that the network
 itself predicts take their place.
+
+Embeddings of texts are compared with the dense network's, from which they are first not apart: their squared change, to
+first order, is that of their product with a random vector, squared, in the mean over such vectors.
 """
 
 from collections.abc import Iterator
@@ -19,7 +22,7 @@ from dilap.core.graph import Network
 from dilap.core.groups import Group, Member
 from dilap.core.plan import Plan
 from dilap.methods.networks.scores import by_unit, filters_of, over_axis
-from dilap.models.network import batches_of, evaluating, outputs_of
+from dilap.models.network import batches_of, evaluating, gives_embeddings, outputs_of
 from dilap.search.network_task import NetworkTask
 
 
@@ -44,9 +47,7 @@ class Taylor:
         known = None if task.labels is None else torch.tensor(task.labels).split(self.batch_size)
         with evaluating(task.model), _gradients(task.model):
             for number, batch in enumerate(batches_of(task.images, self.batch_size, model=task.model)):
-                logits = outputs_of(task.model, batch)[0]
-                labels = logits.detach().argmax(1) if known is None else known[number].to(logits.device)
-                loss = functional.cross_entropy(logits, labels)
+                loss = _loss(task.model, batch, None if known is None else known[number], number)
                 gradients = dict(zip(names, torch.autograd.grad(loss, [parameters[one] for one in names]), strict=True))
                 for name, members in gates.items():
                     change = torch.zeros(len(found[name]))
@@ -55,6 +56,16 @@ class Taylor:
                         change += by_unit(over_axis(product, one.axis), one)
                     found[name] += change.square() * (len(batch) / len(task.images))
         return found
+
+
+def _loss(model: nn.Module, batch: torch.Tensor, labels: torch.Tensor | None, number: int) -> torch.Tensor:
+    outputs = outputs_of(model, batch)[0]
+    if gives_embeddings(model):
+        drawn = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(number)).to(outputs)
+        return (outputs * drawn).sum() / len(batch) ** 0.5  # whose square is the mean over the batch
+    return functional.cross_entropy(
+        outputs, outputs.detach().argmax(1) if labels is None else labels.to(outputs.device)
+    )
 
 
 def gates_of(model: nn.Module, network: Network, group: Group) -> list[Member]:

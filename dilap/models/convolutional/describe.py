@@ -1,12 +1,14 @@
 """Let the class and the config of a transformers model say what its tensors are."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from dilap.models.convolutional.encoders import encoder_parts, equal_widths
 from dilap.models.convolutional.narrowing import Removed, narrowed_class, record_of
 
 _WITH_STAGES = ("resnet", "regnet")  # their configs say the width of the stem and of every stage, and nothing else
@@ -17,8 +19,10 @@ def describe_(model: PreTrainedModel) -> None:
     """Set class and config to those of a stock model where one has these shapes, else to the narrowed class."""
     stock = stock_class(type(model))
     document = {key: value for key, value in model.config.to_dict().items() if key not in _OWN}
-    changes = _stages(model)
-    if changes is not None and _describes(config := type(model.config).from_dict(document | changes), stock, model):
+    changes = _widths(model)
+    if changes is not None and _describes(
+        config := type(model.config).from_dict({**document, **changes}), stock, model
+    ):
         model.config, model.__class__ = config, stock
         return
     config = type(model.config).from_dict(document)
@@ -49,11 +53,13 @@ def built(stock: Any, config: PreTrainedConfig) -> nn.Module:
     return made
 
 
-def _stages(model: PreTrainedModel) -> dict[str, Any] | None:
-    """Return the entries of a config that say the widths of the stem and the stages; None where they are not there.
+def _widths(model: PreTrainedModel) -> Mapping[str, Any] | None:
+    """Return the entries of a config that say the widths of stages or layers; None where they cannot say them.
 
     A family whose config says no widths has none to change.
     """
+    if encoder_parts(model) is not None:
+        return equal_widths(model)
     if model.config.model_type not in _WITH_STAGES:
         return {}
     network: Any = model.base_model

@@ -11,25 +11,45 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from dilap.core import registry
 from dilap.core.bounds import MAX_WIDTH
 from dilap.core.codec import read_json, write_json, written_aside
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported, reason_of
 from dilap.core.images import ImageInput, Preprocessing
+from dilap.core.network_input import NetworkInput, TokenInput
 from dilap.models import convolutional
 from dilap.models.anatomy import model_digest, require_finite
 from dilap.models.builtin import BUILTIN_NETWORKS, LITE
-from dilap.models.convolutional.narrowing import RECORD, TENSORS, load_narrowed_, narrowed_class, record_of
+from dilap.models.convolutional.encoders import LAYERS
+from dilap.models.convolutional.narrowing import PREFIX, RECORD, TENSORS, load_narrowed_, narrowed_class, record_of
 from dilap.models.convolutional.network import Traced, traced
 from dilap.models.faithful import exact_type, require_every_tensor
 from dilap.models.image_processor import CONFIG, read_preprocessing
 from dilap.models.load import checkpoint_of
+from dilap.models.network import Pooling, gives_embeddings, takes_tokens
 from dilap.models.pretrained import errors_of_damaged_files, from_pretrained
 
 MODELLING_FILE = "modeling_narrowed.py"
 _USUAL_SIDE = 224  # of images, where a config does not say it (ResNet, RegNet)
+_USUAL_LENGTH = 128  # tokens of a text
+_POOLING = "1_Pooling/config.json"  # sentence-transformers' file, and its names of what is known here
+_POOLINGS: Mapping[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"}
+_HEADS = ("pooler.", "cls.", "lm_head.")  # parts of encoders that make no embeddings of texts
+# Files of an encoder of texts that say how texts become tokens and, to sentence-transformers, tokens an embedding.
+_TEXT_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", _POOLING),
+)
 # With it, 87 % of 500 photographs of ImageNet's classes are named rightly; with ImageNet's mean and deviation, 76 %.
 _LITE_INPUT = ImageInput(
     channels=3,
@@ -48,7 +68,7 @@ class NetworkSource:
 
     name: str
     model: nn.Module
-    input: ImageInput
+    input: NetworkInput
     digest: str
     folder: Path | None = None
     notes: tuple[str, ...] = ()
@@ -62,26 +82,28 @@ class NetworkSource:
 def load_network(
     name: str,
     *,
-    input_: ImageInput | None = None,
+    input_: NetworkInput | None = None,
     processor: Path | None = None,
     weights: str | Path | None = None,
 ) -> NetworkSource:
     """Load a network.
 
-    `name` is a built-in name, a Hugging Face folder of an image classifier or the folder of its run, or the
-    `module:function` of a user that returns a module; this one is imported because it was named, and no other code is.
-    What it takes is said by the folder `processor`, which has a preprocessor_config.json, or else by the model itself;
+    `name` is a built-in name, a Hugging Face folder of an image classifier or an encoder of texts, the folder of a run,
+    or the `module:function` of a user that returns a module; this one is imported because it was named, and no other
+    code is. What it takes is said by the folder `processor`, which has a preprocessor_config.json, or else by the model itself;
     `input_` is another size, and for a user's own, one of the two is needed. `weights` is the folder of a checkpoint
     that `save_network` wrote of a network that is no transformers class, and has the values and shapes that replace
     those of the named one. Raises InvalidInput, Unavailable, Unsupported.
     """
-    folder = checkpoint_of(Path(name).expanduser())
+    folder = BUILTIN_NETWORKS[name]() if name in BUILTIN_NETWORKS else checkpoint_of(Path(name).expanduser())
     model, own, notes = _model(name, folder)
     if processor is not None:
         own, notes = _processed(processor), ()
     found = own if input_ is None else _asked_input(input_, own)
     if found is None:
         raise InvalidInput(f"network {name!r} does not say how large its input is; give it, as --input 3x224x224")
+    if isinstance(found, TokenInput) != takes_tokens(model):
+        raise InvalidInput(f"network {name!r} takes {'texts' if takes_tokens(model) else 'images'}, and not {found}")
     if weights is not None:
         _read_weights_(model, Path(weights).expanduser())
     require_finite(model)
@@ -95,32 +117,36 @@ def load_network(
     )
 
 
-def _model(name: str, folder: Path) -> tuple[nn.Module, ImageInput | None, tuple[str, ...]]:
+def _model(name: str, folder: Path) -> tuple[nn.Module, NetworkInput | None, tuple[str, ...]]:
     """Return a model, what it takes, None where it does not say that, and notes."""
-    if name in BUILTIN_NETWORKS:
-        return _builtin(name), _LITE_INPUT, ()
     if folder.is_dir():
-        model = _classifier(name, folder)
+        model = _transformer(name, folder)
+        if takes_tokens(model):
+            model.config.sentence_pooling = _pooling(folder)
+            return model, TokenInput(length=min(_USUAL_LENGTH, model.config.max_position_embeddings)), ()
         return model, *_own_input(folder, model.config)
+    if name in BUILTIN_NETWORKS:
+        return _builtin(name, folder), _LITE_INPUT, ()
     if ":" in name:
         return _built(name, registry.own(name, kind="model")), None, ()
     raise InvalidInput(
-        f"no network {name!r}: give {', '.join(BUILTIN_NETWORKS)}, the folder of an image classifier of transformers,"
-        " or my_module:build, a function that returns a module"
+        f"no network {name!r}: give {', '.join(BUILTIN_NETWORKS)}, the folder of an image classifier or an encoder of"
+        " texts of transformers, or my_module:build, a function that returns a module"
     )
 
 
-def _builtin(name: str) -> nn.Module:
+def _builtin(name: str, weights: Path) -> nn.Module:
     """Return the network that one package builds, with the weights for ImageNet that another one has."""
-    weights = BUILTIN_NETWORKS[name]()
     model: nn.Module = importlib.import_module(LITE).EfficientNet.from_name(name)
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return model.eval()
 
 
-def _asked_input(asked: ImageInput, own: ImageInput | None) -> ImageInput:
+def _asked_input(asked: NetworkInput, own: NetworkInput | None) -> NetworkInput:
     """Return the input that is asked for, with the preprocessing of the model's own one, in proportion."""
-    if own is None or own.preprocessing is None or asked.preprocessing is not None or asked.channels != own.channels:
+    if not isinstance(asked, ImageInput) or not isinstance(own, ImageInput):
+        return asked
+    if own.preprocessing is None or asked.preprocessing is not None or asked.channels != own.channels:
         return asked
     resize = tuple(round(side * asked.height / own.height) for side in own.preprocessing.resize)
     return replace(asked, preprocessing=replace(own.preprocessing, resize=resize))
@@ -148,6 +174,20 @@ def _own_input(folder: Path, config: PreTrainedConfig) -> tuple[ImageInput, tupl
     return ImageInput(channels=channels, height=height, width=width), (note,)
 
 
+def _pooling(folder: Path) -> Pooling:
+    """Return how an encoder makes one vector of those of a text's tokens: their mean where its folder does not say it.
+
+    Raises Unsupported for another way.
+    """
+    if not (folder / _POOLING).is_file():
+        return "mean"
+    modes = sorted(name for name, used in read_json(folder / _POOLING).items() if used is True and "_mode_" in name)
+    if len(modes) != 1 or modes[0] not in _POOLINGS:
+        found = " and ".join(modes) or "no mode"
+        raise Unsupported(f"{folder / _POOLING} has {found}; what is known is {' or '.join(_POOLINGS)}")
+    return _POOLINGS[modes[0]]
+
+
 def _built(name: str, build: Callable[[], Any]) -> nn.Module:
     """Return the network that a user's function builds, ready to be evaluated."""
     try:
@@ -159,8 +199,8 @@ def _built(name: str, build: Callable[[], Any]) -> nn.Module:
     return model.eval()
 
 
-def _classifier(name: str, folder: Path) -> PreTrainedModel:
-    """Load an image classifier of transformers, a narrowed one by our own class."""
+def _transformer(name: str, folder: Path) -> PreTrainedModel:
+    """Load an image classifier or an encoder of texts of transformers, a narrowed one by our own class."""
     if not (folder / "config.json").is_file():
         hint = (
             f"; give my_module:build, which builds the network, with --weights {folder}"
@@ -175,6 +215,8 @@ def _classifier(name: str, folder: Path) -> PreTrainedModel:
         model, report = from_pretrained(kind, folder, **arguments)
     except InvalidInput as error:
         raise InvalidInput(f"model {name!r} cannot be loaded: {error}") from error
+    if gives_embeddings(model):  # made without these
+        report = {key: [one for one in names if not str(one).startswith(_HEADS)] for key, names in report.items()}
     require_every_tensor(report, is_tied=False, source=f"model {name!r}")
     if hasattr(model.config, "auto_map"):  # names files of code, which are never run and not saved
         del model.config.auto_map
@@ -182,16 +224,35 @@ def _classifier(name: str, folder: Path) -> PreTrainedModel:
 
 
 def _class_of(config: PreTrainedConfig) -> Any:
-    known = AutoModelForImageClassification._model_mapping
-    if type(config) not in known:
-        raise Unsupported(f"transformers has no image classifier of the type {config.model_type!r}")
-    stock = known[type(config)]
-    stock = stock[0] if isinstance(stock, tuple) else stock
+    stock = _stock_class_of(config)
     record = getattr(config, "narrowed", None)
     if record is None:
         return stock
     _require_plausible(record)
     return narrowed_class(stock)
+
+
+def _stock_class_of(config: PreTrainedConfig) -> Any:
+    """Return the class of transformers that a config names, or of its type the one that the other tasks start from."""
+    named = str(next(iter(config.architectures or ()), "")).removeprefix(PREFIX)
+    kinds = [*_classes(AutoModelForImageClassification, config)]
+    if any(f"{one.__name__.removesuffix('Model')}Layer" in LAYERS for one in _classes(AutoModel, config)) and not kinds:
+        kinds = [*_classes(AutoModel, config), *_classes(AutoModelForSequenceClassification, config)]
+    if not kinds:
+        raise Unsupported(
+            f"transformers has no image classifier of the type {config.model_type!r}, and it is no encoder of texts"
+            " that can be cut"
+        )
+    return next((one for one in kinds if one.__name__ == named), kinds[0])
+
+
+def _classes(loader: Any, config: PreTrainedConfig) -> tuple[Any, ...]:
+    """Return the classes that a loader of transformers has for the type of a config."""
+    known = loader._model_mapping
+    if type(config) not in known:
+        return ()
+    found = known[type(config)]
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _read_weights_(model: nn.Module, folder: Path) -> None:
@@ -230,5 +291,7 @@ def save_network(model: nn.Module, out: Path, *, source: Path | None = None) -> 
             write_json(folder / RECORD, record_of(model))
             narrowing = Path(convolutional.__file__).with_name("narrowing.py")
             shutil.copyfile(narrowing, folder / MODELLING_FILE)
-        if source is not None and (source / CONFIG).is_file():
-            shutil.copyfile(source / CONFIG, folder / CONFIG)
+        for name in (CONFIG, *_TEXT_FILES):
+            if source is not None and (source / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source / name, folder / name)

@@ -5,8 +5,8 @@ not installed. A checkpoint of a transformers class loads by
 
     AutoModelForImageClassification.from_pretrained(FOLDER, trust_remote_code=True)
 
-because its config has `narrowed`, the record of what is smaller. A network of another class is built by its own code,
-and gets its tensors from the folder:
+(an encoder of texts by AutoModel), because its config has `narrowed`, the record of what is smaller. A network of
+another class is built by its own code, and gets its tensors from the folder:
 
     from modeling_narrowed import load_narrowed_
     model = load_narrowed_(my_module.build(), FOLDER)
@@ -30,7 +30,8 @@ from transformers import PreTrainedModel
 
 TENSORS = "model.safetensors"
 RECORD = "narrowed.json"  # beside the tensors of a network that is no transformers class
-_PREFIX = "Narrowed"  # stands before the stock class's name
+PREFIX = "Narrowed"  # stands before the stock class's name
+_AUTO_CLASSES = ("AutoModelForImageClassification", "AutoModelForSequenceClassification")  # or else AutoModel
 
 
 class Removed(nn.Module):
@@ -162,14 +163,15 @@ class _Narrowed(PreTrainedModel):  # type: ignore[misc]
 @functools.cache
 def narrowed_class(stock: Any) -> Any:
     """Return the class that builds the models of the class `stock` with the shapes that their config has."""
-    made: Any = type(f"{_PREFIX}{stock.__name__}", (_Narrowed, stock), {"__module__": __name__})
-    made.register_for_auto_class("AutoModelForImageClassification")
+    made: Any = type(f"{PREFIX}{stock.__name__}", (_Narrowed, stock), {"__module__": __name__})
+    kinds = (one for one in _AUTO_CLASSES if one.removeprefix("AutoModel") in stock.__name__)
+    made.register_for_auto_class(next(kinds, "AutoModel"))
     return made
 
 
 def __getattr__(name: str) -> Any:
     """Make the narrowed class that a checkpoint's config asks for by its name."""
-    stock = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
+    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if stock is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return narrowed_class(stock)

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,13 +10,15 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from dilap.core.errors import InvalidInput, Unsupported, reason_of
-from dilap.core.graph import Layer, Network
+from dilap.core.graph import Branch, Layer, Network
+from dilap.core.groups import Group
 from dilap.models.convolutional.branches import branches_of
 from dilap.models.convolutional.cut import tensors_of
 from dilap.models.convolutional.dependencies import OF_OUTPUTS, Dependencies
+from dilap.models.convolutional.encoders import LAYERS, encoder_parts
 from dilap.models.convolutional.groups import grouped
 from dilap.models.convolutional.proof import Proof, stand_in
-from dilap.models.network import outputs_of
+from dilap.models.network import outputs_of, random_examples, takes_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,36 +30,68 @@ class Traced:
 
 
 def traced(model: nn.Module, *, input_size: Sequence[int], name: str) -> Traced:
-    """Return the shape of `model` for inputs of a size, such as (channels, height, width).
+    """Return the shape of `model` for inputs of a size: (channels, height, width), or (3, tokens) of a text.
 
     Nothing is computed with the model's own weights, and it stays as it is. Raises InvalidInput where the model does
     not take such inputs, Unsupported where no channel of it can be removed.
     """
     probe = stand_in(model)
-    example = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    example = random_examples(probe, input_size, 2)
+    example = example.double() if example.is_floating_point() else example
     sizes = _Sizes(probe, example, name)
-    try:
-        found = Dependencies(probe, example, outputs_of)
-    except Exception as error:  # torch-pruning raises many types for graphs that it cannot follow
-        raise Unsupported(f"network {name}: its layers cannot be traced: {reason_of(error)}") from error
-    made = grouped(found.units(), {layer.name: (layer.weight, layer.outputs_axis) for layer in sizes.layers})
-    state = tensors_of(probe)
+    found = _of_encoder(probe, sizes, name) or _in_graph(probe, example, sizes, name)
     network = Network(
         name=name,
         input_size=tuple(input_size),
-        tensors={tensor: tuple(value.shape) for tensor, value in state.items()},
-        layers=sizes.layers,
-        groups=made.groups,
-        branches=branches_of(found, made.groups, sizes.crops),
+        tensors={tensor: tuple(value.shape) for tensor, value in tensors_of(probe).items()},
+        layers=found.layers,
+        groups=found.groups,
+        branches=found.branches,
         buffers=tuple(tensor for tensor, _ in probe.named_buffers()),
     )
     network, unproven = Proof(probe, example, outputs_of).proven(network)
-    refusals = {**unproven, **made.refusals}
+    refusals = {**unproven, **found.refusals}
     if not network.groups:
         inner = [one for one in refusals.items() if one[1] != OF_OUTPUTS]
         layer, reason = next(iter(inner), ("it", "has no layer within whose outputs are several channels"))
         raise Unsupported(f"network {name}: no channel can be removed; for example, {layer} {reason}")
     return Traced(network=network, refusals=refusals)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """The layers of a network, what can go in it by its family or its graph, and why other layers lose nothing."""
+
+    layers: tuple[Layer, ...]
+    groups: tuple[Group, ...]
+    branches: tuple[Branch, ...]
+    refusals: Mapping[str, str]
+
+
+def _of_encoder(probe: nn.Module, sizes: "_Sizes", name: str) -> _Parts | None:
+    """Return the parts of an encoder of a known family; None where a network has to be traced."""
+    found = encoder_parts(probe)
+    if found is None:
+        if takes_tokens(probe):
+            known = ", ".join(sorted(one.removesuffix("Layer") for one in LAYERS))
+            raise Unsupported(
+                f"network {name}: {type(probe).__name__} is no encoder that can be cut; known are {known}"
+            )
+        return None
+    layers = [
+        replace(one, num_attended=one.num_positions) if one.name in found.attention else one for one in sizes.layers
+    ]
+    return _Parts(layers=tuple(layers), groups=found.groups, branches=found.branches, refusals={})
+
+
+def _in_graph(probe: nn.Module, example: torch.Tensor, sizes: "_Sizes", name: str) -> _Parts:
+    try:
+        found = Dependencies(probe, example, outputs_of)
+    except Exception as error:  # torch-pruning raises many types for graphs that it cannot follow
+        raise Unsupported(f"network {name}: its layers cannot be traced: {reason_of(error)}") from error
+    made = grouped(found.units(), {layer.name: (layer.weight, layer.outputs_axis) for layer in sizes.layers})
+    branches = branches_of(found, made.groups, sizes.crops)
+    return _Parts(layers=sizes.layers, groups=made.groups, branches=branches, refusals=made.refusals)
 
 
 class _Sizes:
@@ -72,7 +106,7 @@ class _Sizes:
             with torch.no_grad():
                 outputs = outputs_of(model, example)
         except Exception as error:  # any that a user's own `forward` raises
-            size = "x".join(map(str, example.shape[1:]))
+            size = f"{example.shape[-1]} tokens" if takes_tokens(model) else "x".join(map(str, example.shape[1:]))
             raise InvalidInput(f"network {name} takes no input of {size}: {reason_of(error)}") from error
         finally:
             for hook in hooks:

@@ -42,7 +42,7 @@ class Proof:
     """Cuts and masks a stand-in of a network, and compares what they compute of one example."""
 
     def __init__(self, model: nn.Module, example: torch.Tensor, call: Call) -> None:
-        self._model, self._example, self._call = model, example.double(), call
+        self._model, self._example, self._call = model, example, call
 
     def proven(self, network: Network) -> tuple[Network, Mapping[str, str]]:
         """Return the network with the groups and branches that can be cut, and why each of the others cannot."""

@@ -1,25 +1,26 @@
 """The statistics of batch norms, measured again after a network was cut."""
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dilap.core.errors import InvalidInput
-from dilap.models.network import batches_of, evaluating
+from dilap.models.network import Examples, batches_of, evaluating
 
 
 @torch.no_grad()
-def recalibrate_(model: nn.Module, images: NDArray[np.float32], *, batch_size: int = 32) -> nn.Module:
+def recalibrate_(model: nn.Module, images: Examples, *, batch_size: int = 32) -> nn.Module:
     """Measure the means and variances of all batch norms of `model` again, in place, and return it.
 
     After channels are removed, what norms see is no longer what they were trained on. The statistics are the means over
-    batches of preprocessed `images`; nothing else is trained, and dropout stays off. Raises InvalidInput for one image.
+    batches of preprocessed `images`; nothing else is trained, and dropout stays off. A network without batch norms, as
+    encoders are, is left as it is. Raises InvalidInput for one image.
     """
+    norms = [one for one in model.modules() if isinstance(one, _BatchNorm) and one.track_running_stats]
+    if not norms:
+        return model
     if len(images) < 2:  # one vector alone has no variance
         raise InvalidInput(f"batch norms are measured on several images, got {len(images)}; give more")
-    norms = [one for one in model.modules() if isinstance(one, _BatchNorm) and one.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     with evaluating(model):
         try:

@@ -1,0 +1,73 @@
+"""How near the embeddings of an encoder of texts are to those of the dense one, on sentences that no search saw."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dilap.core.errors import InvalidInput, Mismatch
+from dilap.core.network_input import TokenInput
+from dilap.evaluation.document import SentenceQuality
+from dilap.models.sentences import SentenceSet
+
+
+class ReadsSentences(Protocol):
+    """An encoder in torch, or an artifact in its runtime."""
+
+    def outputs(self, images: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the embeddings (sentences x numbers) of tokens (sentences x 3 x tokens)."""
+
+
+def compare_on_sentences(
+    encoder: ReadsSentences,
+    reference: ReadsSentences,
+    sentences: SentenceSet,
+    *,
+    input_: TokenInput,
+    progress: Callable[[int], None] = lambda _: None,
+) -> SentenceQuality:
+    """Let an encoder and the reference read all sentences. Raises Mismatch for embeddings that cannot be compared."""
+    mine: list[NDArray[np.float32]] = []
+    theirs: list[NDArray[np.float32]] = []
+    for batch in sentences.tokens(input_):
+        mine.append(encoder.outputs(batch))
+        theirs.append(reference.outputs(batch))
+        progress(len(batch))
+    return sentence_quality(np.concatenate(mine), np.concatenate(theirs), sentences)
+
+
+def sentence_quality(
+    embeddings: NDArray[np.float32], reference: NDArray[np.float32], sentences: SentenceSet
+) -> SentenceQuality:
+    """Judge an encoder by the embeddings (sentences x numbers) that it and the reference give for the same sentences.
+
+    Raises Mismatch where they have other sizes, InvalidInput for a single sentence.
+    """
+    if embeddings.shape != reference.shape:
+        raise Mismatch(f"embeddings of {embeddings.shape[1]} numbers are not those of {reference.shape[1]}")
+    if len(embeddings) < 2:
+        raise InvalidInput(f"{sentences.name}: one sentence has no nearest other one; give more text")
+    mine, theirs = (_of_length_1(one) for one in (embeddings, reference))
+    cosines = (mine * theirs).sum(axis=1)
+    return SentenceQuality(
+        text=sentences.name,
+        text_sha256=sentences.sha256,
+        num_sentences=len(sentences),
+        cosine=float(cosines.mean()),
+        low_cosine=float(np.quantile(cosines, 0.05)),
+        same_nearest=float((_nearest(mine) == _nearest(theirs)).mean()),
+    )
+
+
+def _of_length_1(rows: NDArray[np.float32]) -> NDArray[np.float64]:
+    wide = rows.astype(np.float64)
+    found: NDArray[np.float64] = wide / np.linalg.norm(wide, axis=1, keepdims=True).clip(min=1e-12)
+    return found
+
+
+def _nearest(rows: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Return the index of the most similar other row for every row."""
+    similarities = rows @ rows.T
+    np.fill_diagonal(similarities, -np.inf)
+    return similarities.argmax(axis=1)
