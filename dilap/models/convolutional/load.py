@@ -90,10 +90,10 @@ def load_network(
 
     `name` is a built-in name, a Hugging Face folder of an image classifier or an encoder of texts, the folder of a run,
     or the `module:function` of a user that returns a module; this one is imported because it was named, and no other
-    code is. What it takes is said by the folder `processor`, which has a preprocessor_config.json, or else by the model itself;
-    `input_` is another size, and for a user's own, one of the two is needed. `weights` is the folder of a checkpoint
-    that `save_network` wrote of a network that is no transformers class, and has the values and shapes that replace
-    those of the named one. Raises InvalidInput, Unavailable, Unsupported.
+    code is. What it takes is said by the folder `processor`, which has a preprocessor_config.json, or else by the model
+    itself; `input_` is another size, and for a user's own, one of the two is needed. `weights` is the folder of a
+    checkpoint that `save_network` wrote of a network that is no transformers class, and has the values and shapes that
+    replace those of the named one. Raises InvalidInput, Unavailable, Unsupported.
     """
     folder = BUILTIN_NETWORKS[name]() if name in BUILTIN_NETWORKS else checkpoint_of(Path(name).expanduser())
     model, own, notes = _model(name, folder)
