@@ -10,7 +10,7 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import file_sha256, scratch_folder
 from dilap.core.measurement import Measurement
 from dilap.core.plan import Plan, full_plan
-from dilap.core.progress import Progress, say_lines
+from dilap.core.progress import say_lines
 from dilap.core.shape import UNMIXED, Architecture
 from dilap.core.workload import Workload
 from dilap.job.measuring import MeasuringBench, Usual
@@ -184,7 +184,7 @@ class Bench(MeasuringBench):
                 protocol=self.protocol(TABLE),
                 progress=show,
             )
-        _tell_errors(self.progress, table)
+        say_lines(self.progress, describe_table(table))
         return table
 
     def read_table(self, path: Path, architecture: Architecture) -> LatencyTable:
@@ -197,7 +197,7 @@ class Bench(MeasuringBench):
             backend=self.backend.name,
             precisions=self.others,
         )
-        _tell_errors(self.progress, table)
+        say_lines(self.progress, describe_table(table))
         return table
 
 
@@ -220,9 +220,10 @@ def kept_configuration(
         )
 
 
-def _tell_errors(progress: Progress, table: LatencyTable) -> None:
+def describe_table(table: LatencyTable) -> str:
+    """Say how well a table predicts plans that took no part in its fit, and which caveats it has."""
     model = table.model()
-    say_lines(progress, describe_errors(model, more=_by_precision(model)))
+    return describe_errors(model, more=_by_precision(model))
 
 
 def _by_precision(model: LatencyModel) -> str:

@@ -16,7 +16,7 @@ from dilap.core.codec import read_json, write_json
 from dilap.core.measurement import Measurement
 from dilap.core.shape import Architecture
 from dilap.job import result
-from dilap.job.bench import describe_errors
+from dilap.job.bench import describe_table
 from dilap.job.command import command_line
 from dilap.job.result import read_result
 from dilap.job.verdict import Verdict
@@ -139,7 +139,7 @@ def test_a_table_says_it_to_whoever_uses_it(pruned: Prune, monkeypatch: pytest.M
     assert any(reason in note for note in read_result(run).notes)
     table = inputs.read([run]).runs[0].table
     assert table is not None
-    assert reason in describe_errors(table)
+    assert reason in describe_table(table)
     assert reason in table_costs.text(table.model())
     assert reason in table_costs.document(table.model())["caveats"][0]
 

@@ -20,7 +20,7 @@ from dilap.core.rules import Capabilities, spread
 from dilap.core.shape import PRECISION_BITS, UNMIXED, LayerWidths, by_quality
 from dilap.core.space import Space, plan_of
 from dilap.core.workload import Workload
-from dilap.job.bench import describe_errors
+from dilap.job.bench import describe_table
 from dilap.profilers.devices import device as devices
 from dilap.profilers.protocol import TABLE
 from dilap.profilers.tables.entries import Probe, TableEntry, run_precisions, runs_of
@@ -292,8 +292,8 @@ def test_errors_are_told_by_the_precision_of_most_sublayers() -> None:
     errors = measured_model().holdout_errors_by_precision()
     assert tuple(errors) == by_quality(errors)
     assert sum(map(len, errors.values())) == 12
-    assert "mostly in q4_0" in describe_errors(measured_table())
-    assert "mostly" not in describe_errors(LatencyTable.read(OLD))
+    assert "mostly in q4_0" in describe_table(measured_table())
+    assert "mostly" not in describe_table(LatencyTable.read(OLD))
 
 
 def test_costs_are_shown_in_every_precision() -> None:
