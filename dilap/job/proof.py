@@ -69,7 +69,13 @@ def claim(stages: Stages, goal: DecoderGoal, pruned: Pruned, text: Calibration, 
     formats = dense_formats(stages, files, exam)
     result = _result(stages, goal, pruned, text, claim, shrunk=shrunk, validation_kl=validation_kl)
     notes = (*result.notes, *recovery.notes)
-    return replace(result, notes=notes, recovery_kls=recovery.kls, formats=formats, precisions=plan.pruned_precisions())
+    return replace(
+        result,
+        notes=notes,
+        recovery_kls=recovery.distances,
+        formats=formats,
+        precisions=plan.pruned_precisions(),
+    )
 
 
 def _lessons(stages: Stages, text: Calibration) -> Teacher | None:
@@ -89,8 +95,9 @@ def _recover_(stages: Stages, lessons: Teacher, validation: Teacher, *, before: 
         lambda show: distil(model, lessons, options, progress=show),
         name=options.mode,
         steps=options.steps,
+        measure="KL",
         before=before,
-        validation_kl=lambda: validation.kl(model),
+        validation=lambda: validation.kl(model),
     )
 
 
@@ -146,8 +153,8 @@ def _result(
             sequences=len(text.train) + len(text.validation),
             length=text.train.shape[1],
         ),
-        validation_kl=validation_kl,
-        kl_without_recovery=shrunk.kl,
+        validation_distance=validation_kl,
+        without_recovery=shrunk.kl,
         recovery=stages.options.recovery.mode,
         notes=() if vocabulary is None else (*vocabulary.notes, vocabulary.note_on_quality),
     )

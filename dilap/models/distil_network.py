@@ -1,4 +1,7 @@
-"""Recovery of image networks by distillation: the pruned network learns what the dense one says about photographs."""
+"""Recovery of networks that are no decoders by distillation: the pruned one learns what the dense one gives.
+
+That are logits for photographs, or the embeddings of sentences.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,17 +11,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional
 
 from dilap.models.distil import rate_at, size_of
-from dilap.models.network import evaluating, outputs_of
+from dilap.models.network import Examples, difference, evaluating, outputs_of
 
 NetworkMode = Literal["none", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkRecovery:
-    """Settings of training all parameters with AdamW on KL(dense || pruned), `batch_images` photographs a step.
+    """Settings of training all parameters with AdamW on the `difference` from the dense network.
+
+    A step sees `batch_images` photographs or sentences.
 
     A step moves the numbers of a tensor by about `rate` times their root mean square. `warmup` is the share of the
     steps in which the rate rises.
@@ -34,16 +38,16 @@ class NetworkRecovery:
 
 def distil_network(
     model: nn.Module,
-    images: NDArray[np.float32],
+    examples: Examples,
     answers: NDArray[np.float32],
     options: NetworkRecovery,
     *,
     progress: Callable[[float], None] = lambda _: None,
 ) -> list[float]:
-    """Train `model` in place to give `answers`, the dense network's logits, for preprocessed `images`.
+    """Train `model` in place to give `answers`, the dense network's outputs, for `examples` as the network takes them.
 
-    Return the KL of every step, in nats an image, which `progress` gets too. The statistics of batch norms stay: what
-    is trained is what is shipped.
+    Return the difference in every step, which `progress` gets too: the KL in nats an image, or the cosine distance. The
+    statistics of batch norms stay: what is trained is what is shipped.
     """
     parameters = [one for one in model.parameters() if one.is_floating_point()]
     kept = [(one, one.dtype, one.requires_grad) for one in parameters]
@@ -57,11 +61,10 @@ def distil_network(
     generator, losses = torch.Generator().manual_seed(options.seed), list[float]()
     with evaluating(model):
         while len(losses) < options.steps:
-            rows = torch.randperm(len(images), generator=generator)[: options.batch_images].numpy()
-            seen, wanted = (torch.from_numpy(one[rows]).to(device) for one in (images, answers))
+            rows = torch.randperm(len(examples), generator=generator)[: options.batch_images].numpy()
+            seen, wanted = (torch.from_numpy(one[rows]).to(device) for one in (examples, answers))
             adam.zero_grad()
-            found = outputs_of(model, seen)[0].log_softmax(1)
-            loss = functional.kl_div(found, wanted.log_softmax(1), reduction="batchmean", log_target=True)
+            loss = difference(model, outputs_of(model, seen)[0], wanted)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             adam.step()

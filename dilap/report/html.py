@@ -77,7 +77,7 @@ def _claim(run: Run) -> dict[str, str]:
         "run": run.name,
         "status": result.status,
         "headline": _headline(result),
-        "detail": f"{_interval(result)}KL {quality.kl:.2f}{in_torch}; {stands}",
+        "detail": f"{_interval(result)}{quality.DISTANCE} {quality.distance:.2f}{in_torch}; {stands}",
     }
 
 

@@ -73,6 +73,11 @@ class NetworkSource:
     folder: Path | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder of the tokenizer of an encoder of texts."""
+        return self.folder if isinstance(self.input, TokenInput) else None
+
     @functools.cached_property
     def traced(self) -> Traced:
         """Its shape, found out when it is first asked for; see `dilap.models.convolutional.network.traced`."""
