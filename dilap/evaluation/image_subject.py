@@ -10,6 +10,7 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, read_json
 from dilap.core.errors import InvalidInput
 from dilap.core.images import ImageInput
+from dilap.core.network_input import of_images
 from dilap.evaluation.image_quality import ShowsImages
 from dilap.evaluation.subject import require_unchanged
 from dilap.models.convolutional.load import load_network
@@ -58,7 +59,7 @@ def _of_artifact(name: str, folder: Path, threads: int) -> ImageSubject:
         precision=artifact.precision,
         digest=artifact.sha256,
         plan_digest=artifact.plan_digest,
-        input=artifact.input,
+        input=of_images(artifact.input, name=name),
         network=network,
         close=network.close,
     )
@@ -72,7 +73,7 @@ def _of_model(name: str, input_: ImageInput | None) -> ImageSubject:
         precision=str(next(source.model.parameters()).dtype).removeprefix("torch."),
         digest=source.digest,
         plan_digest="",
-        input=source.input,
+        input=source.image_input,
         network=TorchNetwork(source.model),
         classes=getattr(getattr(source.model, "config", None), "label2id", None) or {},
     )

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
@@ -37,14 +37,14 @@ class Logits(nn.Module):
         return found[0]
 
 
-def takes_tokens(model: nn.Module) -> bool:
+def takes_tokens(model: nn.Module) -> TypeGuard[PreTrainedModel]:
     """Return whether a network is an encoder of texts."""
     return isinstance(model, PreTrainedModel) and model.main_input_name == TOKEN_INPUTS[0]
 
 
-def gives_embeddings(model: nn.Module) -> bool:
+def gives_embeddings(model: nn.Module) -> TypeGuard[PreTrainedModel]:
     """Return whether a network is an encoder of texts without a head, whose outputs are the texts' embeddings."""
-    return takes_tokens(model) and model.base_model is model
+    return takes_tokens(model) and bool(model.base_model is model)
 
 
 def outputs_of(model: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
