@@ -47,9 +47,9 @@ def takes_tokens(model: nn.Module) -> TypeGuard[PreTrainedModel]:
     return isinstance(model, PreTrainedModel) and model.main_input_name == TOKEN_INPUTS[0]
 
 
-def gives_embeddings(model: nn.Module) -> bool:
+def gives_embeddings(model: nn.Module) -> TypeGuard[PreTrainedModel]:
     """Return whether a network is an encoder of texts without a head, whose outputs are the texts' embeddings."""
-    return takes_tokens(model) and model.base_model is model
+    return takes_tokens(model) and bool(model.base_model is model)
 
 
 def outputs_of(model: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
