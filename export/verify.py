@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -67,16 +67,16 @@ def verify_logits(
 
 
 def verify_outputs(
-    expected: NDArray[np.float32], network: Network, images: NDArray[np.float32], *, bound_db: float, name: str
+    expected: NDArray[np.float32], network: Network, images: NDArray[Any], *, bound_db: float, name: str
 ) -> float:
-    """Return the SQNR in dB of an open image network against the logits that torch gives for `images`.
+    """Return the SQNR in dB of an open network's outputs against those that torch gives for `images`, or for texts.
 
     `name` says in an error what was compared. Raises VerificationFailed below the bound.
     """
     found = sqnr_db(expected, network.outputs(images))
     if not found >= bound_db:
         raise VerificationFailed(
-            f"{name} differs from the torch model: SQNR {found:.1f} dB over {len(images)} images; {bound_db:.3g} dB "
+            f"{name} differs from the torch model: SQNR {found:.1f} dB over {len(images)} examples; {bound_db:.3g} dB "
             "expected"
         )
     return found

@@ -70,4 +70,5 @@ def _nearest(rows: NDArray[np.float64]) -> NDArray[np.intp]:
     """Return the index of the most similar other row for every row."""
     similarities = rows @ rows.T
     np.fill_diagonal(similarities, -np.inf)
-    return similarities.argmax(axis=1)
+    found: NDArray[np.intp] = similarities.argmax(axis=1)
+    return found

@@ -12,6 +12,7 @@ from dilap.backends.inputs import random_images
 from dilap.core.codec import encode, remove, write_json
 from dilap.core.errors import Unsupported
 from dilap.core.graph import Network
+from dilap.core.images import ImageInput
 from dilap.core.network_input import TokenInput
 from dilap.core.plan import Plan
 from dilap.core.progress import Progress
@@ -112,6 +113,7 @@ def named_inputs(options: NetworkOptions, source: NetworkSource) -> dict[str, st
 
 def _shown(options: NetworkOptions, source: NetworkSource) -> Shown:
     """Return the photographs of a job. Raises InvalidInput for those that are of no use."""
+    assert isinstance(source.input, ImageInput)
     logits = TorchNetwork(source.model).outputs(random_images((1, *source.input.size)))
     return shown_photographs(
         options.photographs, input_=source.input, classes=classes_of(source.model), num_classes=logits.shape[1]

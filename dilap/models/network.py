@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ def classes_of(model: nn.Module) -> Mapping[str, int]:
     return getattr(getattr(model, "config", None), "label2id", None) or {}
 
 
-def takes_tokens(model: nn.Module) -> bool:
+def takes_tokens(model: nn.Module) -> TypeGuard[PreTrainedModel]:
     """Return whether a network is an encoder of texts."""
     return isinstance(model, PreTrainedModel) and model.main_input_name == TOKEN_INPUTS[0]
 
@@ -103,10 +103,13 @@ def batches_of(examples: Examples, size: int, *, model: nn.Module) -> Iterator[t
 def random_examples(model: nn.Module, size: Sequence[int], count: int, *, seed: int = 0) -> torch.Tensor:
     """Return images of noise, or random tokens of texts of ever fewer tokens and padding (examples x `size`)."""
     generator = torch.Generator().manual_seed(seed)
-    if not takes_tokens(model):
-        return torch.randn(count, *size, generator=generator)
-    length, words = size[-1], model.get_input_embeddings().num_embeddings
-    ids = torch.randint(words, (count, length), generator=generator)
+    if takes_tokens(model):
+        return _random_tokens(model, size[-1], count, generator)
+    return torch.randn(count, *size, generator=generator)
+
+
+def _random_tokens(model: PreTrainedModel, length: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    ids = torch.randint(model.get_input_embeddings().num_embeddings, (count, length), generator=generator)
     mask = torch.arange(length).expand(count, length) < torch.linspace(length, 1, count + 1)[:-1, None].ceil()
     padding = getattr(model.config, "pad_token_id", None) or 0
     return torch.stack([ids.where(mask, padding), mask.long(), torch.zeros_like(ids)], 1)

@@ -14,6 +14,7 @@ from dilap.cli import eval as evaluation
 from dilap.cli import export, profile
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, file_sha256, read_json
+from dilap.core.images import ImageInput
 from dilap.evaluation.document import ImageEvaluation
 from dilap.job.networks import is_network
 from dilap.models.convolutional.load import save_network
@@ -64,7 +65,7 @@ def test_a_classifier_is_exported_with_its_own_preprocessing(classifier: Path) -
     artifact = sidecar(classifier.with_name("resnet-onnxruntime-f32"))
     assert artifact.sqnr_db is not None
     assert artifact.sqnr_db > 100, f"{artifact.sqnr_db:.1f} dB"
-    assert artifact.input is not None
+    assert isinstance(artifact.input, ImageInput)
     assert artifact.input.preprocessing is not None
     assert (str(artifact.input), artifact.input.preprocessing.resize) == ("3x32x32", (32, 32))
     assert artifact.input.preprocessing.std == pytest.approx((0.25 * 255,) * 3)
@@ -75,7 +76,7 @@ def test_another_size_is_resized_in_proportion(classifier: Path, tmp_path: Path)
         call(export.main, "--backend", "onnxruntime", "--input", "3x48x48", "--out", tmp_path / "out", classifier) == 0
     )
     found = sidecar(tmp_path / "out").input
-    assert found is not None
+    assert isinstance(found, ImageInput)
     assert found.preprocessing is not None
     assert (str(found), found.preprocessing.resize) == ("3x48x48", (48, 48))
 
@@ -101,7 +102,7 @@ def test_a_users_own_module_is_fed_by_the_processor_that_is_given(
     given = ["--precision", "int8", "--calib", photographs, "--processor", classifier, "--out", tmp_path / "out"]
     assert call(export.main, "--backend", "onnxruntime", *given, own) == 0
     found = sidecar(tmp_path / "out").input
-    assert found is not None
+    assert isinstance(found, ImageInput)
     assert found.preprocessing is not None
 
 

@@ -250,6 +250,7 @@ def test_the_built_in_network_is_that_of_its_packages() -> None:
         len(found.traced.network.groups),
         len(found.traced.network.branches),
     ) == (4_652_008, 24, 9)
+    assert isinstance(found.input, ImageInput)
     assert found.input.preprocessing is not None
     assert found.input.preprocessing.resize == (73,)  # as 256 for images of 224
 

@@ -1,5 +1,7 @@
 """Encoders of texts: what can go in them, and that the shrunk one computes what the masked one does."""
 
+from typing import Any
+
 import pytest
 import torch
 from standins.encoders import ENCODERS, encoder, output, shape, shape_of, texts
@@ -50,7 +52,7 @@ def test_a_shrunk_encoder_has_the_shape_of_its_plan_and_is_shrunk_again() -> Non
     made = plan(shape(), unequal("bert"))
     shrunk = shrink_network_(encoder(), made)
     assert shape_of(shrunk) == made.pruned_architecture()
-    again = shrink_network_(shrunk, plan(shape_of(shrunk), halves(shape_of(shrunk))))
+    again: Any = shrink_network_(shrunk, plan(shape_of(shrunk), halves(shape_of(shrunk))))
     assert again.encoder.layer[0].attention.self.query.out_features == 8
 
 

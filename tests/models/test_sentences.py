@@ -34,7 +34,8 @@ def test_sentences_are_padded_and_cut_to_the_length(tmp_path: Path) -> None:
     assert words[0] == ["[CLS]", *"abcd", "[UNK]", "[SEP]", "[PAD]"]
     assert words[1] == ["[CLS]", *"abcdef", "[SEP]"]
     assert tokens[:, 1].sum(1).tolist() == [7, 8]
-    assert (tokens.dtype, tokens[:, 2].any()) == (np.int64, False)
+    assert tokens.dtype == np.int64
+    assert not tokens[:, 2].any()
 
 
 def test_parts_share_no_sentence_and_are_the_same_at_every_call(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ Embeddings of texts are compared with the dense network's, from which they are f
 first order, is that of their product with a random vector, squared, in the mean over such vectors.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def _loss(model: nn.Module, batch: torch.Tensor, labels: torch.Tensor | None, nu
     outputs = outputs_of(model, batch)[0]
     if gives_embeddings(model):
         drawn = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(number)).to(outputs)
-        return (outputs * drawn).sum() / len(batch) ** 0.5  # whose square is the mean over the batch
+        return (outputs * drawn).sum() / math.sqrt(len(batch))  # whose square is the mean over the batch
     return functional.cross_entropy(
         outputs, outputs.detach().argmax(1) if labels is None else labels.to(outputs.device)
     )
