@@ -12,6 +12,7 @@ from dilap.core.measurement import Interval, Measurement
 from dilap.core.plan import Plan
 from dilap.core.vocabulary import VocabularyCut
 from dilap.evaluation.subject import require_unchanged
+from dilap.job.answers import answers, continuations, kept_continuations
 from dilap.job.exam import Exam
 from dilap.job.formats import Files, dense_formats
 from dilap.job.result import PlainDefaults, PruneResult, Quality, Side, caveats, flops_of, versions
@@ -44,6 +45,9 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration, files: 
     with workspace.stage("score the dense model"):
         exam = Exam.of(stages, text)
         lessons = _lessons(stages, text)
+        unpruned = kept_continuations(
+            workspace.common / "answers.json", source.model, source.tokenizer, exam.text.tokens
+        )
     if plan.precisions:
         source.model.float()  # half precision has too few values for rounded weights
     shrink_(source.model, plan, parameters=pruned.parameters)
@@ -66,6 +70,9 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration, files: 
     is_rounded = bool(plan.precisions) and lessons is None  # by the method that chose the precisions
     if not is_rounded and _round_(stages, plan, text):
         recovered = exam.of_torch(source.model)
+    with workspace.stage("answer"):
+        pruned_answers = continuations(source.model, source.tokenizer, exam.text.tokens)
+        said = answers(source.tokenizer, exam.text.tokens, dense=unpruned, pruned=pruned_answers)
     with workspace.stage("save the checkpoint"):
         remove(workspace.folder / "checkpoint")  # left by an earlier start
         save_checkpoint(source.model, source.tokenizer, workspace.folder / "checkpoint")
@@ -74,7 +81,8 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration, files: 
     result = _result(stages, goal, pruned, text, dense=dense, side=side, shrunk=shrunk, validation_kl=validation_kl)
     precisions = plan.pruned_precisions()
     notes = (*result.notes, *[_UNDONE] * is_undone)
-    return replace(result, notes=notes, recovery_kls=recovery_kls, plain=plain, formats=formats, precisions=precisions)
+    result = replace(result, notes=notes, recovery_kls=recovery_kls, plain=plain, formats=formats)
+    return replace(result, precisions=precisions, answers=said)
 
 
 def _sides(
