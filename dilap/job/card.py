@@ -21,6 +21,7 @@ _LIBRARIES: Mapping[str, str] = {
     "executorch": "executorch",
     "tensorrt": "tensorrt",
 }
+_PUBLIC_TEXT = "python-docs"
 _IN_TORCH = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -130,7 +131,8 @@ def _list(lines: Sequence[str]) -> str:
 
 
 def _answers(result: PruneResult) -> list[str]:
-    if not result.answers:
+    """Return the answers as a table, unless they are about passages of a text that may be private."""
+    if not result.answers or result.pruned.quality.text != _PUBLIC_TEXT:
         return []
     rows = [("after", "dense", "pruned"), *((one.prompt, one.dense, one.pruned) for one in result.answers)]
     head, *rest = (f"| {' | '.join(markdown(' '.join(cell.split())) for cell in row)} |" for row in rows)

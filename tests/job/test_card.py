@@ -119,3 +119,10 @@ def test_a_broken_model_is_not_praised_for_its_speed(finished: FinishedJob, resu
     claims = [_claim(Run(name="one", result=one, widths=(), table=None, evaluation=None)) for one in (result, broken)]
     assert [claim["status"] for claim in claims] == ["broken" if result.pruned.quality.kl > 1.5 else "kept", "broken"]
     assert "broken for most uses" in claims[1]["detail"]
+
+
+def test_no_passage_of_a_private_text_is_in_a_card(run: Path, finished: FinishedJob, result: PruneResult) -> None:
+    assert "## Answers" not in card(finished, "checkpoint")
+    public = replace(result.pruned, quality=replace(result.pruned.quality, text="python-docs"))
+    write_cards(run, replace(result, pruned=public), Origin(name="Tiny"))
+    assert "## Answers" in (run / "checkpoint" / "README.md").read_text(encoding="utf-8")
