@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     made = arguments.parser(
         "Prune with several methods to the same measured latency and compare what is left.", _EXAMPLES
     )
-    made.add_argument("--target", required=True, help="the device; see dilap-profile --list-devices")
+    arguments.add_target(made, required=True)
     made.add_argument(
         "--budget",
         action=arguments.Several,

@@ -8,72 +8,103 @@ from dilap.cli import arguments
 from dilap.core.bounds import MAX_BATCH
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
+from dilap.job import options as jobs
 from dilap.job.networks import is_network
+from dilap.job.options import RANGES, JobOptions
+from dilap.models.options import CalibrationOptions, RecoveryOptions
 from dilap.profilers.devices.device import Device
 from dilap.search.layouts import LAYOUTS
+from dilap.search.options import LibraryOptions, SearchOptions
 
 if TYPE_CHECKING:
     from dilap.job.network_options import NetworkOptions
-    from dilap.job.options import JobOptions
 
 
 def add_search(made: argparse.ArgumentParser) -> None:
-    from dilap.job.options import RANGES
-    from dilap.search.library import LibraryOptions
-    from dilap.search.task import SearchOptions
-
     search, library = SearchOptions(), LibraryOptions()
     group = made.add_argument_group("the search")
-    group.add_argument("--layout", choices=LAYOUTS, help="restrict plans to what more runtimes load; see the README")
+    group.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="free: any widths; portable: those that more runtimes load; uniform: equal in all layers (the freest that "
+        "the runtime loads)",
+    )
     group.add_argument(
         "--table", metavar="FILE", help="a latency table; by default the one in tables/ that fits, measured first"
     )
-    group.add_argument("--importance", choices=["wanda", "obs"], default=library.order, help=f"({library.order})")
+    group.add_argument(
+        "--importance",
+        choices=["wanda", "obs"],
+        default=library.order,
+        help="rank units by weight times activation, or by what the refitted layer loses without them "
+        f"({library.order})",
+    )
     group.add_argument(
         "--step",
         type=arguments.share,
         default=search.step,
         metavar="SHARE",
-        help=f"of the dense latency between two linearisations ({search.step:g})",
+        help=f"of the dense latency between two linearisations, above 0 and at most 1 ({search.step:g})",
     )
     group.add_argument(
         "--evaluations",
         type=arguments.whole(*RANGES["evaluations"]),
         default=search.evaluations,
         metavar="N",
-        help=f"({search.evaluations})",
+        help=f"networks that are tried on the real KL at the end, {_range('evaluations')} ({search.evaluations})",
     )
     group.add_argument(
-        "--seed", type=arguments.whole(*RANGES["seed"]), default=search.seed, metavar="N", help=f"({search.seed})"
+        "--seed",
+        type=arguments.whole(*RANGES["seed"]),
+        default=search.seed,
+        metavar="N",
+        help=f"of all that is random, {_range('seed')} ({search.seed})",
     )
 
 
 def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", steps: int | None = None) -> None:
     """Add the options about text and recovery; `mode` and `steps` are this command's defaults of the recovery."""
-    from dilap.job.options import RANGES
-    from dilap.models.distil import RecoveryOptions
-    from dilap.models.text import CalibrationOptions
-
-    text, steps = CalibrationOptions(), steps or RecoveryOptions().steps
+    text, recovery = CalibrationOptions(), RecoveryOptions()
+    steps = steps or recovery.steps
     group = made.add_argument_group("text and recovery")
     group.add_argument(
         "--calib",
         default="self",
+        metavar="TEXT",
         help="self (sampled from the model), a file (.txt .md .json .jsonl .csv .tsv .parquet, .gz too) or a hub set; "
-        "photographs for an image network",
+        "photographs for an image network (self)",
     )
     group.add_argument(
         "--calib-length",
         type=arguments.whole(*RANGES["calib_length"]),
         default=text.sequence_length,
         metavar="N",
-        help="tokens a sequence",
+        help=f"tokens of a sequence of it, {_range('calib_length')} ({text.sequence_length})",
     )
-    group.add_argument("--eval-text", default="python-docs", metavar="TEXT", help="scored, never searched on")
-    group.add_argument("--recover", choices=["none", "lora", "full"], default=mode, help=f"({mode})")
     group.add_argument(
-        "--recover-steps", type=arguments.whole(*RANGES["recover_steps"]), default=steps, metavar="N", help=f"({steps})"
+        "--eval-text",
+        default="python-docs",
+        metavar="TEXT",
+        help="a file or hub set on which the models are scored, never searched on (python-docs)",
     )
+    group.add_argument(
+        "--recover",
+        choices=["none", "lora", "full"],
+        default=mode,
+        help=f"train on the dense model's answers afterwards: adapters, or whole layers ({mode})",
+    )
+    group.add_argument(
+        "--recover-steps",
+        type=arguments.whole(*RANGES["recover_steps"]),
+        default=steps,
+        metavar="N",
+        help=f"steps of {recovery.batch_tokens} tokens, {_range('recover_steps')} ({steps})",
+    )
+
+
+def _range(name: str) -> str:
+    least, most = RANGES[name]
+    return f"{least} to {most:,}"
 
 
 def add_images(made: argparse.ArgumentParser) -> None:
@@ -110,12 +141,10 @@ def asked_job(
     )
 
 
-def decoder_job(given: argparse.Namespace, *, device: Device, budget: Budget) -> "JobOptions":
+def decoder_job(given: argparse.Namespace, *, device: Device, budget: Budget) -> JobOptions:
     """Return the job of a decoder that the arguments ask for. Raises InvalidInput, also for an image network."""
     if is_network(given.model):
         raise InvalidInput(f"{given.model} is an image network, and this command knows decoders alone; see dilap-prune")
-    from dilap.job import options  # importing torch takes seconds: bad input is refused first
-
-    known = set(inspect.signature(options.job_options).parameters) - {"device", "budget"}
+    known = set(inspect.signature(jobs.job_options).parameters) - {"device", "budget"}
     chosen = {name: value for name, value in vars(given).items() if name in known}
-    return options.job_options(device=device, budget=budget, **chosen)
+    return jobs.job_options(device=device, budget=budget, **chosen)

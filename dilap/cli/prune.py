@@ -10,15 +10,15 @@ from dilap.cli.job_arguments import add_images, add_search, add_text_and_recover
 from dilap.core.codec import encode
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
-from dilap.job import result
+from dilap.job import ending, result
 from dilap.job.networks import is_network
+from dilap.job.options import JobOptions
 from dilap.job.outputs import home_of, name_of
 from dilap.methods import METHODS, NETWORK_METHODS
-from dilap.profilers.devices.device import DEVICES, Device
+from dilap.profilers.devices.device import Device
 
 if TYPE_CHECKING:
     from dilap.job.network_options import NetworkOptions
-    from dilap.job.options import JobOptions
 
 _EXAMPLES = """\
   dilap-prune --target host_cpu --budget 70%
@@ -40,15 +40,18 @@ def _parser() -> argparse.ArgumentParser:
     made = arguments.parser(
         "Prune a model to a latency budget that is measured on the device, and prove it.", _EXAMPLES
     )
-    made.add_argument(
-        "--target", help=f"the device: {', '.join(DEVICES)}; NAME:2 for the second (needed unless --pattern)"
-    )
+    arguments.add_target(made, words=" (needed unless --pattern)")
     asked = made.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--budget", help="40ms, 70%% (of the dense latency) or 1.4x (faster than dense)")
+    asked.add_argument("--budget", metavar="B", help="40ms, 70%% (of the dense latency) or 1.4x (faster than dense)")
     asked.add_argument(
-        "--ratio", type=arguments.share, help="instead: the share of the decoder layers' weights to remove"
+        "--ratio",
+        type=arguments.share,
+        metavar="SHARE",
+        help="instead: the share of the decoder layers' weights to remove",
     )
-    asked.add_argument("--pattern", help="instead: zeros inside matrices, 0.5 (a share), 2:4 or 4:8 (N of M kept)")
+    asked.add_argument(
+        "--pattern", metavar="P", help="instead: zeros inside matrices, 0.5 (a share), 2:4 or 4:8 (N of M kept)"
+    )
     made.add_argument("--stat", choices=["p50", "p90"], default="p50", help="the latency the budget is about (p50)")
     arguments.add_model(made)
     made.add_argument("--out", metavar="DIR", help="the run's folder (runs/MODEL-TARGET-BUDGET)")
@@ -92,7 +95,7 @@ def _sparse(given: argparse.Namespace) -> int:
     if is_network(given.model):
         raise InvalidInput(f"--pattern does not apply to the image network {given.model}: leave it away")
     from dilap.job import sparsify as sparse_job  # importing torch takes seconds: bad input is refused first
-    from dilap.models.text import CalibrationOptions
+    from dilap.models.options import CalibrationOptions
 
     options = sparse_job.SparseOptions(
         pattern=given.pattern,
@@ -140,7 +143,7 @@ def _command() -> int:
     if given.json:
         console.show_json(result.summary(done) | {"out": str(out)})
     else:
-        console.show(f"{result.table(done)}\n\neverything is in {out}")
+        console.show(f"{ending.text(done)}\n\neverything is in {out}")
     return 1 if done.status in ("missed", "uncertain") else 0
 
 

@@ -13,6 +13,7 @@ or `$XDG_CACHE_HOME/dilap`. `progress` is a function that is called with every l
 
 import copy
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
@@ -33,6 +34,7 @@ from dilap.job import export as exporting
 from dilap.job import profile as profiling
 from dilap.job.asked import OPTIONS, asked_job, start
 from dilap.job.comparison import Row
+from dilap.job.lines import LineBar
 from dilap.job.networks import is_network
 from dilap.job.options import job_options
 from dilap.job.profile import Profile
@@ -283,7 +285,7 @@ def _progress(told: Told) -> Progress:
 
 
 class Bars:
-    """A `Progress` that is shown by tqdm: its bars are widgets in a notebook and text on a terminal."""
+    """A `Progress` through tqdm: its bars are widgets in a notebook, text on a terminal, and lines elsewhere."""
 
     def say(self, text: str) -> None:
         from tqdm.auto import tqdm  # noqa: PLC0415 - it looks for widgets, and warns where there are none
@@ -291,9 +293,11 @@ class Bars:
         tqdm.write(text)
 
     def bar(self, title: str, *, total: int | None, unit: str) -> AbstractContextManager[Any]:
-        from tqdm.auto import tqdm  # noqa: PLC0415
+        from tqdm import auto  # noqa: PLC0415
 
-        found: AbstractContextManager[Any] = tqdm(desc=title, total=total, unit=unit, unit_scale=True, leave=False)
+        if auto.notebook_tqdm is auto.std_tqdm and not sys.stderr.isatty():
+            return LineBar(self.say, title, total=total, unit=unit)
+        found: AbstractContextManager[Any] = auto.tqdm(desc=title, total=total, unit=unit, unit_scale=True, leave=False)
         return found
 
 

@@ -117,15 +117,9 @@ def _with_tasks(
 ) -> Evaluation:
     """Return `done` with the missing tasks scored; each task is saved as soon as it is scored."""
     if tasks:
-        from dilap.evaluation.evaluate import evaluate_task, rows_sha256  # noqa: PLC0415 - lm-eval may be missing
+        from dilap.evaluation.evaluate import evaluate_task  # noqa: PLC0415 - lm-eval may be missing
     for number, task in enumerate(tasks, start=1):
-        if task.name in done.tasks:
-            if rows_sha256(task, limit=options.limit) != done.facts[task.name].data_sha256:
-                raise InvalidInput(
-                    f"the rows of {task.name} changed since {options.kept_in} was begun; put them back as they were, "
-                    "remove it or choose another --out"
-                )
-            progress.say(f"{task.name}: done earlier")
+        if _is_kept(task, done, options, progress):
             continue
         progress.say(f"{number} of {len(tasks)}: {task.name}")
         result = evaluate_task(subject, task, max_tokens=done.max_tokens, limit=options.limit, bar=progress.bar)
@@ -134,6 +128,28 @@ def _with_tasks(
         )
         _keep(done, options)
     return done
+
+
+def _is_kept(task: "LoadedTask", done: Evaluation, options: EvaluationOptions, progress: Progress) -> bool:
+    """Whether a task was scored before, on the rows and with the examples that are asked for now, and say so.
+
+    Raises InvalidInput where the rows are others than they were then.
+    """
+    from dilap.evaluation.evaluate import facts_now  # noqa: PLC0415 - lm-eval may be missing
+
+    if task.name not in done.tasks:
+        return False
+    now, then = facts_now(task, limit=options.limit), done.facts[task.name]
+    if (now.num_rows, now.num_fewshot) != (then.num_rows, then.num_fewshot):
+        progress.say(f"{task.name}: its {then.num_rows} rows with {then.num_fewshot} examples each are replaced")
+        return False
+    if now.data_sha256 != then.data_sha256:
+        raise InvalidInput(
+            f"the rows of {task.name} changed since {options.kept_in} was begun; put them back as they were, remove it "
+            "or choose another --out"
+        )
+    progress.say(f"{task.name}: done earlier")
+    return True
 
 
 def _started(subject: Subject, options: EvaluationOptions, progress: Progress) -> Evaluation:
@@ -160,7 +176,7 @@ def _started(subject: Subject, options: EvaluationOptions, progress: Progress) -
     found = decode(Evaluation, read_json(out), source=str(out))
     if differences := [name for name, value in identity(fresh).items() if identity(found)[name] != value]:
         raise InvalidInput(f"{out} is of another {differences[0]}; remove it or choose another --out")
-    return found
+    return replace(found, limit=options.limit, num_fewshot=options.num_fewshot)
 
 
 def _with_reference(done: Evaluation, subject: Subject, options: EvaluationOptions, progress: Progress) -> Evaluation:

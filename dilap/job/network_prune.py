@@ -16,6 +16,7 @@ from dilap.core.images import ImageInput
 from dilap.core.network_input import TokenInput
 from dilap.core.plan import Plan
 from dilap.core.progress import Progress
+from dilap.job import ending
 from dilap.job.claims import Calibrated, Claim, claimed, result_of
 from dilap.job.common_stages import Goal
 from dilap.job.inputs import code_sha256
@@ -78,6 +79,8 @@ def prune_network(
             options=options, workspace=workspace, bench=bench, source=source, network=traced.network, shown=shown
         )
         result = _run(stages, method)
+        if result is not None:
+            workspace.log.keep(ending.text(result))
         workspace.end(None if result is None else encode(result))
     return result
 

@@ -6,19 +6,17 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from dilap import methods
 from dilap.core.bounds import MAX_THREADS
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget, Phase, Workload
 from dilap.job.precisions import asked_precisions
 from dilap.models.builtin import DEFAULT_MODEL
-from dilap.models.distil import Mode, RecoveryOptions
-from dilap.models.text import CalibrationOptions
+from dilap.models.options import CalibrationOptions, Mode, RecoveryOptions
 from dilap.profilers.configuration import thread_counts
 from dilap.profilers.devices.device import Device
 from dilap.search.layouts import LAYOUTS, Layout
-from dilap.search.library import LibraryOptions, Order
-from dilap.search.method import LevelOptions
-from dilap.search.task import SearchOptions
+from dilap.search.options import LevelOptions, LibraryOptions, Order, SearchOptions
 
 # The whole numbers that an option takes, from the first to the second.
 RANGES: Mapping[str, tuple[int, int]] = {
@@ -150,6 +148,8 @@ def job_options(
     backend = backend or next(iter(device.backends))
     tried = thread_counts(device.default_threads()) if threads is None else (threads,)
     own, precisions = asked_precisions(precision, default=device.default_precision(backend))
+    methods.require_known(method)
+    _require_below_dense(budget, own, can_choose=precisions != () and methods.chooses_precision(method))
     try:
         workload = Workload(
             phase=phase,
@@ -184,6 +184,15 @@ def job_options(
         recovery=RecoveryOptions(mode=recover, steps=recover_steps),
         seed=seed,
     )
+
+
+def _require_below_dense(budget: Budget, precision: str, *, can_choose: bool) -> None:
+    """Raise InvalidInput for more than the dense model takes; that buys better precisions where those are chosen."""
+    if budget.fraction is not None and budget.fraction > 1 and not can_choose:
+        raise InvalidInput(
+            f"budget {budget} is more than the dense model takes in {precision}: give less than 100%, or let better "
+            "precisions be chosen (--precision auto, --method dilap)"
+        )
 
 
 def require_known(**given: str | None) -> None:

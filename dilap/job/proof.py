@@ -5,6 +5,7 @@ from dataclasses import replace
 from dilap.core.codec import encode, remove, write_json
 from dilap.core.plan import Plan
 from dilap.core.vocabulary import VocabularyCut
+from dilap.job.answers import answers, continuations, kept_continuations
 from dilap.job.claims import Calibrated, Claim, claimed, result_of
 from dilap.job.exam import Exam
 from dilap.job.formats import Files, dense_formats
@@ -34,6 +35,9 @@ def claim(stages: Stages, goal: DecoderGoal, pruned: Pruned, text: Calibration, 
     with workspace.stage("score the dense model"):
         exam = Exam.of(stages, text)
         lessons = _lessons(stages, text)
+        unpruned = kept_continuations(
+            workspace.common / "answers.json", source.model, source.tokenizer, exam.text.tokens
+        )
     if plan.precisions:
         source.model.float()  # half precision has too few values for rounded weights
     shrink_(source.model, plan, parameters=pruned.parameters)
@@ -55,6 +59,9 @@ def claim(stages: Stages, goal: DecoderGoal, pruned: Pruned, text: Calibration, 
     is_rounded = bool(plan.precisions) and lessons is None  # by the method that chose the precisions
     if not is_rounded and _round_(stages, plan, text):
         recovered = exam.of_torch(source.model)
+    with workspace.stage("answer"):
+        pruned_answers = continuations(source.model, source.tokenizer, exam.text.tokens)
+        said = answers(source.tokenizer, exam.text.tokens, dense=unpruned, pruned=pruned_answers)
     with workspace.stage("save the checkpoint"):
         remove(workspace.folder / "checkpoint")  # left by an earlier start
         save_checkpoint(source.model, source.tokenizer, workspace.folder / "checkpoint")
@@ -69,7 +76,14 @@ def claim(stages: Stages, goal: DecoderGoal, pruned: Pruned, text: Calibration, 
     formats = dense_formats(stages, files, exam)
     result = _result(stages, goal, pruned, text, claim, shrunk=shrunk, validation_kl=validation_kl)
     notes = (*result.notes, *recovery.notes)
-    return replace(result, notes=notes, recovery_kls=recovery.kls, formats=formats, precisions=plan.pruned_precisions())
+    return replace(
+        result,
+        notes=notes,
+        recovery_kls=recovery.kls,
+        formats=formats,
+        precisions=plan.pruned_precisions(),
+        answers=said,
+    )
 
 
 def _lessons(stages: Stages, text: Calibration) -> Teacher | None:

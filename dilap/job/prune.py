@@ -9,7 +9,9 @@ from dilap.backends import Backend
 from dilap.core.codec import encode
 from dilap.core.progress import Progress
 from dilap.core.shape import Architecture
+from dilap.job import ending
 from dilap.job.bench import Bench
+from dilap.job.card import write_cards
 from dilap.job.formats import dense_files
 from dilap.job.inputs import inputs_of
 from dilap.job.options import JobOptions
@@ -20,6 +22,7 @@ from dilap.job.stages import Stages
 from dilap.models.anatomy import architecture_of
 from dilap.models.context import require_context, require_sequences
 from dilap.models.load import Source, load
+from dilap.models.origin import origin_of
 from dilap.models.text import require_texts
 from dilap.profilers.devices.device import Device
 from dilap.search.layouts import Layout, default_layout, describe, require_layout
@@ -43,6 +46,7 @@ def prune(
     jobs have in common. `source` is the model of the options where it is loaded already; the job changes it in place.
     `tables` is the folder of latency tables, `tables/` by default. Raises DilapError.
     """
+    methods.get(options.method, options.settings)  # what is wrong with a setting is found before a model is read
     workspace = Workspace(out, progress, shared=shared)
     bench = Bench.of(
         devices,
@@ -67,6 +71,9 @@ def prune(
             workspace.log.say(note)
         stages = Stages(options=options, workspace=workspace, bench=bench, source=source)
         result = _run(stages, method, layout)
+        if result is not None:
+            workspace.log.keep(ending.text(result))
+            write_cards(workspace.folder, result, origin_of(source.model.config))
         workspace.end(None if result is None else encode(result))
     return result
 

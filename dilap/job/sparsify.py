@@ -21,9 +21,10 @@ from dilap.models.anatomy import decoder_layers
 from dilap.models.builtin import DEFAULT_MODEL
 from dilap.models.context import require_sequences
 from dilap.models.load import Source, load, save_checkpoint
+from dilap.models.options import CalibrationOptions
 from dilap.models.reference import Teacher, perplexity
 from dilap.models.statistics import Propagate
-from dilap.models.text import CalibrationOptions, evaluation_text, require_texts
+from dilap.models.text import evaluation_text, require_texts
 from dilap.sparsity.barber import OWN, PUBLISHED, Barber, Granularity, decoder_matrices
 from dilap.sparsity.pattern import Pattern
 from dilap.sparsity.rules import RULES, Rule, require_matrices, sparsify_

@@ -99,6 +99,12 @@ def get(name: str, settings: Mapping[str, str] = _NO_SETTINGS, *, table: Mapping
     return found
 
 
+def require_known(name: str) -> None:
+    """Raise InvalidInput for an unknown name of a method, without importing any; a user's own passes."""
+    if ":" not in name:
+        registry.require({**METHODS, **NETWORK_METHODS}, name, kind="method")
+
+
 def chooses_precision(name: str) -> bool:
     """Return whether a method chooses precisions; for the others all parts are in the artifact's own."""
     return name in _PRECISION

@@ -21,7 +21,7 @@ from dilap.models.families import families, family_of
 from dilap.models.modeling_dilap import linear_at
 
 # Entries of a config that say how a model was read, and change nothing of what it computes.
-_OF_THE_READING = ("_name_or_path", "transformers_version", "architectures")
+_OF_THE_READING = ("_name_or_path", "transformers_version", "architectures", "dilap_origin")
 
 
 @dataclass(frozen=True, kw_only=True)

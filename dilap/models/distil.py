@@ -3,8 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,31 +13,10 @@ from transformers import PreTrainedModel
 
 from dilap.models.anatomy import decoder_layers
 from dilap.models.compute import shuffled_rows
+from dilap.models.options import RecoveryOptions
 from dilap.models.reference import Teacher, final_hidden, head_of
 
-Mode = Literal["none", "lora", "full"]
 _TOKENS_AT_ONCE = 512  # in a forward and backward pass; those of all tokens of a step would hold gigabytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecoveryOptions:
-    """Settings of training with AdamW on KL(dense || pruned).
-
-    The mode `lora` trains adapters on all linear layers, `full` trains the decoder layers and leaves embeddings and
-    head as they are. A step moves the numbers of a tensor by about its `rate` times their root mean square: of a
-    matrix that is trained by an adapter, its own. `warmup` is the share of the steps in which the rate rises.
-    """
-
-    mode: Mode = "none"
-    steps: int = 60
-    batch_tokens: int = 2048
-    # Relative, as in Adafactor (arXiv 1804.04235): the matrices of SmolLM2-135M have a root mean square of 0.19, those
-    # of Gemma 3 270M of 0.04, so that 3e-4, which suits the first, raised the KL of the second from 1.6 to 3.4 at once.
-    full_rate: float = 1.6e-3
-    lora_rate: float = 5e-3
-    lora_rank: int = 16
-    warmup: float = 0.1
-    seed: int = 0
 
 
 def distil(

@@ -42,6 +42,7 @@ from dilap.models.families.family import has_tied_head
 from dilap.models.gguf_tokenizer import read_gguf_tokenizer
 from dilap.models.modeling_dilap import pruned_class
 from dilap.models.older_names import add_older_names
+from dilap.models.origin import note_origin_
 from dilap.models.pretrained import errors_of_damaged_files, from_pretrained
 from dilap.models.text_samples import SAMPLES
 from dilap.models.vocabulary import Vocabulary, cut_vocabulary_, require_cuttable
@@ -113,6 +114,7 @@ def load(
     elif not tokenizer_path.exists():  # a hub id: its files are in the hub's local cache by now
         tokenizer_path = Path(cached_file(name, "tokenizer_config.json")).parent
     cut = None if vocabulary is None else cut_vocabulary_(model, words, str(vocabulary))
+    note_origin_(model.config, name, path)
     return Source(
         name=name,
         model=model,

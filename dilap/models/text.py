@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 from dilap.core.errors import InvalidInput
 from dilap.models.compute import product_type
 from dilap.models.context import require_sequences
+from dilap.models.options import CalibrationOptions
 from dilap.models.reference import draw
 from dilap.models.text_files import read_text
 
@@ -25,21 +26,6 @@ OPENINGS = (
     "Q:", "How to", "What is", "Step 1:", "Theorem 1.", "Let x be",
     "def", "class", "import", "#include <", "function", "SELECT", "<html>", "{\n",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationOptions:
-    """Which calibration text to use, and how much.
-
-    `source` is `self` (the model samples its own text) or a name that `dilap.models.text_files.read_text` takes;
-    `sequence_length` is in tokens.
-    """
-
-    source: str = "self"
-    sequence_length: int = 256
-    train_sequences: int = 128
-    validation_sequences: int = 16
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

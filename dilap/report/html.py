@@ -11,6 +11,7 @@ from markupsafe import Markup
 from dilap import __version__
 from dilap.core.codec import to_json
 from dilap.core.errors import Unavailable
+from dilap.job import meaning
 from dilap.job.command import command_line
 from dilap.job.result import PruneResult
 from dilap.job.verdict import percent
@@ -75,9 +76,9 @@ def _claim(run: Run) -> dict[str, str]:
     stands = f"{asked} {result.verdict}, {percent(result.share)} of it used"
     return {
         "run": run.name,
-        "status": result.status,
+        "status": "broken" if meaning.is_broken(quality.kl) else result.status,
         "headline": _headline(result),
-        "detail": f"{_interval(result)}KL {quality.kl:.2f}{in_torch}; {stands}",
+        "detail": f"{_interval(result)}KL {quality.kl:.2f}{in_torch}, {meaning.of_kl(quality.kl)}; {stands}",
     }
 
 

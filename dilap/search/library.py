@@ -7,7 +7,6 @@ removed entries to zero gives the same output as cutting them out. Where the uni
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -18,8 +17,9 @@ from dilap.core.space import Choice, Level
 from dilap.models.anatomy import ExpertSublayer, Sublayer, all_sublayers
 from dilap.models.statistics import OUTPUTS, layer_statistics
 from dilap.search.experts import Batches, importances, inputs_recorded, output_errors
+from dilap.search.options import LibraryOptions, Order
 
-Order = Literal["wanda", "obs"]
+_DEFAULTS = LibraryOptions()
 Progress = Callable[[int], None]
 Units = tuple[tuple[int, ...], tuple[int, ...]]  # the KV groups and the query slots that stay, ascending
 
@@ -43,21 +43,6 @@ class LevelFit:
     def counts(self) -> Counts:
         """How many units stay in every group."""
         return tuple(len(units) for units in self.units.values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class LibraryOptions:
-    """Settings of `build_library`.
-
-    The `order` `wanda` ranks units by weight times activation; `obs` (optimal brain surgery) removes first what costs
-    the refitted output least. `ridge` is relative to the mean diagonal of the input covariance.
-    """
-
-    # KL of SmolLM2-135M on unseen text at 85 %, 70 % and 55 %: wanda 0.541, 1.331, 2.170, obs 0.591, 1.253, 1.963
-    # (tools/bench_search --only "no swaps" --seeds 1).
-    order: Order = "obs"
-    ridge: float = 0.01
-    batch_tokens: int = 2048
 
 
 def width_choices(choices: Sequence[Choice]) -> list[Choice]:
@@ -87,7 +72,7 @@ def fit_choices(
     choices: Sequence[Choice],
     tokens: torch.Tensor,
     *,
-    options: LibraryOptions = LibraryOptions(),
+    options: LibraryOptions = _DEFAULTS,
     progress: Progress = lambda _: None,
 ) -> Iterator[tuple[str, list[LevelFit]]]:
     """Yield the name of every choice with its levels fitted on `tokens` (sequences x length), layer by layer."""

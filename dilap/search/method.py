@@ -32,19 +32,8 @@ from dilap.models.anatomy import blocks_of
 from dilap.models.cut import Parameters
 from dilap.models.tensor_file import Tensors, computed_once
 from dilap.models.text import Calibration
-from dilap.search.library import LibraryOptions
 from dilap.search.limit import CostLimit
-from dilap.search.refit import RefitOptions
-from dilap.search.task import SearchOptions
-
-
-@dataclass(frozen=True, kw_only=True)
-class LevelOptions:
-    """Settings of the methods that choose among measured levels."""
-
-    library: LibraryOptions = field(default_factory=LibraryOptions)
-    search: SearchOptions = field(default_factory=SearchOptions)
-    refit: RefitOptions = field(default_factory=RefitOptions)
+from dilap.search.options import LevelOptions
 
 
 class _NoBar:

@@ -23,26 +23,10 @@ from dilap.models.rounding import compensated
 from dilap.models.skipping import Known, layers_replaced
 from dilap.models.statistics import InputStatistics, LayerCall, State, layer_calls
 from dilap.search.allocation import Config
+from dilap.search.options import RefitOptions
 from dilap.search.supernet import Supernet
 
-
-@dataclass(frozen=True, kw_only=True)
-class RefitOptions:
-    """Settings of the refit.
-
-    A correction is the share of the error already in the residual stream that a sublayer is asked to undo. The
-    `corrections` are tried in turn until one helps on validation text. `ridge` is the strength of the pull towards the
-    library's projection, relative to the mean diagonal of the input covariance.
-    """
-
-    # KL of SmolLM2-135M at 70 % on unseen prose (two texts): without the refit 1.72 and 1.81; correction 0.5: 1.44 and
-    # 1.57; correction 1: 1.38 and 1.55. Correction 0 is worse than no refit (1.16 against 0.97, another calibration).
-    # Correction 1 ruins plans that lose whole early layers (1.22 to 3.17), which is why another one is tried.
-    corrections: tuple[float, ...] = (1.0, 0.5)
-    # A ridge of 0.1 fits 64 sequences too closely: at 85 % its KL is 0.617 on Python's documentation and 0.649 on
-    # WikiText-2, with 0.3 it is 0.596 and 0.627.
-    ridge: float = 0.3
-    batch_tokens: int = 2048
+_DEFAULTS = RefitOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +47,7 @@ def best_refit(
     tokens: torch.Tensor,
     *,
     teacher: Teacher,
-    options: RefitOptions = RefitOptions(),
+    options: RefitOptions = _DEFAULTS,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Refit:
     """Return the first refit on `tokens` (sequences x length) that lowers the KL on the teacher's text.
@@ -99,7 +83,7 @@ def refit_sequentially(
     tokens: torch.Tensor,
     *,
     correction: float | None,
-    options: RefitOptions = RefitOptions(),
+    options: RefitOptions = _DEFAULTS,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, torch.Tensor]:
     """Return the parameters at `config`, by name, fitted on `tokens` (sequences x length): projections over the columns

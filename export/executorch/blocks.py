@@ -49,7 +49,7 @@ class BlockShape:
     precision: str
     norm_eps: float
     activation: str
-    architecture: Architecture  # without its layers
+    architecture: Architecture  # only what the code of its kind depends on
     widths: LayerWidths
     turns: bool = False
     norm_before: bool = False

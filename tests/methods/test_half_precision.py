@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from dilap import methods
 from dilap.models.cut import shrink_
-from dilap.models.distil import Mode, RecoveryOptions, distil
+from dilap.models.distil import distil
+from dilap.models.options import Mode, RecoveryOptions
 from dilap.models.reference import Teacher
 from dilap.models.text import self_generated
 from dilap.search.refit import refit_sequentially

@@ -9,8 +9,9 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from dilap.models.cut import shrink_
-from dilap.models.distil import Mode, RecoveryOptions, distil
+from dilap.models.distil import distil
 from dilap.models.load import load, save_checkpoint
+from dilap.models.options import Mode, RecoveryOptions
 from dilap.models.reference import Teacher
 
 # peft reads an attribute that transformers 5.23 renames.

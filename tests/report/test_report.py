@@ -114,7 +114,7 @@ def test_markdown_has_every_table(evaluated: Path, capsys: pytest.CaptureFixture
 def test_scores_quality_and_costs_of_evaluations_are_tables() -> None:
     whole = replace(evaluation("seventy", 0.5), text=TEXT_QUALITY, costs=costs())
     scores, beside, spent = tables.evaluation_tables([("seventy", whole)])
-    assert list(scores.rows[0])[:5] == ["seventy", "piqa", "10", "0", "0.5"]
+    assert list(scores.rows[0])[:5] == ["seventy", "piqa", "10", "0", "50.0% [23.7%, 76.3%]"]
     assert list(beside.rows[0])[2:] == ["0.2500", "30.00 (20.00)", "40.0% (50.0%)", "70.0%"]
     decode, prefill = (dict(zip(spent.headings, row, strict=True)) for row in spent.rows)
     assert (decode["File"], decode["FLOPs"], decode["Bytes moved"]) == ("25 MB", "2.00 G", "40 MB")
