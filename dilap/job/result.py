@@ -260,7 +260,7 @@ def measured_rows(result: PruneResult[Any]) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def table(result: PruneResult) -> str:
+def table(result: PruneResult[Any]) -> str:
     """Return a table of both models, the verdict, and the notes."""
     return joined(
         [
