@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     arguments.add_devices(made)
     arguments.add_workload(made)
     add_search(made)
-    add_text_and_recovery(made, mode="full", steps=16)
+    add_text_and_recovery(made, mode="full", steps=16, refit="score")
     return made
 
 

@@ -44,8 +44,10 @@ def add_search(made: argparse.ArgumentParser) -> None:
     )
 
 
-def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", steps: int | None = None) -> None:
-    """Add the options about text and recovery; `mode` and `steps` are this command's defaults of the recovery."""
+def add_text_and_recovery(
+    made: argparse.ArgumentParser, *, mode: str = "none", steps: int | None = None, refit: str = "none"
+) -> None:
+    """Add the options about text and recovery; `mode`, `steps` and `refit` are this command's defaults."""
     from dilap.job.options import RANGES
     from dilap.models.distil import RecoveryOptions
     from dilap.models.text import CalibrationOptions
@@ -55,16 +57,48 @@ def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", 
     group.add_argument(
         "--calib",
         default="self",
-        help="self (sampled from the model), a file (.txt .md .json .jsonl .csv .tsv .parquet, .gz too) or a hub set",
+        help="self (sampled from the model), c4, wikitext2 or ptb (random windows, as in the papers), a file (.txt .md "
+        ".json .jsonl .csv .tsv .parquet, .gz too) or a hub set (user/name or user/name:configuration)",
     )
     group.add_argument(
         "--calib-length",
         type=arguments.whole(*RANGES["calib_length"]),
         default=text.sequence_length,
         metavar="N",
-        help="tokens a sequence",
+        help=f"tokens a sequence ({text.sequence_length})",
+    )
+    group.add_argument(
+        "--calib-sequences",
+        type=arguments.whole(*RANGES["calib_sequences"]),
+        default=text.train_sequences,
+        metavar="N",
+        help=f"sequences to calibrate on ({text.train_sequences}); {text.validation_sequences} more are held out",
+    )
+    group.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="where c4, wikitext2 and ptb lie: DIR/c4/train.jsonl.gz and so on; the hub by default",
+    )
+    group.add_argument(
+        "--train-text",
+        metavar="TEXT",
+        help="for methods that train: an instruction set (yahma/alpaca-cleaned, a file with the columns "
+        "instruction, input and output) or any other text; by default the calibration text",
+    )
+    group.add_argument(
+        "--train-steps",
+        type=arguments.whole(*RANGES["train_steps"]),
+        metavar="N",
+        help="batches that methods train on; by default as their settings say",
     )
     group.add_argument("--eval-text", default="python-docs", metavar="TEXT", help="scored, never searched on")
+    group.add_argument(
+        "--refit",
+        choices=["none", "score", "use"],
+        default=refit,
+        help="refit the projections of any method's plan in closed form: to tell its KL, or in place of the method's "
+        f"own values ({refit})",
+    )
     group.add_argument("--recover", choices=["none", "lora", "full"], default=mode, help=f"({mode})")
     group.add_argument(
         "--recover-steps", type=arguments.whole(*RANGES["recover_steps"]), default=steps, metavar="N", help=f"({steps})"

@@ -114,7 +114,8 @@ def compare(
     """Prune with several methods at the same measured latency and return one row for each method and budget.
 
     `settings` holds the settings of each method by the method's name. Recovery is by default that of `dilap-compare`,
-    16 steps of full fine-tuning. Raises DilapError; the error of a single method is kept in its row instead.
+    16 steps of full fine-tuning, and plans are scored with a closed-form refit too (`refit="score"`). Raises
+    DilapError; the error of a single method is kept in its row instead.
     """
     asked = [_budget(one, None, stat) for one in _several(budgets)]
     asked = list(dict.fromkeys(asked + [_budget(None, one, stat) for one in _several(ratios)]))
@@ -126,7 +127,10 @@ def compare(
     found = _devices(target, devices)
     known = _known(options, among=_JOB_OPTIONS - {"method", "settings"})  # it has `methods`, and settings of each
     base = job_options(
-        device=found[0], budget=asked[0], model=os.fspath(model), **{"recover": "full", "recover_steps": 16, **known}
+        device=found[0],
+        budget=asked[0],
+        model=os.fspath(model),
+        **{"recover": "full", "recover_steps": 16, "refit": "score", **known},
     )
     return comparing.compare(
         base,

@@ -29,9 +29,10 @@ _OLD_NAMES = {
 class Row:
     """What one method gave at one budget; where the method failed, only `error` is set.
 
-    `torch_*` is the quality of the torch model in floats: `*_before` as the method left it, the others after the
-    recovery that all rows share. `artifact_*` is the quality of the exported file, read through its runtime; None where
-    the file cannot be read here.
+    `torch_*` is the quality of the torch model in floats: `*_cut` of the units that the method chose, with the dense
+    model's values, `*_refit` of these units refitted in closed form, both alike for all methods; `*_before` as the
+    method left it, with its own values; the others after the recovery that all rows share. `artifact_*` is the quality
+    of the exported file, read through its runtime; None where the file cannot be read here.
     """
 
     method: str
@@ -61,6 +62,8 @@ class Row:
     calibration_tokens: int | None = None
     notes: tuple[str, ...] = ()
     budget_used_ci: tuple[float, float] | None = None
+    torch_kl_cut: float | None = None
+    torch_kl_refit: float | None = None
 
     @property
     def kl(self) -> float:
@@ -88,6 +91,8 @@ def row_of(result: PruneResult) -> Row:
         calibration_tokens=text["train_sequences"] * text["sequence_length"],
         notes=result.all_notes,
         budget_used_ci=(result.share.low, result.share.high),
+        torch_kl_cut=result.kl_cut,
+        torch_kl_refit=result.kl_refit,
     )
 
 
@@ -177,7 +182,11 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 def _quality_note(rows: Sequence[Row]) -> str:
     """Say which models the columns of KL and perplexity are about."""
-    torch = "torch KL is of the torch model in floats, the only one that is known before recovery"
+    torch = (
+        "torch KL is of the torch model in floats, the only one that is known before recovery: of the units that a "
+        "method keeps with the dense model's values, of the same refitted in closed form (as DiLAP does), and as the "
+        "method leaves it, with its own values"
+    )
     read = next((row for row in rows if row.artifact_reader is not None), None)
     if read is None:
         return f"KL and perplexity are of the torch models in floats, not of the artifacts; {torch}."
@@ -192,9 +201,9 @@ def _table(budget: str, rows: Sequence[Row]) -> str:
     lines = [
         f"Budget {in_markdown(budget)}",
         "",
-        "| method | ms | 95 % interval | budget used | torch KL before recovery | torch KL | KL | perplexity "
-        "| parameters | FLOPs | peak memory | pruning took | and memory |",
-        "|---|" + "--:|" * 12,
+        "| method | ms | 95 % interval | budget used | torch KL of the units alone | refitted | before recovery "
+        "| torch KL | KL | perplexity | parameters | FLOPs | peak memory | pruning took | and memory |",
+        "|---|" + "--:|" * 14,
         *(_line(row) for row in done),
     ]
     failed = [f"{row.method} failed: {row.error}" for row in rows if row.error is not None]
@@ -213,6 +222,8 @@ def _line(row: Row) -> str:
         _scaled(row.seconds, 1e-3, 2) + mark,
         "" if row.seconds_ci is None else "-".join(_scaled(bound, 1e-3, 2) for bound in row.seconds_ci),
         _used(row),
+        _number(row.torch_kl_cut, 3),
+        _number(row.torch_kl_refit, 3),
         _number(row.torch_kl_before, 3),
         _number(row.torch_kl, 3),
         *_quality_cells(row),

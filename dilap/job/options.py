@@ -13,6 +13,7 @@ from dilap.job.precisions import asked_precisions
 from dilap.models.builtin import DEFAULT_MODEL
 from dilap.models.distil import Mode, RecoveryOptions
 from dilap.models.text import CalibrationOptions
+from dilap.models.windows import CORPORA
 from dilap.profilers.configuration import thread_counts
 from dilap.profilers.devices.device import Device
 from dilap.search.layouts import LAYOUTS, Layout
@@ -20,9 +21,13 @@ from dilap.search.library import LibraryOptions, Order
 from dilap.search.method import LevelOptions
 from dilap.search.task import SearchOptions
 
+# Whether a plan is refitted in closed form: not at all, to score it alone, or to take the refitted values.
+Refit = Literal["none", "score", "use"]
 # The whole numbers that an option takes, from the first to the second.
 RANGES: Mapping[str, tuple[int, int]] = {
     "calib_length": (1, 1 << 20),
+    "calib_sequences": (1, 1_000_000),
+    "train_steps": (1, 1_000_000),
     "recover_steps": (1, 1_000_000),
     "evaluations": (0, 100_000),
     "seed": (0, (1 << 32) - 1),
@@ -33,6 +38,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "layout": LAYOUTS,
     "importance": get_args(Order),
     "recover": get_args(Mode),
+    "refit": get_args(Refit),
 }
 _NONE: Mapping[str, str] = MappingProxyType({})
 _TIMED, _TEXT, _LIBRARY, _SEARCH, _RECOVERY = (
@@ -47,7 +53,9 @@ class JobOptions:
     For the `fastest` configuration, the runtime's switches and `threads_tried` are tried, starting from `workload`;
     the `plain` one has the runtime's default switches. `precisions` are those that parts of the model may have beside
     the workload's own, which is the artifact's; None stands for all that the runtime has. `merge_adapter` is the folder
-    of an adapter that becomes part of the model, `vocabulary` the text whose tokens alone stay in it.
+    of an adapter that becomes part of the model, `vocabulary` the text whose tokens alone stay in it. Methods that
+    train read `training_text`, by default the calibration text, for `train_steps` batches, by default as many as their
+    settings say.
     """
 
     budget: Budget
@@ -67,10 +75,13 @@ class JobOptions:
     settings: dict[str, str] = field(default_factory=dict)
     table: str | None = None
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    training_text: str | None = None
+    train_steps: int | None = None
     evaluation_text: str = "python-docs"
     evaluation_sequences: int = 32
     levels: LevelOptions = field(default_factory=LevelOptions)
     recovery: RecoveryOptions = field(default_factory=RecoveryOptions)
+    refit: Refit = "none"
     seed: int = 0  # of everything random: text, search, methods, recovery; set in their options too
 
     def __post_init__(self) -> None:
@@ -114,7 +125,12 @@ def job_options(
     evaluations: int = _SEARCH.evaluations,
     calib: str = _TEXT.source,
     calib_length: int = _TEXT.sequence_length,
+    calib_sequences: int = _TEXT.train_sequences,
+    data_dir: str | None = None,
+    train_text: str | None = None,
+    train_steps: int | None = None,
     eval_text: str = "python-docs",
+    refit: Refit = "none",
     recover: Mode = _RECOVERY.mode,
     recover_steps: int = _RECOVERY.steps,
     seed: int = 0,
@@ -130,9 +146,15 @@ def job_options(
     """
     if not (math.isfinite(step) and 0 < step <= 1):
         raise InvalidInput(f"--step is a share of the dense latency above 0, got {step:g}")
-    _require_known(configuration=configuration, layout=layout, importance=importance, recover=recover)
+    _require_known(configuration=configuration, layout=layout, importance=importance, recover=recover, refit=refit)
     _require_in_range(
-        calib_length=calib_length, recover_steps=recover_steps, evaluations=evaluations, seed=seed, threads=threads
+        calib_length=calib_length,
+        calib_sequences=calib_sequences,
+        train_steps=train_steps,
+        recover_steps=recover_steps,
+        evaluations=evaluations,
+        seed=seed,
+        threads=threads,
     )
     backend = backend or next(iter(device.backends))
     tried = thread_counts(device.default_threads()) if threads is None else (threads,)
@@ -165,11 +187,25 @@ def job_options(
         method=method,
         settings=dict(settings),
         table=table,
-        calibration=CalibrationOptions(source=calib, sequence_length=calib_length),
+        calibration=calibration_options(calib, length=calib_length, sequences=calib_sequences, data_dir=data_dir),
+        training_text=train_text,
+        train_steps=train_steps,
         evaluation_text=eval_text,
         levels=LevelOptions(library=LibraryOptions(order=importance), search=search),
         recovery=RecoveryOptions(mode=recover, steps=recover_steps),
+        refit=refit,
         seed=seed,
+    )
+
+
+def calibration_options(
+    source: str, *, length: int, sequences: int, data_dir: str | None, seed: int = 0
+) -> CalibrationOptions:
+    """Return the options of a calibration text. Raises InvalidInput for a folder of data that nothing is read from."""
+    if data_dir is not None and source not in CORPORA:
+        raise InvalidInput(f"--data-dir has the files of --calib {', '.join(CORPORA)}; --calib {source} reads none")
+    return CalibrationOptions(
+        source=source, data_dir=data_dir, sequence_length=length, train_sequences=sequences, seed=seed
     )
 
 

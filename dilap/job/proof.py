@@ -29,6 +29,7 @@ from dilap.models.text import Calibration
 from dilap.profilers import intervals
 from dilap.profilers.profiler import Case, budget_share, is_shown, speedup
 from dilap.search.method import Pruned
+from dilap.search.plan_scores import PlanScores, scores_of_plan
 
 _UNDONE = "recovery is undone, because it did not help"
 
@@ -44,9 +45,13 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration, files: 
     with workspace.stage("score the dense model"):
         exam = Exam.of(stages, text)
         lessons = _lessons(stages, text)
+    scores = _scores_of_plan(stages, plan, text, exam)
+    parameters = pruned.parameters
+    if scores is not None and stages.options.refit == "use" and not plan.precisions:
+        parameters = scores.parameters
     if plan.precisions:
         source.model.float()  # half precision has too few values for rounded weights
-    shrink_(source.model, plan, parameters=pruned.parameters)
+    shrink_(source.model, plan, parameters=parameters)
     source.model.config.dilap_plan = plan.digest
     exam = exam.facing(source.model)
     if lessons is not None and lessons.states is not None:
@@ -74,7 +79,27 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration, files: 
     result = _result(stages, goal, pruned, text, dense=dense, side=side, shrunk=shrunk, validation_kl=validation_kl)
     precisions = plan.pruned_precisions()
     notes = (*result.notes, *[_UNDONE] * is_undone)
+    if scores is not None:
+        result = replace(result, kl_cut=scores.kl_cut, kl_refit=scores.kl_refit)
     return replace(result, notes=notes, recovery_kls=recovery_kls, plain=plain, formats=formats, precisions=precisions)
+
+
+def _scores_of_plan(stages: Stages, plan: Plan, text: Calibration, exam: Exam) -> PlanScores | None:
+    """Return what the plan is worth whichever method chose it, None where that is not asked for.
+
+    The model in `stages.source` must not be pruned yet.
+    """
+    if stages.options.refit == "none":
+        return None
+    model, tokens = stages.source.model, text.train[: stages.options.calibration.train_sequences]
+    total = len(decoder_layers(model)) * tokens.numel()
+    with stages.workspace.stage("refit"), stages.workspace.log.bar("refit", total=total, unit="tok") as bar:
+        scores = scores_of_plan(
+            model, plan, tokens, validation=exam.validation, unseen=exam.reference, progress=bar.update
+        )
+    refitted = "" if scores.kl_refit is None else f", refitted in closed form {scores.kl_refit:.3f}"
+    stages.workspace.log.say(f"these units alone: KL {scores.kl_cut:.3f} on {exam.text.name}{refitted}")
+    return scores
 
 
 def _sides(

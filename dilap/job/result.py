@@ -158,6 +158,8 @@ class PruneResult:
     vocabulary: VocabularyCut | None = None  # None where the pruned model has all tokens of the dense one
     formats: tuple[DenseFormat, ...] = ()  # the dense model in every precision, where precisions were chosen
     precisions: dict[str, str] = field(default_factory=dict)  # of the pruned model's parts, beside the artifact's own
+    kl_cut: float | None = None  # of the plan's units with the dense model's values, in torch; None where not asked for
+    kl_refit: float | None = None  # of the same units with projections refitted in closed form
 
     def __post_init__(self) -> None:
         if self.backend not in backends.BACKENDS or self.workload.precision not in PRECISION_BITS:

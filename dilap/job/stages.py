@@ -28,7 +28,7 @@ from dilap.job.verdict import percent
 from dilap.models.anatomy import architecture_of
 from dilap.models.load import Source, load
 from dilap.models.reference import Teacher
-from dilap.models.text import Calibration
+from dilap.models.text import Calibration, training_text
 from dilap.profilers.configuration import Configuration
 from dilap.profilers.profiler import budget_share
 from dilap.profilers.tables.model import LatencyModel
@@ -300,11 +300,19 @@ class Stages:
             rules=goal.rules,
             levels=self.options.levels,
             tokenizer=self.source.tokenizer,
+            training=self._training(),
             cache=self._method_cache,
             seed=self.options.seed,
             bar=self.workspace.log.bar,
             report=self.workspace.log.say,
         )
+
+    def _training(self) -> torch.Tensor | None:
+        """Return the text for methods that train, None where the options name none or the method trains nothing."""
+        name, length = self.options.training_text, self.options.calibration.sequence_length
+        if name is None or not (self.options.method in methods.TRAINED or ":" in self.options.method):
+            return None
+        return training_text(name, self.source.tokenizer, length=length)
 
     @property
     def _method_cache(self) -> Path:

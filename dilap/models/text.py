@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.func import functional_call
@@ -12,9 +13,11 @@ from dilap.core.errors import InvalidInput
 from dilap.models.compute import product_type
 from dilap.models.context import require_sequences
 from dilap.models.reference import draw
-from dilap.models.text_files import read_text
+from dilap.models.text_files import read_documents, read_text
+from dilap.models.windows import CORPORA, published_windows
 
 _ANY = -1  # a token that is to be sampled
+_MOST_TO_TRAIN_ON = 60_000  # documents of a hub set: Alpaca's 52,000 and a little more
 _SEQUENCES_AT_ONCE = 32  # in a 7B model without grouped heads their keys and values take 4 GiB
 # First words of documents of many kinds: prose, letters, news, papers, notes, lists, tables, questions, mathematics,
 # code. KL of SmolLM2-135M at 70 %, 128 sequences, on Python's documentation and WikiText-2: with random first tokens
@@ -31,11 +34,13 @@ OPENINGS = (
 class CalibrationOptions:
     """Which calibration text to use, and how much.
 
-    `source` is `self` (the model samples its own text) or a name that `dilap.models.text_files.read_text` takes;
-    `sequence_length` is in tokens.
+    `source` is `self` (the model samples its own text), a corpus of `dilap.models.windows` (c4, wikitext2, ptb), read
+    from `data_dir` or the hub, or a name that `dilap.models.text_files.read_text` takes; `sequence_length` is in
+    tokens.
     """
 
     source: str = "self"
+    data_dir: str | None = None
     sequence_length: int = 256
     train_sequences: int = 128
     validation_sequences: int = 16
@@ -86,6 +91,8 @@ def calibration(
         tokens = self_generated(
             model, tokenizer, num_sequences=count, length=length, seed=options.seed, progress=progress
         )
+    elif options.source in CORPORA:
+        return Calibration(name=options.source, **_corpus_windows(options, tokenizer))
     else:
         tokens = _file_sequences(options, tokenizer)
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(options.seed))
@@ -97,9 +104,24 @@ def calibration(
 
 def require_texts(options: CalibrationOptions, evaluation: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise InvalidInput, before hours of work begin, where a text cannot be read or is too short."""
-    if options.source != "self":
+    if options.source in CORPORA:
+        _corpus_windows(options, tokenizer)
+    elif options.source != "self":
         _file_sequences(options, tokenizer)
     evaluation_text(evaluation, tokenizer, num_sequences=1, length=options.sequence_length)
+
+
+def _corpus_windows(options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    train, validation = published_windows(
+        options.source,
+        tokenizer,
+        train=options.train_sequences,
+        validation=options.validation_sequences,
+        length=options.sequence_length,
+        seed=options.seed,
+        data_dir=None if options.data_dir is None else Path(options.data_dir).expanduser(),
+    )
+    return {"train": train, "validation": validation}
 
 
 def _file_sequences(options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -108,7 +130,7 @@ def _file_sequences(options: CalibrationOptions, tokenizer: PreTrainedTokenizerB
     if len(tokens) < count:
         raise InvalidInput(
             f"{options.source}: {len(tokens)} sequences of {length} tokens, but {count} are needed; "
-            "give more text, or take a smaller --calib-length"
+            "give more text, or take a smaller --calib-length or fewer --calib-sequences"
         )
     return tokens
 
@@ -201,6 +223,12 @@ def consecutive(ids: Sequence[int], before: Sequence[int], *, length: int) -> li
     """Return tokens as rows of `length` that all begin with `before`; a rest is dropped."""
     own = length - len(before)
     return [[*before, *ids[at : at + own]] for at in range(0, len(ids) - own + 1, own)]
+
+
+def training_text(name: str, tokenizer: PreTrainedTokenizerBase, *, length: int) -> torch.Tensor:
+    """Return text that methods train on (sequences x length), of a file or a hub set: an instruction set, for one."""
+    text = "\n\n".join(read_documents(name, most=_MOST_TO_TRAIN_ON))
+    return sequences(text, tokenizer, length=length, name=name)
 
 
 def evaluation_text(
