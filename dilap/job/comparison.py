@@ -64,6 +64,7 @@ class Row:
     budget_used_ci: tuple[float, float] | None = None
     torch_kl_cut: float | None = None
     torch_kl_refit: float | None = None
+    ffn_multiple: int = 1
 
     @property
     def kl(self) -> float:
@@ -93,6 +94,7 @@ def row_of(result: PruneResult) -> Row:
         budget_used_ci=(result.share.low, result.share.high),
         torch_kl_cut=result.kl_cut,
         torch_kl_refit=result.kl_refit,
+        ffn_multiple=result.ffn_multiple,
     )
 
 
@@ -168,6 +170,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     """Return what a reader has to know to compare the rows."""
     shared = "What does not depend on the budget is computed once: its seconds are in the row that asked first."
     shared = f"{_quality_note(rows)} {shared}"
+    if multiples := sorted({row.ffn_multiple for row in rows if row.error is None} - {1}):
+        widths = " or ".join(map(str, multiples))
+        shared += f" FFN widths of all methods are rounded to multiples of {widths}, which the runtime needs."
     sizes = {row.calibration_tokens for row in rows if row.calibration_tokens}
     if len(sizes) != 1:
         return [shared]

@@ -310,4 +310,5 @@ def _result(
             *goal.caveats,
         ),
         vocabulary=vocabulary,
+        ffn_multiple=goal.rules.ffn_multiple,
     )

@@ -75,6 +75,7 @@ def tuned_projection(
     ridge: float,
     ratio: float = 1.0,
     direction: Direction = "out_channel",
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Return the projection W (outputs x inputs) with the least |A W' - B|^2, kept near to `weight` by a penalty.
 
@@ -85,7 +86,7 @@ def tuned_projection(
     subtracted from B, which the authors leave out. Their dampening is another one: its scale is that of the squared
     normal equations.
     """
-    old, a, b = weight.detach().float(), inputs.float(), wanted.float()
+    old, a, b = weight.detach().to(dtype), inputs.to(dtype), wanted.to(dtype)
     sizes = (old.abs() * a.square().sum(0).sqrt()).sum(1 if direction == "out_channel" else 0)
     chosen = sizes.argsort(descending=True, stable=True)[: int(ratio * len(sizes))]
     result = old.clone()
@@ -94,13 +95,13 @@ def tuned_projection(
         result[:, chosen] = _least_squares(old[:, chosen], a[:, chosen], b - a[:, others] @ old[:, others].T, ridge)
     else:
         result[chosen] = _least_squares(old[chosen], a, b[:, chosen], ridge)
-    return result if torch.isfinite(result).all() else old
+    return (result if torch.isfinite(result).all() else old).float()
 
 
 def _least_squares(old: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ridge: float) -> torch.Tensor:
     gram, right = a.T @ a, a.T @ b
     if ridge:
         damping = ridge * gram.diagonal().mean()
-        factor = torch.linalg.cholesky(gram + damping * torch.eye(len(gram)))
+        factor = torch.linalg.cholesky(gram + damping * torch.eye(len(gram), dtype=gram.dtype))
         return torch.cholesky_solve(right + damping * old.T, factor).T
-    return torch.linalg.lstsq(gram.double(), right.double(), driver="gelsd").solution.float().T
+    return torch.linalg.lstsq(gram.double(), right.double(), driver="gelsd").solution.to(old.dtype).T

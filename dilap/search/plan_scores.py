@@ -66,6 +66,7 @@ def _library(model: PreTrainedModel, plan: Plan) -> list[list[LevelFit]]:
 def _fit(one: Sublayer | ExpertSublayer, kept: Mapping[str, tuple[int, ...]]) -> LevelFit:
     units = {group.name: kept[group.name] for group in one.block.groups}
     columns, weight = one.columns(units), one.weight.detach()
-    if len(columns) < weight.shape[1 if isinstance(one, Sublayer) else 0]:
-        weight = weight[:, columns] if isinstance(one, Sublayer) else weight[columns]
+    weight = weight.index_select(
+        1 if isinstance(one, Sublayer) else 0, columns
+    )  # a copy: the model's own is written to
     return LevelFit(units=units, columns=columns, weight=weight, error=0.0)

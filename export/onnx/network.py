@@ -26,6 +26,7 @@ from dilap.core.images import ImageInput
 from dilap.export.graph_of_network import exported_graph, quietly
 from dilap.export.network import SQNR_BOUNDS_DB, described, require_exportable, verified_images
 from dilap.export.onnx.emitter import OPSET
+from dilap.export.onnx.valid import require_valid
 from dilap.export.verify import verify_outputs
 from dilap.models.network import TorchNetwork, in_f32
 
@@ -99,6 +100,7 @@ def write_network(path: Path, model: nn.Module, input_: ImageInput) -> None:
         node.metadata_props.clear()  # stack traces with the paths of this machine
     exported.model.metadata_props.clear()
     exported.save(path)
+    require_valid(path)
 
 
 def quantise_(path: Path, images: NDArray[np.float32], input_: ImageInput, *, for_tensorrt: bool = False) -> None:
@@ -114,6 +116,7 @@ def quantise_(path: Path, images: NDArray[np.float32], input_: ImageInput, *, fo
     finally:
         floats.unlink()
         stored.unlink()
+    require_valid(path)
 
 
 def quantised(floats: Path, path: Path, images: Path, *, for_tensorrt: bool) -> None:
@@ -165,6 +168,7 @@ def round_to_f16_(path: Path) -> None:
     float16: Any = importlib.import_module("onnxruntime.transformers.float16")
     onnx: Any = importlib.import_module("onnx")
     onnx.save(float16.convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
+    require_valid(path)
 
 
 def operators(path: Path) -> dict[str, int]:

@@ -9,8 +9,9 @@ from standins.models import tiny_model, tiny_task
 from transformers import PreTrainedModel
 
 from dilap.core.errors import Infeasible, InvalidInput, Unsupported
-from dilap.methods.sprint import Sprint, _Run
+from dilap.methods.sprint import Sprint
 from dilap.methods.sublayer_damage import Metric, distance, ranked, tuned_projection
+from dilap.methods.sublayer_removal import Removal
 from dilap.methods.sublayer_seconds import generation_seconds
 from dilap.models.anatomy import sublayers
 from dilap.models.reference import perplexity
@@ -40,7 +41,7 @@ def test_more_sublayers_than_can_be_removed_are_infeasible() -> None:
 def test_without_latency_the_change_alone_counts() -> None:
     task = tiny_task(deep_model())
     aware, unaware = (
-        _Run(Sprint(tune=False, latency_aware=one), task, list(sublayers(task.model))) for one in (True, False)
+        Removal(Sprint(tune=False, latency_aware=one), task, list(sublayers(task.model))) for one in (True, False)
     )
     for run in (aware, unaware):
         run._score_all(lambda _: None)
@@ -67,7 +68,7 @@ def test_metrics_are_named_as_the_authors_do() -> None:
 @pytest.mark.parametrize(("tuned", "kinds"), [("ffn", {1}), ("attention", {0}), ("next", {0, 1})])
 def test_the_sublayer_that_is_tuned_is_the_next_one_of_its_kind(tuned: Any, kinds: set[int]) -> None:
     task = tiny_task(deep_model())
-    run = _Run(Sprint(tuned=tuned), task, list(sublayers(task.model)))
+    run = Removal(Sprint(tuned=tuned), task, list(sublayers(task.model)))
     ends = [run._end(s) for s in range(6)]
     expected = [next(s for s in range(one + 1, 10) if s % 2 in kinds) for one in range(6)]
     assert ends == expected
@@ -80,7 +81,7 @@ def test_the_sublayer_that_is_tuned_is_the_next_one_of_its_kind(tuned: Any, kind
 def test_without_a_tuned_sublayer_the_change_is_that_of_its_own_output() -> None:
     task = tiny_task(deep_model())
     outs = list(sublayers(task.model))
-    run = _Run(Sprint(tuned="none"), task, outs)
+    run = Removal(Sprint(tuned="none"), task, outs)
     run._score_all(lambda _: None)
     entering, leaving = run._entering(9), run._entering(10)
     expected = sum(distance(y, x, kind="l1", norm="sentence") for y, x in zip(leaving, entering, strict=True))
@@ -143,7 +144,7 @@ def test_latencies_are_measured_when_asked() -> None:
     measured = replace(task, cost_limit=replace(task.cost_limit, measure=measure))
     outs = list(sublayers(model))
     by_table, by_device = (
-        _Run(Sprint(tune=False, latency=one), measured, outs).seconds
+        Removal(Sprint(tune=False, latency=one), measured, outs).seconds
         for one in ("table", "device")  # type: ignore[arg-type]
     )
     assert dense > 0
