@@ -65,6 +65,7 @@ class Row:
     torch_kl_cut: float | None = None
     torch_kl_refit: float | None = None
     ffn_multiple: int = 1
+    training_text: str | None = None
 
     @property
     def kl(self) -> float:
@@ -95,6 +96,7 @@ def row_of(result: PruneResult) -> Row:
         torch_kl_cut=result.kl_cut,
         torch_kl_refit=result.kl_refit,
         ffn_multiple=result.ffn_multiple,
+        training_text=result.options.get("training_text"),
     )
 
 
@@ -181,7 +183,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     trained = [name for name in names if name in TRAINED]
     text = f"Calibrated on the same {tokens:,} tokens"
     text += f"; published with more: {', '.join(fewer)}" if fewer else ""
-    text += f"; trained on them instead of a corpus: {', '.join(trained)}" if trained else ""
+    corpus = next((row.training_text for row in rows if row.training_text), "them instead of a corpus")
+    text += f"; trained on {corpus}: {', '.join(trained)}" if trained else ""
     return [f"{shared} {text}."]
 
 

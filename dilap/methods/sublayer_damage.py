@@ -104,4 +104,5 @@ def _least_squares(old: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ridge: f
         damping = ridge * gram.diagonal().mean()
         factor = torch.linalg.cholesky(gram + damping * torch.eye(len(gram), dtype=gram.dtype))
         return torch.cholesky_solve(right + damping * old.T, factor).T
-    return torch.linalg.lstsq(gram.double(), right.double(), driver="gelsd").solution.to(old.dtype).T
+    solution: torch.Tensor = torch.linalg.lstsq(gram.double(), right.double(), driver="gelsd").solution
+    return solution.to(old.dtype).T

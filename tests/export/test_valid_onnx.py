@@ -54,7 +54,7 @@ def test_what_the_exporter_writes_is_checked(precision: str, tmp_path: Path) -> 
     architecture = architecture_of(tiny_model("llama"))
     _write_model(tmp_path, architecture, stand_in_numerics(architecture), ProbeWeights(0), Mix(precision=precision))
     model = onnx.load(tmp_path / MODEL, load_external_data=False)
-    model.graph.output[0].type.tensor_type.shape.dim[2].dim_value += 1
+    del model.graph.node[len(model.graph.node) // 2]
     onnx.save(model, tmp_path / MODEL)
     with pytest.raises(VerificationFailed, match="is not valid ONNX"):
         require_valid(tmp_path / MODEL)

@@ -264,10 +264,9 @@ def test_a_layer_without_units_is_removed_and_its_mean_output_stays() -> None:
     cut = shrink_(tiny_model("llama"), plan, parameters=biases)
     add_output_biases_(model, family_of(model.config))
     with torch.no_grad():  # the same by hand: the network of layer 1 gives its mean output for every token
-        layer = decoder_layers(model)[1].mlp.down_proj
-        mean = findings.means[3]
-        layer.bias.copy_(layer.weight.float() @ mean)
-        layer.weight.zero_()
+        weight, bias = (decoder_layers(model)[1].get_parameter(f"mlp.down_proj.{one}") for one in ("weight", "bias"))
+        bias.copy_(weight.float() @ findings.means[3])
+        weight.zero_()
     assert_close(logits(cut, tokens), logits(model, tokens), rtol=1e-4, atol=1e-4)
 
 

@@ -20,7 +20,7 @@ from dilap.models import windows
 from dilap.models.text import CalibrationOptions, calibration
 from dilap.models.windows import CORPORA, corpus_file, published_windows
 
-SIZES = {"train": 6, "validation": 3, "length": 16, "seed": 0}
+SIZES: dict[str, Any] = {"train": 6, "validation": 3, "length": 16, "seed": 0}
 RAW = " \n = Robert = \n \n He was an actor . \n He acted . \n \n = Du Fu = \n"  # as WikiText's raw files are
 
 
@@ -151,9 +151,9 @@ def test_c4_from_the_hub_goes_through_optimum_and_leaves_the_generators(
     monkeypatch.setattr(data, "is_datasets_available", lambda: True)
     random.seed(7)
     np.random.seed(7)
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
+    before = random.getstate(), str(np.random.get_state()), torch.random.get_rng_state().tolist()
     train, validation = published_windows("c4", tokenizer, **SIZES)
-    after = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
+    after = random.getstate(), str(np.random.get_state()), torch.random.get_rng_state().tolist()
     assert before == after
     assert torch.equal(train, original_c4(texts, tokenizer, count=6, length=16, seed=0))
     assert validation.shape == (3, 16)

@@ -20,8 +20,8 @@ KEPT = {
 def scored(family: str, kept: dict[str, tuple[int, ...]]) -> PlanScores:
     model = tiny_model(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    teachers = {"validation": Teacher.of(model, VALIDATION), "unseen": Teacher.of(model, UNSEEN)}
-    found = scores_of_plan(model, plan_for(model, kept), TRAIN, **teachers)
+    validation, unseen = (Teacher.of(model, tokens) for tokens in (VALIDATION, UNSEEN))
+    found = scores_of_plan(model, plan_for(model, kept), TRAIN, validation=validation, unseen=unseen)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     return found
 

@@ -230,6 +230,16 @@ def test_scores_of_tasks_stay_where_the_model_is_deleted(checkpoint: Path, corpu
     assert not (tmp_path / "out" / "checkpoint").exists()
 
 
+def test_a_run_calibrates_on_the_windows_of_a_corpus_in_files(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    path = tmp_path / "data" / "c4" / "train.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps({"text": f"the fox {n} is seen by the dog " * 40}) + "\n" for n in range(9)))
+    extra = ["--calib", "c4", "--data-dir", tmp_path / "data", "--calib-sequences", "5"]
+    assert sparse(checkpoint, corpus, tmp_path / "out", "--pattern", "0.5", *extra) == 0
+    result = read_json(tmp_path / "out" / "result.json")
+    assert (result["calibration"], result["options"]["calibration"]["train_sequences"]) == ("c4", 5)
+
+
 def every_second(weight: torch.Tensor, statistics: object, pattern: object) -> torch.Tensor:
     """A rule of a user's own, named as `MODULE:every_second`."""
     kept = torch.arange(weight.shape[1]) % 2 == 0
