@@ -65,7 +65,7 @@ class Row:
     torch_kl_cut: float | None = None
     torch_kl_refit: float | None = None
     ffn_multiple: int = 1
-    training_text: str | None = None
+    training_text: str = ""
 
     @property
     def kl(self) -> float:
@@ -96,7 +96,7 @@ def row_of(result: PruneResult) -> Row:
         torch_kl_cut=result.kl_cut,
         torch_kl_refit=result.kl_refit,
         ffn_multiple=result.ffn_multiple,
-        training_text=result.options.get("training_text"),
+        training_text=result.options.get("training_text") or "",
     )
 
 

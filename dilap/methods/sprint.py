@@ -40,10 +40,13 @@ class Sprint(SprintSettings):
 
 @contextmanager
 def _placed(layers: nn.ModuleList, sprint: SprintSettings) -> Iterator[None]:
-    """Put the layers that are not kept in host memory where they compute, and back at the end."""
-    for layer in layers[: max(0, len(layers) - sprint.host_layers)]:
-        layer.to(sprint.compute_on)
+    """Put the layers that are not kept in host memory on the device where they compute, and back at the end."""
+    moved = list(layers)[: max(0, len(layers) - sprint.host_layers)] if sprint.compute_on else []
+    homes = [next(layer.parameters()).device for layer in moved]
     try:
+        for layer in moved:
+            layer.to(sprint.compute_on)
         yield
     finally:
-        layers.to("cpu")
+        for layer, home in zip(moved, homes, strict=True):
+            layer.to(home)

@@ -33,8 +33,8 @@ class SprintSettings:
     prompt alone), the median of `iterations`.
 
     `batch_sequences` are scored at once, 0 as many as have 2,048 tokens. The 8 activation checkpoints save memory and
-    change no result. With a GPU (`compute_on=cuda`) the layers lie there, but for the last `host_layers`, which are
-    moved there when they run; streams stay in host memory.
+    change no result. Layers compute where the model is, or `compute_on` another device (`cuda`), where all lie but the
+    last `host_layers`, which are moved there when they run; streams stay where the model is.
     """
 
     distance: Distance = "l1"
@@ -59,13 +59,13 @@ class SprintSettings:
     iterations: int = 3
     batch_sequences: int = 0
     checkpoints: int = field(default=8, metadata={"least": 0})
-    compute_on: str = "cpu"
+    compute_on: str = ""
     host_layers: int = 0
 
     def __post_init__(self) -> None:
         """Raise InvalidInput for settings that say nothing, before any work."""
         _ = self.every_metric, self.numbers("eval_steps"), self.numbers("eval_speedups")
-        if self.compute_on != "cpu" and not torch.cuda.is_available():
+        if self.compute_on not in ("", "cpu") and not torch.cuda.is_available():
             raise Unsupported(f"there is no GPU to compute on ({self.compute_on}); leave out --set compute_on")
 
     @property

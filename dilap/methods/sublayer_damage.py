@@ -102,7 +102,7 @@ def _least_squares(old: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ridge: f
     gram, right = a.T @ a, a.T @ b
     if ridge:
         damping = ridge * gram.diagonal().mean()
-        factor = torch.linalg.cholesky(gram + damping * torch.eye(len(gram), dtype=gram.dtype))
+        factor = torch.linalg.cholesky(gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
         return torch.cholesky_solve(right + damping * old.T, factor).T
     solution: torch.Tensor = torch.linalg.lstsq(gram.double(), right.double(), driver="gelsd").solution
     return solution.to(old.dtype).T

@@ -278,10 +278,10 @@ class Removal:
     @torch.no_grad()
     def _run(self, call: LayerCall, state: State, sublayer: int) -> State:
         """Run one sublayer alone, its residual connection included."""
-        layer, place = self.layers[sublayer // 2], torch.device(self.sprint.compute_on)
-        device = None if place.type == "cpu" else place
+        layer = self.layers[sublayer // 2]
         home = next(layer.parameters()).device
-        layer.to(place)  # moves those that are kept in host memory
+        device = torch.device(self.sprint.compute_on) if self.sprint.compute_on else None
+        layer.to(device or home)  # moves one that is kept in host memory
         try:
             with sublayer_skipped(layer, self.task.model, _KINDS[1 - sublayer % 2]):
                 return run_layer(layer, call.arguments[sublayer // 2], state, device)
@@ -293,7 +293,8 @@ class Removal:
         end = self._end(candidate)
         assert end is not None
         out, inputs, residuals = self.outs[end].out, [], []
-        hook = out.register_forward_pre_hook(lambda _, given: inputs.append(given[0].detach().cpu()))
+        home = self.calls[0].hidden.device
+        hook = out.register_forward_pre_hook(lambda _, given: inputs.append(given[0].detach().to(home)))
         for call, state in zip(self.calls, self._entering(candidate), strict=True):
             hidden = self._through(call, state, range(candidate + 1, end))
             self._run(call, hidden, end)
@@ -301,11 +302,11 @@ class Removal:
         hook.remove()
         wanted = self._wanted(candidate, end)
         a = torch.cat([one.reshape(-1, one.shape[-1]) for one in inputs])
-        bias = 0.0 if out.bias is None else out.bias.detach().cpu()
+        bias = 0.0 if out.bias is None else out.bias.detach().to(home)
         scale = family_of(self.task.model.config).residual_scale(self.task.model.config)
         gaps = [((y - x) / scale - bias).reshape(-1, y.shape[-1]) for y, x in zip(wanted, residuals, strict=True)]
         weight = tuned_projection(
-            out.weight.cpu(),
+            out.weight.to(home),
             a,
             torch.cat(gaps),
             ridge=self.sprint.ridge,

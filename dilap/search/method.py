@@ -149,6 +149,9 @@ class PruneTask:
         allowed = {"attention": self.rules.attention_removal, "ffn": self.rules.ffn_removal}
         blocks = [one for one in self.architecture.blocks if allowed[one.kind]]
         gone = {one.main.name for one in blocks if counts.get(one.main.name, 1) == 0}
+        if not self.rules.layer_removal:  # of a layer that would be empty, attention alone goes
+            layers = {one.layer for one in blocks if one.kind == "attention" and one.main.name in gone}
+            gone -= {one.main.name for one in blocks if one.kind == "ffn" and one.layer in layers}
         for kind in allowed:
             own = [one.main.name for one in self.architecture.blocks if one.kind == kind]
             if gone.issuperset(own):
@@ -158,9 +161,9 @@ class PruneTask:
     def keep_equal_shares(self, scores: Mapping[str, torch.Tensor], *, output_biases: bool = False) -> Plan:
         """Return the plan that keeps the limit by removing the same share of every group, the lowest-scored units.
 
-        Where query slots are scored beside KV groups, both are removed such that the sublayer loses at least that share
-        of its weights and as little as possible of the scores. Layers have few KV groups, so removing one more of them
-        in every layer changes the cost much at once. The share of the channels is therefore made as small afterwards as
+        Where query slots are scored beside KV groups, as many of both stay, in all layers alike, that a sublayer loses
+        as much of its weights as possible up to that share. Layers have few KV groups, so removing one more of them in
+        every layer changes the cost much at once. The share of the channels is therefore made as small afterwards as
         the limit allows.
         """
 
@@ -169,7 +172,7 @@ class PruneTask:
             for block in self.architecture.blocks:
                 share = part * ratio if len(block.groups) == 1 else ratio
                 has_slots = len(block.groups) > 1 and all(group.name in scores for group in block.groups)
-                counts |= self._grid(block, scores, share) if has_slots else self._number(block, share)
+                counts |= self._grid(block, share) if has_slots else self._number(block, share)
             return self.keep(scores, counts=counts)
 
         return self.cost_limit.bisect(keep, refine=keep, output_biases=output_biases)
@@ -187,20 +190,13 @@ class PruneTask:
     def _number(self, block: Block, share: float) -> dict[str, int]:
         return {block.main.name: block.main.num_units - int(share * block.main.num_units)}
 
-    def _grid(self, block: Block, scores: Mapping[str, torch.Tensor], share: float) -> dict[str, int]:
-        """Return how many KV groups and query slots stay of a block that loses this share of its weights or more."""
+    def _grid(self, block: Block, share: float) -> dict[str, int]:
+        """Return how many KV groups and query slots stay of a block that loses this share of its weights or less."""
         costs = WeightCosts(architecture=self.architecture)
-        full = tuple(group.num_units for group in block.groups)
-        limit = (1 - share) * costs.block(block, full) * (1 + 1e-9)
-        grid = list(product(*(range(group.least, group.num_units + 1) for group in block.groups)))
-        allowed = [one for one in grid if costs.block(block, one) <= limit] or grid[:1]
-
-        def left(counts: tuple[int, ...]) -> tuple[float, float]:
-            names = [group.name for group in block.groups]
-            shares = [_share_left(scores[name], count) for name, count in zip(names, counts, strict=True)]
-            return prod(shares), costs.block(block, counts)
-
-        best = max(allowed, key=left)
+        least = (1 - share) * costs.block(block, tuple(group.num_units for group in block.groups)) * (1 - 1e-9)
+        grid = product(*(range(group.least, group.num_units + 1) for group in block.groups))
+        enough = [counts for counts in grid if costs.block(block, counts) >= least]
+        best = min(enough, key=lambda counts: (costs.block(block, counts), -prod(counts)))
         return {group.name: count for group, count in zip(block.groups, best, strict=True)}
 
     def without(self, blocks: Iterable[Block]) -> Plan:
@@ -214,13 +210,6 @@ class PruneTask:
         plan = self.without(block for block in self.architecture.blocks if block.layer in gone)
         self.rules.require(plan)
         return plan
-
-
-def _share_left(scores: torch.Tensor, count: int) -> float:
-    """Return the share of the scores that the best `count` units have; of units without scores that of their number."""
-    total = float(scores.sum())
-    best = float(scores.sort(descending=True).values[:count].sum())
-    return best / total if total > 0 else count / len(scores)
 
 
 @dataclass(frozen=True, kw_only=True)

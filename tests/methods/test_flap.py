@@ -210,18 +210,21 @@ def test_wanda_sp_scores_a_layer_on_what_the_pruned_ones_give() -> None:
     """Layer by layer by hand: score, zero the columns of what goes, and go on through the pruned layer."""
     found = wanda_sp(tiny_task(tiny_model("llama"))).plan
     model = tiny_model("llama")
-    outs = {(one.layer, one.kind): one.out for one in sublayers(model)}
     for step in layer_statistics(model, tiny_task(model).text.train, propagate="pruned"):
         i = step.index
-        for kind in ("attention", "ffn"):
-            out, width = outs[i, kind], {"attention": 32, "ffn": 1}[kind]
-            norms = step.statistics[f"{kind}_out"].norms  # type: ignore[index]
-            scores = (out.weight.abs().mean(0) * norms).reshape(-1, width).sum(1)
-            kept = found.kept[f"layers.{i}.{'kv_groups' if kind == 'attention' else 'channels'}"]
-            assert set(kept) == set(scores.topk(len(kept)).indices.tolist())
-            mask = torch.zeros(len(scores)).index_fill_(0, torch.tensor(kept), 1.0)
+        for one in (one for one in sublayers(model) if one.layer == i):
+            norms = step.statistics[f"{one.kind}_out"].norms  # type: ignore[index]
+            columns, mask = one.out.weight.abs().mean(0) * norms, torch.ones(one.out.in_features)
+            grid = columns.reshape(2, 2, 16) if one.kind == "attention" else columns.reshape(96, 1)
+            for dimension, group in enumerate(one.block.groups):  # KV groups and query slots, or channels
+                kept = found.kept[group.name]
+                scores = grid.movedim(dimension, 0).flatten(1).sum(1)
+                assert set(kept) == set(scores.topk(len(kept)).indices.tolist())
+                stay = torch.zeros(len(scores)).index_fill_(0, torch.tensor(kept), 1.0)
+                shape = [len(scores) if other == dimension else 1 for other in range(grid.dim())]
+                mask *= stay.reshape(shape).expand(grid.shape).reshape(-1)
             with torch.no_grad():
-                out.weight.mul_(mask.repeat_interleave(width))
+                one.out.weight.mul_(mask)
 
 
 def test_heads_are_counted_as_the_authors_count_them() -> None:

@@ -34,22 +34,19 @@ def test_inputs_are_summed_over_those_of_a_unit() -> None:
     assert unit_scores(torch.arange(96.0), ffn)["layers.1.channels"].tolist() == list(range(96))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.7, 0.9])
-def test_the_grid_keeps_most_of_the_scores_that_the_share_allows(share: float) -> None:
-    task = tiny_task(tiny_model("llama", hidden_size=96, num_attention_heads=12, num_key_value_heads=3))
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.7, 0.9, 1.0])
+@pytest.mark.parametrize("num_kv_heads", [3, 12])
+def test_a_sublayer_loses_up_to_that_share_of_its_weights(num_kv_heads: int, share: float) -> None:
+    """With a KV head for every query head, the share of the heads, rounded down."""
+    model = tiny_model("llama", hidden_size=96, num_attention_heads=12, num_key_value_heads=num_kv_heads)
+    task = tiny_task(model)
     block, costs = task.architecture.blocks[2], WeightCosts(architecture=task.architecture)
-    scores = {GROUPS: torch.tensor([1.0, 5.0, 2.0]), SLOTS: torch.tensor([4.0, 1.0, 1.0, 9.0])}
-    found = tuple(task._grid(block, scores, share).values())
-    limit = (1 - share) * costs.block(block, (3, 4))
-
-    def kept(counts: tuple[int, ...]) -> float:
-        groups, slots = (
-            one.sort(descending=True).values[:n].sum() for one, n in zip(scores.values(), counts, strict=True)
-        )
-        return float(groups * slots)
-
-    allowed = [one for one in product(range(1, 4), range(1, 5)) if costs.block(block, one) <= limit * (1 + 1e-9)]
-    assert kept(found) == max(map(kept, allowed or [(1, 1)]))
+    found = tuple(task._grid(block, share).values())
+    every = product(range(1, num_kv_heads + 1), range(1, 12 // num_kv_heads + 1))
+    wanted = (1 - share) * costs.block(block, (num_kv_heads, 12 // num_kv_heads)) * (1 - 1e-9)
+    assert costs.block(block, found) == min(cost for counts in every if (cost := costs.block(block, counts)) >= wanted)
+    if num_kv_heads == 12:
+        assert found == (max(1, 12 - int(share * 12)), 1)
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda_sp", "llm_pruner", "loraprune", "compresso"])

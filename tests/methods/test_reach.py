@@ -10,8 +10,8 @@ from dilap.search.weights import WeightCosts
 
 # peft asks transformers by the old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-# These choose among levels, the removal of every sublayer among them; one of them shows it.
-BY_LEVELS = ("prune_then_quantise", "uniform", "layer_error", "ziplm", "puzzle")
+# These choose among levels, and every sublayer has the one of its removal.
+BY_LEVELS = ("dilap", "prune_then_quantise", "uniform", "layer_error", "ziplm", "puzzle")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in BY_LEVELS])

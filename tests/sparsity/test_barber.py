@@ -221,7 +221,7 @@ def test_scores_of_tasks_stay_where_the_model_is_deleted(checkpoint: Path, corpu
     page = tmp_path / "data" / "wikitext" / "test.jsonl"
     page.parent.mkdir(parents=True)
     page.write_text(json.dumps({"page": "the fox is seen by the dog " * 30}))
-    extra = ["--tasks", "wikitext", "--data-dir", page.parent.parent, "--delete-model", "--dtype", "bf16"]
+    extra = ["--tasks", "wikitext", "--data-dir", str(page.parent.parent), "--delete-model", "--dtype", "bf16"]
     assert sparse(checkpoint, corpus, tmp_path / "out", "--pattern", "0.5", *extra) == 0
     result = read_json(tmp_path / "out" / "result.json")
     evaluation = read_json(tmp_path / "out" / "evaluation-torch.json")
@@ -234,7 +234,7 @@ def test_a_run_calibrates_on_the_windows_of_a_corpus_in_files(checkpoint: Path, 
     path = tmp_path / "data" / "c4" / "train.jsonl"
     path.parent.mkdir(parents=True)
     path.write_text("".join(json.dumps({"text": f"the fox {n} is seen by the dog " * 40}) + "\n" for n in range(9)))
-    extra = ["--calib", "c4", "--data-dir", tmp_path / "data", "--calib-sequences", "5"]
+    extra = ["--calib", "c4", "--data-dir", str(tmp_path / "data"), "--calib-sequences", "5"]
     assert sparse(checkpoint, corpus, tmp_path / "out", "--pattern", "0.5", *extra) == 0
     result = read_json(tmp_path / "out" / "result.json")
     assert (result["calibration"], result["options"]["calibration"]["train_sequences"]) == ("c4", 5)
