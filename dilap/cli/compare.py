@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     arguments.add_devices(made)
     arguments.add_workload(made)
     add_search(made)
-    add_text_and_recovery(made, mode="full", steps=16)
+    add_text_and_recovery(made, mode="full", steps=16, refit=None)
     add_images(made)
     return made
 
@@ -92,6 +92,8 @@ def _command() -> int:
     names = methods.named(given.methods, table=table)
     settings = _settings(given.set, names, table)
     devices = arguments.devices_of(given, given.target)
+    if given.refit is None:
+        given.refit = "none" if is_of_images else "score"
     base = asked_job(given, device=devices[0], budget=budgets[0], method=None, settings={})
     model = name_of(given.model, merge_adapter=given.merge_adapter, vocabulary=given.vocabulary)
     default = f"compare-{model}-{given.target}"

@@ -62,8 +62,13 @@ def add_search(made: argparse.ArgumentParser) -> None:
     )
 
 
-def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", steps: int | None = None) -> None:
-    """Add the options about text and recovery; `mode` and `steps` are this command's defaults of the recovery."""
+def add_text_and_recovery(
+    made: argparse.ArgumentParser, *, mode: str = "none", steps: int | None = None, refit: str | None = "none"
+) -> None:
+    """Add the options about text and recovery; `mode`, `steps` and `refit` are this command's defaults.
+
+    Without a default of `refit`, the command sets one when it knows the model.
+    """
     text, recovery = CalibrationOptions(), RecoveryOptions()
     steps = steps or recovery.steps
     group = made.add_argument_group("text and recovery")
@@ -71,8 +76,9 @@ def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", 
         "--calib",
         default="self",
         metavar="TEXT",
-        help="self (sampled from the model), a file (.txt .md .json .jsonl .csv .tsv .parquet, .gz too) or a hub set; "
-        "photographs for an image network (self)",
+        help="self (sampled from the model), c4, wikitext2 or ptb (random windows, as in the papers), a file (.txt .md "
+        ".json .jsonl .csv .tsv .parquet, .gz too) or a hub set (user/name or user/name:configuration); for an image "
+        "network photographs (self)",
     )
     group.add_argument(
         "--calib-length",
@@ -80,6 +86,37 @@ def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", 
         default=text.sequence_length,
         metavar="N",
         help=f"tokens of a sequence of it, {_range('calib_length')} ({text.sequence_length})",
+    )
+    group.add_argument(
+        "--calib-sequences",
+        type=arguments.whole(*RANGES["calib_sequences"]),
+        default=text.train_sequences,
+        metavar="N",
+        help=f"sequences to calibrate on ({text.train_sequences}); {text.validation_sequences} more are held out",
+    )
+    group.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="where c4, wikitext2 and ptb lie: DIR/c4/train.jsonl.gz and so on; the hub by default",
+    )
+    group.add_argument(
+        "--train-text",
+        metavar="TEXT",
+        help="for methods that train: an instruction set (yahma/alpaca-cleaned, a file with the columns "
+        "instruction, input and output) or any other text; by default the calibration text",
+    )
+    group.add_argument(
+        "--train-steps",
+        type=arguments.whole(*RANGES["train_steps"]),
+        metavar="N",
+        help="batches that methods train on; by default as their settings say",
+    )
+    group.add_argument(
+        "--refit",
+        choices=["none", "score", "use"],
+        default=refit,
+        help="refit the projections of any method's plan in closed form: to tell its KL, or in place of the method's "
+        f"own values ({refit or 'score'})",
     )
     group.add_argument(
         "--eval-text",

@@ -88,6 +88,19 @@ def _add_sparse(made: argparse.ArgumentParser) -> None:
     group.add_argument("--rebuild", choices=["barber"], help="swap zeros block by block afterwards")
     group.add_argument("--granularity", choices=["block", "layer", "output1", "input1"], help="where swaps are made")
     group.add_argument("--threshold", type=arguments.share, metavar="SHARE", help="of the swaps that would help")
+    group.add_argument(
+        "--metric", choices=["WD", "W", "D"], default="WD", help="of swaps: weight times gradient, or one alone (WD)"
+    )
+    group.add_argument("--retain", action="store_true", help="after swaps, keep the values that SparseGPT gave weights")
+    group.add_argument("--dtype", choices=["f32", "f16", "bf16"], help="prune and save in this type (the model's own)")
+    group.add_argument(
+        "--tasks",
+        action=arguments.Several,
+        default=[],
+        metavar="TASK",
+        help="score these of lm-eval's tasks (wikitext, arc_easy, ...), from --data-dir or the hub",
+    )
+    group.add_argument("--delete-model", action="store_true", help="keep the scores alone, and no checkpoint")
 
 
 def _sparse(given: argparse.Namespace) -> int:
@@ -95,7 +108,8 @@ def _sparse(given: argparse.Namespace) -> int:
     if is_network(given.model):
         raise InvalidInput(f"--pattern does not apply to the image network {given.model}: leave it away")
     from dilap.job import sparsify as sparse_job  # importing torch takes seconds: bad input is refused first
-    from dilap.models.options import CalibrationOptions
+    from dilap.job.options import calibration_options
+    from dilap.models.windows import CORPORA
 
     options = sparse_job.SparseOptions(
         pattern=given.pattern,
@@ -108,7 +122,19 @@ def _sparse(given: argparse.Namespace) -> int:
         rebuild=given.rebuild is not None,
         granularity=given.granularity,
         threshold=given.threshold,
-        calibration=CalibrationOptions(source=given.calib, sequence_length=given.calib_length, seed=given.seed),
+        metric=given.metric,
+        retain=given.retain,
+        dtype=given.dtype,
+        tasks=tuple(given.tasks),
+        data_dir=given.data_dir,
+        delete_model=given.delete_model,
+        calibration=calibration_options(
+            given.calib,
+            length=given.calib_length,
+            sequences=given.calib_sequences,
+            data_dir=None if given.tasks and given.calib not in CORPORA else given.data_dir,
+            seed=given.seed,
+        ),
         evaluation_text=given.eval_text,
     )
     pattern, method = given.pattern.replace(":", "of"), options.method.replace(":", ".")

@@ -117,7 +117,8 @@ def compare(
     """Prune with several methods at the same measured latency and return one row for each method and budget.
 
     `settings` holds the settings of each method by the method's name. Recovery is by default that of `dilap-compare`,
-    16 steps of full fine-tuning. Raises DilapError; the error of a single method is kept in its row instead.
+    16 steps of full fine-tuning, and plans are scored with a closed-form refit too (`refit="score"`). Raises
+    DilapError; the error of a single method is kept in its row instead.
     """
     asked = [_budget(one, None, stat) for one in _several(budgets)]
     asked = list(dict.fromkeys(asked + [_budget(None, one, stat) for one in _several(ratios)]))
@@ -130,11 +131,13 @@ def compare(
         raise InvalidInput(f"settings of {strange[0]!r}, which is not compared; methods: {', '.join(names)}")
     found = _devices(target, devices)
     known = _known(options, among=set(OPTIONS) - {"method", "settings"})  # it has `methods`, and settings of each
+    is_of_images = known.get("input_") is not None or is_network(os.fspath(model))
+    scored = {} if is_of_images else {"refit": "score"}
     base = asked_job(
         device=found[0],
         budget=asked[0],
         model=os.fspath(model),
-        given={"recover": "full", "recover_steps": 16, **known},
+        given={"recover": "full", "recover_steps": 16, **scored, **known},
     )
     return comparing.compare(
         base,

@@ -29,10 +29,12 @@ _OLD_NAMES = {
 class Row:
     """What one method gave at one budget; where the method failed, only `error` is set.
 
-    `torch_*` is the quality of the torch model in floats: `*_before` as the method left it, the others after the
-    recovery that all rows share. `artifact_*` is the quality of the exported file, read through its runtime; None where
-    the file cannot be read here. A decoder has a perplexity; an image network has `agreement`, the share of photographs
-    in which it prefers the dense network's class, and, with labels, `top1` and `top5`.
+    `torch_*` is the quality of the torch model in floats: `*_cut` of the units that the method chose, with the dense
+    model's values, `*_refit` of these units refitted in closed form, both alike for all methods; `*_before` as the
+    method left it, with its own values; the others after the recovery that all rows share. `artifact_*` is the quality
+    of the exported file, read through its runtime; None where the file cannot be read here. A decoder has a perplexity;
+    an image network has `agreement`, the share of photographs in which it prefers the dense network's class, and, with
+    labels, `top1` and `top5`.
     """
 
     method: str
@@ -73,6 +75,10 @@ class Row:
     dense_artifact_top1: float | None = None
     dense_artifact_top5: float | None = None
     calibration_images: int | None = None
+    torch_kl_cut: float | None = None
+    torch_kl_refit: float | None = None
+    ffn_multiple: int = 1
+    training_text: str = ""
 
     @property
     def is_of_images(self) -> bool:
@@ -105,6 +111,10 @@ def row_of(result: PruneResult[Any]) -> Row:
         calibration_images=result.calibration_sequences if text is None else None,
         notes=result.all_notes,
         budget_used_ci=(result.share.low, result.share.high),
+        torch_kl_cut=result.kl_cut,
+        torch_kl_refit=result.kl_refit,
+        ffn_multiple=result.ffn_multiple,
+        training_text=result.options.get("training_text") or "",
     )
 
 
@@ -178,6 +188,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     shared = f"{_quality_note(rows)} {shared}"
     if images := {row.calibration_images for row in rows if row.calibration_images}:
         return [f"{shared} Calibrated on the same {max(images):,} photographs."]
+    if multiples := sorted({row.ffn_multiple for row in rows if row.error is None} - {1}):
+        widths = " or ".join(map(str, multiples))
+        shared += f" FFN widths of all methods are rounded to multiples of {widths}, which the runtime needs."
     sizes = {row.calibration_tokens for row in rows if row.calibration_tokens}
     if len(sizes) != 1:
         return [shared]
@@ -186,14 +199,19 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     trained = [name for name in names if name in TRAINED]
     text = f"Calibrated on the same {tokens:,} tokens"
     text += f"; published with more: {', '.join(fewer)}" if fewer else ""
-    text += f"; trained on them instead of a corpus: {', '.join(trained)}" if trained else ""
+    corpus = next((row.training_text for row in rows if row.training_text), "them instead of a corpus")
+    text += f"; trained on {corpus}: {', '.join(trained)}" if trained else ""
     return [f"{shared} {text}."]
 
 
 def _quality_note(rows: Sequence[Row]) -> str:
     """Say which models the columns of quality are about."""
     names = "KL and the shares of photographs" if any(row.is_of_images for row in rows) else "KL and perplexity"
-    torch = "torch KL is of the torch model in floats, the only one that is known before recovery"
+    torch = (
+        "torch KL is of the torch model in floats, the only one that is known before recovery: of the units that a "
+        "method keeps with the dense model's values, of the same refitted in closed form (as DiLAP does), and as the "
+        "method leaves it, with its own values"
+    )
     read = next((row for row in rows if row.artifact_reader is not None), None)
     if read is None:
         return f"{names} are of the torch models in floats, not of the artifacts; {torch}."
@@ -210,9 +228,9 @@ def _table(budget: str, rows: Sequence[Row]) -> str:
     lines = [
         f"Budget {in_markdown(budget)}",
         "",
-        f"| method | ms | 95 % interval | budget used | torch KL before recovery | torch KL | {quality} "
-        "| parameters | FLOPs | peak memory | pruning took | and memory |",
-        "|---|" + "--:|" * (11 + quality.count("|")),
+        f"| method | ms | 95 % interval | budget used | torch KL of the units alone | refitted | before recovery "
+        f"| torch KL | {quality} | parameters | FLOPs | peak memory | pruning took | and memory |",
+        "|---|" + "--:|" * (13 + quality.count("|")),
         *(_line(row) for row in done),
     ]
     failed = [f"{row.method} failed: {row.error}" for row in rows if row.error is not None]
@@ -231,6 +249,8 @@ def _line(row: Row) -> str:
         _scaled(row.seconds, 1e-3, 2) + mark,
         "" if row.seconds_ci is None else "-".join(_scaled(bound, 1e-3, 2) for bound in row.seconds_ci),
         _used(row),
+        _number(row.torch_kl_cut, 3),
+        _number(row.torch_kl_refit, 3),
         _number(row.torch_kl_before, 3),
         _number(row.torch_kl, 3),
         *_quality_cells(row),

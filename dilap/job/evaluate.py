@@ -72,7 +72,7 @@ def evaluate(options: EvaluationOptions, *, progress: Progress) -> Evaluation:
         raise InvalidInput("nothing to do: name --tasks or a --reference, or ask for --costs")
     if options.costs_on is not None and (reason := options.costs_on.unavailable()):
         raise Unavailable(reason)
-    tasks = _load_tasks(options)
+    tasks = load_tasks(options)
     if options.backend is None and is_sparse_run(Path(options.subject)):
         options = replace(options, backend="torch")
         progress.say(f"{options.subject} has zeros inside matrices and no artifact: its checkpoint is scored in torch")
@@ -96,7 +96,7 @@ def evaluate(options: EvaluationOptions, *, progress: Progress) -> Evaluation:
     return done
 
 
-def _load_tasks(options: EvaluationOptions) -> "Sequence[LoadedTask]":
+def load_tasks(options: EvaluationOptions) -> "Sequence[LoadedTask]":
     """Load the tasks with their data, before any model is read, so that mistakes in the data are found first."""
     names = TASKS if "all" in options.tasks else options.tasks
     if not names:

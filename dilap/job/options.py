@@ -13,14 +13,19 @@ from dilap.core.workload import Budget, Phase, Workload
 from dilap.job.precisions import asked_precisions
 from dilap.models.builtin import DEFAULT_MODEL
 from dilap.models.options import CalibrationOptions, Mode, RecoveryOptions
+from dilap.models.windows import CORPORA
 from dilap.profilers.configuration import thread_counts
 from dilap.profilers.devices.device import Device
 from dilap.search.layouts import LAYOUTS, Layout
 from dilap.search.options import LevelOptions, LibraryOptions, Order, SearchOptions
 
+# Whether a plan is refitted in closed form: not at all, to score it alone, or to take the refitted values.
+Refit = Literal["none", "score", "use"]
 # The whole numbers that an option takes, from the first to the second.
 RANGES: Mapping[str, tuple[int, int]] = {
     "calib_length": (1, 1 << 20),
+    "calib_sequences": (1, 1_000_000),
+    "train_steps": (1, 1_000_000),
     "recover_steps": (1, 1_000_000),
     "evaluations": (0, 100_000),
     "seed": (0, (1 << 32) - 1),
@@ -31,6 +36,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "layout": LAYOUTS,
     "importance": get_args(Order),
     "recover": get_args(Mode),
+    "refit": get_args(Refit),
 }
 _NONE: Mapping[str, str] = MappingProxyType({})
 _TIMED, _TEXT, _LIBRARY, _SEARCH, _RECOVERY = (
@@ -79,10 +85,13 @@ class JobOptions(CommonOptions):
     method: str = "dilap"
     table: str | None = None
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    training_text: str | None = None
+    train_steps: int | None = None
     evaluation_text: str = "python-docs"
     evaluation_sequences: int = 32
     levels: LevelOptions = field(default_factory=LevelOptions)
     recovery: RecoveryOptions = field(default_factory=RecoveryOptions)
+    refit: Refit = "none"
 
     def __post_init__(self) -> None:
         search = replace(self.levels.search, seed=self.seed)
@@ -125,7 +134,12 @@ def job_options(
     evaluations: int = _SEARCH.evaluations,
     calib: str = _TEXT.source,
     calib_length: int = _TEXT.sequence_length,
+    calib_sequences: int = _TEXT.train_sequences,
+    data_dir: str | None = None,
+    train_text: str | None = None,
+    train_steps: int | None = None,
     eval_text: str = "python-docs",
+    refit: Refit = "none",
     recover: Mode = _RECOVERY.mode,
     recover_steps: int = _RECOVERY.steps,
     seed: int = 0,
@@ -141,9 +155,15 @@ def job_options(
     """
     if not (math.isfinite(step) and 0 < step <= 1):
         raise InvalidInput(f"--step is a share of the dense latency above 0, got {step:g}")
-    require_known(configuration=configuration, layout=layout, importance=importance, recover=recover)
+    require_known(configuration=configuration, layout=layout, importance=importance, recover=recover, refit=refit)
     require_in_range(
-        calib_length=calib_length, recover_steps=recover_steps, evaluations=evaluations, seed=seed, threads=threads
+        calib_length=calib_length,
+        calib_sequences=calib_sequences,
+        train_steps=train_steps,
+        recover_steps=recover_steps,
+        evaluations=evaluations,
+        seed=seed,
+        threads=threads,
     )
     backend = backend or next(iter(device.backends))
     tried = thread_counts(device.default_threads()) if threads is None else (threads,)
@@ -178,10 +198,13 @@ def job_options(
         method=method,
         settings=dict(settings),
         table=table,
-        calibration=CalibrationOptions(source=calib, sequence_length=calib_length),
+        calibration=calibration_options(calib, length=calib_length, sequences=calib_sequences, data_dir=data_dir),
+        training_text=train_text,
+        train_steps=train_steps,
         evaluation_text=eval_text,
         levels=LevelOptions(library=LibraryOptions(order=importance), search=search),
         recovery=RecoveryOptions(mode=recover, steps=recover_steps),
+        refit=refit,
         seed=seed,
     )
 
@@ -193,6 +216,17 @@ def _require_below_dense(budget: Budget, precision: str, *, can_choose: bool) ->
             f"budget {budget} is more than the dense model takes in {precision}: give less than 100%, or let better "
             "precisions be chosen (--precision auto, --method dilap)"
         )
+
+
+def calibration_options(
+    source: str, *, length: int, sequences: int, data_dir: str | None, seed: int = 0
+) -> CalibrationOptions:
+    """Return the options of a calibration text. Raises InvalidInput for a folder of data that nothing is read from."""
+    if data_dir is not None and source not in CORPORA:
+        raise InvalidInput(f"--data-dir has the files of --calib {', '.join(CORPORA)}; --calib {source} reads none")
+    return CalibrationOptions(
+        source=source, data_dir=data_dir, sequence_length=length, train_sequences=sequences, seed=seed
+    )
 
 
 def require_known(**given: str | None) -> None:

@@ -22,6 +22,7 @@ from dilap.models.rounded_model import round_model_
 from dilap.models.rounding import FLOATS
 from dilap.models.text import Calibration
 from dilap.search.method import Pruned
+from dilap.search.plan_scores import PlanScores, scores_of_plan
 
 
 def claim(stages: Stages, goal: DecoderGoal, pruned: Pruned, text: Calibration, files: Files) -> PruneResult:
@@ -38,9 +39,13 @@ def claim(stages: Stages, goal: DecoderGoal, pruned: Pruned, text: Calibration, 
         unpruned = kept_continuations(
             workspace.common / "answers.json", source.model, source.tokenizer, exam.text.tokens
         )
+    scores = _scores_of_plan(stages, plan, text, exam)
+    parameters = pruned.parameters
+    if scores is not None and stages.options.refit == "use" and not plan.precisions:
+        parameters = scores.parameters
     if plan.precisions:
         source.model.float()  # half precision has too few values for rounded weights
-    shrink_(source.model, plan, parameters=pruned.parameters)
+    shrink_(source.model, plan, parameters=parameters)
     source.model.config.dilap_plan = plan.digest
     exam = exam.facing(source.model)
     if lessons is not None and lessons.states is not None:
@@ -76,6 +81,8 @@ def claim(stages: Stages, goal: DecoderGoal, pruned: Pruned, text: Calibration, 
     formats = dense_formats(stages, files, exam)
     result = _result(stages, goal, pruned, text, claim, shrunk=shrunk, validation_kl=validation_kl)
     notes = (*result.notes, *recovery.notes)
+    if scores is not None:
+        result = replace(result, kl_cut=scores.kl_cut, kl_refit=scores.kl_refit)
     return replace(
         result,
         notes=notes,
@@ -84,6 +91,24 @@ def claim(stages: Stages, goal: DecoderGoal, pruned: Pruned, text: Calibration, 
         precisions=plan.pruned_precisions(),
         answers=said,
     )
+
+
+def _scores_of_plan(stages: Stages, plan: Plan, text: Calibration, exam: Exam) -> PlanScores | None:
+    """Return what the plan is worth whichever method chose it, None where that is not asked for.
+
+    The model in `stages.source` must not be pruned yet.
+    """
+    if stages.options.refit == "none":
+        return None
+    model, tokens = stages.source.model, text.train[: stages.options.calibration.train_sequences]
+    total = len(decoder_layers(model)) * tokens.numel()
+    with stages.workspace.stage("refit"), stages.workspace.log.bar("refit", total=total, unit="tok") as bar:
+        scores = scores_of_plan(
+            model, plan, tokens, validation=exam.validation, unseen=exam.reference, progress=bar.update
+        )
+    refitted = "" if scores.kl_refit is None else f", refitted in closed form {scores.kl_refit:.3f}"
+    stages.workspace.log.say(f"these units alone: KL {scores.kl_cut:.3f} on {exam.text.name}{refitted}")
+    return scores
 
 
 def _lessons(stages: Stages, text: Calibration) -> Teacher | None:
@@ -165,4 +190,10 @@ def _result(
         recovery=stages.options.recovery.mode,
         notes=() if vocabulary is None else (*vocabulary.notes, vocabulary.note_on_quality),
     )
-    return replace(result, layout=goal.layout, perplexity_without_recovery=shrunk.perplexity, vocabulary=vocabulary)
+    return replace(
+        result,
+        layout=goal.layout,
+        perplexity_without_recovery=shrunk.perplexity,
+        vocabulary=vocabulary,
+        ffn_multiple=goal.rules.ffn_multiple,
+    )

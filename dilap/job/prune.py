@@ -23,7 +23,7 @@ from dilap.models.anatomy import architecture_of
 from dilap.models.context import require_context, require_sequences
 from dilap.models.load import Source, load
 from dilap.models.origin import origin_of
-from dilap.models.text import require_texts
+from dilap.models.text import require_texts, training_text
 from dilap.profilers.devices.device import Device
 from dilap.search.layouts import Layout, default_layout, describe, require_layout
 from dilap.search.method import Method
@@ -87,9 +87,10 @@ def named_inputs(options: JobOptions, source: Source) -> dict[str, str]:
     """Return the digests of the inputs that the options name; see `inputs_of`."""
     return inputs_of(
         source.tokenizer,
-        calibration=options.calibration.source,
+        calibration=options.calibration,
         evaluation=options.evaluation_text,
         method=options.method,
+        training=options.training_text,
         table=options.table,
         vocabulary=source.vocabulary,
     )
@@ -104,6 +105,8 @@ def require_possible(options: JobOptions, source: Source) -> None:
     require_context(config, workload, runtime=options.backend, runtime_tokens=held)
     require_sequences(config, options.calibration.sequence_length)
     require_texts(options.text, options.evaluation_text, source.tokenizer)
+    if options.training_text is not None:
+        training_text(options.training_text, source.tokenizer, length=options.calibration.sequence_length)
 
 
 def _run(stages: Stages, method: Method, layout: Layout) -> PruneResult | None:
@@ -121,7 +124,7 @@ def _method(options: JobOptions, layout: Layout) -> Method:
     """Return the method asked for; DiLAP's own has another search for equal widths. Raises InvalidInput."""
     own = layout == "uniform" and options.method in ("dilap", "prune_then_quantise")
     name = "equal_widths" if own else options.method
-    method: Method = methods.get(name, options.settings)
+    method: Method = methods.get(name, methods.trained_for(name, options.settings, steps=options.train_steps))
     return method
 
 

@@ -141,6 +141,9 @@ class PruneResult(Generic[AnyQuality]):
     formats: tuple[DenseFormat, ...] = ()  # the dense model in every precision, where precisions were chosen
     precisions: dict[str, str] = field(default_factory=dict)  # of the pruned model's parts, beside the artifact's own
     answers: tuple[Answer, ...] = ()
+    kl_cut: float | None = None  # of the plan's units with the dense model's values, in torch; None where not asked for
+    kl_refit: float | None = None  # of the same units with projections refitted in closed form
+    ffn_multiple: int = 1  # of which all FFN widths are whole multiples, as the runtime or the layout needs
 
     def __post_init__(self) -> None:
         if self.backend not in backends.BACKENDS or self.workload.precision not in PRECISION_BITS:

@@ -63,7 +63,7 @@ class Streamline:
     def _train(self, task: PruneTask, *, first: int, last: int) -> nn.Module:
         """Return a trained layer that does the work of the layers from `first` to `last`."""
         kind = Regression if self.objective == "mse" else LanguageModelling
-        lessons = kind.of(task, task.text.train, first=first, last=last)
+        lessons = kind.of(task, task.training_tokens, first=first, last=last)
         exam = kind.of(task, task.text.validation, first=first, last=last)
         layer = copy.deepcopy(decoder_layers(task.model)[first]).float().eval().requires_grad_(True)
         task.model.requires_grad_(False)

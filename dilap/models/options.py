@@ -10,11 +10,13 @@ Mode = Literal["none", "lora", "full"]
 class CalibrationOptions:
     """Which calibration text to use, and how much.
 
-    `source` is `self` (the model samples its own text) or a name that `dilap.models.text_files.read_text` takes;
-    `sequence_length` is in tokens.
+    `source` is `self` (the model samples its own text), a corpus of `dilap.models.windows` (c4, wikitext2, ptb), read
+    from `data_dir` or the hub, or a name that `dilap.models.text_files.read_text` takes; `sequence_length` is in
+    tokens.
     """
 
     source: str = "self"
+    data_dir: str | None = None
     sequence_length: int = 256
     train_sequences: int = 128
     validation_sequences: int = 16

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.func import functional_call
@@ -13,9 +14,11 @@ from dilap.models.compute import product_type
 from dilap.models.context import require_sequences
 from dilap.models.options import CalibrationOptions
 from dilap.models.reference import draw
-from dilap.models.text_files import read_text
+from dilap.models.text_files import read_documents, read_text
+from dilap.models.windows import CORPORA, published_windows
 
 _ANY = -1  # a token that is to be sampled
+_MOST_TO_TRAIN_ON = 60_000  # documents of a hub set: Alpaca's 52,000 and a little more
 _SEQUENCES_AT_ONCE = 32  # in a 7B model without grouped heads their keys and values take 4 GiB
 # First words of documents of many kinds: prose, letters, news, papers, notes, lists, tables, questions, mathematics,
 # code. KL of SmolLM2-135M at 70 %, 128 sequences, on Python's documentation and WikiText-2: with random first tokens
@@ -72,6 +75,8 @@ def calibration(
         tokens = self_generated(
             model, tokenizer, num_sequences=count, length=length, seed=options.seed, progress=progress
         )
+    elif options.source in CORPORA:
+        return Calibration(name=options.source, **_corpus_windows(options, tokenizer))
     else:
         tokens = _file_sequences(options, tokenizer)
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(options.seed))
@@ -83,9 +88,24 @@ def calibration(
 
 def require_texts(options: CalibrationOptions, evaluation: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise InvalidInput, before hours of work begin, where a text cannot be read or is too short."""
-    if options.source != "self":
+    if options.source in CORPORA:
+        _corpus_windows(options, tokenizer)
+    elif options.source != "self":
         _file_sequences(options, tokenizer)
     evaluation_text(evaluation, tokenizer, num_sequences=1, length=options.sequence_length)
+
+
+def _corpus_windows(options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    train, validation = published_windows(
+        options.source,
+        tokenizer,
+        train=options.train_sequences,
+        validation=options.validation_sequences,
+        length=options.sequence_length,
+        seed=options.seed,
+        data_dir=None if options.data_dir is None else Path(options.data_dir).expanduser(),
+    )
+    return {"train": train, "validation": validation}
 
 
 def _file_sequences(options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -94,7 +114,7 @@ def _file_sequences(options: CalibrationOptions, tokenizer: PreTrainedTokenizerB
     if len(tokens) < count:
         raise InvalidInput(
             f"{options.source}: {len(tokens)} sequences of {length} tokens, but {count} are needed; "
-            "give more text, or take a smaller --calib-length"
+            "give more text, or take a smaller --calib-length or fewer --calib-sequences"
         )
     return tokens
 
@@ -187,6 +207,12 @@ def consecutive(ids: Sequence[int], before: Sequence[int], *, length: int) -> li
     """Return tokens as rows of `length` that all begin with `before`; a rest is dropped."""
     own = length - len(before)
     return [[*before, *ids[at : at + own]] for at in range(0, len(ids) - own + 1, own)]
+
+
+def training_text(name: str, tokenizer: PreTrainedTokenizerBase, *, length: int) -> torch.Tensor:
+    """Return text that methods train on (sequences x length), of a file or a hub set: an instruction set, for one."""
+    text = "\n\n".join(read_documents(name, most=_MOST_TO_TRAIN_ON))
+    return sequences(text, tokenizer, length=length, name=name)
 
 
 def evaluation_text(
