@@ -131,7 +131,6 @@ def compare(
         raise InvalidInput(f"settings of {strange[0]!r}, which is not compared; methods: {', '.join(names)}")
     found = _devices(target, devices)
     known = _known(options, among=set(OPTIONS) - {"method", "settings"})  # it has `methods`, and settings of each
-    is_of_images = known.get("input_") is not None or is_network(os.fspath(model))
     scored = {} if is_of_images else {"refit": "score"}
     base = asked_job(
         device=found[0],

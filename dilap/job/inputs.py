@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dilap.core.codec import digest, file_sha256
-from dilap.models.text import CalibrationOptions
+from dilap.models.options import CalibrationOptions
 from dilap.models.text_files import read_text, text_sha256
 from dilap.models.vocabulary import Vocabulary
 from dilap.models.windows import CORPORA, corpus_file

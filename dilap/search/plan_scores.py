@@ -11,7 +11,8 @@ from dilap.models.anatomy import ExpertSublayer, Sublayer, all_sublayers
 from dilap.models.cut import Parameters
 from dilap.models.reference import Teacher
 from dilap.search.library import LevelFit
-from dilap.search.refit import RefitOptions, best_refit, refit_refusal
+from dilap.search.options import RefitOptions
+from dilap.search.refit import best_refit, refit_refusal
 from dilap.search.supernet import Supernet
 
 _DEFAULTS = RefitOptions()

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dilap.core.errors import InvalidInput, Unavailable
 from dilap.models import windows
-from dilap.models.text import CalibrationOptions, calibration
+from dilap.models.options import CalibrationOptions
+from dilap.models.text import calibration
 from dilap.models.windows import CORPORA, corpus_file, published_windows
 
 SIZES: dict[str, Any] = {"train": 6, "validation": 3, "length": 16, "seed": 0}
