@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--plan", metavar="FILE", help="a run's plan.json, whose precisions the parts get")
     made.add_argument("--tokenizer", metavar="PATH", help="a folder or GGUF file; the checkpoint's own by default")
     arguments.add_changes(made)
+    arguments.add_compute(made)
     made.add_argument("--input", metavar="CxHxW", help="of an image network, 3x224x224: needed for my_module:build")
     made.add_argument(
         "--processor", metavar="DIR", help="has preprocessor_config.json, which says how photographs become inputs"
@@ -79,6 +80,7 @@ def _command() -> int:
         tokenizer=Path(given.tokenizer) if given.tokenizer else None,
         merge_adapter=given.merge_adapter,
         vocabulary=given.vocabulary,
+        compute=given.compute,
         input_=input_,
         processor=Path(given.processor) if given.processor else None,
         weights=Path(given.weights) if given.weights else None,

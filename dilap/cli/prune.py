@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--pattern", help="instead: zeros inside matrices, 0.5 (a share), 2:4 or 4:8 (N of M kept)")
     made.add_argument("--stat", choices=["p50", "p90"], default="p50", help="the latency the budget is about (p50)")
     arguments.add_model(made)
+    arguments.add_compute(made)
     made.add_argument("--out", metavar="DIR", help="the run's folder (runs/MODEL-TARGET-BUDGET)")
     made.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments.add_devices(made)
@@ -98,6 +99,7 @@ def _sparse(given: argparse.Namespace) -> int:
         threshold=given.threshold,
         calibration=CalibrationOptions(source=given.calib, sequence_length=given.calib_length, seed=given.seed),
         evaluation_text=given.eval_text,
+        compute=given.compute,
     )
     pattern, method = given.pattern.replace(":", "of"), options.method.replace(":", ".")
     model = name_of(given.model, merge_adapter=given.merge_adapter, vocabulary=given.vocabulary)

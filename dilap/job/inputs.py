@@ -1,6 +1,7 @@
 """Digests of what a job reads beside its model: the content behind a path or a name may change between two starts."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ def inputs_of(
     *,
     calibration: str,
     evaluation: str,
+    recovery: Sequence[str] = (),
     method: str,
     table: str | None = None,
     vocabulary: Vocabulary | None = None,
@@ -34,6 +36,8 @@ def inputs_of(
         found["the text of the vocabulary"] = vocabulary.facts.text_sha256
     if calibration != "self":
         found["the calibration text"] = text_sha256(read_text(calibration))
+    if files := [Path(name).expanduser() for name in recovery if Path(name).expanduser().is_file()]:  # no hub set
+        found["the text of the recovery"] = digest([file_sha256(file) for file in files])
     if table is not None:
         found["the latency table"] = digest(asdict(LatencyTable.read(Path(table))))
     if ":" in method:

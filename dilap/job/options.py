@@ -1,17 +1,18 @@
 """The options of a prune job, with the defaults that the command line and the Python interface share."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, get_args
 
-from dilap.core.bounds import MAX_THREADS
+from dilap.core.bounds import MAX_THREADS, MAX_TOKENS
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget, Phase, Workload
 from dilap.job.precisions import asked_precisions
 from dilap.models.builtin import DEFAULT_MODEL
-from dilap.models.distil import Mode, RecoveryOptions
+from dilap.models.compute_device import AUTO, compute_device
+from dilap.models.recovery.options import Mode, RecoveryOptions
 from dilap.models.text import CalibrationOptions
 from dilap.profilers.configuration import thread_counts
 from dilap.profilers.devices.device import Device
@@ -24,6 +25,10 @@ from dilap.search.task import SearchOptions
 RANGES: Mapping[str, tuple[int, int]] = {
     "calib_length": (1, 1 << 20),
     "recover_steps": (1, 1_000_000),
+    "recover_tokens": (1, 1_000_000_000_000),
+    "recover_length": (2, MAX_TOKENS),
+    "recover_batch": (1, 1 << 30),
+    "recover_evaluate": (0, 1_000_000),
     "evaluations": (0, 100_000),
     "seed": (0, (1 << 32) - 1),
     "threads": (1, MAX_THREADS),
@@ -47,7 +52,8 @@ class JobOptions:
     For the `fastest` configuration, the runtime's switches and `threads_tried` are tried, starting from `workload`;
     the `plain` one has the runtime's default switches. `precisions` are those that parts of the model may have beside
     the workload's own, which is the artifact's; None stands for all that the runtime has. `merge_adapter` is the folder
-    of an adapter that becomes part of the model, `vocabulary` the text whose tokens alone stay in it.
+    of an adapter that becomes part of the model, `vocabulary` the text whose tokens alone stay in it. `compute` is the
+    device on which torch computes.
     """
 
     budget: Budget
@@ -72,6 +78,7 @@ class JobOptions:
     levels: LevelOptions = field(default_factory=LevelOptions)
     recovery: RecoveryOptions = field(default_factory=RecoveryOptions)
     seed: int = 0  # of everything random: text, search, methods, recovery; set in their options too
+    compute: str = AUTO
 
     def __post_init__(self) -> None:
         search = replace(self.levels.search, seed=self.seed)
@@ -87,7 +94,8 @@ class JobOptions:
     def text(self) -> CalibrationOptions:
         """Options of the calibration text, with enough sequences to train on that recovery need not repeat any."""
         recovery, text = self.recovery, self.calibration
-        wanted = 0 if recovery.mode == "none" else recovery.steps * recovery.batch_tokens // text.sequence_length
+        is_read = recovery.mode != "none" and not recovery.data
+        wanted = recovery.num_steps * recovery.batch_tokens // text.sequence_length if is_read else 0
         return replace(text, train_sequences=max(text.train_sequences, wanted))
 
 
@@ -117,7 +125,18 @@ def job_options(
     eval_text: str = "python-docs",
     recover: Mode = _RECOVERY.mode,
     recover_steps: int = _RECOVERY.steps,
+    recover_tokens: int | None = None,
+    recover_data: Sequence[str] | str = (),
+    recover_length: int = _RECOVERY.sequence_length,
+    recover_batch: int = _RECOVERY.batch_tokens,
+    recover_rate: float | None = None,
+    recover_next_token: float = 0.0,
+    recover_hidden: float = 0.0,
+    recover_evaluate: int = 0,
+    recover_checkpoint_activations: bool = False,
+    tracker: str | None = None,
     seed: int = 0,
+    compute: str = AUTO,
     estimate: bool = False,
     force: bool = False,
 ) -> JobOptions:
@@ -132,8 +151,18 @@ def job_options(
         raise InvalidInput(f"--step is a share of the dense latency above 0, got {step:g}")
     _require_known(configuration=configuration, layout=layout, importance=importance, recover=recover)
     _require_in_range(
-        calib_length=calib_length, recover_steps=recover_steps, evaluations=evaluations, seed=seed, threads=threads
+        calib_length=calib_length,
+        recover_steps=recover_steps,
+        recover_tokens=recover_tokens,
+        recover_length=recover_length,
+        recover_batch=recover_batch,
+        recover_evaluate=recover_evaluate,
+        evaluations=evaluations,
+        seed=seed,
+        threads=threads,
     )
+    _require_rates(recover_rate=recover_rate, recover_next_token=recover_next_token, recover_hidden=recover_hidden)
+    compute_device(compute)  # raises where there is none of that name
     backend = backend or next(iter(device.backends))
     tried = thread_counts(device.default_threads()) if threads is None else (threads,)
     own, precisions = asked_precisions(precision, default=device.default_precision(backend))
@@ -168,8 +197,23 @@ def job_options(
         calibration=CalibrationOptions(source=calib, sequence_length=calib_length),
         evaluation_text=eval_text,
         levels=LevelOptions(library=LibraryOptions(order=importance), search=search),
-        recovery=RecoveryOptions(mode=recover, steps=recover_steps),
+        recovery=RecoveryOptions(
+            mode=recover,
+            steps=recover_steps,
+            tokens=recover_tokens,
+            data=(recover_data,) if isinstance(recover_data, str) else tuple(recover_data),
+            sequence_length=recover_length,
+            batch_tokens=recover_batch,
+            full_rate=_RECOVERY.full_rate if recover_rate is None else recover_rate,
+            lora_rate=_RECOVERY.lora_rate if recover_rate is None else recover_rate,
+            next_token=recover_next_token,
+            hidden=recover_hidden,
+            evaluate_every=recover_evaluate,
+            checkpoint_activations=recover_checkpoint_activations,
+            tracker=tracker,
+        ),
         seed=seed,
+        compute=compute,
     )
 
 
@@ -186,3 +230,11 @@ def _require_in_range(**given: int | None) -> None:
         least, most = RANGES[name]
         if value is not None and not (type(value) is int and least <= value <= most):
             raise InvalidInput(f"{name} is a whole number from {least:,} to {most:,}, got {value!r:.80}")
+
+
+def _require_rates(**given: float | None) -> None:
+    """Raise InvalidInput for a share of the loss, or a learning rate, that is none; None is the default."""
+    for name, value in given.items():
+        most = 1.0 if name != "recover_hidden" else 1e6
+        if value is not None and not (math.isfinite(value) and 0 <= value <= most):
+            raise InvalidInput(f"{name} is a number from 0 to {most:g}, got {value!r:.80}")

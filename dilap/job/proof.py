@@ -1,9 +1,7 @@
 """The last part of a prune job: from the plan to a measured artifact, and what can be claimed of it."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from itertools import takewhile
 from pathlib import Path
 
 from dilap.core.artifact import Artifact
@@ -14,23 +12,19 @@ from dilap.core.vocabulary import VocabularyCut
 from dilap.evaluation.subject import require_unchanged
 from dilap.job.exam import Exam
 from dilap.job.formats import Files, dense_formats
+from dilap.job.recovery import UNDONE, of_dense, recover
 from dilap.job.result import PlainDefaults, PruneResult, Quality, Side, caveats, flops_of, versions
 from dilap.job.stages import Goal, Stages, require_measured
 from dilap.job.verdict import verdict
 from dilap.models.anatomy import decoder_layers
 from dilap.models.cut import shrink_
-from dilap.models.distil import distil
 from dilap.models.load import save_checkpoint
-from dilap.models.reference import Teacher, head_of
 from dilap.models.rounded_model import round_model_
 from dilap.models.rounding import FLOATS
-from dilap.models.tensor_file import load_tensors, save_tensors
 from dilap.models.text import Calibration
 from dilap.profilers import intervals
 from dilap.profilers.profiler import Case, budget_share, is_shown, speedup
 from dilap.search.method import Pruned
-
-_UNDONE = "recovery is undone, because it did not help"
 
 
 def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration, files: Files) -> PruneResult:
@@ -43,14 +37,12 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration, files: 
     write_json(workspace.folder / "plan.json", encode(plan))
     with workspace.stage("score the dense model"):
         exam = Exam.of(stages, text)
-        lessons = _lessons(stages, text)
+        dense_model = of_dense(stages, text)
     if plan.precisions:
         source.model.float()  # half precision has too few values for rounded weights
     shrink_(source.model, plan, parameters=pruned.parameters)
     source.model.config.dilap_plan = plan.digest
     exam = exam.facing(source.model)
-    if lessons is not None and lessons.states is not None:
-        lessons = lessons.facing(head_of(source.model), dense_head=exam.dense_head)
     with workspace.stage("score the pruned model"):
         validation_kl = exam.validation.kl(source.model)
         shrunk = exam.of_torch(source.model)
@@ -58,12 +50,12 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration, files: 
         f"shrunk, the torch model in floats: KL {shrunk.kl:.3f} on {exam.text.name}, {validation_kl:.3f} on the "
         "validation split"
     )
-    recovered, is_undone = shrunk, False
-    recovery_kls: tuple[float, ...] = ()
-    if lessons is not None:
-        recovery_kls, is_undone = _recover_(stages, lessons, exam.validation, before=validation_kl)
+    recovered, done = shrunk, None
+    if dense_model is not None:
+        done = recover(stages, dense_model, exam.validation)
+        dense_model = None  # frees the memory of a copy
         recovered = exam.of_torch(source.model)
-    is_rounded = bool(plan.precisions) and lessons is None  # by the method that chose the precisions
+    is_rounded = bool(plan.precisions) and done is None  # by the method that chose the precisions
     if not is_rounded and _round_(stages, plan, text):
         recovered = exam.of_torch(source.model)
     with workspace.stage("save the checkpoint"):
@@ -73,8 +65,11 @@ def claim(stages: Stages, goal: Goal, pruned: Pruned, text: Calibration, files: 
     formats = dense_formats(stages, files, exam)
     result = _result(stages, goal, pruned, text, dense=dense, side=side, shrunk=shrunk, validation_kl=validation_kl)
     precisions = plan.pruned_precisions()
-    notes = (*result.notes, *[_UNDONE] * is_undone)
-    return replace(result, notes=notes, recovery_kls=recovery_kls, plain=plain, formats=formats, precisions=precisions)
+    if done is not None:
+        notes = (*result.notes, *[UNDONE] * (done.best_step == 0))
+        curve = tuple(sorted(done.validation.items()))
+        result = replace(result, notes=notes, recovery_kls=tuple(done.kls), recovery_validation_kls=curve)
+    return replace(result, plain=plain, formats=formats, precisions=precisions)
 
 
 def _sides(
@@ -126,50 +121,6 @@ def _measured(stages: Stages, goal: Goal, paths: Sequence[Path]) -> tuple[list[M
         budget_used=budget_share(budget, dense, pruned) if budget.ratio is None else None,
     )
     return measured, plain
-
-
-def _lessons(stages: Stages, text: Calibration) -> Teacher | None:
-    """Return what the dense model says about the text of the recovery, None without one."""
-    if stages.options.recovery.mode == "none":
-        return None
-    rounds = stages.chooses_precision
-    return stages.teacher("training-states" if rounds else "training", text.train, keep_states=rounds)
-
-
-def _recover_(
-    stages: Stages, lessons: Teacher, validation: Teacher, *, before: float
-) -> tuple[tuple[float, ...], bool]:
-    """Distil the dense model into the pruned one, in place; return the KL of every step, as long as it is a number.
-
-    Where that does not lower the KL on the validation split, which was `before`, it is undone; the second value says
-    whether it was.
-    """
-    options, model = stages.options.recovery, stages.source.model
-    kept = stages.workspace.cache / "before-recovery.safetensors"
-    save_tensors(kept, {name: parameter.detach() for name, parameter in decoder_layers(model).named_parameters()})
-    with (
-        stages.workspace.stage("recover"),
-        stages.workspace.log.bar("recover", total=options.steps, unit="step") as bar,
-    ):
-
-        def show(kl: float) -> None:
-            bar.set_postfix(kl=f"{kl:.3f}")
-            bar.update(1)
-
-        losses = distil(model, lessons, options, progress=show)
-        after = validation.kl(model)
-    stages.workspace.log.say(
-        f"recovery ({options.mode}): KL on its own text {losses[0]:.3f} -> {losses[-1]:.3f}, on the validation split "
-        f"{before:.3f} -> {after:.3f}"
-    )
-    is_undone = not after < before  # also where it is no number
-    if is_undone:
-        stages.workspace.log.say(_UNDONE)
-        earlier = load_tensors(kept)
-        for name, parameter in decoder_layers(model).named_parameters():
-            parameter.data.copy_(earlier[name])
-    remove(kept)
-    return tuple(takewhile(math.isfinite, losses)), is_undone
 
 
 def _round_(stages: Stages, plan: Plan, text: Calibration) -> bool:

@@ -14,6 +14,7 @@ from dilap.job.formats import dense_files
 from dilap.job.inputs import inputs_of
 from dilap.job.options import JobOptions
 from dilap.job.proof import claim
+from dilap.job.recovery import require_recovery
 from dilap.job.result import PruneResult
 from dilap.job.run_folder import Workspace
 from dilap.job.stages import Stages
@@ -54,7 +55,12 @@ def prune(
         estimate=options.estimate,
     )
     with workspace.stage("load the model"):
-        source = source or load(options.model, merge_adapter=options.merge_adapter, vocabulary=options.vocabulary)
+        source = source or load(
+            options.model,
+            merge_adapter=options.merge_adapter,
+            vocabulary=options.vocabulary,
+            compute=options.compute,
+        )
     architecture = architecture_of(source.model)
     layout = _layout(options, bench.backend, architecture)
     method = _method(options, layout)
@@ -62,7 +68,7 @@ def prune(
     bench = bench.mixing(options.precisions, architecture)
     identity = {"options": asdict(options), "model": source.digest, "dilap": __version__}
     with workspace.opened({**identity, "inputs": named_inputs(options, source)}):
-        workspace.log.say(f"{source.name}: {describe(architecture)}")
+        workspace.log.say(f"{source.name}: {describe(architecture)}, on {source.model.device}")
         for note in source.notes:
             workspace.log.say(note)
         stages = Stages(options=options, workspace=workspace, bench=bench, source=source)
@@ -81,6 +87,7 @@ def named_inputs(options: JobOptions, source: Source) -> dict[str, str]:
         source.tokenizer,
         calibration=options.calibration.source,
         evaluation=options.evaluation_text,
+        recovery=options.recovery.data,
         method=options.method,
         table=options.table,
         vocabulary=source.vocabulary,
@@ -96,6 +103,7 @@ def require_possible(options: JobOptions, source: Source) -> None:
     require_context(config, workload, runtime=options.backend, runtime_tokens=held)
     require_sequences(config, options.calibration.sequence_length)
     require_texts(options.text, options.evaluation_text, source.tokenizer)
+    require_recovery(options.recovery, source)
 
 
 def _run(stages: Stages, method: Method, layout: Layout) -> PruneResult | None:

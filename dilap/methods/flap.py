@@ -182,7 +182,8 @@ class _Findings:
         found = {}
         for one, mean in zip(self.sublayers, self.means, strict=True):
             removed = removed_columns(plan, one)
-            bias = one.out.weight.detach()[:, removed].float() @ mean[removed]
+            weight = one.out.weight.detach()[:, removed].float()
+            bias = weight @ mean[removed].to(weight.device)
             found[f"{one.path}.bias"] = bias if one.out.bias is None else bias + one.out.bias.detach().float()
         return found
 

@@ -15,6 +15,7 @@ from dilap.core.errors import Mismatch, Unsupported
 from dilap.core.plan import Plan
 from dilap.methods.units import restored
 from dilap.models.anatomy import Sublayer, decoder_layers, sublayers
+from dilap.models.compute_device import HOST
 from dilap.models.families import family_of
 from dilap.models.skipping import sublayer_skipped
 from dilap.models.statistics import LayerCall, State, layer_calls, run_layer
@@ -75,10 +76,11 @@ def tuned_projection(
     gram, right = a.T @ a, a.T @ b
     if ridge:
         damping = ridge * gram.diagonal().mean()
-        factor = torch.linalg.cholesky(gram + damping * torch.eye(len(gram)))
+        factor = torch.linalg.cholesky(gram + damping * torch.eye(len(gram), device=gram.device))
         solved = torch.cholesky_solve(right + damping * old.T, factor).T
     else:
-        solved = torch.linalg.lstsq(gram.double(), right.double(), driver="gelsd").solution.float().T
+        wide = gram.to(HOST, torch.float64), right.to(HOST, torch.float64)  # accelerators have no such driver
+        solved = torch.linalg.lstsq(*wide, driver="gelsd").solution.float().T.to(old.device)
     if not torch.isfinite(solved).all():
         return old
     rows = (old.abs() * a.square().sum(0).sqrt()).sum(1).argsort(descending=True, stable=True)
@@ -218,7 +220,7 @@ class _Run:
         if (found := self.tuned.get(chosen)) is not None and self.sprint.tune:
             weights[found.tuned] = found.weight
             weight = self.outs[found.tuned].out.weight
-            weight.data = found.weight.to(weight.dtype)
+            weight.data = found.weight.to(weight)
         self.saved = {place: states for place, states in self.saved.items() if place <= chosen}
         ends = {s: self._next_ffn(s, before=chosen) for s in range(len(self.outs))}
         kept = {s for s, end in ends.items() if end is not None and end < chosen}

@@ -28,6 +28,7 @@ from dilap.core.errors import InvalidInput, Unavailable, Unsupported
 from dilap.models.adapter import merge_adapter_
 from dilap.models.anatomy import model_digest, require_finite
 from dilap.models.builtin import BUILTIN_MODELS, builtin_model
+from dilap.models.compute_device import AUTO, HOST, compute_device
 from dilap.models.faithful import (
     exact_type,
     read_rest_of_config_,
@@ -75,15 +76,19 @@ def load(
     tokenizer: Path | None = None,
     merge_adapter: str | Path | None = None,
     vocabulary: str | Path | None = None,
+    compute: str = AUTO,
 ) -> Source:
     """Load a model and its tokenizer, in the precision that its files have (a GGUF file is dequantised to f32).
+
+    `compute` is the device on which it is put, as `dilap.models.compute_device` takes it, and so computed with.
 
     `tokenizer` is the folder or GGUF file of the tokenizer, by default the model's own. `merge_adapter` is the folder
     of a LoRA adapter that is added to the weights: the model, and so its digest, is then the merged one. `vocabulary`
     is a text, as `dilap.models.text_files.read_text` takes it: the model, and so its digest, then has only the tokens
-    that this text needs. Raises InvalidInput where the files are damaged or there is no such model, Unavailable where
-    the model cannot be fetched, Unsupported where the architecture is not known.
+    that this text needs. Raises InvalidInput where the files are damaged or there is no such model or device,
+    Unavailable where the model cannot be fetched, Unsupported where the architecture is not known.
     """
+    device = compute_device(compute)
     _quiet_transformers()
     path = builtin_model(name) if name in BUILTIN_MODELS else checkpoint_of(Path(name))
     require_no_adapter(path)
@@ -98,6 +103,8 @@ def load(
             f"no model {name!r}: give {', '.join(BUILTIN_MODELS)}, a folder with config.json, a .gguf file or a hub id "
             "(user/model)"
         )
+    if device != HOST:
+        arguments["device_map"] = device  # one tensor after another is put there
     config = _config(name, str(folder), arguments)
     words = _tokenizer(name, tokenizer or tokenizer_path)  # before gigabytes are read
     if vocabulary is not None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dilap.core.errors import Unsupported, reason_of
+from dilap.models.compute_device import HOST
 
 _IMAGES_AT_ONCE = 16  # the activations of ResNet-50 at 224x224 take about 100 MB an image
 
@@ -64,7 +65,7 @@ class TorchNetwork:
                 except (RuntimeError, ValueError, TypeError) as error:
                     size = "x".join(map(str, images.shape[1:]))
                     raise Unsupported(f"the model does not take images of {size}: {reason_of(error)}") from error
-                rows.append(found.float().cpu().numpy())
+                rows.append(found.float().to(HOST).numpy())
         return np.concatenate(rows)
 
 
@@ -83,6 +84,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def in_f32(model: nn.Module) -> nn.Module:
     """Return the model on the CPU in f32: itself, or a copy where it is anything else."""
     tensors = [*model.parameters(), *model.buffers()]
-    if all(one.device.type == "cpu" and (one.dtype == torch.float32 or not one.is_floating_point()) for one in tensors):
+    if all(one.device == HOST and (one.dtype == torch.float32 or not one.is_floating_point()) for one in tensors):
         return model
-    return copy.deepcopy(model).to("cpu", torch.float32)
+    return copy.deepcopy(model).to(HOST, torch.float32)

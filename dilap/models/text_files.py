@@ -53,16 +53,41 @@ def read_text(name: str) -> str:
     return text
 
 
+def streamed(name: str, *, links: Path) -> Any:
+    """Return the records of a file or a hub data set (`user/name`, `user/name:configuration`) as they are read.
+
+    They are an iterable of the `datasets` library, whose position can be kept. A plain text file has a record for every
+    paragraph. `links` is a new folder that is needed as long as files are read. Raises InvalidInput where there is no
+    such file, Unavailable where the `datasets` library is missing.
+    """
+    datasets, path = _library("streaming text"), Path(name).expanduser()
+    if not path.is_file():
+        hub, _, configuration = name.partition(":")
+        if hub.count("/") != 1 or path.exists():
+            raise InvalidInput(f"text {name!r} is no file: give files or hub data sets (user/name); {KNOWN}")
+        return datasets.load_dataset(hub, configuration or None, split="train", streaming=True)
+    suffix, is_packed = _suffix(path)
+    kind, options = ("text", {"sample_by": "paragraph"}) if suffix in PLAIN else READERS[suffix]
+    links.mkdir(parents=True, exist_ok=True)
+    # The file gets a plain name, because the library reads brackets and stars in a name as a pattern.
+    plain = links / f"records{suffix}{'.gz' * is_packed}"
+    if not plain.exists():
+        plain.symlink_to(path.resolve())
+    return datasets.load_dataset(kind, data_files=str(plain), split="train", streaming=True, **options)
+
+
+def is_plain(name: str) -> bool:
+    """Return whether a name is that of a plain text file."""
+    path = Path(name).expanduser()
+    return path.is_file() and _suffix(path)[0] in PLAIN
+
+
 def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _file_text(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    is_packed = suffixes[-1:] == [".gz"]
-    suffix = "".join(suffixes[:-1][-1:] if is_packed else suffixes[-1:])
-    if suffix not in (*PLAIN, *READERS):
-        raise InvalidInput(f"{path}: {suffix or 'a name without a suffix'} is not read; {KNOWN}")
+    suffix, is_packed = _suffix(path)
     try:
         if suffix in PLAIN:
             return _plain_text(content_of(path))
@@ -78,6 +103,16 @@ def _file_text(path: Path) -> str:
         raise type(error)(f"{path}: {error}") from error
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise InvalidInput(f"{path}: not readable text ({reason_of(error)}); {KNOWN}") from error
+
+
+def _suffix(path: Path) -> tuple[str, bool]:
+    """Return the suffix of a file that is read, and whether it is packed. Raises InvalidInput for any other."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    is_packed = suffixes[-1:] == [".gz"]
+    suffix = "".join(suffixes[:-1][-1:] if is_packed else suffixes[-1:])
+    if suffix not in (*PLAIN, *READERS):
+        raise InvalidInput(f"{path}: {suffix or 'a name without a suffix'} is not read; {KNOWN}")
+    return suffix, is_packed
 
 
 def _plain_text(content: bytes) -> str:
@@ -127,7 +162,7 @@ def _library(purpose: str) -> Any:
 
 
 def _joined(records: Any) -> str:
-    column = _text_column({name: _is_text(kind) for name, kind in records.features.items()})
+    column = text_column({name: _is_text(kind) for name, kind in records.features.items()})
     return "\n\n".join(text for text in records[column] if text is not None)
 
 
@@ -135,7 +170,7 @@ def _is_text(kind: Any) -> bool:
     return getattr(kind, "dtype", None) in ("string", "large_string", "string_view")
 
 
-def _text_column(is_text: Mapping[str, bool]) -> str:
+def text_column(is_text: Mapping[str, bool]) -> str:
     """Return the column that holds the text. Raises InvalidInput, naming all columns, where none can be told to."""
     strings = [name for name, yes in is_text.items() if yes]
     for usual in COLUMNS:

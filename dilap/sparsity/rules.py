@@ -109,7 +109,7 @@ class SparseGpt:
 
     def factor(self, covariance: torch.Tensor) -> torch.Tensor:
         """Return an upper triangular U with U'U the inverse of the damped covariance; a diagonal one if that fails."""
-        identity = torch.eye(len(covariance), dtype=covariance.dtype)
+        identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
         for times in (1, 10, 100):
             damped = covariance + times * self.dampening * covariance.diagonal().mean() * identity
             lower, failed = torch.linalg.cholesky_ex(damped)

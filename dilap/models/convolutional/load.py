@@ -21,6 +21,7 @@ from dilap.core.images import ImageInput, Preprocessing
 from dilap.models import convolutional
 from dilap.models.anatomy import model_digest, require_finite
 from dilap.models.builtin import BUILTIN_NETWORKS, LITE
+from dilap.models.compute_device import HOST
 from dilap.models.convolutional.narrowing import RECORD, TENSORS, load_narrowed_, narrowed_class, record_of
 from dilap.models.convolutional.network import Traced, traced
 from dilap.models.faithful import exact_type, require_every_tensor
@@ -113,7 +114,7 @@ def _builtin(name: str) -> nn.Module:
     """Return the network that one package builds, with the weights for ImageNet that another one has."""
     weights = BUILTIN_NETWORKS[name]()
     model: nn.Module = importlib.import_module(LITE).EfficientNet.from_name(name)
-    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    model.load_state_dict(torch.load(weights, map_location=HOST, weights_only=True))
     return model.eval()
 
 
