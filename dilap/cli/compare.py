@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--list-methods", action=_ListMethods, nargs=0, help="what they do, and their sources")
     made.add_argument("--keep-models", action="store_true", help="keep every checkpoint and artifact")
     made.add_argument(
-        "--shard", metavar="K/N", help="only the K-th of N parts, beside --out; without, what parts have done is taken over"
+        "--shard",
+        metavar="K/N",
+        help="only the K-th of N parts, beside --out; without, what parts have done is taken over",
     )
     made.add_argument("--json", action="store_true", help="print compare.json")
     arguments.add_devices(made)

@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     arguments.add_compute(made)
     made.add_argument("--out", metavar="DIR", help="the run's folder (runs/MODEL-TARGET-BUDGET)")
     made.add_argument("--json", action="store_true", help="print the result as JSON")
+    made.add_argument("--dry-run", action="store_true", help="print memory and time of every stage, and do nothing")
     arguments.add_devices(made)
     arguments.add_workload(made)
     _add_method(made)
@@ -122,6 +123,8 @@ def _command() -> int:
     budget = _budget(given)
     devices = arguments.devices_of(given, given.target)
     options = options_of(given, device=devices[0])
+    if given.dry_run:
+        return _dry_run(options)
     from dilap.job.prune import prune  # importing torch takes seconds: bad input is refused first
 
     out = arguments.new_path(given.out) if given.out else _default_out(given, budget)
@@ -135,6 +138,15 @@ def _command() -> int:
     else:
         console.show(f"{result.table(done)}\n\neverything is in {out}")
     return 1 if done.status in ("missed", "uncertain") else 0
+
+
+def _dry_run(options: "JobOptions") -> int:
+    """Print what the job would take, and return the exit code: 1 where something does not fit."""
+    from dilap.job import forecast
+
+    needs, machine = forecast.of_job(options)
+    console.show(forecast.table(needs, machine))
+    return 1 if forecast.lacking(needs, machine) else 0
 
 
 def options_of(given: argparse.Namespace, *, device: Device) -> "JobOptions":

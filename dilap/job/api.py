@@ -36,8 +36,8 @@ from dilap.job import prune as pruning
 from dilap.job.comparison import Row
 from dilap.job.options import job_options
 from dilap.job.profile import Profile
-from dilap.job.shards import Shard
 from dilap.job.result import PruneResult
+from dilap.job.shards import Shard
 from dilap.methods import named
 from dilap.models.builtin import DEFAULT_MODEL
 from dilap.models.load import Source, load
@@ -117,7 +117,8 @@ def compare(
 
     `settings` holds the settings of each method by the method's name. Recovery is by default that of `dilap-compare`,
     16 steps of full fine-tuning. `shard` is one part of the comparison, `"2/4"` for the second of four, in a folder
-    beside `out`; the call without it takes over what those have done. Raises DilapError; the error of a single method is kept in its row instead.
+    beside `out`; the call without it takes over what those have done. Raises DilapError; the error of a single method
+    is kept in its row instead.
     """
     asked = [_budget(one, None, stat) for one in _several(budgets)]
     asked = list(dict.fromkeys(asked + [_budget(None, one, stat) for one in _several(ratios)]))

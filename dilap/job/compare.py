@@ -41,8 +41,8 @@ def compare(
 
     `settings` has the settings of each method by its name; `base` has all other options. `out` keeps what is done, also
     by methods that fail: the same call goes on in it. With a `shard` only its runs are done, in a folder beside `out`;
-    without, those that shards have finished are taken over. Raises InvalidInput where the folder was begun by a comparison
-    with other options, or by anything else.
+    without, those that shards have finished are taken over. Raises InvalidInput where the folder was begun by a
+    comparison with other options, or by anything else.
     """
     for method, chosen in settings.items():  # before hours are spent on the others
         methods.get(method, chosen)

@@ -4,6 +4,7 @@ Tensors that need not be beside the model (text, answers of the dense model, lev
 lie in the memory of the `HOST`. Everything else is made where the tensors are that it meets.
 """
 
+import psutil
 import torch
 
 from dilap.core.errors import InvalidInput
@@ -30,6 +31,12 @@ def compute_device(asked: str = AUTO) -> torch.device:
 def _accelerators() -> list[torch.device]:
     kind = torch.accelerator.current_accelerator(check_available=True)
     return [] if kind is None else [torch.device(kind.type, index) for index in range(torch.accelerator.device_count())]
+
+
+def memory_of(device: torch.device) -> int:
+    """Return the bytes of memory that a device has; those of the host where it does not say."""
+    asked = None if device.type == HOST.type else getattr(torch.get_device_module(device), "mem_get_info", None)
+    return psutil.virtual_memory().total if asked is None else int(asked(device)[1])
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -17,8 +17,8 @@ METHODS = ("magnitude", "shortgpt")
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_shards_share_out_all_jobs(count: int) -> None:
     jobs = list(range(5))
-    parts = [Shard(number=number, count=count).of(jobs) for number in range(1, count + 1)]
-    assert sorted(sum(parts, [])) == jobs
+    shards = (Shard(number=number, count=count) for number in range(1, count + 1))
+    assert sorted(job for shard in shards for job in shard.of(jobs)) == jobs
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "2", "2/", "a/b", "-1/2", "1/100000"])

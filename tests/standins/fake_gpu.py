@@ -60,20 +60,28 @@ class FakeGpuTensor(torch.Tensor):
             strides=raw.stride(),
             storage_offset=raw.storage_offset(),
             dtype=raw.dtype,
-            device=f"{NAME}:0",
+            device=torch.device(NAME, 0),
         )
         made.raw = raw
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _run(func, args, kwargs or {})
 
-    def __repr__(self, *_: object, **__: object) -> str:
+    def __repr__(self, *_: object, **__: object) -> str:  # type: ignore[override]
         return f"FakeGpuTensor({self.raw})"
 
     def tolist(self) -> Any:
         return self.raw.tolist()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FakeGpuTensor":
+        if id(self) not in memo:
+            made = FakeGpuTensor(self.raw.detach().clone()).requires_grad_(self.requires_grad)
+            made._is_param = isinstance(self, torch.nn.Parameter)
+            memo[id(self)] = made
+        found: FakeGpuTensor = memo[id(self)]
+        return found
 
     def data_ptr(self) -> int:
         return self.raw.data_ptr()
@@ -97,7 +105,6 @@ class _Mode(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
-# When this is imported, because torch counts its devices once, in the first backward pass of a process.
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Module(), hook=_Hook())
 
 
@@ -107,7 +114,7 @@ def fake_gpu(*, has_f64: bool = True) -> Iterator[torch.device]:
     _State.is_there, _State.has_f64 = True, has_f64
     torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor comes here too
     try:
-        with _Mode():
+        with _Mode(), torch.autograd.set_multithreading_enabled(False):  # an error in another thread would abort
             yield torch.device(NAME, 0)
     finally:
         torch._C._set_only_lift_cpu_tensors(False)
@@ -135,7 +142,10 @@ def _run(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
     plain_args, plain = pytree.tree_map_only(FakeGpuTensor, lambda one: one.raw, (args, dict(kwargs)))
     if asked is not None:
         plain["device"] = torch.device("cpu")
-    found = func(*plain_args, **plain)
+    if name == "aten::histc" and not plain_args[0].is_floating_point():  # as accelerators count them, and the CPU not
+        found = func(plain_args[0].float(), *plain_args[1:], **plain).to(plain_args[0].dtype)
+    else:
+        found = func(*plain_args, **plain)
 
     def wrapped(one: torch.Tensor) -> torch.Tensor:
         if not there:
