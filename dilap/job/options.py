@@ -1,6 +1,7 @@
 """The options of a prune job, with the defaults that the command line and the Python interface share."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -126,7 +127,7 @@ def job_options(
     recover: Mode = _RECOVERY.mode,
     recover_steps: int = _RECOVERY.steps,
     recover_tokens: int | None = None,
-    recover_data: Sequence[str] | str = (),
+    recover_data: Sequence[str | os.PathLike[str]] | str = (),
     recover_length: int = _RECOVERY.sequence_length,
     recover_batch: int = _RECOVERY.batch_tokens,
     recover_rate: float | None = None,
@@ -201,7 +202,7 @@ def job_options(
             mode=recover,
             steps=recover_steps,
             tokens=recover_tokens,
-            data=(recover_data,) if isinstance(recover_data, str) else tuple(recover_data),
+            data=(recover_data,) if isinstance(recover_data, str) else tuple(map(os.fspath, recover_data)),
             sequence_length=recover_length,
             batch_tokens=recover_batch,
             full_rate=_RECOVERY.full_rate if recover_rate is None else recover_rate,

@@ -50,7 +50,8 @@ def importances(sublayer: ExpertSublayer, batches: Batches) -> torch.Tensor:
                 outputs = experts(x, chosen[:, rank : rank + 1], torch.ones_like(weights[:, :1]))
                 sums.index_add_(0, chosen[:, rank], weights[:, rank].float() * outputs.float().norm(dim=-1))
                 counts.index_add_(0, chosen[:, rank], counts.new_ones(len(x)))
-    return sums / counts.clamp_min(1)
+    found: torch.Tensor = sums / counts.clamp_min(1)
+    return found
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ def test_result_has_the_curve_of_the_validation_split(checkpoint: Path, corpus: 
 def test_recovery_reads_streamed_text(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"recover_tokens": 3 * 128, "recover_batch": 128, "recover_length": 32}
     result = prune_tiny(
-        checkpoint, corpus, tmp_path / "out", method="magnitude", recover="lora", recover_data=[str(corpus)], **asked
+        checkpoint, corpus, tmp_path / "out", method="magnitude", recover="lora", recover_data=[corpus], **asked
     )
     assert len(result.recovery_kls) == 3
     assert result.options["recovery"]["data"] == (str(corpus),)

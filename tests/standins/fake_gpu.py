@@ -114,7 +114,8 @@ def fake_gpu(*, has_f64: bool = True) -> Iterator[torch.device]:
     _State.is_there, _State.has_f64 = True, has_f64
     torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor comes here too
     try:
-        with _Mode(), torch.autograd.set_multithreading_enabled(False):  # an error in another thread would abort
+        # An error in another thread would end the process.
+        with _Mode(), torch.autograd.set_multithreading_enabled(False):  # type: ignore[no-untyped-call]
             yield torch.device(NAME, 0)
     finally:
         torch._C._set_only_lift_cpu_tensors(False)
