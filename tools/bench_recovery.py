@@ -12,10 +12,13 @@ texts that nothing saw. A killed run goes on behind the variants that are done.
 import argparse
 import copy
 import json
+import math
+import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from dilap.cli.arguments import Several
@@ -26,13 +29,13 @@ from dilap.models.builtin import DEFAULT_MODEL
 from dilap.models.load import Source, load
 from dilap.models.recovery.lessons import StreamedLessons
 from dilap.models.recovery.options import RecoveryOptions
-from dilap.models.recovery.stream import PackedStream
-from dilap.models.recovery.train import Recovered, recover_
+from dilap.models.recovery.stream import MIXED, PackedStream
+from dilap.models.recovery.train import Recovered, Told, recover_
 from dilap.models.reference import Teacher
 from dilap.models.text import evaluation_text
 
-_TRIED_STEPS = 4  # from which the steps that fill the minutes are found
-_HELD_OUT = 16  # sequences
+_TRIED_STEPS = 6  # from which the steps that fill the minutes are found
+_HELD_OUT, _HELD_OUT_LENGTH = 16, 256  # sequences, tokens in each
 
 
 def _variants() -> Mapping[str, RecoveryOptions]:
@@ -71,7 +74,7 @@ class Study:
     def __init__(self, given: argparse.Namespace, dense: Source, seed: int) -> None:
         self.given, self.dense, self.seed = given, dense, seed
         self.pruned = load(given.pruned, compute=given.compute).model
-        held_out = self._stream(RecoveryOptions(sequence_length=256), seed=seed + 10**6).take(_HELD_OUT)
+        held_out = self._stream(RecoveryOptions(sequence_length=_HELD_OUT_LENGTH), seed=seed).take(_HELD_OUT)
         self.validation = Teacher.of(dense.model, held_out)
         texts = (evaluation_text(one, dense.tokenizer, num_sequences=32, length=256) for one in given.eval_text)
         self.exams = {Path(one.name).name: Teacher.of(dense.model, one.tokens) for one in texts}
@@ -81,9 +84,9 @@ class Study:
 
     def score(self, options: RecoveryOptions, minutes: float) -> dict[str, float]:
         """Return the KL on every text after so many minutes, with the steps and the seconds that they took."""
-        start = time.monotonic()
-        self._recovered(replace(options, steps=_TRIED_STEPS))
-        a_step = (time.monotonic() - start) / _TRIED_STEPS
+        ends: list[float] = []
+        self._recovered(replace(options, steps=_TRIED_STEPS), progress=lambda _: ends.append(time.monotonic()))
+        a_step = statistics.median(after - before for before, after in pairwise(ends))
         steps = max(1, round(60 * minutes / a_step))
         start = time.monotonic()
         done, scores = self._recovered(replace(options, steps=steps))
@@ -94,16 +97,22 @@ class Study:
             "seconds": time.monotonic() - start,
         }
 
-    def _recovered(self, options: RecoveryOptions) -> tuple[Recovered, dict[str, float]]:
+    def _recovered(
+        self, options: RecoveryOptions, *, progress: Callable[[Told], None] = lambda _: None
+    ) -> tuple[Recovered, dict[str, float]]:
         model = copy.deepcopy(self.pruned)
-        options = replace(options, seed=self.seed)
+        options = replace(options, seed=self.seed, data=tuple(self.given.data))
         stream = self._stream(options, seed=self.seed)
-        stream.take(_HELD_OUT * 256 // options.sequence_length)
+        # What is held out lies anywhere in the first sequences that are mixed.
+        stream.take(MIXED * math.ceil(_HELD_OUT_LENGTH / options.sequence_length))
         lessons = StreamedLessons(
-            dense=self.dense.model, stream=stream, batch_tokens=options.batch_tokens, keep_states=options.hidden > 0
+            dense=self.dense.model,
+            stream=stream,
+            num_sequences=options.tokens_in_step // options.sequence_length,
+            keep_states=options.hidden > 0,
         )
         with tempfile.TemporaryDirectory() as folder:
-            done = recover_(model, lessons, options, validation=self.validation, folder=Path(folder))
+            done = recover_(model, lessons, options, validation=self.validation, folder=Path(folder), progress=progress)
         return done, {name: exam.kl(model) for name, exam in self.exams.items()}
 
 

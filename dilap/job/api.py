@@ -79,7 +79,7 @@ def prune(
     """
     source = replace(model, model=copy.deepcopy(model.model)) if isinstance(model, Source) else None
     if isinstance(model, Source):
-        for name in ("merge_adapter", "vocabulary"):
+        for name in ("merge_adapter", "vocabulary", "compute"):
             if name in options:
                 raise InvalidInput(f"the model is loaded already: give {name} to dilap.load instead")
         options["merge_adapter"] = model.merge_adapter

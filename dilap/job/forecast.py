@@ -269,7 +269,7 @@ def _scoring(shape: _Shape) -> Need:
 def _recovery(shape: _Shape, *, is_host: bool) -> Need:
     """Return the needs of the recovery; the pruned model is taken to have the weights of the dense one."""
     options, parameters = shape.options.recovery, shape.architecture.num_parameters
-    is_full, tokens = options.mode == "full", options.num_steps * options.batch_tokens
+    is_full, tokens = options.mode == "full", options.num_steps * options.tokens_in_step
     rank = sum(
         2 * options.lora_rank * (shape.architecture.hidden_size + shape.inputs(b)) for b in shape.architecture.blocks
     )

@@ -202,7 +202,7 @@ def job_options(
             mode=recover,
             steps=recover_steps,
             tokens=recover_tokens,
-            data=(recover_data,) if isinstance(recover_data, str) else tuple(map(os.fspath, recover_data)),
+            data=(recover_data,) if isinstance(recover_data, str) else tuple(os.fspath(one) for one in recover_data),
             sequence_length=recover_length,
             batch_tokens=recover_batch,
             full_rate=_RECOVERY.full_rate if recover_rate is None else recover_rate,

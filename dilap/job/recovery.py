@@ -56,7 +56,7 @@ def of_dense(stages: Stages, text: Calibration) -> Dense | None:
     streamed = StreamedLessons(
         dense=copy.deepcopy(model),
         stream=_stream(options, stages.source.tokenizer),
-        batch_tokens=options.batch_tokens,
+        num_sequences=options.tokens_in_step // options.sequence_length,
         keep_states=keep_states,
     )
     return Dense(head=head_of(model), streamed=streamed)

@@ -241,6 +241,7 @@ def test_hidden_states_come_nearer() -> None:
 
 def test_tokens_make_steps() -> None:
     assert RecoveryOptions(tokens=200_000_000, batch_tokens=65_536).num_steps == 3052
+    assert RecoveryOptions(tokens=10_000, data=("a",), batch_tokens=1000, sequence_length=2000).num_steps == 5
 
 
 def test_unknown_tracker_is_refused() -> None:

@@ -15,7 +15,7 @@ from dilap.models.recovery.stream import Documents, PackedStream
 
 @pytest.fixture(autouse=True)
 def _few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "_MIXED", 4)
+    monkeypatch.setattr(stream, "MIXED", 4)
 
 
 def records(path: Path, texts: list[str]) -> Path:

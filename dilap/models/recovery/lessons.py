@@ -63,7 +63,7 @@ class KeptLessons:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamedLessons:
-    """A stream of text, about which the `dense` model is asked as it comes.
+    """A stream of text, `num_sequences` at a time, about which the `dense` model is asked as it comes.
 
     `heads` are the head of the pruned model and the dense model's, where rounding makes them differ. `keep_states` asks
     for the dense model's final hidden states as well.
@@ -71,7 +71,7 @@ class StreamedLessons:
 
     dense: PreTrainedModel
     stream: PackedStream
-    batch_tokens: int
+    num_sequences: int
     heads: tuple[Head, Head] | None = None
     keep_states: bool = False
 
@@ -81,7 +81,7 @@ class StreamedLessons:
 
     def batch(self) -> torch.Tensor:
         """Return the sequences that come next (sequences x length)."""
-        return self.stream.take(max(1, self.batch_tokens // self.length))
+        return self.stream.take(self.num_sequences)
 
     def lesson(self, few: torch.Tensor) -> tuple[Teacher, Rows]:
         teacher = Teacher.of(self.dense, few, keep_states=self.keep_states or self.heads is not None)

@@ -54,7 +54,14 @@ class RecoveryOptions:
     @property
     def num_steps(self) -> int:
         """How many steps there are: those that `tokens` fill, or else `steps`."""
-        return self.steps if self.tokens is None else max(1, round(self.tokens / self.batch_tokens))
+        return self.steps if self.tokens is None else max(1, round(self.tokens / self.tokens_in_step))
+
+    @property
+    def tokens_in_step(self) -> int:
+        """How many tokens a step reads: of streamed text whole sequences, and at least one."""
+        if not self.data:
+            return self.batch_tokens
+        return max(1, self.batch_tokens // self.sequence_length) * self.sequence_length
 
     @property
     def steps_between_evaluations(self) -> int:

@@ -15,7 +15,7 @@ from dilap.models import text_files
 from dilap.models.text import beginning
 from dilap.models.vocabulary import TemporaryFolder
 
-_MIXED = 512  # sequences that are held at once, to mix their order
+MIXED = 512  # sequences that are held at once, to mix their order
 
 
 class Documents:
@@ -158,12 +158,12 @@ class PackedStream:
         """Read as many sequences as are mixed."""
         self._start = self._here()
         own = self.length - len(self._before)
-        while len(self._left) < _MIXED * own:
+        while len(self._left) < MIXED * own:
             text = next(self._documents)
             self._left += self._ids(text) + self._ends[self._documents.is_plain]
-        rows = [[*self._before, *self._left[at : at + own]] for at in range(0, _MIXED * own, own)]
-        self._left = self._left[_MIXED * own :]
-        order = torch.randperm(_MIXED, generator=torch.Generator().manual_seed(self._seed + self._number))
+        rows = [[*self._before, *self._left[at : at + own]] for at in range(0, MIXED * own, own)]
+        self._left = self._left[MIXED * own :]
+        order = torch.randperm(MIXED, generator=torch.Generator().manual_seed(self._seed + self._number))
         self._mixed, self._taken, self._number = torch.tensor(rows)[order], 0, self._number + 1
 
     def _here(self) -> dict[str, Any]:

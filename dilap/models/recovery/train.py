@@ -145,7 +145,7 @@ class _Run:
             if now - kept >= self.options.checkpoint_seconds:
                 self._checkpoint(step)
                 kept = now
-            tokens = (step - first) * self.options.batch_tokens
+            tokens = (step - first) * self.options.tokens_in_step
             told = Told(step=step, kl=kl, tokens_per_second=tokens / max(now - begun, 1e-9))
             self._track(told)
             yield told
