@@ -123,7 +123,7 @@ def evaluated(run: Path) -> Path:
 
 
 def use_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "has_fast_bf16", lambda: False)
+    monkeypatch.setattr(compute, "has_fast_bf16", lambda _: False)
 
 
 def use_fake_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,22 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
+def amount(least: int, most: int) -> Callable[[str], int]:
+    """Return an argument's type: whole numbers from `least` to `most`, which may end in K, M or B."""
+
+    def parse(text: str) -> int:
+        factor = {"K": 1e3, "M": 1e6, "B": 1e9}.get(text[-1:].upper())
+        try:
+            value = float(text[:-1]) * factor if factor else float(text)
+        except ValueError:
+            value = math.nan
+        if not (least <= value <= most and value == int(value)):
+            raise argparse.ArgumentTypeError(f"a number from {least:,} to {most:,}, 200M for one, got {text!r:.40}")
+        return int(value)
+
+    return parse
+
+
 def share(text: str) -> float:
     """Parse an argument that is a number from 0 to 1."""
     try:
@@ -108,6 +124,16 @@ def add_changes(to: argparse.ArgumentParser) -> None:
         "--vocabulary",
         metavar="TEXT",
         help="keep only the tokens that this text needs (a file or hub set, like --eval-text), and all bytes",
+    )
+
+
+def add_compute(to: argparse.ArgumentParser) -> None:
+    """Add the option that says what torch computes on."""
+    to.add_argument(
+        "--compute",
+        default="auto",
+        metavar="WHERE",
+        help="what torch computes on: cpu, cuda, cuda:1, xpu, mps; auto is the accelerator if there is one (auto)",
     )
 
 

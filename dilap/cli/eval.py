@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--precision", choices=["f32", "bf16", "f16"], help="in torch; the checkpoint's own otherwise")
     arguments.add_changes(made)
+    arguments.add_compute(made)
     made.add_argument("--reference", metavar="DENSE", help="also KL, perplexity and top-1 beside this model")
     made.add_argument("--eval-text", default="python-docs", metavar="TEXT", help="where --reference is compared")
     made.add_argument(
@@ -105,6 +106,7 @@ def _command() -> int:
         threads=given.threads,
         merge_adapter=given.merge_adapter,
         vocabulary=given.vocabulary,
+        compute=given.compute,
         reference=given.reference,
         eval_text=given.eval_text,
         costs_on=device,

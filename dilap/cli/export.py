@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--plan", metavar="FILE", help="a run's plan.json, whose precisions the parts get")
     made.add_argument("--tokenizer", metavar="PATH", help="a folder or GGUF file; the checkpoint's own by default")
     arguments.add_changes(made)
+    arguments.add_compute(made)
     made.add_argument(
         "--input",
         metavar="SIZE",
@@ -95,6 +96,7 @@ def _command() -> int:
         tokenizer=Path(given.tokenizer) if given.tokenizer else None,
         merge_adapter=given.merge_adapter,
         vocabulary=given.vocabulary,
+        compute=given.compute,
         input_=input_,
         processor=Path(given.processor) if given.processor else None,
         weights=Path(given.weights) if given.weights else None,

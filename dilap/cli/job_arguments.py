@@ -11,7 +11,8 @@ from dilap.core.workload import Budget
 from dilap.job import options as jobs
 from dilap.job.networks import is_network
 from dilap.job.options import RANGES, JobOptions
-from dilap.models.options import CalibrationOptions, RecoveryOptions
+from dilap.models.options import CalibrationOptions
+from dilap.models.recovery.options import RecoveryOptions
 from dilap.profilers.devices.device import Device
 from dilap.search.layouts import LAYOUTS
 from dilap.search.options import LibraryOptions, SearchOptions
@@ -137,6 +138,56 @@ def add_text_and_recovery(
         metavar="N",
         help=f"steps of {recovery.batch_tokens} tokens, {_range('recover_steps')} ({steps})",
     )
+    group.add_argument(
+        "--recover-tokens",
+        type=arguments.amount(*RANGES["recover_tokens"]),
+        metavar="N",
+        help="instead of the steps: 200M, 1.5B or 100000 tokens",
+    )
+    group.add_argument(
+        "--recover-data",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="stream files or hub sets (user/name:configuration), packed; the calibration text otherwise",
+    )
+    group.add_argument(
+        "--recover-length",
+        type=arguments.whole(*RANGES["recover_length"]),
+        default=recovery.sequence_length,
+        metavar="N",
+        help=f"tokens in a packed sequence ({recovery.sequence_length})",
+    )
+    group.add_argument(
+        "--recover-batch",
+        type=arguments.whole(*RANGES["recover_batch"]),
+        default=recovery.batch_tokens,
+        metavar="N",
+        help=f"tokens in a step ({recovery.batch_tokens})",
+    )
+    group.add_argument(
+        "--recover-rate",
+        type=arguments.share,
+        metavar="R",
+        help=f"of a step, relative to the weights ({recovery.full_rate:g} for full, {recovery.lora_rate:g} for lora)",
+    )
+    group.add_argument(
+        "--recover-next-token", type=arguments.share, default=0.0, metavar="SHARE", help="of its loss in the loss (0)"
+    )
+    group.add_argument(
+        "--recover-hidden", type=float, default=0.0, metavar="WEIGHT", help="of the final hidden states' distance (0)"
+    )
+    group.add_argument(
+        "--recover-evaluate",
+        type=arguments.whole(*RANGES["recover_evaluate"]),
+        default=0,
+        metavar="N",
+        help="score the validation split every N steps, and keep the best state (ten times in a run)",
+    )
+    group.add_argument(
+        "--recover-checkpoint-activations", action="store_true", help="less memory, and a quarter more time"
+    )
+    group.add_argument("--tracker", metavar="NAME", help="one of accelerate's: tensorboard, wandb, mlflow and so on")
 
 
 def _range(name: str) -> str:

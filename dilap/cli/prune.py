@@ -54,8 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--stat", choices=["p50", "p90"], default="p50", help="the latency the budget is about (p50)")
     arguments.add_model(made)
+    arguments.add_compute(made)
     made.add_argument("--out", metavar="DIR", help="the run's folder (runs/MODEL-TARGET-BUDGET)")
     made.add_argument("--json", action="store_true", help="print the result as JSON")
+    made.add_argument("--dry-run", action="store_true", help="print memory and time of every stage, and do nothing")
     arguments.add_devices(made)
     arguments.add_workload(made)
     _add_method(made)
@@ -136,6 +138,7 @@ def _sparse(given: argparse.Namespace) -> int:
             seed=given.seed,
         ),
         evaluation_text=given.eval_text,
+        compute=given.compute,
     )
     pattern, method = given.pattern.replace(":", "of"), options.method.replace(":", ".")
     model = name_of(given.model, merge_adapter=given.merge_adapter, vocabulary=given.vocabulary)
@@ -158,6 +161,8 @@ def _command() -> int:
     budget = _budget(given)
     devices = arguments.devices_of(given, given.target)
     options = options_of(given, device=devices[0])
+    if given.dry_run:
+        return _dry_run(options)
     from dilap.job.asked import start  # importing torch takes seconds: bad input is refused first
 
     out = arguments.new_path(given.out) if given.out else _default_out(given, budget)
@@ -171,6 +176,17 @@ def _command() -> int:
     else:
         console.show(f"{ending.text(done)}\n\neverything is in {out}")
     return 1 if done.status in ("missed", "uncertain") else 0
+
+
+def _dry_run(options: "JobOptions | NetworkOptions") -> int:
+    """Print what the job would take, and return the exit code: 1 where something does not fit."""
+    if not isinstance(options, JobOptions):
+        raise InvalidInput(f"--dry-run knows decoders alone, and {options.model} is none: leave it away")
+    from dilap.job import forecast  # importing torch takes seconds: bad input is refused first
+
+    needs, machine = forecast.of_job(options)
+    console.show(forecast.table(needs, machine))
+    return 1 if forecast.lacking(needs, machine) else 0
 
 
 def options_of(given: argparse.Namespace, *, device: Device) -> "JobOptions | NetworkOptions":

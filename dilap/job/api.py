@@ -39,6 +39,7 @@ from dilap.job.networks import is_network
 from dilap.job.options import job_options
 from dilap.job.profile import Profile
 from dilap.job.result import PruneResult
+from dilap.job.shards import Shard
 from dilap.methods import METHODS, NETWORK_METHODS, named
 from dilap.models.builtin import DEFAULT_MODEL
 from dilap.models.load import Source, load
@@ -81,7 +82,7 @@ def prune(
     """
     source = replace(model, model=copy.deepcopy(model.model)) if isinstance(model, Source) else None
     if isinstance(model, Source):
-        for name in ("merge_adapter", "vocabulary"):
+        for name in ("merge_adapter", "vocabulary", "compute"):
             if name in options:
                 raise InvalidInput(f"the model is loaded already: give {name} to dilap.load instead")
         options["merge_adapter"] = model.merge_adapter
@@ -111,14 +112,17 @@ def compare(
     devices: Place | None = None,
     cache: Place | None = None,
     keep_models: bool = False,
+    shard: str | None = None,
     progress: Told = None,
     **options: Any,
 ) -> list[Row]:
     """Prune with several methods at the same measured latency and return one row for each method and budget.
 
     `settings` holds the settings of each method by the method's name. Recovery is by default that of `dilap-compare`,
-    16 steps of full fine-tuning, and plans are scored with a closed-form refit too (`refit="score"`). Raises
-    DilapError; the error of a single method is kept in its row instead.
+    16 steps of full fine-tuning, and plans are scored with a closed-form refit too (`refit="score"`).
+    `shard` is one part of the comparison, `"2/4"` for the second of four, in a folder
+    beside `out`; the call without it takes over what those have done. Raises DilapError; the error of a single method
+    is kept in its row instead.
     """
     asked = [_budget(one, None, stat) for one in _several(budgets)]
     asked = list(dict.fromkeys(asked + [_budget(None, one, stat) for one in _several(ratios)]))
@@ -147,6 +151,7 @@ def compare(
         progress=_progress(progress),
         keep_models=keep_models,
         tables=_tables(cache),
+        shard=None if shard is None else Shard.parse(shard),
     )
 
 
@@ -188,6 +193,7 @@ def export(
     tokenizer: Place | None = None,
     merge_adapter: Place | None = None,
     vocabulary: Place | None = None,
+    compute: str = "auto",
     input_: str | None = None,
     processor: Place | None = None,
     weights: Place | None = None,
@@ -200,7 +206,8 @@ def export(
     `layers.N.ffn`, or `attention` and `ffn` for all layers. `plan` is a run's plan.json, whose precisions are taken for
     parts that are not named. The checkpoint may be an image network: `input_` is then what it takes, as in
     `3x224x224`, `processor` a folder whose preprocessor_config.json says how photographs become that, `calib` are
-    photographs from which 8 bits take their ranges, and `weights` those of `my_module:build`.
+    photographs from which 8 bits take their ranges, and `weights` those of `my_module:build`. `compute` is the device
+    on which torch computes.
     """
     return exporting.export(
         os.fspath(checkpoint),
@@ -211,6 +218,7 @@ def export(
         tokenizer=None if tokenizer is None else Path(tokenizer),
         merge_adapter=None if merge_adapter is None else os.fspath(merge_adapter),
         vocabulary=None if vocabulary is None else os.fspath(vocabulary),
+        compute=compute,
         input_=None if input_ is None else parse_input(input_),
         processor=None if processor is None else Path(processor),
         weights=None if weights is None else Path(weights),

@@ -16,6 +16,7 @@ from dilap.evaluation.document import TASKS, Evaluation, identity
 from dilap.evaluation.subject import Subject, is_artifact, is_sparse_run, open_subject
 from dilap.evaluation.text_quality import compare
 from dilap.job.result import versions
+from dilap.models.compute_device import AUTO
 from dilap.profilers.devices.device import Device
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class EvaluationOptions:
     `costs_on` is the device where memory and latency are measured, None for no costs. `out` is the file that keeps the
     evaluation, task by task, so that a killed one goes on; by default, the evaluation of a run is kept in its folder.
     `vocabulary` is cut of the reference too, so that both models read the same tokens; beside a reference the subject
-    may be an artifact, of which it was cut before.
+    may be an artifact, of which it was cut before. `compute` is the device on which torch computes.
     """
 
     subject: str
@@ -43,6 +44,7 @@ class EvaluationOptions:
     threads: int | None = None
     merge_adapter: str | None = None
     vocabulary: str | None = None
+    compute: str = AUTO
     reference: str | None = None
     eval_text: str = "python-docs"
     costs_on: Device | None = None
@@ -84,6 +86,7 @@ def evaluate(options: EvaluationOptions, *, progress: Progress) -> Evaluation:
         merge_adapter=options.merge_adapter,
         vocabulary=None if is_cut_before else options.vocabulary,
         threads=options.num_threads,
+        compute=options.compute,
     )
     with closing(subject.reader):
         done = _with_tasks(_started(subject, options, progress), subject, tasks, options, progress)
@@ -181,7 +184,9 @@ def _started(subject: Subject, options: EvaluationOptions, progress: Progress) -
 
 def _with_reference(done: Evaluation, subject: Subject, options: EvaluationOptions, progress: Progress) -> Evaluation:
     assert options.reference is not None
-    reference = open_subject(options.reference, vocabulary=options.vocabulary, threads=options.num_threads)
+    reference = open_subject(
+        options.reference, vocabulary=options.vocabulary, threads=options.num_threads, compute=options.compute
+    )
     with closing(reference.reader), progress.bar(f"beside {reference.name}", total=None, unit="tok") as bar:
         return replace(done, text=compare(subject, reference, text=options.eval_text, progress=bar.update))
 

@@ -1,6 +1,7 @@
 """Digests of what a job reads beside its model: the content behind a path or a name may change between two starts."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def inputs_of(
     *,
     calibration: CalibrationOptions,
     evaluation: str,
+    recovery: Sequence[str] = (),
     method: str,
     training: str | None = None,
     table: str | None = None,
@@ -39,6 +41,8 @@ def inputs_of(
         found["the calibration text"] = sha256
     if training is not None:
         found["the training text"] = text_sha256(read_text(training))
+    if files := [Path(name).expanduser() for name in recovery if Path(name).expanduser().is_file()]:  # no hub set
+        found["the text of the recovery"] = digest([file_sha256(file) for file in files])
     if table is not None:
         found["the latency table"] = digest(asdict(LatencyTable.read(Path(table))))
     if ":" in method:

@@ -23,10 +23,10 @@ from dilap.job.inputs import code_sha256
 from dilap.job.network_bench import NetworkBench
 from dilap.job.network_exam import NetworkExam
 from dilap.job.network_options import NetworkOptions
+from dilap.job.network_recovery import Recovered, recover_
 from dilap.job.network_stages import NetworkStages
 from dilap.job.photographs import GUESSED, Shown, shown_photographs, usual_input
 from dilap.job.quality import PhotoQuality
-from dilap.job.recovery import Recovered, recover_
 from dilap.job.result import PruneResult
 from dilap.job.run_folder import Workspace
 from dilap.methods import NETWORK_METHODS

@@ -16,6 +16,7 @@ from dilap.job.formats import dense_files
 from dilap.job.inputs import inputs_of
 from dilap.job.options import JobOptions
 from dilap.job.proof import claim
+from dilap.job.recovery import require_recovery
 from dilap.job.result import PruneResult
 from dilap.job.run_folder import Workspace
 from dilap.job.stages import Stages
@@ -66,7 +67,7 @@ def prune(
     bench = bench.mixing(options.precisions, architecture)
     identity = {"options": asdict(options), "model": source.digest, "dilap": __version__}
     with workspace.opened({**identity, "inputs": named_inputs(options, source)}):
-        workspace.log.say(f"{source.name}: {describe(architecture)}")
+        workspace.log.say(f"{source.name}: {describe(architecture)}, on {source.model.device}")
         for note in source.notes:
             workspace.log.say(note)
         stages = Stages(options=options, workspace=workspace, bench=bench, source=source)
@@ -80,7 +81,12 @@ def prune(
 
 def load_source(options: JobOptions) -> Source:
     """Load the decoder of a job."""
-    return load(options.model, merge_adapter=options.merge_adapter, vocabulary=options.vocabulary)
+    return load(
+        options.model,
+        merge_adapter=options.merge_adapter,
+        vocabulary=options.vocabulary,
+        compute=options.compute,
+    )
 
 
 def named_inputs(options: JobOptions, source: Source) -> dict[str, str]:
@@ -89,6 +95,7 @@ def named_inputs(options: JobOptions, source: Source) -> dict[str, str]:
         source.tokenizer,
         calibration=options.calibration,
         evaluation=options.evaluation_text,
+        recovery=options.recovery.data,
         method=options.method,
         training=options.training_text,
         table=options.table,
@@ -107,6 +114,7 @@ def require_possible(options: JobOptions, source: Source) -> None:
     require_texts(options.text, options.evaluation_text, source.tokenizer)
     if options.training_text is not None:
         training_text(options.training_text, source.tokenizer, length=options.calibration.sequence_length)
+    require_recovery(options.recovery, source)
 
 
 def _run(stages: Stages, method: Method, layout: Layout) -> PruneResult | None:

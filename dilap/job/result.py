@@ -131,6 +131,7 @@ class PruneResult(Generic[AnyQuality]):
     # The first results of this version lack the fields from here on, but can still be read.
     perplexity_without_recovery: float | None = None
     recovery_kls: tuple[float, ...] = ()
+    recovery_validation_kls: tuple[tuple[int, float], ...] = ()  # by step, before the first one as step 0
     pruning_seconds: float | None = None
     pruning_peak_memory_bytes: int | None = None
     method_facts: dict[str, Any] = field(default_factory=dict)

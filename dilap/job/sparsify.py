@@ -21,6 +21,7 @@ from dilap.job.result import versions
 from dilap.job.run_folder import Workspace
 from dilap.models.anatomy import decoder_layers
 from dilap.models.builtin import DEFAULT_MODEL
+from dilap.models.compute_device import AUTO
 from dilap.models.context import require_sequences
 from dilap.models.load import Source, load, save_checkpoint
 from dilap.models.options import CalibrationOptions
@@ -67,6 +68,7 @@ class SparseOptions:
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     evaluation_text: str = "python-docs"
     evaluation_sequences: int = 32
+    compute: str = AUTO
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,12 @@ def sparsify(options: SparseOptions, *, out: Path, progress: Progress) -> Sparse
     load_tasks(_evaluation(options, out))  # so that mistakes in their data are found before anything is pruned
     workspace = Workspace(out, progress)
     with workspace.stage("load the model"):
-        source = load(options.model, merge_adapter=options.merge_adapter, vocabulary=options.vocabulary)
+        source = load(
+            options.model,
+            merge_adapter=options.merge_adapter,
+            vocabulary=options.vocabulary,
+            compute=options.compute,
+        )
         for note in source.notes:
             workspace.log.say(note)
     if options.dtype is not None:

@@ -235,7 +235,7 @@ class Stages(CommonStages[Architecture]):
 def _whole(source: Source) -> Source:
     """Load the model of a source again, with its whole vocabulary. Raises Mismatch where its files have changed."""
     assert source.vocabulary is not None
-    found = load(source.name, merge_adapter=source.merge_adapter)
+    found = load(source.name, merge_adapter=source.merge_adapter, compute=str(source.model.device))
     if found.digest != source.vocabulary.whole_digest:
         raise Mismatch(f"{source.name}: the model's files changed since it was loaded; run again")
     return found

@@ -28,7 +28,7 @@ _KNOB = 20.0  # shift of all gates' parameters that goes from keeping to removin
 
 def sampled(log_alpha: torch.Tensor, *, generator: torch.Generator) -> torch.Tensor:
     """Draw hard-concrete gates between 0 and 1, which are differentiable in their parameters `log_alpha`."""
-    u = torch.rand(log_alpha.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
+    u = torch.rand(log_alpha.shape, generator=generator).clamp(1e-6, 1 - 1e-6).to(log_alpha.device)
     s = torch.sigmoid((u.log() - (1 - u).log() + log_alpha) / _TEMPERATURE)
     return (s * (_HIGH - _LOW) + _LOW).clamp(0, 1)
 
@@ -101,7 +101,7 @@ class _Gates:
                 start = torch.full((group.num_units,), math.log((1 - 0.01) / 0.01))
                 if has_heads(one):
                     start = (10 + 0.01 * torch.randn(group.num_units, generator=self.generator)).clamp(_LEAST, _MOST)
-                self.log_alphas[group.name] = start.requires_grad_(True)
+                self.log_alphas[group.name] = start.to(self.task.model.device).requires_grad_(True)
 
     def sparsity(self) -> torch.Tensor:
         """Return the expected share of the prunable weights that are removed."""
@@ -130,7 +130,7 @@ class _Gates:
 
     def train(self) -> None:
         """Train gates, multipliers and adapters together."""
-        options, multipliers = self.options, torch.zeros(2, requires_grad=True)
+        options, multipliers = self.options, torch.zeros(2, device=self.task.model.device, requires_grad=True)
         adapters = [p for p in self.adapted.wrapped.parameters() if p.requires_grad]
         optimizers = [
             torch.optim.AdamW(adapters, lr=options.adapter_learning_rate),

@@ -209,7 +209,8 @@ class _Findings:
         last: str | None = None
         for one, mean in zip(self.sublayers, self.means, strict=True):
             removed = removed_columns(plan, one)
-            bias = one.out.weight.detach()[:, removed].float() @ mean[removed]
+            weight = one.out.weight.detach()[:, removed].float()
+            bias = weight @ mean[removed].to(weight.device)
             if one.out.bias is not None:
                 bias = bias + one.out.bias.detach().float()
             if plan.kept[one.block.main.name]:

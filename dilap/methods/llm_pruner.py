@@ -107,9 +107,9 @@ class LlmPruner:
 
     def _channels(self, model: PreTrainedModel, member: Member, found: "_Gradients") -> torch.Tensor:
         """Return the scores of a member's entries of its axis, that is of outputs or inputs of a matrix."""
-        zero = torch.zeros(())
-        weight, gradient = model.get_parameter(member.tensor).detach().float(), found.means.get(member.tensor, zero)
-        curvature = found.squares.get(member.tensor, zero)
+        weight = model.get_parameter(member.tensor).detach().float()
+        zero = weight.new_zeros(())
+        gradient, curvature = found.means.get(member.tensor, zero), found.squares.get(member.tensor, zero)
         sums = element_scores(self.variant, weight, gradient, curvature).sum(1 - member.axis)
         return (sums.abs() if self.variant == "vectorize" else sums)[member.span]
 

@@ -146,7 +146,7 @@ class Regression:
 
     def loss(self, layer: nn.Module, index: int) -> torch.Tensor:
         """Return the mean squared error of one batch, a mean over positions and channels."""
-        with compute_precision():
+        with compute_precision(self.inputs[index].device):
             found = first_of(layer(self.inputs[index].float(), **self.arguments[index]))
         return functional.mse_loss(found.float(), self.outputs[index].float())
 
@@ -163,7 +163,7 @@ class LanguageModelling:
     @classmethod
     def of(cls, task: PruneTask, tokens: torch.Tensor, *, first: int, last: int) -> "LanguageModelling":
         layers = enumerate(decoder_layers(task.model))
-        few = list(batches(tokens, batch_tokens=_BATCH_TOKENS // 2))
+        few = list(batches(tokens, batch_tokens=_BATCH_TOKENS // 2, device=task.model.device))
         return cls(task.model, few, first, {index: one for index, one in layers if not first <= index <= last})
 
     @property

@@ -96,8 +96,9 @@ class _Run:
 
     def train(self) -> None:
         """Train the adapters, and mask ever more units."""
-        self.scores = {name: torch.zeros(group.num_units) for name, group in self.groups.items()}
-        self.masks = {name: torch.ones(group.num_units) for name, group in self.groups.items()}
+        device = self.task.model.device
+        self.scores = {name: torch.zeros(group.num_units, device=device) for name, group in self.groups.items()}
+        self.masks = {name: torch.ones(group.num_units, device=device) for name, group in self.groups.items()}
         steps = num_steps(self.options.steps, self.task.model, published=_PUBLISHED_STEPS)
         parameters = [p for p in self.adapted.wrapped.parameters() if p.requires_grad]
         adam, hooks = torch.optim.AdamW(parameters, lr=self.options.learning_rate), list(self._mask_hooks())
@@ -150,7 +151,7 @@ class _Run:
 
     def _importance(self, group: Group) -> torch.Tensor:
         """Return the importance of a group's units: the sum over its matrices of scores that are scaled to norm 1."""
-        total = torch.zeros(group.num_units)
+        total = torch.zeros(group.num_units, device=self.task.model.device)
         for member in _matrices(group):
             matrix = self.adapted.matrix(member.tensor)
             a, b = matrix.lora_A["default"].weight, matrix.lora_B["default"].weight
@@ -170,7 +171,7 @@ class _Run:
             final = group.num_units - self.counts[name]
             gone = removals(final, step=step, steps=steps)
             self.scores[name] = self.scores[name] * self.masks[name]
-            self.masks[name] = torch.ones(group.num_units)
+            self.masks[name] = torch.ones_like(self.masks[name])
             self.masks[name][self.scores[name].argsort(stable=True)[:gone]] = 0
 
 

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 
 from dilap.core.errors import InvalidInput
+from dilap.models.compute_device import HOST
 from dilap.models.statistics import State
 
 Distance = Literal["l1", "l2", "cos"]
@@ -104,5 +105,6 @@ def _least_squares(old: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ridge: f
         damping = ridge * gram.diagonal().mean()
         factor = torch.linalg.cholesky(gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
         return torch.cholesky_solve(right + damping * old.T, factor).T
-    solution: torch.Tensor = torch.linalg.lstsq(gram.double(), right.double(), driver="gelsd").solution
-    return solution.to(old.dtype).T
+    wide = gram.to(HOST, torch.float64), right.to(HOST, torch.float64)  # accelerators have no such driver
+    solution: torch.Tensor = torch.linalg.lstsq(*wide, driver="gelsd").solution
+    return solution.to(old.device, old.dtype).T

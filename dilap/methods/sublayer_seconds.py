@@ -48,7 +48,7 @@ def generation_seconds(
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(model.config.vocab_size, (batch, prompt_tokens), generator=generator).to(model.device)
     layers = decoder_layers(model)
-    with ExitStack() as skipped, compute_precision():
+    with ExitStack() as skipped, compute_precision(model.device):
         for block in without:
             skipped.enter_context(sublayer_skipped(layers[block.layer], model, block.kind))
         seconds = [_generated(model, prompt, new_tokens, clock) for _ in range(1 + iterations)]

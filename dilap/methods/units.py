@@ -55,7 +55,7 @@ def removed_columns(plan: Plan, sublayer: Sublayer) -> torch.Tensor:
 
 def zero_columns_(out: nn.Linear, columns: torch.Tensor) -> None:
     """Give an output projection a new matrix with zeros for these inputs."""
-    out.weight.data = out.weight.detach().index_fill(1, columns, 0)
+    out.weight.data = out.weight.detach().index_fill(1, columns.to(out.weight.device), 0)
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from dilap.models.distil import rate_at, size_of
 from dilap.models.network import evaluating, outputs_of
+from dilap.models.recovery.options import rate_at
+from dilap.models.recovery.trainable import size_of
 
 NetworkMode = Literal["none", "full"]
 _IMAGES_AT_ONCE = 8  # in a forward and backward pass: the activations of ResNet-50 at 224x224 take 100 MB an image

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 from dilap.core.errors import InvalidInput
 from dilap.models.compute import product_type
+from dilap.models.compute_device import HOST
 from dilap.models.context import require_sequences
 from dilap.models.options import CalibrationOptions
 from dilap.models.reference import draw
@@ -139,9 +140,10 @@ def self_generated(
     ordinary = torch.tensor([t for t in range(min(len(tokenizer), model.config.vocab_size)) if t not in special])
     banned = torch.ones(model.config.vocab_size, dtype=torch.bool)  # special tokens, and rows that no token has
     banned[ordinary] = False
-    starts = _starts(tokenizer, ordinary, shape=(num_sequences, length), generator=generator)
+    starts = _starts(tokenizer, ordinary, shape=(num_sequences, length), generator=generator).to(model.device)
+    banned = banned.to(model.device)
     # Converted once, and not for every token; all to one type, which the static cache needs.
-    weights = {name: weight.to(product_type(weight.dtype)) for name, weight in model.named_parameters()}
+    weights = {name: weight.to(product_type(weight.dtype, weight.device)) for name, weight in model.named_parameters()}
 
     def sample(tokens: torch.Tensor, cache: StaticCache) -> torch.Tensor:
         inputs = {"input_ids": tokens, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
@@ -159,7 +161,7 @@ def self_generated(
         for given in few[:, 1:].split(1, dim=1):
             steps.append(torch.where(given == _ANY, sample(steps[-1], cache), given))
         finished.append(torch.cat(steps, 1))
-    return torch.cat(finished)
+    return torch.cat(finished).to(HOST)
 
 
 def _starts(

@@ -71,16 +71,41 @@ def read_documents(name: str, *, most: int = _HUB_RECORDS) -> list[str]:
     return texts
 
 
+def streamed(name: str, *, links: Path) -> Any:
+    """Return the records of a file or a hub data set (`user/name`, `user/name:configuration`) as they are read.
+
+    They are an iterable of the `datasets` library, whose position can be kept. A plain text file has a record for every
+    paragraph. `links` is a new folder that is needed as long as files are read. Raises InvalidInput where there is no
+    such file, Unavailable where the `datasets` library is missing.
+    """
+    datasets, path = _library("streaming text"), Path(name).expanduser()
+    if not path.is_file():
+        hub, _, configuration = name.partition(":")
+        if hub.count("/") != 1 or path.exists():
+            raise InvalidInput(f"text {name!r} is no file: give files or hub data sets (user/name); {KNOWN}")
+        return datasets.load_dataset(hub, configuration or None, split="train", streaming=True)
+    suffix, is_packed = _suffix(path)
+    kind, options = ("text", {"sample_by": "paragraph"}) if suffix in PLAIN else READERS[suffix]
+    links.mkdir(parents=True, exist_ok=True)
+    # The file gets a plain name, because the library reads brackets and stars in a name as a pattern.
+    plain = links / f"records{suffix}{'.gz' * is_packed}"
+    if not plain.exists():
+        plain.symlink_to(path.resolve())
+    return datasets.load_dataset(kind, data_files=str(plain), split="train", streaming=True, **options)
+
+
+def is_plain(name: str) -> bool:
+    """Return whether a name is that of a plain text file."""
+    path = Path(name).expanduser()
+    return path.is_file() and _suffix(path)[0] in PLAIN
+
+
 def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _file_texts(path: Path) -> list[str]:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    is_packed = suffixes[-1:] == [".gz"]
-    suffix = "".join(suffixes[:-1][-1:] if is_packed else suffixes[-1:])
-    if suffix not in (*PLAIN, *READERS):
-        raise InvalidInput(f"{path}: {suffix or 'a name without a suffix'} is not read; {KNOWN}")
+    suffix, is_packed = _suffix(path)
     try:
         if suffix in PLAIN:
             return [_plain_text(content_of(path))]
@@ -96,6 +121,16 @@ def _file_texts(path: Path) -> list[str]:
         raise type(error)(f"{path}: {error}") from error
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise InvalidInput(f"{path}: not readable text ({reason_of(error)}); {KNOWN}") from error
+
+
+def _suffix(path: Path) -> tuple[str, bool]:
+    """Return the suffix of a file that is read, and whether it is packed. Raises InvalidInput for any other."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    is_packed = suffixes[-1:] == [".gz"]
+    suffix = "".join(suffixes[:-1][-1:] if is_packed else suffixes[-1:])
+    if suffix not in (*PLAIN, *READERS):
+        raise InvalidInput(f"{path}: {suffix or 'a name without a suffix'} is not read; {KNOWN}")
+    return suffix, is_packed
 
 
 def _plain_text(content: bytes) -> str:
@@ -156,7 +191,7 @@ def _texts(records: Any) -> list[str]:
     answers = [name for name in _ANSWERS if is_text.get(name)]
     if is_text.get(_QUESTION) and answers and not any(is_text.get(name) for name in COLUMNS):
         return [_instruction(row, answers[0]) for row in records]
-    column = _text_column(is_text)
+    column = text_column(is_text)
     return [text for text in records[column] if text is not None]
 
 
@@ -176,7 +211,7 @@ def _is_text(kind: Any) -> bool:
     return getattr(kind, "dtype", None) in ("string", "large_string", "string_view")
 
 
-def _text_column(is_text: Mapping[str, bool]) -> str:
+def text_column(is_text: Mapping[str, bool]) -> str:
     """Return the column that holds the text. Raises InvalidInput, naming all columns, where none can be told to."""
     strings = [name for name, yes in is_text.items() if yes]
     for usual in COLUMNS:

@@ -257,11 +257,20 @@ def _map_of_shares(
 
 def _recoveries(runs: Sequence[Run]) -> list[Figure]:
     rows: list[dict[str, Any]] = [
-        {"run": run.name, "step": step, "kl": kl}
+        {"run": run.name, "text": text, "step": step, "kl": kl}
         for run in runs
-        for step, kl in enumerate(run.result.recovery_kls, start=1)
+        for text, curve in (
+            ("each step's own", enumerate(run.result.recovery_kls, start=1)),
+            ("validation split", run.result.recovery_validation_kls),
+        )
+        for step, kl in curve
     ]
-    columns = {"run": "Run", "step": "Step", "kl": f"KL (nats a {_units(run.result.is_of_images for run in runs)})"}
+    columns = {
+        "run": "Run",
+        "text": "Text",
+        "step": "Step",
+        "kl": f"KL (nats a {_units(run.result.is_of_images for run in runs)})",
+    }
     spec = {
         "height": 260,
         "mark": {"type": "line", "point": {"filled": True, "size": 40}},
@@ -269,8 +278,12 @@ def _recoveries(runs: Sequence[Run]) -> list[Figure]:
             "x": field("step", "Step of recovery", axis={"tickMinStep": 1}),
             "y": field("kl", "KL to the dense model", scale={"zero": False}),
             "color": field("run", "Run", "nominal"),
+            "strokeDash": field("text", "Text", "nominal"),
             "tooltip": tooltip(columns, rows),
         },
     }
-    caption = "KL to the dense model on each step's own examples while the pruned model learns from them."
+    caption = (
+        "KL to the dense model while the pruned model learns from it, on each step's own examples and on the "
+        "validation split, whose best state is kept."
+    )
     return [Figure(name="recovery", title="Recovery", caption=caption, columns=columns, rows=rows, spec=spec)]

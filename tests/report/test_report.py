@@ -91,7 +91,9 @@ def test_removed_layers_are_shown_as_empty(run: Path) -> None:
 
 
 def test_recovery_is_drawn_step_by_step(run: Path) -> None:
-    assert [row["step"] for row in drawn(run)["recovery"].rows] == [1, 2, 3]
+    rows = drawn(run)["recovery"].rows
+    assert [row["step"] for row in rows if row["text"] == "each step's own"] == [1, 2, 3]
+    assert [row["step"] for row in rows if row["text"] == "validation split"] == [0, 3]
 
 
 def test_csv_has_the_measured_numbers(run: Path, tmp_path: Path) -> None:
@@ -154,7 +156,10 @@ def test_every_option_of_a_job_is_in_its_command(finished: FinishedJob) -> None:
     timed = "--backend onnxruntime --precision f32 --phase prefill --context 64 --prompt-tokens 32 --threads 1"
     search = "--configuration plain --layout portable --table t --importance wanda --step 0.3 --evaluations 7 --seed 5"
     text = "--calib c.txt --calib-length 64 --eval-text e.txt --recover lora --recover-steps 9"
-    options = options_of(f"{job} {timed} {search} {text}".split())
+    loss = "--recover-rate 0.002 --recover-next-token 0.1 --recover-hidden 0.2 --recover-evaluate 3 --tracker wandb"
+    stream = "--recover-data a.txt b.txt --recover-tokens 1M --recover-length 64 --recover-batch 128"
+    where = "--compute cpu --recover-checkpoint-activations"
+    options = options_of(f"{job} {timed} {search} {text} {loss} {stream} {where}".split())
     result = decode(PruneResult, read_json(finished.run / "result.json"), source="result.json")
     result = replace(result, target=options.target, budget=options.budget, options=asdict(options))
     assert options_of(shlex.split(command_line(result))[1:]) == options
