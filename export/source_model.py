@@ -11,6 +11,7 @@ from dilap.core.artifact import Artifact
 from dilap.core.errors import InvalidInput, Unsupported
 from dilap.core.precisions import Mix
 from dilap.core.shape import Architecture
+from dilap.models.compute_device import HOST
 from dilap.models.context import context_notes
 from dilap.models.vocabulary import vocabulary_notes
 
@@ -31,7 +32,7 @@ def require_held(architecture: Architecture, *, backend: str, mix: Mix) -> None:
 def tensor(
     tensors: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Return the tensor `name` on the CPU in `dtype`.
+    """Return the tensor `name` in the host's memory in `dtype`.
 
     Raises InvalidInput, naming it, where it is missing, has another shape, or holds what `dtype` cannot.
     """
@@ -41,7 +42,7 @@ def tensor(
         raise InvalidInput(f"the model has no tensor {name}") from None
     if tuple(found.shape) != shape:
         raise InvalidInput(f"{name} is {tuple(found.shape)}, the architecture needs {shape}")
-    found = found.to(device="cpu", dtype=dtype)
+    found = found.to(device=HOST, dtype=dtype)
     if not torch.isfinite(found).all():
         raise InvalidInput(f"{name} holds NaN, infinity or a value too large for {str(dtype).removeprefix('torch.')}")
     return found

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dilap.backends import Network
 from dilap.core.errors import VerificationFailed
 from dilap.core.sqnr import sqnr_db
+from dilap.models.compute_device import HOST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,5 +95,5 @@ def torch_logits(model: "PreTrainedModel", token_ids: Sequence[int]) -> NDArray[
         logits = model(torch.tensor([list(token_ids)], device=model.device), use_cache=False).logits[0]
     finally:
         model.train(was_training)
-    array: NDArray[np.float32] = logits.float().cpu().numpy()
+    array: NDArray[np.float32] = logits.float().to(HOST).numpy()
     return array

@@ -17,8 +17,6 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from scipy.special import stdtrit
-
 from dilap.core.measurement import Interval, quantile
 from dilap.core.workload import FRACTIONS, Statistic
 
@@ -116,4 +114,15 @@ def _half_width(values: Sequence[float]) -> float:
     """Return half the 95 % interval of the mean of independent values; 0 for one value, which tells nothing of it."""
     if len(values) < 2:
         return 0.0
+    from scipy.special import stdtrit  # noqa: PLC0415 - it imports half of numpy, for which no --help should wait
+
     return float(stdtrit(len(values) - 1, 0.975) * statistics.stdev(values) / math.sqrt(len(values)))
+
+
+def share(value: float, *, count: int) -> Interval:
+    """Return the share `value` of `count` independent cases with its interval, Wilson's, which holds for few cases."""
+    z = _NORMAL.inv_cdf(0.975)
+    scale = 1 + z**2 / count
+    center = (value + z**2 / (2 * count)) / scale
+    half = z / scale * math.sqrt(value * (1 - value) / count + (z / (2 * count)) ** 2)
+    return Interval(value=value, low=max(0.0, min(value, center - half)), high=min(1.0, max(value, center + half)))

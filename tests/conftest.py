@@ -1,16 +1,21 @@
-"""What every test shares."""
+"""What every test shares, and how tests are given to workers."""
 
+import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from standins.fabricated import evaluation
 from standins.fake_job import FAST, FakeBench, FinishedJob, call
-from standins.models import byte_level_tokenizer, needs_llamacpp, tiny_model, tiny_tokenizer
+from standins.models import byte_level_tokenizer, needs_llamacpp, talking_model, tiny_model, tiny_tokenizer
+from transformers import AutoTokenizer
+from xdist.scheduler import LoadFileScheduling
 
-from dilap import backends
+from dilap import backends, export
 from dilap.cli import prune
 from dilap.core.codec import encode, write_json
 from dilap.core.progress import Progress
@@ -19,6 +24,26 @@ from dilap.job.bench import Bench
 from dilap.models import compute
 from dilap.models.load import save_checkpoint
 from dilap.profilers.devices.device import Device
+
+LAB = tuple(f"tests/profilers/test_{name}.py" for name in ("faults", "remote", "transports"))
+
+
+class Scheduling(LoadFileScheduling):  # type: ignore[misc] # xdist has no types
+    """Gives whole files to workers, and the whole device lab to one of them, because the others would wait for it."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = str(super()._split_scope(nodeid))
+        return "the device lab" if file in LAB else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the device lab, which takes longest and mostly waits for emulated devices."""
+    items.sort(key=lambda item: item.nodeid.split("::")[0] not in LAB)
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +57,26 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a byte-level tokenizer for tiny models."""
     needs_llamacpp()
     return byte_level_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def in_executorch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the `checkpoint` of a tiny llama and its ExecuTorch `artifact`, made once for all workers.
+
+    The model only ever prefers printable text, because ExecuTorch's runner decodes every token by itself, as UTF-8.
+    """
+    if reason := backends.get("executorch").unavailable():
+        pytest.skip(reason)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "in-executorch"
+    with FileLock(f"{folder}.lock"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what ExecuTorch, torchao and torch deprecate among themselves
+        if not (folder / "checkpoint").exists():
+            words = byte_level_tokenizer(folder / "words")
+            model, exporter = talking_model(words), export.get("executorch")
+            exporter.export(model, tokenizer=words, precision="f32", plan_digest="plan", out=folder / "artifact")
+            save_checkpoint(model, AutoTokenizer.from_pretrained(words), folder / "checkpoint")
+    return folder
 
 
 @pytest.fixture
@@ -78,7 +123,7 @@ def evaluated(run: Path) -> Path:
 
 
 def use_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "has_fast_bf16", lambda: False)
+    monkeypatch.setattr(compute, "has_fast_bf16", lambda _: False)
 
 
 def use_fake_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,16 +33,18 @@ from dilap.methods import SEARCHES
 from dilap.models.anatomy import architecture_of
 from dilap.models.builtin import DEFAULT_MODEL
 from dilap.models.load import Source, load
+from dilap.models.options import CalibrationOptions
 from dilap.models.reference import Teacher
-from dilap.models.text import CalibrationOptions, calibration, evaluation_text
+from dilap.models.text import calibration, evaluation_text
 from dilap.profilers.devices.device import get
 from dilap.search.journal import Evaluator
 from dilap.search.layouts import build_space
-from dilap.search.library import LibraryOptions, fit_choices
+from dilap.search.library import fit_choices
 from dilap.search.library_file import Library, kept_library
+from dilap.search.options import LibraryOptions, SearchOptions
 from dilap.search.refit import best_refit
 from dilap.search.supernet import Supernet
-from dilap.search.task import SearchOptions, SearchTask
+from dilap.search.task import SearchTask
 
 
 @dataclass(frozen=True, kw_only=True)

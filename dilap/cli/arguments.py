@@ -7,27 +7,35 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dilap import __version__
+from dilap import __version__, backends
 from dilap.cli.console import EXIT_CODES
 from dilap.core.bounds import MAX_THREADS, MAX_TOKENS
 from dilap.core.documents import int64
 from dilap.core.errors import InvalidInput
+from dilap.core.printable import joined
 from dilap.core.workload import Workload
 from dilap.models.builtin import BUILTIN_MODELS, BUILTIN_NETWORKS, DEFAULT_MODEL
-from dilap.profilers.devices.device import Device, Registry
-from dilap.profilers.devices.locations import default_file, known_devices
+from dilap.profilers.devices.device import DEVICES, Device, Registry
+from dilap.profilers.devices.locations import default_file, devices_file, known_devices
 from dilap.profilers.instruments.runners import RUNNERS
 
 
-def parser(description: str, examples: str) -> argparse.ArgumentParser:
-    """Return a parser that has --version, and examples and exit codes in its help."""
+def parser(description: str, examples: str, *, lists_runtimes: bool = True) -> argparse.ArgumentParser:
+    """Return a parser that has --version, and examples, runtimes and exit codes in its help."""
+    runtimes = f"{_runtimes()}\n\n" if lists_runtimes else ""
     made = argparse.ArgumentParser(
         description=description,
-        epilog=f"examples:\n{examples}\n\n{EXIT_CODES}",
+        epilog=f"examples:\n{examples}\n\n{runtimes}{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--version", action="version", version=f"dilap {__version__}")
     return made
+
+
+def _runtimes() -> str:
+    """Return what `--backend` and `--precision` take, a line a runtime."""
+    lines = [f"  {name:12}  {' '.join(backends.get(name).precisions())}" for name in backends.BACKENDS]
+    return joined(["runtimes and their precisions, the default of dilap-export first:", *lines])
 
 
 class Several(argparse.Action):
@@ -62,6 +70,22 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
+def amount(least: int, most: int) -> Callable[[str], int]:
+    """Return an argument's type: whole numbers from `least` to `most`, which may end in K, M or B."""
+
+    def parse(text: str) -> int:
+        factor = {"K": 1e3, "M": 1e6, "B": 1e9}.get(text[-1:].upper())
+        try:
+            value = float(text[:-1]) * factor if factor else float(text)
+        except ValueError:
+            value = math.nan
+        if not (least <= value <= most and value == int(value)):
+            raise argparse.ArgumentTypeError(f"a number from {least:,} to {most:,}, 200M for one, got {text!r:.40}")
+        return int(value)
+
+    return parse
+
+
 def share(text: str) -> float:
     """Parse an argument that is a number from 0 to 1."""
     try:
@@ -74,14 +98,21 @@ def share(text: str) -> float:
 
 
 def add_model(to: argparse.ArgumentParser) -> None:
-    to.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        metavar="M",
-        help=f"{', '.join([*BUILTIN_MODELS, *BUILTIN_NETWORKS])} (the first is the default), a folder with "
-        "config.json, a run's folder, a .gguf file or a hub id; my_module:build for an image network",
+    """Add the model, which may stand alone or behind --model."""
+    group = to.add_mutually_exclusive_group()
+    words = (
+        f"{', '.join([*BUILTIN_MODELS, *BUILTIN_NETWORKS])} (the first is the default), a folder with config.json, "
+        "a run's folder, a .gguf file or a hub id; my_module:build for an image network"
     )
+    group.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=words)
+    group.add_argument("--model", default=DEFAULT_MODEL, metavar="MODEL", help="the same, behind its name")
     add_changes(to)
+
+
+def add_target(to: argparse.ArgumentParser, *, words: str = "", **options: Any) -> None:
+    """Add the device, which --target and --device both name."""
+    names = f"{', '.join(DEVICES)}; NAME:2 is the second of a kind in devices.toml{words}"
+    to.add_argument("--target", "--device", dest="target", metavar="DEVICE", help=names, **options)
 
 
 def add_changes(to: argparse.ArgumentParser) -> None:
@@ -96,11 +127,25 @@ def add_changes(to: argparse.ArgumentParser) -> None:
     )
 
 
+def add_compute(to: argparse.ArgumentParser) -> None:
+    """Add the option that says what torch computes on."""
+    to.add_argument(
+        "--compute",
+        default="auto",
+        metavar="WHERE",
+        help="what torch computes on: cpu, cuda, cuda:1, xpu, mps; auto is the accelerator if there is one (auto)",
+    )
+
+
 def add_workload(to: argparse.ArgumentParser) -> None:
     defaults = Workload()
     group = to.add_argument_group("what is timed")
-    group.add_argument("--backend", help="the runtime; the device's first one by default")
-    group.add_argument("--phase", choices=["decode", "prefill"], default="decode", help="one token, or one prompt")
+    group.add_argument(
+        "--backend", metavar="RUNTIME", help=f"{', '.join(backends.BACKENDS)} (the first that the device has)"
+    )
+    group.add_argument(
+        "--phase", choices=["decode", "prefill"], default="decode", help="one token, or one prompt (decode)"
+    )
     group.add_argument(
         "--context",
         type=whole(1, MAX_TOKENS),
@@ -118,6 +163,7 @@ def add_workload(to: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--precision",
         default="auto",
+        metavar="FORMATS",
         help="auto: every part in the best one for the budget, percents are of the dense model as it ships on the "
         "device; q4_0: all in one; q4_0,q8_0,f16: what may be mixed (auto)",
     )
@@ -154,6 +200,11 @@ def add_device_access(to: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
     )
     group.add_argument("--force", action="store_true", help="measure a device in an unfit state, and say so")
     return group
+
+
+def file_of(arguments: argparse.Namespace) -> Path:
+    """Return the file that says where the user's devices are; it may be missing."""
+    return devices_file(new_path(arguments.devices) if arguments.devices else None)
 
 
 def registry_of(arguments: argparse.Namespace) -> Registry:

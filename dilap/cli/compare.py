@@ -12,6 +12,7 @@ from dilap.core.workload import Budget
 from dilap.job import comparison
 from dilap.job.networks import is_network
 from dilap.job.outputs import home_of, name_of
+from dilap.job.shards import Shard
 from dilap.methods import METHODS, NETWORK_METHODS
 
 _EXAMPLES = """\
@@ -20,6 +21,7 @@ _EXAMPLES = """\
   dilap-compare --target host_cpu --budget 70% --methods dilap flap sleb my_module:MyMethod --recover lora
   dilap-compare --target host_cpu --budget 70% --methods flap loraprune --set flap.metric=WIFN --set loraprune.steps=50
   dilap-compare --target host_cpu --budget 70% --model efficientnet-lite0 --calib photos/    # an image network
+  dilap-compare --target host_cpu --budget 70% --shard 2/4    # a quarter of it; the command without puts all together
   dilap-compare --list-methods
 A killed comparison goes on where it stopped when the same command is given again; failed methods are tried again."""
 
@@ -28,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     made = arguments.parser(
         "Prune with several methods to the same measured latency and compare what is left.", _EXAMPLES
     )
-    made.add_argument("--target", required=True, help="the device; see dilap-profile --list-devices")
+    arguments.add_target(made, required=True)
     made.add_argument(
         "--budget",
         action=arguments.Several,
@@ -54,17 +56,23 @@ def _parser() -> argparse.ArgumentParser:
         f"{', '.join(NETWORK_METHODS)}",
     )
     arguments.add_model(made)
+    arguments.add_compute(made)
     made.add_argument("--out", metavar="DIR", help="the comparison's folder (runs/compare-MODEL-TARGET)")
     made.add_argument(
         "--set", action="append", default=[], metavar="METHOD.NAME=VALUE", help="a setting of a method; repeat for more"
     )
     made.add_argument("--list-methods", action=_ListMethods, nargs=0, help="what they do, and their sources")
     made.add_argument("--keep-models", action="store_true", help="keep every checkpoint and artifact")
+    made.add_argument(
+        "--shard",
+        metavar="K/N",
+        help="only the K-th of N parts, beside --out; without, what parts have done is taken over",
+    )
     made.add_argument("--json", action="store_true", help="print compare.json")
     arguments.add_devices(made)
     arguments.add_workload(made)
     add_search(made)
-    add_text_and_recovery(made, mode="full", steps=16)
+    add_text_and_recovery(made, mode="full", steps=16, refit=None)
     add_networks(made)
     return made
 
@@ -75,7 +83,7 @@ class _ListMethods(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         width = max(map(len, METHODS))
         lines = [f"{name:{width}}  {methods.SOURCES[name]}" for name in METHODS]
-        lines += ["", "of image networks:"]
+        lines += ["", "of image networks and encoders of texts:"]
         lines += [f"{name:{width}}  {source}" for name, source in methods.NETWORK_SOURCES.items()]
         console.show("\n".join(lines))
         parser.exit()
@@ -92,10 +100,13 @@ def _command() -> int:
     names = methods.named(given.methods, table=table)
     settings = _settings(given.set, names, table)
     devices = arguments.devices_of(given, given.target)
+    if given.refit is None:
+        given.refit = "none" if is_other else "score"
     base = asked_job(given, device=devices[0], budget=budgets[0], method=None, settings={})
     model = name_of(given.model, merge_adapter=given.merge_adapter, vocabulary=given.vocabulary)
     default = f"compare-{model}-{given.target}"
     out = arguments.new_path(given.out) if given.out else home_of(given.model) / "runs" / default
+    shard = None if given.shard is None else Shard.parse(given.shard)
     from dilap.job.compare import compare  # importing torch takes seconds: bad input is refused first
 
     rows = compare(
@@ -106,11 +117,13 @@ def _command() -> int:
         out=out,
         progress=Console(),
         keep_models=given.keep_models,
+        shard=shard,
     )
     if given.json:
         console.show_json(comparison.document(rows))
     else:
-        console.show(f"{comparison.markdown(rows)}\neverything is in {out}")
+        place = out if shard is None else shard.folder(out)
+        console.show(f"{comparison.markdown(rows)}\neverything is in {place}")
     return 0
 
 

@@ -8,12 +8,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from tqdm import tqdm
-
 from dilap.core.codec import to_json
 from dilap.core.documents import words_of
 from dilap.core.errors import TRACEBACK_KEPT, DilapError, InvalidInput, reason_of
 from dilap.core.printable import printable, printable_lines
+from dilap.job.lines import LineBar
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 a budget that is not kept beyond doubt, or a check that fails, 2 bad input, 70 an error of "
@@ -23,17 +22,30 @@ _MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory") 
 
 
 class Console:
-    """A `Progress` that writes lines and bars to standard error."""
+    """A `Progress` that writes lines to standard error, and bars where that is a terminal."""
 
     def say(self, text: str) -> None:
         """Write one line; line breaks in it are escaped, so that no quoted text looks like a line of ours."""
-        tqdm.write(printable(text), file=sys.stderr)
+        if _is_terminal():
+            from tqdm import tqdm
+
+            tqdm.write(printable(text), file=sys.stderr)
+        else:
+            print(printable(text), file=sys.stderr, flush=True)
 
     def bar(self, title: str, *, total: int | None, unit: str) -> Any:
         """Return a progress bar, which is used as a context manager; `update(n)` moves it."""
+        if not _is_terminal():
+            return LineBar(self.say, title, total=total, unit=unit)
+        from tqdm import tqdm
+
         return tqdm(
             desc=title, total=total, unit=unit, unit_scale=True, file=sys.stderr, leave=False, dynamic_ncols=True
         )
+
+
+def _is_terminal() -> bool:
+    return sys.stderr.isatty()
 
 
 def show(text: str) -> None:

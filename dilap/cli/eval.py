@@ -7,12 +7,14 @@ from dilap.cli import arguments, console
 from dilap.core.bounds import MAX_THREADS, MAX_TOKENS
 from dilap.core.codec import encode
 from dilap.core.errors import InvalidInput
-from dilap.core.printable import joined
+from dilap.core.printable import joined, milliseconds
 from dilap.evaluation.document import TASKS, Costs, Evaluation, ImageEvaluation
+from dilap.job.verdict import percent
 from dilap.profilers import intervals
 from dilap.profilers.devices.device import Device
 
-_SUMMARY = ("acc", "acc_norm", "word_perplexity", "window_perplexity")
+_SHARES = ("acc", "acc_norm")
+_SUMMARY = (*_SHARES, "word_perplexity", "window_perplexity")
 _EXAMPLES = """\
   dilap-eval smollm2-135m --tasks wikitext,arc_easy
   dilap-eval runs/quickstart --tasks all --data-dir data        # the artifact of a run, through its own runtime
@@ -26,9 +28,15 @@ A killed evaluation with --out, or of a run, goes on after the last whole task w
 
 def _parser() -> argparse.ArgumentParser:
     made = arguments.parser("Score a checkpoint in torch, or an artifact through its own runtime.", _EXAMPLES)
-    made.add_argument(
-        "subject", nargs="?", metavar="MODEL_OR_ARTIFACT", help="a run, an artifact's folder, a .gguf or a model"
+    scored = made.add_mutually_exclusive_group()
+    scored.add_argument(
+        "subject",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        metavar="MODEL_OR_ARTIFACT",
+        help="a run, an artifact's folder, a .gguf or a model",
     )
+    scored.add_argument("--model", dest="subject", metavar="MODEL_OR_ARTIFACT", help="the same, behind its name")
     made.add_argument(
         "--tasks",
         action=arguments.Several,
@@ -52,9 +60,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens read at once (what the model holds)",
     )
-    made.add_argument("--backend", help="torch for a run's checkpoint or a .gguf file (the artifact's runtime)")
+    made.add_argument(
+        "--backend", metavar="RUNTIME", help="torch for a run's checkpoint or a .gguf file (the artifact's runtime)"
+    )
     made.add_argument("--precision", choices=["f32", "bf16", "f16"], help="in torch; the checkpoint's own otherwise")
     arguments.add_changes(made)
+    arguments.add_compute(made)
     made.add_argument("--reference", metavar="DENSE", help="also KL, perplexity and top-1 beside this model")
     made.add_argument("--eval-text", default="python-docs", metavar="TEXT", help="where --reference is compared")
     made.add_argument(
@@ -63,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         help="show an image network photographs: a folder, with a folder for each class or a labels.csv for top-1",
     )
     made.add_argument("--costs", action="store_true", help="also size, FLOPs, bytes, memory and latency of both phases")
-    made.add_argument("--device", default="host_cpu", metavar="NAME", help="where --costs are measured (host_cpu)")
+    arguments.add_target(made, words=": where --costs are measured (host_cpu)", default="host_cpu")
     made.add_argument(
         "--threads",
         type=arguments.whole(1, MAX_THREADS),
@@ -95,6 +106,7 @@ def _command() -> int:
         threads=given.threads,
         merge_adapter=given.merge_adapter,
         vocabulary=given.vocabulary,
+        compute=given.compute,
         reference=given.reference,
         eval_text=given.eval_text,
         costs_on=device,
@@ -144,15 +156,17 @@ def image_report(done: ImageEvaluation) -> str:
         ("top-5", quality.top5, quality.reference_top5),
     ):
         if own is not None:
-            lines.append(f"{name} {own:.1%}" + ("" if other is None else f" ({other:.1%} of {done.reference})"))
-    if quality.kl is not None:
-        lines.append(f"beside {done.reference}: KL {quality.kl:.4f}, same class {quality.agreement:.1%}")
+            found = intervals.share(own, count=quality.num_images)
+            lines.append(f"{name} {percent(found)}" + ("" if other is None else f" ({other:.1%} of {done.reference})"))
+    if quality.kl is not None and quality.agreement is not None:
+        same = intervals.share(quality.agreement, count=quality.num_images)
+        lines.append(f"beside {done.reference}: KL {quality.kl:.4f}, same class {percent(same)}")
     return joined(lines)
 
 
 def _device(given: argparse.Namespace) -> Device:
     """Return the device on which costs are measured. Raises InvalidInput."""
-    return arguments.devices_of(given, given.device)[0]
+    return arguments.devices_of(given, given.target)[0]
 
 
 def _given() -> argparse.Namespace:
@@ -169,10 +183,10 @@ def report(done: Evaluation) -> str:
     """Return the evaluation as text: a line for each task, then quality on text, then costs."""
     lines = [f"{done.model} through {done.backend}, {done.precision}, {done.max_tokens} tokens at once"]
     if done.tasks:
-        lines += ["", f"{'task':16}{'rows':>6}{'shots':>6}  " + "  ".join(f"{name:>17}" for name in _SUMMARY)]
+        lines += ["", f"{'task':16}{'rows':>6}{'shots':>6}  " + "  ".join(f"{name:>20}" for name in _SUMMARY)]
     for name, metrics in done.tasks.items():
         facts = done.facts[name]
-        cells = "  ".join(f"{_number(metrics, metric):>17}" for metric in _SUMMARY)
+        cells = "  ".join(f"{_number(metrics, metric, facts.num_rows):>20}" for metric in _SUMMARY)
         lines.append(f"{name:16}{facts.num_rows:6}{facts.num_fewshot:6}  {cells}")
         if "window_perplexity" in metrics:
             lines.append(
@@ -200,7 +214,7 @@ def _cost_lines(costs: Costs) -> list[str]:
         if phase.measurement is not None:
             found = intervals.latency(phase.measurement)
             line += (
-                f", {found.value * 1e3:.2f} ms [{found.low * 1e3:.2f}, {found.high * 1e3:.2f}], memory"
+                f", {milliseconds(found.value)} ms [{milliseconds(found.low)}, {milliseconds(found.high)}], memory"
                 f" {_megabytes(phase.average_memory_bytes)} on average, at most"
                 f" {_megabytes(phase.peak_memory_bytes)} ({phase.measurement.words})"
             )
@@ -214,9 +228,12 @@ def _megabytes(value: int | None) -> str:
     return "unknown" if value is None else f"{value / 1e6:.0f} MB"
 
 
-def _number(metrics: dict[str, float], name: str) -> str:
+def _number(metrics: dict[str, float], name: str, num_rows: int) -> str:
+    """Format a metric: a share with its 95 % interval, another one with its standard error where lm-eval has it."""
     if name not in metrics:
         return ""
+    if name in _SHARES:
+        return percent(intervals.share(metrics[name], count=num_rows))
     error = metrics.get(f"{name}_stderr")
     return f"{metrics[name]:.4g}" + (f" ± {error:.2g}" if error else "")
 

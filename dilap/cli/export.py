@@ -9,6 +9,7 @@ from dilap import backends
 from dilap.cli import arguments, console
 from dilap.core.errors import InvalidInput
 from dilap.core.network_input import parse_input
+from dilap.job import meaning
 from dilap.job.export import chosen_precision, export
 from dilap.job.networks import is_network, network_precision
 from dilap.job.outputs import name_of, name_of_vocabulary
@@ -34,11 +35,18 @@ def _parser() -> argparse.ArgumentParser:
     made = arguments.parser(
         "Write a checkpoint in a runtime's format and verify it against the torch model.", _EXAMPLES
     )
-    made.add_argument(
+    source = made.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "checkpoint",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        metavar="CHECKPOINT",
         help="a run or a folder with config.json, a .gguf file, a hub id, a built-in name, or my_module:build",
     )
-    made.add_argument("--backend", required=True, help=f"the runtime: {', '.join(backends.BACKENDS)}")
+    source.add_argument("--model", dest="checkpoint", metavar="CHECKPOINT", help="the same, behind its name")
+    made.add_argument(
+        "--backend", required=True, metavar="RUNTIME", help=f"the runtime: {', '.join(backends.BACKENDS)}"
+    )
     made.add_argument(
         "--precision",
         action="append",
@@ -50,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--plan", metavar="FILE", help="a run's plan.json, whose precisions the parts get")
     made.add_argument("--tokenizer", metavar="PATH", help="a folder or GGUF file; the checkpoint's own by default")
     arguments.add_changes(made)
+    arguments.add_compute(made)
     made.add_argument(
         "--input",
         metavar="SIZE",
@@ -87,6 +96,7 @@ def _command() -> int:
         tokenizer=Path(given.tokenizer) if given.tokenizer else None,
         merge_adapter=given.merge_adapter,
         vocabulary=given.vocabulary,
+        compute=given.compute,
         input_=input_,
         processor=Path(given.processor) if given.processor else None,
         weights=Path(given.weights) if given.weights else None,
@@ -97,11 +107,19 @@ def _command() -> int:
     if given.json:
         console.show_json(asdict(artifact))
     else:
-        quality = "" if artifact.sqnr_db is None else f", {artifact.sqnr_db:.1f} dB against torch"
+        quality = (
+            ""
+            if artifact.sqnr_db is None
+            else f", {artifact.sqnr_db:.1f} dB against torch: {meaning.of_sqnr(artifact.sqnr_db)}"
+        )
         console.show(f"{out / artifact.path}: {artifact.num_bytes / 1e6:.1f} MB{quality}")
         for note in artifact.details.get("notes", ()):  # what was checked, and what only the device can check
             console.show(f"  {note}")
     return 0
+
+
+def _quality(decibels: float) -> str:
+    return f", {decibels:.1f} dB against torch: {meaning.of_sqnr(decibels)}"
 
 
 def _precisions(given: Sequence[str]) -> tuple[str | None, dict[str, str]]:

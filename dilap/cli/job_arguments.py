@@ -8,76 +8,191 @@ from dilap.cli import arguments
 from dilap.core.bounds import MAX_BATCH, MAX_TOKENS
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
+from dilap.job import options as jobs
 from dilap.job.networks import in_words, is_network
+from dilap.job.options import RANGES, JobOptions
+from dilap.models.options import CalibrationOptions
+from dilap.models.recovery.options import RecoveryOptions
 from dilap.profilers.devices.device import Device
 from dilap.search.layouts import LAYOUTS
+from dilap.search.options import LibraryOptions, SearchOptions
 
 if TYPE_CHECKING:
     from dilap.job.network_options import NetworkOptions
-    from dilap.job.options import JobOptions
 
 
 def add_search(made: argparse.ArgumentParser) -> None:
-    from dilap.job.options import RANGES
-    from dilap.search.library import LibraryOptions
-    from dilap.search.task import SearchOptions
-
     search, library = SearchOptions(), LibraryOptions()
     group = made.add_argument_group("the search")
-    group.add_argument("--layout", choices=LAYOUTS, help="restrict plans to what more runtimes load; see the README")
+    group.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="free: any widths; portable: those that more runtimes load; uniform: equal in all layers (the freest that "
+        "the runtime loads)",
+    )
     group.add_argument(
         "--table", metavar="FILE", help="a latency table; by default the one in tables/ that fits, measured first"
     )
-    group.add_argument("--importance", choices=["wanda", "obs"], default=library.order, help=f"({library.order})")
+    group.add_argument(
+        "--importance",
+        choices=["wanda", "obs"],
+        default=library.order,
+        help="rank units by weight times activation, or by what the refitted layer loses without them "
+        f"({library.order})",
+    )
     group.add_argument(
         "--step",
         type=arguments.share,
         default=search.step,
         metavar="SHARE",
-        help=f"of the dense latency between two linearisations ({search.step:g})",
+        help=f"of the dense latency between two linearisations, above 0 and at most 1 ({search.step:g})",
     )
     group.add_argument(
         "--evaluations",
         type=arguments.whole(*RANGES["evaluations"]),
         default=search.evaluations,
         metavar="N",
-        help=f"({search.evaluations})",
+        help=f"networks that are tried on the real KL at the end, {_range('evaluations')} ({search.evaluations})",
     )
     group.add_argument(
-        "--seed", type=arguments.whole(*RANGES["seed"]), default=search.seed, metavar="N", help=f"({search.seed})"
+        "--seed",
+        type=arguments.whole(*RANGES["seed"]),
+        default=search.seed,
+        metavar="N",
+        help=f"of all that is random, {_range('seed')} ({search.seed})",
     )
 
 
-def add_text_and_recovery(made: argparse.ArgumentParser, *, mode: str = "none", steps: int | None = None) -> None:
-    """Add the options about text and recovery; `mode` and `steps` are this command's defaults of the recovery."""
-    from dilap.job.options import RANGES
-    from dilap.models.distil import RecoveryOptions
-    from dilap.models.text import CalibrationOptions
+def add_text_and_recovery(
+    made: argparse.ArgumentParser, *, mode: str = "none", steps: int | None = None, refit: str | None = "none"
+) -> None:
+    """Add the options about text and recovery; `mode`, `steps` and `refit` are this command's defaults.
 
-    text, steps = CalibrationOptions(), steps or RecoveryOptions().steps
+    Without a default of `refit`, the command sets one when it knows the model.
+    """
+    text, recovery = CalibrationOptions(), RecoveryOptions()
+    steps = steps or recovery.steps
     group = made.add_argument_group("text and recovery")
     group.add_argument(
         "--calib",
         default="self",
-        help="self (sampled from the model), a file (.txt .md .json .jsonl .csv .tsv .parquet, .gz too) or a hub set; "
-        "photographs for an image network, and always given for one and for an encoder of texts",
+        metavar="TEXT",
+        help="self (sampled from the model), c4, wikitext2 or ptb (random windows, as in the papers), a file (.txt .md "
+        ".json .jsonl .csv .tsv .parquet, .gz too) or a hub set (user/name or user/name:configuration); for an image "
+        "network photographs, and always given for one and for an encoder of texts (self)",
     )
     group.add_argument(
         "--calib-length",
         type=arguments.whole(*RANGES["calib_length"]),
         default=text.sequence_length,
         metavar="N",
-        help="tokens a sequence",
+        help=f"tokens of a sequence of it, {_range('calib_length')} ({text.sequence_length})",
+    )
+    group.add_argument(
+        "--calib-sequences",
+        type=arguments.whole(*RANGES["calib_sequences"]),
+        default=text.train_sequences,
+        metavar="N",
+        help=f"sequences to calibrate on ({text.train_sequences}); {text.validation_sequences} more are held out",
+    )
+    group.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="where c4, wikitext2 and ptb lie: DIR/c4/train.jsonl.gz and so on; the hub by default",
+    )
+    group.add_argument(
+        "--train-text",
+        metavar="TEXT",
+        help="for methods that train: an instruction set (yahma/alpaca-cleaned, a file with the columns "
+        "instruction, input and output) or any other text; by default the calibration text",
+    )
+    group.add_argument(
+        "--train-steps",
+        type=arguments.whole(*RANGES["train_steps"]),
+        metavar="N",
+        help="batches that methods train on; by default as their settings say",
+    )
+    group.add_argument(
+        "--refit",
+        choices=["none", "score", "use"],
+        default=refit,
+        help="refit the projections of any method's plan in closed form: to tell its KL, or in place of the method's "
+        f"own values ({refit or 'score'})",
     )
     group.add_argument(
         "--eval-text",
         metavar="TEXT",
-        help="scored, never searched on (python-docs; of an encoder of texts, half of --calib)",
+        help="a file or hub set on which the models are scored, never searched on (python-docs; for an encoder of "
+        "texts half of --calib)",
     )
-    group.add_argument("--recover", choices=["none", "lora", "full"], default=mode, help=f"({mode})")
     group.add_argument(
-        "--recover-steps", type=arguments.whole(*RANGES["recover_steps"]), default=steps, metavar="N", help=f"({steps})"
+        "--recover",
+        choices=["none", "lora", "full"],
+        default=mode,
+        help=f"train on the dense model's answers afterwards: adapters, or whole layers ({mode})",
     )
+    group.add_argument(
+        "--recover-steps",
+        type=arguments.whole(*RANGES["recover_steps"]),
+        default=steps,
+        metavar="N",
+        help=f"steps of {recovery.batch_tokens} tokens, {_range('recover_steps')} ({steps})",
+    )
+    group.add_argument(
+        "--recover-tokens",
+        type=arguments.amount(*RANGES["recover_tokens"]),
+        metavar="N",
+        help="instead of the steps: 200M, 1.5B or 100000 tokens",
+    )
+    group.add_argument(
+        "--recover-data",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="stream files or hub sets (user/name:configuration), packed; the calibration text otherwise",
+    )
+    group.add_argument(
+        "--recover-length",
+        type=arguments.whole(*RANGES["recover_length"]),
+        default=recovery.sequence_length,
+        metavar="N",
+        help=f"tokens in a packed sequence ({recovery.sequence_length})",
+    )
+    group.add_argument(
+        "--recover-batch",
+        type=arguments.whole(*RANGES["recover_batch"]),
+        default=recovery.batch_tokens,
+        metavar="N",
+        help=f"tokens in a step ({recovery.batch_tokens})",
+    )
+    group.add_argument(
+        "--recover-rate",
+        type=arguments.share,
+        metavar="R",
+        help=f"of a step, relative to the weights ({recovery.full_rate:g} for full, {recovery.lora_rate:g} for lora)",
+    )
+    group.add_argument(
+        "--recover-next-token", type=arguments.share, default=0.0, metavar="SHARE", help="of its loss in the loss (0)"
+    )
+    group.add_argument(
+        "--recover-hidden", type=float, default=0.0, metavar="WEIGHT", help="of the final hidden states' distance (0)"
+    )
+    group.add_argument(
+        "--recover-evaluate",
+        type=arguments.whole(*RANGES["recover_evaluate"]),
+        default=0,
+        metavar="N",
+        help="score the validation split every N steps, and keep the best state (ten times in a run)",
+    )
+    group.add_argument(
+        "--recover-checkpoint-activations", action="store_true", help="less memory, and a quarter more time"
+    )
+    group.add_argument("--tracker", metavar="NAME", help="one of accelerate's: tensorboard, wandb, mlflow and so on")
+
+
+def _range(name: str) -> str:
+    least, most = RANGES[name]
+    return f"{least} to {most:,}"
 
 
 def add_networks(made: argparse.ArgumentParser) -> None:
@@ -120,12 +235,10 @@ def asked_job(
     )
 
 
-def decoder_job(given: argparse.Namespace, *, device: Device, budget: Budget) -> "JobOptions":
+def decoder_job(given: argparse.Namespace, *, device: Device, budget: Budget) -> JobOptions:
     """Return the job of a decoder that the arguments ask for. Raises InvalidInput, also for another network."""
     if is_network(given.model):
         raise InvalidInput(f"this command knows decoders alone, and not {in_words(given.model)}; see dilap-prune")
-    from dilap.job import options  # importing torch takes seconds: bad input is refused first
-
-    known = set(inspect.signature(options.job_options).parameters) - {"device", "budget"}
+    known = set(inspect.signature(jobs.job_options).parameters) - {"device", "budget"}
     chosen = {name: value for name, value in vars(given).items() if name in known}
-    return options.job_options(device=device, budget=budget, **chosen)
+    return jobs.job_options(device=device, budget=budget, **chosen)

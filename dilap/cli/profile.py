@@ -9,7 +9,6 @@ from dilap.cli.job_arguments import decoder_job
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
 from dilap.profilers.devices import doctor
-from dilap.profilers.devices.device import DEVICES
 
 _EXAMPLES = """\
   dilap-profile --doctor
@@ -25,7 +24,7 @@ A killed measurement goes on where it stopped when the same command is given aga
 
 def _parser() -> argparse.ArgumentParser:
     made = arguments.parser("Measure a latency table: what every width of every sublayer costs on a device.", _EXAMPLES)
-    made.add_argument("--device", help=f"{', '.join(DEVICES)}; NAME:2 is the second of a kind in devices.toml")
+    arguments.add_target(made)
     made.add_argument("--list-devices", action="store_true", help="the devices that are known, and where yours are")
     made.add_argument(
         "--check",
@@ -50,12 +49,13 @@ def _command() -> int:
     if given.list_devices:
         return _show(doctor.list_devices(arguments.registry_of(given)), as_json=given.json)
     if given.check is not None:
-        return _show(doctor.check_devices(arguments.devices_of(given, given.check)), as_json=given.json)
-    if given.device is None:
+        devices = arguments.devices_of(given, given.check)
+        return _show(doctor.check_devices(devices, file=arguments.file_of(given)), as_json=given.json)
+    if given.target is None:
         raise InvalidInput("name a device with --device, or ask --doctor what is usable")
     if given.estimate and given.out:
         raise InvalidInput("--estimate measures nothing, so it writes no table: leave --out away")
-    devices = arguments.devices_of(given, given.device)
+    devices = arguments.devices_of(given, given.target)
     asked = decoder_job(given, device=devices[0], budget=Budget(fraction=1.0))
     from dilap.job.profile import profile  # importing torch takes seconds: bad input is refused first
 
@@ -71,7 +71,7 @@ def _show(checks: Iterable[doctor.Check], *, as_json: bool) -> int:
     for check in checks:
         found.append(check)
         if not as_json:
-            console.show(doctor.line(check))
+            console.show("\n".join(doctor.lines(check)))
     if as_json:
         console.show_json([asdict(check) for check in found])
     return int(any(check.kind == "check" and not check.usable for check in found))

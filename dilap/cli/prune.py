@@ -10,15 +10,15 @@ from dilap.cli.job_arguments import add_networks, add_search, add_text_and_recov
 from dilap.core.codec import encode
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
-from dilap.job import result
+from dilap.job import ending, result
 from dilap.job.networks import in_words, is_network
+from dilap.job.options import JobOptions
 from dilap.job.outputs import home_of, name_of
 from dilap.methods import METHODS, NETWORK_METHODS
-from dilap.profilers.devices.device import DEVICES, Device
+from dilap.profilers.devices.device import Device
 
 if TYPE_CHECKING:
     from dilap.job.network_options import NetworkOptions
-    from dilap.job.options import JobOptions
 
 _EXAMPLES = """\
   dilap-prune --target host_cpu --budget 70%
@@ -42,19 +42,24 @@ def _parser() -> argparse.ArgumentParser:
     made = arguments.parser(
         "Prune a model to a latency budget that is measured on the device, and prove it.", _EXAMPLES
     )
-    made.add_argument(
-        "--target", help=f"the device: {', '.join(DEVICES)}; NAME:2 for the second (needed unless --pattern)"
-    )
+    arguments.add_target(made, words=" (needed unless --pattern)")
     asked = made.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--budget", help="40ms, 70%% (of the dense latency) or 1.4x (faster than dense)")
+    asked.add_argument("--budget", metavar="B", help="40ms, 70%% (of the dense latency) or 1.4x (faster than dense)")
     asked.add_argument(
-        "--ratio", type=arguments.share, help="instead: the share of the decoder layers' weights to remove"
+        "--ratio",
+        type=arguments.share,
+        metavar="SHARE",
+        help="instead: the share of the decoder layers' weights to remove",
     )
-    asked.add_argument("--pattern", help="instead: zeros inside matrices, 0.5 (a share), 2:4 or 4:8 (N of M kept)")
+    asked.add_argument(
+        "--pattern", metavar="P", help="instead: zeros inside matrices, 0.5 (a share), 2:4 or 4:8 (N of M kept)"
+    )
     made.add_argument("--stat", choices=["p50", "p90"], default="p50", help="the latency the budget is about (p50)")
     arguments.add_model(made)
+    arguments.add_compute(made)
     made.add_argument("--out", metavar="DIR", help="the run's folder (runs/MODEL-TARGET-BUDGET)")
     made.add_argument("--json", action="store_true", help="print the result as JSON")
+    made.add_argument("--dry-run", action="store_true", help="print memory and time of every stage, and do nothing")
     arguments.add_devices(made)
     arguments.add_workload(made)
     _add_method(made)
@@ -87,6 +92,19 @@ def _add_sparse(made: argparse.ArgumentParser) -> None:
     group.add_argument("--rebuild", choices=["barber"], help="swap zeros block by block afterwards")
     group.add_argument("--granularity", choices=["block", "layer", "output1", "input1"], help="where swaps are made")
     group.add_argument("--threshold", type=arguments.share, metavar="SHARE", help="of the swaps that would help")
+    group.add_argument(
+        "--metric", choices=["WD", "W", "D"], default="WD", help="of swaps: weight times gradient, or one alone (WD)"
+    )
+    group.add_argument("--retain", action="store_true", help="after swaps, keep the values that SparseGPT gave weights")
+    group.add_argument("--dtype", choices=["f32", "f16", "bf16"], help="prune and save in this type (the model's own)")
+    group.add_argument(
+        "--tasks",
+        action=arguments.Several,
+        default=[],
+        metavar="TASK",
+        help="score these of lm-eval's tasks (wikitext, arc_easy, ...), from --data-dir or the hub",
+    )
+    group.add_argument("--delete-model", action="store_true", help="keep the scores alone, and no checkpoint")
 
 
 def _sparse(given: argparse.Namespace) -> int:
@@ -94,7 +112,8 @@ def _sparse(given: argparse.Namespace) -> int:
     if is_network(given.model):
         raise InvalidInput(f"--pattern does not apply to {in_words(given.model)}: leave it away")
     from dilap.job import sparsify as sparse_job  # importing torch takes seconds: bad input is refused first
-    from dilap.models.text import CalibrationOptions
+    from dilap.job.options import calibration_options
+    from dilap.models.windows import CORPORA
 
     options = sparse_job.SparseOptions(
         pattern=given.pattern,
@@ -107,8 +126,21 @@ def _sparse(given: argparse.Namespace) -> int:
         rebuild=given.rebuild is not None,
         granularity=given.granularity,
         threshold=given.threshold,
-        calibration=CalibrationOptions(source=given.calib, sequence_length=given.calib_length, seed=given.seed),
+        metric=given.metric,
+        retain=given.retain,
+        dtype=given.dtype,
+        tasks=tuple(given.tasks),
+        data_dir=given.data_dir,
+        delete_model=given.delete_model,
+        calibration=calibration_options(
+            given.calib,
+            length=given.calib_length,
+            sequences=given.calib_sequences,
+            data_dir=None if given.tasks and given.calib not in CORPORA else given.data_dir,
+            seed=given.seed,
+        ),
         **({} if given.eval_text is None else {"evaluation_text": given.eval_text}),
+        compute=given.compute,
     )
     pattern, method = given.pattern.replace(":", "of"), options.method.replace(":", ".")
     model = name_of(given.model, merge_adapter=given.merge_adapter, vocabulary=given.vocabulary)
@@ -131,6 +163,8 @@ def _command() -> int:
     budget = _budget(given)
     devices = arguments.devices_of(given, given.target)
     options = options_of(given, device=devices[0])
+    if given.dry_run:
+        return _dry_run(options)
     from dilap.job.asked import start  # importing torch takes seconds: bad input is refused first
 
     out = arguments.new_path(given.out) if given.out else _default_out(given, budget)
@@ -142,8 +176,19 @@ def _command() -> int:
     if given.json:
         console.show_json(result.summary(done) | {"out": str(out)})
     else:
-        console.show(f"{result.table(done)}\n\neverything is in {out}")
+        console.show(f"{ending.text(done)}\n\neverything is in {out}")
     return 1 if done.status in ("missed", "uncertain") else 0
+
+
+def _dry_run(options: "JobOptions | NetworkOptions") -> int:
+    """Print what the job would take, and return the exit code: 1 where something does not fit."""
+    if not isinstance(options, JobOptions):
+        raise InvalidInput(f"--dry-run knows decoders alone, and {options.model} is none: leave it away")
+    from dilap.job import forecast  # importing torch takes seconds: bad input is refused first
+
+    needs, machine = forecast.of_job(options)
+    console.show(forecast.table(needs, machine))
+    return 1 if forecast.lacking(needs, machine) else 0
 
 
 def options_of(given: argparse.Namespace, *, device: Device) -> "JobOptions | NetworkOptions":

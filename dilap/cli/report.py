@@ -18,7 +18,7 @@ _EXAMPLES = """\
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = arguments.parser("Show what runs, comparisons and evaluations measured.", _EXAMPLES)
+    made = arguments.parser("Show what runs, comparisons and evaluations measured.", _EXAMPLES, lists_runtimes=False)
     made.add_argument("inputs", nargs="*", metavar="RUN_OR_COMPARISON", help="their folders, and evaluation files")
     made.add_argument("-o", "--out", metavar="FILE", help="the HTML file (report.html, unless another format is asked)")
     made.add_argument("--markdown", metavar="FILE", help="the tables as Markdown; - prints them")

@@ -218,6 +218,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         remove(temporary)
         yield temporary
         if temporary.is_dir():
+            _let_others_read(temporary)
             rename_folder(temporary, path)
         else:
             os.replace(temporary, path)
@@ -272,6 +273,14 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         yield folder
     finally:
         remove(folder)
+
+
+def _let_others_read(folder: Path) -> None:
+    """Give every file in a folder the permissions of the folder: safetensors makes its files for their owner alone."""
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
 
 
 def rename_folder(folder: Path, path: Path) -> None:

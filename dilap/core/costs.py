@@ -9,10 +9,10 @@ MixedCosts(parts=((0.5, decode), (0.5, prefill)))  # the costs of a workload tha
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from dilap.core.groups import Block
-from dilap.core.shape import UNMIXED, LayerWidths
+from dilap.core.shape import UNMIXED
 
 Counts = tuple[int, ...]  # how many units are left in every group of a block, in the block's order
 Setting = tuple[Counts, str]  # a block's width and the precision of its matrices; an empty one is the artifact's own
@@ -44,8 +44,11 @@ class Costs(Protocol):
         A convolution that reads what another one writes is such a pair; the sublayers of a decoder have none.
         """
 
-    def predict(self, widths: Sequence[LayerWidths], precisions: Mapping[str, str] = UNMIXED) -> float:
-        """Return the cost of a whole network, given the widths of every layer, and precisions by the names of parts."""
+    def predict(self, widths: Any, precisions: Mapping[str, str] = UNMIXED) -> float:
+        """Return the cost of a network, given what its shape's `widths_at` gives, and precisions of parts by name.
+
+        The widths are those of every layer of a decoder, and of any other network the units left in its groups by name.
+        """
 
     def cheaper(self, block: Block, settings: Sequence[Setting]) -> list[Setting]:
         """Return the settings that a search should choose from, the dearest first.
@@ -83,7 +86,7 @@ class MixedCosts:
         terms = ((weight, costs.pairs.get(name)) for weight, costs in self.parts)
         return sum(weight * cost(first, second) for weight, cost in terms if cost is not None)
 
-    def predict(self, widths: Sequence[LayerWidths], precisions: Mapping[str, str] = UNMIXED) -> float:
+    def predict(self, widths: Any, precisions: Mapping[str, str] = UNMIXED) -> float:
         return sum(weight * costs.predict(widths, precisions) for weight, costs in self.parts)
 
     def cheaper(self, block: Block, settings: Sequence[Setting]) -> list[Setting]:

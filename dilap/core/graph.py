@@ -35,6 +35,13 @@ class Layer:
     output_sizes: tuple[tuple[int, ...], ...] = ((),)
     num_attended: int = 0
 
+    def __post_init__(self) -> None:
+        sizes = [size for sizes in self.output_sizes for size in sizes]
+        if min(sizes, default=0) < 0 or max(sizes, default=0) > MAX_WIDTH:
+            raise ValueError(f"a layer gives sizes between 0 and {MAX_WIDTH:,}, and {self.name:.80} does not")
+        if min((*self.stride, self.num_groups)) < 1 or max((*self.stride, self.num_groups)) > MAX_WIDTH:
+            raise ValueError(f"a stride and a number of groups is between 1 and {MAX_WIDTH:,}, got {self.name:.80}")
+
     @property
     def weight(self) -> str:
         return f"{self.name}.weight"

@@ -36,6 +36,12 @@ def markdown(text: str) -> str:
     return _MARKS.sub(r"\\\g<0>", shown)
 
 
+def milliseconds(seconds: float) -> str:
+    """Format a latency in milliseconds, with two decimals or, where they would be noughts, two digits: none is 0.00."""
+    value = seconds * 1e3
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
 def csv_cell(value: Any) -> Any:
     """Return a cell that no spreadsheet takes for a formula: a text that begins like one gets an apostrophe."""
     if not isinstance(value, str):

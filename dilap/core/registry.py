@@ -10,15 +10,17 @@ from typing import Any
 from dilap.core.errors import InvalidInput, reason_of
 
 
-def get(table: Mapping[str, str], name: str, *, kind: str) -> Any:
-    """Return the object that `table` has under `name` as "module:attribute".
-
-    Raises InvalidInput with the known names for an unknown one; `kind` says there what the names stand for.
-    """
+def require(table: Mapping[str, str], name: str, *, kind: str) -> None:
+    """Raise InvalidInput with the known names for an unknown one; `kind` says there what the names stand for."""
     if name not in table:
         close = difflib.get_close_matches(name, table, n=1)
         hint = f"; did you mean {close[0]!r}" if close else ""
         raise InvalidInput(f"unknown {kind} {name!r}{hint}; known: {', '.join(sorted(table))}")
+
+
+def get(table: Mapping[str, str], name: str, *, kind: str) -> Any:
+    """Return the object that `table` has under `name` as "module:attribute". Raises InvalidInput as `require` does."""
+    require(table, name, kind=kind)
     module, attribute = table[name].split(":")
     return getattr(importlib.import_module(module), attribute)
 

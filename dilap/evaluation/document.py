@@ -109,7 +109,8 @@ class Costs:
 class Evaluation:
     """The evaluation of one model: scores by task and metric (lm-eval's names), quality on text, and costs.
 
-    `max_tokens` is the longest sequence that the model was allowed to read at once.
+    `max_tokens` is the longest sequence that the model was allowed to read at once. `limit` and `num_fewshot` are what
+    the latest command asked for; on how many rows and examples the scores of a task rest is in its facts.
     """
 
     model: str
@@ -151,5 +152,5 @@ class ImageEvaluation:
 
 def identity(evaluation: Evaluation) -> Mapping[str, Any]:
     """Return what two evaluations must have in common for the tasks of one to be added to the other."""
-    names = ("backend", "precision", "digest", "max_tokens", "limit", "num_fewshot", "seed", "versions")
+    names = ("backend", "precision", "digest", "max_tokens", "seed", "versions")
     return {name: getattr(evaluation, name) for name in names}

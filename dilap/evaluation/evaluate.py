@@ -1,7 +1,7 @@
 """Score a single task, so that an evaluation that was killed between two tasks goes on with the next."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +37,11 @@ def evaluate_task(subject: Subject, task: LoadedTask, *, max_tokens: int, limit:
     return TaskResult(metrics=metrics, facts=_facts(task, found["samples"]))
 
 
-def rows_sha256(task: LoadedTask, *, limit: int | None) -> str:
-    """Return what `TaskFacts.data_sha256` would be if the task were scored now."""
+def facts_now(task: LoadedTask, *, limit: int | None) -> TaskFacts:
+    """Return the facts that the task would have if it were scored now, without its answers."""
     rows = [row for part in task.tasks.values() for _, row in part.doc_iterator(limit=limit)]
     words = [json.dumps(row, indent=2, default=handle_non_serializable, ensure_ascii=False) for row in rows]
-    return digest([hash_string(one) for one in words])
+    return _described(task, hashes=[hash_string(one) for one in words], choices={})
 
 
 def _metrics(result: Mapping[str, Any]) -> dict[str, float]:
@@ -77,17 +77,22 @@ def _text_metrics(
 
 def _facts(task: LoadedTask, samples: Mapping[str, list[Mapping[str, Any]]]) -> TaskFacts:
     rows = {name: sorted(samples[name], key=lambda row: int(row["doc_id"])) for name in task.tasks}
+    choices = {
+        name: tuple(_choice(row["filtered_resps"]) for row in part)
+        for name, part in rows.items()
+        if task.tasks[name].OUTPUT_TYPE == "multiple_choice"
+    }
+    return _described(task, hashes=[row["doc_hash"] for part in rows.values() for row in part], choices=choices)
+
+
+def _described(task: LoadedTask, *, hashes: Sequence[str], choices: dict[str, tuple[int, ...]]) -> TaskFacts:
     config = next(iter(task.tasks.values()))
     return TaskFacts(
         num_fewshot=int(config.get_config("num_fewshot")),
-        num_rows=sum(map(len, rows.values())),
+        num_rows=len(hashes),
         data=str(getattr(config, "path", config.DATASET_PATH)),
-        data_sha256=digest([row["doc_hash"] for part in rows.values() for row in part]),
-        choices={
-            name: tuple(_choice(row["filtered_resps"]) for row in part)
-            for name, part in rows.items()
-            if task.tasks[name].OUTPUT_TYPE == "multiple_choice"
-        },
+        data_sha256=digest(list(hashes)),
+        choices=choices,
     )
 
 

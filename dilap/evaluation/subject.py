@@ -16,6 +16,7 @@ from dilap.core.shape import Architecture
 from dilap.evaluation.tokenizers import GgufTokenizer, HuggingFaceTokenizer, TextTokenizer
 from dilap.evaluation.torch_reader import TorchReader
 from dilap.models.anatomy import architecture_of
+from dilap.models.compute_device import AUTO
 from dilap.models.load import load
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -52,12 +53,13 @@ def open_subject(
     merge_adapter: str | None = None,
     vocabulary: str | None = None,
     threads: int = 1,
+    compute: str = AUTO,
 ) -> Subject:
     """Open a run's or an artifact's folder, a GGUF file (in llama.cpp), or what `dilap.models.load` loads (in torch).
 
-    `backend="torch"` takes a run's checkpoint instead of its artifact; `precision` (f32, bf16, f16), `merge_adapter`
-    and `vocabulary` are for torch alone. Raises InvalidInput, Unavailable, Unsupported, and Mismatch where a file is
-    not the one that its sidecar describes.
+    `backend="torch"` takes a run's checkpoint instead of its artifact; `precision` (f32, bf16, f16), `merge_adapter`,
+    `vocabulary` and `compute` are for torch alone. Raises InvalidInput, Unavailable, Unsupported, and Mismatch where a
+    file is not the one that its sidecar describes.
     """
     path = Path(name)
     is_run = (path / "result.json").is_file()
@@ -66,7 +68,8 @@ def open_subject(
     if vocabulary is not None and is_artifact(name, backend):
         raise InvalidInput(f"{name} is an artifact, whose vocabulary cannot be cut: score it with --backend torch")
     if is_run and backend == "torch":
-        return replace(_of_model(str(path / "checkpoint"), precision, merge_adapter, vocabulary), name=name)
+        checkpoint = str(path / "checkpoint")
+        return replace(_of_model(checkpoint, precision, merge_adapter, vocabulary, compute), name=name)
     if is_run:
         return replace(_of_run(path, backend, threads), name=name)
     if backend != "torch" and (path / "artifact.json").is_file():
@@ -76,7 +79,7 @@ def open_subject(
     if path.suffix == ".gguf" and path.is_file() and backend != "torch":
         has_sidecar = path.with_name("artifact.json").is_file()
         return _of_artifact(name, path.parent, backend, threads) if has_sidecar else _of_gguf(name, path, threads)
-    return _of_model(name, precision, merge_adapter, vocabulary)
+    return _of_model(name, precision, merge_adapter, vocabulary, compute)
 
 
 def is_artifact(name: str, backend: str | None) -> bool:
@@ -160,8 +163,10 @@ def _of_gguf(name: str, path: Path, threads: int) -> Subject:
     )
 
 
-def _of_model(name: str, precision: str | None, merge_adapter: str | None, vocabulary: str | None) -> Subject:
-    source = load(name, merge_adapter=merge_adapter, vocabulary=vocabulary)
+def _of_model(
+    name: str, precision: str | None, merge_adapter: str | None, vocabulary: str | None, compute: str
+) -> Subject:
+    source = load(name, merge_adapter=merge_adapter, vocabulary=vocabulary, compute=compute)
     if precision is not None:
         source.model.to(DTYPES[precision])
     names = {dtype: name for name, dtype in DTYPES.items()}

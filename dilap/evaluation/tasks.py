@@ -65,6 +65,7 @@ def _load(manager: TaskManager, name: str, data_dir: Path | None, num_fewshot: i
     if (shots := num_fewshot if num_fewshot is not None else NUM_FEWSHOT.get(name)) is not None:
         changes["num_fewshot"] = shots
     try:
+        # lm-eval's public loader takes no changes of the tasks that it knows by name.
         built = TaskFactory().build(manager.task_index[name], overrides=changes, registry=manager.task_index)
         loaded: dict[str, Any] = manager.load(built if isinstance(built, list) else [built])
     except InvalidInput:

@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
+from dilap.models.compute_device import HOST
+
 
 class TorchReader:
     """The `dilap.backends.Reader` of a torch model; it computes in the type that the model's weights have."""
@@ -31,7 +33,7 @@ class TorchReader:
         self._num_read = start + len(token_ids)
         tokens = torch.tensor([list(token_ids)], device=self._model.device)
         out = self._model(input_ids=tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=num_rows)
-        rows: NDArray[np.float32] = out.logits[0].float().cpu().numpy()
+        rows: NDArray[np.float32] = out.logits[0].float().to(HOST).numpy()
         return rows
 
     def close(self) -> None:

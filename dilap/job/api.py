@@ -13,6 +13,7 @@ or `$XDG_CACHE_HOME/dilap`. `progress` is a function that is called with every l
 
 import copy
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
@@ -33,10 +34,12 @@ from dilap.job import export as exporting
 from dilap.job import profile as profiling
 from dilap.job.asked import OPTIONS, asked_job, start
 from dilap.job.comparison import Row
+from dilap.job.lines import LineBar
 from dilap.job.networks import is_network
 from dilap.job.options import job_options
 from dilap.job.profile import Profile
 from dilap.job.result import PruneResult
+from dilap.job.shards import Shard
 from dilap.methods import METHODS, NETWORK_METHODS, named
 from dilap.models.builtin import DEFAULT_MODEL
 from dilap.models.load import Source, load
@@ -80,7 +83,7 @@ def prune(
     """
     source = replace(model, model=copy.deepcopy(model.model)) if isinstance(model, Source) else None
     if isinstance(model, Source):
-        for name in ("merge_adapter", "vocabulary"):
+        for name in ("merge_adapter", "vocabulary", "compute"):
             if name in options:
                 raise InvalidInput(f"the model is loaded already: give {name} to dilap.load instead")
         options["merge_adapter"] = model.merge_adapter
@@ -110,13 +113,17 @@ def compare(
     devices: Place | None = None,
     cache: Place | None = None,
     keep_models: bool = False,
+    shard: str | None = None,
     progress: Told = None,
     **options: Any,
 ) -> list[Row]:
     """Prune with several methods at the same measured latency and return one row for each method and budget.
 
     `settings` holds the settings of each method by the method's name. Recovery is by default that of `dilap-compare`,
-    16 steps of full fine-tuning. Raises DilapError; the error of a single method is kept in its row instead.
+    16 steps of full fine-tuning, and plans are scored with a closed-form refit too (`refit="score"`).
+    `shard` is one part of the comparison, `"2/4"` for the second of four, in a folder
+    beside `out`; the call without it takes over what those have done. Raises DilapError; the error of a single method
+    is kept in its row instead.
     """
     asked = [_budget(one, None, stat) for one in _several(budgets)]
     asked = list(dict.fromkeys(asked + [_budget(None, one, stat) for one in _several(ratios)]))
@@ -129,11 +136,12 @@ def compare(
         raise InvalidInput(f"settings of {strange[0]!r}, which is not compared; methods: {', '.join(names)}")
     found = _devices(target, devices)
     known = _known(options, among=set(OPTIONS) - {"method", "settings"})  # it has `methods`, and settings of each
+    scored = {} if is_other else {"refit": "score"}
     base = asked_job(
         device=found[0],
         budget=asked[0],
         model=os.fspath(model),
-        given={"recover": "full", "recover_steps": 16, **known},
+        given={"recover": "full", "recover_steps": 16, **scored, **known},
     )
     return comparing.compare(
         base,
@@ -144,6 +152,7 @@ def compare(
         progress=_progress(progress),
         keep_models=keep_models,
         tables=_tables(cache),
+        shard=None if shard is None else Shard.parse(shard),
     )
 
 
@@ -185,6 +194,7 @@ def export(
     tokenizer: Place | None = None,
     merge_adapter: Place | None = None,
     vocabulary: Place | None = None,
+    compute: str = "auto",
     input_: str | None = None,
     processor: Place | None = None,
     weights: Place | None = None,
@@ -197,7 +207,8 @@ def export(
     `layers.N.ffn`, or `attention` and `ffn` for all layers. `plan` is a run's plan.json, whose precisions are taken for
     parts that are not named. The checkpoint may be an image network: `input_` is then what it takes, as in
     `3x224x224`, `processor` a folder whose preprocessor_config.json says how photographs become that, `calib` are
-    photographs from which 8 bits take their ranges, and `weights` those of `my_module:build`.
+    photographs from which 8 bits take their ranges, and `weights` those of `my_module:build`. `compute` is the device
+    on which torch computes.
     """
     return exporting.export(
         os.fspath(checkpoint),
@@ -208,6 +219,7 @@ def export(
         tokenizer=None if tokenizer is None else Path(tokenizer),
         merge_adapter=None if merge_adapter is None else os.fspath(merge_adapter),
         vocabulary=None if vocabulary is None else os.fspath(vocabulary),
+        compute=compute,
         input_=None if input_ is None else parse_input(input_),
         processor=None if processor is None else Path(processor),
         weights=None if weights is None else Path(weights),
@@ -284,7 +296,7 @@ def _progress(told: Told) -> Progress:
 
 
 class Bars:
-    """A `Progress` that is shown by tqdm: its bars are widgets in a notebook and text on a terminal."""
+    """A `Progress` through tqdm: its bars are widgets in a notebook, text on a terminal, and lines elsewhere."""
 
     def say(self, text: str) -> None:
         from tqdm.auto import tqdm  # noqa: PLC0415 - it looks for widgets, and warns where there are none
@@ -292,9 +304,11 @@ class Bars:
         tqdm.write(text)
 
     def bar(self, title: str, *, total: int | None, unit: str) -> AbstractContextManager[Any]:
-        from tqdm.auto import tqdm  # noqa: PLC0415
+        from tqdm import auto  # noqa: PLC0415
 
-        found: AbstractContextManager[Any] = tqdm(desc=title, total=total, unit=unit, unit_scale=True, leave=False)
+        if auto.notebook_tqdm is auto.std_tqdm and not sys.stderr.isatty():
+            return LineBar(self.say, title, total=total, unit=unit)
+        found: AbstractContextManager[Any] = auto.tqdm(desc=title, total=total, unit=unit, unit_scale=True, leave=False)
         return found
 
 

@@ -2,8 +2,9 @@
 
 from dilap.job.run_folder import Workspace
 from dilap.models.load import Source
+from dilap.models.options import CalibrationOptions
 from dilap.models.tensor_file import load_tensors, save_tensors
-from dilap.models.text import Calibration, CalibrationOptions, calibration
+from dilap.models.text import Calibration, calibration
 
 
 def calibration_text(source: Source, options: CalibrationOptions, workspace: Workspace) -> Calibration:

@@ -18,6 +18,7 @@ _FLAGS: Mapping[str, tuple[str, ...]] = {
     "--model": ("model",),
     "--merge-adapter": ("merge_adapter",),
     "--vocabulary": ("vocabulary",),
+    "--compute": ("compute",),
     "--backend": ("backend",),
     "--phase": ("workload", "phase"),
     "--context": ("workload", "context"),
@@ -34,6 +35,13 @@ _FLAGS: Mapping[str, tuple[str, ...]] = {
     "--step": ("levels", "search", "step"),
     "--evaluations": ("levels", "search", "evaluations"),
     "--recover": ("recovery", "mode"),
+    "--recover-tokens": ("recovery", "tokens"),
+    "--recover-length": ("recovery", "sequence_length"),
+    "--recover-batch": ("recovery", "batch_tokens"),
+    "--recover-next-token": ("recovery", "next_token"),
+    "--recover-hidden": ("recovery", "hidden"),
+    "--recover-evaluate": ("recovery", "evaluate_every"),
+    "--tracker": ("recovery", "tracker"),
     "--seed": ("seed",),
 }
 _NETWORK_FLAGS: Mapping[str, tuple[str, ...]] = {
@@ -73,7 +81,7 @@ def command_line(result: PruneResult[Any]) -> str:
     if isinstance(tried, list | tuple) and len(tried) == 1 and tried[0] is not None:  # several are the default
         words += ["--threads", str(tried[0])]
     if value_at(options, "recovery", "mode") not in (None, "none"):
-        words += ["--recover-steps", str(value_at(options, "recovery", "steps"))]
+        words += _of_recovery(options, value_at(defaults, "recovery"))
     words += [f"--{name}" for name in ("force", "estimate") if options.get(name)]
     settings = value_at(options, "settings")
     for name, value in settings.items() if isinstance(settings, Mapping) else ():
@@ -90,6 +98,19 @@ def _shown(options: Mapping[str, Any], *, is_of_texts: bool) -> list[str]:
         words += ["--input", "x".join(str(value_at(found, side)) for side in ("channels", "height", "width"))]
     if scored is not None:
         words += ["--eval-text" if is_of_texts else "--eval-images", str(scored)]
+    return words
+
+
+def _of_recovery(options: Mapping[str, Any], defaults: Any) -> list[str]:
+    """Return the words about a recovery whose flags are not simply values; an earlier version had steps alone."""
+    words = ["--recover-steps", str(value_at(options, "recovery", "steps"))]
+    if data := value_at(options, "recovery", "data"):
+        words += ["--recover-data", *map(str, data)]
+    rate = f"{value_at(options, 'recovery', 'mode')}_rate"
+    if (own := value_at(options, "recovery", rate)) not in (None, defaults.get(rate)):
+        words += ["--recover-rate", f"{own:g}"]
+    if value_at(options, "recovery", "checkpoint_activations"):
+        words.append("--recover-checkpoint-activations")
     return words
 
 

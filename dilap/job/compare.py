@@ -19,6 +19,7 @@ from dilap.job.kinds import Kind, kind_of
 from dilap.job.options import CommonOptions
 from dilap.job.result import PruneResult
 from dilap.job.run_folder import changes, foreign_content, held, remove_leftovers_below, tidy
+from dilap.job.shards import Shard, take_over
 from dilap.profilers.devices.device import Device
 
 _LARGE = ("checkpoint", "artifact")  # folders of a run, removed when its numbers are known
@@ -34,12 +35,14 @@ def compare(
     progress: Progress,
     keep_models: bool = False,
     tables: Path | None = None,
+    shard: Shard | None = None,
 ) -> list[Row]:
     """Prune with every method in `settings` at every budget, and return one row for each of them.
 
     `settings` has the settings of each method by its name; `base` has all other options. `out` keeps what is done, also
-    by methods that fail: the same call goes on in it. Raises InvalidInput where the folder was begun by a comparison
-    with other options, or by anything else.
+    by methods that fail: the same call goes on in it. With a `shard` only its runs are done, in a folder beside `out`;
+    without, those that shards have finished are taken over. Raises InvalidInput where the folder was begun by a
+    comparison with other options, or by anything else.
     """
     for method, chosen in settings.items():  # before hours are spent on the others
         methods.get(method, chosen, table=kind_of(base).methods)
@@ -48,11 +51,15 @@ def compare(
         for budget in budgets
         for method, chosen in settings.items()
     ]
+    if shard is not None:
+        jobs, out = shard.of(jobs), shard.folder(out)
     runs = _Runs(base=base, devices=devices, out=out, progress=progress, keep_models=keep_models, tables=tables)
     if foreign_content(out, out / "shared"):
         raise InvalidInput(f"{out} exists and is no comparison; move it away or choose another --out")
     with held(out / "shared"):
         _open(out, base, settings)
+        if shard is None:
+            take_over(out, progress)
         return runs.rows(jobs)
 
 

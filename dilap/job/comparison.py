@@ -30,11 +30,13 @@ _OLD_NAMES = {
 class Row:
     """What one method gave at one budget; where the method failed, only `error` is set.
 
-    `torch_*` is the quality of the torch model in floats: `*_before` as the method left it, the others after the
-    recovery that all rows share. `artifact_*` is the quality of the exported file, read through its runtime; None where
-    the file cannot be read here. A decoder has a perplexity; an image network has `agreement`, the share of photographs
-    in which it prefers the dense network's class, and, with labels, `top1` and `top5`; an encoder of texts has the
-    numbers of `dilap.evaluation.document.SentenceQuality` and no KL.
+    `torch_*` is the quality of the torch model in floats: `*_cut` of the units that the method chose, with the dense
+    model's values, `*_refit` of these units refitted in closed form, both alike for all methods; `*_before` as the
+    method left it, with its own values; the others after the recovery that all rows share. `artifact_*` is the quality
+    of the exported file, read through its runtime; None where the file cannot be read here. A decoder has a perplexity;
+    an image network has `agreement`, the share of photographs in which it prefers the dense network's class, and, with
+    labels, `top1` and `top5`; an encoder of texts has the numbers of `dilap.evaluation.document.SentenceQuality` and no
+    KL.
     """
 
     method: str
@@ -84,6 +86,10 @@ class Row:
     artifact_same_nearest: float | None = None
     dense_artifact_cosine: float | None = None
     calibration_sentences: int | None = None
+    torch_kl_cut: float | None = None
+    torch_kl_refit: float | None = None
+    ffn_multiple: int = 1
+    training_text: str = ""
 
     @property
     def is_of_images(self) -> bool:
@@ -127,6 +133,10 @@ def row_of(result: PruneResult[Any]) -> Row:
         **(_calibration(result) if text is None else {}),
         notes=result.all_notes,
         budget_used_ci=(result.share.low, result.share.high),
+        torch_kl_cut=result.kl_cut,
+        torch_kl_refit=result.kl_refit,
+        ffn_multiple=result.ffn_multiple,
+        training_text=result.options.get("training_text") or "",
     )
 
 
@@ -209,6 +219,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         return [f"{shared} Calibrated on the same {max(images):,} photographs."]
     if sentences := {row.calibration_sentences for row in rows if row.calibration_sentences}:
         return [f"{shared} Calibrated on the same {max(sentences):,} sentences."]
+    if multiples := sorted({row.ffn_multiple for row in rows if row.error is None} - {1}):
+        widths = " or ".join(map(str, multiples))
+        shared += f" FFN widths of all methods are rounded to multiples of {widths}, which the runtime needs."
     sizes = {row.calibration_tokens for row in rows if row.calibration_tokens}
     if len(sizes) != 1:
         return [shared]
@@ -217,37 +230,38 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     trained = [name for name in names if name in TRAINED]
     text = f"Calibrated on the same {tokens:,} tokens"
     text += f"; published with more: {', '.join(fewer)}" if fewer else ""
-    text += f"; trained on them instead of a corpus: {', '.join(trained)}" if trained else ""
+    corpus = next((row.training_text for row in rows if row.training_text), "them instead of a corpus")
+    text += f"; trained on {corpus}: {', '.join(trained)}" if trained else ""
     return [f"{shared} {text}."]
 
 
 def _quality_note(rows: Sequence[Row]) -> str:
     """Say which models the columns of quality are about."""
     kind = _kind_of(rows)
-    names, measure = kind.names, kind.measure
-    torch = f"torch {measure} is of the torch model in floats, the only one that is known before recovery"
+    torch = (
+        f"torch {kind.measure} is of the torch model in floats, the only one that is known before recovery{kind.states}"
+    )
     read = next((row for row in rows if row.artifact_reader is not None), None)
     if read is None:
-        return f"{names} are of the torch models in floats, not of the artifacts; {torch}."
+        return f"{kind.names} are of the torch models in floats, not of the artifacts; {torch}."
     dense = f"{_number(read.dense_artifact_kl, 3)} and {_number(read.dense_artifact_perplexity, 2)}"
     if read.is_of_sentences:
-        dense = f"{measure} {_number(read.dense_artifact_cosine, 4)}"
+        dense = f"{kind.measure} {_number(read.dense_artifact_cosine, 4)}"
     if read.is_of_images:
         dense = f"KL {_number(read.dense_artifact_kl, 3)}"
         dense += "" if read.dense_artifact_top1 is None else f", top-1 {read.dense_artifact_top1:.1%}"
-    return f"{names} are of the artifacts, read through {read.artifact_reader} (dense: {dense}); {torch}."
+    return f"{kind.names} are of the artifacts, read through {read.artifact_reader} (dense: {dense}); {torch}."
 
 
 def _table(budget: str, rows: Sequence[Row]) -> str:
     done = sorted((row for row in rows if row.error is None), key=lambda row: row.distances)
-    measure, quality = (kind := _kind_of(done)).measure, kind.columns
+    kind = _kind_of(done)
     lines = [
         f"Budget {in_markdown(budget)}",
         "",
-        f"| method | ms | 95 % interval | budget used | torch {measure} before recovery "
-        f"| torch {measure} | {quality} "
+        f"| method | ms | 95 % interval | budget used | {kind.columns} "
         "| parameters | FLOPs | peak memory | pruning took | and memory |",
-        "|---|" + "--:|" * (11 + quality.count("|")),
+        "|---|" + "--:|" * (9 + kind.columns.count("|")),
         *(_line(row) for row in done),
     ]
     failed = [f"{row.method} failed: {row.error}" for row in rows if row.error is not None]
@@ -257,19 +271,34 @@ def _table(budget: str, rows: Sequence[Row]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """How tables call the quality of a kind of model: all numbers, the one that is also known in torch, the columns."""
+    """How tables call the quality of a kind of model: its numbers, the one that is known in torch, and their columns.
+
+    `states` says of which torch models that one is.
+    """
 
     names: str
     measure: str
     columns: str
+    states: str = ""
 
 
-_DECODERS = _Kind(names="KL and perplexity", measure="KL", columns="KL | perplexity")
-_IMAGES = _Kind(names="KL and the shares of photographs", measure="KL", columns="KL | same class | top-1")
+_DECODERS = _Kind(
+    names="KL and perplexity",
+    measure="KL",
+    columns="torch KL of the units alone | refitted | before recovery | torch KL | KL | perplexity",
+    states=": of the units that a method keeps with the dense model's values, of the same refitted in closed form (as "
+    "DiLAP does), and as the method leaves it, with its own values",
+)
+_IMAGES = _Kind(
+    names="KL and the shares of photographs",
+    measure="KL",
+    columns="torch KL before recovery | torch KL | KL | same class | top-1",
+)
 _SENTENCES = _Kind(
     names="The similarities of embeddings",
     measure="cosine similarity",
-    columns="cosine similarity | reached by 95 % | same nearest",
+    columns="torch cosine similarity before recovery | torch cosine similarity | cosine similarity | reached by 95 % "
+    "| same nearest",
 )
 
 
@@ -298,10 +327,11 @@ def _line(row: Row) -> str:
 
 
 def _torch_cells(row: Row) -> list[str]:
-    """Return the numbers of the torch model before recovery and after it."""
+    """Return the numbers of the torch model before recovery, and after it."""
     if row.is_of_sentences:
         return [_number(row.torch_cosine_before, 4), _number(row.torch_cosine, 4)]
-    return [_number(row.torch_kl_before, 3), _number(row.torch_kl, 3)]
+    of_units = () if row.is_of_images else (row.torch_kl_cut, row.torch_kl_refit)
+    return [_number(one, 3) for one in (*of_units, row.torch_kl_before, row.torch_kl)]
 
 
 def _quality_cells(row: Row) -> list[str]:

@@ -16,6 +16,7 @@ from dilap.evaluation.document import TASKS, Evaluation, identity
 from dilap.evaluation.subject import Subject, is_artifact, is_sparse_run, open_subject
 from dilap.evaluation.text_quality import compare
 from dilap.job.result import versions
+from dilap.models.compute_device import AUTO
 from dilap.profilers.devices.device import Device
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class EvaluationOptions:
     `costs_on` is the device where memory and latency are measured, None for no costs. `out` is the file that keeps the
     evaluation, task by task, so that a killed one goes on; by default, the evaluation of a run is kept in its folder.
     `vocabulary` is cut of the reference too, so that both models read the same tokens; beside a reference the subject
-    may be an artifact, of which it was cut before.
+    may be an artifact, of which it was cut before. `compute` is the device on which torch computes.
     """
 
     subject: str
@@ -43,6 +44,7 @@ class EvaluationOptions:
     threads: int | None = None
     merge_adapter: str | None = None
     vocabulary: str | None = None
+    compute: str = AUTO
     reference: str | None = None
     eval_text: str = "python-docs"
     costs_on: Device | None = None
@@ -72,7 +74,7 @@ def evaluate(options: EvaluationOptions, *, progress: Progress) -> Evaluation:
         raise InvalidInput("nothing to do: name --tasks or a --reference, or ask for --costs")
     if options.costs_on is not None and (reason := options.costs_on.unavailable()):
         raise Unavailable(reason)
-    tasks = _load_tasks(options)
+    tasks = load_tasks(options)
     if options.backend is None and is_sparse_run(Path(options.subject)):
         options = replace(options, backend="torch")
         progress.say(f"{options.subject} has zeros inside matrices and no artifact: its checkpoint is scored in torch")
@@ -84,6 +86,7 @@ def evaluate(options: EvaluationOptions, *, progress: Progress) -> Evaluation:
         merge_adapter=options.merge_adapter,
         vocabulary=None if is_cut_before else options.vocabulary,
         threads=options.num_threads,
+        compute=options.compute,
     )
     with closing(subject.reader):
         done = _with_tasks(_started(subject, options, progress), subject, tasks, options, progress)
@@ -96,7 +99,7 @@ def evaluate(options: EvaluationOptions, *, progress: Progress) -> Evaluation:
     return done
 
 
-def _load_tasks(options: EvaluationOptions) -> "Sequence[LoadedTask]":
+def load_tasks(options: EvaluationOptions) -> "Sequence[LoadedTask]":
     """Load the tasks with their data, before any model is read, so that mistakes in the data are found first."""
     names = TASKS if "all" in options.tasks else options.tasks
     if not names:
@@ -117,15 +120,9 @@ def _with_tasks(
 ) -> Evaluation:
     """Return `done` with the missing tasks scored; each task is saved as soon as it is scored."""
     if tasks:
-        from dilap.evaluation.evaluate import evaluate_task, rows_sha256  # noqa: PLC0415 - lm-eval may be missing
+        from dilap.evaluation.evaluate import evaluate_task  # noqa: PLC0415 - lm-eval may be missing
     for number, task in enumerate(tasks, start=1):
-        if task.name in done.tasks:
-            if rows_sha256(task, limit=options.limit) != done.facts[task.name].data_sha256:
-                raise InvalidInput(
-                    f"the rows of {task.name} changed since {options.kept_in} was begun; put them back as they were, "
-                    "remove it or choose another --out"
-                )
-            progress.say(f"{task.name}: done earlier")
+        if _is_kept(task, done, options, progress):
             continue
         progress.say(f"{number} of {len(tasks)}: {task.name}")
         result = evaluate_task(subject, task, max_tokens=done.max_tokens, limit=options.limit, bar=progress.bar)
@@ -134,6 +131,28 @@ def _with_tasks(
         )
         _keep(done, options)
     return done
+
+
+def _is_kept(task: "LoadedTask", done: Evaluation, options: EvaluationOptions, progress: Progress) -> bool:
+    """Whether a task was scored before, on the rows and with the examples that are asked for now, and say so.
+
+    Raises InvalidInput where the rows are others than they were then.
+    """
+    from dilap.evaluation.evaluate import facts_now  # noqa: PLC0415 - lm-eval may be missing
+
+    if task.name not in done.tasks:
+        return False
+    now, then = facts_now(task, limit=options.limit), done.facts[task.name]
+    if (now.num_rows, now.num_fewshot) != (then.num_rows, then.num_fewshot):
+        progress.say(f"{task.name}: its {then.num_rows} rows with {then.num_fewshot} examples each are replaced")
+        return False
+    if now.data_sha256 != then.data_sha256:
+        raise InvalidInput(
+            f"the rows of {task.name} changed since {options.kept_in} was begun; put them back as they were, remove it "
+            "or choose another --out"
+        )
+    progress.say(f"{task.name}: done earlier")
+    return True
 
 
 def _started(subject: Subject, options: EvaluationOptions, progress: Progress) -> Evaluation:
@@ -160,12 +179,14 @@ def _started(subject: Subject, options: EvaluationOptions, progress: Progress) -
     found = decode(Evaluation, read_json(out), source=str(out))
     if differences := [name for name, value in identity(fresh).items() if identity(found)[name] != value]:
         raise InvalidInput(f"{out} is of another {differences[0]}; remove it or choose another --out")
-    return found
+    return replace(found, limit=options.limit, num_fewshot=options.num_fewshot)
 
 
 def _with_reference(done: Evaluation, subject: Subject, options: EvaluationOptions, progress: Progress) -> Evaluation:
     assert options.reference is not None
-    reference = open_subject(options.reference, vocabulary=options.vocabulary, threads=options.num_threads)
+    reference = open_subject(
+        options.reference, vocabulary=options.vocabulary, threads=options.num_threads, compute=options.compute
+    )
     with closing(reference.reader), progress.bar(f"beside {reference.name}", total=None, unit="tok") as bar:
         return replace(done, text=compare(subject, reference, text=options.eval_text, progress=bar.update))
 

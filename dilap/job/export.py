@@ -34,6 +34,7 @@ def export(
     tokenizer: Path | None = None,
     merge_adapter: str | None = None,
     vocabulary: str | None = None,
+    compute: str = "auto",
     input_: NetworkInput | None = None,
     processor: Path | None = None,
     weights: Path | None = None,
@@ -47,8 +48,9 @@ def export(
     with an `input_`: `processor`, `weights` and `calib` are for these alone (see `export_network`). `precisions` has
     those of the parts of the model that differ: `head`, `embedding`, `layers.N.attention`, `layers.N.ffn`, or
     `attention` and `ffn` for all layers. `plan` is the plan.json of a run, whose precisions are those of the parts that
-    are not named. Raises InvalidInput, Unavailable, Unsupported where the runtime cannot hold the model, Mismatch for
-    the plan of another model, and VerificationFailed where the runtime computes something else than torch.
+    are not named. `compute` is the device on which torch computes. Raises InvalidInput, Unavailable, Unsupported where
+    the runtime cannot hold the model, Mismatch for the plan of another model, and VerificationFailed where the runtime
+    computes something else than torch.
     """
     if os.path.lexists(out):
         raise InvalidInput(f"{out} already exists; remove it or choose another --out")
@@ -79,7 +81,7 @@ def export(
     from dilap.models.anatomy import architecture_of  # noqa: PLC0415
     from dilap.models.load import checkpoint_of, load  # noqa: PLC0415
 
-    source = load(checkpoint, tokenizer=tokenizer, merge_adapter=merge_adapter, vocabulary=vocabulary)
+    source = load(checkpoint, tokenizer=tokenizer, merge_adapter=merge_adapter, vocabulary=vocabulary, compute=compute)
     architecture = architecture_of(source.model)
     found = for_every_layer(precisions, architecture)
     if planned is not None:

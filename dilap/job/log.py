@@ -1,5 +1,6 @@
-"""The log of a run: every line that is shown is also written into the run's `log.txt`."""
+"""The log of a run: every line that is shown is also written into the run's `log.txt`, with the time."""
 
+import time
 import traceback
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -29,6 +30,11 @@ class Log:
     def bar(self, title: str, *, total: int | None, unit: str) -> AbstractContextManager[Any]:
         return self._shown.bar(title, total=total, unit=unit)
 
+    def keep(self, text: str) -> None:
+        """Write a text of several lines into the file alone; a command shows it in another way."""
+        for line in text.split("\n"):
+            self._write(printable(line))
+
     def keep_traceback(self, error: Exception) -> None:
         """Write the traceback of `error` into the file, and say so in a note on the error.
 
@@ -41,4 +47,4 @@ class Log:
     def _write(self, text: str) -> None:
         if self._path is not None:
             with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text + "\n")
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

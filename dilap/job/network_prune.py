@@ -16,6 +16,7 @@ from dilap.core.images import ImageInput
 from dilap.core.network_input import NetworkInput, TokenInput
 from dilap.core.plan import Plan
 from dilap.core.progress import Progress
+from dilap.job import ending
 from dilap.job.claims import Calibrated, Claim, claimed, result_of
 from dilap.job.common_stages import Goal
 from dilap.job.examples import Shown
@@ -23,10 +24,10 @@ from dilap.job.inputs import code_sha256
 from dilap.job.network_bench import NetworkBench
 from dilap.job.network_exam import NetworkExam
 from dilap.job.network_options import NetworkOptions
+from dilap.job.network_recovery import Recovered, recover_
 from dilap.job.network_stages import NetworkStages
 from dilap.job.photographs import GUESSED, shown_photographs, usual_input
 from dilap.job.quality import AnyQuality, in_words
-from dilap.job.recovery import Recovered, recover_
 from dilap.job.result import PruneResult
 from dilap.job.run_folder import Workspace
 from dilap.job.sentences import shown_sentences
@@ -80,6 +81,8 @@ def prune_network(
             options=options, workspace=workspace, bench=bench, source=source, network=traced.network, shown=shown
         )
         result = _run(stages, method)
+        if result is not None:
+            workspace.log.keep(ending.text(result))
         workspace.end(None if result is None else encode(result))
     return result
 

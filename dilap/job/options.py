@@ -1,29 +1,39 @@
 """The options of a prune job, with the defaults that the command line and the Python interface share."""
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, get_args
 
-from dilap.core.bounds import MAX_THREADS
+from dilap import methods
+from dilap.core.bounds import MAX_THREADS, MAX_TOKENS
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget, Phase, Workload
 from dilap.job.precisions import asked_precisions
 from dilap.models.builtin import DEFAULT_MODEL
-from dilap.models.distil import Mode, RecoveryOptions
-from dilap.models.text import CalibrationOptions
+from dilap.models.options import CalibrationOptions
+from dilap.models.recovery.options import Mode, RecoveryOptions
+from dilap.models.windows import CORPORA
 from dilap.profilers.configuration import thread_counts
 from dilap.profilers.devices.device import Device
 from dilap.search.layouts import LAYOUTS, Layout
-from dilap.search.library import LibraryOptions, Order
-from dilap.search.method import LevelOptions
-from dilap.search.task import SearchOptions
+from dilap.search.options import LevelOptions, LibraryOptions, Order, SearchOptions
 
+_AUTO = "auto"  # what torch computes on: an accelerator where there is one
+# Whether a plan is refitted in closed form: not at all, to score it alone, or to take the refitted values.
+Refit = Literal["none", "score", "use"]
 # The whole numbers that an option takes, from the first to the second.
 RANGES: Mapping[str, tuple[int, int]] = {
     "calib_length": (1, 1 << 20),
+    "calib_sequences": (1, 1_000_000),
+    "train_steps": (1, 1_000_000),
     "recover_steps": (1, 1_000_000),
+    "recover_tokens": (1, 1_000_000_000_000),
+    "recover_length": (2, MAX_TOKENS),
+    "recover_batch": (1, 1 << 30),
+    "recover_evaluate": (0, 1_000_000),
     "evaluations": (0, 100_000),
     "seed": (0, (1 << 32) - 1),
     "threads": (1, MAX_THREADS),
@@ -33,6 +43,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "layout": LAYOUTS,
     "importance": get_args(Order),
     "recover": get_args(Mode),
+    "refit": get_args(Refit),
 }
 _NONE: Mapping[str, str] = MappingProxyType({})
 _TIMED, _TEXT, _LIBRARY, _SEARCH, _RECOVERY = (
@@ -68,7 +79,10 @@ class JobOptions(CommonOptions):
 
     `precisions` are those that parts of the model may have beside the workload's own, which is the artifact's; None
     stands for all that the runtime has. `merge_adapter` is the folder of an adapter that becomes part of the model,
-    `vocabulary` the text whose tokens alone stay in it. The seed is set in the options of text, search and recovery.
+    `vocabulary` the text whose tokens alone stay in it. Methods that
+    train read `training_text`, by default the calibration text, for `train_steps` batches, by default as many as their
+    settings say. `compute` is the device on which torch computes. The seed is set in the options of text, search and
+    recovery.
     """
 
     model: str = DEFAULT_MODEL
@@ -81,10 +95,14 @@ class JobOptions(CommonOptions):
     method: str = "dilap"
     table: str | None = None
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    training_text: str | None = None
+    train_steps: int | None = None
     evaluation_text: str = "python-docs"
     evaluation_sequences: int = 32
     levels: LevelOptions = field(default_factory=LevelOptions)
     recovery: RecoveryOptions = field(default_factory=RecoveryOptions)
+    refit: Refit = "none"
+    compute: str = _AUTO
 
     def __post_init__(self) -> None:
         search = replace(self.levels.search, seed=self.seed)
@@ -100,7 +118,8 @@ class JobOptions(CommonOptions):
     def text(self) -> CalibrationOptions:
         """Options of the calibration text, with enough sequences to train on that recovery need not repeat any."""
         recovery, text = self.recovery, self.calibration
-        wanted = 0 if recovery.mode == "none" else recovery.steps * recovery.batch_tokens // text.sequence_length
+        is_read = recovery.mode != "none" and not recovery.data
+        wanted = recovery.num_steps * recovery.batch_tokens // text.sequence_length if is_read else 0
         return replace(text, train_sequences=max(text.train_sequences, wanted))
 
 
@@ -127,10 +146,26 @@ def job_options(
     evaluations: int = _SEARCH.evaluations,
     calib: str = _TEXT.source,
     calib_length: int = _TEXT.sequence_length,
+    calib_sequences: int = _TEXT.train_sequences,
+    data_dir: str | None = None,
+    train_text: str | None = None,
+    train_steps: int | None = None,
     eval_text: str = "python-docs",
+    refit: Refit = "none",
     recover: Mode = _RECOVERY.mode,
     recover_steps: int = _RECOVERY.steps,
+    recover_tokens: int | None = None,
+    recover_data: Sequence[str | os.PathLike[str]] | str = (),
+    recover_length: int = _RECOVERY.sequence_length,
+    recover_batch: int = _RECOVERY.batch_tokens,
+    recover_rate: float | None = None,
+    recover_next_token: float = 0.0,
+    recover_hidden: float = 0.0,
+    recover_evaluate: int = 0,
+    recover_checkpoint_activations: bool = False,
+    tracker: str | None = None,
     seed: int = 0,
+    compute: str = _AUTO,
     estimate: bool = False,
     force: bool = False,
 ) -> JobOptions:
@@ -143,13 +178,27 @@ def job_options(
     """
     if not (math.isfinite(step) and 0 < step <= 1):
         raise InvalidInput(f"--step is a share of the dense latency above 0, got {step:g}")
-    require_known(configuration=configuration, layout=layout, importance=importance, recover=recover)
+    require_known(configuration=configuration, layout=layout, importance=importance, recover=recover, refit=refit)
     require_in_range(
-        calib_length=calib_length, recover_steps=recover_steps, evaluations=evaluations, seed=seed, threads=threads
+        calib_length=calib_length,
+        calib_sequences=calib_sequences,
+        train_steps=train_steps,
+        recover_steps=recover_steps,
+        recover_tokens=recover_tokens,
+        recover_length=recover_length,
+        recover_batch=recover_batch,
+        recover_evaluate=recover_evaluate,
+        evaluations=evaluations,
+        seed=seed,
+        threads=threads,
     )
+    _require_rates(recover_rate=recover_rate, recover_next_token=recover_next_token, recover_hidden=recover_hidden)
+    _require_compute(compute)
     backend = backend or next(iter(device.backends))
     tried = thread_counts(device.default_threads()) if threads is None else (threads,)
     own, precisions = asked_precisions(precision, default=device.default_precision(backend))
+    methods.require_known(method)
+    _require_below_dense(budget, own, can_choose=precisions != () and methods.chooses_precision(method))
     try:
         workload = Workload(
             phase=phase,
@@ -178,11 +227,49 @@ def job_options(
         method=method,
         settings=dict(settings),
         table=table,
-        calibration=CalibrationOptions(source=calib, sequence_length=calib_length),
+        calibration=calibration_options(calib, length=calib_length, sequences=calib_sequences, data_dir=data_dir),
+        training_text=train_text,
+        train_steps=train_steps,
         evaluation_text=eval_text,
         levels=LevelOptions(library=LibraryOptions(order=importance), search=search),
-        recovery=RecoveryOptions(mode=recover, steps=recover_steps),
+        recovery=RecoveryOptions(
+            mode=recover,
+            steps=recover_steps,
+            tokens=recover_tokens,
+            data=(recover_data,) if isinstance(recover_data, str) else tuple(os.fspath(one) for one in recover_data),
+            sequence_length=recover_length,
+            batch_tokens=recover_batch,
+            full_rate=_RECOVERY.full_rate if recover_rate is None else recover_rate,
+            lora_rate=_RECOVERY.lora_rate if recover_rate is None else recover_rate,
+            next_token=recover_next_token,
+            hidden=recover_hidden,
+            evaluate_every=recover_evaluate,
+            checkpoint_activations=recover_checkpoint_activations,
+            tracker=tracker,
+        ),
+        refit=refit,
         seed=seed,
+        compute=compute,
+    )
+
+
+def _require_below_dense(budget: Budget, precision: str, *, can_choose: bool) -> None:
+    """Raise InvalidInput for more than the dense model takes; that buys better precisions where those are chosen."""
+    if budget.fraction is not None and budget.fraction > 1 and not can_choose:
+        raise InvalidInput(
+            f"budget {budget} is more than the dense model takes in {precision}: give less than 100%, or let better "
+            "precisions be chosen (--precision auto, --method dilap)"
+        )
+
+
+def calibration_options(
+    source: str, *, length: int, sequences: int, data_dir: str | None, seed: int = 0
+) -> CalibrationOptions:
+    """Return the options of a calibration text. Raises InvalidInput for a folder of data that nothing is read from."""
+    if data_dir is not None and source not in CORPORA:
+        raise InvalidInput(f"--data-dir has the files of --calib {', '.join(CORPORA)}; --calib {source} reads none")
+    return CalibrationOptions(
+        source=source, data_dir=data_dir, sequence_length=length, train_sequences=sequences, seed=seed
     )
 
 
@@ -199,3 +286,19 @@ def require_in_range(**given: int | None) -> None:
         least, most = RANGES[name]
         if value is not None and not (type(value) is int and least <= value <= most):
             raise InvalidInput(f"{name} is a whole number from {least:,} to {most:,}, got {value!r:.80}")
+
+
+def _require_rates(**given: float | None) -> None:
+    """Raise InvalidInput for a share of the loss, or a learning rate, that is none; None is the default."""
+    for name, value in given.items():
+        most = 1.0 if name != "recover_hidden" else 1e6
+        if value is not None and not (math.isfinite(value) and 0 <= value <= most):
+            raise InvalidInput(f"{name} is a number from 0 to {most:g}, got {value!r:.80}")
+
+
+def _require_compute(name: str) -> None:
+    """Raise InvalidInput where torch has no device of that name to compute on."""
+    if name != _AUTO:
+        from dilap.models.compute_device import compute_device  # noqa: PLC0415 (importing torch takes seconds)
+
+        compute_device(name)

@@ -5,22 +5,22 @@ from dataclasses import replace
 from dilap.core.codec import encode, remove, write_json
 from dilap.core.plan import Plan
 from dilap.core.vocabulary import VocabularyCut
+from dilap.job.answers import answers, continuations, kept_continuations
 from dilap.job.claims import Calibrated, Claim, claimed, result_of
 from dilap.job.exam import Exam
 from dilap.job.formats import Files, dense_formats
 from dilap.job.quality import Quality
-from dilap.job.recovery import Recovered, recover_
+from dilap.job.recovery import UNDONE, of_dense, recover
 from dilap.job.result import PruneResult, flops_of
 from dilap.job.stages import DecoderGoal, Stages
 from dilap.models.anatomy import decoder_layers
 from dilap.models.cut import shrink_
-from dilap.models.distil import distil
 from dilap.models.load import save_checkpoint
-from dilap.models.reference import Teacher, head_of
 from dilap.models.rounded_model import round_model_
 from dilap.models.rounding import FLOATS
 from dilap.models.text import Calibration
 from dilap.search.method import Pruned
+from dilap.search.plan_scores import PlanScores, scores_of_plan
 
 
 def claim(stages: Stages, goal: DecoderGoal, pruned: Pruned, text: Calibration, files: Files) -> PruneResult:
@@ -33,14 +33,19 @@ def claim(stages: Stages, goal: DecoderGoal, pruned: Pruned, text: Calibration, 
     write_json(workspace.folder / "plan.json", encode(plan))
     with workspace.stage("score the dense model"):
         exam = Exam.of(stages, text)
-        lessons = _lessons(stages, text)
+        dense_model = of_dense(stages, text)
+        unpruned = kept_continuations(
+            workspace.common / "answers.json", source.model, source.tokenizer, exam.text.tokens
+        )
+    scores = _scores_of_plan(stages, plan, text, exam)
+    parameters = pruned.parameters
+    if scores is not None and stages.options.refit == "use" and not plan.precisions:
+        parameters = scores.parameters
     if plan.precisions:
         source.model.float()  # half precision has too few values for rounded weights
-    shrink_(source.model, plan, parameters=pruned.parameters)
+    shrink_(source.model, plan, parameters=parameters)
     source.model.config.dilap_plan = plan.digest
     exam = exam.facing(source.model)
-    if lessons is not None and lessons.states is not None:
-        lessons = lessons.facing(head_of(source.model), dense_head=exam.dense_head)
     with workspace.stage("score the pruned model"):
         validation_kl = exam.validation.kl(source.model)
         shrunk = exam.of_torch(source.model)
@@ -48,13 +53,17 @@ def claim(stages: Stages, goal: DecoderGoal, pruned: Pruned, text: Calibration, 
         f"shrunk, the torch model in floats: KL {shrunk.kl:.3f} on {exam.text.name}, {validation_kl:.3f} on the "
         "validation split"
     )
-    recovered, recovery = shrunk, Recovered()
-    if lessons is not None:
-        recovery = _recover_(stages, lessons, exam.validation, before=validation_kl)
+    recovered, done = shrunk, None
+    if dense_model is not None:
+        done = recover(stages, dense_model, exam.validation)
+        dense_model = None  # frees the memory of a copy
         recovered = exam.of_torch(source.model)
-    is_rounded = bool(plan.precisions) and lessons is None  # by the method that chose the precisions
+    is_rounded = bool(plan.precisions) and done is None  # by the method that chose the precisions
     if not is_rounded and _round_(stages, plan, text):
         recovered = exam.of_torch(source.model)
+    with workspace.stage("answer"):
+        pruned_answers = continuations(source.model, source.tokenizer, exam.text.tokens)
+        said = answers(source.tokenizer, exam.text.tokens, dense=unpruned, pruned=pruned_answers)
     with workspace.stage("save the checkpoint"):
         remove(workspace.folder / "checkpoint")  # left by an earlier start
         save_checkpoint(source.model, source.tokenizer, workspace.folder / "checkpoint")
@@ -68,37 +77,36 @@ def claim(stages: Stages, goal: DecoderGoal, pruned: Pruned, text: Calibration, 
     )
     formats = dense_formats(stages, files, exam)
     result = _result(stages, goal, pruned, text, claim, shrunk=shrunk, validation_kl=validation_kl)
-    notes = (*result.notes, *recovery.notes)
+    if done is not None:
+        notes = (*result.notes, *[UNDONE] * (done.best_step == 0))
+        curve = tuple(sorted(done.validation.items()))
+        result = replace(result, notes=notes, recovery_kls=tuple(done.kls), recovery_validation_kls=curve)
+    if scores is not None:
+        result = replace(result, kl_cut=scores.kl_cut, kl_refit=scores.kl_refit)
     return replace(
         result,
-        notes=notes,
-        recovery_kls=recovery.distances,
         formats=formats,
         precisions=plan.pruned_precisions(),
+        answers=said,
     )
 
 
-def _lessons(stages: Stages, text: Calibration) -> Teacher | None:
-    """Return what the dense model says about the text of the recovery, None without one."""
-    if stages.options.recovery.mode == "none":
+def _scores_of_plan(stages: Stages, plan: Plan, text: Calibration, exam: Exam) -> PlanScores | None:
+    """Return what the plan is worth whichever method chose it, None where that is not asked for.
+
+    The model in `stages.source` must not be pruned yet.
+    """
+    if stages.options.refit == "none":
         return None
-    rounds = stages.chooses_precision
-    return stages.teacher("training-states" if rounds else "training", text.train, keep_states=rounds)
-
-
-def _recover_(stages: Stages, lessons: Teacher, validation: Teacher, *, before: float) -> Recovered:
-    """Distil the dense model into the pruned one, in place; `before` is the KL on the validation split until then."""
-    options, model = stages.options.recovery, stages.source.model
-    return recover_(
-        stages.workspace,
-        lambda: decoder_layers(model).named_parameters(),
-        lambda show: distil(model, lessons, options, progress=show),
-        name=options.mode,
-        steps=options.steps,
-        measure="KL",
-        before=before,
-        validation=lambda: validation.kl(model),
-    )
+    model, tokens = stages.source.model, text.train[: stages.options.calibration.train_sequences]
+    total = len(decoder_layers(model)) * tokens.numel()
+    with stages.workspace.stage("refit"), stages.workspace.log.bar("refit", total=total, unit="tok") as bar:
+        scores = scores_of_plan(
+            model, plan, tokens, validation=exam.validation, unseen=exam.reference, progress=bar.update
+        )
+    refitted = "" if scores.kl_refit is None else f", refitted in closed form {scores.kl_refit:.3f}"
+    stages.workspace.log.say(f"these units alone: KL {scores.kl_cut:.3f} on {exam.text.name}{refitted}")
+    return scores
 
 
 def _round_(stages: Stages, plan: Plan, text: Calibration) -> bool:
@@ -158,4 +166,10 @@ def _result(
         recovery=stages.options.recovery.mode,
         notes=() if vocabulary is None else (*vocabulary.notes, vocabulary.note_on_quality),
     )
-    return replace(result, layout=goal.layout, perplexity_without_recovery=shrunk.perplexity, vocabulary=vocabulary)
+    return replace(
+        result,
+        layout=goal.layout,
+        perplexity_without_recovery=shrunk.perplexity,
+        vocabulary=vocabulary,
+        ffn_multiple=goal.rules.ffn_multiple,
+    )

@@ -9,18 +9,22 @@ from dilap.backends import Backend
 from dilap.core.codec import encode
 from dilap.core.progress import Progress
 from dilap.core.shape import Architecture
+from dilap.job import ending
 from dilap.job.bench import Bench
+from dilap.job.card import write_cards
 from dilap.job.formats import dense_files
 from dilap.job.inputs import inputs_of
 from dilap.job.options import JobOptions
 from dilap.job.proof import claim
+from dilap.job.recovery import require_recovery
 from dilap.job.result import PruneResult
 from dilap.job.run_folder import Workspace
 from dilap.job.stages import Stages
 from dilap.models.anatomy import architecture_of
 from dilap.models.context import require_context, require_sequences
 from dilap.models.load import Source, load
-from dilap.models.text import require_texts
+from dilap.models.origin import origin_of
+from dilap.models.text import require_texts, training_text
 from dilap.profilers.devices.device import Device
 from dilap.search.layouts import Layout, default_layout, describe, require_layout
 from dilap.search.method import Method
@@ -43,6 +47,7 @@ def prune(
     jobs have in common. `source` is the model of the options where it is loaded already; the job changes it in place.
     `tables` is the folder of latency tables, `tables/` by default. Raises DilapError.
     """
+    methods.get(options.method, options.settings)  # what is wrong with a setting is found before a model is read
     workspace = Workspace(out, progress, shared=shared)
     bench = Bench.of(
         devices,
@@ -62,27 +67,37 @@ def prune(
     bench = bench.mixing(options.precisions, architecture)
     identity = {"options": asdict(options), "model": source.digest, "dilap": __version__}
     with workspace.opened({**identity, "inputs": named_inputs(options, source)}):
-        workspace.log.say(f"{source.name}: {describe(architecture)}")
+        workspace.log.say(f"{source.name}: {describe(architecture)}, on {source.model.device}")
         for note in source.notes:
             workspace.log.say(note)
         stages = Stages(options=options, workspace=workspace, bench=bench, source=source)
         result = _run(stages, method, layout)
+        if result is not None:
+            workspace.log.keep(ending.text(result))
+            write_cards(workspace.folder, result, origin_of(source.model.config))
         workspace.end(None if result is None else encode(result))
     return result
 
 
 def load_source(options: JobOptions) -> Source:
     """Load the decoder of a job."""
-    return load(options.model, merge_adapter=options.merge_adapter, vocabulary=options.vocabulary)
+    return load(
+        options.model,
+        merge_adapter=options.merge_adapter,
+        vocabulary=options.vocabulary,
+        compute=options.compute,
+    )
 
 
 def named_inputs(options: JobOptions, source: Source) -> dict[str, str]:
     """Return the digests of the inputs that the options name; see `inputs_of`."""
     return inputs_of(
         source.tokenizer,
-        calibration=options.calibration.source,
+        calibration=options.calibration,
         evaluation=options.evaluation_text,
+        recovery=options.recovery.data,
         method=options.method,
+        training=options.training_text,
         table=options.table,
         vocabulary=source.vocabulary,
     )
@@ -97,6 +112,9 @@ def require_possible(options: JobOptions, source: Source) -> None:
     require_context(config, workload, runtime=options.backend, runtime_tokens=held)
     require_sequences(config, options.calibration.sequence_length)
     require_texts(options.text, options.evaluation_text, source.tokenizer)
+    if options.training_text is not None:
+        training_text(options.training_text, source.tokenizer, length=options.calibration.sequence_length)
+    require_recovery(options.recovery, source)
 
 
 def _run(stages: Stages, method: Method, layout: Layout) -> PruneResult | None:
@@ -114,7 +132,7 @@ def _method(options: JobOptions, layout: Layout) -> Method:
     """Return the method asked for; DiLAP's own has another search for equal widths. Raises InvalidInput."""
     own = layout == "uniform" and options.method in ("dilap", "prune_then_quantise")
     name = "equal_widths" if own else options.method
-    method: Method = methods.get(name, options.settings)
+    method: Method = methods.get(name, methods.trained_for(name, options.settings, steps=options.train_steps))
     return method
 
 

@@ -26,6 +26,7 @@ class Quality:
 
     DISTANCE: ClassVar[str] = "KL"
     DISTANCE_IN_UNITS: ClassVar[str] = "KL (nats a token)"
+    EXAMPLE: ClassVar[str] = "token"
 
     text: str
     text_sha256: str

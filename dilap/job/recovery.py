@@ -1,67 +1,108 @@
-"""Recovery of a pruned model: it is trained, and left as it was where that did not help."""
+"""Recovery in a job: what the pruned model learns from, and what became of it."""
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from itertools import takewhile
+import copy
+from dataclasses import dataclass, replace
 
-import torch
+from transformers import PreTrainedTokenizerBase
 
 from dilap.core.codec import remove
-from dilap.job.run_folder import Workspace
-from dilap.models.tensor_file import load_tensors, save_tensors
+from dilap.core.errors import InvalidInput
+from dilap.job.stages import Stages
+from dilap.models.load import Source
+from dilap.models.recovery.lessons import KeptLessons, Lessons, StreamedLessons
+from dilap.models.recovery.options import RecoveryOptions
+from dilap.models.recovery.stream import Documents, PackedStream
+from dilap.models.recovery.train import Recovered, Told, recover_, require_tracker
+from dilap.models.reference import Head, Teacher, head_of
+from dilap.models.text import Calibration
 
 UNDONE = "recovery is undone, because it did not help"
-Told = Callable[[float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recovered:
-    """The distance from the dense model in every step, as long as it was a number, and whether recovery was undone."""
+class Dense:
+    """What recovery needs of the dense model, taken before it is pruned: answers on kept text, or lessons that ask it.
 
-    distances: tuple[float, ...] = ()
-    is_undone: bool = False
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return (UNDONE,) if self.is_undone else ()
-
-
-def recover_(
-    workspace: Workspace,
-    tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]],
-    train: Callable[[Told], list[float]],
-    *,
-    name: str,
-    steps: int,
-    measure: str,
-    before: float,
-    validation: Callable[[], float],
-) -> Recovered:
-    """Train a model, in place, and undo it where the distance on the validation split does not fall below `before`.
-
-    The distance is that from the dense model, and `measure` its name. `tensors` gives the names and tensors of the
-    model that training changes, `train` the distance in every step, each of which it also tells.
+    `head` is the dense model's.
     """
-    kept = workspace.cache / "before-recovery.safetensors"
-    save_tensors(kept, {path: tensor.detach() for path, tensor in tensors()})
-    with workspace.stage("recover"), workspace.log.bar("recover", total=steps, unit="step") as bar:
 
-        def show(distance: float) -> None:
-            bar.set_postfix_str(f"{measure} {distance:.3f}")
-            bar.update(1)
+    head: Head
+    kept: Teacher | None = None
+    streamed: StreamedLessons | None = None
 
-        losses = train(show)
-        after = validation()
-    workspace.log.say(
-        f"recovery ({name}): {measure} on its own examples {losses[0]:.3f} -> {losses[-1]:.3f}, on the validation "
-        f"split {before:.3f} -> {after:.3f}"
+
+def require_recovery(options: RecoveryOptions, source: Source) -> None:
+    """Raise InvalidInput or Unavailable for a text or a tracker that cannot work, before hours of work begin."""
+    require_tracker(options.tracker)
+    if options.mode != "none" and options.data:
+        positions = source.model.config.max_position_embeddings
+        if options.sequence_length > positions:
+            raise InvalidInput(
+                f"packed sequences of {options.sequence_length} tokens are longer than the model's {positions} "
+                f"positions; take --recover-length {positions} or less"
+            )
+        Documents(options.data).require_text()
+
+
+def of_dense(stages: Stages, text: Calibration) -> Dense | None:
+    """Ask the dense model, or keep it, for the recovery that is asked for; None without one."""
+    options, model = stages.options.recovery, stages.source.model
+    if options.mode == "none":
+        return None
+    keep_states = stages.chooses_precision or options.hidden > 0
+    if not options.data:
+        name = "training-states" if keep_states else "training"
+        return Dense(head=head_of(model), kept=stages.teacher(name, text.train, keep_states=keep_states))
+    streamed = StreamedLessons(
+        dense=copy.deepcopy(model),
+        stream=_stream(options, stages.source.tokenizer),
+        num_sequences=options.tokens_in_step // options.sequence_length,
+        keep_states=keep_states,
     )
-    is_undone = not after < before  # also where it is no number
-    if is_undone:
-        workspace.log.say(UNDONE)
-        earlier = load_tensors(kept)
-        for path, tensor in tensors():
-            tensor.data.copy_(earlier[path])
-    remove(kept)
-    return Recovered(distances=tuple(takewhile(math.isfinite, losses)), is_undone=is_undone)
+    return Dense(head=head_of(model), streamed=streamed)
+
+
+def _stream(options: RecoveryOptions, tokenizer: PreTrainedTokenizerBase) -> PackedStream:
+    return PackedStream(options.data, tokenizer, length=options.sequence_length, seed=options.seed)
+
+
+def recover(stages: Stages, dense: Dense, validation: Teacher) -> Recovered:
+    """Distil the dense model into the pruned one, in place, and return how that went.
+
+    Where that never lowers the KL on the validation split it is undone, and a line says so.
+    """
+    options, model = stages.options.recovery, stages.source.model
+    folder, total = stages.workspace.cache / "recovery", options.num_steps
+    with stages.workspace.stage("recover"), stages.workspace.log.bar("recover", total=total, unit="step") as bar:
+
+        def show(told: Told) -> None:
+            bar.set_postfix(kl=f"{told.kl:.3f}", tokens=f"{told.tokens_per_second:,.0f}/s")
+            bar.update(told.step - bar.n)
+
+        lessons = _lessons(dense, stages)
+        done = recover_(model, lessons, options, validation=validation, folder=folder, progress=show)
+    remove(folder)
+    stages.workspace.log.say(_words(done, options))
+    if done.best_step == 0:
+        stages.workspace.log.say(UNDONE)
+    return done
+
+
+def _lessons(dense: Dense, stages: Stages) -> Lessons:
+    """Return the lessons, for a model whose head may be another than the dense one's where precisions are chosen."""
+    options, own = stages.options.recovery, head_of(stages.source.model)
+    if dense.streamed is not None:
+        return replace(dense.streamed, heads=(own, dense.head)) if stages.chooses_precision else dense.streamed
+    assert dense.kept is not None
+    faced = dense.kept.facing(own, dense_head=dense.head) if stages.chooses_precision else dense.kept
+    return KeptLessons(faced, batch_tokens=options.batch_tokens, seed=options.seed)
+
+
+def _words(done: Recovered, options: RecoveryOptions) -> str:
+    """Say how it went."""
+    own = f"{done.kls[0]:.3f} -> {done.kls[-1]:.3f}" if done.kls else "no number"
+    before, after = done.validation[0], done.validation[done.best_step]
+    return (
+        f"recovery ({options.mode}): KL on its own text {own}, on the validation split {before:.3f} -> {after:.3f} "
+        f"after step {done.best_step} of {options.num_steps}"
+    )

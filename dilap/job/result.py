@@ -12,7 +12,7 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, read_json
 from dilap.core.errors import InvalidInput
 from dilap.core.measurement import Interval, Measurement
-from dilap.core.printable import joined
+from dilap.core.printable import joined, milliseconds
 from dilap.core.shape import PRECISION_BITS, Architecture
 from dilap.core.vocabulary import VocabularyCut
 from dilap.core.workload import Budget, Statistic, Workload
@@ -70,6 +70,15 @@ class DenseFormat:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Answer:
+    """How both torch models go on after the beginning of a text, always with the likeliest token."""
+
+    prompt: str
+    dense: str
+    pruned: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlainDefaults:
     """Both models measured in the runtime's plain defaults: without any switch, and with the threads asked for."""
 
@@ -123,6 +132,7 @@ class PruneResult(Generic[AnyQuality]):
     # The first results of this version lack the fields from here on, but can still be read.
     perplexity_without_recovery: float | None = None
     recovery_kls: tuple[float, ...] = ()
+    recovery_validation_kls: tuple[tuple[int, float], ...] = ()  # by step, before the first one as step 0
     pruning_seconds: float | None = None
     pruning_peak_memory_bytes: int | None = None
     method_facts: dict[str, Any] = field(default_factory=dict)
@@ -132,6 +142,10 @@ class PruneResult(Generic[AnyQuality]):
     vocabulary: VocabularyCut | None = None  # None where the pruned model has all tokens of the dense one
     formats: tuple[DenseFormat, ...] = ()  # the dense model in every precision, where precisions were chosen
     precisions: dict[str, str] = field(default_factory=dict)  # of the pruned model's parts, beside the artifact's own
+    answers: tuple[Answer, ...] = ()
+    kl_cut: float | None = None  # of the plan's units with the dense model's values, in torch; None where not asked for
+    kl_refit: float | None = None  # of the same units with projections refitted in closed form
+    ffn_multiple: int = 1  # of which all FFN widths are whole multiples, as the runtime or the layout needs
 
     def __post_init__(self) -> None:
         if self.backend not in backends.BACKENDS or self.workload.precision not in PRECISION_BITS:
@@ -229,11 +243,11 @@ def versions() -> dict[str, str]:
     }
 
 
-def table(result: PruneResult[Any]) -> str:
-    """Return the text that a job ends with: a table of both models, the verdict, and the notes."""
+def measured_rows(result: PruneResult[Any]) -> list[tuple[str, str, str, str]]:
+    """Return the rows of the table of both models, the headings first."""
     dense, pruned = result.dense, result.pruned
     speedup = None if result.is_estimate else result.speedup
-    rows: list[tuple[str, str, str, str]] = [
+    return [
         ("", "dense", "pruned", "pruned / dense"),
         (
             f"{'ESTIMATED ' * result.is_estimate}latency {result.budget.statistic}",
@@ -242,18 +256,22 @@ def table(result: PruneResult[Any]) -> str:
             _of_dense(result, dense.seconds, pruned.seconds, speedup),
         ),
         *_interval_rows(result),
-        *_throughput_rows(result),
+        _rate_row(result),
         *_quality_rows(result),
         ("parameters", _mega(dense.parameters), _mega(pruned.parameters), _ratio(pruned.parameters, dense.parameters)),
         ("FLOPs", _mega(dense.flops), _mega(pruned.flops), _ratio(pruned.flops, dense.flops)),
         _bytes_row("file", dense.artifact.num_bytes, pruned.artifact.num_bytes),
         _bytes_row("peak memory", dense.measurement.peak_memory_bytes, pruned.measurement.peak_memory_bytes),
     ]
+
+
+def table(result: PruneResult[Any]) -> str:
+    """Return a table of both models, the verdict, and the notes."""
     return joined(
         [
             f"{result.model} on {result.target}, {result.backend}, {result.workload.describe()}",
             "",
-            *_aligned(rows),
+            *_aligned(measured_rows(result)),
             "",
             _verdict(result),
             *_format_lines(result),
@@ -284,12 +302,14 @@ def _interval_rows(result: PruneResult[Any]) -> list[tuple[str, str, str, str]]:
     return [(name, _ms_interval(low), _ms_interval(high), "")]
 
 
-def _throughput_rows(result: PruneResult[Any]) -> list[tuple[str, str, str, str]]:
-    """Return the row of images or texts a second; nothing for a decoder."""
-    if not result.is_of_network:
-        return []
-    dense, pruned = (result.workload.per_second(one.seconds) for one in (result.dense, result.pruned))
-    return [(f"{result.pruned.quality.EXAMPLE}s a second", f"{dense:.1f}", f"{pruned:.1f}", "")]
+def _rate_row(result: PruneResult[Any]) -> tuple[str, str, str, str]:
+    """Return the row of what a second brings: tokens of a decoder, images or texts."""
+    dense, pruned = (result.workload.per_second(side.seconds) for side in (result.dense, result.pruned))
+    return (f"{result.pruned.quality.EXAMPLE}s a second", _rate(dense), _rate(pruned), _ratio(pruned, dense))
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
 def _quality_rows(result: PruneResult[Any]) -> list[tuple[str, str, str, str]]:
@@ -300,9 +320,9 @@ def _quality_rows(result: PruneResult[Any]) -> list[tuple[str, str, str, str]]:
 
 
 def _bytes_row(name: str, dense: int | None, pruned: int | None) -> tuple[str, str, str, str]:
-    """Return a row in megabytes. Memory is not known of an estimate, or where the runner does not tell."""
+    """Return a row in megabytes; an empty one where memory is not known, as of an estimate."""
     if not dense or not pruned:
-        return (name, "", "", "not known")
+        return (name, "", "", "")
     return (name, f"{dense / 1e6:.1f} MB", f"{pruned / 1e6:.1f} MB", _ratio(pruned, dense))
 
 
@@ -339,7 +359,7 @@ def _verdict(result: PruneResult[Any]) -> str:
             f"pruning {result.budget}: {counted}, {result.budget_used:.1%} of the weights it leaves are used{estimated}"
         )
     return (
-        f"budget {result.budget} = {result.limit_seconds * 1e3:.2f} ms: {result.verdict}, "
+        f"budget {result.budget} = {milliseconds(result.limit_seconds)} ms: {result.verdict}, "
         f"{percent(result.share)} of it used (predicted {result.predicted_seconds / result.limit_seconds:.1%})"
     )
 
@@ -354,7 +374,7 @@ def _format_lines(result: PruneResult) -> list[str]:
         rows.append(
             (
                 f"  in {one.precision}",
-                f"{seconds * 1e3:.2f} ms{one.measurement.mark}",
+                f"{milliseconds(seconds)} ms{one.measurement.mark}",
                 f"{one.quality.kl:.3f}",
                 f"{one.artifact.num_bytes / 1e6:.1f} MB",
             )
@@ -389,8 +409,8 @@ def _configuration(result: PruneResult[Any]) -> list[str]:
         of_dense = _of_dense(result, dense, pruned, plain.speedup)
         share = "" if plain.budget_used is None else f", {percent(plain.budget_used)} of such a budget"
         lines.append(
-            f"in the runtime's plain defaults ({plain.dense.workload.configuration}): dense {dense * 1e3:.2f} ms"
-            f"{plain.dense.mark}, pruned {pruned * 1e3:.2f} ms{plain.pruned.mark}, {of_dense}{share}"
+            f"in the runtime's plain defaults ({plain.dense.workload.configuration}): dense {milliseconds(dense)} ms"
+            f"{plain.dense.mark}, pruned {milliseconds(pruned)} ms{plain.pruned.mark}, {of_dense}{share}"
         )
     run = result.pruned.artifact.run
     commands = {} if run is None else run.commands
@@ -408,11 +428,11 @@ def _aligned(rows: list[tuple[str, str, str, str]]) -> list[str]:
 
 
 def _ms(side: Side[Any]) -> str:
-    return f"{side.seconds * 1e3:.2f} ms{side.measurement.mark}"
+    return f"{milliseconds(side.seconds)} ms{side.measurement.mark}"
 
 
 def _ms_interval(found: Interval) -> str:
-    return f"{found.low * 1e3:.2f}-{found.high * 1e3:.2f}"
+    return f"{milliseconds(found.low)}-{milliseconds(found.high)}"
 
 
 def _mega(count: int) -> str:

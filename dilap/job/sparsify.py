@@ -1,6 +1,6 @@
 """Zeros inside matrices: the job behind `dilap-prune --pattern`. No latency is claimed for it."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,25 @@ from dilap.core.errors import VerificationFailed
 from dilap.core.printable import joined
 from dilap.core.progress import Progress
 from dilap.core.vocabulary import VocabularyCut
+from dilap.evaluation.subject import DTYPES
 from dilap.job.calibration import calibration_text
+from dilap.job.evaluate import EvaluationOptions, evaluate, load_tasks
 from dilap.job.inputs import inputs_of
 from dilap.job.quality import Quality
 from dilap.job.result import versions
 from dilap.job.run_folder import Workspace
 from dilap.models.anatomy import decoder_layers
 from dilap.models.builtin import DEFAULT_MODEL
+from dilap.models.compute_device import AUTO
 from dilap.models.context import require_sequences
 from dilap.models.load import Source, load, save_checkpoint
+from dilap.models.options import CalibrationOptions
 from dilap.models.reference import Teacher, perplexity
 from dilap.models.statistics import Propagate
-from dilap.models.text import CalibrationOptions, evaluation_text, require_texts
-from dilap.sparsity.barber import OWN, PUBLISHED, Barber, Granularity, decoder_matrices
+from dilap.models.text import evaluation_text, require_texts
+from dilap.sparsity.barber import OWN, PUBLISHED, Barber, Granularity, Metric, decoder_matrices
 from dilap.sparsity.pattern import Pattern
+from dilap.sparsity.pruner import Pruner
 from dilap.sparsity.rules import RULES, Rule, require_matrices, sparsify_
 
 NO_CLAIM = (
@@ -38,8 +43,10 @@ NO_CLAIM = (
 class SparseOptions:
     """Everything that a job for zeros inside matrices is asked for.
 
-    `rebuild` swaps zeros after the first pass; its `granularity` and `threshold` are by default those published for the
-    method.
+    `dtype` is the type in which the model is pruned and saved (f32, f16, bf16), by default its own. `rebuild` swaps
+    zeros after the first pass; its `granularity` and `threshold` are by default those published for the method, see
+    `Barber` for `metric` and `retain`. Of the result lm-eval's `tasks` are scored, whose data lie in `data_dir` or on
+    the hub; `delete_model` keeps only what was found, and no checkpoint.
     """
 
     pattern: str
@@ -48,13 +55,20 @@ class SparseOptions:
     model: str = DEFAULT_MODEL
     merge_adapter: str | None = None
     vocabulary: str | None = None
+    dtype: str | None = None
     propagate: Propagate = "pruned"
     rebuild: bool = False
     granularity: Granularity | None = None
     threshold: float | None = None
+    metric: Metric = "WD"
+    retain: bool = False
+    tasks: tuple[str, ...] = ()
+    data_dir: str | None = None
+    delete_model: bool = False
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     evaluation_text: str = "python-docs"
     evaluation_sequences: int = 32
+    compute: str = AUTO
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +76,7 @@ class SparseResult:
     """The result of a job for zeros inside matrices.
 
     `linear_sparsity` is the share of zeros in the decoder layers' matrices, `model_sparsity` that in all parameters.
+    `tasks` has the metrics of lm-eval's tasks; all that is known of them stands in evaluation-torch.json.
     """
 
     pattern: str
@@ -79,6 +94,7 @@ class SparseResult:
     stage_seconds: dict[str, float]
     versions: dict[str, str]
     vocabulary: VocabularyCut | None = None  # None where the model has all its tokens
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def sparsify(options: SparseOptions, *, out: Path, progress: Progress) -> SparseResult:
@@ -87,17 +103,25 @@ def sparsify(options: SparseOptions, *, out: Path, progress: Progress) -> Sparse
     Raises DilapError; InvalidInput, for one, where the pattern does not fit the model.
     """
     pattern, rule = Pattern.parse(options.pattern), _rule(options)
+    load_tasks(_evaluation(options, out))  # so that mistakes in their data are found before anything is pruned
     workspace = Workspace(out, progress)
     with workspace.stage("load the model"):
-        source = load(options.model, merge_adapter=options.merge_adapter, vocabulary=options.vocabulary)
+        source = load(
+            options.model,
+            merge_adapter=options.merge_adapter,
+            vocabulary=options.vocabulary,
+            compute=options.compute,
+        )
         for note in source.notes:
             workspace.log.say(note)
+    if options.dtype is not None:
+        source.model.to(DTYPES[options.dtype])
     require_matrices(source.model, pattern)
     require_sequences(source.model.config, options.calibration.sequence_length)
     require_texts(options.calibration, options.evaluation_text, source.tokenizer)
     inputs = inputs_of(
         source.tokenizer,
-        calibration=options.calibration.source,
+        calibration=options.calibration,
         evaluation=options.evaluation_text,
         method=options.method,
         vocabulary=source.vocabulary,
@@ -106,16 +130,38 @@ def sparsify(options: SparseOptions, *, out: Path, progress: Progress) -> Sparse
     with workspace.opened(identity):
         result = _run(options, source, pattern, rule, workspace)
         write_json(workspace.folder / "result.json", encode(result))
+        if options.tasks:
+            result = replace(result, tasks=_evaluated(options, workspace))
+            write_json(workspace.folder / "result.json", encode(result))
+        if options.delete_model:
+            remove(workspace.folder / "checkpoint")
         workspace.finish()
     return result
 
 
-def _rule(options: SparseOptions) -> Rule:
-    rule: Rule = methods.get(options.method, options.settings, table=RULES)
+def _evaluation(options: SparseOptions, run: Path) -> EvaluationOptions:
+    folder = None if options.data_dir is None else Path(options.data_dir).expanduser()
+    return EvaluationOptions(subject=str(run), tasks=options.tasks, backend="torch", data_dir=folder)
+
+
+def _evaluated(options: SparseOptions, workspace: Workspace) -> dict[str, dict[str, float]]:
+    """Return the metrics of lm-eval's tasks on the run's checkpoint; the whole evaluation is kept in the run."""
+    kept = workspace.folder / "evaluation-torch.json"
+    asked = _evaluation(options, workspace.folder)
+    with workspace.stage("score tasks"):
+        found = evaluate(asked, progress=workspace.log)
+    write_json(kept, encode(replace(found, model=str(workspace.out))))
+    return dict(found.tasks)
+
+
+def _rule(options: SparseOptions) -> Rule | Pruner:
+    rule: Rule | Pruner = methods.get(options.method, options.settings, table=RULES)
     return rule
 
 
-def _run(options: SparseOptions, source: Source, pattern: Pattern, rule: Rule, workspace: Workspace) -> SparseResult:
+def _run(
+    options: SparseOptions, source: Source, pattern: Pattern, rule: Rule | Pruner, workspace: Workspace
+) -> SparseResult:
     model, progress = source.model, workspace.log
     text = calibration_text(source, options.calibration, workspace)
     unseen = evaluation_text(
@@ -170,6 +216,8 @@ def _barber(options: SparseOptions) -> Barber:
     return Barber(
         granularity=options.granularity or granularity,
         threshold=threshold if options.threshold is None else options.threshold,
+        metric=options.metric,
+        retain=options.retain,
     )
 
 
@@ -206,6 +254,10 @@ def table(result: SparseResult) -> str:
                 for name, one in rows
             ),
             *(() if cut is None else (*cut.notes, cut.note_on_quality)),
+            *(
+                f"{task}: {', '.join(f'{name} {value:.4g}' for name, value in metrics.items())}"
+                for task, metrics in result.tasks.items()
+            ),
             result.claim,
         ]
     )

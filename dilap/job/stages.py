@@ -25,7 +25,7 @@ from dilap.job.tables import require_claimable
 from dilap.models.anatomy import architecture_of
 from dilap.models.load import Source, load
 from dilap.models.reference import Teacher
-from dilap.models.text import Calibration
+from dilap.models.text import Calibration, training_text
 from dilap.profilers.configuration import Configuration
 from dilap.profilers.tables.model import LatencyModel
 from dilap.profilers.tables.table import LatencyTable
@@ -200,11 +200,19 @@ class Stages(CommonStages[Architecture]):
             rules=goal.rules,
             levels=self.options.levels,
             tokenizer=self.source.tokenizer,
+            training=self._training(),
             cache=self.method_cache,
             seed=self.options.seed,
             bar=self.workspace.log.bar,
             report=self.workspace.log.say,
         )
+
+    def _training(self) -> torch.Tensor | None:
+        """Return the text for methods that train, None where the options name none or the method trains nothing."""
+        name, length = self.options.training_text, self.options.calibration.sequence_length
+        if name is None or not (self.options.method in methods.TRAINED or ":" in self.options.method):
+            return None
+        return training_text(name, self.source.tokenizer, length=length)
 
     def _share_used(
         self, architecture: Architecture, precisions: Mapping[str, str], dense: Artifact, usual: Usual
@@ -227,7 +235,7 @@ class Stages(CommonStages[Architecture]):
 def _whole(source: Source) -> Source:
     """Load the model of a source again, with its whole vocabulary. Raises Mismatch where its files have changed."""
     assert source.vocabulary is not None
-    found = load(source.name, merge_adapter=source.merge_adapter)
+    found = load(source.name, merge_adapter=source.merge_adapter, compute=str(source.model.device))
     if found.digest != source.vocabulary.whole_digest:
         raise Mismatch(f"{source.name}: the model's files changed since it was loaded; run again")
     return found

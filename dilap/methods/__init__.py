@@ -81,7 +81,7 @@ NETWORK_SOURCES = {
 # sequences of 128, Puzzle's 16 of 8,192, SPRINT's 128 of 2,048. What other methods read is in their docstrings.
 PUBLISHED_TOKENS = {"wanda_sp": 16_384, "flap": 131_072, "llm_pruner": 640, "puzzle": 131_072, "sprint": 262_144}
 NOT_COMPARED = ("equal_widths",)  # this is DiLAP itself, for runtimes that need equal widths
-TRAINED = ("loraprune", "compresso", "llm_streamline")  # their authors train on corpora of their own
+TRAINED = ("loraprune", "compresso", "llm_streamline")  # their authors train, on corpora of their own
 MAX_SETTING = 1_000_000  # largest number that a setting of a method (steps, tokens, rates) may have
 _NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
 
@@ -97,6 +97,20 @@ def get(name: str, settings: Mapping[str, str] = _NO_SETTINGS, *, table: Mapping
     if settings:
         raise InvalidInput(f"method {name} has no settings, got {', '.join(settings)}")
     return found
+
+
+def require_known(name: str) -> None:
+    """Raise InvalidInput for an unknown name of a method, without importing any; a user's own passes."""
+    if ":" not in name:
+        registry.require({**METHODS, **NETWORK_METHODS}, name, kind="method")
+
+
+def trained_for(name: str, settings: Mapping[str, str], *, steps: int | None) -> Mapping[str, str]:
+    """Return the settings of a method that trains with that number of steps, unless they have another; None is its own.
+
+    The settings of other methods stay as they are.
+    """
+    return {"steps": str(steps), **settings} if steps is not None and name in TRAINED else settings
 
 
 def chooses_precision(name: str) -> bool:

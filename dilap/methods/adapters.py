@@ -11,6 +11,13 @@ from dilap.models.anatomy import decoder_layers
 from dilap.models.families import family_of
 from dilap.search.method import PruneTask
 
+_STEPS = 100  # on a CPU, where the published numbers take days
+
+
+def num_steps(asked: int, model: PreTrainedModel, *, published: int) -> int:
+    """Return how many batches to train on: those asked for, or, for 0, the published number where a GPU trains."""
+    return asked or (published if model.device.type == "cuda" else _STEPS)
+
 
 class Adapters:
     """A context in which a task's model has adapters on the matrices of its layers; they are taken off at the end."""

@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 
-from dilap.core.errors import Unsupported
-from dilap.core.plan import Plan
+from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.plan import Plan, full_plan
 from dilap.core.shape import Architecture
-from dilap.methods.units import by_unit, has_heads, out_statistics, removed_columns
-from dilap.models.anatomy import Sublayer, sublayers
+from dilap.methods.units import by_unit, has_heads, masked_rows, out_statistics, removed_columns, unit_scores
+from dilap.models.anatomy import Sublayer, norm_behind, sublayers
 from dilap.models.statistics import InputStatistics, layer_statistics
 from dilap.models.tensor_file import Tensors
 from dilap.search.method import Pruned, PruneTask
@@ -73,16 +73,20 @@ class Flap:
     """FLAP with its published settings: metric WIFV, structure AL-AM, statistics of the dense model, biases added.
 
     The `structure` says first how layers (L) share what is removed and then how modules (M, attention or feed-forward)
-    do: U is uniformly, A adaptively by score, and M manually, by `remove_heads`. That is the number of KV groups that
-    UL-MM and AL-MM remove in all; by default it is the same share as of everything. `upstream_compatible` truncates the
-    cost of a head to an integer and leaves out the unit at the threshold, as the authors' code does. `compensate=false`
-    adds no bias, for runtimes that load none.
+    do: U is uniformly, A adaptively by score, and M manually, by `remove_heads`. That is the number of query heads that
+    UL-MM and AL-MM remove in all, in whole KV groups; by default it is the same share as of everything.
+    `upstream_compatible` truncates the cost of a head to an integer and leaves out the unit at the threshold, as the
+    authors' code does. `compensate=false` adds no bias, for runtimes that load none. Statistics are of the first
+    `nsamples` calibration sequences, of all by default. `masks_only` cuts nothing: what would go is set to zero in
+    matrices of their dense shape, which makes nothing faster.
     """
 
     metric: Metric = "WIFV"
     structure: Structure = "AL-AM"
     remove_heads: int = -1
+    nsamples: int = 0
     compensate: bool = True
+    masks_only: bool = False
     upstream_compatible: bool = False
 
     def __call__(self, task: PruneTask) -> Pruned:
@@ -96,7 +100,12 @@ class Flap:
             plan = task.keep_equal_shares(findings.sums(), output_biases=self.compensate)
         else:
             plan = task.cost_limit.bisect(lambda ratio: findings.plan(self, task, ratio), output_biases=self.compensate)
-        return Pruned(plan=plan, parameters=findings.biases(plan) if self.compensate else {})
+        biases = findings.biases(plan) if self.compensate else {}
+        if self.masks_only:
+            whole = full_plan(task.architecture, base=task.base)
+            facts = {"masked": {name: len(whole.kept[name]) - len(units) for name, units in plan.kept.items()}}
+            return Pruned(plan=whole, parameters=masked_rows(task.model, plan) | biases, facts=facts)
+        return Pruned(plan=plan, parameters=biases)
 
     def _findings(self, task: PruneTask) -> "_Findings":
         """Return the metrics and means of all sublayers, from the task's cache if they are there."""
@@ -105,14 +114,22 @@ class Flap:
             sublayers=outs,
             metrics=[found[f"{one.name}.metric"] for one in outs],
             means=[found[f"{one.name}.mean"] for one in outs],
+            only_added=all(norm_behind(task.model, one) is None for one in outs),
         )
 
     def _collected(self, task: PruneTask) -> Tensors:
         """Collect metrics and means of all sublayers in one pass of the dense model."""
         found: dict[str, torch.Tensor] = {}
-        with task.bar("FLAP", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
+        tokens = task.text.train
+        if self.nsamples > len(tokens):
+            raise InvalidInput(
+                f"method flap: nsamples is {self.nsamples}, but there are {len(tokens)} calibration sequences; take "
+                "more --calib-sequences"
+            )
+        tokens = tokens[: self.nsamples or None]
+        with task.bar("FLAP", total=task.num_layers * tokens.numel(), unit="tok") as bar:
             outs = list(sublayers(task.model))
-            for step in layer_statistics(task.model, task.text.train, progress=bar.update):
+            for step in layer_statistics(task.model, tokens, progress=bar.update):
                 for one in (one for one in outs if one.layer == step.index):
                     statistics = out_statistics(step, one)
                     squared = has_heads(one)
@@ -123,11 +140,15 @@ class Flap:
 
 @dataclass(frozen=True, kw_only=True)
 class _Findings:
-    """What the pass of the dense model found: metric and mean of every input of every sublayer's output projection."""
+    """What the pass of the dense model found: metric and mean of every input of every sublayer's output projection.
+
+    `only_added` says that sublayers' outputs are only added to the residual stream, and not normalised first.
+    """
 
     sublayers: list[Sublayer]
     metrics: list[torch.Tensor]
     means: list[torch.Tensor]
+    only_added: bool = True
 
     def plan(self, flap: Flap, task: PruneTask, ratio: float) -> Plan:
         """Return the plan of any structure but UL-UM that removes about the share `ratio` of the weights."""
@@ -141,11 +162,14 @@ class _Findings:
             counts = global_counts(scores, costs, ratio=ratio, strict=flap.upstream_compatible)
         else:
             counts = self._manual_counts(flap, scores, costs, ratio)
-        return task.keep(scores, counts=counts)
+        return task.keep(scores, counts=counts, may_remove=True)
 
     def sums(self) -> dict[str, torch.Tensor]:
-        """Return the scores of UL-UM by group: for every unit the sum of the metric over its inputs."""
-        return {name: rows.sum(1) for name, rows in self._by_unit(self.metrics).items()}
+        """Return the scores of UL-UM by group, query slots included: of every unit the sum over its inputs."""
+        found: dict[str, torch.Tensor] = {}
+        for one, columns in zip(self.sublayers, self.metrics, strict=True):
+            found |= unit_scores(columns, one)
+        return found
 
     def _by_unit(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         pairs = zip(self.sublayers, values, strict=True)
@@ -159,11 +183,12 @@ class _Findings:
         A given number of KV groups is removed, and as many channels as are then still to be removed for `ratio`.
         """
         heads = {one.block.main.name for one in self.sublayers if has_heads(one)}
+        asked = flap.remove_heads // next(one.block.groups[1].num_units for one in self.sublayers if has_heads(one))
         groups = {name: values for name, values in scores.items() if name in heads}
         channels = {name: values for name, values in scores.items() if name not in heads}
         cost = costs[next(iter(groups))]
         num_groups, num_channels = (sum(len(values) for values in kind.values()) for kind in (groups, channels))
-        removed_groups = round(ratio * num_groups) if flap.remove_heads < 0 else min(flap.remove_heads, num_groups)
+        removed_groups = round(ratio * num_groups) if flap.remove_heads < 0 else min(asked, num_groups)
         if flap.structure == "UL-MM":
             removed_groups = removed_groups // len(groups) * len(groups)
         removed_channels = math.floor(ratio * (num_groups * cost + num_channels) - cost * removed_groups)
@@ -177,13 +202,25 @@ class _Findings:
     def biases(self, plan: Plan) -> dict[str, torch.Tensor]:
         """Return biases by parameter name: the mean output of the removed inputs, added to the bias that there is.
 
-        The mean output is W[:, removed] mean[removed], with W the output projection.
+        The mean output is W[:, removed] mean[removed], with W the output projection. That of a sublayer that is removed
+        whole goes to the last one before it that stays, because nothing reads the stream between them.
         """
-        found = {}
+        found: dict[str, torch.Tensor] = {}
+        last: str | None = None
         for one, mean in zip(self.sublayers, self.means, strict=True):
             removed = removed_columns(plan, one)
-            bias = one.out.weight.detach()[:, removed].float() @ mean[removed]
-            found[f"{one.path}.bias"] = bias if one.out.bias is None else bias + one.out.bias.detach().float()
+            weight = one.out.weight.detach()[:, removed].float()
+            bias = weight @ mean[removed].to(weight.device)
+            if one.out.bias is not None:
+                bias = bias + one.out.bias.detach().float()
+            if plan.kept[one.block.main.name]:
+                last = f"{one.path}.bias"
+                found[last] = bias
+                continue
+            if last is not None and self.only_added:
+                found[last] = found[last] + bias
+            if one.out.bias is not None:  # where only masks are made, it stays
+                found[f"{one.path}.bias"] = torch.zeros_like(bias)
         return found
 
 

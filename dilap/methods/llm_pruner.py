@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal
 
 import torch
@@ -55,15 +56,16 @@ def reduced(members: Sequence[torch.Tensor], reduce: Reduce) -> torch.Tensor:
 
 
 def aligned(scores: torch.Tensor, member: Member, *, folded: bool) -> torch.Tensor:
-    """Return scores along a member's axis as (units x channels of a unit), summed over the query heads of a KV head.
+    """Return scores along a member's axis as (units x channels of a unit), summed over the heads of a unit.
 
     `folded` adds the score of channel c to that of c modulo the shorter length, as the authors' code does. This pairs
     query head h with KV head h % num_kv_heads, although the model pairs it with h // ratio.
     """
-    num_units, inner = member.grid[0], member.grid[-1] if len(member.grid) > 1 else 1
-    if folded:
+    num_units, inner = member.grid[member.dimension], member.grid[-1] if len(member.grid) > 1 else 1
+    if folded and member.dimension == 0:
         return scores.reshape(-1, num_units, inner).sum(0)
-    return scores.reshape(num_units, -1, inner).sum(1)
+    across = prod(member.grid[: member.dimension])
+    return scores.reshape(across, num_units, -1, inner).sum((0, 2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ class LlmPruner:
     They are first-order Taylor scores, sums over the matrices of a group, the same share of every layer, and the first
     4 and last 2 of 32 layers untouched (in proportion for other depths). All calibration text is read, where the script
     reads 10 samples of 64 tokens; the variants `l1` and `l2` read none. Gradients of all layers are held at once, so
-    the method needs twice the model's memory.
+    the method needs twice the model's memory. Where a limit cannot be kept otherwise, the ends are pruned too.
     """
 
     variant: Variant = "first"
@@ -84,16 +86,16 @@ class LlmPruner:
 
     def __call__(self, task: PruneTask) -> Pruned:
         require_projections(task.model)
-        return Pruned(plan=task.keep_equal_shares(task.once("llm_pruner", lambda: self._all_scores(task))))
+        first, last = (int(share * task.num_layers) for share in (self.untouched_first, self.untouched_last))
+        scores = task.once("llm_pruner", lambda: self._all_scores(task))
+        return Pruned(plan=task.keep_equal_shares_between(scores, first=first, last=last))
 
     def _all_scores(self, task: PruneTask) -> dict[str, torch.Tensor]:
-        """Return the scores of the units of all layers that may be pruned, by group."""
+        """Return the scores of the units of all layers, by group."""
         found = _Gradients()
         if self.variant not in ("l1", "l2"):
             found = gradients_of(task, per_sequence=self.variant in ("second", "mixed"))
-        first, last = (int(share * task.num_layers) for share in (self.untouched_first, self.untouched_last))
-        touched = range(first, task.num_layers - last)
-        groups = [block.main for block in task.blocks if block.layer in touched]
+        groups = [group for block in task.blocks for group in block.groups]
         return {group.name: self._scores(task.model, group, found) for group in groups}
 
     def _scores(self, model: PreTrainedModel, group: Group, found: "_Gradients") -> torch.Tensor:
@@ -105,9 +107,9 @@ class LlmPruner:
 
     def _channels(self, model: PreTrainedModel, member: Member, found: "_Gradients") -> torch.Tensor:
         """Return the scores of a member's entries of its axis, that is of outputs or inputs of a matrix."""
-        zero = torch.zeros(())
-        weight, gradient = model.get_parameter(member.tensor).detach().float(), found.means.get(member.tensor, zero)
-        curvature = found.squares.get(member.tensor, zero)
+        weight = model.get_parameter(member.tensor).detach().float()
+        zero = weight.new_zeros(())
+        gradient, curvature = found.means.get(member.tensor, zero), found.squares.get(member.tensor, zero)
         sums = element_scores(self.variant, weight, gradient, curvature).sum(1 - member.axis)
         return (sums.abs() if self.variant == "vectorize" else sums)[member.span]
 

@@ -63,7 +63,7 @@ class Streamline:
     def _train(self, task: PruneTask, *, first: int, last: int) -> nn.Module:
         """Return a trained layer that does the work of the layers from `first` to `last`."""
         kind = Regression if self.objective == "mse" else LanguageModelling
-        lessons = kind.of(task, task.text.train, first=first, last=last)
+        lessons = kind.of(task, task.training_tokens, first=first, last=last)
         exam = kind.of(task, task.text.validation, first=first, last=last)
         layer = copy.deepcopy(decoder_layers(task.model)[first]).float().eval().requires_grad_(True)
         task.model.requires_grad_(False)
@@ -146,7 +146,7 @@ class Regression:
 
     def loss(self, layer: nn.Module, index: int) -> torch.Tensor:
         """Return the mean squared error of one batch, a mean over positions and channels."""
-        with compute_precision():
+        with compute_precision(self.inputs[index].device):
             found = first_of(layer(self.inputs[index].float(), **self.arguments[index]))
         return functional.mse_loss(found.float(), self.outputs[index].float())
 
@@ -163,7 +163,7 @@ class LanguageModelling:
     @classmethod
     def of(cls, task: PruneTask, tokens: torch.Tensor, *, first: int, last: int) -> "LanguageModelling":
         layers = enumerate(decoder_layers(task.model))
-        few = list(batches(tokens, batch_tokens=_BATCH_TOKENS // 2))
+        few = list(batches(tokens, batch_tokens=_BATCH_TOKENS // 2, device=task.model.device))
         return cls(task.model, few, first, {index: one for index, one in layers if not first <= index <= last})
 
     @property

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from dilap.core.groups import Group, Member
-from dilap.methods.adapters import Adapters
+from dilap.methods.adapters import Adapters, num_steps
 from dilap.methods.units import num_units
 from dilap.models.anatomy import require_projections
 from dilap.models.compute import shuffled_rows
 from dilap.models.reference import next_token_loss
 from dilap.search.method import Pruned, PruneTask
 
+_PUBLISHED_STEPS = 40_000  # two epochs of 2.59 million instructions in batches of 128
 _DECAY = 0.9  # weight of the past in the moving average of importance
 
 
@@ -46,14 +47,16 @@ def removals(final: int, *, step: int, steps: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraPrune:
-    """LoRAPrune with the settings of the published script, trained on `steps` batches of calibration text.
+    """LoRAPrune with the settings of the published script, trained on `steps` batches of the training text.
 
     The settings are rank 8, alpha 16, dropout 0.05, learning rate 1e-4, and new masks every 10 steps. The first tenth
-    of the layers and the last layer are not pruned, all others by the same share. The authors train on an instruction
-    corpus for two epochs. KV groups are removed as a whole; the authors' code cuts grouped heads apart.
+    of the layers and the last layer are not pruned, all others by the same share; where a limit cannot be kept
+    otherwise, they are pruned too. By default (0) there are 100 steps, or, on a GPU, as many as the authors take: two
+    epochs of LaMini's 2.59 million instructions in batches of 128. KV groups and query slots are removed as a whole;
+    the authors' code cuts grouped heads apart.
     """
 
-    steps: int = 100
+    steps: int = 0
     batch_tokens: int = 2048
     rank: int = 8
     alpha: int = 16
@@ -64,10 +67,11 @@ class LoraPrune:
 
     def __call__(self, task: PruneTask) -> Pruned:
         require_projections(task.model)
-        first, last = int(self.untouched_first * task.num_layers), task.num_layers - 1
-        groups = {block.main.name: block.main for block in task.blocks if first <= block.layer < last}
-        blank = {name: torch.zeros(group.num_units) for name, group in groups.items()}
-        counts = num_units(task.keep_equal_shares(blank))
+        every = {group.name: group for block in task.blocks for group in block.groups}
+        blank = {name: torch.zeros(group.num_units) for name, group in every.items()}
+        plan = task.keep_equal_shares_between(blank, first=int(self.untouched_first * task.num_layers), last=1)
+        counts = num_units(plan)
+        groups = {name: group for name, group in every.items() if counts[name] < group.num_units}
         with Adapters(task, rank=self.rank, alpha=self.alpha, dropout=self.dropout) as adapted:
             run = _Run(self, task, adapted, groups, counts)
             run.train()
@@ -92,24 +96,26 @@ class _Run:
 
     def train(self) -> None:
         """Train the adapters, and mask ever more units."""
-        self.scores = {name: torch.zeros(group.num_units) for name, group in self.groups.items()}
-        self.masks = {name: torch.ones(group.num_units) for name, group in self.groups.items()}
+        device = self.task.model.device
+        self.scores = {name: torch.zeros(group.num_units, device=device) for name, group in self.groups.items()}
+        self.masks = {name: torch.ones(group.num_units, device=device) for name, group in self.groups.items()}
+        steps = num_steps(self.options.steps, self.task.model, published=_PUBLISHED_STEPS)
         parameters = [p for p in self.adapted.wrapped.parameters() if p.requires_grad]
         adam, hooks = torch.optim.AdamW(parameters, lr=self.options.learning_rate), list(self._mask_hooks())
-        tokens = self.task.text.train
+        tokens = self.task.training_tokens
         batches = (
             tokens[rows] for rows in shuffled_rows(tokens, batch_tokens=self.options.batch_tokens, seed=self.task.seed)
         )
         self.adapted.wrapped.train()
         try:
-            with self.task.bar("LoRAPrune", total=self.options.steps, unit="step") as bar:
-                for step, batch in zip(range(self.options.steps), batches, strict=False):
+            with self.task.bar("LoRAPrune", total=steps, unit="step") as bar:
+                for step, batch in zip(range(steps), batches, strict=False):
                     next_token_loss(self.task.model, batch).backward()
                     self._score()
                     adam.step()
                     adam.zero_grad()
-                    if step % self.options.mask_every == 0 or step == self.options.steps - 1:
-                        self._mask(step + 1)
+                    if step % self.options.mask_every == 0 or step == steps - 1:
+                        self._mask(step + 1, steps)
                     bar.update(1)
         finally:
             for hook in hooks:
@@ -123,12 +129,14 @@ class _Run:
         for name, group in self.groups.items():
             for member in _matrices(group):
                 if member.axis == 0:
-                    yield self.adapted.matrix(member.tensor).register_forward_hook(self._masking(name, member.span))
+                    yield self.adapted.matrix(member.tensor).register_forward_hook(self._masking(name, member))
 
-    def _masking(self, name: str, span: slice) -> Any:
+    def _masking(self, name: str, member: Member) -> Any:
+        shape = [size if dimension == member.dimension else 1 for dimension, size in enumerate(member.grid)]
+
         def hook(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
-            mask, factors = self.masks[name], output.new_ones(output.shape[-1])
-            factors[span] = mask.repeat_interleave(len(factors[span]) // len(mask)).to(output.dtype)
+            factors = output.new_ones(output.shape[-1])
+            factors[member.span] = self.masks[name].to(output).reshape(shape).expand(member.grid).reshape(-1)
             return output * factors
 
         return hook
@@ -143,26 +151,27 @@ class _Run:
 
     def _importance(self, group: Group) -> torch.Tensor:
         """Return the importance of a group's units: the sum over its matrices of scores that are scaled to norm 1."""
-        total = torch.zeros(group.num_units)
+        total = torch.zeros(group.num_units, device=self.task.model.device)
         for member in _matrices(group):
             matrix = self.adapted.matrix(member.tensor)
             a, b = matrix.lora_A["default"].weight, matrix.lora_B["default"].weight
             weight = matrix.base_layer.weight + self.adapted.scale * b @ a
             elements = (estimated_gradient(a, b, a.grad, b.grad) * weight).abs().float()
-            units = (elements.T if member.axis else elements)[member.span].reshape(group.num_units, -1).sum(1)
+            entries = (elements.T if member.axis else elements)[member.span].sum(1).reshape(member.grid)
+            units = entries.movedim(member.dimension, 0).reshape(group.num_units, -1).sum(1)
             total += units / units.norm().clamp_min(1e-30)
         return total
 
-    def _mask(self, step: int) -> None:
+    def _mask(self, step: int, steps: int) -> None:
         """Mask the least important units, as many as the schedule says for `step`.
 
         The scores of units that are masked already are set to 0 first.
         """
         for name, group in self.groups.items():
             final = group.num_units - self.counts[name]
-            gone = removals(final, step=step, steps=self.options.steps)
+            gone = removals(final, step=step, steps=steps)
             self.scores[name] = self.scores[name] * self.masks[name]
-            self.masks[name] = torch.ones(group.num_units)
+            self.masks[name] = torch.ones_like(self.masks[name])
             self.masks[name][self.scores[name].argsort(stable=True)[:gone]] = 0
 
 

@@ -16,6 +16,7 @@ from dilap.methods.shortgpt import mean_cosine
 from dilap.methods.units import has_heads
 from dilap.models.anatomy import Sublayer, sublayers
 from dilap.models.compute import batches
+from dilap.models.compute_device import HOST
 from dilap.models.reference import final_hidden
 from dilap.models.statistics import OUTPUTS, layer_statistics
 from dilap.search.allocation import Config, solve
@@ -91,8 +92,8 @@ class Puzzle:
 
         def hidden(config: Config) -> torch.Tensor:
             with net.cut(config, text=teacher), torch.no_grad():
-                found = [final_hidden(net.model, batch).float() for batch in batches(teacher.tokens, batch_tokens=2048)]
-                return torch.cat(found)
+                few = batches(teacher.tokens, batch_tokens=2048, device=net.model.device)
+                return torch.cat([final_hidden(net.model, batch).float() for batch in few])
 
         if self.objective == "kl":
             net.kl(teacher, dense)
@@ -121,7 +122,7 @@ class Puzzle:
 
         In each of `steps` rounds those channels are removed with which the output lost so far would be least.
         """
-        ranks = torch.full((weight.shape[1],), -1.0)
+        ranks = weight.new_full((weight.shape[1],), -1.0)
         for number in range(self.steps):
             removed = ranks >= 0
             lost = inputs[:, removed] @ weight[:, removed].T
@@ -130,7 +131,7 @@ class Puzzle:
             end = (number + 1) * weight.shape[1] // self.steps
             order = scores.argsort(stable=True)
             chosen = order[int(removed.sum()) : end]
-            ranks[chosen] = torch.arange(int(removed.sum()), end, dtype=ranks.dtype)
+            ranks[chosen] = torch.arange(int(removed.sum()), end, dtype=ranks.dtype, device=ranks.device)
         return ranks
 
 
@@ -157,7 +158,7 @@ def _truncated(sublayer: Sublayer, level: Level, scores: torch.Tensor) -> LevelF
         kept = scores[best, 1:].sum(0).argsort(descending=True, stable=True)[: level.counts[number]].sort().values
         units[slots.name] = tuple(kept.tolist()) if len(best) else tuple(range(slots.num_units))
     columns, weight = sublayer.columns(units), sublayer.out.weight.detach().float()
-    return LevelFit(units=units, columns=columns, weight=weight[:, columns].clone(), error=0.0)
+    return LevelFit(units=units, columns=columns, weight=weight[:, columns].to(HOST).clone(), error=0.0)
 
 
 def _read_scores(path: Path) -> list[list[float]]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from dilap.methods.units import by_unit, num_units, out_statistics, removed_columns, restored, zero_columns_
+from dilap.methods.units import num_units, out_statistics, removed_columns, restored, unit_scores, zero_columns_
 from dilap.models.anatomy import sublayers
 from dilap.models.statistics import layer_statistics
 from dilap.search.method import Pruned, PruneTask
@@ -17,12 +17,12 @@ def channel_scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 
 
 def prune(task: PruneTask) -> Pruned:
-    """Remove the same share of every layer's KV groups and channels, scored on the output of the pruned layers before.
+    """Remove the same share of every layer's heads and channels, scored on the output of the pruned layers before.
 
     How many units stay does not depend on the scores, so the share is found first, and the model is walked only once.
     """
     outs = list(sublayers(task.model))
-    equal = {one.block.main.name: torch.zeros(one.block.main.num_units) for one in outs}
+    equal = {group.name: torch.zeros(group.num_units) for one in outs for group in one.block.groups}
     counts = num_units(task.keep_equal_shares(equal))
     scores: dict[str, torch.Tensor] = {}
     total = task.num_layers * task.text.train.numel()
@@ -30,6 +30,6 @@ def prune(task: PruneTask) -> Pruned:
         for step in layer_statistics(task.model, task.text.train, propagate="pruned", progress=bar.update):
             for one in (one for one in outs if one.layer == step.index):
                 columns = channel_scores(one.out.weight, out_statistics(step, one).norms)
-                scores[one.block.main.name] = by_unit(columns, one).sum(1)
+                scores |= unit_scores(columns, one)
                 zero_columns_(one.out, removed_columns(task.keep(scores, counts=counts), one))
     return Pruned(plan=task.keep(scores, counts=counts))

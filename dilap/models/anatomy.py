@@ -17,11 +17,12 @@ from dilap.core.errors import InvalidInput, Unsupported
 from dilap.core.groups import Block, Kept, indices_kept
 from dilap.core.numerics import Numerics
 from dilap.core.shape import Architecture
+from dilap.models.compute_device import HOST
 from dilap.models.families import families, family_of
 from dilap.models.modeling_dilap import linear_at
 
 # Entries of a config that say how a model was read, and change nothing of what it computes.
-_OF_THE_READING = ("_name_or_path", "transformers_version", "architectures")
+_OF_THE_READING = ("_name_or_path", "transformers_version", "architectures", "dilap_origin")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +174,7 @@ def _configuration(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _content_sha256(tensor: torch.Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().to(HOST).contiguous().reshape(-1)
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 

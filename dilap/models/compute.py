@@ -1,13 +1,21 @@
-"""Run calibration text through a model fast: in batches, and with bf16 matrix products where the CPU has them."""
+"""Run calibration text through a model fast: in batches, and with bf16 matrix products where the hardware has them."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
+from dilap.models.compute_device import has_fast_bf16
 
-def batches(tokens: torch.Tensor, *, batch_tokens: int) -> Iterator[torch.Tensor]:
-    """Yield rows of `tokens` (sequences x length), as many at a time as `batch_tokens` has room for, at least one."""
-    yield from tokens.split(max(1, batch_tokens // tokens.shape[1]))
+
+def batches(tokens: torch.Tensor, *, batch_tokens: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """Yield rows of `tokens` (sequences x length) on a device, as many at a time as `batch_tokens` has room for.
+
+    There is at least one row in each.
+    """
+    for few in tokens.split(max(1, batch_tokens // tokens.shape[1])):
+        yield few.to(device)
 
 
 def shuffled_rows(tokens: torch.Tensor, *, batch_tokens: int, seed: int) -> Iterator[torch.Tensor]:
@@ -18,17 +26,15 @@ def shuffled_rows(tokens: torch.Tensor, *, batch_tokens: int, seed: int) -> Iter
         yield from order.split(max(1, batch_tokens // tokens.shape[1]))
 
 
-def compute_precision() -> torch.autocast:
-    """Return a context in which products are in bf16 where the CPU has them in hardware, else in the model's type."""
+def compute_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which a device's products are in bf16 where it has them in hardware.
+
+    Elsewhere they are in the model's type.
+    """
     # On AVX512-bf16 they are 5 times as fast as f32.
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_fast_bf16())
+    return torch.autocast(device.type, dtype=torch.bfloat16) if has_fast_bf16(device) else nullcontext()
 
 
-def product_type(own: torch.dtype) -> torch.dtype:
+def product_type(own: torch.dtype, device: torch.device) -> torch.dtype:
     """Return the type to which a matrix of type `own` should be converted before many products are made with it."""
-    return torch.bfloat16 if has_fast_bf16() else own
-
-
-def has_fast_bf16() -> bool:
-    """Return whether the CPU multiplies bf16 matrices in hardware."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if has_fast_bf16(device) else own

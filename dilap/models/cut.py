@@ -80,9 +80,9 @@ def cut_(
         value: torch.Tensor = values[name] if name in values else own.detach()
         for axis, stay in axes.get(name, {}).items():
             if value.shape[axis] != len(stay):
-                value = value.index_select(axis, stay)
+                value = value.index_select(axis, stay.to(value.device))
         if name in values or value.shape != own.shape:
-            value = value.to(own.dtype).contiguous()
+            value = value.to(own).contiguous()
             set_tensor_(module, attribute, value, requires_grad=requires_grad and own.requires_grad)
 
 
@@ -101,7 +101,7 @@ def _replace_ends_(model: PreTrainedModel, parameters: Parameters) -> None:
     names = {embedding_name(model): embedding, head_name(model): head}
     for name in set(names) & set(parameters):
         own = names[name].weight
-        names[name].weight = nn.Parameter(parameters[name].to(own.dtype), requires_grad=own.requires_grad)
+        names[name].weight = nn.Parameter(parameters[name].to(own), requires_grad=own.requires_grad)
     if is_tied and head_name(model) in parameters:
         model.config.tie_word_embeddings = False
     elif is_tied:

@@ -12,20 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dilap.models.distil import rate_at, size_of
 from dilap.models.network import Examples, difference, evaluating, outputs_of
+from dilap.models.recovery.options import rate_at
+from dilap.models.recovery.trainable import size_of
 
 NetworkMode = Literal["none", "full"]
+_AT_ONCE = 8  # in a forward and backward pass: the activations of ResNet-50 at 224x224 take 100 MB an image
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkRecovery:
     """Settings of training all parameters with AdamW on the `difference` from the dense network.
 
-    A step sees `batch_images` photographs or sentences.
-
-    A step moves the numbers of a tensor by about `rate` times their root mean square. `warmup` is the share of the
-    steps in which the rate rises.
+    A step sees `batch_images` photographs or sentences, and moves the numbers of a tensor by about `rate` times their
+    root mean square. `warmup` is the share of the steps in which the rate rises.
     """
 
     mode: NetworkMode = "none"
@@ -57,22 +57,29 @@ def distil_network(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda step: rate_at(step, steps=options.steps, warmup=options.warmup)
     )
-    device = parameters[0].device
     generator, losses = torch.Generator().manual_seed(options.seed), list[float]()
     with evaluating(model):
         while len(losses) < options.steps:
             rows = torch.randperm(len(examples), generator=generator)[: options.batch_images].numpy()
-            seen, wanted = (torch.from_numpy(one[rows]).to(device) for one in (examples, answers))
             adam.zero_grad()
-            loss = difference(model, outputs_of(model, seen)[0], wanted)
-            loss.backward()
+            losses.append(_accumulate_gradients_(model, examples[rows], answers[rows]))
             nn.utils.clip_grad_norm_(parameters, 1.0)
             adam.step()
             schedule.step()
-            losses.append(float(loss.detach()))
             progress(losses[-1])
     for parameter, dtype, was_required in kept:
         parameter.data = parameter.data.to(dtype)
         parameter.grad = None
         parameter.requires_grad_(was_required)
     return losses
+
+
+def _accumulate_gradients_(model: nn.Module, examples: Examples, answers: NDArray[np.float32]) -> float:
+    """Run examples forward and backward, a few at a time, and return their mean difference from the answers."""
+    device, total = next(model.parameters()).device, 0.0
+    for few in np.array_split(np.arange(len(examples)), -(-len(examples) // _AT_ONCE)):
+        seen, wanted = (torch.from_numpy(one[few]).to(device) for one in (examples, answers))
+        loss = difference(model, outputs_of(model, seen)[0], wanted) * (len(few) / len(examples))
+        loss.backward()
+        total += float(loss.detach())
+    return total

@@ -195,7 +195,7 @@ def _scale_rotary_(model: PreTrainedModel, path: Path, header: GgufHeader) -> No
         config.rope_parameters = {"rope_theta": base, **parameters}
         rotary: Any = type(model.get_submodule(family.rotary))(config)
         if parameters is table or torch.allclose(rotary.inv_freq, plain / factors, rtol=1e-4):
-            model.set_submodule(family.rotary, rotary)
+            model.set_submodule(family.rotary, rotary.to(model.device))
             return
 
 

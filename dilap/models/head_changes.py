@@ -29,7 +29,7 @@ def head_products(
         yield from (hidden.new_zeros(len(hidden), 0) for _ in range(1 + len(labels)))
         return
     assert teacher.states is not None
-    dense_states = teacher.states[rows].reshape(hidden.shape).split(ROWS)
+    dense_states = teacher.states[rows].to(hidden.device).reshape(hidden.shape).split(ROWS)
     dense_head = teacher.dense_head or head
     slopes: list[torch.Tensor] = []
     scores: list[list[torch.Tensor]] = []

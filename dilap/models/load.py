@@ -25,9 +25,11 @@ from transformers.utils import cached_file
 
 from dilap.core.codec import written_aside
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported
+from dilap.core.shape import Architecture
 from dilap.models.adapter import merge_adapter_
-from dilap.models.anatomy import model_digest, require_finite
+from dilap.models.anatomy import architecture_of, model_digest, require_finite
 from dilap.models.builtin import BUILTIN_MODELS, builtin_model
+from dilap.models.compute_device import AUTO, HOST, compute_device
 from dilap.models.faithful import (
     exact_type,
     read_rest_of_config_,
@@ -42,6 +44,7 @@ from dilap.models.families.family import has_tied_head
 from dilap.models.gguf_tokenizer import read_gguf_tokenizer
 from dilap.models.modeling_dilap import pruned_class
 from dilap.models.older_names import add_older_names
+from dilap.models.origin import note_origin_
 from dilap.models.pretrained import errors_of_damaged_files, from_pretrained
 from dilap.models.text_samples import SAMPLES
 from dilap.models.vocabulary import Vocabulary, cut_vocabulary_, require_cuttable
@@ -75,29 +78,23 @@ def load(
     tokenizer: Path | None = None,
     merge_adapter: str | Path | None = None,
     vocabulary: str | Path | None = None,
+    compute: str = AUTO,
 ) -> Source:
     """Load a model and its tokenizer, in the precision that its files have (a GGUF file is dequantised to f32).
+
+    `compute` is the device on which it is put, as `dilap.models.compute_device` takes it, and so computed with.
 
     `tokenizer` is the folder or GGUF file of the tokenizer, by default the model's own. `merge_adapter` is the folder
     of a LoRA adapter that is added to the weights: the model, and so its digest, is then the merged one. `vocabulary`
     is a text, as `dilap.models.text_files.read_text` takes it: the model, and so its digest, then has only the tokens
-    that this text needs. Raises InvalidInput where the files are damaged or there is no such model, Unavailable where
-    the model cannot be fetched, Unsupported where the architecture is not known.
+    that this text needs. Raises InvalidInput where the files are damaged or there is no such model or device,
+    Unavailable where the model cannot be fetched, Unsupported where the architecture is not known.
     """
+    device = compute_device(compute)
     _quiet_transformers()
-    path = builtin_model(name) if name in BUILTIN_MODELS else checkpoint_of(Path(name))
-    require_no_adapter(path)
-    if path.is_file():
-        arguments: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
-        folder, tokenizer_path = path.parent, path
-    elif path.is_dir() or _looks_like_hub_id(name):
-        arguments = {}
-        folder, tokenizer_path = path, path
-    else:
-        raise InvalidInput(
-            f"no model {name!r}: give {', '.join(BUILTIN_MODELS)}, a folder with config.json, a .gguf file or a hub id "
-            "(user/model)"
-        )
+    folder, tokenizer_path, arguments = _place(name)
+    if device != HOST:
+        arguments["device_map"] = device  # one tensor after another is put there
     config = _config(name, str(folder), arguments)
     words = _tokenizer(name, tokenizer or tokenizer_path)  # before gigabytes are read
     if vocabulary is not None:
@@ -106,13 +103,14 @@ def load(
     if merge_adapter is not None:
         merge_adapter_(model, Path(merge_adapter).expanduser())
     require_finite(model)
-    if path.is_file():
+    if "gguf_file" in arguments:
         take_special_tokens_(model, words)
     if tokenizer is not None:
         tokenizer_path = tokenizer
     elif not tokenizer_path.exists():  # a hub id: its files are in the hub's local cache by now
         tokenizer_path = Path(cached_file(name, "tokenizer_config.json")).parent
     cut = None if vocabulary is None else cut_vocabulary_(model, words, str(vocabulary))
+    note_origin_(model.config, name, folder / arguments.get("gguf_file", ""))
     return Source(
         name=name,
         model=model,
@@ -121,6 +119,36 @@ def load(
         digest=model_digest(model),
         merge_adapter=None if merge_adapter is None else str(merge_adapter),
         vocabulary=cut,
+    )
+
+
+def shape_of(name: str) -> tuple[Architecture, int]:
+    """Return the shape of a model, and the bytes of one weight as `load` would load it, without reading any weights.
+
+    Raises what `load` raises for a name or a config.
+    """
+    _quiet_transformers()
+    folder, _, arguments = _place(name)
+    config = _config(name, str(folder), arguments)
+    found = arguments.get("dtype") or exact_type(folder)
+    dtype = found if isinstance(found, torch.dtype) else getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"), _errors_of(name, str(folder)), errors_of_damaged_files():
+        is_pruned = getattr(config, "layer_widths", None)
+        model = _pruned_class_of(config)(config) if is_pruned else AutoModelForCausalLM.from_config(config)
+    return architecture_of(model), dtype.itemsize
+
+
+def _place(name: str) -> tuple[Path, Path, dict[str, Any]]:
+    """Return the folder of a model, the path of its tokenizer, and how its files are read. Raises InvalidInput."""
+    path = builtin_model(name) if name in BUILTIN_MODELS else checkpoint_of(Path(name))
+    require_no_adapter(path)
+    if path.is_file():
+        return path.parent, path, {"gguf_file": path.name, "dtype": torch.float32}
+    if path.is_dir() or _looks_like_hub_id(name):
+        return path, path, {}
+    raise InvalidInput(
+        f"no model {name!r}: give {', '.join(BUILTIN_MODELS)}, a folder with config.json, a .gguf file or a hub id "
+        "(user/model)"
     )
 
 

@@ -39,8 +39,12 @@ def _name_of(model: PreTrainedModel, module: nn.Module) -> str:
 
 
 def put_(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Give the parameter of that name another value, a parameter or a tensor; the old one keeps its own."""
+    """Give the parameter of that name another value, a parameter or a tensor; the old one keeps its own.
+
+    The value is moved to where the old one is.
+    """
     path, _, attribute = name.rpartition(".")
+    value = value.to(model.get_parameter(name).device)
     parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
     setattr(model.get_submodule(path), attribute, parameter)
 

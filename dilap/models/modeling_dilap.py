@@ -28,6 +28,9 @@ from transformers.utils.versions import require_version
 require_version("transformers>=4.57", "This checkpoint's layers have widths of their own: pip install -U transformers")
 
 _PREFIX = "Pruned"  # stands before the stock class's name
+# Stands for the kind of attention in a checkpoint's config. Stock classes know no such kind and say so, in these words;
+# otherwise they would only find that tensors have other sizes than theirs.
+NEEDS_CODE = "pass trust_remote_code=True, because the layers of this model have widths of their own"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +227,8 @@ class _OwnWidths(PreTrainedModel):  # type: ignore[misc]
     """Builds the stock model, then narrows its layers as the config says."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
+        if config._attn_implementation == NEEDS_CODE:
+            config._attn_implementation = None
         super().__init__(config)
         if getattr(config, "layer_widths", None):
             narrow_layers_(self, config.layer_widths, paths_of(config))

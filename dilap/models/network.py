@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from dilap.core.errors import Unsupported, reason_of
 from dilap.core.network_input import TOKEN_INPUTS
+from dilap.models.compute_device import HOST
 
 Examples = NDArray[np.float32] | NDArray[np.int64]  # preprocessed images, or texts as tokens
 Pooling = Literal["mean", "first"]  # of the vectors of a text's tokens: their mean, or that of the first token
@@ -135,7 +136,7 @@ class TorchNetwork:
                     size = "x".join(map(str, images.shape[1:]))
                     kind = "images" if few.is_floating_point() else "tokens"
                     raise Unsupported(f"the model does not take {kind} of {size}: {reason_of(error)}") from error
-                rows.append(found.float().cpu().numpy())
+                rows.append(found.float().to(HOST).numpy())
         return np.concatenate(rows)
 
 
@@ -154,6 +155,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def in_f32(model: nn.Module) -> nn.Module:
     """Return the model on the CPU in f32: itself, or a copy where it is anything else."""
     tensors = [*model.parameters(), *model.buffers()]
-    if all(one.device.type == "cpu" and (one.dtype == torch.float32 or not one.is_floating_point()) for one in tensors):
+    if all(one.device == HOST and (one.dtype == torch.float32 or not one.is_floating_point()) for one in tensors):
         return model
-    return copy.deepcopy(model).to("cpu", torch.float32)
+    return copy.deepcopy(model).to(HOST, torch.float32)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dilap.models.modeling_dilap import NEEDS_CODE
+
 
 def add_older_names(folder: Path) -> None:
     """Add the older names to config.json and tokenizer_config.json of a checkpoint that transformers wrote."""
@@ -25,7 +27,10 @@ def _rewrite(path: Path, older: Callable[[dict[str, Any]], dict[str, Any]]) -> N
 
 
 def _older_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the type of the weights, the rotary embedding and the number of experts by their older names."""
+    """Return the type of the weights, the rotary embedding and the number of experts by their older names.
+
+    Beside them stands what makes a stock class say why it cannot build a model that comes with code of its own.
+    """
     older = {"torch_dtype": config["dtype"]}
     rope = dict(config.get("rope_parameters") or {})
     if "full_attention" in rope:  # one for each of two kinds of layers (Gemma 3)
@@ -40,6 +45,8 @@ def _older_config(config: dict[str, Any]) -> dict[str, Any]:
             older["rope_scaling"] = _older_phi3_scaling(rope)
     if "num_local_experts" in config:
         older["num_experts"] = config["num_local_experts"]
+    if "auto_map" in config:
+        older["attn_implementation"] = NEEDS_CODE
     return older
 
 

@@ -10,11 +10,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from dilap.models.compute import batches, compute_precision, product_type
+from dilap.models.compute_device import HOST
 from dilap.models.families import family_of
 from dilap.models.tensor_file import Tensors, computed_once
 
 ROWS = 128  # positions whose logits are held at once: 128 x 49152 in f32 is 25 MB, which malloc reuses
-_NO_LABELS = torch.zeros(0, 0, dtype=torch.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,21 +113,22 @@ class Teacher:
         head = head_of(model)
         keep_states = keep_states or head.softcap is not None
         vectors, constants, losses, states = [], [], [], []
-        for batch in batches(tokens, batch_tokens=batch_tokens):
+        for batch in batches(tokens, batch_tokens=batch_tokens, device=model.device):
             hidden = final_hidden(model, batch)
             if keep_states:
-                states.append(hidden.reshape(*batch.shape, -1))
+                states.append(hidden.reshape(*batch.shape, -1).to(HOST))
             for rows, labels in zip(hidden.split(ROWS), _next_tokens(batch).split(ROWS), strict=True):
                 logits = head.logits(rows)
                 normaliser = logits.logsumexp(-1)
-                losses.append(normaliser - logits.gather(1, labels[:, None]).squeeze(1))
+                losses.append((normaliser - logits.gather(1, labels[:, None]).squeeze(1)).to(HOST))
                 expected = None if head.softcap is None else (logits.softmax(-1) * logits).sum(-1)
                 vector = head.back(logits.sub_(normaliser[:, None]).exp_())
-                vectors.append(vector)
-                constants.append(normaliser - ((vector * rows.float()).sum(-1) if expected is None else expected))
+                vectors.append(vector.to(HOST))
+                constant = normaliser - ((vector * rows.float()).sum(-1) if expected is None else expected)
+                constants.append(constant.to(HOST))
         shape = tokens.shape
         return cls(
-            tokens=tokens,
+            tokens=tokens.to(HOST),
             mean_embedding=torch.cat(vectors).reshape(*shape, -1),
             constant=torch.cat(constants).reshape(shape),
             losses=torch.cat(losses).reshape(shape)[:, :-1].mean(1),
@@ -156,7 +157,8 @@ class Teacher:
         """
         assert self.states is not None
         rows = self.states.reshape(-1, self.states.shape[-1]).split(ROWS)
-        vectors = [head.back(dense_head.logits(one).softmax(-1)) for one in rows] if head.softcap is None else []
+        there = (one.to(dense_head.E.device) for one in rows if head.softcap is None)
+        vectors = [head.back(dense_head.logits(one).softmax(-1)).to(HOST) for one in there]
         mean = torch.cat(vectors).reshape(self.mean_embedding.shape) if vectors else self.mean_embedding
         return replace(self, mean_embedding=mean, dense_head=dense_head)
 
@@ -166,7 +168,7 @@ class Teacher:
         `head` is the dense model's, or that of any model cut from it. Needs `states`.
         """
         assert self.states is not None
-        return head.logits(self.states[row]).log_softmax(-1)
+        return head.logits(self.states[row].to(head.E.device)).log_softmax(-1).to(HOST)
 
     @torch.no_grad()
     def at_head(
@@ -177,9 +179,11 @@ class Teacher:
         rows: slice | torch.Tensor,
         samples: int = 0,
         generator: torch.Generator | None = None,
+        labels: torch.Tensor | None = None,
     ) -> AtHead:
         """Return losses and gradients for the sequences `rows`, given their final hidden states (positions x hidden).
 
+        With `labels` (samples x positions) none are drawn.
         With p the model's probabilities, the gradient of the KL is E'p - E'p_dense, and that of the log-likelihood of a
         label is E[label] - E'p: one pass over the vocabulary gives both, and no logits are kept. Behind a soft cap all
         three are multiplied by its slope.
@@ -188,6 +192,7 @@ class Teacher:
         slopes: list[torch.Tensor] = []
         scores: list[list[torch.Tensor]] = []
         drawn: list[torch.Tensor] = []
+        given = None if labels is None else list(labels.split(ROWS, 1))
         for part, kept, constant in zip(*self._parts(hidden, head, rows), strict=True):
             logits = head.logits(part)
             normaliser = logits.logsumexp(-1)
@@ -196,9 +201,14 @@ class Teacher:
             expected, wanted = _expected(kept, part, logits, head, dense=self.dense_head or head)
             kls.append(normaliser - expected - constant)
             slopes.append(mean - wanted)
-            labels = draw(probabilities, num_samples=samples, generator=generator).T if samples else _NO_LABELS
-            scores.append([one - mean for one in _labelled(labels, logits, head)])
-            drawn.append(labels)
+            if given is not None:
+                own = given.pop(0)
+            elif samples:
+                own = draw(probabilities, num_samples=samples, generator=generator).T
+            else:
+                own = torch.zeros(0, len(part), dtype=torch.int64, device=part.device)
+            scores.append([one - mean for one in _labelled(own, logits, head)])
+            drawn.append(own)
         return AtHead(
             kls=torch.cat(kls),
             slope=torch.cat(slopes),
@@ -210,7 +220,7 @@ class Teacher:
     def scores(self, model: PreTrainedModel, *, batch_tokens: int = 2048) -> Scores:
         """Return KL and loss on the same text of a model that has the dense model's head."""
         head, kls, losses, start = head_of(model), [], [], 0
-        for batch in batches(self.tokens, batch_tokens=batch_tokens):
+        for batch in batches(self.tokens, batch_tokens=batch_tokens, device=model.device):
             rows = slice(start, start + len(batch))
             start += len(batch)
             hidden, labels = final_hidden(model, batch), _next_tokens(batch)
@@ -224,7 +234,7 @@ class Teacher:
                 surprises.append(normaliser - logits.gather(1, wanted[:, None]).squeeze(1))
             kls.append(torch.cat(divergences).reshape(batch.shape).mean(1))
             losses.append(torch.cat(surprises).reshape(batch.shape)[:, :-1].mean(1))
-        return Scores(kls=torch.cat(kls), losses=torch.cat(losses))
+        return Scores(kls=torch.cat(kls).to(HOST), losses=torch.cat(losses).to(HOST))
 
     def kls(self, model: PreTrainedModel) -> torch.Tensor:
         """Return the mean KL(dense || model) per position of every sequence, in nats (sequences)."""
@@ -236,7 +246,8 @@ class Teacher:
         """Return, by `ROWS` positions, hidden states, what is kept of the dense model there, and the constants."""
         kept = self.mean_embedding if head.softcap is None else self.states
         assert kept is not None
-        kept, constants = kept[rows].reshape(hidden.shape), self.constant[rows].reshape(-1)
+        there = hidden.device
+        kept, constants = kept[rows].to(there).reshape(hidden.shape), self.constant[rows].to(there).reshape(-1)
         return hidden.split(ROWS), kept.split(ROWS), constants.split(ROWS)
 
     def kl(self, model: PreTrainedModel) -> float:
@@ -267,8 +278,8 @@ def _labelled(labels: torch.Tensor, logits: torch.Tensor, head: Head) -> Iterato
 
 def final_hidden(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """Return the final hidden states, scaled so that the head makes the logits of them (positions x hidden)."""
-    with compute_precision():
-        hidden: torch.Tensor = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    with compute_precision(model.device):
+        hidden: torch.Tensor = model.model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
     return before_head(model, hidden)
 
 
@@ -285,7 +296,8 @@ def _next_tokens(batch: torch.Tensor) -> torch.Tensor:
 def head_of(model: PreTrainedModel, *, weight: torch.Tensor | None = None) -> Head:
     """Return the head of a model, or one with another `weight`, in the type in which products with it are fastest."""
     E: torch.Tensor = model.get_output_embeddings().weight if weight is None else weight
-    return Head(E=E.detach().to(product_type(E.dtype)), softcap=family_of(model.config).logits_softcap(model.config))
+    kind = product_type(E.dtype, E.device)
+    return Head(E=E.detach().to(kind), softcap=family_of(model.config).logits_softcap(model.config))
 
 
 class NextTokenLoss(torch.autograd.Function):
@@ -296,7 +308,7 @@ class NextTokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=hidden.device)
         slopes: list[torch.Tensor] = []
         for part, wanted in zip(hidden.split(ROWS), labels.split(ROWS), strict=True):
             logits = head.logits(part)
@@ -317,6 +329,7 @@ def next_token_loss(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor
 
     Gradients reach everything but the head.
     """
+    batch = batch.to(model.device)
     hidden = final_hidden(model, batch).reshape(*batch.shape, -1)[:, :-1]
     arguments = hidden.flatten(0, 1), head_of(model), batch[:, 1:].flatten()
     loss: torch.Tensor = NextTokenLoss.apply(*arguments)  # type: ignore[no-untyped-call]
@@ -324,10 +337,10 @@ def next_token_loss(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor
 
 
 def draw(probabilities: torch.Tensor, *, num_samples: int = 1, generator: torch.Generator | None) -> torch.Tensor:
-    """Draw indices (rows x samples) from `probabilities` (rows x indices)."""
+    """Draw indices (rows x samples) from `probabilities` (rows x indices), by numbers that are drawn on the host."""
     # Inverting the distribution function takes a fifth of torch.multinomial's time.
     cumulative = probabilities.cumsum(-1)
-    level = torch.rand(len(probabilities), num_samples, generator=generator) * cumulative[:, -1:]
+    level = torch.rand(len(probabilities), num_samples, generator=generator).to(cumulative.device) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, level, right=True).clamp_max(probabilities.shape[1] - 1)
 
 
@@ -341,7 +354,7 @@ def negative_log_likelihood(model: PreTrainedModel, tokens: torch.Tensor) -> flo
     """Return the mean negative log-likelihood, in nats, of every token but the first of each sequence."""
     head = head_of(model)
     total, count = 0.0, 0
-    for batch in batches(tokens, batch_tokens=2048):
+    for batch in batches(tokens, batch_tokens=2048, device=model.device):
         hidden = final_hidden(model, batch).reshape(*batch.shape, -1)[:, :-1].reshape(-1, head.E.shape[1])
         for rows, labels in zip(hidden.split(ROWS), batch[:, 1:].reshape(-1).split(ROWS), strict=True):
             total += float(functional.cross_entropy(head.logits(rows), labels, reduction="sum"))

@@ -99,6 +99,6 @@ def _round_(weight: torch.Tensor, precision: str, gram: torch.Tensor | None) -> 
 def _final_gram(model: PreTrainedModel, tokens: torch.Tensor, *, batch_tokens: int) -> torch.Tensor | None:
     """Return the Gram matrix of what the head reads."""
     statistics = InputStatistics()
-    for batch in batches(tokens, batch_tokens=batch_tokens):
+    for batch in batches(tokens, batch_tokens=batch_tokens, device=model.device):
         statistics.add(final_hidden(model, batch), covariance=True)
     return statistics.covariance_sum

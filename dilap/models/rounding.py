@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from dilap.core.errors import InvalidInput
+from dilap.models.compute_device import widest_float
 
 BLOCK = 32  # weights that share a scale
 _CHUNK = 1 << 12  # blocks that are rounded at a time, so that they stay in the processor's cache
@@ -45,7 +46,7 @@ def _away_from_zero(x: torch.Tensor, *, shift: float = 0.0) -> torch.Tensor:
 def _nearest_iq4_nl(x: torch.Tensor) -> torch.Tensor:
     """Return the nearest codes of iq4_nl, the upper one of two; where they change, twice `x` is an integer."""
     low, high = 2 * _IQ4_NL[0], 2 * _IQ4_NL[-1]
-    return _iq4_nl_of_half(low, high)[(2 * x).floor().clamp_(low, high).sub_(low).int()]
+    return _iq4_nl_of_half(low, high).to(x.device)[(2 * x).floor().clamp_(low, high).sub_(low).int()]
 
 
 @functools.cache
@@ -190,7 +191,7 @@ def compensated(weight: torch.Tensor, gram: torch.Tensor, precision: str, *, dam
     diagonal, limits how much columns make up for that their inputs hardly vary with. What is no format of blocks is
     rounded as `rounded` does.
     """
-    form = FORMATS.get(precision)
+    gram, form = gram.to(weight.device), FORMATS.get(precision)
     if form is None or form.whole_row or (form.unfilled and weight.shape[1] % BLOCK):
         return rounded(weight, precision)
     filling = -weight.shape[1] % BLOCK
@@ -217,11 +218,12 @@ def _root_of_inverse(gram: torch.Tensor, *, damping: float) -> torch.Tensor:
 
     Rows and columns in reverse order, it is the inverse of a Cholesky factor.
     """
-    damped = gram.flip(0, 1).double()
+    damped = gram.flip(0, 1).to(widest_float(gram.device))
     mean = damped.diagonal().mean()
     damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
     lower = torch.linalg.cholesky(damped).float()
-    inverse: torch.Tensor = torch.linalg.solve_triangular(lower, torch.eye(len(lower)), upper=False)
+    identity = torch.eye(len(lower), device=lower.device)
+    inverse: torch.Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
     return inverse.flip(0, 1)
 
 
@@ -255,14 +257,13 @@ def _compensated_block(
         left[j + 1 :] -= root[j, j + 1 :, None, None] * errors[j]
     losses = errors.square().sum(0)
     best = losses.argmin(0)
-    unsettled = torch.arange(len(best))
+    unsettled = rows = torch.arange(len(best), device=best.device)
     while len(unsettled):
         found = values[:, best[unsettled], unsettled][own_order]
         unsettled = unsettled[~form.keeps(found.T.contiguous())]
         losses[best[unsettled], unsettled] = torch.inf
         unsettled = unsettled[losses[:, unsettled].isfinite().any(0)]
         best[unsettled] = losses[:, unsettled].argmin(0)
-    rows = torch.arange(len(best))
     return values[:, best, rows], errors[:, best, rows]
 
 
@@ -273,7 +274,7 @@ def _candidates(columns: torch.Tensor, form: Format) -> tuple[torch.Tensor, torc
     f16, and so is always found again after a cast.
     """
     high, low = columns.max(0), columns.min(0)
-    codes = torch.tensor(form.anchors)[:, None]
+    codes = torch.tensor(form.anchors, device=columns.device)[:, None]
     whole = torch.stack([high.values, low.values]) / codes
     mantissas, exponents = torch.frexp(whole)
     shared = [share * whole for share in SHARES]

@@ -23,6 +23,7 @@ class Routing:
 
     def choose_among(self, experts: torch.Tensor, rows: torch.Tensor) -> None:
         """Choose among `experts` only, of which `rows` are the weights; without any the network's output is zero."""
+        experts = experts.to(self._all.device)
         if self._handle is not None:
             self._handle.remove()
         if len(experts) == 0:
@@ -31,7 +32,7 @@ class Routing:
         elif len(experts) == len(self._all):
             self._router.weight, self._handle = self._all, None
         else:
-            self._router.weight = nn.Parameter(rows.to(self._all.dtype), requires_grad=False)
+            self._router.weight = nn.Parameter(rows.to(self._all), requires_grad=False)
             self._handle = self._router.register_forward_hook(partial(_renumbered, experts))
 
 

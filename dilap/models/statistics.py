@@ -1,8 +1,8 @@
 """Run calibration text through a model layer by layer, and collect statistics of the layers' inputs for all methods.
 
-The inputs and statistics of only one layer are held at a time, and hidden states stay on the CPU. So pruning a model
-needs memory for the model, for two copies of the hidden states and for the statistics of one layer. With a `device`,
-one layer at a time is moved to it.
+The inputs and statistics of only one layer are held at a time. So pruning a model needs memory for the model, for two
+copies of the hidden states and for the statistics of one layer, where the model is. With a `device`, one layer at a
+time is moved to it, and all else stays where it was.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from dilap.models.anatomy import decoder_layers
 from dilap.models.compute import batches, compute_precision
+from dilap.models.compute_device import widest_float
 from dilap.models.families import family_of
 from dilap.models.families.family import Family
 from dilap.models.modeling_dilap import linear_at
@@ -29,9 +30,9 @@ OUTPUTS: tuple[tuple[str, Role], ...] = (("attention", "attention_out"), ("ffn",
 class InputStatistics:
     """Sums over the tokens that entered a projection, in f32 or better; projections with the same input share them.
 
-    The mean and the variance are merged batch by batch in f64 (Chan et al.), because a sum of squares minus a squared
-    mean loses its digits where a channel's mean is large. `covariance_sum` is X'X (channels x channels) and `kept` are
-    the inputs themselves (tokens x channels), both only where they are asked for.
+    The mean and the variance are merged batch by batch (Chan et al.), in f64 where the device has it, because a sum of
+    squares minus a squared mean loses its digits where a channel's mean is large. `covariance_sum` is X'X (channels x
+    channels) and `kept` are the inputs themselves (tokens x channels), both only where they are asked for.
     """
 
     num_tokens: int = 0
@@ -47,9 +48,10 @@ class InputStatistics:
         x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         if keep:
             self.kept.append(x)
-        count, mean = len(x), x.double().mean(0)
-        deviations = (x - mean.float()).square().double().sum(0)
-        squares = x.square().double().sum(0)
+        wide = widest_float(x.device)
+        count, mean = len(x), x.to(wide).mean(0)
+        deviations = (x - mean.float()).square().to(wide).sum(0)
+        squares = x.square().to(wide).sum(0)
         if self.num_tokens == 0:
             self.mean, self.squared_deviations, self.sum_squares = mean, deviations, squares
         else:
@@ -160,7 +162,7 @@ def run_layer(
 ) -> State:
     """Return a layer's output for the hidden states `state`, computed on `device` and moved to where `state` is."""
     if device is None:
-        with compute_precision():
+        with compute_precision(state.device):
             return first_of(layer(state, **arguments))
     there = {name: _moved(value, device) for name, value in arguments.items()}
     return first_of(layer(state.to(device), **there)).to(state.device)
@@ -228,8 +230,8 @@ def layer_calls(model: PreTrainedModel, tokens: torch.Tensor, *, batch_tokens: i
     recorders = [_Recorder() for _ in layers]
     model.set_submodule(path, nn.ModuleList(recorders))
     try:
-        for batch in batches(tokens, batch_tokens=batch_tokens):
-            with compute_precision():
+        for batch in batches(tokens, batch_tokens=batch_tokens, device=model.device):
+            with compute_precision(model.device):
                 model.model(input_ids=batch, use_cache=False)
     finally:
         model.set_submodule(path, layers)

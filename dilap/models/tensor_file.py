@@ -11,13 +11,14 @@ from safetensors.torch import save_file
 
 from dilap.core.codec import written_aside
 from dilap.core.errors import InvalidInput, reason_of
+from dilap.models.compute_device import HOST
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 def save_tensors(path: Path, tensors: Tensors, *, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    contiguous = {name: tensor.to(HOST).contiguous() for name, tensor in tensors.items()}
     with written_aside(path) as temporary:
         save_file(contiguous, temporary, metadata=None if metadata is None else dict(metadata))
 
@@ -42,9 +43,12 @@ def load_tensors(path: Path) -> Tensors:
 
 
 def computed_once(path: Path | None, compute: Callable[[], Tensors]) -> Tensors:
-    """Return the tensors kept in `path`; compute and keep them where they are missing. Without a path, compute them."""
+    """Return the tensors kept in `path`; compute and keep them where they are missing. Without a path, compute them.
+
+    They are in the host's memory in any case.
+    """
     if path is None:
-        return compute()
+        return {name: tensor.to(HOST) for name, tensor in compute().items()}
     if not path.exists():
         save_tensors(path, compute())
     return load_tensors(path)

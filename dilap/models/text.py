@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.func import functional_call
@@ -10,11 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 from dilap.core.errors import InvalidInput
 from dilap.models.compute import product_type
+from dilap.models.compute_device import HOST
 from dilap.models.context import require_sequences
+from dilap.models.options import CalibrationOptions
 from dilap.models.reference import draw
-from dilap.models.text_files import read_text
+from dilap.models.text_files import read_documents, read_text
+from dilap.models.windows import CORPORA, published_windows
 
 _ANY = -1  # a token that is to be sampled
+_MOST_TO_TRAIN_ON = 60_000  # documents of a hub set: Alpaca's 52,000 and a little more
 _SEQUENCES_AT_ONCE = 32  # in a 7B model without grouped heads their keys and values take 4 GiB
 # First words of documents of many kinds: prose, letters, news, papers, notes, lists, tables, questions, mathematics,
 # code. KL of SmolLM2-135M at 70 %, 128 sequences, on Python's documentation and WikiText-2: with random first tokens
@@ -25,21 +30,6 @@ OPENINGS = (
     "Q:", "How to", "What is", "Step 1:", "Theorem 1.", "Let x be",
     "def", "class", "import", "#include <", "function", "SELECT", "<html>", "{\n",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationOptions:
-    """Which calibration text to use, and how much.
-
-    `source` is `self` (the model samples its own text) or a name that `dilap.models.text_files.read_text` takes;
-    `sequence_length` is in tokens.
-    """
-
-    source: str = "self"
-    sequence_length: int = 256
-    train_sequences: int = 128
-    validation_sequences: int = 16
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +76,8 @@ def calibration(
         tokens = self_generated(
             model, tokenizer, num_sequences=count, length=length, seed=options.seed, progress=progress
         )
+    elif options.source in CORPORA:
+        return Calibration(name=options.source, **_corpus_windows(options, tokenizer))
     else:
         tokens = _file_sequences(options, tokenizer)
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(options.seed))
@@ -97,9 +89,24 @@ def calibration(
 
 def require_texts(options: CalibrationOptions, evaluation: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise InvalidInput, before hours of work begin, where a text cannot be read or is too short."""
-    if options.source != "self":
+    if options.source in CORPORA:
+        _corpus_windows(options, tokenizer)
+    elif options.source != "self":
         _file_sequences(options, tokenizer)
     evaluation_text(evaluation, tokenizer, num_sequences=1, length=options.sequence_length)
+
+
+def _corpus_windows(options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    train, validation = published_windows(
+        options.source,
+        tokenizer,
+        train=options.train_sequences,
+        validation=options.validation_sequences,
+        length=options.sequence_length,
+        seed=options.seed,
+        data_dir=None if options.data_dir is None else Path(options.data_dir).expanduser(),
+    )
+    return {"train": train, "validation": validation}
 
 
 def _file_sequences(options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -108,7 +115,7 @@ def _file_sequences(options: CalibrationOptions, tokenizer: PreTrainedTokenizerB
     if len(tokens) < count:
         raise InvalidInput(
             f"{options.source}: {len(tokens)} sequences of {length} tokens, but {count} are needed; "
-            "give more text, or take a smaller --calib-length"
+            "give more text, or take a smaller --calib-length or fewer --calib-sequences"
         )
     return tokens
 
@@ -133,9 +140,10 @@ def self_generated(
     ordinary = torch.tensor([t for t in range(min(len(tokenizer), model.config.vocab_size)) if t not in special])
     banned = torch.ones(model.config.vocab_size, dtype=torch.bool)  # special tokens, and rows that no token has
     banned[ordinary] = False
-    starts = _starts(tokenizer, ordinary, shape=(num_sequences, length), generator=generator)
+    starts = _starts(tokenizer, ordinary, shape=(num_sequences, length), generator=generator).to(model.device)
+    banned = banned.to(model.device)
     # Converted once, and not for every token; all to one type, which the static cache needs.
-    weights = {name: weight.to(product_type(weight.dtype)) for name, weight in model.named_parameters()}
+    weights = {name: weight.to(product_type(weight.dtype, weight.device)) for name, weight in model.named_parameters()}
 
     def sample(tokens: torch.Tensor, cache: StaticCache) -> torch.Tensor:
         inputs = {"input_ids": tokens, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
@@ -153,7 +161,7 @@ def self_generated(
         for given in few[:, 1:].split(1, dim=1):
             steps.append(torch.where(given == _ANY, sample(steps[-1], cache), given))
         finished.append(torch.cat(steps, 1))
-    return torch.cat(finished)
+    return torch.cat(finished).to(HOST)
 
 
 def _starts(
@@ -201,6 +209,12 @@ def consecutive(ids: Sequence[int], before: Sequence[int], *, length: int) -> li
     """Return tokens as rows of `length` that all begin with `before`; a rest is dropped."""
     own = length - len(before)
     return [[*before, *ids[at : at + own]] for at in range(0, len(ids) - own + 1, own)]
+
+
+def training_text(name: str, tokenizer: PreTrainedTokenizerBase, *, length: int) -> torch.Tensor:
+    """Return text that methods train on (sequences x length), of a file or a hub set: an instruction set, for one."""
+    text = "\n\n".join(read_documents(name, most=_MOST_TO_TRAIN_ON))
+    return sequences(text, tokenizer, length=length, name=name)
 
 
 def evaluation_text(

@@ -24,9 +24,17 @@ READERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 }
 # Names of columns that hold the text; the first of them that a table has is read.
 COLUMNS = ("text", "content", "page", "document", "passage", "article", "body", "sentence")
+# What a question and its answer are called in instruction sets; a row may have an `input` that belongs to the question.
+_QUESTION, _ANSWERS = "instruction", ("output", "response")
+# The prompt of Stanford Alpaca, with which most instruction sets are trained on.
+_PROMPT = (
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
+)
+_PAIRED = ", paired with an input that provides further context"
 KNOWN = (
     f"files read are plain text ({' '.join(PLAIN)}) and records ({' '.join(READERS)}), of these the column "
-    f"{', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}, or the only one of strings; each may end in .gz"
+    f"{', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}, or the only one of strings, or {_QUESTION} and {_ANSWERS[0]}; each "
+    "may end in .gz"
 )
 _HUB_RECORDS = 2000
 
@@ -37,35 +45,70 @@ def read_text(name: str) -> str:
     Records are joined by blank lines, in the order of the file. Raises InvalidInput where there is no such text or it
     cannot be read, Unavailable where the hub or the `datasets` library is missing.
     """
+    return "\n\n".join(read_documents(name))
+
+
+def read_documents(name: str, *, most: int = _HUB_RECORDS) -> list[str]:
+    """Return the documents of a text: the records of a file, or of a hub data set its first `most`; plain text is one.
+
+    Records of questions and answers are written as instructions. Raises what `read_text` does.
+    """
     if name == "python-docs":
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-        return "\n\n".join(topics[key] for key in sorted(topics))
+        return [topics[key] for key in sorted(topics)]
     path = Path(name).expanduser()
     if path.is_file():
-        text = _file_text(path)
-    elif name.count("/") == 1 and not path.suffix and not path.exists():
-        text = _hub_text(name)
+        texts = _file_texts(path)
+    elif name.partition(":")[0].count("/") == 1 and not path.suffix and not path.exists():
+        texts = hub_documents(name, most=most)
     else:
         what = "is no file" if path.exists() else "does not exist"
-        raise InvalidInput(f"text {name!r} {what}: give a file or a hub data set (user/name); {KNOWN}")
-    if not text.strip():
+        raise InvalidInput(
+            f"text {name!r} {what}: give a file or a hub data set (user/name, or user/name:configuration); {KNOWN}"
+        )
+    if not any(text.strip() for text in texts):
         raise InvalidInput(f"{name}: it holds no text; {KNOWN}")
-    return text
+    return texts
+
+
+def streamed(name: str, *, links: Path) -> Any:
+    """Return the records of a file or a hub data set (`user/name`, `user/name:configuration`) as they are read.
+
+    They are an iterable of the `datasets` library, whose position can be kept. A plain text file has a record for every
+    paragraph. `links` is a new folder that is needed as long as files are read. Raises InvalidInput where there is no
+    such file, Unavailable where the `datasets` library is missing.
+    """
+    datasets, path = _library("streaming text"), Path(name).expanduser()
+    if not path.is_file():
+        hub, _, configuration = name.partition(":")
+        if hub.count("/") != 1 or path.exists():
+            raise InvalidInput(f"text {name!r} is no file: give files or hub data sets (user/name); {KNOWN}")
+        return datasets.load_dataset(hub, configuration or None, split="train", streaming=True)
+    suffix, is_packed = _suffix(path)
+    kind, options = ("text", {"sample_by": "paragraph"}) if suffix in PLAIN else READERS[suffix]
+    links.mkdir(parents=True, exist_ok=True)
+    # The file gets a plain name, because the library reads brackets and stars in a name as a pattern.
+    plain = links / f"records{suffix}{'.gz' * is_packed}"
+    if not plain.exists():
+        plain.symlink_to(path.resolve())
+    return datasets.load_dataset(kind, data_files=str(plain), split="train", streaming=True, **options)
+
+
+def is_plain(name: str) -> bool:
+    """Return whether a name is that of a plain text file."""
+    path = Path(name).expanduser()
+    return path.is_file() and _suffix(path)[0] in PLAIN
 
 
 def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _file_text(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    is_packed = suffixes[-1:] == [".gz"]
-    suffix = "".join(suffixes[:-1][-1:] if is_packed else suffixes[-1:])
-    if suffix not in (*PLAIN, *READERS):
-        raise InvalidInput(f"{path}: {suffix or 'a name without a suffix'} is not read; {KNOWN}")
+def _file_texts(path: Path) -> list[str]:
+    suffix, is_packed = _suffix(path)
     try:
         if suffix in PLAIN:
-            return _plain_text(content_of(path))
+            return [_plain_text(content_of(path))]
         with tempfile.TemporaryDirectory() as temporary:
             # The file gets a plain name, because the library reads brackets and stars in a name as a pattern.
             plain = Path(temporary) / f"records{suffix}"
@@ -73,11 +116,21 @@ def _file_text(path: Path) -> str:
                 plain.write_bytes(content_of(path))
             else:
                 plain.symlink_to(path.resolve())
-            return _records_text(plain, suffix)
+            return _record_texts(plain, suffix)
     except DilapError as error:
         raise type(error)(f"{path}: {error}") from error
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise InvalidInput(f"{path}: not readable text ({reason_of(error)}); {KNOWN}") from error
+
+
+def _suffix(path: Path) -> tuple[str, bool]:
+    """Return the suffix of a file that is read, and whether it is packed. Raises InvalidInput for any other."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    is_packed = suffixes[-1:] == [".gz"]
+    suffix = "".join(suffixes[:-1][-1:] if is_packed else suffixes[-1:])
+    if suffix not in (*PLAIN, *READERS):
+        raise InvalidInput(f"{path}: {suffix or 'a name without a suffix'} is not read; {KNOWN}")
+    return suffix, is_packed
 
 
 def _plain_text(content: bytes) -> str:
@@ -87,8 +140,8 @@ def _plain_text(content: bytes) -> str:
     return text
 
 
-def _records_text(path: Path, suffix: str) -> str:
-    """Return the text of a file of records, read by the library with a cache beside the file, which is temporary."""
+def _record_texts(path: Path, suffix: str) -> list[str]:
+    """Return the texts of a file of records, read by the library with a cache beside the file, which is temporary."""
     datasets = _library(f"reading {suffix}")
     kind, options = READERS[suffix]
     if not path.stat().st_size:
@@ -102,14 +155,21 @@ def _records_text(path: Path, suffix: str) -> str:
         raise InvalidInput(f"not readable as {suffix} ({reason}); {KNOWN}") from error
     if not builder.info.splits["train"].num_examples:
         raise InvalidInput(f"it has no records; {KNOWN}")
-    return _joined(builder.as_dataset("train"))
+    return _texts(builder.as_dataset("train"))
 
 
-def _hub_text(name: str) -> str:
+def hub_documents(name: str, *, most: int | None = None, revision: str | None = None) -> list[str]:
+    """Return the first `most` documents of a hub data set's training split, all of them where it is None.
+
+    A set that has several configurations is named with one: `allenai/c4:en`. Raises Unavailable where it cannot be had.
+    """
     datasets = _library("hub data sets")
+    repository, _, configuration = name.partition(":")
     try:
-        records = datasets.load_dataset(name, split="train", streaming=True).take(_HUB_RECORDS)
-        return _joined(datasets.Dataset.from_list(list(records)))
+        records = datasets.load_dataset(
+            repository, configuration or None, split="train", streaming=most is not None, revision=revision
+        )
+        return _texts(records if most is None else datasets.Dataset.from_list(list(records.take(most))))
     except DilapError as error:
         raise type(error)(f"data set {name!r}: {error}") from error
     except Exception as error:  # the hub client raises many types
@@ -126,16 +186,32 @@ def _library(purpose: str) -> Any:
     return datasets
 
 
-def _joined(records: Any) -> str:
-    column = _text_column({name: _is_text(kind) for name, kind in records.features.items()})
-    return "\n\n".join(text for text in records[column] if text is not None)
+def _texts(records: Any) -> list[str]:
+    is_text = {name: _is_text(kind) for name, kind in records.features.items()}
+    answers = [name for name in _ANSWERS if is_text.get(name)]
+    if is_text.get(_QUESTION) and answers and not any(is_text.get(name) for name in COLUMNS):
+        return [_instruction(row, answers[0]) for row in records]
+    column = text_column(is_text)
+    return [text for text in records[column] if text is not None]
+
+
+def _instruction(row: Mapping[str, str | None], answer: str) -> str:
+    """Return a question with its answer in the prompt of Stanford Alpaca."""
+    given = row.get("input") or ""
+    parts = [
+        _PROMPT.format(paired=_PAIRED if given else ""),
+        f"### Instruction:\n{row[_QUESTION]}",
+        *([f"### Input:\n{given}"] if given else []),
+        f"### Response:\n{row[answer]}",
+    ]
+    return "\n\n".join(parts)
 
 
 def _is_text(kind: Any) -> bool:
     return getattr(kind, "dtype", None) in ("string", "large_string", "string_view")
 
 
-def _text_column(is_text: Mapping[str, bool]) -> str:
+def text_column(is_text: Mapping[str, bool]) -> str:
     """Return the column that holds the text. Raises InvalidInput, naming all columns, where none can be told to."""
     strings = [name for name, yes in is_text.items() if yes]
     for usual in COLUMNS:

@@ -258,14 +258,18 @@ def _map_of_shares(
 
 def _recoveries(runs: Sequence[Run]) -> list[Figure]:
     rows: list[dict[str, Any]] = [
-        {"run": run.name, "step": step, "distance": distance}
+        {"run": run.name, "text": text, "step": step, "distance": distance}
         for run in runs
-        for step, distance in enumerate(run.result.recovery_kls, start=1)
+        for text, curve in (
+            ("each step's own", enumerate(run.result.recovery_kls, start=1)),
+            ("validation split", run.result.recovery_validation_kls),
+        )
+        for step, distance in curve
     ]
     recovered = [run.result.pruned.quality for run in runs if run.result.recovery_kls]
     measure = " or ".join(dict.fromkeys(one.DISTANCE for one in recovered))
     units = " or ".join(dict.fromkeys(one.DISTANCE_IN_UNITS for one in recovered))
-    columns = {"run": "Run", "step": "Step", "distance": units}
+    columns = {"run": "Run", "text": "Examples", "step": "Step", "distance": units}
     spec = {
         "height": 260,
         "mark": {"type": "line", "point": {"filled": True, "size": 40}},
@@ -273,8 +277,12 @@ def _recoveries(runs: Sequence[Run]) -> list[Figure]:
             "x": field("step", "Step of recovery", axis={"tickMinStep": 1}),
             "y": field("distance", f"{measure} to the dense model", scale={"zero": False}),
             "color": field("run", "Run", "nominal"),
+            "strokeDash": field("text", "Examples", "nominal"),
             "tooltip": tooltip(columns, rows),
         },
     }
-    caption = f"{measure} to the dense model on each step's own examples while the pruned model learns from them."
+    caption = (
+        f"{measure} to the dense model while the pruned model learns from it, on each step's own examples and on the "
+        "validation split, whose best state is kept."
+    )
     return [Figure(name="recovery", title="Recovery", caption=caption, columns=columns, rows=rows, spec=spec)]

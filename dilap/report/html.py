@@ -11,7 +11,9 @@ from markupsafe import Markup
 from dilap import __version__
 from dilap.core.codec import to_json
 from dilap.core.errors import Unavailable
+from dilap.job import meaning
 from dilap.job.command import command_line
+from dilap.job.quality import Quality
 from dilap.job.result import PruneResult
 from dilap.job.verdict import percent
 from dilap.report.figure import Figure
@@ -71,13 +73,15 @@ def _claim(run: Run) -> dict[str, str]:
     """Return the headline of a run, its speed-up, and a line with its quality and how its budget stands."""
     result, quality = run.result, run.result.pruned.quality
     in_torch = " (torch)" if quality.through == "torch" else ""
+    is_of_decoder = isinstance(quality, Quality)
+    means = f", {meaning.of_kl(quality.kl)}" if is_of_decoder else ""
     asked = str(result.budget) if result.budget.ratio is not None else f"budget {result.budget}"
     stands = f"{asked} {result.verdict}, {percent(result.share)} of it used"
     return {
         "run": run.name,
-        "status": result.status,
+        "status": "broken" if is_of_decoder and meaning.is_broken(quality.kl) else result.status,
         "headline": _headline(result),
-        "detail": f"{_interval(result)}{quality.DISTANCE} {quality.distance:.2f}{in_torch}; {stands}",
+        "detail": f"{_interval(result)}{quality.DISTANCE} {quality.distance:.2f}{in_torch}{means}; {stands}",
     }
 
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
 from dilap.core.measurement import Interval, Measurement
-from dilap.core.printable import csv_cell, markdown
+from dilap.core.printable import csv_cell, markdown, milliseconds
 from dilap.evaluation.document import Evaluation, PhaseCosts
 from dilap.job.quality import in_words, words
+from dilap.job.verdict import percent
 from dilap.profilers import intervals
 from dilap.report.figure import Cell, Figure
 from dilap.report.inputs import Contents, Run
@@ -129,9 +130,10 @@ def _share(value: float | None) -> str:
 def _summary_latency(row: SummaryRow) -> str:
     mark = "" if row.measurement == "ok" else f" ({row.measurement})"
     statistic = "" if row.statistic == "p50" else f"{row.statistic} "
+    latency = f"{statistic}{milliseconds(row.seconds)} ms"
     if row.seconds_low is None or row.seconds_high is None:
-        return f"{statistic}{row.seconds * 1e3:.2f} ms{mark}"
-    return f"{statistic}{row.seconds * 1e3:.2f} ms [{row.seconds_low * 1e3:.2f}, {row.seconds_high * 1e3:.2f}]{mark}"
+        return f"{latency}{mark}"
+    return f"{latency} [{milliseconds(row.seconds_low)}, {milliseconds(row.seconds_high)}]{mark}"
 
 
 def figure_table(figure: Figure) -> Table:
@@ -161,14 +163,22 @@ def _scores(evaluations: Sequence[tuple[str, Evaluation]]) -> Table:
     }
     rows = [
         [name, task, str(one.facts[task].num_rows), str(one.facts[task].num_fewshot)]
-        + [_text(found.get(metric)) for metric in metrics]
+        + [_score(found.get(metric), metric, one.facts[task].num_rows) for metric in metrics]
         for name, one in evaluations
         for task, found in one.tasks.items()
     ]
     caption = (
-        "lm-eval's scores. Window perplexity is of the joined text in windows; top-1 is its share of tokens put first."
+        "lm-eval's scores, shares with their 95 % intervals. Window perplexity is of the joined text in windows; top-1 "
+        "is its share of tokens put first."
     )
     return Table(caption=caption, headings=["Model", "Task", "Rows", "Examples", *metrics.values()], rows=rows)
+
+
+def _score(value: float | None, metric: str, num_rows: int) -> str:
+    """Format a metric, with its 95 % interval where it is a share of rows."""
+    if value is not None and metric in ("acc", "acc_norm"):
+        return percent(intervals.share(value, count=num_rows))
+    return _text(value)
 
 
 def _beside_dense(evaluations: Sequence[tuple[str, Evaluation]]) -> Table:
@@ -210,7 +220,7 @@ def _phase_cells(phase: PhaseCosts) -> list[str]:
 
 
 def _latency(found: Interval) -> str:
-    return f"{found.value * 1e3:.2f} ms [{found.low * 1e3:.2f}, {found.high * 1e3:.2f}]"
+    return f"{milliseconds(found.value)} ms [{milliseconds(found.low)}, {milliseconds(found.high)}]"
 
 
 def _megabytes(value: int | None) -> str:

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from dilap.core.errors import Infeasible
 from dilap.core.space import Space
+from dilap.search.options import RelaxationOptions
 
 Config = tuple[int, ...]
 _LINEARISATIONS = 20  # of the costs of pairs, before the fastest levels are taken
@@ -66,21 +67,6 @@ class Quadratic:
         keep = num_rows / (num_rows + num_changes)
         diagonal = torch.diag(self.Q.diagonal())
         return Quadratic(b=self.b, Q=diagonal + keep * (self.Q - diagonal), sizes=self.sizes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RelaxationOptions:
-    """Settings of `relax`, which runs Adam on the logits of the levels.
-
-    `penalty` and `temperature` go geometrically from the first to the second value. The multiplier of the constraint is
-    updated after every `multiplier_every` steps.
-    """
-
-    steps: int = 400
-    learning_rate: float = 0.05
-    temperature: tuple[float, float] = (1.0, 0.1)
-    penalty: tuple[float, float] = (10.0, 100.0)
-    multiplier_every: int = 20
 
 
 class ExpectedCost:

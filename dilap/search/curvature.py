@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from dilap.models.compute import batches
+from dilap.models.compute_device import HOST
 from dilap.models.head_changes import head_products
 from dilap.models.reference import Teacher
 from dilap.search.supernet import Supernet
@@ -72,10 +73,11 @@ def linearise(
     head = net.head_of(current)
     changes = Changes.of(net)
     of_head = [net.head_of(net.matrix(net.head_name, one) - current).E for one in changes.head]
-    slopes = torch.zeros(len(teacher.tokens), changes.count)
-    Q, value, start = torch.zeros(changes.count, changes.count), 0.0, 0
+    device = net.model.device
+    slopes = torch.zeros(len(teacher.tokens), changes.count, device=device)
+    Q, value, start = torch.zeros(changes.count, changes.count, device=device), 0.0, 0
     with Tap(net, changes) as tap:
-        for batch in batches(teacher.tokens, batch_tokens=tap.batch_tokens(batch_tokens)):
+        for batch in batches(teacher.tokens, batch_tokens=tap.batch_tokens(batch_tokens), device=device):
             rows = slice(start, start + len(batch))
             start += len(batch)
             hidden = tap.forward(batch)
@@ -91,12 +93,12 @@ def linearise(
                 Q += products.T @ products
             progress(batch.numel())
     total = teacher.tokens.numel()
-    slopes = _of_levels(slopes, changes.parts)
+    slopes = _of_levels(slopes.to(HOST), changes.parts)
     return Curvature(
         value=value / total,
         b=slopes.mean(0),
         b_error=slopes.std(0, correction=0) / len(slopes) ** 0.5,
-        of_changes=Q / (total * samples),
+        of_changes=Q.to(HOST) / (total * samples),
         parts=changes.parts,
         num_rows=len(teacher.tokens) * samples,
     )

@@ -18,8 +18,9 @@ from dilap.core.space import Space
 from dilap.search.allocation import Config, Quadratic, move, move_gains, project, relax, swap
 from dilap.search.levels import prune_by_levels
 from dilap.search.method import Pruned, PruneTask
+from dilap.search.options import SearchOptions
 from dilap.search.shortlist import Shortlist
-from dilap.search.task import Round, SearchOptions, SearchResult, SearchTask
+from dilap.search.task import Round, SearchResult, SearchTask
 
 _NEAR = 0.01  # a KL in nats a token that is as good as none: eight bits give 0.005
 

@@ -41,16 +41,17 @@ def importances(sublayer: ExpertSublayer, batches: Batches) -> torch.Tensor:
     (arXiv 2510.13999); an expert without any has none.
     """
     experts = sublayer.out.get_submodule("experts")
-    sums, counts = torch.zeros(len(sublayer.weight)), torch.zeros(len(sublayer.weight))
+    sums, counts = sublayer.weight.new_zeros(2, len(sublayer.weight), dtype=torch.float32)
     for batch in batches:
         x = batch.reshape(-1, batch.shape[-1])
-        with compute_precision():
+        with compute_precision(x.device):
             _, weights, chosen = sublayer.router(x)
             for rank in range(chosen.shape[1]):  # every token's first expert, then its second
                 outputs = experts(x, chosen[:, rank : rank + 1], torch.ones_like(weights[:, :1]))
                 sums.index_add_(0, chosen[:, rank], weights[:, rank].float() * outputs.float().norm(dim=-1))
-                counts.index_add_(0, chosen[:, rank], torch.ones(len(x)))
-    return sums / counts.clamp_min(1)
+                counts.index_add_(0, chosen[:, rank], counts.new_ones(len(x)))
+    found: torch.Tensor = sums / counts.clamp_min(1)
+    return found
 
 
 @torch.no_grad()
@@ -73,6 +74,6 @@ def output_errors(sublayer: ExpertSublayer, kept: Sequence[torch.Tensor], batche
 
 
 def _output(network: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    with compute_precision():
+    with compute_precision(inputs.device):
         found: torch.Tensor = network(inputs)
     return found.float()

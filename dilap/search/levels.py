@@ -10,9 +10,10 @@ from dilap.core.space import Choice, Space, plan_of
 from dilap.models.reference import Teacher
 from dilap.search.allocation import Config
 from dilap.search.journal import Evaluator
-from dilap.search.library import LibraryOptions, fit_choices, fits_of_levels, width_choices
+from dilap.search.library import fit_choices, fits_of_levels, width_choices
 from dilap.search.library_file import Fits, Library, kept_library
 from dilap.search.method import Pruned, PruneTask
+from dilap.search.options import LibraryOptions
 from dilap.search.refit import best_refit, refit_refusal
 from dilap.search.supernet import HeadLevel, Supernet
 from dilap.search.task import Search, SearchResult, SearchTask

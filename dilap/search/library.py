@@ -7,7 +7,6 @@ removed entries to zero gives the same output as cutting them out. Where the uni
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -16,10 +15,12 @@ from dilap.core.costs import Counts
 from dilap.core.groups import Kept
 from dilap.core.space import Choice, Level
 from dilap.models.anatomy import ExpertSublayer, Sublayer, all_sublayers
+from dilap.models.compute_device import HOST
 from dilap.models.statistics import OUTPUTS, layer_statistics
 from dilap.search.experts import Batches, importances, inputs_recorded, output_errors
+from dilap.search.options import LibraryOptions, Order
 
-Order = Literal["wanda", "obs"]
+_DEFAULTS = LibraryOptions()
 Progress = Callable[[int], None]
 Units = tuple[tuple[int, ...], tuple[int, ...]]  # the KV groups and the query slots that stay, ascending
 
@@ -31,6 +32,7 @@ class LevelFit:
     Of experts, `columns` are those that stay and `weight` has the router's rows for them. `error` is the mean squared
     output error, relative to that of removing the sublayer (0 full, 1 removed). `precision` is the one to which all
     matrices of the sublayer are rounded, `weight` too, which is kept as it is before; an empty one is the reference.
+    Tensors are in the host's memory, where a library of a large model has room.
     """
 
     units: Kept
@@ -43,21 +45,6 @@ class LevelFit:
     def counts(self) -> Counts:
         """How many units stay in every group."""
         return tuple(len(units) for units in self.units.values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class LibraryOptions:
-    """Settings of `build_library`.
-
-    The `order` `wanda` ranks units by weight times activation; `obs` (optimal brain surgery) removes first what costs
-    the refitted output least. `ridge` is relative to the mean diagonal of the input covariance.
-    """
-
-    # KL of SmolLM2-135M on unseen text at 85 %, 70 % and 55 %: wanda 0.541, 1.331, 2.170, obs 0.591, 1.253, 1.963
-    # (tools/bench_search --only "no swaps" --seeds 1).
-    order: Order = "obs"
-    ridge: float = 0.01
-    batch_tokens: int = 2048
 
 
 def width_choices(choices: Sequence[Choice]) -> list[Choice]:
@@ -87,7 +74,7 @@ def fit_choices(
     choices: Sequence[Choice],
     tokens: torch.Tensor,
     *,
-    options: LibraryOptions = LibraryOptions(),
+    options: LibraryOptions = _DEFAULTS,
     progress: Progress = lambda _: None,
 ) -> Iterator[tuple[str, list[LevelFit]]]:
     """Yield the name of every choice with its levels fitted on `tokens` (sequences x length), layer by layer."""
@@ -118,10 +105,10 @@ def fit_levels(
     choose = _by_channel if len(sublayer.block.groups) == 1 else _by_head
     fits = []
     for index, units in enumerate(choose(sublayer, levels, weight, damped, order=options.order)):
-        columns = sublayer.columns(units)
+        columns = sublayer.columns(units).to(weight.device)
         kept = weight.clone() if index == 0 else refit(products, damped, columns)
         lost = output_error(kept, columns, covariance, products=undamped, total=total) if index else 0.0
-        fits.append(LevelFit(units=units, columns=columns, weight=kept, error=lost / total))
+        fits.append(LevelFit(units=units, columns=columns.to(HOST), weight=kept.to(HOST), error=lost / total))
     return fits
 
 
@@ -132,7 +119,9 @@ def fit_experts(sublayer: ExpertSublayer, levels: Sequence[Level], batches: Batc
     kept = [ranked[: level.counts[0]].sort().values for level in levels]
     errors = output_errors(sublayer, kept, batches)
     return [
-        LevelFit(units={name: _ascending(experts)}, columns=experts, weight=weight[experts], error=error)
+        LevelFit(
+            units={name: _ascending(experts)}, columns=experts.to(HOST), weight=weight[experts].to(HOST), error=error
+        )
         for experts, error in zip(kept, errors, strict=True)
     ]
 
@@ -190,7 +179,7 @@ def obs_order(weight: torch.Tensor, damped: torch.Tensor, *, step: int) -> torch
     Again and again the `step` channels are removed that cost the output least when the others are refitted.
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    weight, alive = weight.clone(), torch.ones(damped.shape[0], dtype=torch.bool)
+    weight, alive = weight.clone(), damped.new_ones(damped.shape[0], dtype=torch.bool)
     removed: list[torch.Tensor] = []
     while alive.any():
         scores = weight.square().sum(0) / inverse.diagonal()
@@ -290,7 +279,8 @@ class _Heads:
 
     def _inputs(self, axis: int, position: int) -> torch.Tensor:
         """Return the inputs of one of the groups or slots that are left."""
-        heads = torch.arange(self.weight.shape[1]).reshape(len(self.units[0]), len(self.units[1]), -1)
+        every = torch.arange(self.weight.shape[1], device=self.weight.device)
+        heads = every.reshape(len(self.units[0]), len(self.units[1]), -1)
         return heads.select(axis, position).reshape(-1)
 
     def _cost(self, gone: torch.Tensor) -> float:
@@ -300,7 +290,7 @@ class _Heads:
 
     def _without(self, axis: int, position: int, cost: float) -> "_Heads":
         gone = self._inputs(axis, position)
-        stays = torch.ones(self.weight.shape[1], dtype=torch.bool)
+        stays = self.weight.new_ones(self.weight.shape[1], dtype=torch.bool)
         stays[gone] = False
         factor = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone][:, stays])
         units = list(self.units)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dilap.core.errors import Unsupported
 from dilap.models.anatomy import decoder_layers
 from dilap.models.compute import batches, compute_precision
+from dilap.models.compute_device import HOST
 from dilap.models.cut import Parameters
 from dilap.models.families import family_of
 from dilap.models.matrices import put_, replaced
@@ -23,26 +24,10 @@ from dilap.models.rounding import compensated
 from dilap.models.skipping import Known, layers_replaced
 from dilap.models.statistics import InputStatistics, LayerCall, State, layer_calls
 from dilap.search.allocation import Config
+from dilap.search.options import RefitOptions
 from dilap.search.supernet import Supernet
 
-
-@dataclass(frozen=True, kw_only=True)
-class RefitOptions:
-    """Settings of the refit.
-
-    A correction is the share of the error already in the residual stream that a sublayer is asked to undo. The
-    `corrections` are tried in turn until one helps on validation text. `ridge` is the strength of the pull towards the
-    library's projection, relative to the mean diagonal of the input covariance.
-    """
-
-    # KL of SmolLM2-135M at 70 % on unseen prose (two texts): without the refit 1.72 and 1.81; correction 0.5: 1.44 and
-    # 1.57; correction 1: 1.38 and 1.55. Correction 0 is worse than no refit (1.16 against 0.97, another calibration).
-    # Correction 1 ruins plans that lose whole early layers (1.22 to 3.17), which is why another one is tried.
-    corrections: tuple[float, ...] = (1.0, 0.5)
-    # A ridge of 0.1 fits 64 sequences too closely: at 85 % its KL is 0.617 on Python's documentation and 0.649 on
-    # WikiText-2, with 0.3 it is 0.596 and 0.627.
-    ridge: float = 0.3
-    batch_tokens: int = 2048
+_DEFAULTS = RefitOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +48,7 @@ def best_refit(
     tokens: torch.Tensor,
     *,
     teacher: Teacher,
-    options: RefitOptions = RefitOptions(),
+    options: RefitOptions = _DEFAULTS,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Refit:
     """Return the first refit on `tokens` (sequences x length) that lowers the KL on the teacher's text.
@@ -99,7 +84,7 @@ def refit_sequentially(
     tokens: torch.Tensor,
     *,
     correction: float | None,
-    options: RefitOptions = RefitOptions(),
+    options: RefitOptions = _DEFAULTS,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, torch.Tensor]:
     """Return the parameters at `config`, by name, fitted on `tokens` (sequences x length): projections over the columns
@@ -137,19 +122,19 @@ def refit_sequentially(
                 results = [one.result for one in map(trace_of, calls, pruned_states)]
                 continue
             here = traces_until(net.outs[i])
-            problem = _Problem(fit.weight, fit.columns, net.biases[i], ridge=options.ridge)
+            problem = _Problem(fit.weight.to(net.model.device), fit.columns, net.biases[i], ridge=options.ridge)
             for one, dense in zip(here, traces, strict=True):
                 gap = (dense.residuals[i] - one.residuals[i]) / scale
                 problem.add(one.reached, dense.outputs[i].float() + (correction or 0.0) * gap.float())
-            solved = fit.weight if correction is None else problem.solve()
+            solved = problem.weight if correction is None else problem.solve()
             if fit.precision:
                 solved = compensated(solved, problem.H, fit.precision)
-            found[net.matrices[i][-1]] = solved
+            found[net.matrices[i][-1]] = solved.to(HOST)
             net.write(i, fit.columns, solved)
             if correction is None:
                 results = [one.result for one in map(trace_of, calls, pruned_states)]
                 continue
-            with compute_precision():  # the layer's output with the new projection
+            with compute_precision(net.model.device):  # the layer's output with the new projection
                 results = [
                     one.residuals[i] + scale * net.outs[i](one.reached).reshape(one.residuals[i].shape) for one in here
                 ]
@@ -218,7 +203,7 @@ def _rounded_head(
         return {}
     dense, statistics = net.dense[net.head_name], InputStatistics()
     with layers_replaced(net.model, {len(decoder_layers(net.model)) - 1: Known(states)}):
-        for batch in batches(tokens, batch_tokens=options.batch_tokens):
+        for batch in batches(tokens, batch_tokens=options.batch_tokens, device=net.model.device):
             statistics.add(final_hidden(net.model, batch), covariance=True)
     assert statistics.covariance_sum is not None  # a batch has tokens
     return {net.head_name: compensated(dense, statistics.covariance_sum, level.head).to(dense.dtype)}
@@ -275,7 +260,7 @@ def _trace(
     hooks = [net.outs[index].register_forward_hook(record(index)) for index in indices]
     hooks += [] if until is None else [until.register_forward_pre_hook(stop)]
     try:
-        with compute_precision():
+        with compute_precision(state.device):
             result = layer(state, **call.arguments[number])
     except _Reached:
         pass
@@ -301,10 +286,11 @@ class _Problem:
     """A least squares problem for one projection (hidden x kept columns), accumulated over batches."""
 
     def __init__(self, weight: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None, *, ridge: float) -> None:
-        self.weight, self.columns, self.ridge = weight, columns, ridge
-        self.bias = torch.zeros(weight.shape[0]) if bias is None else bias.float()
-        self.H = torch.zeros(len(columns), len(columns))
-        self.R = torch.zeros(len(columns), weight.shape[0])
+        self.columns, self.ridge = columns, ridge
+        self.weight = weight.float()
+        self.bias = self.weight.new_zeros(len(weight)) if bias is None else bias.float()
+        self.H = self.weight.new_zeros(len(columns), len(columns))
+        self.R = self.weight.new_zeros(len(columns), len(weight))
 
     def add(self, inputs: torch.Tensor, output: torch.Tensor) -> None:
         """Add inputs (... x all columns) with the output (... x hidden) that is wanted for them, bias included."""
@@ -315,5 +301,5 @@ class _Problem:
     def solve(self) -> torch.Tensor:
         """Return the projection that fits the outputs best, with its difference from the library's penalised."""
         damping = self.ridge * self.H.diagonal().mean()
-        H = self.H + damping * torch.eye(len(self.columns))
+        H = self.H + damping * torch.eye(len(self.columns), device=self.H.device)
         return torch.cholesky_solve(self.R + damping * self.weight.T, torch.linalg.cholesky(H)).T.contiguous()

@@ -59,7 +59,8 @@ class Supernet:
         self.outs: list[Any] = [sublayer.out for sublayer in self.sublayers]  # matrices, or networks of experts
         assert len(self.outs) == len(library)
         for sublayer, levels in zip(self.sublayers, library, strict=True):
-            assert torch.equal(sublayer.weight.float(), levels[0].weight.float()), "another supernet was left open"
+            own = sublayer.weight.float()
+            assert torch.equal(own, levels[0].weight.to(own)), "another supernet was left open"
         self.config: Config = (0,) * len(self.sizes)
         self.biases = [_bias_of(sublayer) for sublayer in self.sublayers]
         self.routings = {
@@ -122,7 +123,7 @@ class Supernet:
             return
         out = self.outs[index]
         out.weight.zero_()
-        out.weight[:, columns] = weight.to(out.weight.dtype)
+        out.weight[:, columns] = weight.to(out.weight)
         bias = self.biases[index]
         if bias is not None:
             out.bias.copy_(bias if len(columns) else torch.zeros_like(bias))
@@ -143,7 +144,9 @@ class Supernet:
         """Return the projection of a level in its own precision or another one; a router's rows are not rounded."""
         if index in self.routings:
             return fit.weight
-        return self._rounded.of((index, fit.counts), fit.weight, fit.precision if precision is None else precision)
+        precision = fit.precision if precision is None else precision
+        weight = fit.weight.to(self.outs[index].weight.device) if precision else fit.weight
+        return self._rounded.of((index, fit.counts), weight, precision)
 
     def masked(self, index: int, fit: LevelFit, precision: str) -> dict[str, torch.Tensor]:
         """Return a sublayer's matrices at the width of a level and in a precision, in their dense shapes, by name."""
@@ -155,7 +158,7 @@ class Supernet:
     def masked_projection(self, index: int, fit: LevelFit, precision: str = "") -> torch.Tensor:
         """Return the projection of a level in a precision over all inputs, with zeros at those that are removed."""
         weight = torch.zeros_like(self.outs[index].weight)
-        weight[:, fit.columns] = self.projection(index, fit, precision).to(weight.dtype)
+        weight[:, fit.columns] = self.projection(index, fit, precision).to(weight)
         return weight
 
     def parameters(self, config: Sequence[int]) -> Parameters:
@@ -208,15 +211,15 @@ class Supernet:
         `x` are the inputs of its projection, which is not rounded, or of its experts, and `dtype` is the type of its
         outputs.
         """
-        bias, norm, kind = self.biases[index], self.norms_behind[index], product_type(torch.float32)
+        bias, norm, kind = self.biases[index], self.norms_behind[index], product_type(torch.float32, x.device)
         if index in self.routings:
             current = self.library[index][self.config[index]]
             self.write(index, fit.columns, fit.weight)
-            with compute_precision():
+            with compute_precision(x.device):
                 y: torch.Tensor = self.outs[index].forward(x)  # past the hooks on it
             self.write(index, current.columns, current.weight)
         else:
-            y = functional.linear(x[..., fit.columns].to(kind), fit.weight.to(kind)).to(dtype)
+            y = functional.linear(x[..., fit.columns].to(kind), fit.weight.to(x.device, kind)).to(dtype)
             y = y if bias is None else y + bias
         found: torch.Tensor = y if norm is None else norm.forward(y)
         return found.float()

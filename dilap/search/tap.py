@@ -94,7 +94,8 @@ class Tap:
 
     def __init__(self, net: Supernet, changes: Changes) -> None:
         self.net, self.changes = net, changes
-        self.dtype = product_type(torch.float32)
+        self.device = net.model.device
+        self.dtype = product_type(torch.float32, self.device)
         self.kept: dict[int, torch.Tensor] = {}  # the changes of as many sublayers as fit, by index
         left = _CHANGES_BYTES
         for index, (sublayer, widths) in enumerate(zip(net.sublayers, changes.widths, strict=True)):
@@ -119,11 +120,11 @@ class Tap:
         """
         current, widths = self.net.library[index][self.net.config[index]], self.changes.widths[index]
         weight, rounded = self.net.masked_projection(index, current), self.net.sublayers[index].weight.detach()
-        changes = torch.zeros(len(widths), *weight.shape, dtype=self.dtype)
+        changes = weight.new_zeros(len(widths), *weight.shape, dtype=self.dtype)
         for number, fit in enumerate(widths):
             if fit.counts != current.counts:
                 change = -(weight if len(fit.columns) else rounded).float()
-                change[:, fit.columns] += fit.weight
+                change[:, fit.columns] += fit.weight.to(change.device)
                 changes[number] = change
         return changes.flatten(1)
 
@@ -132,7 +133,8 @@ class Tap:
         bias, current = self.net.biases[index], self.net.library[index][self.net.config[index]]
         if bias is None:
             return None
-        has_bias = torch.tensor([float(len(fit.columns) > 0) for fit in self.changes.widths[index]])
+        widths = self.changes.widths[index]
+        has_bias = torch.tensor([float(len(fit.columns) > 0) for fit in widths], device=bias.device)
         return (has_bias - float(len(current.columns) > 0))[:, None] * bias.float()
 
     def __enter__(self) -> "Tap":
@@ -153,8 +155,8 @@ class Tap:
         """Return the final hidden states (positions x hidden), with a graph back to the outputs of the projections."""
         model = self.net.model
         embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
-        self.products = torch.zeros(len(tokens), self.changes.count)
-        with compute_precision():
+        self.products = torch.zeros(len(tokens), self.changes.count, device=self.device)
+        with compute_precision(self.device):
             hidden: torch.Tensor = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         return before_head(model, hidden)
 

@@ -19,6 +19,7 @@ from dilap.models.statistics import State, first_of, layer_calls
 from dilap.sparsity.pattern import Pattern
 
 Granularity = Literal["block", "layer", "output1", "input1"]
+Metric = Literal["WD", "W", "D"]
 # The published granularity and share of swaps, by the method that made the first mask.
 PUBLISHED: Mapping[str, tuple[Granularity, float]] = {
     "magnitude": ("block", 0.1),
@@ -90,12 +91,13 @@ class Barber:
 
     The score of a weight is its size in the dense model times the root mean square over sequences of a gradient: that
     of the squared difference between the sparse and the dense block's outputs, taken at the dense weights, on the
-    inputs of the sparse model. Weights that are kept get their dense values again; `retain` leaves them the values
-    that SparseGPT gave them.
+    inputs of the sparse model. The `metric` W is the size alone, D the gradient alone. Weights that are kept get their
+    dense values again; `retain` leaves them the values that SparseGPT gave them, and takes sizes from these.
     """
 
     granularity: Granularity = "output1"
     threshold: float = 0.01
+    metric: Metric = "WD"
     retain: bool = False
 
     def rebuild_(
@@ -137,15 +139,24 @@ class Barber:
             for path, gradient in block.gradients(given, state).items():
                 squares[path] += gradient.square() / len(states)
         sparse, dense = block.weights(block.sparse), block.weights(block.dense)
-        scores = {path: weight.detach().abs() * squares[path].sqrt() for path, weight in dense.items()}
         kept = {path: weight != 0 for path, weight in sparse.items()}
+        values = {path: weight.detach() for path, weight in dense.items()}
+        if self.retain:
+            values = {path: torch.where(kept[path], sparse[path].detach().float(), values[path]) for path in values}
+        scores = {path: self._scores(values[path], squares[path]) for path in values}
         masks = rebuilt_masks(kept, scores, granularity=self.granularity, threshold=self.threshold, group=pattern.group)
         with torch.no_grad():
             for path, weight in sparse.items():
-                values = dense[path].to(weight.dtype)
-                if self.retain:
-                    values = torch.where(kept[path], weight, values)
-                weight.data = values * masks[path]
+                weight.data = values[path].to(weight.dtype) * masks[path]
+
+    def _scores(self, weight: torch.Tensor, squared_gradient: torch.Tensor) -> torch.Tensor:
+        match self.metric:
+            case "W":
+                return weight.abs()
+            case "D":
+                return squared_gradient.sqrt()
+            case "WD":
+                return weight.abs() * squared_gradient.sqrt()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,18 +1,21 @@
 """Rules that put zeros inside matrices, layer by layer: magnitude, Wanda and SparseGPT, unstructured or N:M."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from dilap.core.errors import InvalidInput, Unsupported
-from dilap.models.anatomy import architecture_of
+from dilap.models.anatomy import architecture_of, decoder_layers
 from dilap.models.families import family_of
 from dilap.models.modeling_dilap import linear_at
 from dilap.models.statistics import InputStatistics, Propagate, Role, layer_statistics, paths_of
 from dilap.sparsity.pattern import Pattern, keep_best
+from dilap.sparsity.pruner import Pruner, inputs_shown
 
 ROLES: tuple[Role, ...] = ("attention_in", "attention_out", "ffn_in", "ffn_out")
 
@@ -109,7 +112,7 @@ class SparseGpt:
 
     def factor(self, covariance: torch.Tensor) -> torch.Tensor:
         """Return an upper triangular U with U'U the inverse of the damped covariance; a diagonal one if that fails."""
-        identity = torch.eye(len(covariance), dtype=covariance.dtype)
+        identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
         for times in (1, 10, 100):
             damped = covariance + times * self.dampening * covariance.diagonal().mean() * identity
             lower, failed = torch.linalg.cholesky_ex(damped)
@@ -168,36 +171,54 @@ RULES = {
 def sparsify_(
     model: PreTrainedModel,
     tokens: torch.Tensor,
-    rule: Rule,
+    rule: Rule | Pruner,
     pattern: Pattern,
     *,
     propagate: Propagate = "pruned",
+    device: torch.device | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Give the model's decoder layers new matrices with zeros, and check each; the dense ones are not written over.
 
     `propagate` says whether the inputs of a layer are the outputs of the pruned layers before it, or of the dense ones.
+    With a `device` one layer at a time is on it, and everything else stays where it is.
     Raises InvalidInput, before anything is changed, where the pattern does not divide a matrix, and VerificationFailed
     where a matrix has too few zeros.
     """
-    family = family_of(model.config)
     require_matrices(model, pattern)
+    named = [dict(_matrices(model, index)) for index in range(len(decoder_layers(model)))]
+    every = {name: matrix for layer in named for name, (matrix, _) in layer.items()}
     steps = layer_statistics(
         model,
         tokens,
-        roles=ROLES,
+        roles=() if isinstance(rule, Pruner) else ROLES,
         covariance=getattr(rule, "needs_covariance", False),
         propagate=propagate,
+        device=device,
         progress=progress,
     )
-    for step in steps:
-        for role, statistics in step.statistics.items():
-            for path in paths_of(family, role):
-                if (matrix := linear_at(step.layer, path)) is None:
-                    continue
-                sparse = rule(matrix.weight.detach().float(), statistics, pattern).to(matrix.weight.dtype)
-                pattern.require(sparse, name=f"layer {step.index}, {path}")
+    nothing = nullcontext(set[str]())
+    with inputs_shown(rule, every, num_tokens=tokens.shape[1]) if isinstance(rule, Pruner) else nothing as shown:
+        for step in steps:
+            for name, (matrix, role) in named[step.index].items():
+                shown.discard(name)  # of the next pass, through the pruned layer, it is shown nothing
+                weight = matrix.weight.detach().float()
+                if isinstance(rule, Pruner):
+                    sparse = rule.pruned(name, weight, pattern)
+                else:
+                    sparse = rule(weight, step.statistics[role], pattern)
+                sparse = sparse.to(matrix.weight.dtype)
+                pattern.require(sparse, name=name)
                 matrix.weight.data = sparse  # the dense matrix may be in a mapped file or needed again
+
+
+def _matrices(model: PreTrainedModel, index: int) -> Iterator[tuple[str, tuple[nn.Linear, Role]]]:
+    """Yield the matrices of a layer by name, each with the role of its input."""
+    family, layer = family_of(model.config), decoder_layers(model)[index]
+    for role in ROLES:
+        for path in paths_of(family, role):
+            if (matrix := linear_at(layer, path)) is not None:
+                yield f"{family.layers}.{index}.{path}", (matrix, role)
 
 
 def require_matrices(model: PreTrainedModel, pattern: Pattern) -> None:
@@ -209,12 +230,8 @@ def require_matrices(model: PreTrainedModel, pattern: Pattern) -> None:
         raise Unsupported(
             "zeros inside matrices of experts are not supported yet: remove experts, with --budget or --ratio"
         )
-    family = family_of(model.config)
-    names = [path for role in ROLES for path in paths_of(family, role)]
-    layers = model.get_submodule(family.layers)
-    found = [(f"layer {i}, {path}", linear_at(layer, path)) for i, layer in enumerate(layers) for path in names]
-    matrices = [(name, matrix) for name, matrix in found if matrix is not None]
-    if not matrices:
+    found = [one for index in range(len(decoder_layers(model))) for one in _matrices(model, index)]
+    if not found:
         raise InvalidInput("the model has no linear matrices to prune; quantised ones are not supported")
-    for name, matrix in matrices:
+    for name, (matrix, _) in found:
         pattern.require_fit(matrix.in_features, name=name)

@@ -31,6 +31,7 @@ from torch.nn import functional
 from dilap.core.errors import Unsupported
 from dilap.core.shape import Architecture, LayerWidths
 from dilap.export.executorch.quantisation import constants, quantise_linear_
+from dilap.models.compute_device import HOST
 
 Kind = Literal["attention_in", "attention_out", "ffn", "head"]
 EDGE = EdgeCompileConfig(_check_ir_validity=False)  # the check refuses operators that are not ATen's: the custom ones
@@ -49,7 +50,7 @@ class BlockShape:
     precision: str
     norm_eps: float
     activation: str
-    architecture: Architecture  # without its layers
+    architecture: Architecture  # only what the code of its kind depends on
     widths: LayerWidths
     turns: bool = False
     norm_before: bool = False
@@ -92,8 +93,8 @@ class Norm(nn.Module):
 
     def __init__(self, size: int, *, eps: float) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.full((1, size), 1 / size, device="cpu"))
-        self.register_buffer("eps", torch.full((1,), eps, device="cpu"))
+        self.register_buffer("mean", torch.full((1, size), 1 / size, device=HOST))
+        self.register_buffer("eps", torch.full((1,), eps, device=HOST))
 
     def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if bias is not None:
@@ -111,8 +112,8 @@ class GeluTanh(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         factor = 2 * math.sqrt(2 / math.pi)
-        self.register_buffer("linear", torch.full((1,), factor, device="cpu"))
-        self.register_buffer("cubic", torch.full((1,), 0.044715 * factor, device="cpu"))
+        self.register_buffer("linear", torch.full((1,), factor, device=HOST))
+        self.register_buffer("cubic", torch.full((1,), 0.044715 * factor, device=HOST))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * torch.sigmoid(x * (x * x * self.cubic + self.linear))
@@ -256,7 +257,7 @@ class Head(Block):
         self.norm = Norm(model.hidden_size, eps=shape.norm_eps)
         self.out = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
         if shape.softcap:
-            self.register_buffer("softcap", torch.full((1,), shape.softcap, device="cpu"))
+            self.register_buffer("softcap", torch.full((1,), shape.softcap, device=HOST))
 
     def forward(self, x: torch.Tensor, *norm: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.out(self.norm(x, *norm))
@@ -285,9 +286,9 @@ def qk_norm_sizes(architecture: Architecture, widths: LayerWidths) -> tuple[int,
 def _half_turn(head_dim: int) -> torch.Tensor:
     """The matrix that maps a head's halves (a, b) to (-b, a)."""
     half = head_dim // 2
-    matrix = torch.zeros(head_dim, head_dim, device="cpu")
-    matrix[torch.arange(half, device="cpu"), torch.arange(half, head_dim, device="cpu")] = -1
-    matrix[torch.arange(half, head_dim, device="cpu"), torch.arange(half, device="cpu")] = 1
+    matrix = torch.zeros(head_dim, head_dim, device=HOST)
+    matrix[torch.arange(half, device=HOST), torch.arange(half, head_dim, device=HOST)] = -1
+    matrix[torch.arange(half, head_dim, device=HOST), torch.arange(half, device=HOST)] = 1
     return matrix
 
 

@@ -12,7 +12,7 @@ calls of the blocks' delegates at the end.
 """
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -34,6 +34,28 @@ from dilap.models.families import families
 
 Values = Callable[[str, tuple[int, ...]], torch.Tensor]  # a tensor's name and shape -> its content in f32
 REGISTERED = (custom_ops, _quant_patterns_and_replacements)  # imported for the operators that they define
+# What the code of a block depends on, beside the hidden size and the widths of its layer.
+_DEPENDS_ON: Mapping[Kind, tuple[str, ...]] = {
+    "attention_in": ("head_dim", "norm_vectors", "qkv_bias", "qk_norm"),
+    "attention_out": ("head_dim", "norm_vectors", "out_bias"),
+    "ffn": ("norm_vectors", "ffn_matrices", "ffn_bias", "ffn_out_bias"),
+    "head": ("vocab_size", "norm_vectors"),
+}
+_NOTHING = Architecture(
+    family="",
+    hidden_size=1,
+    head_dim=1,
+    vocab_size=1,
+    tied_embeddings=False,
+    ffn_matrices=2,
+    norm_vectors=1,
+    qkv_bias=False,
+    out_bias=False,
+    ffn_bias=False,
+    qk_norm=False,
+    num_positions=0,
+    layers=(),
+)
 
 
 @torch.no_grad()
@@ -214,7 +236,7 @@ class Decoder(nn.Module):
             kind=kind,
             precision=header.precision_of(part),
             norm_eps=header.numerics.norm_eps,
-            activation=header.numerics.activation,
+            activation=header.numerics.activation if kind == "ffn" else "",
             architecture=_relevant(header.architecture, kind),
             widths=widths,
             turns=turns,
@@ -335,9 +357,8 @@ class Score(nn.Module):
 
 
 def _relevant(architecture: Architecture, kind: Kind) -> Architecture:
-    """Return the architecture without what a block's code does not depend on, so that models share lowered blocks."""
-    found = replace(architecture, family="", layers=(), tied_embeddings=False)
-    return found if kind == "attention_in" else replace(found, qkv_bias=False, qk_norm=False)
+    """Return the architecture with only what a block's code depends on, so that models share lowered blocks."""
+    return replace(_NOTHING, **{name: getattr(architecture, name) for name in ("hidden_size", *_DEPENDS_ON[kind])})
 
 
 def _call_delegates_(program: ExportedProgram, delegates: Sequence[Delegate]) -> None:

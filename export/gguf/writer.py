@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -28,12 +29,14 @@ from dilap.export.source_model import described, end_tokens, require_held, tenso
 from dilap.export.verify import NUM_TOKENS, verify_logits
 from dilap.models.anatomy import architecture_of, exported_tensors, numerics_of, stand_in_numerics
 from dilap.models.context import max_tokens_of
+from dilap.models.origin import Origin, origin_of
 from dilap.models.text_samples import SAMPLES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Values = Callable[[TensorSpec, "np.dtype[np.floating]"], NDArray[np.floating]]  # one tensor's content
+UNNAMED: Mapping[str, Any] = MappingProxyType({})  # of a model of random weights
 Verify = Callable[[Path, Mix], float | None]  # a written file in a mix -> SQNR in dB where there is a reference
 
 # Measured, in dB (f32, f16, q8_0, q4_0):
@@ -77,7 +80,15 @@ class GgufExporter:
             return verify_gguf(model, path, mix=mix)
 
         with written_aside(out) as folder:
-            artifact = _write_folder(folder, layout, values, tokenizer=words, mix=mix, verify=verify)
+            artifact = _write_folder(
+                folder,
+                layout,
+                values,
+                tokenizer=words,
+                mix=mix,
+                verify=verify,
+                general=_general(origin_of(model.config)),
+            )
             artifact = described(artifact, model, plan_digest=plan_digest, notes=tuple(notes))
             write_json(folder / "artifact.json", encode(artifact))
         return artifact
@@ -177,16 +188,24 @@ def _type_of_tied(hidden_size: int, precision: str) -> str:
 
 
 def _write_folder(
-    folder: Path, layout: Layout, values: Values, *, tokenizer: Tokenizer, mix: Mix, verify: Verify
+    folder: Path,
+    layout: Layout,
+    values: Values,
+    *,
+    tokenizer: Tokenizer,
+    mix: Mix,
+    verify: Verify,
+    general: Mapping[str, Any] = UNNAMED,
 ) -> Artifact:
     """Write and verify `folder/model.gguf`; a quantised one is made by llama.cpp's own quantiser from an f16 file.
 
+    `general` has what the file says of the model's origin, by key without `general.`.
     The f16 file is verified too: four bits cost as many decibels (7 left) as a misordered matrix does (6 left).
     """
     folder.mkdir()
     path, quantised = folder / "model.gguf", [one for one in mix.used if one in llamacpp.FILE_TYPES]
     floats, written = (folder / "f16.gguf", _in_floats(mix)) if quantised else (path, mix)
-    _write_floats(floats, layout, values, tokenizer=tokenizer, mix=written)
+    _write_floats(floats, layout, values, tokenizer=tokenizer, mix=written, general=general)
     sqnr_db = verify(floats, written)
     if quantised:
         called(
@@ -227,10 +246,14 @@ def _types(layout: Layout, mix: Mix) -> dict[str, str]:
     return found
 
 
-def _write_floats(path: Path, layout: Layout, values: Values, *, tokenizer: Tokenizer, mix: Mix) -> None:
+def _write_floats(
+    path: Path, layout: Layout, values: Values, *, tokenizer: Tokenizer, mix: Mix, general: Mapping[str, Any]
+) -> None:
     """Write the header, then one tensor at a time, so that memory never holds a second copy of the model."""
     writer = gguf.GGUFWriter(path, layout.name)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if mix.precision == "f16" else gguf.LlamaFileType.ALL_F32)
+    for key, value in general.items():
+        _add(writer, f"general.{key}", value)
     for key, value in layout.metadata().items():
         _add(writer, f"{layout.name}.{key}", value)
     tokenizer.write(writer)
@@ -247,8 +270,27 @@ def _write_floats(path: Path, layout: Layout, values: Values, *, tokenizer: Toke
         writer.close()
 
 
-def _add(writer: gguf.GGUFWriter, key: str, value: str | int | float | list[int]) -> None:
-    if isinstance(value, list):
+def _general(origin: Origin) -> dict[str, Any]:
+    """Return what a file says of the model's origin: as its source said it, or what a model card knows of it."""
+    if origin.general:
+        return origin.general
+    known: dict[str, Any] = {
+        "name": origin.name,
+        "license": origin.license,
+        "license.name": origin.license_name,
+        "license.link": origin.license_link,
+        "languages": list(origin.languages),
+    }
+    for number, base in enumerate(origin.base_models):
+        known[f"base_model.{number}.repo_url"] = f"https://huggingface.co/{base}"
+    known["base_model.count"] = len(origin.base_models)
+    return {key: value for key, value in known.items() if value}
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: str | float | list[Any]) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, list):
         writer.add_array(key, value)
     elif isinstance(value, str):
         writer.add_string(key, value)

@@ -35,6 +35,7 @@ from dilap.export.network import (
     verified_examples,
 )
 from dilap.export.onnx.emitter import OPSET
+from dilap.export.onnx.valid import require_valid
 from dilap.export.verify import verify_outputs
 from dilap.models.network import Examples, TorchNetwork, in_f32
 
@@ -121,6 +122,7 @@ def write_network(path: Path, model: nn.Module, input_: NetworkInput) -> None:
         node.metadata_props.clear()  # stack traces with the paths of this machine
     exported.model.metadata_props.clear()
     exported.save(path)
+    require_valid(path)
 
 
 def quantise_weights_(path: Path) -> None:
@@ -154,6 +156,7 @@ def quantise_(path: Path, images: Examples, input_: NetworkInput, *, for_tensorr
     finally:
         floats.unlink()
         stored.unlink()
+    require_valid(path)
 
 
 def quantised(floats: Path, path: Path, images: Path, *, names: Sequence[str], for_tensorrt: bool) -> None:
@@ -205,6 +208,7 @@ def round_to_f16_(path: Path) -> None:
     float16: Any = importlib.import_module("onnxruntime.transformers.float16")
     onnx: Any = importlib.import_module("onnx")
     onnx.save(float16.convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
+    require_valid(path)
 
 
 def operators(path: Path) -> dict[str, int]:

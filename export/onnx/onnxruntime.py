@@ -16,6 +16,7 @@ from dilap.core.precisions import Mix
 from dilap.core.shape import UNMIXED, Architecture
 from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.onnx.graph import build_model
+from dilap.export.onnx.valid import require_valid
 from dilap.export.onnx.weights import ModelWeights, ProbeWeights
 from dilap.export.source_model import described, end_tokens, require_held
 from dilap.export.verify import NUM_TOKENS, verify_logits
@@ -111,6 +112,7 @@ def _write_model(
     graph = ir.load(folder / MODEL)
     graph.metadata_props[DATA] = file_sha256(folder / DATA)
     ir.save(graph, folder / MODEL)
+    require_valid(folder / MODEL)
 
 
 def verify_onnx(model: "PreTrainedModel", path: Path, tokenizer: "PreTrainedTokenizerBase", *, mix: Mix) -> float:

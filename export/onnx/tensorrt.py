@@ -24,6 +24,7 @@ from dilap.export.hf_tokenizer import read_tokenizer, save_tokenizer
 from dilap.export.onnx.emitter import Values
 from dilap.export.onnx.graph import build_model
 from dilap.export.onnx.tensorrt_report import CompileReport, compiled, one_layer_a_width
+from dilap.export.onnx.valid import require_valid
 from dilap.export.onnx.weights import ModelWeights, ProbeWeights
 from dilap.export.source_model import described, require_held
 from dilap.export.verify import NUM_TOKENS, torch_logits, verify_logits
@@ -140,6 +141,7 @@ def _save(path: Path, architecture: Architecture, numerics: Numerics, values: Va
         assert value.shape is not None
         value.shape = ir.Shape([1 if str(size) == "batch" else size for size in value.shape])
     ir.save(model, path, external_data=path.name + ".data")
+    require_valid(path)
 
 
 def _recipe(

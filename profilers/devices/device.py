@@ -84,12 +84,17 @@ class Device:
         """Return why the device cannot be used; None where that can be tried."""
         if self.transport == "local" or self.location is not None:
             return None
-        where = 'adb = "SERIAL"' if self.transport == "adb" else 'ssh = "user@host"'
+        head, where = self.entry
         return (
-            f"it is not known where your {self.name} ({self.description}) is: write [{self.name}] and "
-            f"{where} into devices.toml, then look with dilap-profile --check {self.name}; without the device: "
+            f"it is not known where your {self.name} ({self.description}) is: write {head} and {where} into "
+            f"devices.toml, then look with dilap-profile --check {self.name}; without the device: "
             "dilap-prune --estimate"
         )
+
+    @property
+    def entry(self) -> tuple[str, str]:
+        """The lines that devices.toml lacks where it is not known where the device is."""
+        return f"[{self.name}]", 'adb = "SERIAL"' if self.transport == "adb" else 'ssh = "user@host"'
 
     def where(self) -> str:
         """Return the words ` at ADDRESS` to put behind a description; empty for a device without one."""

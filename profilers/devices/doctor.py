@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dilap import backends
-from dilap.core.errors import DilapError
+from dilap.core.errors import DilapError, LinkLost
 from dilap.core.measurement import DeviceState
 from dilap.core.printable import printable
 from dilap.core.shape import Architecture, LayerWidths
@@ -40,13 +40,14 @@ _FLOATS = ("f32", "f16", "bf16")
 class Check:
     """The result of looking at a runtime, at a device or at one thing about a device.
 
-    `reason` says what was found, or what is wrong and what mends it.
+    `reason` says what was found, or what is wrong and what mends it; `paste` has the lines that a file lacks.
     """
 
     kind: str
     name: str
     usable: bool
     reason: str
+    paste: tuple[str, ...] = ()
 
 
 def examine(registry: Registry) -> Iterator[Check]:
@@ -98,21 +99,21 @@ def list_devices(registry: Registry) -> Iterator[Check]:
         yield Check(kind="device", name=device.label, usable=reason is None, reason=reason or found)
 
 
-def check_devices(devices: Sequence[Device]) -> Iterator[Check]:
-    """Check each of these devices, step by step."""
+def check_devices(devices: Sequence[Device], *, file: Path) -> Iterator[Check]:
+    """Check each of these devices, step by step; `file` is the one that says where devices are."""
     for device in devices:
         yield Check(kind="device", name=device.label, usable=True, reason=f"{device.description}{device.where()}")
-        yield from check_device(device)
+        yield from check_device(device, file=file)
 
 
-def check_device(device: Device) -> Iterator[Check]:
+def check_device(device: Device, *, file: Path) -> Iterator[Check]:
     """Check a device step by step, as far as it can be reached."""
 
-    def step(name: str, *, usable: bool, reason: str) -> Check:
-        return Check(kind="check", name=name, usable=usable, reason=reason)
+    def step(name: str, *, usable: bool, reason: str, paste: tuple[str, ...] = ()) -> Check:
+        return Check(kind="check", name=name, usable=usable, reason=reason, paste=paste)
 
-    if reason := device.unavailable():
-        yield step("address", usable=False, reason=reason)
+    if device.unavailable():
+        yield step("address", usable=False, reason=f"it is not known; paste into {file}", paste=device.entry)
         return
     try:
         yield step("connection", usable=True, reason=device.greet())
@@ -140,7 +141,9 @@ def _check_runtime(device: Device, backend: str) -> tuple[Check, DeviceState | N
             found = f"{instrument.fingerprint.runtime_version}; {instrument.fingerprint.runtime_build}"
             return Check(kind="runtime", name=backend, usable=True, reason=found), instrument.state()
     except DilapError as error:
-        return Check(kind="runtime", name=backend, usable=False, reason=str(error)), None
+        # A lost link is told with the advice to look at the device, as is done here.
+        reason = str(error.__cause__ if isinstance(error, LinkLost) and error.__cause__ else error)
+        return Check(kind="runtime", name=backend, usable=False, reason=reason), None
 
 
 def _check_state(state: DeviceState, device: Device) -> Iterator[Check]:
@@ -176,5 +179,7 @@ def _counted(what: str, times: int | None) -> str:
     return "" if times is None else f"; {what} {times} times since it started"
 
 
-def line(check: Check) -> str:
-    return printable(f"{'ok  ' if check.usable else 'no  '}{check.kind:8}{check.name:14} {check.reason}")
+def lines(check: Check) -> list[str]:
+    """Return a check as the line that says what was found, and those to paste below it."""
+    first = printable(f"{'ok  ' if check.usable else 'no  '}{check.kind:8}{check.name:14} {check.reason}")
+    return [first, *(f"    {one}" for one in check.paste)]

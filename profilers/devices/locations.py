@@ -33,15 +33,20 @@ def default_file() -> Path:
     return (Path(home) if home else Path.home() / ".config") / "dilap" / "devices.toml"
 
 
-def known_devices(file: Path | None = None) -> Registry:
-    """Return the user's devices from `file`, or else the file that $DILAP_DEVICES names, or else the default one.
-
-    Where the default one is missing, there are the presets alone. Raises InvalidInput.
-    """
+def devices_file(file: Path | None = None) -> Path:
+    """Return the file of the user's devices: `file`, or else that of $DILAP_DEVICES, or else the default one."""
     named = os.environ.get("DILAP_DEVICES")
-    given = file or (Path(named).expanduser() if named else None)
-    path = given or default_file()
-    return read_registry(path) if given or path.exists() else Registry()
+    return file or (Path(named).expanduser() if named else default_file())
+
+
+def known_devices(file: Path | None = None) -> Registry:
+    """Return the user's devices from `devices_file`; the presets alone where the default one is missing.
+
+    Raises InvalidInput.
+    """
+    path = devices_file(file)
+    is_named = file is not None or bool(os.environ.get("DILAP_DEVICES"))
+    return read_registry(path) if is_named or path.exists() else Registry()
 
 
 def read_registry(path: Path) -> Registry:

@@ -33,6 +33,7 @@ from dilap.models.anatomy import architecture_of
 from dilap.models.cut import shrink_
 from dilap.models.load import load, save_checkpoint
 from dilap.profilers.devices import device as devices
+from dilap.profilers.devices import doctor
 from dilap.profilers.profiler import Case
 from dilap.profilers.tables.table import TableHeader
 from dilap.search.journal import Evaluator
@@ -279,7 +280,16 @@ def test_export_works_alone_and_writes_the_sidecar(checkpoint: Path, tmp_path: P
     assert read_json(tmp_path / "out" / "artifact.json")["sqnr_db"] > 20
 
 
-def test_the_doctor_names_every_runtime_and_device(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_names_every_runtime_and_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_tiny = doctor._run_tiny
+
+    def quick(name: str, precision: str) -> None:
+        if name in ("llamacpp", "onnxruntime"):  # lowering or compiling for the others takes most of a minute
+            run_tiny(name, precision)
+
+    monkeypatch.setattr(doctor, "_run_tiny", quick)
     assert call(profile.main, "--doctor") == 0
     printed = capsys.readouterr().out
     assert "ran q8_0, q5_0, iq4_nl, q4_0" in printed  # on tiny models

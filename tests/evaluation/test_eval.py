@@ -107,11 +107,19 @@ def test_json_has_a_number_by_task_and_metric(checkpoint: Path, data: Path, caps
     assert len(found["facts"]["arc_easy"]["choices"]["arc_easy"]) == 12
 
 
-@pytest.mark.parametrize("backend", sorted(readers.READERS))
+@pytest.fixture(params=sorted(readers.READERS))
+def both(request: pytest.FixtureRequest, checkpoint: Path, tmp_path: Path) -> tuple[str, Path, Path]:
+    """A runtime, a checkpoint, and its artifact there."""
+    if request.param == "executorch":
+        made: Path = request.getfixturevalue("in_executorch")
+        return request.param, made / "checkpoint", made / "artifact"
+    return request.param, checkpoint, exported(request.param, checkpoint, tmp_path / "artifact")
+
+
 def test_an_artifact_answers_as_its_checkpoint(
-    backend: str, checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    both: tuple[str, Path, Path], data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    artifact = exported(backend, checkpoint, tmp_path / "artifact")
+    backend, checkpoint, artifact = both
     arguments = ("--tasks", "arc_easy,piqa,wikitext", "--data-dir", data)
     found = [evaluate(capsys, one, *arguments) for one in (checkpoint, artifact)]
     assert [one["backend"] for one in found] == ["torch", backend]
@@ -155,12 +163,25 @@ def test_killed_evaluation_goes_on_with_the_next_task(
     assert list(found["tasks"]) == list(read_json(out)["tasks"]) == ["piqa", "arc_easy"]
 
 
-def test_kept_evaluations_with_other_options_do_not_mix(
+def test_an_evaluation_adds_to_one_with_other_options(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (checkpoint, "--data-dir", data, "--out", tmp_path / "evaluation.json")
+    evaluate(capsys, *arguments, "--tasks", "piqa", "--limit", 3)
+    found = evaluate(capsys, *arguments, "--tasks", "arc_easy")
+    assert {name: facts["num_rows"] for name, facts in found["facts"].items()} == {"piqa": 3, "arc_easy": 12}
+
+
+def test_a_task_on_other_rows_than_before_is_scored_again(
     checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = (checkpoint, "--data-dir", data, "--out", tmp_path / "evaluation.json", "--tasks", "piqa")
-    evaluate(capsys, *arguments)
-    assert "another limit" in refused(capsys, *arguments, "--limit", 3)
+    evaluate(capsys, *arguments, "--limit", 3)
+    assert evaluate(capsys, *arguments)["facts"]["piqa"]["num_rows"] == 8
+
+
+def test_a_share_of_few_rows_carries_its_interval() -> None:
+    assert command._number({"acc": 0.35}, "acc", 20) == "35.0% [18.1%, 56.7%]"
 
 
 def test_kept_evaluations_of_other_rows_do_not_mix(

@@ -1,6 +1,7 @@
 """Scores of texts: what is shared between them is read once, and every runtime gives what torch gives."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,12 @@ from transformers import PreTrainedModel
 
 from dilap import backends, export
 from dilap.backends import MAX_READ_TOKENS, Reader, readers
+from dilap.core.artifact import Artifact
+from dilap.core.codec import decode, read_json
 from dilap.core.errors import DilapError
 from dilap.evaluation.scoring import Request, log_probabilities, score
 from dilap.evaluation.torch_reader import TorchReader
+from dilap.models.load import load
 
 RUNTIMES = sorted(readers.READERS)
 
@@ -92,33 +96,34 @@ def test_attention_free_layers_are_read(tmp_path: Path) -> None:
     )
 
 
-def opened(backend: str, model: PreTrainedModel, folder: Path) -> Reader:
+@pytest.fixture(params=RUNTIMES)
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[PreTrainedModel, Reader]]:
+    """A tiny llama, and its artifact in a runtime."""
+    backend = request.param
     if reason := backends.get(backend).unavailable():
         pytest.skip(reason)
-    tiny_tokenizer(folder / "words")
-    artifact = export.get(backend).export(
-        model, tokenizer=folder / "words", precision="f32", plan_digest="", out=folder / "out"
-    )
-    return readers.open_reader(backend, folder / "out" / artifact.path, threads=1)
+    if backend == "executorch":
+        made: Path = request.getfixturevalue("in_executorch")
+        model, folder = load(str(made / "checkpoint")).model, made / "artifact"
+    else:
+        model, folder = tiny_model("llama"), tmp_path / "out"
+        tiny_tokenizer(tmp_path / "words")
+        export.get(backend).export(model, tokenizer=tmp_path / "words", precision="f32", plan_digest="", out=folder)
+    artifact = decode(Artifact, read_json(folder / "artifact.json"), source="artifact.json")
+    with closing(readers.open_reader(backend, folder / artifact.path, threads=1)) as reader:
+        yield model, reader
 
 
-@pytest.mark.parametrize("backend", RUNTIMES)
-def test_an_artifact_scores_as_its_torch_model(backend: str, tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    reader = opened(backend, model, tmp_path)
+def test_an_artifact_scores_as_its_torch_model(opened: tuple[PreTrainedModel, Reader]) -> None:
+    model, reader = opened
     found = [score(one, questions(), max_tokens=64) for one in (reader, TorchReader(model))]
-    reader.close()
     # llama.cpp keeps keys and values in f16
     for mine, theirs in zip(*found, strict=True):
         assert mine.log_likelihood == pytest.approx(theirs.log_likelihood, rel=2e-3)
 
 
-@pytest.mark.parametrize("backend", RUNTIMES)
-def test_an_artifact_says_how_much_it_reads(backend: str, tmp_path: Path) -> None:
-    reader = opened(backend, tiny_model("llama"), tmp_path)
-    found = (reader.max_tokens, reader.vocab_size)
-    reader.close()
-    assert found == (128, VOCAB_SIZE)
+def test_an_artifact_says_how_much_it_reads(opened: tuple[PreTrainedModel, Reader]) -> None:
+    assert (opened[1].max_tokens, opened[1].vocab_size) == (128, VOCAB_SIZE)
 
 
 def test_an_engine_for_another_machine_is_refused(tmp_path: Path) -> None:

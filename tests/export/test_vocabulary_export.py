@@ -33,9 +33,10 @@ TEXTS = (TEXT, *SAMPLES)
 
 
 def cut(folder: Path, words: Path, *, num_tokens: int) -> Source:
-    """A tiny Llama in `folder` with the tokens of TEXT alone."""
+    """A Llama of one layer in `folder` with the tokens of TEXT alone."""
     tokenizer = AutoTokenizer.from_pretrained(words)
-    model = tiny_model("llama", vocab_size=num_tokens, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    model = tiny_model("llama", vocab_size=num_tokens, num_hidden_layers=1, **ends)
     save_checkpoint(model, tokenizer, folder / "model")
     (folder / "needs.txt").write_text(TEXT, encoding="utf-8")
     return load(str(folder / "model"), vocabulary=folder / "needs.txt")

@@ -1,7 +1,7 @@
 """The comparison: every method on the same rails, resumable, and one failure loses nothing else."""
 
 import csv
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -156,10 +156,26 @@ def test_best_method_comes_first() -> None:
 
 
 def test_the_quality_of_a_row_is_the_artifacts_and_torchs_has_its_own_columns() -> None:
-    row = Row(method="a", budget="70%", torch_kl_before=1.0, torch_kl=0.5, artifact_kl=0.75, artifact_reader="llamacpp")
+    row = Row(
+        method="a",
+        budget="70%",
+        torch_kl_cut=3.0,
+        torch_kl_refit=2.0,
+        torch_kl_before=1.0,
+        torch_kl=0.5,
+        artifact_kl=0.75,
+        artifact_reader="llamacpp",
+    )
     heading, _, line = (one.split("|") for one in markdown([row]).splitlines() if one.startswith("|"))
     cells = dict(zip((one.strip() for one in heading), (one.strip() for one in line), strict=True))
-    assert (cells["KL"], cells["torch KL"], cells["torch KL before recovery"]) == ("0.750", "0.500", "1.000")
+    assert (cells["KL"], cells["torch KL"], cells["before recovery"]) == ("0.750", "0.500", "1.000")
+    assert (cells["torch KL of the units alone"], cells["refitted"]) == ("3.000", "2.000")
+
+
+def test_a_table_says_to_what_all_widths_are_rounded() -> None:
+    rows_ = [Row(method=name, budget="70%", artifact_kl=1.0, ffn_multiple=32) for name in "ab"]
+    assert "FFN widths of all methods are rounded to multiples of 32, which the runtime needs." in markdown(rows_)
+    assert "are rounded to" not in markdown([replace(row, ffn_multiple=1) for row in rows_])
 
 
 def test_a_row_without_the_artifacts_quality_says_that_it_is_torchs() -> None:

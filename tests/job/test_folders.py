@@ -21,6 +21,7 @@ from dilap.job.inputs import code_sha256, inputs_of
 from dilap.job.outputs import home_of, name_of
 from dilap.job.run_folder import Workspace, tidy
 from dilap.models.anatomy import model_digest
+from dilap.models.options import CalibrationOptions
 
 IDENTITY: dict[str, Any] = {"options": {"budget": "70%"}, "model": "abc", "inputs": {"the evaluation text": "1"}}
 
@@ -264,7 +265,12 @@ def test_inputs_are_known_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def inputs(*words: str) -> dict[str, str]:
         tokenizer: Any = Words(*words)
-        return inputs_of(tokenizer, calibration=str(text), evaluation=str(text), method="my_own_method:prune")
+        return inputs_of(
+            tokenizer,
+            calibration=CalibrationOptions(source=str(text)),
+            evaluation=str(text),
+            method="my_own_method:prune",
+        )
 
     text.write_text("one")
     first = inputs("a")

@@ -29,7 +29,7 @@ from dilap.job.evaluate import EvaluationOptions, evaluate
 from dilap.job.outputs import name_of
 from dilap.job.result import PruneResult, table
 from dilap.models.load import load, save_checkpoint
-from dilap.models.text import CalibrationOptions
+from dilap.models.options import CalibrationOptions
 from dilap.profilers.profiler import Case
 from dilap.report.report import report
 

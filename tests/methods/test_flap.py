@@ -10,7 +10,7 @@ from standins.models import logits, masked_, random_tokens, tiny_model, tiny_tas
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from dilap.core.errors import Unsupported
+from dilap.core.errors import InvalidInput, Unsupported
 from dilap.core.rules import WidthRules
 from dilap.core.shape import LayerWidths
 from dilap.methods.flap import Flap, global_counts, group_cost, metric_of, standardised
@@ -188,7 +188,7 @@ def test_uniform_structure_gives_every_layer_the_same_widths() -> None:
 
 
 def test_manual_heads_are_removed_as_asked() -> None:
-    task, found = flap(tiny_model("llama"), structure="AL-MM", remove_heads=2, share=0.8)
+    task, found = flap(tiny_model("llama"), structure="AL-MM", remove_heads=4, share=0.8)
     assert sum(widths.num_kv_heads for widths in found.plan.all_widths()) == 2 * task.num_layers - 2
 
 
@@ -210,15 +210,72 @@ def test_wanda_sp_scores_a_layer_on_what_the_pruned_ones_give() -> None:
     """Layer by layer by hand: score, zero the columns of what goes, and go on through the pruned layer."""
     found = wanda_sp(tiny_task(tiny_model("llama"))).plan
     model = tiny_model("llama")
-    outs = {(one.layer, one.kind): one.out for one in sublayers(model)}
     for step in layer_statistics(model, tiny_task(model).text.train, propagate="pruned"):
         i = step.index
-        for kind in ("attention", "ffn"):
-            out, width = outs[i, kind], {"attention": 32, "ffn": 1}[kind]
-            norms = step.statistics[f"{kind}_out"].norms  # type: ignore[index]
-            scores = (out.weight.abs().mean(0) * norms).reshape(-1, width).sum(1)
-            kept = found.kept[f"layers.{i}.{'kv_groups' if kind == 'attention' else 'channels'}"]
-            assert set(kept) == set(scores.topk(len(kept)).indices.tolist())
-            mask = torch.zeros(len(scores)).index_fill_(0, torch.tensor(kept), 1.0)
+        for one in (one for one in sublayers(model) if one.layer == i):
+            norms = step.statistics[f"{one.kind}_out"].norms  # type: ignore[index]
+            columns, mask = one.out.weight.abs().mean(0) * norms, torch.ones(one.out.in_features)
+            grid = columns.reshape(2, 2, 16) if one.kind == "attention" else columns.reshape(96, 1)
+            for dimension, group in enumerate(one.block.groups):  # KV groups and query slots, or channels
+                kept = found.kept[group.name]
+                scores = grid.movedim(dimension, 0).flatten(1).sum(1)
+                assert set(kept) == set(scores.topk(len(kept)).indices.tolist())
+                stay = torch.zeros(len(scores)).index_fill_(0, torch.tensor(kept), 1.0)
+                shape = [len(scores) if other == dimension else 1 for other in range(grid.dim())]
+                mask *= stay.reshape(shape).expand(grid.shape).reshape(-1)
             with torch.no_grad():
-                out.weight.mul_(mask.repeat_interleave(width))
+                one.out.weight.mul_(mask)
+
+
+def test_heads_are_counted_as_the_authors_count_them() -> None:
+    """Query heads: 4 of a model with 2 in every KV group are 2 groups."""
+    task, found = flap(tiny_model("llama"), structure="AL-MM", remove_heads=4, share=0.8)
+    assert sum(widths.num_heads for widths in found.plan.all_widths()) == 4 * task.num_layers - 4
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen2", "qwen3", "phi3"])
+def test_masks_only_is_functionally_the_cut_model(family: str) -> None:
+    tokens = random_tokens(2, 12)
+    _, cut = flap(tiny_model(family))
+    _, masked = flap(tiny_model(family), masks_only=True)
+    assert masked.plan.all_widths() == masked.plan.architecture.layers
+    assert sum(masked.facts["masked"].values()) > 0
+    models = [shrink_(tiny_model(family), one.plan, parameters=one.parameters) for one in (cut, masked)]
+    assert_close(logits(models[1], tokens), logits(models[0], tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_are_of_the_first_nsamples_sequences() -> None:
+    task = tiny_task(tiny_model("llama"))
+    few = replace(task, text=replace(task.text, train=task.text.train[:3]))
+    wanted, found = Flap()._findings(few), Flap(nsamples=3)._findings(task)
+    assert all(torch.equal(a, b) for a, b in zip(wanted.metrics, found.metrics, strict=True))
+    with pytest.raises(InvalidInput, match="nsamples is 9, but there are 8 calibration sequences"):
+        Flap(nsamples=9)(task)
+
+
+def test_a_layer_without_units_is_removed_and_its_mean_output_stays() -> None:
+    """It goes to the bias of the last sublayer before it, behind which nothing reads the stream."""
+    model, tokens = tiny_model("llama"), random_tokens(2, 12)
+    task = tiny_task(model)
+    findings = Flap()._findings(task)
+    counts = {block.main.name: block.main.num_units for block in task.architecture.blocks}
+    plan = task.keep(
+        {name: torch.zeros(n) for name, n in counts.items()}, counts=counts | {"layers.1.channels": 0}, may_remove=True
+    )
+    assert [widths.num_channels for widths in plan.all_widths()] == [96, 0, 96]
+    biases = findings.biases(plan)
+    cut = shrink_(tiny_model("llama"), plan, parameters=biases)
+    add_output_biases_(model, family_of(model.config))
+    with torch.no_grad():  # the same by hand: the network of layer 1 gives its mean output for every token
+        weight, bias = (decoder_layers(model)[1].get_parameter(f"mlp.down_proj.{one}") for one in ("weight", "bias"))
+        bias.copy_(weight.float() @ findings.means[3])
+        weight.zero_()
+    assert_close(logits(cut, tokens), logits(model, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_a_runtime_that_needs_every_sublayer_keeps_a_unit_of_each() -> None:
+    rules = WidthRules(ffn_removal=False, attention_removal=False)
+    task = tiny_task(tiny_model("llama"), rules=rules)
+    counts = {block.main.name: 0 for block in task.architecture.blocks}
+    plan = task.keep({name: torch.zeros(96) for name in counts}, counts=counts, may_remove=True)
+    assert all(widths.num_kv_heads == widths.num_channels == 1 for widths in plan.all_widths())

@@ -7,11 +7,12 @@ import torch
 from standins.models import logits as logits_of
 from standins.models import plan_for, random_tokens, tiny_model, tiny_net, tiny_task, tiny_tokenizer
 from standins.quick_methods import NAMES, method
+from standins.recovery import distil
 from transformers import PreTrainedModel
 
 from dilap import methods
 from dilap.models.cut import shrink_
-from dilap.models.distil import Mode, RecoveryOptions, distil
+from dilap.models.recovery.options import Mode, RecoveryOptions
 from dilap.models.reference import Teacher
 from dilap.models.text import self_generated
 from dilap.search.refit import refit_sequentially
@@ -64,7 +65,7 @@ def test_recovery_gives_a_sound_model(mode: Mode, dtype: torch.dtype) -> None:
     model = model_of(dtype)
     teacher = Teacher.of(model, TOKENS)
     shrink_(model, plan_for(model, {"layers.0.channels": tuple(range(48))}))
-    losses = distil(model, teacher, RecoveryOptions(mode=mode, steps=3, batch_tokens=32, lora_rank=4))
+    losses = distil(model, teacher, RecoveryOptions(mode=mode, steps=3, batch_tokens=32, lora_rank=4)).kls
     assert torch.tensor(losses).isfinite().all()
     require_sound(model, dtype)
 

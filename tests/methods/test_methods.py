@@ -1,6 +1,7 @@
 """Every method keeps its limit with a plan that loads, leaves the model alone, and repeats itself."""
 
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -211,3 +212,14 @@ def test_removed_layers_load_whatever_sublayers_may_be_removed() -> None:
     rules = WidthRules(attention_removal=False, ffn_removal=False, equal_widths=True, head_pruning=False)
     rules.require(task.without_layers([1, 3]))
     assert task.without_layers([1, 3]).all_widths()[1] == LayerWidths(num_heads=0, num_kv_heads=0, num_channels=0)
+
+
+@pytest.mark.parametrize("name", methods.TRAINED)
+def test_methods_that_train_read_the_training_text(name: str) -> None:
+    """Their results change with it and with nothing else."""
+    task = tiny_task(model_of("gqa"), share=0.7)
+    same = method(name)(replace(task, training=task.text.train))
+    other = method(name)(replace(task, training=random_tokens(8, 24, seed=9)))
+    changed = [key for key, value in other.parameters.items() if not torch.equal(value, same.parameters[key])]
+    assert changed
+    assert all(torch.equal(value, same.parameters[key]) for key, value in pruned(name).parameters.items())

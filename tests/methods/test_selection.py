@@ -16,7 +16,10 @@ from transformers import PreTrainedModel
 from dilap.core.errors import Mismatch, Unsupported
 from dilap.core.rules import WidthRules
 from dilap.methods.puzzle import Puzzle, contribution
-from dilap.methods.sprint import Sprint, _Run, distance, saved_seconds, tuned_projection
+from dilap.methods.sprint import Sprint
+from dilap.methods.sublayer_damage import distance, tuned_projection
+from dilap.methods.sublayer_removal import Removal
+from dilap.methods.sublayer_seconds import saved_seconds
 from dilap.methods.ziplm import ZipLm
 from dilap.models.anatomy import decoder_layers, sublayers
 from dilap.models.cut import shrink_
@@ -211,8 +214,8 @@ def test_noise_that_saves_nothing_is_refused() -> None:
 
 def test_of_equal_sensitivities_the_dearer_kind_goes_first() -> None:
     task = tiny_task(deep_model())
-    run = _Run(Sprint(tune=False), task, list(sublayers(task.model)))
-    run.untuned = {s: 1.0 / run.seconds[("attention", "ffn")[s % 2]] for s in range(9)}
+    run = Removal(Sprint(tune=False), task, list(sublayers(task.model)))
+    run.untuned = {s: (1.0 / run.seconds[("attention", "ffn")[s % 2]],) for s in range(9)}
     dearer = max(run.seconds, key=lambda kind: run.seconds[kind])
     chosen = run._choose(lambda _: None)
     assert chosen is not None
@@ -262,7 +265,7 @@ def test_a_sublayer_that_adds_nothing_goes_first(silent: int) -> None:
 def test_removal_stops_at_the_first_plan_that_keeps_the_target() -> None:
     task = tiny_task(deep_model(), share=0.6)
     outs = list(sublayers(task.model))
-    run = _Run(Sprint(tune=False), task, outs)
+    run = Removal(Sprint(tune=False), task, outs)
     costs = []
     for plan in run.plans():
         costs.append(task.cost_limit.cost(plan))
@@ -274,14 +277,14 @@ def test_removal_stops_at_the_first_plan_that_keeps_the_target() -> None:
 
 def test_last_ffn_is_never_removed() -> None:
     task = tiny_task(deep_model())
-    *_, last = _Run(Sprint(tune=False), task, list(sublayers(task.model))).plans()
+    *_, last = Removal(Sprint(tune=False), task, list(sublayers(task.model))).plans()
     assert last.all_widths()[4].num_channels == 96
 
 
 def test_sensitivity_is_the_error_behind_the_next_ffn() -> None:
     """Of the attention in layer 1: streams with and without it, after that layer's feed-forward network."""
     task = tiny_task(deep_model())
-    run = _Run(Sprint(), task, list(sublayers(task.model)))
+    run = Removal(Sprint(), task, list(sublayers(task.model)))
     run._score_all(lambda _: None)
     streams = []
     for plan in (task.without([]), task.without([task.blocks[2]])):
@@ -294,7 +297,7 @@ def test_sensitivity_is_the_error_behind_the_next_ffn() -> None:
         hook.remove()
         streams.append(found[0])
     expected = distance(streams[0], streams[1], kind="l1", norm="sentence") / run.seconds["attention"]
-    assert run.untuned[2] == pytest.approx(expected, rel=1e-3)
+    assert run.untuned[2] == pytest.approx((expected,), rel=1e-3)
 
 
 def test_tuned_models_are_nearer_to_the_dense_one() -> None:
@@ -311,9 +314,9 @@ def test_tuned_models_are_nearer_to_the_dense_one() -> None:
 def test_tuning_knows_the_factor_of_a_sublayers_output() -> None:
     """Granite halves its sublayers' outputs; the Llama that computes the same has halved projections instead."""
     models = tiny_model("granite"), exported_llama(tiny_model("granite"))
-    granite, llama = (_Run(Sprint(), tiny_task(one), list(sublayers(one)))._tune(0) for one in models)
+    granite, llama = (Removal(Sprint(), tiny_task(one), list(sublayers(one)))._tune(0) for one in models)
     assert_close(0.5 * granite.weight, llama.weight, rtol=1e-3, atol=1e-3)  # f32 sums of other numbers, then solved
-    assert granite.importance == pytest.approx(llama.importance, rel=1e-3)
+    assert granite.importances == pytest.approx(llama.importances, rel=1e-3)
 
 
 @pytest.mark.parametrize("norm", ["sentence", "token", "channel", "element", "none"])

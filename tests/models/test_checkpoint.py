@@ -317,3 +317,15 @@ def test_changed_modelling_file_is_never_run(checkpoint: Path, tmp_path: Path) -
 def test_digest_is_that_of_the_weights(checkpoint: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     save_checkpoint(pruned("llama", MIXED), tokenizer, tmp_path / "same")
     assert load(str(checkpoint)).digest == load(str(tmp_path / "same")).digest
+
+
+def test_a_stock_class_says_what_a_pruned_checkpoint_needs(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="pass trust_remote_code=True, because the layers of this model have widths"):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def test_others_can_read_every_file_of_a_checkpoint(checkpoint: Path) -> None:
+    allowed = checkpoint.stat().st_mode & 0o666
+    assert {path.name: oct(path.stat().st_mode & 0o666) for path in checkpoint.iterdir()} == {
+        path.name: oct(allowed) for path in checkpoint.iterdir()
+    }

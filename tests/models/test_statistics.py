@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from dilap.models.anatomy import decoder_layers
 from dilap.models.compute import compute_precision
+from dilap.models.compute_device import HOST
 from dilap.models.families import family_of
 from dilap.models.modeling_dilap import linear_at
 from dilap.models.statistics import InputStatistics, Role, first_of, layer_statistics, paths_of
@@ -23,7 +24,7 @@ def inputs_of(model: PreTrainedModel, role: Role, layer: int) -> torch.Tensor:
     matrix = linear_at(decoder_layers(model)[layer], paths_of(family_of(model.config), role)[0])
     assert matrix is not None
     hook = matrix.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
-    with torch.no_grad(), compute_precision():
+    with torch.no_grad(), compute_precision(HOST):
         model.model(TOKENS, use_cache=False)
     hook.remove()
     return found[0].reshape(-1, found[0].shape[-1]).float()
@@ -35,7 +36,7 @@ def test_layerwise_forward_equals_the_model(family: str) -> None:
     *_, last = layer_statistics(model, TOKENS, batch_tokens=50)
     expected: list[torch.Tensor] = []
     hook = decoder_layers(model)[-1].register_forward_hook(lambda _m, _i, out: expected.append(first_of(out)))
-    with torch.no_grad(), compute_precision():
+    with torch.no_grad(), compute_precision(HOST):
         model.model(TOKENS, use_cache=False)
     hook.remove()
     # Batches of another size sum in another order.

@@ -10,10 +10,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from dilap.core.errors import InvalidInput
+from dilap.models.options import CalibrationOptions
 from dilap.models.text import (
     OPENINGS,
     Calibration,
-    CalibrationOptions,
     calibration,
     evaluation_text,
     self_generated,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dilap.core.errors import InvalidInput, Unavailable
-from dilap.models.text_files import COLUMNS, read_text
+from dilap.models.text_files import COLUMNS, read_documents, read_text
 
 TEXTS = ("one, 'two'\nthree", "two\u2028lines\x85here", "vier äöü")
 Record = dict[str, Any]
@@ -191,3 +191,31 @@ def test_records_without_the_library_are_one_line_with_the_command(
 def test_plain_text_needs_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert read_text(str(write(tmp_path / "a.txt", b"words"))) == "words"
+
+
+def test_instruction_sets_are_written_in_the_prompt_of_alpaca(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Greet.", "input": "", "output": "Hello"},
+    ]
+    text = read_text(str(write(tmp_path / "a.jsonl", json_lines(rows))))
+    assert text == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n"
+        "### Response:\n3\n\n"
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nGreet.\n\n### Response:\nHello"
+    )
+
+
+def test_a_hub_set_is_asked_for_with_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets, asked = pytest.importorskip("datasets", reason="the datasets package is not installed"), []
+
+    def load_dataset(*arguments: object, **options: object) -> Any:
+        asked.append((arguments, options))
+        return datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}, {"text": "three"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_documents("allenai/c4:en", most=2) == ["one", "two"]
+    assert read_text("user/name") == "one\n\ntwo\n\nthree"
+    assert [arguments for arguments, _ in asked] == [("allenai/c4", "en"), ("user/name", None)]

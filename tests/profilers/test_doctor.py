@@ -15,7 +15,7 @@ from dilap.core.errors import LinkLost, Unavailable
 from dilap.core.measurement import DeviceState, Fingerprint
 from dilap.profilers.devices import device as devices
 from dilap.profilers.devices.device import Device
-from dilap.profilers.devices.doctor import Check, check_device, line
+from dilap.profilers.devices.doctor import Check, check_device, lines
 from dilap.profilers.instruments.agent import Instrument
 
 TOML = """\
@@ -26,6 +26,7 @@ ssh = "me@second"
 [s23]
 adb = "R5CT1234567"
 """
+FILE = Path("here") / "devices.toml"
 FIT = DeviceState(
     power_mode="MAXN",
     governor="schedutil",
@@ -59,7 +60,7 @@ class Reached(Device):
     state: DeviceState = FIT
     free: float = 50e9
     unreached: str | None = None
-    missing: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str | LinkLost] = field(default_factory=dict)
 
     def unavailable(self) -> str | None:
         return None
@@ -74,7 +75,8 @@ class Reached(Device):
 
     def open(self, backend: str) -> Instrument:
         if backend in self.missing:
-            raise Unavailable(self.missing[backend])
+            error = self.missing[backend]
+            raise Unavailable(error) if isinstance(error, str) else error
         told: Any = Told(self.state)
         instrument: Instrument = told
         return instrument
@@ -86,11 +88,11 @@ def reached(kind: str = "jetson_cpu", **changes: Any) -> Reached:
 
 
 def found(device: Device) -> dict[str, Check]:
-    return {check.name: check for check in check_device(device)}
+    return {check.name: check for check in check_device(device, file=FILE)}
 
 
 def wrong(device: Device) -> list[str]:
-    return [check.name for check in check_device(device) if not check.usable]
+    return [check.name for check in check_device(device, file=FILE) if not check.usable]
 
 
 def test_a_fit_device_passes_every_step() -> None:
@@ -102,8 +104,15 @@ def test_a_fit_device_passes_every_step() -> None:
     assert wrong(reached()) == []
 
 
-def test_a_device_that_is_nowhere_says_what_to_write() -> None:
-    assert 'ssh = "user@host" into devices.toml' in found(devices.get("jetson_cpu"))["address"].reason
+def test_a_device_that_is_nowhere_says_what_to_paste_where() -> None:
+    check = found(devices.get("jetson_cpu"))["address"]
+    assert (check.reason, check.paste) == (f"it is not known; paste into {FILE}", ("[jetson_cpu]", 'ssh = "user@host"'))
+
+
+def test_a_check_does_not_advise_itself() -> None:
+    lost = LinkLost("no answer; look at it with: dilap-profile --check jetson_cpu")
+    lost.__cause__ = LinkLost("no answer")
+    assert found(reached(missing={"llamacpp": lost}))["llamacpp"].reason == "no answer"
 
 
 def test_a_device_out_of_reach_says_why_and_ends_there() -> None:
@@ -157,7 +166,7 @@ def test_pinned_clocks_need_no_advice() -> None:
 
 def test_a_check_is_one_line() -> None:
     check = Check(kind="check", name="free space", usable=False, reason="0.2 GB for models")
-    assert line(check) == "no  check   free space     0.2 GB for models"
+    assert lines(check) == ["no  check   free space     0.2 GB for models"]
 
 
 @pytest.fixture
@@ -195,7 +204,7 @@ def test_a_list_of_ones_own_is_read(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_check_of_what_is_nowhere_exits_with_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(profile.main, "--check", "jetson_gpu") == 1
-    assert "devices.toml" in capsys.readouterr().out
+    assert "devices.toml\n    [jetson_gpu]\n    ssh = " in capsys.readouterr().out
 
 
 def test_this_machine_is_looked_at_like_any_other() -> None:

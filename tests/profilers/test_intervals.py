@@ -205,3 +205,12 @@ def test_a_single_number_has_an_interval_without_width() -> None:
     one = measurement([1000], [0], ())
     assert intervals.latency(one) == Interval(value=1e-6, low=1e-6, high=1e-6)
     assert intervals.ratio(one, one) == Interval(value=1.0, low=1.0, high=1.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "count", "interval"),
+    [(0.35, 20, (0.1812, 0.5671)), (0.0, 10, (0.0, 0.2775)), (1.0, 10, (0.7225, 1.0)), (0.5, 10_000, (0.4902, 0.5098))],
+)
+def test_the_interval_of_a_share_is_wilsons(value: float, count: int, interval: tuple[float, float]) -> None:
+    found = intervals.share(value, count=count)
+    assert (found.low, found.high) == pytest.approx(interval, abs=1e-4)

@@ -11,139 +11,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 from standins.fabricated import FINGERPRINT
+from standins.network_tables import (
+    DENSE,
+    HEADER,
+    NETWORK,
+    WORKLOAD,
+    in_reach,
+    measured_table,
+    out_of_reach,
+    probes_of,
+)
+from standins.networks import shape
 
+from dilap.core.costs import Costs, MixedCosts
 from dilap.core.errors import InvalidInput, Mismatch
-from dilap.core.graph import Branch, Layer, Network
 from dilap.core.groups import Group, Member
 from dilap.core.measurement import Fingerprint, Measurement
-from dilap.core.workload import Workload
 from dilap.profilers.devices import device as devices
-from dilap.profilers.protocol import TABLE, Protocol
-from dilap.profilers.tables.networks.entries import NetworkEntry, NetworkProbe, dense_counts, named
+from dilap.profilers.protocol import Protocol
 from dilap.profilers.tables.networks.estimate import network_roofline
 from dilap.profilers.tables.networks.model import NetworkLatency
 from dilap.profilers.tables.networks.probes import build_network_table, list_network_probes, widths_of
-from dilap.profilers.tables.networks.table import NetworkTable, NetworkTableHeader
-from dilap.profilers.tables.networks.works import Kind, amount, layer_works
+from dilap.profilers.tables.networks.table import NetworkTable
+from dilap.profilers.tables.networks.works import amount, layer_works
 from dilap.profilers.tables.roofline import estimated
-
-
-def layer(name: str, side: int, *, num_groups: int = 1, stride: int = 1) -> Layer:
-    return Layer(
-        name=name,
-        kind="convolution",
-        stride=(stride, stride),
-        num_groups=num_groups,
-        output_sizes=((side, side),),
-    )
-
-
-def group(name: str, num_units: int, *places: tuple[str, int] | tuple[str, int, int]) -> Group:
-    """A group at (tensor, axis) or (tensor, axis, offset)."""
-    members = tuple(
-        Member(tensor=f"{place[0]}.weight", axis=place[1], grid=(num_units,), offset=place[2] if len(place) > 2 else 0)
-        for place in places
-    )
-    return Group(name=name, num_units=num_units, members=members)
-
-
-# A depthwise convolution, a branch that can be removed, a concatenation (`joined` reads `stem` and `side`), and a
-# convolution whose outputs are added to its inputs.
-NETWORK = Network(
-    name="tiny",
-    input_size=(3, 32, 32),
-    tensors={
-        "stem.weight": (24, 3, 3, 3),
-        "depthwise.weight": (24, 1, 3, 3),
-        "expand.weight": (96, 24, 1, 1),
-        "project.weight": (24, 96, 1, 1),
-        "side.weight": (12, 24, 1, 1),
-        "joined.weight": (64, 36, 1, 1),
-        "loop.weight": (64, 64, 3, 3),
-        "head.weight": (7, 64),
-    },
-    layers=(
-        layer("stem", 16, stride=2),
-        layer("depthwise", 16, num_groups=24),
-        layer("expand", 16),
-        layer("project", 16),
-        layer("side", 16),
-        layer("joined", 8, stride=2),
-        layer("loop", 8),
-        Layer(name="head", kind="linear"),
-    ),
-    groups=(
-        group("stem", 24, ("stem", 0), ("depthwise", 0), ("expand", 1), ("project", 0), ("side", 1), ("joined", 1)),
-        group("expand", 96, ("expand", 0), ("project", 1)),
-        group("side", 12, ("side", 0), ("joined", 1, 24)),
-        group("joined", 64, ("joined", 0), ("loop", 0), ("loop", 1), ("head", 1)),
-    ),
-    branches=(Branch(name="project", groups=("expand",), modules={"expand": (), "project": ()}, last="project"),),
-)
-DENSE = dict(named(NETWORK, dense_counts(NETWORK)))
-WORKLOAD = Workload(phase="forward", precision="f32", threads=2)
-HEADER = NetworkTableHeader(
-    fingerprint=FINGERPRINT,
-    workload=WORKLOAD,
-    network=NETWORK,
-    backend="onnxruntime",
-    protocol=TABLE,
-    created="2026-01-01T00:00:00+00:00",
-)
-FIXED = 2e-4
-SPEEDS: dict[Kind, float] = {"operations": 2e-11, "reads": 2e-10, "writes": 3e-10, "weights": 1e-10, "launch": 5e-6}
-DEPTHWISE = 6.0  # times slower
-EFFICIENCY = {one.name: 1 + 0.2 * (-1) ** index for index, one in enumerate(NETWORK.layers)}
-
-
-def in_reach(counts: Mapping[str, int]) -> float:
-    """Seconds on a device whose kernels fill 8 channels, all layers of a kernel at the same speeds."""
-    return FIXED + sum(
-        (DEPTHWISE if one.kernel == "depthwise" else 1) * SPEEDS[kind] * amount(work, counts)
-        for one in layer_works(NETWORK, multiple=8)
-        for kind, work in one.works.items()
-    )
-
-
-def out_of_reach(counts: Mapping[str, int]) -> float:
-    """Seconds on a device that no sum of products describes.
-
-    Its kernels fill 16 channels, layers have efficiencies of their own, and computing hides most of what is moved.
-    """
-    total = FIXED
-    for one in layer_works(NETWORK, multiple=16):
-        amounts = {kind: amount(work, counts) for kind, work in one.works.items()}
-        if not amounts["launch"]:
-            continue
-        computed = SPEEDS["operations"] * (amounts["operations"] + 10 * amounts["writes"])
-        moved = sum(SPEEDS[kind] * amounts[kind] for kind in ("reads", "writes", "weights"))
-        total += EFFICIENCY[one.layer] * (computed**3 + moved**3) ** (1 / 3) + SPEEDS["launch"]
-    return total
-
-
-Seconds = Callable[[Mapping[str, int]], float]
-
-
-def entry(probe: NetworkProbe, seconds: Seconds, *, noise: float = 0.0, drift: float = 1.0) -> NetworkEntry:
-    center = seconds(named(NETWORK, probe.counts)) * drift * (1 + noise * random.Random(str(probe.key)).gauss(0, 1))
-    return NetworkEntry(
-        role=probe.role,
-        counts=probe.counts,
-        samples_ns=tuple(round(center * 1e9 * (1 + 0.001 * (step - 7))) for step in range(15)),
-        sentinel_ns=(round(seconds(DENSE) * drift * 1e9),) * 15,
-        status="ok",
-    )
-
-
-def probes_of(network: Network = NETWORK, *, seed: int = 0) -> list[NetworkProbe]:
-    return list_network_probes(network, multiple=8, num_random=24, num_holdout=12, seed=seed)
-
-
-def measured_table(seconds: Seconds = in_reach, *, noise: float = 0.0, drifting: bool = False) -> NetworkTable:
-    return NetworkTable(HEADER).with_entries(
-        entry(probe, seconds, noise=noise, drift=1 + 0.1 * (index // 4) * drifting)
-        for index, probe in enumerate(probes_of())
-    )
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +88,32 @@ def test_the_operations_of_layers_are_those_of_the_network(counts: dict[str, int
     works = layer_works(NETWORK)
     total = sum(amount(one.works["operations"], DENSE | counts) for one in works)
     assert 2 * total == NETWORK.flops(DENSE | counts)
+
+
+@pytest.mark.parametrize("name", ["regnet", "efficientnet", "unet", "convnext"])
+def test_layers_of_every_kind_have_their_operations(name: str) -> None:
+    """Grouped convolutions, squeeze and excitation, concatenated and transposed ones, and matrices."""
+    network, draw = shape(name), random.Random(0)
+    counts = {one.name: draw.randint(1, one.num_units) for one in network.groups}
+    total = sum(amount(one.works["operations"], counts) for one in layer_works(network))
+    assert 2 * total == network.flops(counts)
+
+
+def test_a_whole_branch_costs_nothing_whatever_is_in_it() -> None:
+    network = shape("efficientnet")
+    gone = {name: 0 for branch in network.branches for name in branch.groups}
+    inside = tuple(f"{path}." for branch in network.branches for path in branch.modules)
+    for one in layer_works(network):
+        is_left = any(amount(work, network.widths_at(gone)) for work in one.works.values())
+        assert is_left != f"{one.layer}.weight".startswith(inside)
+
+
+def test_costs_of_networks_are_mixed_like_all_others(model: NetworkLatency) -> None:
+    other: Costs = network_roofline(NETWORK, WORKLOAD, DEVICE)
+    mixed = MixedCosts(parts=((0.25, model), (0.75, other)))
+    counts = {"stem": 8, "joined": 32}
+    assert mixed.predict(counts) == pytest.approx(0.25 * model.predict(counts) + 0.75 * other.predict(counts))
+    assert mixed.pairs["stem", "side"]((8,), (4,)) > 0.25 * model.pairs["stem", "side"]((8,), (4,))
 
 
 def test_a_removed_branch_costs_nothing(model: NetworkLatency) -> None:
@@ -317,6 +234,25 @@ def test_an_entry_that_no_measurement_gives_is_refused_by_its_line(what: str, tm
     lines[3] = json.dumps(json.loads(lines[3]) | changes)
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(InvalidInput, match=rf"t\.jsonl: line 4.*{re.escape(said)}"):
+        NetworkTable.read(path)
+
+
+BAD_NETWORKS: dict[str, tuple[dict[str, object], str]] = {
+    "no layers": ({"layers": []}, "no groups whose widths could differ, or no layers"),
+    "no groups": ({"groups": [], "branches": []}, "no groups whose widths could differ"),
+    "no stride": ({"layers": [{"name": "stem", "kind": "transposed", "stride": [0, 0]}]}, "a stride and a number of"),
+    "no size": ({"layers": [{"name": "stem", "kind": "linear", "output_sizes": [[1 << 40]]}]}, "a layer gives sizes"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_NETWORKS)
+def test_a_header_of_no_network_is_refused(what: str, tmp_path: Path) -> None:
+    changes, said = BAD_NETWORKS[what]
+    path = tmp_path / "t.jsonl"
+    measured_table().write(path)
+    header = json.loads(path.read_text().splitlines()[0])
+    path.write_text(json.dumps(header | {"network": header["network"] | changes}) + "\n")
+    with pytest.raises(InvalidInput, match=f"line 1: .*{said}"):
         NetworkTable.read(path)
 
 

@@ -91,7 +91,9 @@ def test_removed_layers_are_shown_as_empty(run: Path) -> None:
 
 
 def test_recovery_is_drawn_step_by_step(run: Path) -> None:
-    assert [row["step"] for row in drawn(run)["recovery"].rows] == [1, 2, 3]
+    rows = drawn(run)["recovery"].rows
+    assert [row["step"] for row in rows if row["text"] == "each step's own"] == [1, 2, 3]
+    assert [row["step"] for row in rows if row["text"] == "validation split"] == [0, 3]
 
 
 def test_csv_has_the_measured_numbers(run: Path, tmp_path: Path) -> None:
@@ -114,7 +116,7 @@ def test_markdown_has_every_table(evaluated: Path, capsys: pytest.CaptureFixture
 def test_scores_quality_and_costs_of_evaluations_are_tables() -> None:
     whole = replace(evaluation("seventy", 0.5), text=TEXT_QUALITY, costs=costs())
     scores, beside, spent = tables.evaluation_tables([("seventy", whole)])
-    assert list(scores.rows[0])[:5] == ["seventy", "piqa", "10", "0", "0.5"]
+    assert list(scores.rows[0])[:5] == ["seventy", "piqa", "10", "0", "50.0% [23.7%, 76.3%]"]
     assert list(beside.rows[0])[2:] == ["0.2500", "30.00 (20.00)", "40.0% (50.0%)", "70.0%"]
     decode, prefill = (dict(zip(spent.headings, row, strict=True)) for row in spent.rows)
     assert (decode["File"], decode["FLOPs"], decode["Bytes moved"]) == ("25 MB", "2.00 G", "40 MB")
@@ -154,7 +156,10 @@ def test_every_option_of_a_job_is_in_its_command(finished: FinishedJob) -> None:
     timed = "--backend onnxruntime --precision f32 --phase prefill --context 64 --prompt-tokens 32 --threads 1"
     search = "--configuration plain --layout portable --table t --importance wanda --step 0.3 --evaluations 7 --seed 5"
     text = "--calib c.txt --calib-length 64 --eval-text e.txt --recover lora --recover-steps 9"
-    options = options_of(f"{job} {timed} {search} {text}".split())
+    loss = "--recover-rate 0.002 --recover-next-token 0.1 --recover-hidden 0.2 --recover-evaluate 3 --tracker wandb"
+    stream = "--recover-data a.txt b.txt --recover-tokens 1M --recover-length 64 --recover-batch 128"
+    where = "--compute cpu --recover-checkpoint-activations"
+    options = options_of(f"{job} {timed} {search} {text} {loss} {stream} {where}".split())
     result = decode(PruneResult, read_json(finished.run / "result.json"), source="result.json")
     result = replace(result, target=options.target, budget=options.budget, options=asdict(options))
     assert options_of(shlex.split(command_line(result))[1:]) == options

@@ -15,7 +15,6 @@ from dilap.search.allocation import (
     Config,
     ExpectedCost,
     Quadratic,
-    RelaxationOptions,
     move,
     move_gains,
     project,
@@ -24,7 +23,7 @@ from dilap.search.allocation import (
     swap,
 )
 from dilap.search.dilap import allocate
-from dilap.search.task import SearchOptions
+from dilap.search.options import RelaxationOptions, SearchOptions
 
 UNIT = 2.0**-30  # seconds; sums of it are exact
 BUCKETS = 20_000

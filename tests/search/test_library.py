@@ -18,8 +18,6 @@ from dilap.models.statistics import layer_statistics
 from dilap.search import library_file
 from dilap.search.library import (
     LevelFit,
-    LibraryOptions,
-    Order,
     Units,
     channel_order,
     fit_choices,
@@ -31,6 +29,7 @@ from dilap.search.library import (
     wanda_scores,
 )
 from dilap.search.library_file import Fits, kept_library, load_fits, save_fits
+from dilap.search.options import LibraryOptions, Order
 from dilap.search.supernet import Supernet
 
 TOKENS = random_tokens(8, 32)

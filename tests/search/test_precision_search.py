@@ -14,14 +14,14 @@ from dilap.models.cut import shrink_
 from dilap.models.reference import Teacher
 from dilap.models.rounding import rounded
 from dilap.search import dilap, equal_widths, quantise
-from dilap.search.allocation import RelaxationOptions
 from dilap.search.dilap import unpruned_configs
 from dilap.search.journal import Evaluator
 from dilap.search.levels import compensated_library
 from dilap.search.library_file import load_fits
-from dilap.search.refit import RefitOptions, best_refit, refit_sequentially
+from dilap.search.options import RefitOptions, RelaxationOptions, SearchOptions
+from dilap.search.refit import best_refit, refit_sequentially
 from dilap.search.supernet import Supernet
-from dilap.search.task import SearchOptions, SearchTask
+from dilap.search.task import SearchTask
 
 TOKENS = random_tokens(32, 32)
 OPTIONS = SearchOptions(step=0.2, evaluations=6, restarts=3, relaxation=RelaxationOptions(steps=60))

@@ -17,8 +17,8 @@ from torch.testing import assert_close
 from dilap.core.errors import Unsupported
 from dilap.models.cut import shrink_
 from dilap.models.reference import Teacher
-from dilap.search.library import LibraryOptions
-from dilap.search.refit import RefitOptions, best_refit, refit_refusal, refit_sequentially
+from dilap.search.options import LibraryOptions, RefitOptions
+from dilap.search.refit import best_refit, refit_refusal, refit_sequentially
 
 TOKENS = random_tokens(32, 32)  # 1,024 positions for at most 96 unknowns a row
 CONFIG = (1, 1, 1, 2, 0, 1)

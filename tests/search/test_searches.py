@@ -13,12 +13,12 @@ from dilap.core import registry
 from dilap.core.errors import Infeasible, InvalidInput
 from dilap.methods import SEARCHES
 from dilap.models.reference import Teacher
-from dilap.search.allocation import RelaxationOptions
 from dilap.search.curvature import Curvature
 from dilap.search.dilap import linear_model, polish, search
 from dilap.search.journal import Evaluator
+from dilap.search.options import RelaxationOptions, SearchOptions
 from dilap.search.supernet import Supernet
-from dilap.search.task import Search, SearchOptions, SearchResult, SearchTask
+from dilap.search.task import Search, SearchResult, SearchTask
 
 OPTIONS = SearchOptions(step=0.15, evaluations=12, restarts=3, relaxation=RelaxationOptions(steps=80))
 

@@ -8,10 +8,10 @@ import torch
 from standins.allocations import space_of
 
 from dilap.core.space import Level, Space
-from dilap.search.allocation import Quadratic, RelaxationOptions
+from dilap.search.allocation import Quadratic
 from dilap.search.dilap import allocate
+from dilap.search.options import RelaxationOptions, SearchOptions
 from dilap.search.shortlist import Shortlist
-from dilap.search.task import SearchOptions
 
 
 def precise_space(seed: int) -> tuple[Space, Quadratic]:

@@ -1,5 +1,6 @@
 """LLM-Barber: the golden checks of its specification, and the job that prunes to a pattern."""
 
+import json
 import math
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from dilap.core.errors import InvalidInput
 from dilap.models.families import family_of
 from dilap.models.families.family import Family
 from dilap.models.load import save_checkpoint
-from dilap.sparsity.barber import Barber, Block, Granularity, decoder_matrices, rebuilt_masks, swapped
+from dilap.sparsity.barber import Barber, Block, Granularity, Metric, decoder_matrices, rebuilt_masks, swapped
 from dilap.sparsity.pattern import Pattern
 from dilap.sparsity.rules import Magnitude, SparseGpt, Wanda, sparsify_
 
@@ -165,6 +166,26 @@ def test_swaps_reach_the_first_and_the_last_block(family: str) -> None:
     assert f"2.{names.ffn_out}" in changed
 
 
+@pytest.mark.parametrize("metric", ["WD", "W", "D"])
+def test_swaps_are_made_by_the_metric_asked_for(metric: Metric) -> None:
+    """Every regrown weight scores higher than every newly pruned one of its row, by size, gradient or their product."""
+    weight, gradient = torch.tensor([[3.0, -2.0]]), torch.tensor([[1.0, 16.0]])
+    scores = Barber(metric=metric)._scores(weight, gradient)
+    assert scores.tolist() == {"WD": [[3.0, 8.0]], "W": [[3.0, 2.0]], "D": [[1.0, 4.0]]}[metric]
+
+
+def test_sizes_of_retained_weights_are_those_that_the_first_pass_gave_them() -> None:
+    model = tiny_model("llama")
+    dense = decoder_matrices(model)
+    sparsify_(model, TOKENS, SparseGpt(), Pattern.parse("0.5"))
+    before = decoder_matrices(model)
+    Barber(threshold=1.0, metric="W", retain=True).rebuild_(model, dense, TOKENS, Pattern.parse("0.5"))
+    for name, weight in decoder_matrices(model).items():
+        sizes = torch.where(before[name] != 0, before[name], dense[name]).abs()
+        kept = swapped(before[name] != 0, sizes, threshold=1.0)
+        assert torch.equal(weight != 0, kept), name
+
+
 @pytest.mark.parametrize("granularity", ["block", "layer", "input1"])
 def test_n_of_m_is_rebuilt_inside_rows_only(granularity: Granularity) -> None:
     model = tiny_model("llama")
@@ -192,6 +213,31 @@ def test_a_run_leaves_a_sparse_checkpoint_and_claims_no_latency(
     assert result["model_sparsity"] < 0.5
     assert result["claim"].startswith("no latency is claimed")
     assert (tmp_path / "out" / "checkpoint" / "config.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scores_of_tasks_stay_where_the_model_is_deleted(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    page = tmp_path / "data" / "wikitext" / "test.jsonl"
+    page.parent.mkdir(parents=True)
+    page.write_text(json.dumps({"page": "the fox is seen by the dog " * 30}))
+    extra = ["--tasks", "wikitext", "--data-dir", str(page.parent.parent), "--delete-model", "--dtype", "bf16"]
+    assert sparse(checkpoint, corpus, tmp_path / "out", "--pattern", "0.5", *extra) == 0
+    result = read_json(tmp_path / "out" / "result.json")
+    evaluation = read_json(tmp_path / "out" / "evaluation-torch.json")
+    assert result["tasks"]["wikitext"]["word_perplexity"] == evaluation["tasks"]["wikitext"]["word_perplexity"] > 1
+    assert (evaluation["precision"], evaluation["model"]) == ("bf16", str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+def test_a_run_calibrates_on_the_windows_of_a_corpus_in_files(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    path = tmp_path / "data" / "c4" / "train.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps({"text": f"the fox {n} is seen by the dog " * 40}) + "\n" for n in range(9)))
+    extra = ["--calib", "c4", "--data-dir", str(tmp_path / "data"), "--calib-sequences", "5"]
+    assert sparse(checkpoint, corpus, tmp_path / "out", "--pattern", "0.5", *extra) == 0
+    result = read_json(tmp_path / "out" / "result.json")
+    assert (result["calibration"], result["options"]["calibration"]["train_sequences"]) == ("c4", 5)
 
 
 def every_second(weight: torch.Tensor, statistics: object, pattern: object) -> torch.Tensor:

@@ -71,7 +71,7 @@ def test_experts_are_refused_before_anything_is_changed() -> None:
 def test_groups_that_do_not_divide_are_refused_before_anything_is_changed() -> None:
     model = tiny_model("llama", intermediate_size=90)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(InvalidInput, match=r"layer 0, mlp.down_proj has 90 inputs, which groups of 4 do not divide"):
+    with pytest.raises(InvalidInput, match=r"layers.0.mlp.down_proj has 90 inputs, which groups of 4 do not divide"):
         sparsify_(model, random_tokens(2, 8), Wanda(), TWO_OF_FOUR)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

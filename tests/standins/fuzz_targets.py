@@ -29,10 +29,12 @@ from dilap.profilers.instruments.agent import AgentClient
 from dilap.profilers.instruments.phone import parse_state
 from dilap.profilers.instruments.runners import _max_context, parse_llama_bench, parse_llama_main
 from dilap.profilers.links.store import Files
+from dilap.profilers.tables.networks.table import NetworkTable
 from dilap.profilers.tables.table import LatencyTable
 from dilap.report import diff, inputs, summary, tables
 from dilap.report.figures import figures
 from standins.fabricated import FINGERPRINT
+from standins.network_tables import measured_table
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def documents(run: Path, folder: Path) -> dict[str, Target]:
 
     return {
         "table": in_run("table.jsonl", use_table),
+        "table of a network": network_table_target(folder),
         "plan": in_run("plan.json", use_plan),
         "result": in_run("result.json", lambda _: use_run(copy)),
         "evaluation": in_run("evaluation.json", lambda _: use_run(copy)),
@@ -82,6 +85,20 @@ def use_table(path: Path) -> None:
     model = table.model()
     assert all(math.isfinite(error) for error in model.holdout_errors())
     assert model.predict(table.header.architecture.layers) > 0
+
+
+def network_table_target(folder: Path) -> Target:
+    path = folder / "network-table.jsonl"
+    measured_table().write(path)
+
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        table = NetworkTable.read(path)
+        model = table.model()
+        assert all(math.isfinite(error) for error in model.holdout_errors())
+        assert model.predict({}) >= 0
+
+    return Target(path.read_bytes(), read)
 
 
 def use_plan(path: Path) -> None:

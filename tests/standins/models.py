@@ -19,9 +19,10 @@ from dilap.models.anatomy import architecture_of, exported_tensors, sublayers
 from dilap.models.cut import shrink_
 from dilap.models.text import Calibration
 from dilap.search.levels import head_levels
-from dilap.search.library import LevelFit, LibraryOptions, fit_choices, fits_of_levels, width_choices
+from dilap.search.library import LevelFit, fit_choices, fits_of_levels, width_choices
 from dilap.search.limit import CostLimit
 from dilap.search.method import PruneTask
+from dilap.search.options import LibraryOptions
 from dilap.search.supernet import Supernet
 from dilap.search.weights import WeightCosts
 from tools.tiny_models import CLASSES, VOCAB_SIZE, byte_level_tokenizer, plan_for, pruned_model, tiny_model
@@ -51,9 +52,18 @@ def needs_llamacpp() -> None:
         pytest.skip("llama-cpp-python is not installed")
 
 
-def compensated_model(family: str, kept: Kept) -> PreTrainedModel:
+@torch.no_grad()
+def talking_model(tokenizer: Path) -> PreTrainedModel:
+    """A llama that only ever prefers printable text."""
+    model, words = tiny_model("llama"), AutoTokenizer.from_pretrained(tokenizer)
+    silent = [token for token in range(VOCAB_SIZE) if not words.decode([token]).strip().isalnum()]
+    model.lm_head.weight[silent] = 0
+    return model
+
+
+def compensated_model(family: str, kept: Kept, **changes: Any) -> PreTrainedModel:
     """`pruned_model` with random biases at the output projections, which most families lack."""
-    model, generator = tiny_model(family), torch.Generator().manual_seed(1)
+    model, generator = tiny_model(family, **changes), torch.Generator().manual_seed(1)
     biases = {f"{one.path}.bias": torch.randn(64, generator=generator) for one in sublayers(model)}
     return shrink_(model, plan_for(model, kept), parameters=biases)
 

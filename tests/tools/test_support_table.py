@@ -10,7 +10,7 @@ from standins import ROOT
 from dilap import backends
 
 tool: Any = importlib.import_module("tools.support_table")
-# the tool tries every pair; these are a kind each: unequal widths, equal ones, none
+# The tool tries every pair; these are a kind each: unequal widths, equal ones, none. ExecuTorch is in its own tests.
 PAIRS = [
     ("llama", "llamacpp", "q4_0"),
     ("qwen3", "llamacpp", "q8_0"),
@@ -23,7 +23,6 @@ PAIRS = [
     ("qwen3", "onnxruntime", "int4"),
     ("qwen3_moe", "onnxruntime", "int4"),
     ("opt", "onnxruntime", "f32"),
-    ("qwen2", "executorch", "8da4w"),
     ("qwen3_moe", "executorch", "f32"),
     ("qwen3_moe", "tensorrt", "f16"),
 ]

@@ -29,6 +29,7 @@ from dilap.core.network_input import NetworkInput, TokenInput, of_images
 from dilap.models import convolutional
 from dilap.models.anatomy import model_digest, require_finite
 from dilap.models.builtin import BUILTIN_NETWORKS, LITE
+from dilap.models.compute_device import HOST
 from dilap.models.convolutional.encoders import LAYERS
 from dilap.models.convolutional.narrowing import PREFIX, RECORD, TENSORS, load_narrowed_, narrowed_class, record_of
 from dilap.models.convolutional.network import Traced, traced
@@ -148,7 +149,7 @@ def _model(name: str, folder: Path) -> tuple[nn.Module, NetworkInput | None, tup
 def _builtin(name: str, weights: Path) -> nn.Module:
     """Return the network that one package builds, with the weights for ImageNet that another one has."""
     model: nn.Module = importlib.import_module(LITE).EfficientNet.from_name(name)
-    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    model.load_state_dict(torch.load(weights, map_location=HOST, weights_only=True))
     return model.eval()
 
 

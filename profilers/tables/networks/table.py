@@ -27,8 +27,8 @@ class NetworkTableHeader(Header):
     def __post_init__(self) -> None:
         if self.workload.phase != "forward":
             raise ValueError(f"a network is timed in a forward pass, and the workload is {self.workload.describe()}")
-        if not self.network.groups:
-            raise ValueError("the network has no groups whose widths could differ")
+        if not self.network.groups or not self.network.layers:
+            raise ValueError("the network has no groups whose widths could differ, or no layers")
 
     @property
     def subject(self) -> object:
