@@ -282,7 +282,7 @@ def _recoveries(runs: Sequence[Run]) -> list[Figure]:
         },
     }
     caption = (
-        f"{measure} to the dense model while the pruned model learns from it, on each step's own examples and on the "
-        "validation split, whose best state is kept."
+        f"How far the pruned model is from the dense one ({measure}) while it learns from it, on each step's own "
+        "examples and on the validation split, whose best state is kept."
     )
     return [Figure(name="recovery", title="Recovery", caption=caption, columns=columns, rows=rows, spec=spec)]
