@@ -1,11 +1,11 @@
 """The main job for image networks: prune one to a budget, and measure the smaller network."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
+from torch import nn
 
 from dilap import __version__, methods
 from dilap.backends.inputs import random_images
@@ -170,7 +170,7 @@ def _claim(stages: NetworkStages, goal: Goal, pruned: Pruned[Network]) -> PruneR
     write_json(workspace.folder / "plan.json", encode(plan))
     with workspace.stage("score the dense model"):
         exam = NetworkExam.of(stages)
-        lessons = _lessons(stages)
+    dense = None if stages.options.recovery.mode == "none" else copy.deepcopy(model)
     shrink_network_(model, plan, parameters=pruned.parameters)
     with workspace.stage("measure batch norms"):
         recalibrate_(model, shown.train_pixels)
@@ -182,8 +182,8 @@ def _claim(stages: NetworkStages, goal: Goal, pruned: Pruned[Network]) -> PruneR
         "validation split"
     )
     recovered, recovery = shrunk, Recovered()
-    if lessons is not None:
-        recovery = _recover_(stages, exam, lessons, before=validation_kl)
+    if dense is not None:
+        recovery = _recover_(stages, exam, dense, before=validation_kl)
         recovered = exam.of_torch(stages, model)
     with workspace.stage("save the checkpoint"):
         remove(workspace.folder / "checkpoint")  # left by an earlier start
@@ -202,22 +202,13 @@ def _claim(stages: NetworkStages, goal: Goal, pruned: Pruned[Network]) -> PruneR
     return replace(result, notes=(*result.notes, *recovery.notes), recovery_kls=recovery.kls)
 
 
-def _lessons(stages: NetworkStages) -> NDArray[np.float32] | None:
-    """Return what the dense network says about the photographs of the recovery, None without one."""
-    if stages.options.recovery.mode == "none":
-        return None
-    network = TorchNetwork(stages.source.model)
-    return stages.answers("training", lambda: network.outputs(stages.shown.train_pixels))
-
-
-def _recover_(stages: NetworkStages, exam: NetworkExam, lessons: NDArray[np.float32], *, before: float) -> Recovered:
+def _recover_(stages: NetworkStages, exam: NetworkExam, dense: nn.Module, *, before: float) -> Recovered:
     """Distil the dense network into the pruned one, in place; `before` is the KL on the validation split until then."""
     options, model = stages.options.recovery, stages.source.model
-    pixels = stages.shown.train_pixels
     return recover_(
         stages.workspace,
         lambda: tensors_of(model).items(),
-        lambda show: distil_network(model, pixels, lessons, options, progress=show),
+        lambda show: distil_network(model, dense, stages.shown.train_pixels, options, progress=show),
         name=options.mode,
         steps=options.steps,
         before=before,
