@@ -52,6 +52,13 @@ def parse_input(text: str) -> NetworkInput:
         raise InvalidInput(f"input {text!r}: {error}") from error
 
 
+def of_images(input_: NetworkInput, *, name: str) -> ImageInput:
+    """Return the input of an image network. Raises InvalidInput, with its `name`, for an encoder of texts."""
+    if isinstance(input_, TokenInput):
+        raise InvalidInput(f"{name} takes texts of {input_}, and is shown no images")
+    return input_
+
+
 def input_names(input_: NetworkInput) -> tuple[str, ...]:
     """Return the names of the inputs of a file for such an input."""
     return TOKEN_INPUTS if isinstance(input_, TokenInput) else ("images",)

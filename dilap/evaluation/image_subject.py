@@ -10,7 +10,11 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, read_json
 from dilap.core.errors import InvalidInput
 from dilap.core.images import ImageInput
+<<<<<<< HEAD
 from dilap.core.network_input import NetworkInput
+=======
+from dilap.core.network_input import of_images
+>>>>>>> encoders
 from dilap.evaluation.image_quality import ShowsImages
 from dilap.evaluation.subject import require_unchanged, why_no_artifact
 from dilap.models.convolutional.load import load_network
@@ -64,7 +68,11 @@ def _of_artifact(name: str, folder: Path, threads: int) -> ImageSubject:
         precision=artifact.precision,
         digest=artifact.sha256,
         plan_digest=artifact.plan_digest,
+<<<<<<< HEAD
         input=input_,
+=======
+        input=of_images(artifact.input, name=name),
+>>>>>>> encoders
         network=network,
         close=network.close,
     )
@@ -79,7 +87,11 @@ def _of_model(name: str, input_: ImageInput | None) -> ImageSubject:
         precision=str(next(source.model.parameters()).dtype).removeprefix("torch."),
         digest=source.digest,
         plan_digest="",
+<<<<<<< HEAD
         input=taken,
+=======
+        input=source.image_input,
+>>>>>>> encoders
         network=TorchNetwork(source.model),
         classes=classes_of(source.model),
     )

@@ -38,19 +38,22 @@ class Logits(nn.Module):
         return found[0]
 
 
+<<<<<<< HEAD
 def classes_of(model: nn.Module) -> Mapping[str, int]:
     """Return the numbers of the classes that have names, which transformers' configs say."""
     return getattr(getattr(model, "config", None), "label2id", None) or {}
 
 
+=======
+>>>>>>> encoders
 def takes_tokens(model: nn.Module) -> TypeGuard[PreTrainedModel]:
     """Return whether a network is an encoder of texts."""
     return isinstance(model, PreTrainedModel) and model.main_input_name == TOKEN_INPUTS[0]
 
 
-def gives_embeddings(model: nn.Module) -> bool:
+def gives_embeddings(model: nn.Module) -> TypeGuard[PreTrainedModel]:
     """Return whether a network is an encoder of texts without a head, whose outputs are the texts' embeddings."""
-    return takes_tokens(model) and model.base_model is model
+    return takes_tokens(model) and bool(model.base_model is model)
 
 
 def outputs_of(model: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:

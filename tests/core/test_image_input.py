@@ -43,7 +43,7 @@ def test_a_sidecar_of_before_networks_is_read() -> None:
 
 
 def test_a_network_has_no_decoders_architecture() -> None:
-    with pytest.raises(Unsupported, match="an image network, and a decoder is needed here"):
+    with pytest.raises(Unsupported, match="is no decoder, and one is needed here"):
         _ = artifact().decoder
 
 

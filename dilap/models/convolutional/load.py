@@ -25,7 +25,7 @@ from dilap.core.bounds import MAX_WIDTH
 from dilap.core.codec import read_json, write_json, written_aside
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported, reason_of
 from dilap.core.images import ImageInput, Preprocessing
-from dilap.core.network_input import NetworkInput, TokenInput
+from dilap.core.network_input import NetworkInput, TokenInput, of_images
 from dilap.models import convolutional
 from dilap.models.anatomy import model_digest, require_finite
 from dilap.models.builtin import BUILTIN_NETWORKS, LITE
@@ -73,6 +73,11 @@ class NetworkSource:
     digest: str
     folder: Path | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def image_input(self) -> ImageInput:
+        """What it takes, as an image network. Raises InvalidInput for an encoder of texts."""
+        return of_images(self.input, name=self.name)
 
     @functools.cached_property
     def traced(self) -> Traced:
