@@ -10,11 +10,7 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, read_json
 from dilap.core.errors import InvalidInput
 from dilap.core.images import ImageInput
-<<<<<<< HEAD
-from dilap.core.network_input import NetworkInput
-=======
 from dilap.core.network_input import of_images
->>>>>>> encoders
 from dilap.evaluation.image_quality import ShowsImages
 from dilap.evaluation.subject import require_unchanged, why_no_artifact
 from dilap.models.convolutional.load import load_network
@@ -59,7 +55,7 @@ def _of_artifact(name: str, folder: Path, threads: int) -> ImageSubject:
     artifact = decode(Artifact, read_json(sidecar), source=str(sidecar))
     if artifact.input is None:
         raise InvalidInput(f"{name} is a decoder, which is shown texts and no images: give --reference or --tasks")
-    input_ = _of_images(name, artifact.input)
+    input_ = of_images(artifact.input, name=name)
     require_unchanged(folder, artifact)
     network = open_network(artifact.backend, folder / artifact.path, threads=threads)
     return ImageSubject(
@@ -68,11 +64,7 @@ def _of_artifact(name: str, folder: Path, threads: int) -> ImageSubject:
         precision=artifact.precision,
         digest=artifact.sha256,
         plan_digest=artifact.plan_digest,
-<<<<<<< HEAD
         input=input_,
-=======
-        input=of_images(artifact.input, name=name),
->>>>>>> encoders
         network=network,
         close=network.close,
     )
@@ -80,25 +72,13 @@ def _of_artifact(name: str, folder: Path, threads: int) -> ImageSubject:
 
 def _of_model(name: str, input_: ImageInput | None) -> ImageSubject:
     source = load_network(name, input_=input_)
-    taken = _of_images(name, source.input)
     return ImageSubject(
         name=name,
         backend="torch",
         precision=str(next(source.model.parameters()).dtype).removeprefix("torch."),
         digest=source.digest,
         plan_digest="",
-<<<<<<< HEAD
-        input=taken,
-=======
         input=source.image_input,
->>>>>>> encoders
         network=TorchNetwork(source.model),
         classes=classes_of(source.model),
     )
-
-
-def _of_images(name: str, input_: NetworkInput) -> ImageInput:
-    """Return the input of an image network. Raises InvalidInput for another one."""
-    if not isinstance(input_, ImageInput):
-        raise InvalidInput(f"{name} is an encoder of texts, which is shown no images: its run says how good it is")
-    return input_

@@ -38,14 +38,11 @@ class Logits(nn.Module):
         return found[0]
 
 
-<<<<<<< HEAD
 def classes_of(model: nn.Module) -> Mapping[str, int]:
     """Return the numbers of the classes that have names, which transformers' configs say."""
     return getattr(getattr(model, "config", None), "label2id", None) or {}
 
 
-=======
->>>>>>> encoders
 def takes_tokens(model: nn.Module) -> TypeGuard[PreTrainedModel]:
     """Return whether a network is an encoder of texts."""
     return isinstance(model, PreTrainedModel) and model.main_input_name == TOKEN_INPUTS[0]

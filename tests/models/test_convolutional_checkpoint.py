@@ -250,14 +250,9 @@ def test_the_built_in_network_is_that_of_its_packages() -> None:
         len(found.traced.network.groups),
         len(found.traced.network.branches),
     ) == (4_652_008, 24, 9)
-<<<<<<< HEAD
     assert isinstance(found.input, ImageInput)
     assert found.input.preprocessing is not None
     assert found.input.preprocessing.resize == (73,)  # as 256 for images of 224
-=======
-    assert found.image_input.preprocessing is not None
-    assert found.image_input.preprocessing.resize == (73,)  # as 256 for images of 224
->>>>>>> encoders
 
 
 def test_a_classifier_without_an_image_processor_says_so(tmp_path: Path) -> None:
