@@ -16,7 +16,7 @@ from standins.fake_job import FinishedJob, call, last_line
 from dilap.cli import prune, report
 from dilap.core.codec import decode, encode, read_json, write_json
 from dilap.job.command import command_line
-from dilap.job.options import CommonOptions
+from dilap.job.options import JobOptions
 from dilap.job.result import PruneResult
 from dilap.profilers.devices import device as devices
 from dilap.report import inputs, summary, tables
@@ -141,10 +141,12 @@ def test_the_command_asks_for_the_same_job(finished: FinishedJob) -> None:
     assert {flag: words[words.index(flag) + 1] for flag in wanted} == wanted
 
 
-def options_of(arguments: Sequence[str]) -> CommonOptions:
+def options_of(arguments: Sequence[str]) -> JobOptions:
     """What dilap-prune makes of its arguments."""
     given = prune._parser().parse_args(arguments)
-    return prune.options_of(given, device=devices.get(given.target))
+    found = prune.options_of(given, device=devices.get(given.target))
+    assert isinstance(found, JobOptions)
+    return found
 
 
 def test_every_option_of_a_job_is_in_its_command(finished: FinishedJob) -> None:
