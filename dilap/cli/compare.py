@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dilap import methods
 from dilap.cli import arguments, console
 from dilap.cli.console import Console
-from dilap.cli.job_arguments import add_images, add_search, add_text_and_recovery, asked_job
+from dilap.cli.job_arguments import add_networks, add_search, add_text_and_recovery, asked_job
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
 from dilap.job import comparison
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         action=arguments.Several,
         default=["all"],
         metavar="NAME",
-        help=f"all, or some of {', '.join(METHODS)}, or your own as module:attribute (all); of image networks: "
+        help=f"all, or some of {', '.join(METHODS)}, or your own as module:attribute (all); of other networks: "
         f"{', '.join(NETWORK_METHODS)}",
     )
     arguments.add_model(made)
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     arguments.add_workload(made)
     add_search(made)
     add_text_and_recovery(made, mode="full", steps=16, refit=None)
-    add_images(made)
+    add_networks(made)
     return made
 
 
@@ -95,13 +95,13 @@ def _command() -> int:
     budgets += map(Budget.of_ratio, given.ratio)
     if not budgets:
         raise InvalidInput("nothing to compare at: name a --budget or a --ratio; --help has examples")
-    is_of_images = given.input_ is not None or is_network(given.model)
-    table = NETWORK_METHODS if is_of_images else METHODS
+    is_other = given.input_ is not None or is_network(given.model)
+    table = NETWORK_METHODS if is_other else METHODS
     names = methods.named(given.methods, table=table)
     settings = _settings(given.set, names, table)
     devices = arguments.devices_of(given, given.target)
     if given.refit is None:
-        given.refit = "none" if is_of_images else "score"
+        given.refit = "none" if is_other else "score"
     base = asked_job(given, device=devices[0], budget=budgets[0], method=None, settings={})
     model = name_of(given.model, merge_adapter=given.merge_adapter, vocabulary=given.vocabulary)
     default = f"compare-{model}-{given.target}"

@@ -5,11 +5,11 @@ import inspect
 from typing import TYPE_CHECKING
 
 from dilap.cli import arguments
-from dilap.core.bounds import MAX_BATCH
+from dilap.core.bounds import MAX_BATCH, MAX_TOKENS
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
 from dilap.job import options as jobs
-from dilap.job.networks import is_network
+from dilap.job.networks import in_words, is_network
 from dilap.job.options import RANGES, JobOptions
 from dilap.models.options import CalibrationOptions
 from dilap.models.recovery.options import RecoveryOptions
@@ -79,7 +79,7 @@ def add_text_and_recovery(
         metavar="TEXT",
         help="self (sampled from the model), c4, wikitext2 or ptb (random windows, as in the papers), a file (.txt .md "
         ".json .jsonl .csv .tsv .parquet, .gz too) or a hub set (user/name or user/name:configuration); for an image "
-        "network photographs (self)",
+        "network photographs, and always given for one and for an encoder of texts (self)",
     )
     group.add_argument(
         "--calib-length",
@@ -121,9 +121,9 @@ def add_text_and_recovery(
     )
     group.add_argument(
         "--eval-text",
-        default="python-docs",
         metavar="TEXT",
-        help="a file or hub set on which the models are scored, never searched on (python-docs)",
+        help="a file or hub set on which the models are scored, never searched on (python-docs; of an encoder of "
+        "texts, half of --calib)",
     )
     group.add_argument(
         "--recover",
@@ -195,16 +195,22 @@ def _range(name: str) -> str:
     return f"{least} to {most:,}"
 
 
-def add_images(made: argparse.ArgumentParser) -> None:
-    """Add the options about image networks, which also take --calib, a folder of photographs, and --recover full."""
-    group = made.add_argument_group("image networks")
+def add_networks(made: argparse.ArgumentParser) -> None:
+    """Add the options about networks that are no decoders, which also take --calib, and --recover full."""
+    group = made.add_argument_group("image networks and encoders of texts")
     group.add_argument("--input", dest="input_", metavar="CxHxW", help="3x224x224: needed for my_module:build")
     group.add_argument(
         "--processor", metavar="DIR", help="has preprocessor_config.json, which says how photographs become inputs"
     )
     group.add_argument("--weights", metavar="DIR", help="a checkpoint of what my_module:build returns")
     group.add_argument(
-        "--batch", type=arguments.whole(1, MAX_BATCH), default=1, metavar="N", help="images that are timed at once (1)"
+        "--batch", type=arguments.whole(1, MAX_BATCH), default=1, metavar="N", help="images or texts timed at once (1)"
+    )
+    group.add_argument(
+        "--seq-length",
+        type=arguments.whole(1, MAX_TOKENS),
+        metavar="N",
+        help="tokens that an encoder of texts takes of each (128)",
     )
     group.add_argument(
         "--eval-images",
@@ -230,9 +236,9 @@ def asked_job(
 
 
 def decoder_job(given: argparse.Namespace, *, device: Device, budget: Budget) -> JobOptions:
-    """Return the job of a decoder that the arguments ask for. Raises InvalidInput, also for an image network."""
+    """Return the job of a decoder that the arguments ask for. Raises InvalidInput, also for another network."""
     if is_network(given.model):
-        raise InvalidInput(f"{given.model} is an image network, and this command knows decoders alone; see dilap-prune")
+        raise InvalidInput(f"this command knows decoders alone, and not {in_words(given.model)}; see dilap-prune")
     known = set(inspect.signature(jobs.job_options).parameters) - {"device", "budget"}
     chosen = {name: value for name, value in vars(given).items() if name in known}
     return jobs.job_options(device=device, budget=budget, **chosen)

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dilap.cli import arguments, console
-from dilap.cli.job_arguments import add_images, add_search, add_text_and_recovery, asked_job
+from dilap.cli.job_arguments import add_networks, add_search, add_text_and_recovery, asked_job
 from dilap.core.codec import encode
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
 from dilap.job import ending, result
-from dilap.job.networks import is_network
+from dilap.job.networks import in_words, is_network
 from dilap.job.options import JobOptions
 from dilap.job.outputs import home_of, name_of
 from dilap.methods import METHODS, NETWORK_METHODS
@@ -33,6 +33,8 @@ _EXAMPLES = """\
 image networks (classifiers of transformers, efficientnet-lite0, your own modules) are pruned with photographs:
   dilap-prune --target host_cpu --budget 60% --method uniform --model ./resnet-50 --calib photos/
   dilap-prune --target jetson_gpu --budget 4ms --model my_module:build --input 3x224x224 --calib photos/
+encoders of texts (of the BERT family, all-minilm-l6-v2) are pruned with sentences:
+  dilap-prune --target host_cpu --budget 70% --method uniform --model all-minilm-l6-v2 --calib corpus.txt
 A killed run goes on where it stopped when the same command is given again."""
 
 
@@ -64,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sparse(made)
     add_search(made)
     add_text_and_recovery(made)
-    add_images(made)
+    add_networks(made)
     return made
 
 
@@ -74,7 +76,7 @@ def _add_method(made: argparse.ArgumentParser) -> None:
         "--method",
         metavar="NAME",
         help=f"{', '.join(METHODS)}, or your own as module:attribute; see the README (dilap). "
-        f"Of image networks: {', '.join(NETWORK_METHODS)} (taylor). "
+        f"Of image networks and encoders: {', '.join(NETWORK_METHODS)} (taylor). "
         "With --pattern: magnitude, wanda, sparsegpt (wanda)",
     )
     group.add_argument(
@@ -108,7 +110,7 @@ def _add_sparse(made: argparse.ArgumentParser) -> None:
 def _sparse(given: argparse.Namespace) -> int:
     """Run the job for a pattern of zeros, and return the exit code."""
     if is_network(given.model):
-        raise InvalidInput(f"--pattern does not apply to the image network {given.model}: leave it away")
+        raise InvalidInput(f"--pattern does not apply to {in_words(given.model)}: leave it away")
     from dilap.job import sparsify as sparse_job  # importing torch takes seconds: bad input is refused first
     from dilap.job.options import calibration_options
     from dilap.models.windows import CORPORA
@@ -137,7 +139,7 @@ def _sparse(given: argparse.Namespace) -> int:
             data_dir=None if given.tasks and given.calib not in CORPORA else given.data_dir,
             seed=given.seed,
         ),
-        evaluation_text=given.eval_text,
+        **({} if given.eval_text is None else {"evaluation_text": given.eval_text}),
         compute=given.compute,
     )
     pattern, method = given.pattern.replace(":", "of"), options.method.replace(":", ".")

@@ -44,20 +44,25 @@ def sentence_quality(
 
     Raises Mismatch where they have other sizes, InvalidInput for a single sentence.
     """
-    if embeddings.shape != reference.shape:
-        raise Mismatch(f"embeddings of {embeddings.shape[1]} numbers are not those of {reference.shape[1]}")
+    similarities = cosines(embeddings, reference)
     if len(embeddings) < 2:
         raise InvalidInput(f"{sentences.name}: one sentence has no nearest other one; give more text")
-    mine, theirs = (_of_length_1(one) for one in (embeddings, reference))
-    cosines = (mine * theirs).sum(axis=1)
     return SentenceQuality(
         text=sentences.name,
         text_sha256=sentences.sha256,
         num_sentences=len(sentences),
-        cosine=float(cosines.mean()),
-        low_cosine=float(np.quantile(cosines, 0.05)),
-        same_nearest=float((_nearest(mine) == _nearest(theirs)).mean()),
+        cosine=float(similarities.mean()),
+        low_cosine=float(np.quantile(similarities, 0.05)),
+        same_nearest=float((_nearest(embeddings) == _nearest(reference)).mean()),
     )
+
+
+def cosines(embeddings: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the cosine similarity of every embedding to the reference's. Raises Mismatch for those of other sizes."""
+    if embeddings.shape != reference.shape:
+        raise Mismatch(f"embeddings of {embeddings.shape[1]} numbers are not those of {reference.shape[1]}")
+    found: NDArray[np.float64] = (_of_length_1(embeddings) * _of_length_1(reference)).sum(axis=1)
+    return found
 
 
 def _of_length_1(rows: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -66,8 +71,9 @@ def _of_length_1(rows: NDArray[np.float32]) -> NDArray[np.float64]:
     return found
 
 
-def _nearest(rows: NDArray[np.float64]) -> NDArray[np.intp]:
+def _nearest(embeddings: NDArray[np.float32]) -> NDArray[np.intp]:
     """Return the index of the most similar other row for every row."""
+    rows = _of_length_1(embeddings)
     similarities = rows @ rows.T
     np.fill_diagonal(similarities, -np.inf)
     found: NDArray[np.intp] = similarities.argmax(axis=1)

@@ -75,8 +75,9 @@ def prune(
 
     `budget` is like `"40ms"`, `"70%"` of the dense latency or `"1.4x"` faster; instead, `ratio` is the share of the
     weights to remove (of a decoder, those of its layers). `options` are those of `dilap.job.options.job_options`:
-    `method`, `precision`, `recover`, `seed` and so on; of an image network, those of
-    `dilap.job.network_options.network_options`: `calib`, `eval_images`, `input_`, `batch` and so on. A model that is
+    `method`, `precision`, `recover`, `seed` and so on; of another network, those of
+    `dilap.job.network_options.network_options`: `calib`, `eval_images`, `input_`, `batch` and so on, or for an encoder
+    of texts `eval_text` and `seq_length`. A model that is
     passed as a `Source` is not changed. Raises DilapError with a one-line message; the same call, made again, goes on
     with what was done so far.
     """
@@ -128,14 +129,14 @@ def compare(
     asked = list(dict.fromkeys(asked + [_budget(None, one, stat) for one in _several(ratios)]))
     if not asked:
         raise InvalidInput("nothing to compare at: name budgets or ratios")
-    is_of_images = options.get("input_") is not None or is_network(os.fspath(model))
-    table = NETWORK_METHODS if is_of_images else METHODS
+    is_other = options.get("input_") is not None or is_network(os.fspath(model))
+    table = NETWORK_METHODS if is_other else METHODS
     names, chosen = named(_several(methods), table=table), settings or {}
     if strange := sorted(set(chosen) - set(names)):
         raise InvalidInput(f"settings of {strange[0]!r}, which is not compared; methods: {', '.join(names)}")
     found = _devices(target, devices)
     known = _known(options, among=set(OPTIONS) - {"method", "settings"})  # it has `methods`, and settings of each
-    scored = {} if is_of_images else {"refit": "score"}
+    scored = {} if is_other else {"refit": "score"}
     base = asked_job(
         device=found[0],
         budget=asked[0],

@@ -1,4 +1,4 @@
-"""From the options of a command or a call to a job: that of a decoder, or that of an image network."""
+"""From the options of a command or a call to a job: that of a decoder, or that of another network."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
 from dilap.job.kinds import kind_of
 from dilap.job.network_options import NetworkOptions, network_options
-from dilap.job.networks import is_network
+from dilap.job.networks import in_words, is_network
 from dilap.job.options import CommonOptions, JobOptions, job_options
 from dilap.job.result import PruneResult
 from dilap.profilers.devices.device import Device
@@ -28,23 +28,22 @@ OPTIONS = options_of(job_options) | options_of(network_options)
 def asked_job(*, device: Device, budget: Budget, model: str, given: Mapping[str, Any]) -> JobOptions | NetworkOptions:
     """Return the job that the options `given` ask for; the method is by default that of the model's kind.
 
-    An image network is every model that is one, or has an `input_`. Options at their defaults need not apply to the
-    model. Raises InvalidInput for unknown ones, and for others that do not apply to it.
+    A network that is no decoder is every model that is one, or has an `input_`. Options that are None or at their
+    defaults need not apply to the model. Raises InvalidInput for unknown ones, and for others that do not apply to it.
     """
     if odd := sorted(set(given) - set(OPTIONS)):
         raise InvalidInput(f"there is no option {odd[0]!r}; there are: {', '.join(sorted(OPTIONS))}")
-    is_of_images = given.get("input_") is not None or is_network(model)
+    given = {name: value for name, value in given.items() if value is not None}
+    is_other = "input_" in given or is_network(model)
     kinds: tuple[Callable[..., JobOptions | NetworkOptions], ...] = (job_options, network_options)
-    make, other = reversed(kinds) if is_of_images else kinds
+    make, other = reversed(kinds) if is_other else kinds
     known, others = options_of(make), options_of(other)
     for name in sorted(set(given) - set(known)):
         if given[name] != others[name]:
-            kind = f"the image network {model}" if is_of_images else f"{model}, which is no image network"
+            kind = in_words(model) if is_other else f"{model}, which is neither an image network nor an encoder"
             flag = name.rstrip("_").replace("_", "-")
             raise InvalidInput(f"--{flag} does not apply to {kind}: leave it away")
     chosen = {name: value for name, value in given.items() if name in known}
-    if chosen.get("method", "") is None:
-        del chosen["method"]
     return make(device=device, budget=budget, model=model, **chosen)
 
 

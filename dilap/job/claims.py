@@ -11,14 +11,14 @@ from dilap.core.measurement import Interval, Measurement
 from dilap.core.plan import Plan
 from dilap.evaluation.subject import require_unchanged
 from dilap.job.common_stages import CommonStages, Goal, require_measured
-from dilap.job.quality import AnyQuality, PhotoQuality, Quality
+from dilap.job.quality import AnyQuality, EmbeddingQuality, PhotoQuality, Quality
 from dilap.job.result import PlainDefaults, PruneResult, Side, caveats, versions
 from dilap.job.verdict import verdict
 from dilap.profilers import intervals
 from dilap.profilers.profiler import Case, budget_share, is_shown, speedup
 from dilap.search.method import Pruned
 
-_Scored = TypeVar("_Scored", Quality, PhotoQuality)
+_Scored = TypeVar("_Scored", Quality, PhotoQuality, EmbeddingQuality)
 Sizes = Callable[[Artifact], tuple[int, int]]  # parameters, and FLOPs of one workload
 
 
@@ -40,7 +40,7 @@ class Claim(Generic[AnyQuality]):
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """What a method was calibrated on: `sequences` of texts, of so many tokens each, or photographs."""
+    """What a method was calibrated on: `sequences` of texts, of so many tokens each, or photographs or sentences."""
 
     name: str
     sha256: str
@@ -140,15 +140,16 @@ def result_of(
     source: tuple[str, str],
     dense_cost: float,
     calibrated: Calibrated,
-    validation_kl: float,
-    kl_without_recovery: float,
+    validation_distance: float,
+    without_recovery: float,
     recovery: str,
     notes: Sequence[str],
 ) -> PruneResult[AnyQuality]:
     """Return the result of a job: the verdict on its budget, and what that rests on.
 
-    `source` is the model's name and digest, `dense_cost` its predicted cost. `notes` are added to the caveats of the
-    measurements and of the predictions.
+    `source` is the model's name and digest, `dense_cost` its predicted cost. `validation_distance` is that of the
+    pruned torch model before recovery from the dense one, on the validation split, `without_recovery` that on what all
+    models are scored on. `notes` are added to the caveats of the measurements and of the predictions.
     """
     options = stages.options
     dense: Side[AnyQuality] = claim.dense
@@ -185,8 +186,8 @@ def result_of(
         speedup=ratio,
         speedup_shown=ratio is not None and is_shown(ratio) and "contended" not in statuses,
         plan_digest=side.artifact.plan_digest,
-        validation_kl=validation_kl,
-        kl_without_recovery=kl_without_recovery,
+        validation_kl=validation_distance,
+        kl_without_recovery=without_recovery,
         recovery=recovery,
         calibration=calibrated.name,
         calibration_sha256=calibrated.sha256,

@@ -6,8 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from dilap.core.documents import value_at
+from dilap.core.network_input import TokenInput
 from dilap.core.workload import Budget
-from dilap.job.network_options import NetworkOptions, Photographs
+from dilap.job.network_options import ExampleOptions, NetworkOptions
 from dilap.job.options import JobOptions
 from dilap.job.precisions import AUTO
 from dilap.job.result import PruneResult
@@ -52,8 +53,7 @@ _NETWORK_FLAGS: Mapping[str, tuple[str, ...]] = {
     "--stat": ("budget", "statistic"),
     "--configuration": ("configuration",),
     "--method": ("method",),
-    "--calib": ("photographs", "source"),
-    "--eval-images": ("photographs", "evaluation"),
+    "--calib": ("examples", "source"),
     "--recover": ("recovery", "mode"),
     "--seed": ("seed",),
 }
@@ -67,10 +67,10 @@ def command_line(result: PruneResult[Any]) -> str:
     asked = ["--ratio", f"{budget.ratio:g}"] if budget.ratio is not None else ["--budget", str(budget)]
     words += asked
     flags, defaults = _FLAGS, asdict(JobOptions(budget=Budget(fraction=1.0)))
-    if result.is_of_images:
-        default = NetworkOptions(budget=Budget(fraction=1.0), model="", photographs=Photographs(source=""))
+    if result.is_of_network:
+        default = NetworkOptions(budget=Budget(fraction=1.0), model="", examples=ExampleOptions(source=""))
         flags, defaults = _NETWORK_FLAGS, asdict(default)
-        words += _input(options)
+        words += _shown(options, is_of_texts=isinstance(result.dense.artifact.input, TokenInput))
     for flag, path in flags.items():
         value = value_at(options, *path)
         is_default = flag not in _OF_THE_DEVICE and value == value_at(defaults, *path)
@@ -102,12 +102,16 @@ def _of_recovery(options: Mapping[str, Any], defaults: Any) -> list[str]:
     return words
 
 
-def _input(options: Mapping[str, Any]) -> list[str]:
-    """Return the words that ask for the input of an image network; none where the network says it."""
-    found = value_at(options, "input")
-    if found is None:
-        return []
-    return ["--input", "x".join(str(value_at(found, side)) for side in ("channels", "height", "width"))]
+def _shown(options: Mapping[str, Any], *, is_of_texts: bool) -> list[str]:
+    """Return the words that ask for what a network that is no decoder takes and is scored on, where that was asked."""
+    words, found, scored = list[str](), value_at(options, "input"), value_at(options, "examples", "evaluation")
+    if found is not None and is_of_texts:
+        words += ["--seq-length", str(value_at(found, "length"))]
+    elif found is not None:
+        words += ["--input", "x".join(str(value_at(found, side)) for side in ("channels", "height", "width"))]
+    if scored is not None:
+        words += ["--eval-text" if is_of_texts else "--eval-images", str(scored)]
+    return words
 
 
 def _precision(options: Mapping[str, Any]) -> str:

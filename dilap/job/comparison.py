@@ -11,6 +11,7 @@ from dilap.core.codec import checked, decode, write_json, written_aside
 from dilap.core.measurement import Interval
 from dilap.core.printable import csv_cell
 from dilap.core.printable import markdown as in_markdown
+from dilap.job.quality import EmbeddingQuality
 from dilap.job.result import PruneResult
 from dilap.job.verdict import Verdict, percent, words
 from dilap.methods import PUBLISHED_TOKENS, TRAINED
@@ -34,7 +35,8 @@ class Row:
     method left it, with its own values; the others after the recovery that all rows share. `artifact_*` is the quality
     of the exported file, read through its runtime; None where the file cannot be read here. A decoder has a perplexity;
     an image network has `agreement`, the share of photographs in which it prefers the dense network's class, and, with
-    labels, `top1` and `top5`.
+    labels, `top1` and `top5`; an encoder of texts has the numbers of `dilap.evaluation.document.SentenceQuality`, and
+    no KL.
     """
 
     method: str
@@ -79,15 +81,35 @@ class Row:
     torch_kl_refit: float | None = None
     ffn_multiple: int = 1
     training_text: str = ""
+    torch_cosine_before: float | None = None
+    torch_cosine: float | None = None
+    torch_low_cosine: float | None = None
+    torch_same_nearest: float | None = None
+    artifact_cosine: float | None = None
+    artifact_low_cosine: float | None = None
+    artifact_same_nearest: float | None = None
+    dense_artifact_cosine: float | None = None
+    calibration_sentences: int | None = None
 
     @property
     def is_of_images(self) -> bool:
         return self.torch_agreement is not None
 
     @property
-    def kl(self) -> float:
-        """KL to compare rows by, in nats a token: the exported file's where it is known, else the torch model's."""
-        return self.torch_kl or 0.0 if self.artifact_kl is None else self.artifact_kl
+    def is_of_sentences(self) -> bool:
+        return self.torch_cosine is not None
+
+    @property
+    def distances(self) -> tuple[float, float]:
+        """What rows are ranked by: how far the file (where it is not known, the torch model) is from the dense one.
+
+        Then how far the torch model is before recovery. Both are KL, or less the cosine similarity.
+        """
+        if self.is_of_sentences:
+            found = self.torch_cosine if self.artifact_cosine is None else self.artifact_cosine
+            return -(found or 0.0), -(self.torch_cosine_before or 0.0)
+        found = self.torch_kl if self.artifact_kl is None else self.artifact_kl
+        return found or 0.0, self.torch_kl_before or 0.0
 
 
 def row_of(result: PruneResult[Any]) -> Row:
@@ -108,7 +130,7 @@ def row_of(result: PruneResult[Any]) -> Row:
         pruning_seconds=result.pruning_seconds,
         pruning_peak_memory_bytes=result.pruning_peak_memory_bytes,
         calibration_tokens=None if text is None else text["train_sequences"] * text["sequence_length"],
-        calibration_images=result.calibration_sequences if text is None else None,
+        **(_calibration(result) if text is None else {}),
         notes=result.all_notes,
         budget_used_ci=(result.share.low, result.share.high),
         torch_kl_cut=result.kl_cut,
@@ -118,14 +140,21 @@ def row_of(result: PruneResult[Any]) -> Row:
     )
 
 
+def _calibration(result: PruneResult[Any]) -> dict[str, Any]:
+    """Return how many examples a network that is no decoder was calibrated on, by what they are."""
+    kind = "sentences" if isinstance(result.pruned.quality, EmbeddingQuality) else "images"
+    return {f"calibration_{kind}": result.calibration_sequences}
+
+
 def _qualities(result: PruneResult[Any]) -> dict[str, Any]:
     dense, pruned = result.dense, result.pruned
     found = {f"torch_{name}": value for name, value in pruned.in_torch.numbers.items()}
     found |= {f"dense_torch_{name}": value for name, value in dense.in_torch.numbers.items()}
-    found |= {
-        "torch_kl_before": result.kl_without_recovery,
-        "torch_perplexity_before": result.perplexity_without_recovery,
-    }
+    if isinstance(pruned.quality, EmbeddingQuality):
+        found["torch_cosine_before"] = 1 - result.kl_without_recovery
+    else:
+        found["torch_kl_before"] = result.kl_without_recovery
+        found["torch_perplexity_before"] = result.perplexity_without_recovery
     if pruned.quality.through != "torch":
         found |= {f"artifact_{name}": value for name, value in pruned.quality.numbers.items()}
         found |= {f"dense_artifact_{name}": value for name, value in dense.quality.numbers.items()}
@@ -176,7 +205,7 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Return one table for each budget, the lowest KL first, then the methods that failed, with the reason."""
+    """Return one table for each budget, what is nearest to the dense model first, then the methods that failed."""
     budgets = list(dict.fromkeys(row.budget for row in rows))
     tables = [_table(budget, [row for row in rows if row.budget == budget]) for budget in budgets]
     return "\n".join([*tables, *_notes(rows)])
@@ -188,6 +217,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     shared = f"{_quality_note(rows)} {shared}"
     if images := {row.calibration_images for row in rows if row.calibration_images}:
         return [f"{shared} Calibrated on the same {max(images):,} photographs."]
+    if sentences := {row.calibration_sentences for row in rows if row.calibration_sentences}:
+        return [f"{shared} Calibrated on the same {max(sentences):,} sentences."]
     if multiples := sorted({row.ffn_multiple for row in rows if row.error is None} - {1}):
         widths = " or ".join(map(str, multiples))
         shared += f" FFN widths of all methods are rounded to multiples of {widths}, which the runtime needs."
@@ -206,16 +237,19 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 def _quality_note(rows: Sequence[Row]) -> str:
     """Say which models the columns of quality are about."""
-    names = "KL and the shares of photographs" if any(row.is_of_images for row in rows) else "KL and perplexity"
+    kind = _kind_of(rows)
+    names, measure = kind.names, kind.measure
     torch = (
-        "torch KL is of the torch model in floats, the only one that is known before recovery: of the units that a "
-        "method keeps with the dense model's values, of the same refitted in closed form (as DiLAP does), and as the "
-        "method leaves it, with its own values"
+        f"torch {measure} is of the torch model in floats, the only one that is known before recovery: of the units "
+        "that a method keeps with the dense model's values, of the same refitted in closed form (as DiLAP does), and as "
+        "the method leaves it, with its own values"
     )
     read = next((row for row in rows if row.artifact_reader is not None), None)
     if read is None:
         return f"{names} are of the torch models in floats, not of the artifacts; {torch}."
     dense = f"{_number(read.dense_artifact_kl, 3)} and {_number(read.dense_artifact_perplexity, 2)}"
+    if read.is_of_sentences:
+        dense = f"{measure} {_number(read.dense_artifact_cosine, 4)}"
     if read.is_of_images:
         dense = f"KL {_number(read.dense_artifact_kl, 3)}"
         dense += "" if read.dense_artifact_top1 is None else f", top-1 {read.dense_artifact_top1:.1%}"
@@ -223,13 +257,14 @@ def _quality_note(rows: Sequence[Row]) -> str:
 
 
 def _table(budget: str, rows: Sequence[Row]) -> str:
-    done = sorted((row for row in rows if row.error is None), key=_rank)
-    quality = "KL | same class | top-1" if any(row.is_of_images for row in done) else "KL | perplexity"
+    done = sorted((row for row in rows if row.error is None), key=lambda row: row.distances)
+    measure, quality = (kind := _kind_of(done)).measure, kind.columns
     lines = [
         f"Budget {in_markdown(budget)}",
         "",
-        f"| method | ms | 95 % interval | budget used | torch KL of the units alone | refitted | before recovery "
-        f"| torch KL | {quality} | parameters | FLOPs | peak memory | pruning took | and memory |",
+        f"| method | ms | 95 % interval | budget used | torch KL of the units alone | refitted "
+        f"| torch {measure} before recovery | torch {measure} | {quality} "
+        "| parameters | FLOPs | peak memory | pruning took | and memory |",
         "|---|" + "--:|" * (13 + quality.count("|")),
         *(_line(row) for row in done),
     ]
@@ -238,8 +273,28 @@ def _table(budget: str, rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "", *(f"{in_markdown(line)}\n" for line in (*failed, *caveats))])
 
 
-def _rank(row: Row) -> tuple[float, float]:
-    return (row.kl, row.torch_kl_before or 0.0)
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """How tables call the quality of a kind of model: all numbers, the one that is also known in torch, the columns."""
+
+    names: str
+    measure: str
+    columns: str
+
+
+_DECODERS = _Kind(names="KL and perplexity", measure="KL", columns="KL | perplexity")
+_IMAGES = _Kind(names="KL and the shares of photographs", measure="KL", columns="KL | same class | top-1")
+_SENTENCES = _Kind(
+    names="The similarities of embeddings",
+    measure="cosine similarity",
+    columns="cosine similarity | reached by 95 % | same nearest",
+)
+
+
+def _kind_of(rows: Sequence[Row]) -> _Kind:
+    if any(row.is_of_sentences for row in rows):
+        return _SENTENCES
+    return _IMAGES if any(row.is_of_images for row in rows) else _DECODERS
 
 
 def _line(row: Row) -> str:
@@ -251,8 +306,7 @@ def _line(row: Row) -> str:
         _used(row),
         _number(row.torch_kl_cut, 3),
         _number(row.torch_kl_refit, 3),
-        _number(row.torch_kl_before, 3),
-        _number(row.torch_kl, 3),
+        *_torch_cells(row),
         *_quality_cells(row),
         _scaled(row.parameters, 1e6, 1, " M"),
         _scaled(row.flops, 1e6, 1, " M"),
@@ -263,12 +317,23 @@ def _line(row: Row) -> str:
     return f"| {' | '.join(map(in_markdown, cells))} |"
 
 
+def _torch_cells(row: Row) -> list[str]:
+    """Return the numbers of the torch model before recovery and after it."""
+    if row.is_of_sentences:
+        return [_number(row.torch_cosine_before, 4), _number(row.torch_cosine, 4)]
+    return [_number(row.torch_kl_before, 3), _number(row.torch_kl, 3)]
+
+
 def _quality_cells(row: Row) -> list[str]:
     """Return the artifact's numbers, or, marked, the torch model's where the artifact was not read."""
     is_read = row.artifact_reader is not None
     mark = "" if is_read else " (torch)"
     kl = row.artifact_kl if is_read else row.torch_kl
-    if row.is_of_images:
+    if row.is_of_sentences:
+        source = "artifact" if is_read else "torch"
+        low, same = (getattr(row, f"{source}_{name}") for name in ("low_cosine", "same_nearest"))
+        cells = [_number(-row.distances[0], 4), _number(low, 4), "" if same is None else f"{same:.1%}"]
+    elif row.is_of_images:
         agreement = row.artifact_agreement if is_read else row.torch_agreement
         top1 = row.artifact_top1 if is_read else row.torch_top1
         cells = [_number(kl, 3), *("" if one is None else f"{one:.1%}" for one in (agreement, top1))]

@@ -1,11 +1,8 @@
-"""Exporting image networks to one runtime and measuring them on one device."""
+"""Exporting networks that are no decoders to one runtime and measuring them on one device."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from dilap import backends, export
 from dilap.core.artifact import Artifact
@@ -18,6 +15,7 @@ from dilap.core.rules import NetworkCapabilities
 from dilap.job.measuring import MeasuringBench, Usual
 from dilap.job.tables import describe_errors, shown_probes
 from dilap.models.convolutional.load import NetworkSource
+from dilap.models.network import Examples
 from dilap.profilers.configuration import Configuration, MeasuredWorld, find_fastest
 from dilap.profilers.profiler import Case
 from dilap.profilers.protocol import TABLE
@@ -27,12 +25,13 @@ from dilap.profilers.tables.networks.probes import build_network_table
 from dilap.profilers.tables.networks.table import NetworkTable
 from dilap.profilers.tables.roofline import estimated
 
-_NUM_CALIBRATED = 128  # images, whose activations say the ranges of 8 bits
+_NUM_CALIBRATED = 128  # examples, whose activations say the ranges of 8 bits
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkBench(MeasuringBench):
-    """A device, a runtime and a workload, for which a job exports, measures and predicts image networks.
+    """A device, a runtime and a workload, for which a job exports, measures and predicts networks that are no
+    decoders.
 
     `plans` are those of the artifacts that it can estimate.
     """
@@ -45,19 +44,27 @@ class NetworkBench(MeasuringBench):
         return self.backend.network_capabilities(precision=self.workload.precision)
 
     def export(
-        self, source: NetworkSource, folder: Path, *, images: NDArray[np.float32], plan_digest: str = ""
+        self,
+        source: NetworkSource,
+        folder: Path,
+        *,
+        examples: Examples,
+        plan_digest: str = "",
+        tokenizer: Path | None = None,
     ) -> Artifact:
-        """Export the source's network as it is now into `folder`, and compare it with torch on photographs.
+        """Export the source's network as it is now into `folder`, and compare it with torch on examples.
 
-        Raises the exporter's errors, VerificationFailed among them.
+        `tokenizer` is the folder of the one that is put beside the file. Raises the exporter's errors,
+        VerificationFailed among them.
         """
         return export.get_network(self.backend.name).export(
             source.model,
             input_=source.input,
             precision=self.workload.precision,
-            images=images[:_NUM_CALIBRATED],
+            images=examples[:_NUM_CALIBRATED],
             plan_digest=plan_digest,
             out=folder,
+            tokenizer=tokenizer,
         )
 
     def estimated_costs(self, network: Network) -> NetworkLatency:

@@ -1,4 +1,4 @@
-"""The options of a prune job of an image network."""
+"""The options of a prune job of a network that is no decoder: of an image network, or of an encoder of texts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,7 +8,9 @@ from dilap import backends
 from dilap.core.bounds import MAX_BATCH
 from dilap.core.errors import InvalidInput
 from dilap.core.images import ImageInput
+from dilap.core.network_input import NetworkInput, TokenInput
 from dilap.core.workload import Budget, Workload
+from dilap.job.networks import in_words, reads_texts
 from dilap.job.options import CommonOptions, require_in_range, require_known
 from dilap.models.builtin import BUILTIN_NETWORKS
 from dilap.models.distil_network import NetworkMode, NetworkRecovery
@@ -16,16 +18,16 @@ from dilap.profilers.configuration import thread_counts
 from dilap.profilers.devices.device import Device
 
 METHOD = "taylor"  # the default
-_TEXT = "self"  # what --calib is by default, for decoders
+_OF_DECODERS = "self"  # what --calib is by default
 _RECOVERY = NetworkRecovery()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Photographs:
-    """Where photographs are: `source` is searched on, `evaluation` is scored and never searched on.
+class ExampleOptions:
+    """Where photographs or sentences are: `source` is searched on, `evaluation` is scored and never searched on.
 
-    Without `evaluation`, half of those in `source` are set aside for it. Methods see at most `most_train` photographs,
-    and recovery is judged on at most `most_validation` others; `seed` says which.
+    Without `evaluation`, half of those in `source` are set aside for it. Methods see at most `most_train` of them, and
+    recovery is judged on at most `most_validation` others; `seed` says which.
     """
 
     source: str
@@ -37,24 +39,24 @@ class Photographs:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions(CommonOptions):
-    """Everything that a prune job of an image network is asked for: two jobs with equal options are the same job.
+    """Everything that a prune job of such a network is asked for: two jobs with equal options are the same job.
 
     `input`, `processor` and `weights` are those of `dilap.models.convolutional.load.load_network`. The seed is set in
-    the options of photographs and recovery.
+    the options of examples and recovery.
     """
 
     model: str = next(iter(BUILTIN_NETWORKS))
     backend: str = "onnxruntime"
     workload: Workload = field(default_factory=lambda: Workload(phase="forward", precision="f32"))
     method: str = METHOD
-    input: ImageInput | None = None
+    input: NetworkInput | None = None
     processor: str | None = None
     weights: str | None = None
-    photographs: Photographs
+    examples: ExampleOptions
     recovery: NetworkRecovery = field(default_factory=NetworkRecovery)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "photographs", replace(self.photographs, seed=self.seed))
+        object.__setattr__(self, "examples", replace(self.examples, seed=self.seed))
         object.__setattr__(self, "recovery", replace(self.recovery, seed=self.seed))
 
 
@@ -64,6 +66,7 @@ def network_options(
     budget: Budget,
     model: str,
     input_: str | None = None,
+    seq_length: int | None = None,
     processor: str | None = None,
     weights: str | None = None,
     method: str = METHOD,
@@ -75,6 +78,7 @@ def network_options(
     configuration: Literal["fastest", "plain"] = "fastest",
     calib: str | None = None,
     eval_images: str | None = None,
+    eval_text: str | None = None,
     recover: NetworkMode = _RECOVERY.mode,
     recover_steps: int = _RECOVERY.steps,
     seed: int = 0,
@@ -83,23 +87,28 @@ def network_options(
 ) -> NetworkOptions:
     """Return the job that these options of `dilap-prune` ask for; its `--help` says what each of them is.
 
-    None stands for the default of `device`: its first runtime that runs image networks, the first precision in which
+    None stands for the default of `device`: its first runtime that runs such networks, the first precision in which
     that does, and for `threads` a choice between all physical cores and fewer. Raises InvalidInput for impossible
-    values, and Unsupported for a runtime that runs no image networks.
+    values and options that do not apply to the network, and Unsupported for a runtime that runs no such networks.
     """
     require_known(configuration=configuration)
     require_in_range(recover_steps=recover_steps, seed=seed, threads=threads)
+    is_of_texts = reads_texts(model)
+    of_images = {"input": input_, "processor": processor, "weights": weights, "eval-images": eval_images}
+    of_texts: dict[str, object] = {"seq-length": seq_length, "eval-text": eval_text}
+    _require_absent(of_images if is_of_texts else of_texts, model)
     if recover not in ("none", "full"):
-        raise InvalidInput(f"recover is none or full for an image network, got {recover!r:.80}")
+        raise InvalidInput(f"recover is none or full for {in_words(model)}, got {recover!r:.80}")
     if type(batch) is not int or not 1 <= batch <= MAX_BATCH:
         raise InvalidInput(f"batch is a whole number from 1 to {MAX_BATCH:,}, got {batch!r:.80}")
-    if calib in (None, _TEXT):
-        raise InvalidInput(f"the image network {model} is pruned with photographs: give a folder of them as --calib")
+    if calib in (None, _OF_DECODERS):
+        examples = "sentences: give a text" if is_of_texts else "photographs: give a folder of them"
+        raise InvalidInput(f"{in_words(model)} is pruned with {examples} as --calib")
     runtime = backend or _first_backend(device)
     return NetworkOptions(
         budget=budget,
         model=model,
-        input=None if input_ is None else ImageInput.parse(input_),
+        input=_token_input(seq_length) if input_ is None else ImageInput.parse(input_),
         processor=processor,
         weights=weights,
         target=device.label,
@@ -116,10 +125,25 @@ def network_options(
         threads_tried=thread_counts(device.default_threads()) if threads is None else (threads,),
         method=method,
         settings=dict(settings or {}),
-        photographs=Photographs(source=str(calib), evaluation=eval_images),
+        examples=ExampleOptions(source=str(calib), evaluation=eval_text if is_of_texts else eval_images),
         recovery=NetworkRecovery(mode=recover, steps=recover_steps),
         seed=seed,
     )
+
+
+def _require_absent(options: Mapping[str, object], model: str) -> None:
+    """Raise InvalidInput where an option is given that does not apply to the model."""
+    for name, value in options.items():
+        if value is not None:
+            raise InvalidInput(f"--{name} does not apply to {in_words(model)}: leave it away")
+
+
+def _token_input(length: int | None) -> TokenInput | None:
+    """Return the input of texts of `length` tokens. Raises InvalidInput."""
+    try:
+        return None if length is None else TokenInput(length=length)
+    except ValueError as error:
+        raise InvalidInput(f"seq-length {length}: {error}") from error
 
 
 def _first_backend(device: Device) -> str:

@@ -1,41 +1,43 @@
-"""The main job for image networks: prune one to a budget, and measure the smaller network."""
+"""The main job for networks that are no decoders: prune one to a budget, and measure the smaller network."""
 
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from dilap import __version__, methods
-from dilap.backends.inputs import random_images
 from dilap.core.codec import encode, remove, write_json
 from dilap.core.errors import Unsupported
 from dilap.core.graph import Network
 from dilap.core.images import ImageInput
-from dilap.core.network_input import TokenInput
+from dilap.core.network_input import NetworkInput, TokenInput
 from dilap.core.plan import Plan
 from dilap.core.progress import Progress
 from dilap.job import ending
 from dilap.job.claims import Calibrated, Claim, claimed, result_of
 from dilap.job.common_stages import Goal
+from dilap.job.examples import Shown
 from dilap.job.inputs import code_sha256
 from dilap.job.network_bench import NetworkBench
 from dilap.job.network_exam import NetworkExam
 from dilap.job.network_options import NetworkOptions
 from dilap.job.network_recovery import Recovered, recover_
 from dilap.job.network_stages import NetworkStages
-from dilap.job.photographs import GUESSED, Shown, shown_photographs, usual_input
-from dilap.job.quality import PhotoQuality
+from dilap.job.photographs import GUESSED, shown_photographs, usual_input
+from dilap.job.quality import AnyQuality, in_words
 from dilap.job.result import PruneResult
 from dilap.job.run_folder import Workspace
+from dilap.job.sentences import shown_sentences
 from dilap.methods import NETWORK_METHODS
 from dilap.models.convolutional.cut import shrink_network_, tensors_of
 from dilap.models.convolutional.load import NetworkSource, load_network, save_network
 from dilap.models.convolutional.network import Traced
 from dilap.models.convolutional.recalibration import recalibrate_
 from dilap.models.distil_network import distil_network
-from dilap.models.network import TorchNetwork, classes_of
+from dilap.models.network import gives_embeddings
 from dilap.profilers.devices.device import Device
 from dilap.search.method import Pruned
 from dilap.search.network_task import NetworkMethod
@@ -50,7 +52,7 @@ def prune_network(
     shared: Path | None = None,
     source: NetworkSource | None = None,
     tables: Path | None = None,
-) -> PruneResult[PhotoQuality] | None:
+) -> PruneResult[Any] | None:
     """Run the whole job and write its results into the folder `out`.
 
     The arguments are those of `dilap.job.prune.prune`, which returns the same. Raises DilapError.
@@ -69,11 +71,11 @@ def prune_network(
     with workspace.stage("load the model"):
         source = source or load_source(options)
         traced = source.traced
-    with workspace.stage("find the photographs"):
+    with workspace.stage("find the examples"):
         shown = _shown(options, source)
     identity = {"options": asdict(options), "model": source.digest, "dilap": __version__}
     with workspace.opened({**identity, "inputs": _inputs_of(options, shown)}):
-        for line in (f"{source.name}: {describe(traced)}", *source.notes, describe_photographs(shown)):
+        for line in (f"{source.name}: {describe(traced, source.input)}", *source.notes, shown.describe()):
             workspace.log.say(line)
         stages = NetworkStages(
             options=options, workspace=workspace, bench=bench, source=source, network=traced.network, shown=shown
@@ -86,9 +88,10 @@ def prune_network(
 
 
 def load_source(options: NetworkOptions) -> NetworkSource:
-    """Load the network of a job, which takes as many images at once as the job's workload has.
+    """Load the network of a job, which takes as many examples at once as the job's workload has.
 
-    Where nobody says how photographs become its inputs, they are taken as most networks take them, with a note.
+    Where nobody says how photographs become its inputs, they are taken as most networks take them, with a note. Raises
+    Unsupported for a network that takes texts and gives no embeddings.
     """
     found = load_network(
         options.model,
@@ -96,12 +99,15 @@ def load_source(options: NetworkOptions) -> NetworkSource:
         processor=None if options.processor is None else Path(options.processor),
         weights=options.weights,
     )
-    if isinstance(found.input, TokenInput):
+    if isinstance(found.input, ImageInput):
+        notes = found.notes if found.input.preprocessing is not None else (GUESSED,)
+        found = replace(found, input=usual_input(found.input), notes=notes)
+    elif not gives_embeddings(found.model):
         raise Unsupported(
-            f"{options.model} is an encoder of texts: dilap-export and dilap-eval take it, dilap-prune does not yet"
+            f"{options.model} classifies texts, and encoders of texts are pruned by their embeddings: give the encoder "
+            "alone, which transformers' AutoModel saves"
         )
-    notes = found.notes if found.input.preprocessing is not None else (GUESSED,)
-    return replace(found, input=replace(usual_input(found.input), batch=options.workload.batch), notes=notes)
+    return replace(found, input=replace(found.input, batch=options.workload.batch))
 
 
 def require_possible(_: NetworkOptions, source: NetworkSource) -> None:
@@ -114,43 +120,39 @@ def named_inputs(options: NetworkOptions, source: NetworkSource) -> dict[str, st
     return _inputs_of(options, _shown(options, source))
 
 
-def _shown(options: NetworkOptions, source: NetworkSource) -> Shown:
-    """Return the photographs of a job. Raises InvalidInput for those that are of no use."""
-    assert isinstance(source.input, ImageInput)
-    logits = TorchNetwork(source.model).outputs(random_images((1, *source.input.size)))
-    return shown_photographs(
-        options.photographs, input_=source.input, classes=classes_of(source.model), num_classes=logits.shape[1]
-    )
+def _shown(options: NetworkOptions, source: NetworkSource) -> Shown[Any, Any]:
+    """Return the photographs or sentences of a job. Raises InvalidInput for those that are of no use."""
+    if isinstance(source.input, ImageInput):
+        return shown_photographs(options.examples, model=source.model, input_=source.input)
+    assert source.tokenizer is not None
+    return shown_sentences(options.examples, tokenizer=source.tokenizer, input_=source.input)
 
 
-def _inputs_of(options: NetworkOptions, shown: Shown) -> dict[str, str]:
-    found = {"the photographs of --calib": shown.searched_sha256, "the photographs scored": shown.evaluation.sha256}
+def _inputs_of(options: NetworkOptions, shown: Shown[Any, Any]) -> dict[str, str]:
+    found = {
+        f"the {shown.KIND} of --calib": shown.searched_sha256,
+        f"the {shown.KIND} scored": shown.evaluation.sha256,
+    }
     if ":" in options.method:
         found[f"the code of {options.method}"] = code_sha256(options.method)
     return found
 
 
-def describe(traced: Traced) -> str:
+def describe(traced: Traced, input_: NetworkInput) -> str:
     """Say in words what of a network can be removed."""
-    network = traced.network
+    network, is_of_texts = traced.network, isinstance(input_, TokenInput)
+    example = f"a text of {input_}" if is_of_texts else "an image"
+    units = "heads and channels" if is_of_texts else "channels"
     said = (
-        f"{network.num_parameters / 1e6:.1f} M parameters, {network.flops() / 1e9:.2f} GFLOP an image; "
-        f"{len(network.groups)} groups of channels can be cut"
+        f"{network.num_parameters / 1e6:.1f} M parameters, {network.flops() / 1e9:.2f} GFLOP {example}; "
+        f"{len(network.groups)} groups of {units} can be cut"
     )
     if network.branches:
         said += f" and {len(network.branches)} residual branches removed"
     return f"{said}; layers that keep all their outputs: {len(traced.refusals)}" if traced.refusals else said
 
 
-def describe_photographs(shown: Shown) -> str:
-    labels = "with labels" if shown.evaluation.labels is not None else "without labels"
-    return (
-        f"photographs: {len(shown.train)} to calibrate on and {len(shown.validation)} to judge recovery by, of "
-        f"{shown.name}; {len(shown.evaluation)} to score on, of {shown.evaluation.name}, {labels}"
-    )
-
-
-def _run(stages: NetworkStages, method: NetworkMethod) -> PruneResult[PhotoQuality] | None:
+def _run(stages: NetworkStages, method: NetworkMethod) -> PruneResult[Any] | None:
     stages = replace(stages, bench=replace(stages.bench, plans=(stages.dense_plan,)))
     dense = stages.artifact(stages.workspace.dense, stages.dense_plan)
     stages = stages.configured(dense)
@@ -160,8 +162,8 @@ def _run(stages: NetworkStages, method: NetworkMethod) -> PruneResult[PhotoQuali
     return _claim(stages, goal, stages.prune(method, goal))
 
 
-def _claim(stages: NetworkStages, goal: Goal, pruned: Pruned[Network]) -> PruneResult[PhotoQuality]:
-    """Shrink, recover and export the network, score it on unseen photographs, measure it; return the result.
+def _claim(stages: NetworkStages, goal: Goal, pruned: Pruned[Network]) -> PruneResult[Any]:
+    """Shrink, recover and export the network, score it on unseen examples, measure it; return the result.
 
     The network in `stages.source` becomes the pruned one on the way.
     """
@@ -173,17 +175,17 @@ def _claim(stages: NetworkStages, goal: Goal, pruned: Pruned[Network]) -> PruneR
     dense = None if stages.options.recovery.mode == "none" else copy.deepcopy(model)
     shrink_network_(model, plan, parameters=pruned.parameters)
     with workspace.stage("measure batch norms"):
-        recalibrate_(model, shown.train_pixels)
+        recalibrate_(model, shown.trained)
     with workspace.stage("score the pruned model"):
-        validation_kl = exam.validation_kl(model)
+        validated = exam.validation_distance(model)
         shrunk = exam.of_torch(stages, model)
     workspace.log.say(
-        f"shrunk, the torch model in floats: KL {shrunk.kl:.3f} on {shown.evaluation.name}, {validation_kl:.3f} on the "
-        "validation split"
+        f"shrunk, the torch model in floats: {in_words(shrunk.shown)} on {shown.evaluation.name}; {shrunk.DISTANCE} "
+        f"{validated:.3f} on the validation split"
     )
     recovered, recovery = shrunk, Recovered()
     if dense is not None:
-        recovery = _recover_(stages, exam, dense, before=validation_kl)
+        recovery = _recover_(stages, exam, dense, before=validated)
         recovered = exam.of_torch(stages, model)
     with workspace.stage("save the checkpoint"):
         remove(workspace.folder / "checkpoint")  # left by an earlier start
@@ -198,21 +200,25 @@ def _claim(stages: NetworkStages, goal: Goal, pruned: Pruned[Network]) -> PruneR
         in_torch=(exam.dense, recovered),
         sizes=lambda artifact: sizes[artifact.plan_digest],
     )
-    result = _result(stages, goal, pruned, claim, shrunk=shrunk, validation_kl=validation_kl)
-    return replace(result, notes=(*result.notes, *recovery.notes), recovery_kls=recovery.kls)
+    result = _result(stages, goal, pruned, claim, shrunk=shrunk, validated=validated)
+    return replace(result, notes=(*result.notes, *recovery.notes), recovery_kls=recovery.distances)
 
 
-def _recover_(stages: NetworkStages, exam: NetworkExam, dense: nn.Module, *, before: float) -> Recovered:
-    """Distil the dense network into the pruned one, in place; `before` is the KL on the validation split until then."""
+def _recover_(stages: NetworkStages, exam: NetworkExam[Any], dense: nn.Module, *, before: float) -> Recovered:
+    """Distil the dense network into the pruned one, in place.
+
+    `before` is the distance on the validation split until then.
+    """
     options, model = stages.options.recovery, stages.source.model
     return recover_(
         stages.workspace,
         lambda: tensors_of(model).items(),
-        lambda show: distil_network(model, dense, stages.shown.train_pixels, options, progress=show),
+        lambda show: distil_network(model, dense, stages.shown.trained, options, progress=show),
         name=options.mode,
         steps=options.steps,
+        measure=exam.dense.DISTANCE,
         before=before,
-        validation_kl=lambda: exam.validation_kl(model),
+        validation=lambda: exam.validation_distance(model),
     )
 
 
@@ -227,11 +233,11 @@ def _result(
     stages: NetworkStages,
     goal: Goal,
     pruned: Pruned[Network],
-    claim: Claim[PhotoQuality],
+    claim: Claim[AnyQuality],
     *,
-    shrunk: PhotoQuality,
-    validation_kl: float,
-) -> PruneResult[PhotoQuality]:
+    shrunk: AnyQuality,
+    validated: float,
+) -> PruneResult[AnyQuality]:
     shown = stages.shown
     return result_of(
         stages,
@@ -241,8 +247,8 @@ def _result(
         source=(stages.source.name, stages.source.digest),
         dense_cost=goal.cost_limit.predict({}),
         calibrated=Calibrated(name=shown.name, sha256=shown.searched_sha256, sequences=shown.num_searched),
-        validation_kl=validation_kl,
-        kl_without_recovery=shrunk.kl,
+        validation_distance=validated,
+        without_recovery=shrunk.distance,
         recovery=stages.options.recovery.mode,
         notes=stages.source.notes,
     )

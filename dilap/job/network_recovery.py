@@ -17,9 +17,9 @@ Told = Callable[[float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Recovered:
-    """The KL of every step of a recovery, as long as it was a number, and whether the recovery was undone."""
+    """The distance from the dense model in every step, as long as it was a number, and whether recovery was undone."""
 
-    kls: tuple[float, ...] = ()
+    distances: tuple[float, ...] = ()
     is_undone: bool = False
 
     @property
@@ -34,27 +34,28 @@ def recover_(
     *,
     name: str,
     steps: int,
+    measure: str,
     before: float,
-    validation_kl: Callable[[], float],
+    validation: Callable[[], float],
 ) -> Recovered:
-    """Train a model, in place, and undo it where the KL on the validation split does not fall below `before`.
+    """Train a model, in place, and undo it where the distance on the validation split does not fall below `before`.
 
-    `tensors` gives the names and tensors of the model that training changes, `train` the KL of every step, each of
-    which it also tells.
+    The distance is that from the dense model, and `measure` its name. `tensors` gives the names and tensors of the
+    model that training changes, `train` the distance in every step, each of which it also tells.
     """
     kept = workspace.cache / "before-recovery.safetensors"
     save_tensors(kept, {path: tensor.detach() for path, tensor in tensors()})
     with workspace.stage("recover"), workspace.log.bar("recover", total=steps, unit="step") as bar:
 
-        def show(kl: float) -> None:
-            bar.set_postfix(kl=f"{kl:.3f}")
+        def show(distance: float) -> None:
+            bar.set_postfix_str(f"{measure} {distance:.3f}")
             bar.update(1)
 
         losses = train(show)
-        after = validation_kl()
+        after = validation()
     workspace.log.say(
-        f"recovery ({name}): KL on its own examples {losses[0]:.3f} -> {losses[-1]:.3f}, on the validation split "
-        f"{before:.3f} -> {after:.3f}"
+        f"recovery ({name}): {measure} on its own examples {losses[0]:.3f} -> {losses[-1]:.3f}, on the validation "
+        f"split {before:.3f} -> {after:.3f}"
     )
     is_undone = not after < before  # also where it is no number
     if is_undone:
@@ -63,4 +64,4 @@ def recover_(
         for path, tensor in tensors():
             tensor.data.copy_(earlier[path])
     remove(kept)
-    return Recovered(kls=tuple(takewhile(math.isfinite, losses)), is_undone=is_undone)
+    return Recovered(distances=tuple(takewhile(math.isfinite, losses)), is_undone=is_undone)

@@ -1,10 +1,11 @@
-"""The stages of an image network's prune job up to the plan; see `dilap.job.common_stages`."""
+"""The stages of the prune job of a network that is no decoder, up to the plan; see `dilap.job.common_stages`."""
 
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,10 @@ from dilap.core.graph import Network
 from dilap.core.plan import Plan, full_plan
 from dilap.core.shape import UNMIXED
 from dilap.job.common_stages import AIM, ALREADY_KEPT, CommonStages, Goal
+from dilap.job.examples import Shown
 from dilap.job.measuring import Usual
 from dilap.job.network_bench import NetworkBench
 from dilap.job.network_options import NetworkOptions
-from dilap.job.photographs import Shown
 from dilap.job.tables import require_claimable
 from dilap.models.convolutional.cut import shrink_network_
 from dilap.models.convolutional.load import NetworkSource
@@ -31,18 +32,18 @@ from dilap.search.limit import CostLimit
 from dilap.search.method import Pruned
 from dilap.search.network_task import NetworkMethod, NetworkTask
 
-_NUM_OF_PROBE = 8  # photographs on which the batch norms of a network that is only timed are measured
+_NUM_OF_PROBE = 8  # examples on which the batch norms of a network that is only timed are measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkStages(CommonStages[Network]):
-    """The stages of an image network's job. `network` is the shape of the dense one."""
+    """The stages of such a network's job. `network` is the shape of the dense one."""
 
     options: NetworkOptions
     bench: NetworkBench
     source: NetworkSource
     network: Network
-    shown: Shown
+    shown: Shown[Any, Any]
 
     @property
     def dense_plan(self) -> Plan[Network]:
@@ -50,7 +51,13 @@ class NetworkStages(CommonStages[Network]):
 
     def export(self, plan: Plan[Network], folder: Path, precision: str | None) -> None:
         assert precision is None
-        self.bench.export(self.source, folder, images=self.shown.train_pixels, plan_digest=plan.digest)
+        self.bench.export(
+            self.source,
+            folder,
+            examples=self.shown.trained,
+            plan_digest=plan.digest,
+            tokenizer=self.source.tokenizer,
+        )
 
     def _begun_configuration(self, dense: Path) -> Configuration:
         """Return the fastest configuration, which all runs of a network share."""
@@ -122,10 +129,10 @@ class NetworkStages(CommonStages[Network]):
         return {group.name: task.rounded(group, 1) for group in self.network.groups}
 
     def answers(self, name: str, ask: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
-        """Return what the dense network says about photographs; it is asked once, and the answer is kept as `name`."""
+        """Return what the dense network gives for examples; it is asked once, and the answer is kept as `name`."""
         path = self.workspace.methods / f"answers-{name}.safetensors"
-        found = computed_once(path, lambda: {"logits": torch.from_numpy(ask())})
-        answers: NDArray[np.float32] = found["logits"].numpy()
+        found = computed_once(path, lambda: {"outputs": torch.from_numpy(ask())})
+        answers: NDArray[np.float32] = found["outputs"].numpy()
         return answers
 
     def prune(self, method: NetworkMethod, goal: Goal) -> Pruned[Network]:
@@ -137,8 +144,8 @@ class NetworkStages(CommonStages[Network]):
             model=self.source.model,
             base=self.source.digest,
             network=self.network,
-            images=self.shown.train_pixels,
-            labels=self.shown.train.labels,
+            images=self.shown.trained,
+            labels=self.shown.labels,
             cost_limit=goal.cost_limit,
             multiple=self.bench.capabilities.channel_multiple,
             seed=self.options.seed,
@@ -167,8 +174,8 @@ class NetworkStages(CommonStages[Network]):
             kept = {name: tuple(range(count)) for name, count in counts.items()}
             plan = Plan(base=self.source.digest, architecture=self.network, kept=kept)
             model = shrink_network_(copy.deepcopy(self.source.model), plan)
-            images = self.shown.train_pixels
-            recalibrate_(model, images[:_NUM_OF_PROBE])  # so that what passes through keeps its size
-            return self.bench.export(replace(self.source, model=model), folder, images=images)
+            examples = self.shown.trained
+            recalibrate_(model, examples[:_NUM_OF_PROBE])  # so that what passes through keeps its size
+            return self.bench.export(replace(self.source, model=model), folder, examples=examples)
 
         return export

@@ -22,11 +22,9 @@ _ENCODERS = ("bert", "roberta", "xlm-roberta")  # the types of encoders of texts
 
 def is_network(name: str) -> bool:
     """Return whether a model is no decoder: built in, a classifier's or encoder's folder or run, or a user's own."""
-    folder = Path(name).expanduser()
-    if name in BUILTIN_NETWORKS or not folder.exists():
+    if name in BUILTIN_NETWORKS or not Path(name).expanduser().exists():
         return name in BUILTIN_NETWORKS or ":" in name
-    if (folder / "result.json").is_file():
-        folder = folder / "checkpoint"
+    folder = _folder_of(name)
     config = folder / "config.json"
     if not config.is_file():
         return (folder / "narrowed.json").is_file()
@@ -36,10 +34,20 @@ def is_network(name: str) -> bool:
 
 
 def reads_texts(name: str) -> bool:
-    """Return whether a model is an encoder of texts: built in, or its folder."""
-    folder = BUILTIN_NETWORKS[name]() if name in BUILTIN_NETWORKS else Path(name).expanduser()
-    config = folder / "config.json"
+    """Return whether a model is an encoder of texts: built in, or its folder or run."""
+    config = _folder_of(name) / "config.json"
     return config.is_file() and read_json(config).get("model_type") in _ENCODERS
+
+
+def in_words(name: str) -> str:
+    """Return a network's name after what it is, for messages."""
+    return f"the {'encoder of texts' if reads_texts(name) else 'image network'} {name}"
+
+
+def _folder_of(name: str) -> Path:
+    """Return where the files of a network are, for a run those of its checkpoint."""
+    folder = BUILTIN_NETWORKS[name]() if name in BUILTIN_NETWORKS else Path(name).expanduser()
+    return folder / "checkpoint" if (folder / "result.json").is_file() else folder
 
 
 def export_network(
@@ -81,7 +89,7 @@ def export_network(
         images=None if calib is None else _calibration(calib, source, progress),
         plan_digest="",
         out=out,
-        tokenizer=source.folder if isinstance(source.input, TokenInput) else None,
+        tokenizer=source.tokenizer,
     )
 
 

@@ -1,18 +1,25 @@
 """The photographs of a job of an image network: what it is searched on, and what its models are scored on."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
+from dilap.backends.inputs import random_images
 from dilap.core.errors import InvalidInput
 from dilap.core.images import ImageInput, Preprocessing
-from dilap.job.network_options import Photographs
+from dilap.core.sqnr import kl_divergence
+from dilap.evaluation.document import ImageQuality
+from dilap.evaluation.image_quality import image_quality
+from dilap.job.examples import Shown, parts_of
+from dilap.job.network_options import ExampleOptions
+from dilap.job.quality import PhotoQuality
 from dilap.models.images import ImageSet, read_images
+from dilap.models.network import Examples, TorchNetwork, classes_of
 
-_LEAST = 8  # photographs: batch norms are measured on several
 # Of torchvision's reference training, which most networks for photographs follow.
 _USUAL_MEAN, _USUAL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _USUAL_SCALE = 256 / 224  # of the shorter side before the middle is taken
@@ -23,56 +30,53 @@ GUESSED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
-    """The photographs of a job in three parts that share none, as a network with `input` takes them.
+class ShownPhotographs(Shown[ImageSet, PhotoQuality]):
+    """The photographs of a job of an image network."""
 
-    Methods and recovery see `train`, recovery is judged on `validation`, and models are scored on `evaluation`.
-    """
+    KIND = "photographs"
+    UNIT = "img"
 
-    name: str
     input: ImageInput
-    train: ImageSet
-    validation: ImageSet
-    evaluation: ImageSet
 
-    @cached_property
-    def train_pixels(self) -> NDArray[np.float32]:
-        return self.train.all_pixels(self.input)
+    def batches(self, examples: ImageSet) -> Iterator[Examples]:
+        return examples.pixels(self.input)
 
-    @cached_property
-    def validation_pixels(self) -> NDArray[np.float32]:
-        return self.validation.all_pixels(self.input)
+    def distance(self, outputs: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
+        """Return the mean KL of the class probabilities from the dense network's, in nats a photograph."""
+        return kl_divergence(reference, outputs)
+
+    def quality(
+        self, outputs: NDArray[np.float32], reference: NDArray[np.float32], *, through: str, artifact_sha256: str
+    ) -> PhotoQuality:
+        found: ImageQuality = image_quality(outputs, reference, self.evaluation)
+        return PhotoQuality(**asdict(found), through=through, artifact_sha256=artifact_sha256)
 
     @property
-    def num_searched(self) -> int:
-        """How many photographs the search and the recovery see."""
-        return len(self.train) + len(self.validation)
+    def labels(self) -> tuple[int, ...] | None:
+        return self.train.labels
 
-    @cached_property
-    def searched_sha256(self) -> str:
-        """The digest of what the search and the recovery see."""
-        pictures = (*self.train.pictures, *self.validation.pictures)
-        return ImageSet(name=self.name, pictures=pictures).sha256
+    @property
+    def remark(self) -> str:
+        return ", with labels" if self.evaluation.labels is not None else ", without labels"
 
 
-def shown_photographs(asked: Photographs, *, input_: ImageInput, classes: Mapping[str, int], num_classes: int) -> Shown:
-    """Read the photographs for a network, whose `classes` with names are numbered among `num_classes`.
+def shown_photographs(asked: ExampleOptions, *, model: nn.Module, input_: ImageInput) -> ShownPhotographs:
+    """Read the photographs for a network.
 
     Raises InvalidInput for those that cannot be read or have labels of other classes, where there are too few, and
     where some are to be searched on and scored on.
     """
-    images = read_images(asked.source, classes=classes, num_classes=num_classes)
-    _require_enough(images)
+    num_classes = TorchNetwork(model).outputs(random_images((1, *input_.size))).shape[1]
+    read = partial(read_images, classes=classes_of(model), num_classes=num_classes)
+    images = read(asked.source)
     if asked.evaluation is None:
         half = len(images) // 2
         images, evaluation = images.split(train=len(images) - half, validation=half, seed=asked.seed)
     else:
-        evaluation = read_images(asked.evaluation, classes=classes, num_classes=num_classes)
+        evaluation = read(asked.evaluation)
         _require_apart(images, evaluation)
-    validation = max(1, min(asked.most_validation, len(images) // 4))
-    train = min(asked.most_train, len(images) - validation)
-    parts = images.split(train=train, validation=validation, seed=asked.seed)
-    return Shown(name=asked.source, input=input_, train=parts[0], validation=parts[1], evaluation=evaluation)
+    train, validation = parts_of(images, asked, kind=ShownPhotographs.KIND)
+    return ShownPhotographs(name=asked.source, input=input_, train=train, validation=validation, evaluation=evaluation)
 
 
 def usual_input(input_: ImageInput) -> ImageInput:
@@ -94,11 +98,6 @@ def usual_input(input_: ImageInput) -> ImageInput:
         resample="bilinear",
     )
     return replace(input_, preprocessing=usual)
-
-
-def _require_enough(images: ImageSet) -> None:
-    if len(images) < _LEAST:
-        raise InvalidInput(f"{images.name}: {len(images)} photographs are too few to prune with; give {_LEAST} or more")
 
 
 def _require_apart(images: ImageSet, evaluation: ImageSet) -> None:

@@ -161,8 +161,8 @@ def _result(
             sequences=len(text.train) + len(text.validation),
             length=text.train.shape[1],
         ),
-        validation_kl=validation_kl,
-        kl_without_recovery=shrunk.kl,
+        validation_distance=validation_kl,
+        without_recovery=shrunk.kl,
         recovery=stages.options.recovery.mode,
         notes=() if vocabulary is None else (*vocabulary.notes, vocabulary.note_on_quality),
     )

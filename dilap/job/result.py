@@ -94,7 +94,8 @@ class PruneResult(Generic[AnyQuality]):
 
     `kl_without_recovery` and `perplexity_without_recovery` are of the pruned torch model before recovery. An estimate
     has no intervals and no speed-up. Of an image network, the sequences of the calibration are photographs; it has no
-    layout and no perplexity.
+    layout and no perplexity. Neither has an encoder of texts, whose sequences are sentences, and whose `kl`s here are
+    cosine distances: 1 less the mean cosine similarity of its embeddings to the dense ones.
     """
 
     status: Verdict
@@ -126,8 +127,8 @@ class PruneResult(Generic[AnyQuality]):
     versions: dict[str, str]
     seed: int
     notes: tuple[str, ...] = ()
-    layout: str = ""  # empty for an image network
-    calibration_sequence_length: int | None = None  # tokens; None for photographs
+    layout: str = ""  # of a decoder
+    calibration_sequence_length: int | None = None  # tokens; None for photographs and sentences
     # The first results of this version lack the fields from here on, but can still be read.
     perplexity_without_recovery: float | None = None
     recovery_kls: tuple[float, ...] = ()
@@ -181,8 +182,8 @@ class PruneResult(Generic[AnyQuality]):
         return "the interval includes 1" if crosses else "the device was busy or slowed down"
 
     @property
-    def is_of_images(self) -> bool:
-        """Whether it is about an image network, and not about a decoder."""
+    def is_of_network(self) -> bool:
+        """Whether it is about an image network or an encoder of texts, and not about a decoder."""
         return self.dense.artifact.input is not None
 
     @property
@@ -302,10 +303,10 @@ def _interval_rows(result: PruneResult[Any]) -> list[tuple[str, str, str, str]]:
 
 
 def _rate_row(result: PruneResult[Any]) -> tuple[str, str, str, str]:
-    """Return the row of what a second brings, tokens of a decoder."""
+    """Return the row of what a second brings: tokens of a decoder, images or texts."""
     dense, pruned = (result.workload.per_second(side.seconds) for side in (result.dense, result.pruned))
-    unit = "examples" if result.workload.phase == "forward" else "tokens"
-    return (f"{unit} a second", _rate(dense), _rate(pruned), _ratio(pruned, dense))
+    unit = result.pruned.quality.EXAMPLE if result.is_of_network else "token"
+    return (f"{unit}s a second", _rate(dense), _rate(pruned), _ratio(pruned, dense))
 
 
 def _rate(per_second: float) -> str:
@@ -339,7 +340,9 @@ def _quality_lines(result: PruneResult[Any]) -> list[str]:
     """Say which models the numbers of quality are about, and on what they were found."""
     quality, in_torch = result.pruned.quality, result.pruned.in_torch
     on = f"on {quality.read}"
-    before = f"; KL before recovery {result.kl_without_recovery:.3f}" if result.recovery != "none" else ""
+    before = (
+        f"; {quality.DISTANCE} before recovery {result.kl_without_recovery:.3f}" if result.recovery != "none" else ""
+    )
     if quality.through == "torch":
         why = f" ({quality.reason})" if quality.reason else ""
         return [f"{words(quality.shown)} of the torch models in floats, not of the artifacts{why}, {on}{before}"]
@@ -469,7 +472,7 @@ def summary(result: PruneResult[Any]) -> dict[str, Any]:
         },
         "quality_through": pruned.quality.through,
         **{f"torch_{name}": value for name, value in pruned.in_torch.numbers.items()},
-        "torch_kl_without_recovery": result.kl_without_recovery,
+        f"torch_{pruned.quality.DISTANCE.lower().replace(' ', '_')}_without_recovery": result.kl_without_recovery,
         "plan_digest": result.plan_digest,
         "notes": list(result.all_notes),
     }

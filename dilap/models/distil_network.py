@@ -1,4 +1,7 @@
-"""Recovery of image networks by distillation: the pruned network learns what the dense one says about photographs."""
+"""Recovery of networks that are no decoders by distillation: the pruned one learns what the dense one gives.
+
+That are logits for photographs, or the embeddings of sentences.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,17 +13,19 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from dilap.models.network import evaluating, outputs_of
+from dilap.models.network import Examples, difference, evaluating, outputs_of
 from dilap.models.recovery.options import rate_at
 from dilap.models.recovery.trainable import size_of
 
 NetworkMode = Literal["none", "full"]
-_IMAGES_AT_ONCE = 8  # in a forward and backward pass: the activations of ResNet-50 at 224x224 take 100 MB an image
+_AT_ONCE = 8  # in a forward and backward pass: the activations of ResNet-50 at 224x224 take 100 MB an image
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkRecovery:
-    """Settings of training all parameters with AdamW on KL(dense || pruned), `batch_images` photographs a step.
+    """Settings of training all parameters with AdamW on the `difference` from the dense network.
+
+    A step sees `batch_images` photographs or sentences.
 
     Both networks see random crops, which have at least `least_area` of a photograph, and mirror images of half of them.
     A step moves the numbers of a tensor by about `rate` times their root mean square. `warmup` is the share of the
@@ -39,15 +44,15 @@ class NetworkRecovery:
 def distil_network(
     model: nn.Module,
     dense: nn.Module,
-    images: NDArray[np.float32],
+    examples: Examples,
     options: NetworkRecovery,
     *,
     progress: Callable[[float], None] = lambda _: None,
 ) -> list[float]:
-    """Train `model` in place to give what the `dense` one gives for crops of preprocessed `images`.
+    """Train `model` in place to give what the `dense` one gives for `examples`, of images for random crops.
 
-    Return the KL of every step, in nats an image, which `progress` gets too. The statistics of batch norms stay: what
-    is trained is what is shipped.
+    Return the difference in every step, which `progress` gets too: the KL in nats an image, or the cosine distance. The
+    statistics of batch norms stay: what is trained is what is shipped.
     """
     parameters = [one for one in model.parameters() if one.is_floating_point()]
     kept = [(one, one.dtype, one.requires_grad) for one in parameters]
@@ -60,9 +65,9 @@ def distil_network(
     draw, losses = np.random.default_rng(options.seed), list[float]()
     with evaluating(model), evaluating(dense):
         while len(losses) < options.steps:
-            rows = draw.permutation(len(images))[: options.batch_images]
+            rows = draw.permutation(len(examples))[: options.batch_images]
             adam.zero_grad()
-            losses.append(_accumulate_gradients_(model, dense, cropped(images[rows], draw, options.least_area)))
+            losses.append(_accumulate_gradients_(model, dense, _seen(examples[rows], draw, options.least_area)))
             nn.utils.clip_grad_norm_(parameters, 1.0)
             adam.step()
             schedule.step()
@@ -88,15 +93,21 @@ def cropped(images: NDArray[np.float32], draw: np.random.Generator, least_area: 
     return torch.cat(found)
 
 
-def _accumulate_gradients_(model: nn.Module, dense: nn.Module, images: torch.Tensor) -> float:
-    """Run images forward and backward, a few at a time, and return their mean KL."""
+def _seen(examples: Examples, draw: np.random.Generator, least_area: float) -> torch.Tensor:
+    """Return what both networks see of examples: crops of images, and texts as they are."""
+    if examples.dtype == np.float32:
+        return cropped(examples.astype(np.float32, copy=False), draw, least_area)
+    return torch.from_numpy(examples)
+
+
+def _accumulate_gradients_(model: nn.Module, dense: nn.Module, examples: torch.Tensor) -> float:
+    """Run examples forward and backward, a few at a time, and return their mean difference."""
     weight, total = next(model.parameters()), 0.0
     taught = next(dense.parameters()).dtype
-    for few in images.to(weight.device).split(_IMAGES_AT_ONCE):
+    for few in examples.to(weight.device).split(_AT_ONCE):
         with torch.no_grad():
-            wanted = outputs_of(dense, few.to(taught))[0].float().log_softmax(1)
-        found = outputs_of(model, few)[0].log_softmax(1)
-        loss = functional.kl_div(found, wanted, reduction="sum", log_target=True) / len(images)
+            wanted = outputs_of(dense, few.to(taught) if few.is_floating_point() else few)[0].float()
+        loss = difference(model, outputs_of(model, few)[0], wanted) * len(few) / len(examples)
         loss.backward()
         total += float(loss.detach())
     return total

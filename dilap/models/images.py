@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +72,7 @@ class ImageSet:
         """Return all preprocessed photographs at once; those of 224x224 take 0.6 MB each."""
         return np.concatenate(list(self.pixels(input_)))
 
-    def split(self, *, train: int, validation: int, seed: int) -> tuple["ImageSet", "ImageSet"]:
+    def split(self, *, train: int, validation: int, seed: int) -> tuple[Self, Self]:
         """Return two parts at random that share no photograph, the same ones at every call. Raises InvalidInput."""
         if len(self) < train + validation:
             raise InvalidInput(
@@ -81,7 +81,7 @@ class ImageSet:
         order = random.Random(seed).sample(range(len(self)), train + validation)
         return self._part(order[:train]), self._part(order[train:])
 
-    def _part(self, indices: Sequence[int]) -> "ImageSet":
+    def _part(self, indices: Sequence[int]) -> Self:
         labels = None if self.labels is None else tuple(self.labels[index] for index in indices)
         return replace(self, pictures=tuple(self.pictures[index] for index in indices), labels=labels)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,7 @@ class SentenceSet:
         """Return all sentences as an encoder takes them; those of 128 tokens take 3 KB each."""
         return np.concatenate(list(self.tokens(input_)))
 
-    def split(self, *, train: int, validation: int, seed: int) -> tuple["SentenceSet", "SentenceSet"]:
+    def split(self, *, train: int, validation: int, seed: int) -> tuple[Self, Self]:
         """Return two parts at random that share no sentence, the same ones at every call. Raises InvalidInput."""
         if len(self) < train + validation:
             raise InvalidInput(

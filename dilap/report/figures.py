@@ -1,6 +1,6 @@
 """The figures of a report as Vega-Lite, each with its caption and its data as a table."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dilap.report.figure import Figure, field, tooltip
@@ -25,7 +25,8 @@ def figures(contents: Contents, summary: Sequence[SummaryRow]) -> list[Figure]:
 def _tradeoffs(summary: Sequence[SummaryRow]) -> list[Figure]:
     """Return quality against latency, one figure for each measure of quality."""
     measures = (
-        ("kl", f"KL to the dense model (nats a {_units(row.is_of_images for row in summary)})", False),
+        ("kl", f"KL to the dense model (nats a {_units(summary)})", False),
+        ("cosine", "Cosine similarity of embeddings to the dense model's", True),
         ("perplexity", "Perplexity", False),
         ("agreement", "Photographs with the dense model's class", True),
         ("top1", "Top-1", True),
@@ -36,9 +37,9 @@ def _tradeoffs(summary: Sequence[SummaryRow]) -> list[Figure]:
     return [_tradeoff(summary, key, title, is_gain) for key, title, is_gain in measures]
 
 
-def _units(are_of_images: Iterable[bool]) -> str:
-    """Say what quality is counted by, given for every model whether it is an image network."""
-    found = set(are_of_images)
+def _units(summary: Sequence[SummaryRow]) -> str:
+    """Say what KL is counted by."""
+    found = {row.is_of_images for row in summary if row.kl is not None}
     return " or ".join(["token"] * (False in found) + ["photograph"] * (True in found))
 
 
@@ -94,7 +95,7 @@ def _tradeoff(summary: Sequence[SummaryRow], key: str, title: str, is_gain: bool
         f"beats in both.{_quality_words(rows)}"
     )
     names = {"kl": "KL", "perplexity": "Perplexity", "agreement": "Same class", "top1": "Top-1"}
-    names |= {"mean_accuracy": "Accuracy"}
+    names |= {"mean_accuracy": "Accuracy", "cosine": "Cosine similarity"}
     return Figure(
         name=f"tradeoff-{key.replace('_', '-')}",
         title=f"{names[key]} against latency",
@@ -257,33 +258,31 @@ def _map_of_shares(
 
 def _recoveries(runs: Sequence[Run]) -> list[Figure]:
     rows: list[dict[str, Any]] = [
-        {"run": run.name, "text": text, "step": step, "kl": kl}
+        {"run": run.name, "text": text, "step": step, "distance": distance}
         for run in runs
         for text, curve in (
             ("each step's own", enumerate(run.result.recovery_kls, start=1)),
             ("validation split", run.result.recovery_validation_kls),
         )
-        for step, kl in curve
+        for step, distance in curve
     ]
-    columns = {
-        "run": "Run",
-        "text": "Text",
-        "step": "Step",
-        "kl": f"KL (nats a {_units(run.result.is_of_images for run in runs)})",
-    }
+    recovered = [run.result.pruned.quality for run in runs if run.result.recovery_kls]
+    measure = " or ".join(dict.fromkeys(one.DISTANCE for one in recovered))
+    units = " or ".join(dict.fromkeys(one.DISTANCE_IN_UNITS for one in recovered))
+    columns = {"run": "Run", "text": "Text", "step": "Step", "distance": units}
     spec = {
         "height": 260,
         "mark": {"type": "line", "point": {"filled": True, "size": 40}},
         "encoding": {
             "x": field("step", "Step of recovery", axis={"tickMinStep": 1}),
-            "y": field("kl", "KL to the dense model", scale={"zero": False}),
+            "y": field("distance", f"{measure} to the dense model", scale={"zero": False}),
             "color": field("run", "Run", "nominal"),
             "strokeDash": field("text", "Text", "nominal"),
             "tooltip": tooltip(columns, rows),
         },
     }
     caption = (
-        "KL to the dense model while the pruned model learns from it, on each step's own examples and on the "
+        f"{measure} to the dense model while the pruned model learns from it, on each step's own examples and on the "
         "validation split, whose best state is kept."
     )
     return [Figure(name="recovery", title="Recovery", caption=caption, columns=columns, rows=rows, spec=spec)]

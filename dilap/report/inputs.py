@@ -82,7 +82,7 @@ def _read(path: Path) -> Contents:
 def _run(folder: Path) -> Run:
     path = folder / "plan.json"
     result, plan = read_result(folder), decode(Plan, read_json(path), source=str(path))
-    return _network_run(folder, result, plan) if result.is_of_images else _decoder_run(folder, result, plan)
+    return _network_run(folder, result, plan) if result.is_of_network else _decoder_run(folder, result, plan)
 
 
 def _network_run(folder: Path, result: PruneResult[Any], plan: Plan[Network]) -> Run:

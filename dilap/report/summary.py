@@ -7,7 +7,6 @@ from typing import Any
 from dilap import backends
 from dilap.core.workload import Workload
 from dilap.evaluation.document import Evaluation
-from dilap.job.quality import PhotoQuality
 from dilap.job.result import DenseFormat, PruneResult, Side
 from dilap.report.inputs import Contents, Run
 
@@ -23,7 +22,8 @@ class SummaryRow:
 
     `kl` and `perplexity` are of the artifact, read through `quality_through`. Where that says `torch`, they are of the
     torch model in floats, as `torch_*` are. An image network has no perplexity and no tokens, but `agreement` with the
-    dense one, `top1` and `top5` (as shares of the photographs; None without labels), and FLOPs an image.
+    dense one, `top1` and `top5` (as shares of the photographs; None without labels), and FLOPs an image. An encoder of
+    texts has the numbers of `dilap.evaluation.document.SentenceQuality` instead, and FLOPs a text.
     """
 
     run: str
@@ -41,14 +41,18 @@ class SummaryRow:
     budget_used: float | None
     budget_used_low: float | None
     budget_used_high: float | None
-    kl: float
+    kl: float | None = None
     perplexity: float | None = None
     agreement: float | None = None
     top1: float | None = None
     top5: float | None = None
+    cosine: float | None = None
+    low_cosine: float | None = None
+    same_nearest: float | None = None
     quality_through: str
-    torch_kl: float
+    torch_kl: float | None = None
     torch_perplexity: float | None = None
+    torch_cosine: float | None = None
     mean_accuracy: float | None
     parameters: int
     decode_flops: int | None = None
@@ -57,6 +61,8 @@ class SummaryRow:
     prefill_bytes: int | None = None
     image_flops: int | None = None
     images_per_second: float | None = None
+    text_flops: int | None = None
+    texts_per_second: float | None = None
     file_bytes: int
     peak_memory_bytes: int | None
     measurement: str
@@ -65,6 +71,10 @@ class SummaryRow:
     @property
     def is_of_images(self) -> bool:
         return self.image_flops is not None
+
+    @property
+    def is_of_sentences(self) -> bool:
+        return self.text_flops is not None
 
     @property
     def is_estimate(self) -> bool:
@@ -119,10 +129,9 @@ def _row(run: Run, side: Side[Any], evaluation: Evaluation | None, *, is_dense: 
         budget_used_high=None if is_dense else result.share.high,
         **side.quality.numbers,
         quality_through=side.quality.through,
-        torch_kl=side.in_torch.kl,
         mean_accuracy=mean_accuracy(evaluation),
         parameters=side.parameters,
-        **(_of_images(result.workload, side) if result.is_of_images else _of_text(result, side)),
+        **(_of_network(result.workload, side) if result.is_of_network else _of_decoder(result, side)),
         file_bytes=side.artifact.num_bytes,
         peak_memory_bytes=measurement.peak_memory_bytes or None,
         measurement=measurement.words,
@@ -130,13 +139,14 @@ def _row(run: Run, side: Side[Any], evaluation: Evaluation | None, *, is_dense: 
     )
 
 
-def _of_text(result: PruneResult, side: Side) -> dict[str, Any]:
+def _of_decoder(result: PruneResult, side: Side) -> dict[str, Any]:
     """Return the numbers that only a decoder has."""
     architecture, workload, precision = side.artifact.decoder, result.workload, side.artifact.precision
     read: dict[str, Any] = {"precision": precision, "precisions": side.artifact.precisions}
     read["cache_bits"] = backends.get(result.backend).cache_bits(workload)
     context, prompt = workload.context, workload.prompt_tokens
     return {
+        "torch_kl": side.in_torch.kl,
         "torch_perplexity": side.in_torch.perplexity,
         "decode_flops": architecture.decode_flops(context=context),
         "decode_bytes": architecture.decode_bytes(context=context, **read),
@@ -145,11 +155,13 @@ def _of_text(result: PruneResult, side: Side) -> dict[str, Any]:
     }
 
 
-def _of_images(workload: Workload, side: Side[PhotoQuality]) -> dict[str, Any]:
-    """Return the numbers that only an image network has."""
+def _of_network(workload: Workload, side: Side[Any]) -> dict[str, Any]:
+    """Return the numbers that only an image network or an encoder of texts has."""
+    measure = "cosine" if side.quality.EXAMPLE == "text" else "kl"
     return {
-        "image_flops": side.flops // workload.batch,
-        "images_per_second": workload.per_second(side.seconds),
+        f"torch_{measure}": side.in_torch.numbers[measure],
+        f"{side.quality.EXAMPLE}_flops": side.flops // workload.batch,
+        f"{side.quality.EXAMPLE}s_per_second": workload.per_second(side.seconds),
     }
 
 

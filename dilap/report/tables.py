@@ -17,9 +17,9 @@ from dilap.report.summary import SummaryRow
 
 # The columns of a summary in their order; one that no row has is left out.
 _SUMMARY = (
-    "Model", "Method", "Budget", "Latency, 95 %", "Images a second", "Of dense", "KL", "Perplexity", "Accuracy",
-    "Same class", "Top-1", "Top-5", "Parameters", "FLOPs a token", "Bytes a token", "Prefill FLOPs", "FLOPs an image",
-    "File", "Peak memory",
+    "Model", "Method", "Budget", "Latency, 95 %", "Images a second", "Texts a second", "Of dense", "KL", "Perplexity",
+    "Accuracy", "Same class", "Top-1", "Top-5", "Cosine similarity", "Reached by 95 %", "Same nearest", "Parameters",
+    "FLOPs a token", "Bytes a token", "Prefill FLOPs", "FLOPs an image", "FLOPs a text", "File", "Peak memory",
 )  # fmt: skip
 
 
@@ -59,14 +59,19 @@ def latency_words(rows: Sequence[SummaryRow]) -> str:
 
 def quality_words(rows: Sequence[SummaryRow]) -> str:
     """Say whether the numbers of quality are of the artifacts or of the torch models."""
-    names = "KL and perplexity" * any(not row.is_of_images for row in rows)
-    if any(row.is_of_images for row in rows):
-        names = " or ".join(filter(None, [names, "KL and the shares of photographs"]))
+    names = " or ".join(dict.fromkeys(sorted(map(_measures, rows))))
     in_torch = "of the torch model in floats, not of the artifact"
     if all(row.quality_through == "torch" for row in rows):
         return f"{names} are {in_torch}."
     marked = f"; (torch): {in_torch}" if any(row.quality_through == "torch" for row in rows) else ""
     return f"{names} are of the artifact, read through its runtime{marked}."
+
+
+def _measures(row: SummaryRow) -> str:
+    """Return the names of what is known of a model's quality."""
+    if row.is_of_sentences:
+        return "the similarities of embeddings"
+    return "KL and the shares of photographs" if row.is_of_images else "KL and perplexity"
 
 
 def _summary_cells(row: SummaryRow) -> dict[str, str]:
@@ -79,16 +84,18 @@ def _summary_cells(row: SummaryRow) -> dict[str, str]:
         "Budget": row.budget + stands,
         "Latency, 95 %": _summary_latency(row),
         "Of dense": f"{row.of_dense:.1%}",
-        "KL": f"{row.kl:.3f}{in_torch}",
         "Parameters": f"{row.parameters / 1e6:.1f} M",
         "File": _megabytes(row.file_bytes),
         "Peak memory": _megabytes(row.peak_memory_bytes),
     }
-    return found | (_image_cells(row, in_torch) if row.is_of_images else _text_cells(row, in_torch))
+    if row.is_of_sentences:
+        return found | _sentence_cells(row, in_torch)
+    return found | (_image_cells(row, in_torch) if row.is_of_images else _decoder_cells(row, in_torch))
 
 
-def _text_cells(row: SummaryRow, in_torch: str) -> dict[str, str]:
+def _decoder_cells(row: SummaryRow, in_torch: str) -> dict[str, str]:
     return {
+        "KL": f"{row.kl:.3f}{in_torch}",
         "Perplexity": f"{row.perplexity:.2f}{in_torch}",
         "Accuracy": _share(row.mean_accuracy),
         "FLOPs a token": f"{(row.decode_flops or 0) / 1e6:.0f} M",
@@ -100,8 +107,19 @@ def _text_cells(row: SummaryRow, in_torch: str) -> dict[str, str]:
 def _image_cells(row: SummaryRow, in_torch: str) -> dict[str, str]:
     shares = {"Same class": row.agreement, "Top-1": row.top1, "Top-5": row.top5}
     return {name: f"{_share(one)}{in_torch}" for name, one in shares.items() if one is not None} | {
+        "KL": f"{row.kl:.3f}{in_torch}",
         "Images a second": f"{row.images_per_second:.1f}",
         "FLOPs an image": f"{(row.image_flops or 0) / 1e9:.2f} G",
+    }
+
+
+def _sentence_cells(row: SummaryRow, in_torch: str) -> dict[str, str]:
+    return {
+        "Cosine similarity": f"{row.cosine:.4f}{in_torch}",
+        "Reached by 95 %": f"{row.low_cosine:.4f}{in_torch}",
+        "Same nearest": f"{_share(row.same_nearest)}{in_torch}",
+        "Texts a second": f"{row.texts_per_second:.1f}",
+        "FLOPs a text": f"{(row.text_flops or 0) / 1e9:.2f} G",
     }
 
 

@@ -369,7 +369,9 @@ def test_what_cannot_be_is_told_in_one_line(
 def test_a_decoder_has_no_batch_of_images(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--target", "host_cpu", "--budget", "80%", "--model", checkpoint, "--batch", "2"]
     assert call(prune.main, *given) == 2
-    assert f"--batch does not apply to {checkpoint}, which is no image network" in last_line(capsys)
+    assert f"--batch does not apply to {checkpoint}, which is neither an image network nor an encoder" in last_line(
+        capsys
+    )
 
 
 @pytest.mark.parametrize(

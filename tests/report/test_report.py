@@ -67,7 +67,7 @@ def test_legends_have_the_colours_of_their_points(evaluated: Path) -> None:
 def test_the_front_holds_what_nothing_beats(run: Path) -> None:
     contents = inputs.read([run])
     (dense, pruned) = summary.rows(contents)
-    worse = replace(pruned, run="worse", seconds=pruned.seconds * 1.1, kl=pruned.kl + 1)
+    worse = replace(pruned, run="worse", seconds=pruned.seconds * 1.1, kl=(pruned.kl or 0.0) + 1)
     (figure, *_) = figures(contents, [dense, pruned, worse])
     front = figure.spec["layer"][0]["data"]["values"]
     assert [row["run"] for row in front] == ["seventy", "dense"]

@@ -6,10 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from dilap import backends
 from dilap.backends import Backend
@@ -29,7 +27,7 @@ from dilap.job.comparison import Row
 from dilap.job.network_bench import NetworkBench
 from dilap.job.result import PruneResult
 from dilap.models.convolutional.load import NetworkSource
-from dilap.models.network import TorchNetwork
+from dilap.models.network import Examples, TorchNetwork
 from dilap.profilers.profiler import Case
 from dilap.profilers.protocol import TABLE
 from dilap.profilers.tables.entries import TableEntry, run_precisions, runs_of
@@ -252,7 +250,13 @@ class QuickNetworkBench(FakeNetworkBench):
     """Keeps networks as files of torch, which takes no time, instead of exporting them."""
 
     def export(
-        self, source: NetworkSource, folder: Path, *, images: NDArray[np.float32], plan_digest: str = ""
+        self,
+        source: NetworkSource,
+        folder: Path,
+        *,
+        examples: Examples,
+        plan_digest: str = "",
+        tokenizer: Path | None = None,
     ) -> Artifact:
         with written_aside(folder) as part:
             part.mkdir()

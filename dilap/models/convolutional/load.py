@@ -79,6 +79,11 @@ class NetworkSource:
         """What it takes, as an image network. Raises InvalidInput for an encoder of texts."""
         return of_images(self.input, name=self.name)
 
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder of the tokenizer of an encoder of texts."""
+        return self.folder if isinstance(self.input, TokenInput) else None
+
     @functools.cached_property
     def traced(self) -> Traced:
         """Its shape, found out when it is first asked for; see `dilap.models.convolutional.network.traced`."""
