@@ -132,7 +132,7 @@ def test_stock_onnx_runtime_computes_what_transformers_does(classifier: Path, tm
             "--precision PART= does not apply to the image network",
         ),
         (["--backend", "onnxruntime", "--vocabulary", "x"], "--vocabulary does not apply to the image network"),
-        (["--backend", "onnxruntime", "--input", "224"], "write channels, height and width: 3x224x224"),
+        (["--backend", "onnxruntime", "--input", "224"], "takes images, and not 224 tokens"),
         (["--backend", "onnxruntime", "--processor", "nowhere"], "nowhere has no preprocessor_config.json"),
     ],
 )
