@@ -241,8 +241,8 @@ def _quality_note(rows: Sequence[Row]) -> str:
     names, measure = kind.names, kind.measure
     torch = (
         f"torch {measure} is of the torch model in floats, the only one that is known before recovery: of the units "
-        "that a method keeps with the dense model's values, of the same refitted in closed form (as DiLAP does), and as "
-        "the method leaves it, with its own values"
+        "that a method keeps with the dense model's values, of the same refitted in closed form (as DiLAP does), and "
+        "as the method leaves it, with its own values"
     )
     read = next((row for row in rows if row.artifact_reader is not None), None)
     if read is None:
