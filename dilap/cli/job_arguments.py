@@ -147,7 +147,7 @@ def add_text_and_recovery(
     group.add_argument(
         "--recover-data",
         nargs="+",
-        default=[],
+        default=(),
         metavar="TEXT",
         help="stream files or hub sets (user/name:configuration), packed; the calibration text otherwise",
     )
