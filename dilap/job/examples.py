@@ -112,10 +112,14 @@ def _joined(batches: Iterator[Examples]) -> Examples:
     return found
 
 
-def parts_of(examples: AnySet, asked: ExampleOptions, *, kind: str) -> tuple[AnySet, AnySet]:
-    """Return what methods see of the examples, and what recovery is judged on. Raises InvalidInput for too few."""
+def require_enough(examples: ExampleSet, *, kind: str) -> None:
+    """Raise InvalidInput for too few examples of a kind."""
     if len(examples) < _LEAST:
         raise InvalidInput(f"{examples.name}: {len(examples)} {kind} are too few to prune with; give {_LEAST} or more")
+
+
+def parts_of(examples: AnySet, asked: ExampleOptions) -> tuple[AnySet, AnySet]:
+    """Return what methods see of the examples, and what recovery is judged on."""
     validation = max(1, min(asked.most_validation, len(examples) // 4))
     train = min(asked.most_train, len(examples) - validation)
     return examples.split(train=train, validation=validation, seed=asked.seed)

@@ -14,7 +14,7 @@ from dilap.core.images import ImageInput, Preprocessing
 from dilap.core.sqnr import kl_divergence
 from dilap.evaluation.document import ImageQuality
 from dilap.evaluation.image_quality import image_quality
-from dilap.job.examples import Shown, parts_of
+from dilap.job.examples import Shown, parts_of, require_enough
 from dilap.job.network_options import ExampleOptions
 from dilap.job.quality import PhotoQuality
 from dilap.models.images import ImageSet, read_images
@@ -69,13 +69,14 @@ def shown_photographs(asked: ExampleOptions, *, model: nn.Module, input_: ImageI
     num_classes = TorchNetwork(model).outputs(random_images((1, *input_.size))).shape[1]
     read = partial(read_images, classes=classes_of(model), num_classes=num_classes)
     images = read(asked.source)
+    require_enough(images, kind=ShownPhotographs.KIND)
     if asked.evaluation is None:
         half = len(images) // 2
         images, evaluation = images.split(train=len(images) - half, validation=half, seed=asked.seed)
     else:
         evaluation = read(asked.evaluation)
         _require_apart(images, evaluation)
-    train, validation = parts_of(images, asked, kind=ShownPhotographs.KIND)
+    train, validation = parts_of(images, asked)
     return ShownPhotographs(name=asked.source, input=input_, train=train, validation=validation, evaluation=evaluation)
 
 

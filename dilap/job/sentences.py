@@ -11,7 +11,7 @@ from dilap.core.errors import InvalidInput
 from dilap.core.network_input import TokenInput
 from dilap.evaluation.document import SentenceQuality
 from dilap.evaluation.sentence_quality import cosines, sentence_quality
-from dilap.job.examples import Shown, parts_of
+from dilap.job.examples import Shown, parts_of, require_enough
 from dilap.job.network_options import ExampleOptions
 from dilap.job.quality import EmbeddingQuality
 from dilap.models.network import Examples
@@ -50,12 +50,13 @@ def shown_sentences(asked: ExampleOptions, *, tokenizer: Path, input_: TokenInpu
     are too few sentences.
     """
     sentences = read_sentences(asked.source, tokenizer=tokenizer)
+    require_enough(sentences, kind=ShownSentences.KIND)
     if asked.evaluation is None:
         half = len(sentences) // 2
         sentences, evaluation = sentences.split(train=len(sentences) - half, validation=half, seed=asked.seed)
     else:
         evaluation = _others(read_sentences(asked.evaluation, tokenizer=tokenizer), sentences)
-    train, validation = parts_of(sentences, asked, kind=ShownSentences.KIND)
+    train, validation = parts_of(sentences, asked)
     scored, _ = evaluation.split(train=min(len(evaluation), _MOST_SCORED), validation=0, seed=asked.seed)
     return ShownSentences(name=asked.source, input=input_, train=train, validation=validation, evaluation=scored)
 

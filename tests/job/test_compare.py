@@ -170,7 +170,7 @@ def test_the_quality_of_a_row_is_the_artifacts_and_torchs_has_its_own_columns() 
     )
     heading, _, line = (one.split("|") for one in markdown([row]).splitlines() if one.startswith("|"))
     cells = dict(zip((one.strip() for one in heading), (one.strip() for one in line), strict=True))
-    assert (cells["KL"], cells["torch KL"], cells["before recovery"]) == ("0.750", "0.500", "1.000")
+    assert (cells["KL"], cells["torch KL"], cells["torch KL before recovery"]) == ("0.750", "0.500", "1.000")
     assert (cells["torch KL of the units alone"], cells["refitted"]) == ("3.000", "2.000")
 
 

@@ -21,7 +21,7 @@ from dilap.core.codec import decode, read_json
 from dilap.core.errors import InvalidInput, Mismatch
 from dilap.core.measurement import Measurement
 from dilap.evaluation.subject import open_subject
-from dilap.job import sparsify
+from dilap.job import claims, sparsify
 from dilap.job.api import Lines
 from dilap.job.bench import Bench
 from dilap.job.command import command_line
