@@ -222,7 +222,7 @@ def test_what_cannot_be_is_told_in_one_line(
 
 def test_too_few_sentences_are_refused(place: Place, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="5 sentences are too few to prune with; give 8 or more"):
-        place.prune(calib=str(write_text(tmp_path / "few.txt", count=10)))
+        place.prune(calib=str(write_text(tmp_path / "few.txt", count=5)))
 
 
 def test_a_classifier_of_texts_is_refused(place: Place) -> None:
