@@ -70,14 +70,14 @@ def verify_logits(
 def verify_outputs(
     expected: NDArray[np.float32], network: Network, images: NDArray[Any], *, bound_db: float, name: str
 ) -> float:
-    """Return the SQNR in dB of an open network against what torch gives for `images`, or for texts as tokens.
+    """Return the SQNR in dB of an open network's outputs against those that torch gives for `images`, or for texts.
 
     `name` says in an error what was compared. Raises VerificationFailed below the bound.
     """
     found = sqnr_db(expected, network.outputs(images))
     if not found >= bound_db:
         raise VerificationFailed(
-            f"{name} differs from the torch model: SQNR {found:.1f} dB over {len(images)} inputs; {bound_db:.3g} dB "
+            f"{name} differs from the torch model: SQNR {found:.1f} dB over {len(images)} examples; {bound_db:.3g} dB "
             "expected"
         )
     return found

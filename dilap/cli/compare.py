@@ -83,7 +83,7 @@ class _ListMethods(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         width = max(map(len, METHODS))
         lines = [f"{name:{width}}  {methods.SOURCES[name]}" for name in METHODS]
-        lines += ["", "of image networks and encoders of texts:"]
+        lines += ["", "of image networks:"]
         lines += [f"{name:{width}}  {source}" for name, source in methods.NETWORK_SOURCES.items()]
         console.show("\n".join(lines))
         parser.exit()

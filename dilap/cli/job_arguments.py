@@ -122,8 +122,8 @@ def add_text_and_recovery(
     group.add_argument(
         "--eval-text",
         metavar="TEXT",
-        help="a file or hub set on which the models are scored, never searched on (python-docs; for an encoder of "
-        "texts half of --calib)",
+        help="a file or hub set on which the models are scored, never searched on (python-docs; of an encoder of "
+        "texts, half of --calib)",
     )
     group.add_argument(
         "--recover",
@@ -147,7 +147,7 @@ def add_text_and_recovery(
     group.add_argument(
         "--recover-data",
         nargs="+",
-        default=[],
+        default=(),
         metavar="TEXT",
         help="stream files or hub sets (user/name:configuration), packed; the calibration text otherwise",
     )

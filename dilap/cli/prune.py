@@ -113,7 +113,7 @@ def _sparse(given: argparse.Namespace) -> int:
         raise InvalidInput(f"--pattern does not apply to {in_words(given.model)}: leave it away")
     from dilap.job import sparsify as sparse_job  # importing torch takes seconds: bad input is refused first
     from dilap.job.options import calibration_options
-    from dilap.models.windows import CORPORA
+    from dilap.models.options import CORPORA
 
     options = sparse_job.SparseOptions(
         pattern=given.pattern,

@@ -89,18 +89,6 @@ def command_line(result: PruneResult[Any]) -> str:
     return shlex.join(words)
 
 
-def _shown(options: Mapping[str, Any], *, is_of_texts: bool) -> list[str]:
-    """Return the words that ask for what a network that is no decoder takes and is scored on, where that was asked."""
-    words, found, scored = list[str](), value_at(options, "input"), value_at(options, "examples", "evaluation")
-    if found is not None and is_of_texts:
-        words += ["--seq-length", str(value_at(found, "length"))]
-    elif found is not None:
-        words += ["--input", "x".join(str(value_at(found, side)) for side in ("channels", "height", "width"))]
-    if scored is not None:
-        words += ["--eval-text" if is_of_texts else "--eval-images", str(scored)]
-    return words
-
-
 def _of_recovery(options: Mapping[str, Any], defaults: Any) -> list[str]:
     """Return the words about a recovery whose flags are not simply values; an earlier version had steps alone."""
     words = ["--recover-steps", str(value_at(options, "recovery", "steps"))]
@@ -111,6 +99,18 @@ def _of_recovery(options: Mapping[str, Any], defaults: Any) -> list[str]:
         words += ["--recover-rate", f"{own:g}"]
     if value_at(options, "recovery", "checkpoint_activations"):
         words.append("--recover-checkpoint-activations")
+    return words
+
+
+def _shown(options: Mapping[str, Any], *, is_of_texts: bool) -> list[str]:
+    """Return the words that ask for what a network that is no decoder takes and is scored on, where that was asked."""
+    words, found, scored = list[str](), value_at(options, "input"), value_at(options, "examples", "evaluation")
+    if found is not None and is_of_texts:
+        words += ["--seq-length", str(value_at(found, "length"))]
+    elif found is not None:
+        words += ["--input", "x".join(str(value_at(found, side)) for side in ("channels", "height", "width"))]
+    if scored is not None:
+        words += ["--eval-text" if is_of_texts else "--eval-images", str(scored)]
     return words
 
 

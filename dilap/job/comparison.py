@@ -35,8 +35,8 @@ class Row:
     method left it, with its own values; the others after the recovery that all rows share. `artifact_*` is the quality
     of the exported file, read through its runtime; None where the file cannot be read here. A decoder has a perplexity;
     an image network has `agreement`, the share of photographs in which it prefers the dense network's class, and, with
-    labels, `top1` and `top5`; an encoder of texts has the numbers of `dilap.evaluation.document.SentenceQuality` and no
-    KL.
+    labels, `top1` and `top5`; an encoder of texts has the numbers of `dilap.evaluation.document.SentenceQuality`, and
+    no KL.
     """
 
     method: str
@@ -77,6 +77,10 @@ class Row:
     dense_artifact_top1: float | None = None
     dense_artifact_top5: float | None = None
     calibration_images: int | None = None
+    torch_kl_cut: float | None = None
+    torch_kl_refit: float | None = None
+    ffn_multiple: int = 1
+    training_text: str = ""
     torch_cosine_before: float | None = None
     torch_cosine: float | None = None
     torch_low_cosine: float | None = None
@@ -86,10 +90,6 @@ class Row:
     artifact_same_nearest: float | None = None
     dense_artifact_cosine: float | None = None
     calibration_sentences: int | None = None
-    torch_kl_cut: float | None = None
-    torch_kl_refit: float | None = None
-    ffn_multiple: int = 1
-    training_text: str = ""
 
     @property
     def is_of_images(self) -> bool:
@@ -238,30 +238,34 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 def _quality_note(rows: Sequence[Row]) -> str:
     """Say which models the columns of quality are about."""
     kind = _kind_of(rows)
+    names, measure = kind.names, kind.measure
     torch = (
-        f"torch {kind.measure} is of the torch model in floats, the only one that is known before recovery{kind.states}"
+        f"torch {measure} is of the torch model in floats, the only one that is known before recovery: of the units "
+        "that a method keeps with the dense model's values, of the same refitted in closed form (as DiLAP does), and "
+        "as the method leaves it, with its own values"
     )
     read = next((row for row in rows if row.artifact_reader is not None), None)
     if read is None:
-        return f"{kind.names} are of the torch models in floats, not of the artifacts; {torch}."
+        return f"{names} are of the torch models in floats, not of the artifacts; {torch}."
     dense = f"{_number(read.dense_artifact_kl, 3)} and {_number(read.dense_artifact_perplexity, 2)}"
     if read.is_of_sentences:
-        dense = f"{kind.measure} {_number(read.dense_artifact_cosine, 4)}"
+        dense = f"{measure} {_number(read.dense_artifact_cosine, 4)}"
     if read.is_of_images:
         dense = f"KL {_number(read.dense_artifact_kl, 3)}"
         dense += "" if read.dense_artifact_top1 is None else f", top-1 {read.dense_artifact_top1:.1%}"
-    return f"{kind.names} are of the artifacts, read through {read.artifact_reader} (dense: {dense}); {torch}."
+    return f"{names} are of the artifacts, read through {read.artifact_reader} (dense: {dense}); {torch}."
 
 
 def _table(budget: str, rows: Sequence[Row]) -> str:
     done = sorted((row for row in rows if row.error is None), key=lambda row: row.distances)
-    kind = _kind_of(done)
+    measure, quality = (kind := _kind_of(done)).measure, kind.columns
     lines = [
         f"Budget {in_markdown(budget)}",
         "",
-        f"| method | ms | 95 % interval | budget used | {kind.columns} "
+        f"| method | ms | 95 % interval | budget used | torch KL of the units alone | refitted "
+        f"| torch {measure} before recovery | torch {measure} | {quality} "
         "| parameters | FLOPs | peak memory | pruning took | and memory |",
-        "|---|" + "--:|" * (9 + kind.columns.count("|")),
+        "|---|" + "--:|" * (13 + quality.count("|")),
         *(_line(row) for row in done),
     ]
     failed = [f"{row.method} failed: {row.error}" for row in rows if row.error is not None]
@@ -271,34 +275,19 @@ def _table(budget: str, rows: Sequence[Row]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """How tables call the quality of a kind of model: its numbers, the one that is known in torch, and their columns.
-
-    `states` says of which torch models that one is.
-    """
+    """How tables call the quality of a kind of model: all numbers, the one that is also known in torch, the columns."""
 
     names: str
     measure: str
     columns: str
-    states: str = ""
 
 
-_DECODERS = _Kind(
-    names="KL and perplexity",
-    measure="KL",
-    columns="torch KL of the units alone | refitted | before recovery | torch KL | KL | perplexity",
-    states=": of the units that a method keeps with the dense model's values, of the same refitted in closed form (as "
-    "DiLAP does), and as the method leaves it, with its own values",
-)
-_IMAGES = _Kind(
-    names="KL and the shares of photographs",
-    measure="KL",
-    columns="torch KL before recovery | torch KL | KL | same class | top-1",
-)
+_DECODERS = _Kind(names="KL and perplexity", measure="KL", columns="KL | perplexity")
+_IMAGES = _Kind(names="KL and the shares of photographs", measure="KL", columns="KL | same class | top-1")
 _SENTENCES = _Kind(
     names="The similarities of embeddings",
     measure="cosine similarity",
-    columns="torch cosine similarity before recovery | torch cosine similarity | cosine similarity | reached by 95 % "
-    "| same nearest",
+    columns="cosine similarity | reached by 95 % | same nearest",
 )
 
 
@@ -315,6 +304,8 @@ def _line(row: Row) -> str:
         _scaled(row.seconds, 1e-3, 2) + mark,
         "" if row.seconds_ci is None else "-".join(_scaled(bound, 1e-3, 2) for bound in row.seconds_ci),
         _used(row),
+        _number(row.torch_kl_cut, 3),
+        _number(row.torch_kl_refit, 3),
         *_torch_cells(row),
         *_quality_cells(row),
         _scaled(row.parameters, 1e6, 1, " M"),
@@ -327,11 +318,10 @@ def _line(row: Row) -> str:
 
 
 def _torch_cells(row: Row) -> list[str]:
-    """Return the numbers of the torch model before recovery, and after it."""
+    """Return the numbers of the torch model before recovery and after it."""
     if row.is_of_sentences:
         return [_number(row.torch_cosine_before, 4), _number(row.torch_cosine, 4)]
-    of_units = () if row.is_of_images else (row.torch_kl_cut, row.torch_kl_refit)
-    return [_number(one, 3) for one in (*of_units, row.torch_kl_before, row.torch_kl)]
+    return [_number(row.torch_kl_before, 3), _number(row.torch_kl, 3)]
 
 
 def _quality_cells(row: Row) -> list[str]:

@@ -113,14 +113,9 @@ def _joined(batches: Iterator[Examples]) -> Examples:
 
 
 def require_enough(examples: ExampleSet, *, kind: str) -> None:
+    """Raise InvalidInput for too few examples of a kind."""
     if len(examples) < _LEAST:
         raise InvalidInput(f"{examples.name}: {len(examples)} {kind} are too few to prune with; give {_LEAST} or more")
-
-
-def halves(examples: AnySet, *, seed: int) -> tuple[AnySet, AnySet]:
-    """Return what is left of the examples after half of them is set aside, and that half."""
-    half = len(examples) // 2
-    return examples.split(train=len(examples) - half, validation=half, seed=seed)
 
 
 def parts_of(examples: AnySet, asked: ExampleOptions) -> tuple[AnySet, AnySet]:

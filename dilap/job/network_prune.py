@@ -1,12 +1,12 @@
 """The main job for networks that are no decoders: prune one to a budget, and measure the smaller network."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from torch import nn
 
 from dilap import __version__, methods
 from dilap.core.codec import encode, remove, write_json
@@ -37,7 +37,7 @@ from dilap.models.convolutional.load import NetworkSource, load_network, save_ne
 from dilap.models.convolutional.network import Traced
 from dilap.models.convolutional.recalibration import recalibrate_
 from dilap.models.distil_network import distil_network
-from dilap.models.network import TorchNetwork, gives_embeddings
+from dilap.models.network import gives_embeddings
 from dilap.profilers.devices.device import Device
 from dilap.search.method import Pruned
 from dilap.search.network_task import NetworkMethod
@@ -172,7 +172,7 @@ def _claim(stages: NetworkStages, goal: Goal, pruned: Pruned[Network]) -> PruneR
     write_json(workspace.folder / "plan.json", encode(plan))
     with workspace.stage("score the dense model"):
         exam = NetworkExam.of(stages)
-        lessons = _lessons(stages)
+    dense = None if stages.options.recovery.mode == "none" else copy.deepcopy(model)
     shrink_network_(model, plan, parameters=pruned.parameters)
     with workspace.stage("measure batch norms"):
         recalibrate_(model, shown.trained)
@@ -184,8 +184,8 @@ def _claim(stages: NetworkStages, goal: Goal, pruned: Pruned[Network]) -> PruneR
         f"{validated:.3f} on the validation split"
     )
     recovered, recovery = shrunk, Recovered()
-    if lessons is not None:
-        recovery = _recover_(stages, exam, lessons, before=validated)
+    if dense is not None:
+        recovery = _recover_(stages, exam, dense, before=validated)
         recovered = exam.of_torch(stages, model)
     with workspace.stage("save the checkpoint"):
         remove(workspace.folder / "checkpoint")  # left by an earlier start
@@ -204,27 +204,16 @@ def _claim(stages: NetworkStages, goal: Goal, pruned: Pruned[Network]) -> PruneR
     return replace(result, notes=(*result.notes, *recovery.notes), recovery_kls=recovery.distances)
 
 
-def _lessons(stages: NetworkStages) -> NDArray[np.float32] | None:
-    """Return what the dense network gives for the examples of the recovery, None without one."""
-    if stages.options.recovery.mode == "none":
-        return None
-    network = TorchNetwork(stages.source.model)
-    return stages.answers("training", lambda: network.outputs(stages.shown.trained))
-
-
-def _recover_(
-    stages: NetworkStages, exam: NetworkExam[Any], lessons: NDArray[np.float32], *, before: float
-) -> Recovered:
+def _recover_(stages: NetworkStages, exam: NetworkExam[Any], dense: nn.Module, *, before: float) -> Recovered:
     """Distil the dense network into the pruned one, in place.
 
     `before` is the distance on the validation split until then.
     """
     options, model = stages.options.recovery, stages.source.model
-    examples = stages.shown.trained
     return recover_(
         stages.workspace,
         lambda: tensors_of(model).items(),
-        lambda show: distil_network(model, examples, lessons, options, progress=show),
+        lambda show: distil_network(model, dense, stages.shown.trained, options, progress=show),
         name=options.mode,
         steps=options.steps,
         measure=exam.dense.DISTANCE,

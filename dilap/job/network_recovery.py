@@ -17,7 +17,7 @@ Told = Callable[[float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Recovered:
-    """The distance from the dense network in every step, as long as it was a number, and whether it was undone."""
+    """The distance from the dense model in every step, as long as it was a number, and whether recovery was undone."""
 
     distances: tuple[float, ...] = ()
     is_undone: bool = False
@@ -40,7 +40,7 @@ def recover_(
 ) -> Recovered:
     """Train a model, in place, and undo it where the distance on the validation split does not fall below `before`.
 
-    The distance is that from the dense network, and `measure` its name. `tensors` gives the names and tensors of the
+    The distance is that from the dense model, and `measure` its name. `tensors` gives the names and tensors of the
     model that training changes, `train` the distance in every step, each of which it also tells.
     """
     kept = workspace.cache / "before-recovery.safetensors"

@@ -13,9 +13,8 @@ from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget, Phase, Workload
 from dilap.job.precisions import asked_precisions
 from dilap.models.builtin import DEFAULT_MODEL
-from dilap.models.options import CalibrationOptions
+from dilap.models.options import CORPORA, CalibrationOptions
 from dilap.models.recovery.options import Mode, RecoveryOptions
-from dilap.models.windows import CORPORA
 from dilap.profilers.configuration import thread_counts
 from dilap.profilers.devices.device import Device
 from dilap.search.layouts import LAYOUTS, Layout

@@ -14,7 +14,7 @@ from dilap.core.images import ImageInput, Preprocessing
 from dilap.core.sqnr import kl_divergence
 from dilap.evaluation.document import ImageQuality
 from dilap.evaluation.image_quality import image_quality
-from dilap.job.examples import Shown, halves, parts_of, require_enough
+from dilap.job.examples import Shown, parts_of, require_enough
 from dilap.job.network_options import ExampleOptions
 from dilap.job.quality import PhotoQuality
 from dilap.models.images import ImageSet, read_images
@@ -71,7 +71,8 @@ def shown_photographs(asked: ExampleOptions, *, model: nn.Module, input_: ImageI
     images = read(asked.source)
     require_enough(images, kind=ShownPhotographs.KIND)
     if asked.evaluation is None:
-        images, evaluation = halves(images, seed=asked.seed)
+        half = len(images) // 2
+        images, evaluation = images.split(train=len(images) - half, validation=half, seed=asked.seed)
     else:
         evaluation = read(asked.evaluation)
         _require_apart(images, evaluation)

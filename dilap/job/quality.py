@@ -26,7 +26,6 @@ class Quality:
 
     DISTANCE: ClassVar[str] = "KL"
     DISTANCE_IN_UNITS: ClassVar[str] = "KL (nats a token)"
-    EXAMPLE: ClassVar[str] = "token"
 
     text: str
     text_sha256: str

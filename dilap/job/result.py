@@ -305,7 +305,8 @@ def _interval_rows(result: PruneResult[Any]) -> list[tuple[str, str, str, str]]:
 def _rate_row(result: PruneResult[Any]) -> tuple[str, str, str, str]:
     """Return the row of what a second brings: tokens of a decoder, images or texts."""
     dense, pruned = (result.workload.per_second(side.seconds) for side in (result.dense, result.pruned))
-    return (f"{result.pruned.quality.EXAMPLE}s a second", _rate(dense), _rate(pruned), _ratio(pruned, dense))
+    unit = result.pruned.quality.EXAMPLE if result.is_of_network else "token"
+    return (f"{unit}s a second", _rate(dense), _rate(pruned), _ratio(pruned, dense))
 
 
 def _rate(per_second: float) -> str:

@@ -11,7 +11,7 @@ from dilap.core.errors import InvalidInput
 from dilap.core.network_input import TokenInput
 from dilap.evaluation.document import SentenceQuality
 from dilap.evaluation.sentence_quality import cosines, sentence_quality
-from dilap.job.examples import Shown, halves, parts_of, require_enough
+from dilap.job.examples import Shown, parts_of, require_enough
 from dilap.job.network_options import ExampleOptions
 from dilap.job.quality import EmbeddingQuality
 from dilap.models.network import Examples
@@ -52,7 +52,8 @@ def shown_sentences(asked: ExampleOptions, *, tokenizer: Path, input_: TokenInpu
     sentences = read_sentences(asked.source, tokenizer=tokenizer)
     require_enough(sentences, kind=ShownSentences.KIND)
     if asked.evaluation is None:
-        sentences, evaluation = halves(sentences, seed=asked.seed)
+        half = len(sentences) // 2
+        sentences, evaluation = sentences.split(train=len(sentences) - half, validation=half, seed=asked.seed)
     else:
         evaluation = _others(read_sentences(asked.evaluation, tokenizer=tokenizer), sentences)
     train, validation = parts_of(sentences, asked)

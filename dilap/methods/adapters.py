@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from dilap.models.anatomy import decoder_layers
+from dilap.models.compute_device import HOST
 from dilap.models.families import family_of
 from dilap.search.method import PruneTask
 
@@ -16,7 +17,7 @@ _STEPS = 100  # on a CPU, where the published numbers take days
 
 def num_steps(asked: int, model: PreTrainedModel, *, published: int) -> int:
     """Return how many batches to train on: those asked for, or, for 0, the published number where a GPU trains."""
-    return asked or (published if model.device.type == "cuda" else _STEPS)
+    return asked or (_STEPS if model.device == HOST else published)
 
 
 class Adapters:

@@ -14,6 +14,7 @@ from dilap.methods.sprint_settings import SprintSettings
 from dilap.methods.sublayer_removal import Removal
 from dilap.methods.units import restored
 from dilap.models.anatomy import decoder_layers, sublayers
+from dilap.models.compute_device import compute_device
 from dilap.search.method import Pruned, PruneTask
 from dilap.search.refit import refit_refusal
 
@@ -45,7 +46,7 @@ def _placed(layers: nn.ModuleList, sprint: SprintSettings) -> Iterator[None]:
     homes = [next(layer.parameters()).device for layer in moved]
     try:
         for layer in moved:
-            layer.to(sprint.compute_on)
+            layer.to(compute_device(sprint.compute_on))
         yield
     finally:
         for layer, home in zip(moved, homes, strict=True):

@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
-from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.errors import InvalidInput
 from dilap.methods.sublayer_damage import Direction, Distance, Metric, Norm
+from dilap.models.compute_device import compute_device
 
 _EVERY = "every"
 
@@ -33,7 +32,7 @@ class SprintSettings:
     prompt alone), the median of `iterations`.
 
     `batch_sequences` are scored at once, 0 as many as have 2,048 tokens. The 8 activation checkpoints save memory and
-    change no result. Layers compute where the model is, or `compute_on` another device (`cuda`), where all lie but the
+    change no result. Layers compute where the model is, or `compute_on` another device of torch, where all lie but the
     last `host_layers`, which are moved there when they run; streams stay where the model is.
     """
 
@@ -65,8 +64,8 @@ class SprintSettings:
     def __post_init__(self) -> None:
         """Raise InvalidInput for settings that say nothing, before any work."""
         _ = self.every_metric, self.numbers("eval_steps"), self.numbers("eval_speedups")
-        if self.compute_on not in ("", "cpu") and not torch.cuda.is_available():
-            raise Unsupported(f"there is no GPU to compute on ({self.compute_on}); leave out --set compute_on")
+        if self.compute_on:
+            compute_device(self.compute_on)
 
     @property
     def every_metric(self) -> tuple[Metric, ...]:

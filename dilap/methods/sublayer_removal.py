@@ -17,6 +17,7 @@ from dilap.methods.sprint_settings import SprintSettings
 from dilap.methods.sublayer_damage import distance, ranked, tuned_projection
 from dilap.methods.sublayer_seconds import generation_seconds, saved_seconds
 from dilap.models.anatomy import Sublayer, decoder_layers
+from dilap.models.compute_device import compute_device
 from dilap.models.families import family_of
 from dilap.models.reference import perplexity
 from dilap.models.skipping import sublayer_skipped
@@ -280,7 +281,7 @@ class Removal:
         """Run one sublayer alone, its residual connection included."""
         layer = self.layers[sublayer // 2]
         home = next(layer.parameters()).device
-        device = torch.device(self.sprint.compute_on) if self.sprint.compute_on else None
+        device = compute_device(self.sprint.compute_on) if self.sprint.compute_on else None
         layer.to(device or home)  # moves one that is kept in host memory
         try:
             with sublayer_skipped(layer, self.task.model, _KINDS[1 - sublayer % 2]):

@@ -12,6 +12,7 @@ from dilap.core.errors import Mismatch
 from dilap.core.groups import Block
 from dilap.models.anatomy import decoder_layers
 from dilap.models.compute import compute_precision
+from dilap.models.compute_device import HOST
 from dilap.models.skipping import sublayer_skipped
 
 
@@ -62,5 +63,5 @@ def _generated(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, cl
         chosen = out.logits[:, -1:].argmax(-1)
         out = model(input_ids=chosen, past_key_values=out.past_key_values, use_cache=True)
     chosen = out.logits[:, -1:].argmax(-1)
-    chosen.cpu()  # a GPU has finished when its answer is here
+    chosen.to(HOST)  # a GPU has finished when its answer is here
     return clock() - start

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional
 
 from dilap.models.network import Examples, difference, evaluating, outputs_of
 from dilap.models.recovery.options import rate_at
@@ -24,13 +25,17 @@ _AT_ONCE = 8  # in a forward and backward pass: the activations of ResNet-50 at 
 class NetworkRecovery:
     """Settings of training all parameters with AdamW on the `difference` from the dense network.
 
-    A step sees `batch_images` photographs or sentences, and moves the numbers of a tensor by about `rate` times their
-    root mean square. `warmup` is the share of the steps in which the rate rises.
+    A step sees `batch_images` photographs or sentences.
+
+    Both networks see random crops, which have at least `least_area` of a photograph, and mirror images of half of them.
+    A step moves the numbers of a tensor by about `rate` times their root mean square. `warmup` is the share of the
+    steps in which the rate rises.
     """
 
     mode: NetworkMode = "none"
     steps: int = 60
     batch_images: int = 32
+    least_area: float = 0.35
     rate: float = 1.6e-3
     warmup: float = 0.1
     seed: int = 0
@@ -38,13 +43,13 @@ class NetworkRecovery:
 
 def distil_network(
     model: nn.Module,
+    dense: nn.Module,
     examples: Examples,
-    answers: NDArray[np.float32],
     options: NetworkRecovery,
     *,
     progress: Callable[[float], None] = lambda _: None,
 ) -> list[float]:
-    """Train `model` in place to give `answers`, the dense network's outputs, for `examples` as the network takes them.
+    """Train `model` in place to give what the `dense` one gives for `examples`, of images for random crops.
 
     Return the difference in every step, which `progress` gets too: the KL in nats an image, or the cosine distance. The
     statistics of batch norms stay: what is trained is what is shipped.
@@ -57,12 +62,12 @@ def distil_network(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda step: rate_at(step, steps=options.steps, warmup=options.warmup)
     )
-    generator, losses = torch.Generator().manual_seed(options.seed), list[float]()
-    with evaluating(model):
+    draw, losses = np.random.default_rng(options.seed), list[float]()
+    with evaluating(model), evaluating(dense):
         while len(losses) < options.steps:
-            rows = torch.randperm(len(examples), generator=generator)[: options.batch_images].numpy()
+            rows = draw.permutation(len(examples))[: options.batch_images]
             adam.zero_grad()
-            losses.append(_accumulate_gradients_(model, examples[rows], answers[rows]))
+            losses.append(_accumulate_gradients_(model, dense, _seen(examples[rows], draw, options.least_area)))
             nn.utils.clip_grad_norm_(parameters, 1.0)
             adam.step()
             schedule.step()
@@ -74,12 +79,35 @@ def distil_network(
     return losses
 
 
-def _accumulate_gradients_(model: nn.Module, examples: Examples, answers: NDArray[np.float32]) -> float:
-    """Run examples forward and backward, a few at a time, and return their mean difference from the answers."""
-    device, total = next(model.parameters()).device, 0.0
-    for few in np.array_split(np.arange(len(examples)), -(-len(examples) // _AT_ONCE)):
-        seen, wanted = (torch.from_numpy(one[few]).to(device) for one in (examples, answers))
-        loss = difference(model, outputs_of(model, seen)[0], wanted) * (len(few) / len(examples))
+def cropped(images: NDArray[np.float32], draw: np.random.Generator, least_area: float) -> torch.Tensor:
+    """Return a random crop of every image, in the images' own size, half of them mirrored."""
+    height, width = images.shape[2:]
+    found = []
+    for image in torch.from_numpy(images):
+        share = draw.uniform(least_area, 1) ** 0.5  # of both sides
+        rows, columns = max(1, round(share * height)), max(1, round(share * width))
+        top, left = draw.integers(height - rows + 1), draw.integers(width - columns + 1)
+        part = image[None, :, top : top + rows, left : left + columns]
+        part = functional.interpolate(part, size=(height, width), mode="bilinear", antialias=True)
+        found.append(part.flip(3) if draw.random() < 0.5 else part)
+    return torch.cat(found)
+
+
+def _seen(examples: Examples, draw: np.random.Generator, least_area: float) -> torch.Tensor:
+    """Return what both networks see of examples: crops of images, and texts as they are."""
+    if examples.dtype == np.float32:
+        return cropped(examples.astype(np.float32, copy=False), draw, least_area)
+    return torch.from_numpy(examples)
+
+
+def _accumulate_gradients_(model: nn.Module, dense: nn.Module, examples: torch.Tensor) -> float:
+    """Run examples forward and backward, a few at a time, and return their mean difference."""
+    weight, total = next(model.parameters()), 0.0
+    taught = next(dense.parameters()).dtype
+    for few in examples.to(weight.device).split(_AT_ONCE):
+        with torch.no_grad():
+            wanted = outputs_of(dense, few.to(taught) if few.is_floating_point() else few)[0].float()
+        loss = difference(model, outputs_of(model, few)[0], wanted) * len(few) / len(examples)
         loss.backward()
         total += float(loss.detach())
     return total

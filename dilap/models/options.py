@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+CORPORA = ("c4", "wikitext2", "ptb")  # the names of those in `dilap.models.windows`
+
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:

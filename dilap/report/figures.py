@@ -269,7 +269,7 @@ def _recoveries(runs: Sequence[Run]) -> list[Figure]:
     recovered = [run.result.pruned.quality for run in runs if run.result.recovery_kls]
     measure = " or ".join(dict.fromkeys(one.DISTANCE for one in recovered))
     units = " or ".join(dict.fromkeys(one.DISTANCE_IN_UNITS for one in recovered))
-    columns = {"run": "Run", "text": "Examples", "step": "Step", "distance": units}
+    columns = {"run": "Run", "text": "Text", "step": "Step", "distance": units}
     spec = {
         "height": 260,
         "mark": {"type": "line", "point": {"filled": True, "size": 40}},
@@ -277,7 +277,7 @@ def _recoveries(runs: Sequence[Run]) -> list[Figure]:
             "x": field("step", "Step of recovery", axis={"tickMinStep": 1}),
             "y": field("distance", f"{measure} to the dense model", scale={"zero": False}),
             "color": field("run", "Run", "nominal"),
-            "strokeDash": field("text", "Examples", "nominal"),
+            "strokeDash": field("text", "Text", "nominal"),
             "tooltip": tooltip(columns, rows),
         },
     }

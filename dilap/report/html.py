@@ -13,7 +13,7 @@ from dilap.core.codec import to_json
 from dilap.core.errors import Unavailable
 from dilap.job import meaning
 from dilap.job.command import command_line
-from dilap.job.quality import Quality
+from dilap.job.quality import EmbeddingQuality, PhotoQuality, Quality
 from dilap.job.result import PruneResult
 from dilap.job.verdict import percent
 from dilap.report.figure import Figure
@@ -72,17 +72,21 @@ def render(page: Page) -> str:
 def _claim(run: Run) -> dict[str, str]:
     """Return the headline of a run, its speed-up, and a line with its quality and how its budget stands."""
     result, quality = run.result, run.result.pruned.quality
-    in_torch = " (torch)" if quality.through == "torch" else ""
-    is_of_decoder = isinstance(quality, Quality)
-    means = f", {meaning.of_kl(quality.kl)}" if is_of_decoder else ""
     asked = str(result.budget) if result.budget.ratio is not None else f"budget {result.budget}"
     stands = f"{asked} {result.verdict}, {percent(result.share)} of it used"
     return {
         "run": run.name,
-        "status": "broken" if is_of_decoder and meaning.is_broken(quality.kl) else result.status,
+        "status": "broken" if isinstance(quality, Quality) and meaning.is_broken(quality.kl) else result.status,
         "headline": _headline(result),
-        "detail": f"{_interval(result)}{quality.DISTANCE} {quality.distance:.2f}{in_torch}{means}; {stands}",
+        "detail": f"{_interval(result)}{_told(quality)}; {stands}",
     }
+
+
+def _told(quality: Quality | PhotoQuality | EmbeddingQuality) -> str:
+    """Say how far a model is from the dense one, and of a decoder what that means."""
+    in_torch = " (torch)" if quality.through == "torch" else ""
+    said = f"{quality.DISTANCE} {quality.distance:.2f}{in_torch}"
+    return f"{said}, {meaning.of_kl(quality.kl)}" if isinstance(quality, Quality) else said
 
 
 def _headline(result: PruneResult[Any]) -> str:

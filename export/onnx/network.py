@@ -208,6 +208,9 @@ def round_to_f16_(path: Path) -> None:
     float16: Any = importlib.import_module("onnxruntime.transformers.float16")
     onnx: Any = importlib.import_module("onnx")
     onnx.save(float16.convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
+    model = ir.load(path)
+    model.graph.sort()  # it puts the casts of inputs behind what reads them
+    ir.save(model, path)
     require_valid(path)
 
 

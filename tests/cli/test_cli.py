@@ -98,7 +98,7 @@ def test_a_measurement_beside_other_load_is_taken_again(tmp_path: Path, monkeypa
     def measured(*_: object, **__: object) -> list[SimpleNamespace]:
         return [SimpleNamespace(status=statuses.pop(0))]
 
-    monkeypatch.setattr("dilap.job.bench.Profiler.measure", measured)
+    monkeypatch.setattr("dilap.job.measuring.Profiler.measure", measured)
     bench = Bench(device=devices.get("host_cpu"), backend=LlamaCpp(), workload=Workload(), progress=Console())
     assert [one.status for one in bench.measure([tmp_path / "model.gguf"])] == ["ok"]
 

@@ -146,7 +146,7 @@ def test_what_does_not_apply_to_a_network_is_refused(
 
 def test_a_latency_table_is_of_a_decoder(classifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(profile.main, "--device", "host_cpu", "--model", classifier) == 2
-    assert "is an image network, and this command knows decoders alone" in last_line(capsys)
+    assert "this command knows decoders alone, and not the image network" in last_line(capsys)
 
 
 def test_a_decoder_takes_no_photographs(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

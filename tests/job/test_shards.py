@@ -1,5 +1,6 @@
 """Parts of a comparison run by themselves, and are put together."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from standins.fake_job import compare_tiny
 
 from dilap.core.errors import InvalidInput
+from dilap.job import kinds
 from dilap.job.shards import Shard
 
 pytestmark = pytest.mark.usefixtures("fake_device")
@@ -34,7 +36,7 @@ def test_a_comparison_takes_over_what_its_shards_have_done(
     halves = [compare_tiny(checkpoint, corpus, out, *METHODS, shard=f"{number}/2", **ASKED) for number in (1, 2)]
     assert [len(rows) for rows in halves] == [2, 2]
     assert not out.exists()
-    monkeypatch.setattr("dilap.job.compare.prune", None)  # nothing is left to be done
+    monkeypatch.setattr(kinds, "DECODERS", replace(kinds.DECODERS, prune=pytest.fail))  # nothing is left to be done
     rows = compare_tiny(checkpoint, corpus, out, *METHODS, **ASKED)
     assert {(row.method, row.budget) for row in rows} == {(m, b) for m in METHODS for b in ASKED["budgets"]}
     assert all(row in rows for half in halves for row in half)

@@ -21,7 +21,7 @@ from dilap.core.codec import decode, read_json
 from dilap.core.errors import InvalidInput, Mismatch
 from dilap.core.measurement import Measurement
 from dilap.evaluation.subject import open_subject
-from dilap.job import proof, sparsify
+from dilap.job import claims, sparsify
 from dilap.job.api import Lines
 from dilap.job.bench import Bench
 from dilap.job.command import command_line
@@ -198,7 +198,7 @@ def test_a_text_of_the_vocabulary_that_changed_between_two_starts_is_named(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(proof, "_measured", stop)
+        patch.setattr(claims, "measured", stop)
         with pytest.raises(KeyboardInterrupt):
             go()
     needs.write_text(TEXT.replace("fox", "cat"))

@@ -8,7 +8,7 @@ import torch
 from standins.models import tiny_model, tiny_task
 from transformers import PreTrainedModel
 
-from dilap.core.errors import Infeasible, InvalidInput, Unsupported
+from dilap.core.errors import Infeasible, InvalidInput
 from dilap.methods.sprint import Sprint
 from dilap.methods.sublayer_damage import Metric, distance, ranked, tuned_projection
 from dilap.methods.sublayer_removal import Removal
@@ -157,7 +157,6 @@ def test_batches_and_places_change_no_choice() -> None:
     assert removed_by(task, tune=False, batch_sequences=3, host_layers=2, compute_on="cpu") == first
 
 
-def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(Unsupported, match=r"there is no GPU to compute on \(cuda\)"):
-        Sprint(compute_on="cuda")
+def test_a_gpu_that_is_not_there_is_named() -> None:
+    with pytest.raises(InvalidInput, match="no device 'cuda:7' to compute on here"):
+        Sprint(compute_on="cuda:7")

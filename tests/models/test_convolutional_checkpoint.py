@@ -176,7 +176,7 @@ def test_a_users_own_network_has_a_shape() -> None:
         ("own_network:build_nothing", INPUT, "is no torch.nn.Module and gives none, but int"),
         ("own_network:build_wrongly", INPUT, "cannot be built: RuntimeError: no such layer"),
         ("own_network:build", ImageInput.parse("1x32x32"), "takes no input of 1x32x32"),
-        ("resnet-50", None, "no network 'resnet-50': give efficientnet-lite0, the folder"),
+        ("resnet-50", None, "no network 'resnet-50': give efficientnet-lite0, all-minilm-l6-v2, the folder"),
     ],
 )
 def test_what_is_no_network_is_refused_in_one_line(name: str, size: ImageInput | None, message: str) -> None:
@@ -250,8 +250,9 @@ def test_the_built_in_network_is_that_of_its_packages() -> None:
         len(found.traced.network.groups),
         len(found.traced.network.branches),
     ) == (4_652_008, 24, 9)
-    assert found.image_input.preprocessing is not None
-    assert found.image_input.preprocessing.resize == (73,)  # as 256 for images of 224
+    assert isinstance(found.input, ImageInput)
+    assert found.input.preprocessing is not None
+    assert found.input.preprocessing.resize == (73,)  # as 256 for images of 224
 
 
 def test_a_classifier_without_an_image_processor_says_so(tmp_path: Path) -> None:

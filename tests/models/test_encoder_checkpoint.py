@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +63,11 @@ def narrow() -> PreTrainedModel:
     return made
 
 
+def pooling(model: Any) -> str:
+    found: str = model.config.sentence_pooling
+    return found
+
+
 @pytest.fixture
 def dense(tmp_path: Path) -> Path:
     """The folder of a dense encoder, as sentence-transformers keeps them."""
@@ -107,7 +112,7 @@ def test_a_narrowed_encoder_is_read_back_with_its_tokenizer_and_its_pooling(tmp_
     found = load_network(str(tmp_path / "saved"))
     assert_close(output(found.model), output(made), rtol=0, atol=0)
     assert found.input == TokenInput(length=16)  # as many as it has positions
-    assert cast(Any, found.model).config.sentence_pooling == "first"
+    assert pooling(found.model) == "first"
     assert (tmp_path / "saved" / "vocab.txt").read_bytes() == (dense / "vocab.txt").read_bytes()
 
 
@@ -131,7 +136,7 @@ def test_a_pooler_makes_no_embedding_and_may_be_missing(dense: Path) -> None:
     tensors = load_file(dense / "model.safetensors")
     kept = {name: value for name, value in tensors.items() if not name.startswith("pooler")}
     save_file(kept, dense / "model.safetensors", metadata={"format": "pt"})
-    assert cast(Any, load_network(str(dense)).model).config.sentence_pooling == "first"
+    assert pooling(load_network(str(dense)).model) == "first"
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,13 @@ def test_a_device_that_no_model_describes_is_predicted(noise: float, median: flo
     assert errors[-1] < worst
 
 
+def test_a_probe_that_is_known_badly_weighs_little() -> None:
+    table = measured_table()
+    bad = table.entries[6]
+    wide = tuple(round(1.3 * one * (1 + 0.4 * (-1) ** index)) for index, one in enumerate(bad.samples_ns))
+    assert max(table.with_entries([replace(bad, samples_ns=wide)]).model().holdout_errors()) < 0.01
+
+
 def test_drift_between_blocks_is_divided_out() -> None:
     assert max(measured_table(drifting=True).model().holdout_errors()) < 0.005
 

@@ -102,7 +102,11 @@ class FakeGpuTensor(torch.Tensor):
 
 class _Mode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        asked = kwargs.get("device")
+        if FakeGpuTensor not in types and (asked is None or torch.device(asked).type != NAME):
+            return func(*args, **kwargs)  # of the host alone
+        return _run(func, args, kwargs)
 
 
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Module(), hook=_Hook())

@@ -64,8 +64,9 @@ def _loss(model: nn.Module, batch: torch.Tensor, labels: torch.Tensor | None, nu
     if gives_embeddings(model):
         drawn = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(number)).to(outputs)
         return (outputs * drawn).sum() / math.sqrt(len(batch))  # whose square is the mean over the batch
-    known = outputs.detach().argmax(1) if labels is None else labels.to(outputs.device)
-    return functional.cross_entropy(outputs, known)
+    return functional.cross_entropy(
+        outputs, outputs.detach().argmax(1) if labels is None else labels.to(outputs.device)
+    )
 
 
 def gates_of(model: nn.Module, network: Network, group: Group) -> list[Member]:

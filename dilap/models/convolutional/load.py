@@ -75,14 +75,14 @@ class NetworkSource:
     notes: tuple[str, ...] = ()
 
     @property
-    def tokenizer(self) -> Path | None:
-        """The folder of the tokenizer of an encoder of texts."""
-        return self.folder if isinstance(self.input, TokenInput) else None
-
-    @property
     def image_input(self) -> ImageInput:
         """What it takes, as an image network. Raises InvalidInput for an encoder of texts."""
         return of_images(self.input, name=self.name)
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder of the tokenizer of an encoder of texts."""
+        return self.folder if isinstance(self.input, TokenInput) else None
 
     @functools.cached_property
     def traced(self) -> Traced:

@@ -98,14 +98,15 @@ def list_network_probes(
     on four devices (padded channels, kernels that small layers do not fill, caches, arithmetic that hides transfers)
     with 1 % of noise on every probe, plans that were held out are off by
 
-        1.0 % (median) and 3.6 % (worst of 60) with 3 even probes and 21 random plans,
-        1.1 % and 4.1 % with 24 random plans alone,
-        4.6 % and 17 % with one probe for every group instead, and 2.0 % and 8.1 % with 8 random plans more,
-        1.2 % and 5.6 % with probes that narrow one resolution, 3 even ones and 12 random plans,
-        0.9 % and 3.2 % with 80 random plans.
+        1.1 % (median) and 4.3 % (worst of 60) with 3 even probes and 24 random plans,
+        1.2 % and 4.9 % with 24 random plans alone,
+        1.4 % and 6.1 % with 3 even probes and 16 random plans,
+        1.1 % and 4.8 % with 6 probes that narrow one resolution, 3 even ones and 18 random plans,
+        3.8 % and 13 % with one probe for each of the 24 groups instead, 1.6 % and 7.0 % with 8 random plans more,
+        0.9 % and 3.5 % with 80 random plans.
 
-    With 2 % of noise it is 1.7 % and 5.6 % for the first. A device on which some widths are slower than wider ones is
-    predicted only at multiples that avoid them: 4 % and 20 % with multiples of 8 where kernels need 16, 1.0 % and 4.4 %
+    With 2 % of noise it is 1.9 % and 7.0 % for the first. A device on which some widths are slower than wider ones is
+    predicted only at multiples that avoid them: 4 % and 20 % with multiples of 8 where kernels need 16, 1.1 % and 4.5 %
     with multiples of 16.
     """
     levels, dense = [widths_of(group, multiple) for group in network.groups], dense_counts(network)
