@@ -1,40 +1,11 @@
 """How near the embeddings of an encoder of texts are to those of the dense one, on sentences that no search saw."""
 
-from collections.abc import Callable
-from typing import Protocol
-
 import numpy as np
 from numpy.typing import NDArray
 
 from dilap.core.errors import InvalidInput, Mismatch
-from dilap.core.network_input import TokenInput
 from dilap.evaluation.document import SentenceQuality
 from dilap.models.sentences import SentenceSet
-
-
-class ReadsSentences(Protocol):
-    """An encoder in torch, or an artifact in its runtime."""
-
-    def outputs(self, images: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the embeddings (sentences x numbers) of tokens (sentences x 3 x tokens)."""
-
-
-def compare_on_sentences(
-    encoder: ReadsSentences,
-    reference: ReadsSentences,
-    sentences: SentenceSet,
-    *,
-    input_: TokenInput,
-    progress: Callable[[int], None] = lambda _: None,
-) -> SentenceQuality:
-    """Let an encoder and the reference read all sentences. Raises Mismatch for embeddings that cannot be compared."""
-    mine: list[NDArray[np.float32]] = []
-    theirs: list[NDArray[np.float32]] = []
-    for batch in sentences.tokens(input_):
-        mine.append(encoder.outputs(batch))
-        theirs.append(reference.outputs(batch))
-        progress(len(batch))
-    return sentence_quality(np.concatenate(mine), np.concatenate(theirs), sentences)
 
 
 def sentence_quality(

@@ -6,8 +6,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from dilap import __version__, methods
 from dilap.core.codec import encode, remove, write_json
 from dilap.core.errors import Unsupported
@@ -24,7 +22,7 @@ from dilap.job.inputs import code_sha256
 from dilap.job.network_bench import NetworkBench
 from dilap.job.network_exam import NetworkExam
 from dilap.job.network_options import NetworkOptions
-from dilap.job.network_recovery import Recovered, recover_
+from dilap.job.network_recovery import Recovered, recover_network_
 from dilap.job.network_stages import NetworkStages
 from dilap.job.photographs import GUESSED, shown_photographs, usual_input
 from dilap.job.quality import AnyQuality, in_words
@@ -32,11 +30,10 @@ from dilap.job.result import PruneResult
 from dilap.job.run_folder import Workspace
 from dilap.job.sentences import shown_sentences
 from dilap.methods import NETWORK_METHODS
-from dilap.models.convolutional.cut import shrink_network_, tensors_of
+from dilap.models.convolutional.cut import shrink_network_
 from dilap.models.convolutional.load import NetworkSource, load_network, save_network
 from dilap.models.convolutional.network import Traced
 from dilap.models.convolutional.recalibration import recalibrate_
-from dilap.models.distil_network import distil_network
 from dilap.models.network import gives_embeddings
 from dilap.profilers.devices.device import Device
 from dilap.search.method import Pruned
@@ -185,7 +182,7 @@ def _claim(stages: NetworkStages, goal: Goal, pruned: Pruned[Network]) -> PruneR
     )
     recovered, recovery = shrunk, Recovered()
     if dense is not None:
-        recovery = _recover_(stages, exam, dense, before=validated)
+        recovery = recover_network_(stages, exam, dense, before=validated)
         recovered = exam.of_torch(stages, model)
     with workspace.stage("save the checkpoint"):
         remove(workspace.folder / "checkpoint")  # left by an earlier start
@@ -202,24 +199,6 @@ def _claim(stages: NetworkStages, goal: Goal, pruned: Pruned[Network]) -> PruneR
     )
     result = _result(stages, goal, pruned, claim, shrunk=shrunk, validated=validated)
     return replace(result, notes=(*result.notes, *recovery.notes), recovery_kls=recovery.distances)
-
-
-def _recover_(stages: NetworkStages, exam: NetworkExam[Any], dense: nn.Module, *, before: float) -> Recovered:
-    """Distil the dense network into the pruned one, in place.
-
-    `before` is the distance on the validation split until then.
-    """
-    options, model = stages.options.recovery, stages.source.model
-    return recover_(
-        stages.workspace,
-        lambda: tensors_of(model).items(),
-        lambda show: distil_network(model, dense, stages.shown.trained, options, progress=show),
-        name=options.mode,
-        steps=options.steps,
-        measure=exam.dense.DISTANCE,
-        before=before,
-        validation=lambda: exam.validation_distance(model),
-    )
 
 
 def _sizes(stages: NetworkStages, plan: Plan[Network]) -> dict[str, tuple[int, int]]:

@@ -1,18 +1,19 @@
 """Recovery of a pruned network: it is trained, and left as it was where that did not help."""
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
-import torch
+from torch import nn
 
 from dilap.core.codec import remove
+from dilap.job.network_exam import NetworkExam
+from dilap.job.network_stages import NetworkStages
 from dilap.job.recovery import UNDONE
-from dilap.job.run_folder import Workspace
+from dilap.models.convolutional.cut import tensors_of
+from dilap.models.distil_network import distil_network
 from dilap.models.tensor_file import load_tensors, save_tensors
-
-Told = Callable[[float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,41 +28,31 @@ class Recovered:
         return (UNDONE,) if self.is_undone else ()
 
 
-def recover_(
-    workspace: Workspace,
-    tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]],
-    train: Callable[[Told], list[float]],
-    *,
-    name: str,
-    steps: int,
-    measure: str,
-    before: float,
-    validation: Callable[[], float],
-) -> Recovered:
-    """Train a model, in place, and undo it where the distance on the validation split does not fall below `before`.
+def recover_network_(stages: NetworkStages, exam: NetworkExam[Any], dense: nn.Module, *, before: float) -> Recovered:
+    """Distil the dense network into the pruned one, in place, and undo it where that does not help.
 
-    The distance is that from the dense model, and `measure` its name. `tensors` gives the names and tensors of the
-    model that training changes, `train` the distance in every step, each of which it also tells.
+    It helps where the distance from the dense network on the validation split falls below `before`.
     """
-    kept = workspace.cache / "before-recovery.safetensors"
-    save_tensors(kept, {path: tensor.detach() for path, tensor in tensors()})
-    with workspace.stage("recover"), workspace.log.bar("recover", total=steps, unit="step") as bar:
+    options, model, workspace = stages.options.recovery, stages.source.model, stages.workspace
+    measure, kept = exam.dense.DISTANCE, workspace.cache / "before-recovery.safetensors"
+    save_tensors(kept, {name: tensor.detach() for name, tensor in tensors_of(model).items()})
+    with workspace.stage("recover"), workspace.log.bar("recover", total=options.steps, unit="step") as bar:
 
         def show(distance: float) -> None:
             bar.set_postfix_str(f"{measure} {distance:.3f}")
             bar.update(1)
 
-        losses = train(show)
-        after = validation()
+        losses = distil_network(model, dense, stages.shown.trained, options, progress=show)
+        after = exam.validation_distance(model)
     workspace.log.say(
-        f"recovery ({name}): {measure} on its own examples {losses[0]:.3f} -> {losses[-1]:.3f}, on the validation "
-        f"split {before:.3f} -> {after:.3f}"
+        f"recovery ({options.mode}): {measure} on its own examples {losses[0]:.3f} -> {losses[-1]:.3f}, on the "
+        f"validation split {before:.3f} -> {after:.3f}"
     )
     is_undone = not after < before  # also where it is no number
     if is_undone:
         workspace.log.say(UNDONE)
         earlier = load_tensors(kept)
-        for path, tensor in tensors():
-            tensor.data.copy_(earlier[path])
+        for name, tensor in tensors_of(model).items():
+            tensor.data.copy_(earlier[name])
     remove(kept)
     return Recovered(distances=tuple(takewhile(math.isfinite, losses)), is_undone=is_undone)

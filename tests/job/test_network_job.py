@@ -165,7 +165,7 @@ def test_recovery_that_does_not_help_is_undone(place: Place, monkeypatch: pytest
                 parameter.fill_(float("nan"))
         return [1.0, float("nan")]
 
-    monkeypatch.setattr("dilap.job.network_prune.distil_network", spoil)
+    monkeypatch.setattr("dilap.job.network_recovery.distil_network", spoil)
     result = place.prune(recover="full", recover_steps=2)
     assert result.pruned.in_torch.kl == result.kl_without_recovery
     assert "recovery is undone, because it did not help" in result.all_notes
