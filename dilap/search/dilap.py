@@ -140,9 +140,9 @@ def allocate(quadratic: Quadratic, space: Space, *, limit: float, previous: Conf
     quadratic, space, previous = shortlist.quadratic, shortlist.space, shortlist.short(previous)
     independent = project(quadratic.diagonal_only(), space, limit=limit)
     candidates = [swap(quadratic, space, independent, limit=limit)]
-    if options.cross_terms:
+    if options.cross_terms and options.restarts:
         generator = torch.Generator().manual_seed(options.seed)
-        starts: list[Config] = [(), independent, previous]
+        starts: list[Config] = [(), independent, previous][: options.restarts]
         while len(starts) < options.restarts:
             starts.append(tuple(int(torch.randint(size, (1,), generator=generator)) for size in quadratic.sizes))
         for p in relax(quadratic, space, limit=limit, starts=starts, options=options.relaxation):

@@ -62,7 +62,8 @@ class SearchOptions:
     The limits of its rounds are `step` of the dense latency apart. `label_samples` is how often labels are drawn for a
     quadratic model. `cross_terms` keeps interactions between sublayers in it; `caution` is the number of standard
     errors by which its slopes are taken to be worse than measured. `restarts` is the number of starts of the
-    relaxation. `evaluations` is how many configs are scored by the real KL while polishing.
+    relaxation, which is left out without any. `evaluations` is how many configs are scored by the real KL while
+    polishing.
     """
 
     # Validation KL of SmolLM2-135M at 70 %, before the polish: two steps of 15 % 1.18, three of 10 % 0.95, six of 5 %
