@@ -85,7 +85,7 @@ def _variants(given: argparse.Namespace, *, seed: int) -> list[Variant]:
         Variant(name="SPDY's weightings", search=Weightings(), options=full, mixes=False),
         Variant(name="Puzzle's scores", search=single_changes, options=full),
         Variant(name="hard-concrete gates", search=Gates(), options=full, mixes=False),
-        Variant(name=TRAINED, search=trained_inner_loop, options=full, mixes=False),
+        Variant(name=TRAINED, search=TRAINED, options=full, mixes=False),
         Variant(name="one round, Fisher diagonal", search="dilap", options=one_round),
         Variant(name="no swaps", search="dilap", options=rounds),
         Variant(name="no interactions", search="dilap", options=replace(full, cross_terms=False)),
@@ -177,8 +177,8 @@ class Study:
         return scores
 
     def _suffix(self) -> str:
-        steps = self.given.recover_steps
-        return "-refitted" * self.given.refit + f"-recovered{steps}" * bool(steps)
+        refitted = "-refitted" if self.given.refit else ""
+        return refitted + (f"-recovered{self.given.recover_steps}" if self.given.recover_steps else "")
 
     def _score(self, variant: Variant, budget: int) -> dict[str, float]:
         net = self.net
@@ -205,7 +205,7 @@ class Study:
         return scores
 
     def _search(self, variant: Variant) -> Search:
-        if variant.name == TRAINED:
+        if variant.search == TRAINED:
             return partial(trained_inner_loop, lessons=self.lessons)
         if isinstance(variant.search, str):
             search: Search = registry.get(SEARCHES, variant.search, kind="method")

@@ -184,7 +184,7 @@ class TrainingEvaluator(Evaluator):
 
     def _modules(self) -> list[nn.Linear]:
         names = (name for index in range(len(self.net.sublayers)) for name in self.net.inputs(index))
-        return [self.net.model.get_submodule(name.removesuffix(".weight")) for name in names]  # type: ignore[misc]
+        return [self.net.model.get_submodule(name.removesuffix(".weight")) for name in names]
 
     @contextmanager
     def restored(self) -> Iterator[None]:

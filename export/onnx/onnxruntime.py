@@ -1,6 +1,7 @@
 """Export to the folder that ONNX Runtime and ONNX Runtime GenAI load."""
 
 import collections
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
+_CODE = Path(__file__).with_name("modeling_ort.py")  # for optimum, and not imported here
 _NO_TOKEN = -1  # for GenAI, which refuses a model without an end token
 _MAX_LENGTH = 4096  # GenAI allocates the cache for this many tokens unless it is told another number
 
@@ -43,7 +45,7 @@ SQNR_BOUNDS_DB = {"f32": 60.0, "int8": 0.0, "int4": -2.5}
 
 
 class OnnxRuntimeExporter:
-    """Writes `model.onnx` with its data, config, tokenizer and `artifact.json`."""
+    """Writes `model.onnx` with its data, config, tokenizer, a class for optimum and `artifact.json`."""
 
     backend = "onnxruntime"
 
@@ -70,6 +72,7 @@ class OnnxRuntimeExporter:
                 _write_model(folder, architecture, numerics, weights, written)
                 sqnr_db = verify_onnx(model, folder / MODEL, words, mix=written)
             save_tokenizer(words, folder)
+            shutil.copyfile(_CODE, folder / _CODE.name)
             write_json(folder / "config.json", model.config.to_diff_dict())
             write_json(folder / "genai_config.json", _genai_config(model, architecture, numerics, words))
             artifact = _describe(folder, architecture, mix=mix, sqnr_db=sqnr_db)

@@ -1,7 +1,10 @@
 """The folder that the ONNX Runtime exporter writes, opened by every stock program that reads it."""
 
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from dilap.models.anatomy import architecture_of
 if reason := backends.get("onnxruntime").unavailable():
     pytest.skip(reason, allow_module_level=True)
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+import onnxruntime  # noqa: E402
 
 from dilap.backends.onnxruntime.file import OnnxFile  # noqa: E402
 from dilap.export import hf_tokenizer  # noqa: E402
@@ -116,6 +120,7 @@ def test_folder_holds_what_stock_programs_look_for(words: Path, tmp_path: Path) 
         "genai_config.json",
         "model.onnx",
         "model.onnx.data",
+        "modeling_ort.py",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
@@ -299,6 +304,36 @@ def test_capabilities_hold_what_they_promise(family: str, precision: str, words:
     step = capabilities.ffn_multiple
     kept: Kept = {"layers.0.channels": tuple(range(step)), "layers.1.kv_groups": (), "layers.2.channels": ()}
     assert write(pruned_model(family, kept), words, tmp_path / "out", precision).sqnr_db is not None
+
+
+class _StandIn:
+    """What `modeling_ort` uses of optimum's class: it keeps the cache that its forward gets."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, *, session: onnxruntime.InferenceSession, use_io_binding: bool | None = None) -> None:
+        self.session, self.use_io_binding = session, use_io_binding
+        self.key_value_input_names = [one.name for one in session.get_inputs() if "past_key_values" in one.name]
+
+    def forward(self, input_ids: torch.Tensor, *, past_key_values: object = None) -> object:
+        return past_key_values
+
+
+@pytest.mark.parametrize("kept", [MIXED, HOLES], ids=["mixed", "holes"])
+def test_class_for_optimum_makes_the_cache_that_the_file_asks_for(
+    kept: Kept, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = write(pruned_model("llama", kept), words, tmp_path / "out")
+    optimum = ModuleType("optimum.onnxruntime")
+    optimum.ORTModelForCausalLM = _StandIn  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "optimum.onnxruntime", optimum)
+    names = runpy.run_path(str(tmp_path / "out/modeling_ort.py"))
+    model = names["PrunedModelForCausalLM"](session=onnxruntime.InferenceSession(tmp_path / "out/model.onnx"))
+    cache = model.forward(torch.zeros(2, 3, dtype=torch.int64))
+    assert model.use_io_binding is False
+    head_dim = artifact.decoder.head_dim
+    heads = [layer.num_kv_heads for layer in artifact.decoder.layers if layer.num_kv_heads]
+    assert [(key.shape, value.shape) for key, value in cache] == [((2, n, 0, head_dim), (2, n, 0, head_dim)) for n in heads]
 
 
 def test_exporter_is_found_by_its_name() -> None:
