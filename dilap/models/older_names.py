@@ -31,7 +31,7 @@ def _older_config(config: dict[str, Any]) -> dict[str, Any]:
 
     Beside them stands what makes a stock class say why it cannot build a model that comes with code of its own.
     """
-    older = {"torch_dtype": config["dtype"]}
+    older = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
     rope = dict(config.get("rope_parameters") or {})
     if "full_attention" in rope:  # one for each of two kinds of layers (Gemma 3)
         older["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]

@@ -24,11 +24,13 @@ class PrunedModelForCausalLM(ORTModelForCausalLM):  # type: ignore[misc]
         # Bound outputs would be of one shape for all layers, that of config.json.
         super().__init__(**{**arguments, "use_io_binding": False})
 
-    def forward(self, input_ids: torch.Tensor, *, past_key_values: Any = None, **others: Any) -> Any:
+    def forward(  # `generate` asks for these names
+        self, input_ids: torch.Tensor, attention_mask: Any = None, past_key_values: Any = None, **others: Any
+    ) -> Any:
         """Return logits (sequences x tokens x vocabulary) and the cache, a pair of keys and values for every layer."""
         if past_key_values is None:
             past_key_values = self._empty_cache(len(input_ids))
-        return super().forward(input_ids, past_key_values=past_key_values, **others)
+        return super().forward(input_ids, attention_mask, past_key_values, **others)
 
     def _empty_cache(self, num_sequences: int) -> tuple[tuple[torch.Tensor, ...], ...]:
         shapes = {one.name: one.shape for one in self.session.get_inputs()}

@@ -23,6 +23,7 @@ from dilap.export.source_model import described, end_tokens, require_held
 from dilap.export.verify import NUM_TOKENS, verify_logits
 from dilap.models.anatomy import architecture_of, exported_tensors, numerics_of, stand_in_numerics
 from dilap.models.context import max_tokens_of
+from dilap.models.older_names import add_older_names
 from dilap.models.text_samples import SAMPLES
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class OnnxRuntimeExporter:
             save_tokenizer(words, folder)
             shutil.copyfile(_CODE, folder / _CODE.name)
             write_json(folder / "config.json", model.config.to_diff_dict())
+            add_older_names(folder)
             write_json(folder / "genai_config.json", _genai_config(model, architecture, numerics, words))
             artifact = _describe(folder, architecture, mix=mix, sqnr_db=sqnr_db)
             artifact = described(artifact, model, plan_digest=plan_digest)

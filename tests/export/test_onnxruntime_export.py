@@ -1,5 +1,6 @@
 """The folder that the ONNX Runtime exporter writes, opened by every stock program that reads it."""
 
+import json
 import runpy
 import sys
 from dataclasses import replace
@@ -315,8 +316,14 @@ class _StandIn:
         self.session, self.use_io_binding = session, use_io_binding
         self.key_value_input_names = [one.name for one in session.get_inputs() if "past_key_values" in one.name]
 
-    def forward(self, input_ids: torch.Tensor, *, past_key_values: object = None) -> object:
+    def forward(self, input_ids: torch.Tensor, attention_mask: object, past_key_values: object) -> object:
         return past_key_values
+
+
+def test_folder_has_a_tokenizer_class_that_transformers_4_knows(words: Path, tmp_path: Path) -> None:
+    write(tiny_model("llama"), words, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert found["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 @pytest.mark.parametrize("kept", [MIXED, HOLES], ids=["mixed", "holes"])
@@ -333,7 +340,8 @@ def test_class_for_optimum_makes_the_cache_that_the_file_asks_for(
     assert model.use_io_binding is False
     head_dim = artifact.decoder.head_dim
     heads = [layer.num_kv_heads for layer in artifact.decoder.layers if layer.num_kv_heads]
-    assert [(key.shape, value.shape) for key, value in cache] == [((2, n, 0, head_dim), (2, n, 0, head_dim)) for n in heads]
+    assert [key.shape for key, _ in cache] == [(2, n, 0, head_dim) for n in heads]
+    assert [value.shape for _, value in cache] == [(2, n, 0, head_dim) for n in heads]
 
 
 def test_exporter_is_found_by_its_name() -> None:
