@@ -52,7 +52,7 @@ Prune = Callable[..., Path]
 
 
 @pytest.fixture
-def pruned(fake_device: None, checkpoint: Path, corpus: Path, tmp_path: Path) -> Prune:
+def pruned(fake_device: None, no_starts: None, checkpoint: Path, corpus: Path, tmp_path: Path) -> Prune:
     """Runs a quick job that ends with `status`; returns its folder."""
 
     def made(*, status: Verdict = "kept", **options: Any) -> Path:
