@@ -16,6 +16,7 @@ import tomllib
 from standins import ROOT
 from standins.fake_job import QUICK, FinishedJob, call
 
+from dilap import methods
 from dilap.cli import compare, profile, prune, report
 from dilap.cli import eval as evaluation
 from dilap.cli import export as exporting
@@ -241,3 +242,15 @@ def cells(path: Path) -> str:
     """The code of a notebook."""
     found = parse_object(path.read_text(encoding="utf-8"), source=str(path))
     return "\n".join("".join(cell["source"]) for cell in found["cells"] if cell["cell_type"] == "code")
+
+
+def test_methods_and_their_settings_are_those_that_there_are() -> None:
+    text = (ROOT / "dilap" / "README.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\| method \| removes .*?\n\n", text, re.MULTILINE | re.DOTALL)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines()[2:]]
+    named = {name: row[3] for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert set(named) == set(methods.METHODS) - set(methods.NOT_COMPARED)
+    for name, shown in named.items():
+        listed = {word for word in re.findall(r"`(\w+)`", shown) if word != "dilap"}
+        assert listed <= set(methods.settings_of(name)), name
+        assert listed == set(methods.settings_of(name)) or "..." in shown, name

@@ -41,7 +41,7 @@ def _shared_fingerprint(found: Fingerprint) -> Fingerprint:
 def shared_name(table: LatencyTable | NetworkTable) -> str:
     """Return a name for the file of a shared table: device, runtime, what was timed, and a digest of the rest."""
     header = table.header
-    kind = header.architecture.family if isinstance(table, LatencyTable) else "network"
+    kind = table.header.architecture.family if isinstance(table, LatencyTable) else "network"
     words = (header.fingerprint.device, header.backend, header.workload.phase, header.workload.precision, kind)
     return f"{'-'.join(words)}-{digest(encode(header))[:8]}.jsonl"
 
