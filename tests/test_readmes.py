@@ -171,6 +171,15 @@ def test_the_chart_is_drawn_from_the_file() -> None:
     assert results.CHART.read_text(encoding="utf-8") == results.chart(read_json(results.RESULTS))
 
 
+def test_plain_formats_are_drawn_beside_methods() -> None:
+    pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
+    found = read_json(results.RESULTS)
+    plain = {"name": "q4_0", "latency_percent": 52.1, "kl": 0.6, "perplexity": 30.0}
+    more = found | {"rows": [*found["rows"], plain], "shown": [*found["shown"], "q4_0"]}
+    assert ">q4_0</text>" in results.chart(more)
+    assert (results.methods(more), results.budgets(more)) == (results.methods(found), results.budgets(found))
+
+
 def code(path: Path, first: str) -> str:
     """The only block of Python in a README that begins with `first`."""
     (found,) = [block for block in blocks(path, "python") if block.startswith(first)]

@@ -55,38 +55,25 @@ def chart(found: Mapping[str, Any]) -> str:
     """Return an SVG of KL against latency; lower and further left is better."""
     import vl_convert  # noqa: PLC0415 - carries a JavaScript engine, which the tables do not need
 
-    points = [
-        {
-            "name": row["name"],
-            "latency": row["budget_percent"] if "budget_percent" in row else row["latency_percent"],
-            "kl": row["kl"],
-            "kind": "DiLAP" if row["name"] == "dilap" else "other",
-        }
-        for row in found["rows"]
-        if row["name"] in found["shown"]
-    ]
-    ends = [
-        min((one for one in points if one["name"] == name), key=lambda one: one["latency"]) for name in found["shown"]
-    ]
-    colour = {
-        "field": "kind",
-        "type": "nominal",
-        "legend": None,
-        "scale": {"domain": ["DiLAP", "other"], "range": ["#0b6e4f", "#8a8f98"]},
+    points = [_point(row) for row in found["rows"] if row["name"] in found["shown"]]
+    labelled = {one["name"]: one for one in sorted(points, key=lambda one: one["latency"], reverse=True)}
+    shared = {
+        "x": {
+            "field": "latency",
+            "type": "quantitative",
+            "title": f"latency (of methods: the budget), % of the dense model; {found['what']}",
+            "scale": {"zero": False, "padding": 60},
+        },
+        "y": {
+            "field": "kl",
+            "type": "quantitative",
+            "title": "KL to the dense model, nats a token",
+            "scale": {"type": "log", "nice": False, "padding": 25},
+            "axis": {"values": [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5]},
+        },
+        "color": _by_kind("#0b6e4f", "#8a8f98", "#b35900"),
     }
-    x = {
-        "field": "latency",
-        "type": "quantitative",
-        "title": f"latency budget, % of the dense model ({found['what']})",
-        "scale": {"domain": [50, 90]},
-    }
-    y = {
-        "field": "kl",
-        "type": "quantitative",
-        "title": "KL to the dense model, nats a token",
-        "scale": {"type": "log", "domain": [0.4, 4], "nice": False},
-        "axis": {"values": [0.5, 1, 2, 4]},
-    }
+    lines = {"detail": {"field": "name", "type": "nominal"}, "strokeWidth": _by_kind(3, 1.2, 1.2)}
     spec = {
         "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
         "background": "white",
@@ -96,27 +83,32 @@ def chart(found: Mapping[str, Any]) -> str:
             {
                 "data": {"values": points},
                 "mark": {"type": "line", "point": True},
-                "encoding": {
-                    "x": x,
-                    "y": y,
-                    "color": colour,
-                    "detail": {"field": "name", "type": "nominal"},
-                    "strokeWidth": {
-                        "field": "kind",
-                        "type": "nominal",
-                        "legend": None,
-                        "scale": {"domain": ["DiLAP", "other"], "range": [3, 1.2]},
-                    },
-                },
+                "encoding": {**shared, **lines},
             },
             {
-                "data": {"values": ends},
+                "data": {"values": list(labelled.values())},
                 "mark": {"type": "text", "align": "right", "dx": -8},
-                "encoding": {"x": x, "y": y, "color": colour, "text": {"field": "name"}},
+                "encoding": {**shared, "text": {"field": "name"}},
             },
         ],
     }
     return str(vl_convert.vegalite_to_svg(spec))
+
+
+def _point(row: Row) -> dict[str, Any]:
+    is_method = "budget_percent" in row
+    return {
+        "name": row["name"],
+        "latency": row["budget_percent"] if is_method else row["latency_percent"],
+        "kl": row["kl"],
+        "kind": "dilap" if row["name"] == "dilap" else "method" if is_method else "format",
+    }
+
+
+def _by_kind(*values: object) -> dict[str, Any]:
+    """Return the encoding that gives DiLAP, other methods and plain formats a value each."""
+    scale = {"domain": ["dilap", "method", "format"], "range": list(values)}
+    return {"field": "kind", "type": "nominal", "legend": None, "scale": scale}
 
 
 def main(words: Sequence[str] | None = None) -> int:

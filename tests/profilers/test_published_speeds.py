@@ -4,7 +4,7 @@ Where a source does not say in which format the head is, that of the runtime's u
 for 128 weights has 4.1 bits, and 4.5 are the nearest that DiLAP has. Left out are published speeds of NPUs and of
 phones' GPUs, which are no targets; of networks of another kind than DiLAP's decoders (Qwen3.5, LFM2.5); of builds that
 their authors call broken or slow by mistake (a prebuilt one without the processor's instructions, ollama's on a Jetson,
-debug builds); prompts whose length is not told; and speculative decoding.
+debug builds); prompts whose length, and speeds whose machine or format, is not told; and speculative decoding.
 """
 
 from dataclasses import dataclass, replace
@@ -135,6 +135,7 @@ SPEEDS = [
     llama_cpp(AGX_ORIN, "Llama-2-7B", 22.5, head="q4_0"),  # holohub, issue 170, like the next
     llama_cpp(AGX_ORIN, "Llama-2-13B", 13.3, head="q4_0"),
     llama_cpp(ORIN_NANO_SUPER, "SmolLM2-135M", 139),  # yzma's BENCHMARKS.md: SmolLM-135M, which is shaped alike
+    llama_cpp(ORIN_NANO_SUPER, "SmolLM2-135M", 135),  # through Vulkan
     llama_cpp(ORIN_CPU, "SmolLM2-135M", 58),
     llama_cpp(ORIN_CPU, "SmolLM2-135M", 69),
     # ExecuTorch's examples/models/llama/README.md, prompts of 64 tokens
