@@ -4,6 +4,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dilap.core.workload import Workload
 from dilap.job.bench import Bench
 from dilap.models import compute
 from dilap.models.load import save_checkpoint
-from dilap.profilers.devices.device import Device
+from dilap.profilers.devices.device import DEVICES, Device
 
 LAB = tuple(f"tests/profilers/test_{name}.py" for name in ("faults", "remote", "transports"))
 
@@ -93,6 +94,14 @@ def corpus(tmp_path: Path) -> Path:
 @pytest.fixture
 def fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake_device(monkeypatch)
+
+
+@pytest.fixture
+def no_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In estimates operators take no time to start, which is nearly all that those of tiny models take."""
+    for name, device in DEVICES.items():
+        reach = tuple(replace(one, operator_seconds=0.0) for one in device.reach)
+        monkeypatch.setitem(DEVICES, name, replace(device, reach=reach))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """What the arguments of the methods that DiLAP grew from are called here: FLAP, LLM-Barber, nn-pruning, SPRINT.
 
-    tools/seed_table              the README's tables
+    tools/seed_table              the tables of dilap/README.md
 
 A test gives every option in them to the command that it is of, and looks up every name.
 """

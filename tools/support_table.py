@@ -1,6 +1,6 @@
 """Which model family runs in which runtime and precision: what backends declare, and a trial of every pair.
 
-    tools/support_table              the README's table, after every pair was tried
+    tools/support_table              the table of backends/README.md, after every pair was tried
     tools/support_table --declared   the same from the capabilities alone
 
 A trial exports a tiny random model with as unequal widths as the pair is declared to hold, which compares it with

@@ -184,7 +184,7 @@ def add_devices(to: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--estimate",
         action="store_true",
-        help="ask no device: a roofline of its published numbers stands for it, and everything is marked estimated",
+        help="ask no device: its published numbers stand for it, and everything is marked estimated and has a range",
     )
 
 

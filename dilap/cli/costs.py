@@ -1,25 +1,28 @@
 """What a latency table says, for people and for programs."""
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dilap.cli import console
 from dilap.core.groups import HEAD
-from dilap.core.printable import joined
+from dilap.core.printable import joined, milliseconds
 from dilap.core.shape import by_quality
 from dilap.profilers.tables.model import LatencyModel, PrecisionCosts
 from dilap.profilers.tables.roofline import METHOD as ESTIMATED
 
+if TYPE_CHECKING:
+    from dilap.job.profile import Profile
 
-def show(model: LatencyModel, *, as_json: bool, table: Path | None) -> None:
-    """Print the fitted costs, and the file of the table that they come from; an estimate has none."""
-    is_estimate = model.method == ESTIMATED
+
+def show(done: "Profile", *, as_json: bool) -> None:
+    """Print the fitted costs, and the file of the table that they come from; an estimate has a range in its place."""
+    model, table, ends = done.model, done.table, done.range_seconds
     if as_json:
-        found = document(model) | {"table": None if table is None else str(table), "estimated": is_estimate}
-        console.show_json(found)
+        found = document(model) | {"table": None if table is None else str(table), "estimated": ends is not None}
+        console.show_json(found | ({} if ends is None else {"range_seconds": list(ends)}))
         return
-    if is_estimate:
-        console.show("ESTIMATED, measured on no device")
+    if ends is not None:
+        likely, best, worst = map(milliseconds, (model.predict(model.architecture.layers), *ends))
+        console.show(f"ESTIMATED, measured on no device: dense {likely} ms, and between {best} and {worst}")
     console.show(text(model))
     if table is not None:
         console.show(f"\nthe table is in {table}")

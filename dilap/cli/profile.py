@@ -19,6 +19,7 @@ _EXAMPLES = """\
   dilap-profile --device snapdragon_x --estimate
   dilap-profile --device host_cpu --model ./my-llama --phase prefill --precision q4_0 --out tables/prefill.jsonl
   dilap-profile --device host_cpu --precision q4_0,q8_0,f16
+  dilap-profile --share tables/mine.jsonl --out mine-to-share.jsonl    # for others: nothing says whose machine it was
 A killed measurement goes on where it stopped when the same command is given again."""
 
 
@@ -33,6 +34,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--doctor", action="store_true", help="say which runtimes and devices are usable, and mend what is not"
+    )
+    made.add_argument(
+        "--share",
+        metavar="TABLE",
+        help="copy a measured table into --out without serial number, kernel, folders and time of day, for others",
     )
     arguments.add_model(made)
     made.add_argument("--out", metavar="FILE", help="the table; by default where dilap-prune looks for it, in tables/")
@@ -51,6 +57,12 @@ def _command() -> int:
     if given.check is not None:
         devices = arguments.devices_of(given, given.check)
         return _show(doctor.check_devices(devices, file=arguments.file_of(given)), as_json=given.json)
+    if given.share is not None:
+        from dilap.profilers.tables import sharing  # importing scipy takes a second, and not every command needs it
+
+        made = sharing.share(arguments.new_path(given.share), arguments.new_path(given.out) if given.out else None)
+        console.show_json({"shared": str(made)}) if given.json else console.show(f"what may be shared is in {made}")
+        return 0
     if given.target is None:
         raise InvalidInput("name a device with --device, or ask --doctor what is usable")
     if given.estimate and given.out:
@@ -61,7 +73,7 @@ def _command() -> int:
 
     out = arguments.new_path(given.out) if given.out else None
     done = profile(asked, devices=devices, out=out, progress=console.Console())
-    costs.show(done.model, as_json=given.json, table=done.table)
+    costs.show(done, as_json=given.json)
     return 0
 
 

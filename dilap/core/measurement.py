@@ -98,8 +98,9 @@ class Measurement:
     device gave the number). `dropped_ns` keeps the samples of rounds that were left out because of drift or other load.
     `host_seconds` is the median time of a run as the host saw it, launch and wait included, where the samples are a
     GPU's own times. `states` are the device's, before and after every fresh start; `forced` says what made it unfit and
-    was overridden. `peak_memory_bytes` is None for an estimate. `first_rounds` are the first rounds of the fresh
-    starts; measurements of earlier versions have none and are read as those of one start.
+    was overridden. `peak_memory_bytes` is None for an estimate, whose `range_ns` says what it may be at best and at
+    worst. `first_rounds` are the first rounds of the fresh starts; measurements of earlier versions have none and are
+    read as those of one start.
     """
 
     artifact_sha256: str
@@ -117,8 +118,11 @@ class Measurement:
     states: tuple[DeviceState, ...] = ()
     forced: tuple[str, ...] = ()
     first_rounds: tuple[int, ...] = ()
+    range_ns: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.range_ns is not None and not 0 < self.range_ns[0] <= self.range_ns[1]:
+            raise ValueError(f"an estimate lies between two times, got {self.range_ns}")
         if not self.samples_ns or min((*self.samples_ns, *self.dropped_ns)) <= 0:
             raise ValueError("a measurement needs samples, all positive")
         if min(self.rounds, default=0) < 0 or min(self.peak_memory_bytes or 0, self.load_seconds) < 0:

@@ -19,11 +19,12 @@ from dilap.job.tables import describe_errors, shown_probes
 from dilap.models.anatomy import architecture_of
 from dilap.models.load import Source
 from dilap.profilers.configuration import Configuration, MeasuredWorld, find_fastest
+from dilap.profilers.devices.device import Reach
 from dilap.profilers.profiler import Case
 from dilap.profilers.protocol import TABLE
 from dilap.profilers.tables.model import LatencyModel
 from dilap.profilers.tables.probes import build_table, default_levels
-from dilap.profilers.tables.roofline import estimated, roofline
+from dilap.profilers.tables.roofline import estimated, reaches, roofline
 from dilap.profilers.tables.table import LatencyTable
 
 
@@ -55,11 +56,16 @@ class Bench(MeasuringBench):
         """The precisions that parts of a model may have beside the workload's own, which is the artifact's."""
         return tuple(one for one in self.precisions if one != self.workload.precision)
 
-    def estimated_model(self, architecture: Architecture) -> LatencyModel:
+    def estimated_model(self, architecture: Architecture, *, reach: Reach | None = None) -> LatencyModel:
         """Return the roofline of the device, which takes the place of a fitted latency table in an estimate."""
         cache_bits = self.backend.cache_bits(self.workload)
         return roofline(
-            architecture.envelope, self.workload, self.device, cache_bits=cache_bits, precisions=self.others
+            architecture.envelope,
+            self.workload,
+            self.device,
+            cache_bits=cache_bits,
+            precisions=self.others,
+            reach=reach,
         )
 
     def export(self, source: Source, plan: Plan, folder: Path, *, precision: str | None = None) -> Artifact:
@@ -113,17 +119,19 @@ class Bench(MeasuringBench):
         self, dense: Architecture, shapes: Sequence[tuple[Architecture, str, Mapping[str, str]]]
     ) -> list[Measurement]:
         """Return estimates for models that are given by their shape, the SHA-256 of their file, and precisions."""
-        models = (self.estimated_model(replace(dense, vocab_size=shape.vocab_size)) for shape, _, _ in shapes)
         return [
             estimated(
-                model,
+                [
+                    self.estimated_model(replace(dense, vocab_size=shape.vocab_size), reach=reach)
+                    for reach in reaches(self.device)
+                ],
                 shape.layers,
                 precisions=precisions,
                 device=self.device,
                 backend=self.backend.name,
                 artifact_sha256=sha256,
             )
-            for model, (shape, sha256, precisions) in zip(models, shapes, strict=True)
+            for shape, sha256, precisions in shapes
         ]
 
     def _mix_of(self, artifact: Artifact) -> Mapping[str, str]:

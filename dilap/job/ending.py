@@ -28,13 +28,22 @@ def _of_budget(result: PruneResult[Any]) -> str:
     keeps = {"kept": "keeps", "missed": "MISSES"}.get(result.status, "may or may not keep")
     if result.is_estimate:
         keeps = f"{'would keep' if result.budget_used <= 1 else 'would miss'}, by an estimate that no device has seen,"
-    at_best = "at best " if result.is_estimate else ""  # as the roofline has it
     work = {"decode": "a token", "prefill": "a prompt", "forward": "a run"}[result.workload.phase]
     dense, pruned = milliseconds(result.dense.seconds), milliseconds(result.pruned.seconds)
     return (
-        f"{name}, pruned, {keeps} the budget of {budget} on {result.target}: {at_best}{pruned} ms {work} instead of "
-        f"{dense}, in {result.backend} with {result.workload.configuration}"
+        f"{name}, pruned, {keeps} the budget of {budget} on {result.target}: {pruned} ms{_range(result)} {work} "
+        f"instead of {dense}, in {result.backend} with {result.workload.configuration}"
     )
+
+
+def _range(result: PruneResult[Any]) -> str:
+    """Say between which times an estimate lies; results of earlier versions have one time alone, the best."""
+    if not result.is_estimate:
+        return ""
+    if (found := result.pruned.measurement.range_ns) is None:
+        return " at best"
+    low, high = (milliseconds(one / 1e9) for one in found)
+    return f" ({low} to {high})"
 
 
 def _of_quality(result: PruneResult[Any]) -> str:

@@ -1,7 +1,7 @@
 """Export a checkpoint to a runtime's format, checked against torch."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dilap import backends
@@ -44,13 +44,13 @@ def export(
 ) -> Artifact:
     """Write the folder `out`, whole or not at all, with the model file and its sidecar `artifact.json`.
 
-    `checkpoint` is a run, a folder, a GGUF file, a hub id or a built-in name; or an image network, which is every model
-    with an `input_`: `processor`, `weights` and `calib` are for these alone (see `export_network`). `precisions` has
-    those of the parts of the model that differ: `head`, `embedding`, `layers.N.attention`, `layers.N.ffn`, or
-    `attention` and `ffn` for all layers. `plan` is the plan.json of a run, whose precisions are those of the parts that
-    are not named. `compute` is the device on which torch computes. Raises InvalidInput, Unavailable, Unsupported where
-    the runtime cannot hold the model, Mismatch for the plan of another model, and VerificationFailed where the runtime
-    computes something else than torch.
+    A decoder gets a model card, too. `checkpoint` is a run, a folder, a GGUF file, a hub id or a built-in name; or an
+    image network, which is every model with an `input_`: `processor`, `weights` and `calib` are for these alone (see
+    `export_network`). `precisions` has those of the parts of the model that differ: `head`, `embedding`,
+    `layers.N.attention`, `layers.N.ffn`, or `attention` and `ffn` for all layers. `plan` is the plan.json of a run,
+    whose precisions are those of the parts that are not named. `compute` is the device on which torch computes. Raises
+    InvalidInput, Unavailable, Unsupported where the runtime cannot hold the model, Mismatch for the plan of another
+    model, and VerificationFailed where the runtime computes something else than torch.
     """
     if os.path.lexists(out):
         raise InvalidInput(f"{out} already exists; remove it or choose another --out")
@@ -78,8 +78,10 @@ def export(
     progress.say(f"exporting {checkpoint} to {backend}, {Mix(precision=chosen, precisions=precisions)}")
     # Importing torch takes seconds: bad input is refused first.
     from dilap import export as exporters  # noqa: PLC0415
+    from dilap.job.card import write_export_card  # noqa: PLC0415
     from dilap.models.anatomy import architecture_of  # noqa: PLC0415
     from dilap.models.load import checkpoint_of, load  # noqa: PLC0415
+    from dilap.models.origin import origin_of  # noqa: PLC0415
 
     source = load(checkpoint, tokenizer=tokenizer, merge_adapter=merge_adapter, vocabulary=vocabulary, compute=compute)
     architecture = architecture_of(source.model)
@@ -91,7 +93,7 @@ def export(
     backends.require_loadable(backends.get(backend), architecture, precision=chosen, precisions=found)
     for note in source.notes:
         progress.say(note)
-    return exporters.get(backend).export(
+    artifact = exporters.get(backend).export(
         source.model,
         tokenizer=source.tokenizer_path,
         precision=chosen,
@@ -99,6 +101,17 @@ def export(
         plan_digest=_plan_digest(checkpoint_of(Path(checkpoint))),
         out=out,
     )
+    options = {"--plan": plan, "--tokenizer": tokenizer, "--merge-adapter": merge_adapter, "--vocabulary": vocabulary}
+    command = _command([f"{part}={one}" for part, one in precisions.items()], options)
+    command = ["dilap-export", "--backend", backend, "--precision", chosen, *command, checkpoint]
+    write_export_card(out, artifact, origin_of(source.model.config), command=command)
+    return artifact
+
+
+def _command(precisions: Sequence[str], options: Mapping[str, object]) -> list[str]:
+    """Return the words of the command for parts with precisions of their own and for options that have a value."""
+    words = [word for one in precisions for word in ("--precision", one)]
+    return words + [word for name, value in options.items() if value for word in (name, str(value))]
 
 
 def _refuse(model: str, options: Mapping[str, object]) -> None:

@@ -23,7 +23,7 @@ from dilap.profilers.tables.networks.estimate import network_roofline
 from dilap.profilers.tables.networks.model import NetworkLatency
 from dilap.profilers.tables.networks.probes import build_network_table
 from dilap.profilers.tables.networks.table import NetworkTable
-from dilap.profilers.tables.roofline import estimated
+from dilap.profilers.tables.roofline import estimated, reaches
 
 _NUM_CALIBRATED = 128  # examples, whose activations say the ranges of 8 bits
 
@@ -126,7 +126,7 @@ class NetworkBench(MeasuringBench):
 
     def _estimate(self, network: Network, counts: Mapping[str, int], *, sha256: str) -> Measurement:
         return estimated(
-            self.estimated_costs(network),
+            [network_roofline(network, self.workload, self.device, reach=reach) for reach in reaches(self.device)],
             network.widths_at(counts),
             device=self.device,
             backend=self.backend.name,

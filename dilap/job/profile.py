@@ -12,16 +12,21 @@ from dilap.models.context import require_context
 from dilap.models.load import load
 from dilap.profilers.devices.device import Device
 from dilap.profilers.tables.model import LatencyModel
+from dilap.profilers.tables.roofline import reaches
 from dilap.profilers.tables.table import LatencyTable
 from dilap.search.layouts import describe
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """The fitted costs of a model, and the file of the table that they come from (None for an estimate)."""
+    """The fitted costs of a model, and the file of the table that they come from (None for an estimate).
+
+    `range_seconds` is what the dense model takes at best and at worst by an estimate.
+    """
 
     model: LatencyModel
     table: Path | None
+    range_seconds: tuple[float, float] | None = None
 
 
 def profile(
@@ -53,7 +58,9 @@ def profile(
     mixed = f" (parts in {', '.join(bench.others)} too)" if bench.others else ""
     progress.say(f"{workload.describe()}{mixed} on {devices[0].label}, {backend}")
     if options.estimate:
-        return Profile(model=bench.estimated_model(architecture), table=None)
+        best, likely, worst = (bench.estimated_model(architecture, reach=reach) for reach in reaches(devices[0]))
+        ends = (best.predict(architecture.layers), worst.predict(architecture.layers))
+        return Profile(model=likely, table=None, range_seconds=ends)
     if out is not None and out.exists():  # a table keeps the configuration that it was begun in
         begun = LatencyTable.read(out).header.workload
         bench = replace(bench, workload=replace(workload, threads=begun.threads, switches=begun.switches))

@@ -294,12 +294,19 @@ def _of_dense(result: PruneResult[Any], dense: float, pruned: float, speedup: In
 
 
 def _interval_rows(result: PruneResult[Any]) -> list[tuple[str, str, str, str]]:
-    """Return the row of 95 % intervals; an estimate has none."""
+    """Return the row of 95 % intervals, or of the ranges of an estimate."""
+    if result.is_estimate:
+        dense, pruned = (_range(side.measurement.range_ns) for side in (result.dense, result.pruned))
+        return [("range", dense, pruned, "")] if dense else []
     low, high = result.dense.interval, result.pruned.interval
-    if low is None or high is None or result.is_estimate:
+    if low is None or high is None:
         return []
     name = "95 % interval" if result.statistic == result.budget.statistic else "95 % interval of p50"
     return [(name, _ms_interval(low), _ms_interval(high), "")]
+
+
+def _range(found: tuple[int, int] | None) -> str:
+    return "-".join(milliseconds(one / 1e9) for one in found or ())
 
 
 def _rate_row(result: PruneResult[Any]) -> tuple[str, str, str, str]:

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from dilap import __version__
 from dilap.core.codec import to_json
 from dilap.core.errors import Unavailable
+from dilap.core.printable import milliseconds
 from dilap.job import meaning
 from dilap.job.command import command_line
 from dilap.job.quality import EmbeddingQuality, PhotoQuality, Quality
@@ -101,6 +102,9 @@ def _headline(result: PruneResult[Any]) -> str:
 
 def _interval(result: PruneResult[Any]) -> str:
     found, mark = result.speedup, result.pruned.measurement.mark
+    if (ends := result.pruned.measurement.range_ns) is not None and result.is_estimate:
+        low, high = (milliseconds(one / 1e9) for one in ends)
+        return f"{low} to {high} ms, measured on no device; "
     if found is None or result.is_estimate:
         return "measured on no device; "
     return f"[{found.low:.2f}, {found.high:.2f}]{mark}, "

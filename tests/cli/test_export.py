@@ -6,6 +6,7 @@ from typing import Any
 
 import gguf
 import pytest
+from huggingface_hub import ModelCard
 from standins.fake_job import call, last_line
 from standins.models import plan_for, tiny_model, tiny_tokenizer
 
@@ -51,6 +52,19 @@ def test_parts_are_written_in_the_precisions_that_are_given(checkpoint: Path) ->
         "layers.1.ffn": "f16",
         "head": "f16",
     }
+
+
+def test_a_card_says_what_an_exported_file_is(checkpoint: Path, tmp_path: Path) -> None:
+    words = ["--backend", "llamacpp", *options("q8_0", "head=f16"), "--out", tmp_path / "out", checkpoint]
+    assert call(export.main, *words) == 0
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    head: Any = ModelCard(text).data
+    assert (head.library_name, head.tags) == ("llama.cpp", ["dilap"])
+    assert f"command: `dilap-export --backend llamacpp --precision q8_0 --precision head=f16 {checkpoint.name}`" in text
+    assert str(tmp_path) not in text
+    assert "llama-cli -m model.gguf" in text
+    assert "precision: q8_0, parts in others: 1" in text
+    assert "as near as 8 bits are" in text
 
 
 def test_parts_get_the_precisions_of_a_plan_unless_they_are_named(planned: tuple[Path, Path], tmp_path: Path) -> None:

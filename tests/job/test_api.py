@@ -1,6 +1,5 @@
 """The Python interface: what `import dilap` gives."""
 
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,14 +8,13 @@ from typing import Any
 
 import pytest
 from standins import ROOT
-from standins.fake_job import QUICK, FinishedJob, quick
+from standins.fake_job import FinishedJob, quick
 
 import dilap
 from dilap.core.codec import decode, read_json
 from dilap.core.errors import InvalidInput
 from dilap.core.workload import Workload
 from dilap.job import api
-from dilap.job.asked import asked_job
 from dilap.job.bench import Bench
 from dilap.job.result import PruneResult
 from dilap.models.anatomy import model_digest
@@ -152,24 +150,6 @@ def test_paths_may_be_given_as_paths(finished: FinishedJob, tmp_path: Path) -> N
     options = job(finished.corpus, tmp_path, calib=finished.corpus, eval_text=finished.corpus)
     result = dilap.prune(finished.checkpoint, **options)
     assert result.model == str(finished.checkpoint)
-
-
-@pytest.mark.usefixtures("fake_device")
-def test_the_lines_of_the_readme_run(finished: FinishedJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The built-in model and text would take minutes: a tiny model stands in for both."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(import dilap\n.*?)```", text, re.S)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def shortened(**options: Any) -> Any:
-        given = options["given"] | QUICK | {"calib": str(finished.corpus), "eval_text": str(finished.corpus)}
-        return asked_job(**options | {"given": given})
-
-    monkeypatch.setattr(api, "asked_job", shortened)
-    assert len(blocks) == 1
-    assert len(blocks[0].strip().splitlines()) <= 6
-    exec(blocks[0].replace("smollm2-135m", str(finished.checkpoint)), {})
 
 
 def test_an_adapter_is_merged_when_a_model_is_loaded_and_not_later(finished: FinishedJob, tmp_path: Path) -> None:

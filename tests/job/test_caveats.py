@@ -1,6 +1,7 @@
 """What has to be said of a measurement is said wherever its number stands: tables, JSON, rows, pages, CSV."""
 
 import csv
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,7 @@ Prune = Callable[..., Path]
 
 
 @pytest.fixture
-def pruned(fake_device: None, checkpoint: Path, corpus: Path, tmp_path: Path) -> Prune:
+def pruned(fake_device: None, no_starts: None, checkpoint: Path, corpus: Path, tmp_path: Path) -> Prune:
     """Runs a quick job that ends with `status`; returns its folder."""
 
     def made(*, status: Verdict = "kept", **options: Any) -> Path:
@@ -188,6 +189,7 @@ def test_the_page_of_an_estimate_has_no_speed_up(pruned: Prune) -> None:
     page = Report.of([run]).html().split("<script")[0]
     assert "faster" not in page
     assert '<span class="number">estimated</span>' in page
+    assert re.search(r"<span>\S+ to \S+ ms, measured on no device; KL", page)
 
 
 def test_estimates_of_earlier_versions_claim_no_more(pruned: Prune) -> None:

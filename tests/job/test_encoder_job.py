@@ -180,6 +180,7 @@ def test_every_method_keeps_the_budget(method: str, place: Place) -> None:
     assert place.prune(method=method).status == "kept"
 
 
+@pytest.mark.usefixtures("no_starts")
 def test_without_a_device_a_latency_is_estimated(place: Place) -> None:
     result = place.prune(target="s23", backend="executorch", estimate=True)
     assert (result.status, result.budget_used <= 1) == ("estimated", True)

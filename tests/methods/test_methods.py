@@ -101,7 +101,7 @@ def test_damaged_answer_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_readmes_own_method_is_found_by_module_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "dilap" / "README.md").read_text()
     (code,) = re.findall(r"```python\n(from .*?)```", readme, re.DOTALL)
     assert len(code.splitlines()) < 40
     (tmp_path / "my_module.py").write_text(code)

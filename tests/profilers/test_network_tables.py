@@ -388,7 +388,15 @@ def test_a_table_of_another_network_is_not_continued(tmp_path: Path) -> None:
         build(tmp_path / "t.jsonl", FakeProfiler())
 
 
-DEVICE = replace(devices.get("s23"), bytes_per_second=1e9, flops_per_second=1e9)
+PEAK = devices.Reach(share=1.0, operator_seconds=0.0)
+DEVICE = replace(devices.get("s23"), bytes_per_second=1e9, flops_per_second=1e9, reach=(PEAK, PEAK))
+
+
+def test_every_layer_takes_a_while_to_start() -> None:
+    found, peak = (
+        network_roofline(NETWORK, WORKLOAD, DEVICE, reach=one) for one in (replace(PEAK, operator_seconds=1.0), PEAK)
+    )
+    assert found.predict({}) - peak.predict({}) == pytest.approx(len(NETWORK.layers))
 
 
 def test_an_estimate_is_bound_by_what_it_computes_on_a_slow_processor() -> None:
@@ -403,7 +411,7 @@ def test_an_estimate_is_bound_by_what_it_moves_where_memory_is_slow() -> None:
 
 def test_an_estimate_stands_for_a_measurement_and_says_so() -> None:
     found = network_roofline(NETWORK, WORKLOAD, DEVICE)
-    measurement = estimated(found, DENSE, device=DEVICE, backend="onnxruntime", artifact_sha256="")
+    measurement = estimated([found] * 3, DENSE, device=DEVICE, backend="onnxruntime", artifact_sha256="")
     assert measurement.status == "estimated"
     assert measurement.seconds() == pytest.approx(found.predict({}), rel=1e-4)
 

@@ -397,8 +397,11 @@ def test_a_mix_offers_what_any_part_does_in_any_precision() -> None:
     assert all(choice.levels[0].precision == "f16" for choice in built.choices)
 
 
+PEAK = replace(devices.get("s23"), reach=(devices.Reach(share=1.0, operator_seconds=0.0),) * 2)
+
+
 def test_a_roofline_reads_as_many_bytes_as_a_precision_has() -> None:
-    device = replace(devices.get("s23"), bytes_per_second=1e9, flops_per_second=1e15)
+    device = replace(PEAK, bytes_per_second=1e9, flops_per_second=1e15)
     model = roofline(ARCHITECTURE, WORKLOAD, device, cache_bits=16.0, precisions=OTHERS)
     assert model.ffn_seconds(768, "q4_0") / model.ffn_seconds(768) == pytest.approx(4.5 / 8.5)
     weights = ARCHITECTURE.vocab_size * ARCHITECTURE.hidden_size
@@ -409,7 +412,7 @@ def test_a_roofline_reads_as_many_bytes_as_a_precision_has() -> None:
 
 
 def test_a_roofline_of_a_slow_processor_offers_no_precision() -> None:
-    device = replace(devices.get("s23"), bytes_per_second=1e15, flops_per_second=1e9)
+    device = replace(PEAK, bytes_per_second=1e15, flops_per_second=1e9, quantised_gain=1.0)
     model = roofline(ARCHITECTURE, WORKLOAD, device, cache_bits=16.0, precisions=OTHERS)
     built = build_space(model, ARCHITECTURE, dict.fromkeys(("f16", "", "q4_0"), CAPABILITIES), layout="free")
     found = {level.precision for choice in built.choices for level in choice.levels if not level.is_removed}

@@ -71,6 +71,25 @@ def test_nothing_is_wider_than_the_screen(browser: Any, html: Path, width: int) 
     assert page.evaluate("document.documentElement.scrollWidth") == width
 
 
+@pytest.mark.parametrize("width", [390, 1400])
+def test_nothing_has_to_be_scrolled_to_sideways(browser: Any, html: Path, width: int) -> None:
+    page, _ = shown(browser, html, viewport={"width": width, "height": 800})
+    page.evaluate("document.querySelectorAll('main > section > details').forEach(one => one.open = true)")
+    assert (
+        page.evaluate(
+            "[...document.querySelectorAll('nav ul, .scroll, caption, figcaption, pre, h1, h2, td, th')]"
+            ".filter(one => one.scrollWidth > one.clientWidth + 1 && one.clientWidth).map(one => one.outerHTML)"
+        )
+        == []
+    )
+
+
+def test_a_row_on_a_phone_names_its_numbers(browser: Any, html: Path) -> None:
+    page, _ = shown(browser, html, viewport={"width": 390, "height": 800})
+    label = "getComputedStyle(document.querySelector('#summary ~ .scroll td'), '::before').content"
+    assert page.evaluate(label) == '"Method"'
+
+
 def test_dark_pages_have_dark_figures(browser: Any, html: Path) -> None:
     page, _ = shown(browser, html, color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"

@@ -51,3 +51,7 @@ def test_the_twelve_settings_of_sprint_are_in_the_table() -> None:
 def test_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main([]) == 0
     assert "| `unstr` | `--set masks_only=true`; nothing gets faster |" in capsys.readouterr().out
+
+
+def test_the_readme_has_the_tables_of_the_tool() -> None:
+    assert tool.markdown() in (ROOT / "dilap" / "README.md").read_text(encoding="utf-8")

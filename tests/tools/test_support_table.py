@@ -29,7 +29,7 @@ PAIRS = [
 
 
 def test_the_readme_has_the_table_of_the_tool() -> None:
-    assert tool.table(tool.declared_pairs()) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tool.table(tool.declared_pairs()) in (ROOT / "backends" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.filterwarnings("ignore:::torch", "ignore:::torchao", "ignore:::executorch", "ignore:::copyreg")
