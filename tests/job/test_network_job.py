@@ -14,6 +14,7 @@ import pytest
 import torch
 from standins.fake_job import FakeNetworkBench, call, last_line, use_fake_network_bench
 from standins.networks import output, resnet, write_photograph
+from standins.quick_methods import QUICK
 from transformers import ViTImageProcessorPil
 
 from dilap import backends
@@ -211,9 +212,9 @@ def test_the_command_of_a_report_asks_for_the_same_job(done: tuple[Place, Result
     assert json.loads(json.dumps(asdict(asked))) == json.loads(json.dumps(result.options))
 
 
-@pytest.mark.parametrize("method", ["magnitude", "taylor", "torch_pruning"])
+@pytest.mark.parametrize("method", ["magnitude", "taylor", "halp", "torch_pruning"])
 def test_every_method_keeps_the_budget(method: str, place: Place) -> None:
-    result = place.prune(method=method)
+    result = place.prune(method=method, settings=QUICK.get(method, {}))
     assert (result.status, result.method) == ("kept", method)
 
 
