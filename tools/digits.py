@@ -36,6 +36,7 @@ from dilap.models.convolutional.load import NetworkSource, load_network, save_ne
 from dilap.models.convolutional.recalibration import recalibrate_
 from dilap.models.distil_network import NetworkRecovery, distil_network
 from dilap.models.images import pillow, read_images
+from dilap.models.inner_states import states_of
 from dilap.models.network import TorchNetwork
 from dilap.search.limit import CostLimit
 from dilap.search.method import Pruned
@@ -167,7 +168,7 @@ class Bench:
         shrink_network_(model, pruned.plan, parameters=pruned.parameters)
         recalibrate_(model, self.train.pixels)
         before = self._scores(model)
-        distil_network(model, self.source.model, self.train.pixels, recovery)
+        distil_network(model, self.source.model, self.train.pixels, recovery, states=states_of(pruned.plan))
         left = network.flops(pruned.plan.counts) / network.flops()
         return f"| {method} | {recovery.seed} | {left:.1%} | {before} | {self._scores(model)} |"
 

@@ -1,9 +1,9 @@
-"""Recovery of networks that are no decoders by distillation: the pruned one learns what the dense one gives.
+"""Recovery of networks that are no decoders by distillation: the pruned one learns what the dense one computes.
 
-That are logits for photographs, or the embeddings of sentences.
+That are the inputs of layers within it, and its outputs: logits for photographs, or the embeddings of sentences.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from dilap.models.convolutional.cut import tensors_of
-from dilap.models.convolutional.recalibration import normalising_by_batches, recalibrate_
+from dilap.models.inner_states import State, inputs_seen, states_apart
 from dilap.models.network import Examples, difference, evaluating, outputs_of
 from dilap.models.recovery.options import rate_at
 from dilap.models.recovery.trainable import size_of
@@ -25,9 +24,10 @@ _AT_ONCE = 8  # in a forward and backward pass: the activations of ResNet-50 at 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkRecovery:
-    """Settings of training all parameters with AdamW on the `difference` from the dense network.
+    """Settings of training all parameters with AdamW to compute what the dense network does.
 
-    A step sees `batch_images` photographs or sentences.
+    The loss is how far the states within the networks are apart, as a share of how much they vary, and `outputs` times
+    the `difference` of what they give. A step sees `batch_images` photographs or sentences.
 
     Both networks see random crops, which have at least `least_area` of a photograph, and mirror images of half of them.
     A step moves the numbers of a tensor by about `rate` times their root mean square. `warmup` is the share of the
@@ -38,7 +38,8 @@ class NetworkRecovery:
     steps: int = 60
     batch_images: int = 32
     least_area: float = 0.35
-    rate: float = 1.6e-3
+    rate: float = 6.4e-3
+    outputs: float = 0.1
     warmup: float = 0.1
     seed: int = 0
 
@@ -49,17 +50,17 @@ def distil_network(
     examples: Examples,
     options: NetworkRecovery,
     *,
+    states: tuple[State, ...] = (),
     progress: Callable[[float], None] = lambda _: None,
 ) -> list[float]:
-    """Train `model` in place to give what the `dense` one gives for `examples`, of images for random crops.
+    """Train `model` in place to compute what the `dense` one does for `examples`, of images for random crops.
 
-    Return the difference in every step, which `progress` gets too: the KL in nats an image, or the cosine distance.
-    Batch norms use the statistics of the batches that they see, and at the end these are measured again on all
-    examples: an EfficientNet-Lite0 whose statistics stayed was further from the dense network than before.
+    `states`, those of the model's plan, are compared beside the outputs. Return the difference of the outputs in every
+    step, which `progress` gets too: the KL in nats an image, or the cosine distance. The statistics of batch norms
+    stay: what is trained is what is shipped.
     """
     parameters = [one for one in model.parameters() if one.is_floating_point()]
-    types = {name: tensor.dtype for name, tensor in tensors_of(model).items()}
-    required = [(one, one.requires_grad) for one in parameters]
+    kept = [(one, one.dtype, one.requires_grad) for one in parameters]
     model.float().requires_grad_(True)
     groups = [{"params": [one], "lr": options.rate * size_of(one)} for one in parameters]
     adam = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -67,19 +68,24 @@ def distil_network(
         adam, lambda step: rate_at(step, steps=options.steps, warmup=options.warmup)
     )
     draw, losses = np.random.default_rng(options.seed), list[float]()
-    with normalising_by_batches(model), evaluating(dense):
+    with (
+        evaluating(model),
+        evaluating(dense),
+        inputs_seen(model, states) as found,
+        inputs_seen(dense, states) as wanted,
+    ):
+        pair = _Pair(model=model, dense=dense, states=states, found=found, wanted=wanted)
         while len(losses) < options.steps:
             rows = draw.permutation(len(examples))[: options.batch_images]
             adam.zero_grad()
-            losses.append(_accumulate_gradients_(model, dense, _seen(examples[rows], draw, options.least_area)))
+            seen = _seen(examples[rows], draw, options.least_area)
+            losses.append(pair.accumulate_gradients_(seen, outputs=options.outputs))
             nn.utils.clip_grad_norm_(parameters, 1.0)
             adam.step()
             schedule.step()
             progress(losses[-1])
-    recalibrate_(model, examples)
-    for name, tensor in tensors_of(model).items():
-        tensor.data = tensor.data.to(types[name])
-    for parameter, was_required in required:
+    for parameter, dtype, was_required in kept:
+        parameter.data = parameter.data.to(dtype)
         parameter.grad = None
         parameter.requires_grad_(was_required)
     return losses
@@ -106,14 +112,24 @@ def _seen(examples: Examples, draw: np.random.Generator, least_area: float) -> t
     return torch.from_numpy(examples)
 
 
-def _accumulate_gradients_(model: nn.Module, dense: nn.Module, examples: torch.Tensor) -> float:
-    """Run examples forward and backward, a few at a time, and return their mean difference."""
-    weight, total = next(model.parameters()), 0.0
-    taught = next(dense.parameters()).dtype
-    for few in examples.to(weight.device).chunk(-(-len(examples) // _AT_ONCE)):  # none alone: norms need several
-        with torch.no_grad():
-            wanted = outputs_of(dense, few.to(taught) if few.is_floating_point() else few)[0].float()
-        loss = difference(model, outputs_of(model, few)[0], wanted) * len(few) / len(examples)
-        loss.backward()
-        total += float(loss.detach())
-    return total
+@dataclass(frozen=True, kw_only=True)
+class _Pair:
+    """A network and the dense one, and what the layers of `states` of each took in when it ran last."""
+
+    model: nn.Module
+    dense: nn.Module
+    states: tuple[State, ...]
+    found: Mapping[str, torch.Tensor]
+    wanted: Mapping[str, torch.Tensor]
+
+    def accumulate_gradients_(self, examples: torch.Tensor, *, outputs: float) -> float:
+        """Run examples forward and backward, a few at a time, and return the mean difference of the outputs."""
+        weight, taught, total = next(self.model.parameters()), next(self.dense.parameters()).dtype, 0.0
+        for few in examples.to(weight.device).split(_AT_ONCE):
+            with torch.no_grad():
+                wanted = outputs_of(self.dense, few.to(taught) if few.is_floating_point() else few)[0].float()
+            share = len(few) / len(examples)
+            apart = difference(self.model, outputs_of(self.model, few)[0], wanted)
+            (share * (outputs * apart + states_apart(self.states, self.found, self.wanted))).backward()
+            total += share * float(apart.detach())
+        return total

@@ -21,7 +21,7 @@ from dilap.models.convolutional.cut import shrink_network_
 from dilap.models.distil_network import cropped
 from dilap.models.network import outputs_of
 from dilap.search.limit import CostLimit
-from dilap.search.network_task import NetworkTask
+from dilap.search.network_task import NetworkTask, Scores
 
 Keep = Callable[..., list[int]]
 IMAGES = random_pixels(8, seed=3)
@@ -210,9 +210,13 @@ def test_units_that_are_removed_stay_so() -> None:
 
 
 def test_the_share_of_the_steps_is_at_least_one_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    run = HalpTraining.run
-    monkeypatch.setattr(HalpTraining, "run", lambda self, steps: asked.append(steps) or run(self, 1))
+    asked, run = list[int](), HalpTraining.run
+
+    def counted(training: HalpTraining, steps: int) -> Scores:
+        asked.append(steps)
+        return run(training, 1)
+
+    monkeypatch.setattr(HalpTraining, "run", counted)
     Halp(rounds=2, scale=0.25)(task())
     Halp(rounds=2, scale=0.001)(task())
     assert asked == [10, 10, 1, 1]

@@ -5,12 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from standins.networks import network, random_pixels
-from torch import nn
+from standins.networks import network, random_pixels, shape
 
+from dilap.core.plan import full_plan
 from dilap.core.sqnr import kl_divergence
-from dilap.models.convolutional.recalibration import recalibrate_
 from dilap.models.distil_network import NetworkRecovery, cropped, distil_network
+from dilap.models.inner_states import inputs_seen, states_apart, states_of
 from dilap.models.network import TorchNetwork
 
 
@@ -50,38 +50,27 @@ def test_a_crop_of_the_whole_image_is_itself_or_its_mirror_image() -> None:
     assert [not one for one in same] == mirrored
 
 
-def test_types_and_the_caller_s_settings_stay() -> None:
+def test_states_within_are_learned_beside_the_outputs() -> None:
+    dense, images = network("lite"), random_pixels(16)
+    student, states = disturbed(dense), states_of(full_plan(shape("lite"), base=""))
+
+    def apart() -> float:
+        with inputs_seen(student, states) as found, inputs_seen(dense, states) as wanted:
+            TorchNetwork(student).outputs(images)
+            TorchNetwork(dense).outputs(images)
+            return float(states_apart(states, found, wanted))
+
+    before = apart()
+    options = NetworkRecovery(mode="full", steps=20, batch_images=16, least_area=1.0)
+    distil_network(student, dense, images, options, states=states)
+    assert apart() < 0.7 * before
+
+
+def test_statistics_of_batch_norms_and_the_caller_s_settings_stay() -> None:
     model, images = network("plain").half(), random_pixels(4)
     model.requires_grad_(False)
-    before = {name: value.dtype for name, value in model.state_dict().items()}
+    before = {name: value.clone() for name, value in model.named_buffers()}
     distil_network(model, network("plain"), images, NetworkRecovery(mode="full", steps=2))
-    assert {name: value.dtype for name, value in model.state_dict().items()} == before
-    assert not any(one.requires_grad or one.grad is not None for one in model.parameters())
-    assert not any(module.training for module in model.modules())
-
-
-def test_statistics_of_batch_norms_are_those_of_the_trained_network() -> None:
-    model, images = network("plain"), random_pixels(8)
-    distil_network(model, network("plain"), images, NetworkRecovery(mode="full", steps=2))
-    found = {name: value.clone() for name, value in model.named_buffers()}
-    recalibrate_(model, images)
-    assert all(torch.equal(value, found[name]) for name, value in model.named_buffers())
-
-
-def test_batch_norms_see_the_statistics_of_their_batch() -> None:
-    """However far the statistics are that they have at first."""
-    losses = []
-    for shift in (0.0, 100.0):
-        model = network("plain")
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.get_buffer("running_mean").add_(shift)
-        losses += distil_network(model, network("plain"), random_pixels(8), NetworkRecovery(mode="full", steps=1))
-    assert losses[0] == losses[1]
-
-
-def test_no_example_is_alone_in_a_batch_norm() -> None:
-    """Nine at once are two times eight or fewer; the network's last norm sees one position of each."""
-    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(3), nn.Linear(3, 2))
-    options = NetworkRecovery(mode="full", steps=1, batch_images=9)
-    assert len(distil_network(model, copy.deepcopy(model), random_pixels(9), options)) == 1
+    assert {one.dtype for one in model.parameters()} == {torch.float16}
+    assert not any(one.requires_grad for one in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())

@@ -8,6 +8,7 @@ here the training ends with the pruning. Without labels, the classes that the de
 import copy
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,11 +39,8 @@ class HalpTraining:
         self._gates = {group.name: gates_of(self._model, task.network, group) for group in task.network.groups}
         vectors = [one for one in self._parameters.values() if one.dim() <= 1]  # of norms, and biases
         matrices = [one for one in self._parameters.values() if one.dim() > 1]
-        self._sgd = torch.optim.SGD(
-            [{"params": matrices, "weight_decay": _WEIGHT_DECAY}, {"params": vectors}],
-            lr=_REACHED * rate * self._size / _BATCH,
-            momentum=_MOMENTUM,
-        )
+        groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": _WEIGHT_DECAY}, {"params": vectors}]
+        self._sgd = torch.optim.SGD(groups, lr=_REACHED * rate * self._size / _BATCH, momentum=_MOMENTUM)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._sgd, lambda step: (step + 1) / steps)
         self._draw = np.random.default_rng(task.seed)
         self._stays: list[tuple[torch.Tensor, torch.Tensor]] = []  # tensors, and 1 for what stays in them, 0 elsewhere
@@ -57,7 +55,7 @@ class HalpTraining:
         for _ in range(steps):
             self._sgd.zero_grad()
             loss = self._loss()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if math.isfinite(float(loss.detach())):
                 for name, gates in self._gates.items():
                     found[name] += torch.stack([self._change(one) for one in gates]).sum(0).abs() / steps

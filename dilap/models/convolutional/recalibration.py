@@ -1,7 +1,4 @@
-"""The statistics of batch norms, measured again after a network was cut or trained."""
-
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+"""The statistics of batch norms, measured again after a network was cut."""
 
 import torch
 from torch import nn
@@ -19,43 +16,22 @@ def recalibrate_(model: nn.Module, images: Examples, *, batch_size: int = 32) ->
     batches of preprocessed `images`; nothing else is trained, and dropout stays off. A network without batch norms, as
     encoders are, is left as it is. Raises InvalidInput for one image.
     """
-    norms = _norms_of(model)
+    norms = [one for one in model.modules() if isinstance(one, _BatchNorm) and one.track_running_stats]
     if not norms:
         return model
     if len(images) < 2:  # one vector alone has no variance
         raise InvalidInput(f"batch norms are measured on several images, got {len(images)}; give more")
     momenta = [norm.momentum for norm in norms]
-    with evaluating(model), _by_batches(norms):
+    with evaluating(model):
         try:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # the mean over all batches, and not mostly the last ones
+                norm.training = True
             for batch in batches_of(images, batch_size, model=model):
                 if len(batch) > 1:
                     model(batch)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
+                norm.momentum, norm.training = momentum, False
     return model
-
-
-@contextmanager
-def normalising_by_batches(model: nn.Module) -> Iterator[None]:
-    """Let all parts of a model evaluate but its batch norms, which use the statistics of the batch that they see."""
-    with evaluating(model), _by_batches(_norms_of(model)):
-        yield
-
-
-def _norms_of(model: nn.Module) -> list[_BatchNorm]:
-    return [one for one in model.modules() if isinstance(one, _BatchNorm) and one.track_running_stats]
-
-
-@contextmanager
-def _by_batches(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    for norm in norms:
-        norm.training = True
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.training = False
