@@ -1,6 +1,18 @@
 """Recovery of networks that are no decoders by distillation: the pruned one learns what the dense one computes.
 
-That are the inputs of layers within it, and its outputs: logits for photographs, or the embeddings of sentences.
+That are the inputs of layers within it, and its outputs: logits for photographs, or the embeddings of sentences. All of
+them count alike, as squared errors relative to their size. With a few hundred photographs, each perhaps of another
+class, the KL of the outputs teaches a network the classes of these photographs, and it comes no nearer to the dense one
+on others; what layers take in is of the same kind in all photographs, and there is much of it in each.
+
+An EfficientNet-Lite0 with 74 % of its FLOPs (equal shares, 128 x 128, KL to the dense one 4.75 on 128 photographs that
+were not trained on, the same answer for 15 %) gave, after 40 steps of 16 of 187 photographs:
+
+    KL, rate 0.0016                                      4.91    19 %
+    states, rate 0.0016 / 0.0064                         3.25    31 %   /   2.97    37 %
+    states, rate 0.0016, norms see their batches         3.55    34 %
+    states and 0.1 KL, rate 0.0064                       5.25     9 %
+    states and outputs, rate 0.0064                      2.88    31 %
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +25,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from dilap.models.inner_states import State, inputs_seen, states_apart
+from dilap.models.inner_states import State, inputs_seen, relative_error, states_apart
 from dilap.models.network import Examples, difference, evaluating, outputs_of
 from dilap.models.recovery.options import rate_at
 from dilap.models.recovery.trainable import size_of
@@ -26,8 +38,7 @@ _AT_ONCE = 8  # in a forward and backward pass: the activations of ResNet-50 at 
 class NetworkRecovery:
     """Settings of training all parameters with AdamW to compute what the dense network does.
 
-    The loss is how far the states within the networks are apart, as a share of how much they vary, and `outputs` times
-    the `difference` of what they give. A step sees `batch_images` photographs or sentences.
+    A step sees `batch_images` photographs or sentences.
 
     Both networks see random crops, which have at least `least_area` of a photograph, and mirror images of half of them.
     A step moves the numbers of a tensor by about `rate` times their root mean square. `warmup` is the share of the
@@ -39,7 +50,6 @@ class NetworkRecovery:
     batch_images: int = 32
     least_area: float = 0.35
     rate: float = 6.4e-3
-    outputs: float = 0.1
     warmup: float = 0.1
     seed: int = 0
 
@@ -79,7 +89,7 @@ def distil_network(
             rows = draw.permutation(len(examples))[: options.batch_images]
             adam.zero_grad()
             seen = _seen(examples[rows], draw, options.least_area)
-            losses.append(pair.accumulate_gradients_(seen, outputs=options.outputs))
+            losses.append(pair.accumulate_gradients_(seen))
             nn.utils.clip_grad_norm_(parameters, 1.0)
             adam.step()
             schedule.step()
@@ -122,14 +132,14 @@ class _Pair:
     found: Mapping[str, torch.Tensor]
     wanted: Mapping[str, torch.Tensor]
 
-    def accumulate_gradients_(self, examples: torch.Tensor, *, outputs: float) -> float:
+    def accumulate_gradients_(self, examples: torch.Tensor) -> float:
         """Run examples forward and backward, a few at a time, and return the mean difference of the outputs."""
         weight, taught, total = next(self.model.parameters()), next(self.dense.parameters()).dtype, 0.0
         for few in examples.to(weight.device).split(_AT_ONCE):
             with torch.no_grad():
                 wanted = outputs_of(self.dense, few.to(taught) if few.is_floating_point() else few)[0].float()
-            share = len(few) / len(examples)
-            apart = difference(self.model, outputs_of(self.model, few)[0], wanted)
-            (share * (outputs * apart + states_apart(self.states, self.found, self.wanted))).backward()
-            total += share * float(apart.detach())
+            found, share = outputs_of(self.model, few)[0], len(few) / len(examples)
+            errors = [relative_error(found, wanted), *states_apart(self.states, self.found, self.wanted)]
+            (share * torch.stack(errors).mean()).backward()
+            total += share * float(difference(self.model, found.detach(), wanted))
         return total

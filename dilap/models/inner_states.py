@@ -1,8 +1,4 @@
-"""What a pruned network computes on the way to its outputs, beside what the dense network does there.
-
-With few photographs, each perhaps of another class, the outputs alone teach a network the classes of these photographs.
-What its layers take in is of the same kind in all photographs, and there is much of it in each.
-"""
+"""What a pruned network computes on the way to its outputs, beside what the dense network does there."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -74,18 +70,17 @@ def _see(seen: dict[str, torch.Tensor], layer: str, _: nn.Module, inputs: tuple[
 
 def states_apart(
     states: tuple[State, ...], found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
-    """Return how far states are from the dense network's, as a share of how much these vary.
-
-    It is the squared error by the variance, both in the mean over channels, in the mean over states; 0 without any.
-    """
-    if not states:
-        return torch.zeros(())
-    return torch.stack([_apart(found[one.layer], wanted[one.layer].float(), one) for one in states]).mean()
+) -> list[torch.Tensor]:
+    """Return the `relative_error` of every state."""
+    return [relative_error(found[one.layer], _left(wanted[one.layer], one)) for one in states]
 
 
-def _apart(found: torch.Tensor, wanted: torch.Tensor, state: State) -> torch.Tensor:
-    wanted = wanted.index_select(state.axis, torch.from_numpy(state.channels).to(wanted.device))
-    others = [axis for axis in range(wanted.dim()) if axis != state.axis % wanted.dim()]
-    variance = (wanted - wanted.mean(others, keepdim=True)).square().mean()
-    return (found - wanted).square().mean() / variance.clamp_min(torch.finfo(torch.float32).tiny)
+def _left(wanted: torch.Tensor, state: State) -> torch.Tensor:
+    """Return those channels of what the dense layer takes in that the pruned one still has."""
+    return wanted.index_select(state.axis, torch.from_numpy(state.channels).to(wanted.device))
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return the sum of squared differences as a share of the sum of squares of what is wanted."""
+    wanted = wanted.float()
+    return (found - wanted).square().sum() / wanted.square().sum().clamp_min(torch.finfo(torch.float32).tiny)

@@ -58,7 +58,7 @@ def test_states_within_are_learned_beside_the_outputs() -> None:
         with inputs_seen(student, states) as found, inputs_seen(dense, states) as wanted:
             TorchNetwork(student).outputs(images)
             TorchNetwork(dense).outputs(images)
-            return float(states_apart(states, found, wanted))
+            return float(torch.stack(states_apart(states, found, wanted)).mean())
 
     before = apart()
     options = NetworkRecovery(mode="full", steps=20, batch_images=16, least_area=1.0)
