@@ -1,7 +1,7 @@
 """Recovery of networks that are no decoders by distillation: the pruned one learns what the dense one computes.
 
 That are the inputs of layers within it, and its outputs: logits for photographs, or the embeddings of sentences. All of
-them count alike, as squared errors relative to their size. With a few hundred photographs, each perhaps of another
+them count alike, as squared errors relative to their variance. With a few hundred photographs, each perhaps of another
 class, the KL of the outputs teaches a network the classes of these photographs, and it comes no nearer to the dense one
 on others; what layers take in is of the same kind in all photographs, and there is much of it in each.
 
@@ -135,11 +135,11 @@ class _Pair:
     def accumulate_gradients_(self, examples: torch.Tensor) -> float:
         """Run examples forward and backward, a few at a time, and return the mean difference of the outputs."""
         weight, taught, total = next(self.model.parameters()), next(self.dense.parameters()).dtype, 0.0
-        for few in examples.to(weight.device).split(_AT_ONCE):
+        for few in examples.to(weight.device).chunk(-(-len(examples) // _AT_ONCE)):  # equal parts: one alone varies not
             with torch.no_grad():
                 wanted = outputs_of(self.dense, few.to(taught) if few.is_floating_point() else few)[0].float()
             found, share = outputs_of(self.model, few)[0], len(few) / len(examples)
-            errors = [relative_error(found, wanted), *states_apart(self.states, self.found, self.wanted)]
+            errors = [relative_error(found, wanted, axis=1), *states_apart(self.states, self.found, self.wanted)]
             (share * torch.stack(errors).mean()).backward()
             total += share * float(difference(self.model, found.detach(), wanted))
         return total

@@ -15,6 +15,9 @@ from dilap.core.graph import Layer, Network
 from dilap.core.groups import Group, indices_kept
 from dilap.core.plan import Plan
 
+_LEAST = 0.01  # share of the mean square that a variance is taken to have: channels may be alike everywhere
+_TINY = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True, kw_only=True)
 class State:
@@ -72,7 +75,7 @@ def states_apart(
     states: tuple[State, ...], found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
 ) -> list[torch.Tensor]:
     """Return the `relative_error` of every state."""
-    return [relative_error(found[one.layer], _left(wanted[one.layer], one)) for one in states]
+    return [relative_error(found[one.layer], _left(wanted[one.layer], one), axis=one.axis) for one in states]
 
 
 def _left(wanted: torch.Tensor, state: State) -> torch.Tensor:
@@ -80,7 +83,9 @@ def _left(wanted: torch.Tensor, state: State) -> torch.Tensor:
     return wanted.index_select(state.axis, torch.from_numpy(state.channels).to(wanted.device))
 
 
-def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Return the sum of squared differences as a share of the sum of squares of what is wanted."""
+def relative_error(found: torch.Tensor, wanted: torch.Tensor, *, axis: int) -> torch.Tensor:
+    """Return the mean square of the differences as a share of the mean variance of channels, which lie on `axis`."""
     wanted = wanted.float()
-    return (found - wanted).square().sum() / wanted.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    others = [other for other in range(wanted.dim()) if other != axis % wanted.dim()]
+    variance = (wanted - wanted.mean(others, keepdim=True)).square().mean()
+    return (found - wanted).square().mean() / variance.clamp_min(_LEAST * wanted.square().mean() + _TINY)

@@ -8,7 +8,7 @@ from standins.networks import network, output, shape
 from dilap.core.graph import Network
 from dilap.core.plan import Plan, full_plan
 from dilap.models.convolutional.cut import shrink_network_
-from dilap.models.inner_states import State, inputs_seen, states_apart, states_of
+from dilap.models.inner_states import State, inputs_seen, relative_error, states_apart, states_of
 
 
 def halved(name: str, *, without: int | None = None) -> Plan[Network]:
@@ -49,8 +49,13 @@ def test_states_are_the_inputs_of_the_last_layers_that_read_a_group() -> None:
     assert found["blocks.1.expand"] == [0, 2, 4, 6]
 
 
-def test_the_error_of_a_state_is_that_of_the_channels_that_are_left_relative_to_their_size() -> None:
-    wanted = torch.tensor([[[1.0, 9.0, 2.0], [3.0, 9.0, 4.0]]])
+def test_the_error_of_a_state_is_that_of_the_channels_that_are_left_relative_to_their_variance() -> None:
+    wanted = torch.tensor([[[1.0, 9.0, 0.0], [3.0, 9.0, 8.0]]])  # variances of channels: 1, 0 and 16
     state = State(layer="x", axis=-1, channels=np.array([0, 2]))
-    found = torch.tensor([[[2.0, 2.0], [3.0, 1.0]]])
-    assert states_apart((state,), {"x": found}, {"x": wanted})[0].item() == pytest.approx((1 + 9) / (1 + 4 + 9 + 16))
+    found = wanted[..., [0, 2]] + torch.tensor([1.0, 2.0])
+    assert states_apart((state,), {"x": found}, {"x": wanted})[0].item() == pytest.approx((1 + 4) / (1 + 16))
+
+
+def test_an_error_is_finite_where_nothing_varies() -> None:
+    assert relative_error(torch.zeros(1, 3), torch.ones(1, 3), axis=1).item() == pytest.approx(100)
+    assert relative_error(torch.zeros(2, 3), torch.zeros(2, 3), axis=1).item() == 0
