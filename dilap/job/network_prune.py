@@ -182,7 +182,7 @@ def _claim(stages: NetworkStages, goal: Goal, pruned: Pruned[Network]) -> PruneR
     )
     recovered, recovery = shrunk, Recovered()
     if dense is not None:
-        recovery = recover_network_(stages, exam, dense, before=validated)
+        recovery = recover_network_(stages, exam, dense, plan, before=validated)
         recovered = exam.of_torch(stages, model)
     with workspace.stage("save the checkpoint"):
         remove(workspace.folder / "checkpoint")  # left by an earlier start

@@ -8,11 +8,14 @@ from typing import Any
 from torch import nn
 
 from dilap.core.codec import remove
+from dilap.core.graph import Network
+from dilap.core.plan import Plan
 from dilap.job.network_exam import NetworkExam
 from dilap.job.network_stages import NetworkStages
 from dilap.job.recovery import UNDONE
 from dilap.models.convolutional.cut import tensors_of
 from dilap.models.distil_network import distil_network
+from dilap.models.inner_states import states_of
 from dilap.models.tensor_file import load_tensors, save_tensors
 
 
@@ -28,8 +31,10 @@ class Recovered:
         return (UNDONE,) if self.is_undone else ()
 
 
-def recover_network_(stages: NetworkStages, exam: NetworkExam[Any], dense: nn.Module, *, before: float) -> Recovered:
-    """Distil the dense network into the pruned one, in place, and undo it where that does not help.
+def recover_network_(
+    stages: NetworkStages, exam: NetworkExam[Any], dense: nn.Module, plan: Plan[Network], *, before: float
+) -> Recovered:
+    """Distil the dense network into the one that was cut by `plan`, in place, and undo it where that does not help.
 
     It helps where the distance from the dense network on the validation split falls below `before`.
     """
@@ -42,7 +47,7 @@ def recover_network_(stages: NetworkStages, exam: NetworkExam[Any], dense: nn.Mo
             bar.set_postfix_str(f"{measure} {distance:.3f}")
             bar.update(1)
 
-        losses = distil_network(model, dense, stages.shown.trained, options, progress=show)
+        losses = distil_network(model, dense, stages.shown.trained, options, states=states_of(plan), progress=show)
         after = exam.validation_distance(model)
     workspace.log.say(
         f"recovery ({options.mode}): {measure} on its own examples {losses[0]:.3f} -> {losses[-1]:.3f}, on the "

@@ -101,6 +101,7 @@ class NetworkStages(CommonStages[Network]):
             fastest_seconds=fastest,
             usual=usual,
             caveats=costs.caveats,
+            layer_cost=costs.layer,
         )
 
     def _costs(self) -> NetworkLatency:
@@ -137,7 +138,12 @@ class NetworkStages(CommonStages[Network]):
 
     def prune(self, method: NetworkMethod, goal: Goal) -> Pruned[Network]:
         """Return what `method` answers; see `answered`."""
-        return self.answered(lambda: Pruned(plan=method(self._task(goal))))
+
+        def ask() -> Pruned[Network]:
+            found = method(self._task(goal))
+            return found if isinstance(found, Pruned) else Pruned(plan=found)
+
+        return self.answered(ask)
 
     def _task(self, goal: Goal) -> NetworkTask:
         return NetworkTask(
@@ -147,6 +153,7 @@ class NetworkStages(CommonStages[Network]):
             images=self.shown.trained,
             labels=self.shown.labels,
             cost_limit=goal.cost_limit,
+            layer_cost=goal.layer_cost,
             multiple=self.bench.capabilities.channel_multiple,
             seed=self.options.seed,
         )

@@ -41,6 +41,7 @@ NETWORK_METHODS = {
     "uniform": "dilap.methods.networks.magnitude:uniform",
     "magnitude": "dilap.methods.networks.magnitude:magnitude",
     "taylor": "dilap.methods.networks.taylor:Taylor",
+    "halp": "dilap.methods.networks.halp:Halp",
     "torch_pruning": "dilap.methods.networks.torch_pruning:TorchPruning",
 }
 SEARCHES = {
@@ -75,6 +76,7 @@ NETWORK_SOURCES = {
     "uniform": "small filters, the same share of every group (arXiv 1608.08710)",
     "magnitude": "small filters by their L1 norms, compared over the network (arXiv 1608.08710)",
     "taylor": "parameters times gradients of batch norms, squared (arXiv 1906.10771)",
+    "halp": "a knapsack of latencies in rounds of training (arXiv 2210.06659, non-commercial)",
     "torch_pruning": "torch-pruning's own pruner, run until the budget is kept (arXiv 2301.12900, MIT)",
 }
 # Tokens on which the authors calibrate, for methods that need no training and whose authors say it: FLAP's are 1,024

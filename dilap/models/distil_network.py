@@ -1,9 +1,21 @@
-"""Recovery of networks that are no decoders by distillation: the pruned one learns what the dense one gives.
+"""Recovery of networks that are no decoders by distillation: the pruned one learns what the dense one computes.
 
-That are logits for photographs, or the embeddings of sentences.
+That are the inputs of layers within it, and its outputs: logits for photographs, or the embeddings of sentences. All of
+them count alike, as squared errors relative to their variance. With a few hundred photographs, each perhaps of another
+class, the KL of the outputs teaches a network the classes of these photographs, and it comes no nearer to the dense one
+on others; what layers take in is of the same kind in all photographs, and there is much of it in each.
+
+An EfficientNet-Lite0 with 74 % of its FLOPs (equal shares, 128 x 128, KL to the dense one 4.75 on 128 photographs that
+were not trained on, the same answer for 15 %) gave, after 40 steps of 16 of 187 photographs:
+
+    KL, rate 0.0016                                      4.91    19 %
+    states, rate 0.0016 / 0.0064                         3.25    31 %   /   2.97    37 %
+    states, rate 0.0016, norms see their batches         3.55    34 %
+    states and 0.1 KL, rate 0.0064                       5.25     9 %
+    states and outputs, rate 0.0064                      2.88    31 %
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +25,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
+from dilap.models.inner_states import State, inputs_seen, relative_error, states_apart
 from dilap.models.network import Examples, difference, evaluating, outputs_of
 from dilap.models.recovery.options import rate_at
 from dilap.models.recovery.trainable import size_of
@@ -23,7 +36,7 @@ _AT_ONCE = 8  # in a forward and backward pass: the activations of ResNet-50 at 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkRecovery:
-    """Settings of training all parameters with AdamW on the `difference` from the dense network.
+    """Settings of training all parameters with AdamW to compute what the dense network does.
 
     A step sees `batch_images` photographs or sentences.
 
@@ -36,7 +49,7 @@ class NetworkRecovery:
     steps: int = 60
     batch_images: int = 32
     least_area: float = 0.35
-    rate: float = 1.6e-3
+    rate: float = 6.4e-3
     warmup: float = 0.1
     seed: int = 0
 
@@ -47,12 +60,14 @@ def distil_network(
     examples: Examples,
     options: NetworkRecovery,
     *,
+    states: tuple[State, ...] = (),
     progress: Callable[[float], None] = lambda _: None,
 ) -> list[float]:
-    """Train `model` in place to give what the `dense` one gives for `examples`, of images for random crops.
+    """Train `model` in place to compute what the `dense` one does for `examples`, of images for random crops.
 
-    Return the difference in every step, which `progress` gets too: the KL in nats an image, or the cosine distance. The
-    statistics of batch norms stay: what is trained is what is shipped.
+    `states`, those of the model's plan, are compared beside the outputs. Return the difference of the outputs in every
+    step, which `progress` gets too: the KL in nats an image, or the cosine distance. The statistics of batch norms
+    stay: what is trained is what is shipped.
     """
     parameters = [one for one in model.parameters() if one.is_floating_point()]
     kept = [(one, one.dtype, one.requires_grad) for one in parameters]
@@ -63,11 +78,18 @@ def distil_network(
         adam, lambda step: rate_at(step, steps=options.steps, warmup=options.warmup)
     )
     draw, losses = np.random.default_rng(options.seed), list[float]()
-    with evaluating(model), evaluating(dense):
+    with (
+        evaluating(model),
+        evaluating(dense),
+        inputs_seen(model, states) as found,
+        inputs_seen(dense, states) as wanted,
+    ):
+        pair = _Pair(model=model, dense=dense, states=states, found=found, wanted=wanted)
         while len(losses) < options.steps:
             rows = draw.permutation(len(examples))[: options.batch_images]
             adam.zero_grad()
-            losses.append(_accumulate_gradients_(model, dense, _seen(examples[rows], draw, options.least_area)))
+            seen = _seen(examples[rows], draw, options.least_area)
+            losses.append(pair.accumulate_gradients_(seen))
             nn.utils.clip_grad_norm_(parameters, 1.0)
             adam.step()
             schedule.step()
@@ -100,14 +122,24 @@ def _seen(examples: Examples, draw: np.random.Generator, least_area: float) -> t
     return torch.from_numpy(examples)
 
 
-def _accumulate_gradients_(model: nn.Module, dense: nn.Module, examples: torch.Tensor) -> float:
-    """Run examples forward and backward, a few at a time, and return their mean difference."""
-    weight, total = next(model.parameters()), 0.0
-    taught = next(dense.parameters()).dtype
-    for few in examples.to(weight.device).split(_AT_ONCE):
-        with torch.no_grad():
-            wanted = outputs_of(dense, few.to(taught) if few.is_floating_point() else few)[0].float()
-        loss = difference(model, outputs_of(model, few)[0], wanted) * len(few) / len(examples)
-        loss.backward()
-        total += float(loss.detach())
-    return total
+@dataclass(frozen=True, kw_only=True)
+class _Pair:
+    """A network and the dense one, and what the layers of `states` of each took in when it ran last."""
+
+    model: nn.Module
+    dense: nn.Module
+    states: tuple[State, ...]
+    found: Mapping[str, torch.Tensor]
+    wanted: Mapping[str, torch.Tensor]
+
+    def accumulate_gradients_(self, examples: torch.Tensor) -> float:
+        """Run examples forward and backward, a few at a time, and return the mean difference of the outputs."""
+        weight, taught, total = next(self.model.parameters()), next(self.dense.parameters()).dtype, 0.0
+        for few in examples.to(weight.device).chunk(-(-len(examples) // _AT_ONCE)):  # equal parts: one alone varies not
+            with torch.no_grad():
+                wanted = outputs_of(self.dense, few.to(taught) if few.is_floating_point() else few)[0].float()
+            found, share = outputs_of(self.model, few)[0], len(few) / len(examples)
+            errors = [relative_error(found, wanted, axis=1), *states_apart(self.states, self.found, self.wanted)]
+            (share * torch.stack(errors).mean()).backward()
+            total += share * float(difference(self.model, found.detach(), wanted))
+        return total

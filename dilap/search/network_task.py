@@ -1,6 +1,7 @@
 """The interface of pruning methods for networks that are no decoders; it mirrors that of `dilap.search.method`.
 
-A method is anything that is called with a `NetworkTask` and returns the plan that it chooses:
+A method is anything that is called with a `NetworkTask` and returns the plan that it chooses, or a `Pruned` where it
+has new values for the tensors, too:
 
     def drop_small_filters(task: NetworkTask) -> Plan[Network]:
         return task.keep_equal_shares({group.name: my_scores(task.model, group) for group in task.network.groups})
@@ -14,12 +15,14 @@ import torch
 from torch import nn
 
 from dilap.core.errors import InvalidInput
-from dilap.core.graph import Network
+from dilap.core.graph import Layer, Network
 from dilap.core.groups import Group
 from dilap.core.plan import Plan, full_plan
 from dilap.models.network import Examples
 from dilap.search.limit import CostLimit
+from dilap.search.method import Pruned
 
+LayerCost = Callable[[str, Mapping[str, int]], float]  # of a layer by its name, with so many units left in the groups
 Scores = Mapping[str, torch.Tensor]  # of the units of groups, by the groups' names
 
 
@@ -28,8 +31,9 @@ class NetworkTask:
     """What a method gets: a network, images to calibrate on, and a limit on its cost.
 
     `images` are preprocessed (images x channels x height x width), or texts as tokens (texts x 3 x tokens); their
-    classes, `labels`, are None where they are not known. `base` is the model's digest. Numbers of channels that stay
-    are multiples of `multiple`, which is what the runtime's kernels fill, where a group has as many.
+    classes, `labels`, are None where they are not known. `base` is the model's digest. `layer_cost` is what a layer
+    takes of the limit, None where that counts weights. Numbers of channels that stay are multiples of `multiple`, which
+    is what the runtime's kernels fill, where a group has as many.
     """
 
     model: nn.Module
@@ -38,6 +42,7 @@ class NetworkTask:
     images: Examples
     cost_limit: CostLimit
     labels: tuple[int, ...] | None = None
+    layer_cost: LayerCost | None = None
     multiple: int = 1
     seed: int = 0
 
@@ -49,9 +54,23 @@ class NetworkTask:
 
     def rounded(self, group: Group, wanted: float) -> int:
         """Return the number of units nearest to `wanted` that fills kernels, at least one and at most all."""
-        channels = math.prod(group.members[0].grid) // group.num_units
-        step = self.multiple // math.gcd(self.multiple, channels)
+        step = self._step(group)
         return min(max(round(wanted / step) * step, step), group.num_units)
+
+    def widths(self, group: Group) -> list[int]:
+        """Return the numbers of units that fill kernels, and all units, ascending."""
+        step = self._step(group)
+        return [*range(step, group.num_units, step), group.num_units]
+
+    def _step(self, group: Group) -> int:
+        channels = math.prod(group.members[0].grid) // group.num_units
+        return self.multiple // math.gcd(self.multiple, channels)
+
+    def cost_of(self, layer: Layer, counts: Mapping[str, int]) -> float:
+        """Return what a layer takes of the limit when `counts` units are left in the groups."""
+        if self.layer_cost is None:
+            return float(self.network.num_weights(layer, counts))
+        return self.layer_cost(layer.name, counts)
 
     def keep(self, scores: Scores, counts: Mapping[str, float]) -> Plan[Network]:
         """Return the plan that keeps, of every group in `scores`, about `counts` units, those with the best scores."""
@@ -84,4 +103,4 @@ class NetworkTask:
         return self.cost_limit.bisect(keep)
 
 
-NetworkMethod = Callable[[NetworkTask], Plan[Network]]
+NetworkMethod = Callable[[NetworkTask], Plan[Network] | Pruned[Network]]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from standins.fake_job import FakeNetworkBench, call, last_line, use_fake_network_bench
 from standins.networks import output, resnet, write_photograph
+from standins.quick_methods import QUICK
 from transformers import ViTImageProcessorPil
 
 from dilap import backends
@@ -211,9 +212,9 @@ def test_the_command_of_a_report_asks_for_the_same_job(done: tuple[Place, Result
     assert json.loads(json.dumps(asdict(asked))) == json.loads(json.dumps(result.options))
 
 
-@pytest.mark.parametrize("method", ["magnitude", "taylor", "torch_pruning"])
+@pytest.mark.parametrize("method", ["magnitude", "taylor", "halp", "torch_pruning"])
 def test_every_method_keeps_the_budget(method: str, place: Place) -> None:
-    result = place.prune(method=method)
+    result = place.prune(method=method, settings=QUICK.get(method, {}))
     assert (result.status, result.method) == ("kept", method)
 
 
@@ -352,7 +353,7 @@ def test_a_network_that_forbids_cutting_is_refused(place: Place, capsys: pytest.
         (["--calib", "self"], "is pruned with photographs: give a folder of them as --calib"),
         (["--calib", "nowhere"], "images 'nowhere' does not exist"),
         (["--recover", "lora"], "recover is none or full for the image network"),
-        (["--method", "dilap"], "unknown method 'dilap'; known: magnitude"),
+        (["--method", "dilap"], "unknown method 'dilap'; known: halp, magnitude"),
         (["--input", "224"], "write channels, height and width: 3x224x224"),
         (["--input", "1x32x32"], "nobody says how photographs become inputs of 1x32x32: give a folder with"),
     ],

@@ -6,11 +6,14 @@ import pytest
 import torch
 import torch_pruning
 from standins.networks import NUM_CLASSES, network, output, random_pixels, shape
+from standins.quick_methods import network_method
 from torch import nn
 from torch.nn import functional
 
 from dilap import methods
 from dilap.core.errors import Infeasible, InvalidInput, Unsupported
+from dilap.core.graph import Network
+from dilap.core.plan import Plan
 from dilap.core.shape import UNMIXED
 from dilap.methods.networks.magnitude import norms
 from dilap.methods.networks.taylor import Taylor
@@ -19,6 +22,7 @@ from dilap.models.convolutional.cut import shrink_network_
 from dilap.models.convolutional.recalibration import recalibrate_
 from dilap.models.network import outputs_of
 from dilap.search.limit import CostLimit
+from dilap.search.method import Pruned
 from dilap.search.network_task import NetworkTask
 
 INNER = "resnet.encoder.stages.0.layers.1.layer.0.convolution"  # of 16 channels
@@ -31,6 +35,7 @@ LABELS = tuple(number % NUM_CLASSES for number in range(8))
 def task(name: str, *, share: float = 0.5, multiple: int = 1) -> NetworkTask:
     """A limit on the FLOPs that are left."""
     limit = CostLimit(limit=share * shape(name).flops(), predict=lambda widths, _=UNMIXED, /: shape(name).flops(widths))
+    layers = {layer.name: layer for layer in shape(name).layers}
     return NetworkTask(
         model=network(name),
         base="",
@@ -38,8 +43,14 @@ def task(name: str, *, share: float = 0.5, multiple: int = 1) -> NetworkTask:
         images=IMAGES,
         labels=LABELS,
         cost_limit=limit,
+        layer_cost=lambda layer, counts: shape(name).layer_flops(layers[layer], counts),
         multiple=multiple,
     )
+
+
+def plan_of(method: str, given: NetworkTask) -> Plan[Network]:
+    found = network_method(method)(given)
+    return found.plan if isinstance(found, Pruned) else found
 
 
 @pytest.mark.parametrize(
@@ -56,7 +67,7 @@ def test_a_method_keeps_its_limit_and_leaves_the_model_as_it_was(method: str, na
     before = {key: value.clone() for key, value in given.model.state_dict().items()}
     if name == "unet":  # no class for every image
         given = replace(given, labels=None)
-    plan = methods.get(method, table=methods.NETWORK_METHODS)(given)
+    plan = plan_of(method, given)
     used = shape(name).flops(plan.counts) / given.cost_limit.limit
     assert 0.75 <= used <= 1, f"{used:.2f}"
     assert all(torch.equal(value, before[key]) for key, value in given.model.state_dict().items())
@@ -65,7 +76,7 @@ def test_a_method_keeps_its_limit_and_leaves_the_model_as_it_was(method: str, na
 
 @pytest.mark.parametrize("method", methods.NETWORK_METHODS)
 def test_numbers_of_channels_fill_kernels(method: str) -> None:
-    plan = methods.get(method, table=methods.NETWORK_METHODS)(task("resnet_basic", multiple=4))
+    plan = plan_of(method, task("resnet_basic", multiple=4))
     assert {count % 4 for count in plan.counts.values()} == {0}
     assert len(set(plan.counts.values())) > 1
 
@@ -78,11 +89,11 @@ def test_units_of_several_channels_fill_kernels_by_their_channels() -> None:
 
 def test_a_limit_that_no_plan_keeps_is_infeasible() -> None:
     with pytest.raises(Infeasible, match="this method cannot prune more"):
-        methods.get("uniform", table=methods.NETWORK_METHODS)(task("resnet_basic", share=0.001))
+        plan_of("uniform", task("resnet_basic", share=0.001))
 
 
 def test_uniform_removes_the_same_share_of_every_group() -> None:
-    plan = methods.get("uniform", table=methods.NETWORK_METHODS)(task("resnet_basic"))
+    plan = plan_of("uniform", task("resnet_basic"))
     shares = [plan.counts[group.name] / group.num_units for group in plan.architecture.groups]
     assert max(shares) - min(shares) < 1 / 8  # of a stem of 8 channels
 
@@ -98,7 +109,7 @@ def test_magnitude_removes_the_smallest_filter_first() -> None:
     given = task("resnet_basic", share=0.99)
     weight = given.model.get_parameter(f"{INNER}.weight")
     weight.data[5] /= 100
-    plan = methods.get("magnitude", table=methods.NETWORK_METHODS)(given)
+    plan = plan_of("magnitude", given)
     assert 5 not in plan.kept[INNER]
 
 

@@ -1,6 +1,5 @@
-"""ZipLM, HALP, Puzzle and SPRINT: the golden checks of their specification."""
+"""ZipLM, Puzzle and SPRINT: the golden checks of their specification."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from standins.models import exported_llama, logits, random_tokens, tiny_model, tiny_task
 from torch.testing import assert_close
 from transformers import PreTrainedModel
@@ -124,74 +122,6 @@ def test_puzzle_scores_are_those_of_single_replacements(objective: Any) -> None:
     assert [len(levels) for levels in found] == [len(choice.levels) for choice in asked.space.choices]
     assert {levels[0] for levels in found} == {0.0}
     assert min(min(levels) for levels in found) > -1e-6
-
-
-# HALP: groups keep their most important chunks of channels; values (importance) of a group fall, costs are integers
-
-
-def kept_chunks(values: Sequence[NDArray[np.float64]], costs: Sequence[NDArray[np.int64]], *, budget: int) -> list[int]:
-    """How many chunks every group keeps, by the exact selection: a level more is a chunk less."""
-    lost = [np.append(0.0, part[::-1].cumsum()) for part in values]
-    seconds = [np.append(0, part.cumsum())[::-1].tolist() for part in costs]
-    config = solve(lost, seconds, limit=budget + 0.01)
-    return [len(part) - level for part, level in zip(values, config, strict=True)]
-
-
-def random_chunks(seed: int) -> tuple[list[NDArray[np.float64]], list[NDArray[np.int64]]]:
-    generator = np.random.default_rng(seed)
-    values = [np.sort(generator.random(4))[::-1] for _ in range(4)]
-    return values, [generator.integers(0, 20, 4) for _ in values]
-
-
-def value_of(values: Sequence[NDArray[np.float64]], kept: Sequence[int]) -> float:
-    return float(sum(part[:count].sum() for part, count in zip(values, kept, strict=True)))
-
-
-def precedence_value(
-    values: Sequence[NDArray[np.float64]], costs: Sequence[NDArray[np.int64]], *, budget: int
-) -> float:
-    """What the published program keeps: a chunk only where the state that it extends kept the chunk before it."""
-    best = np.zeros(budget + 1)
-    for group_values, group_costs in zip(values, costs, strict=True):
-        kept = np.ones(budget + 1, bool)
-        for value, cost in zip(group_values, group_costs, strict=True):
-            taken = np.full(budget + 1, -np.inf)
-            taken[cost:] = np.where(kept, best + value, -np.inf)[: budget + 1 - cost]
-            kept = taken > best
-            best = np.where(kept, taken, best)
-    return float(best[-1])
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_halp_exact_selection_equals_brute_force(seed: int) -> None:
-    values, costs = random_chunks(seed)
-    budget = int(sum(part.sum() for part in costs)) // 2
-    best = max(
-        value_of(values, kept)
-        for kept in product(range(5), repeat=4)
-        if sum(part[:count].sum() for part, count in zip(costs, kept, strict=True)) <= budget
-    )
-    assert value_of(values, kept_chunks(values, costs, budget=budget)) == pytest.approx(best)
-
-
-def test_halp_a_everything_is_kept_within_the_full_latency() -> None:
-    values, costs = random_chunks(0)
-    assert kept_chunks(values, costs, budget=int(sum(part.sum() for part in costs))) == [4, 4, 4, 4]
-
-
-def test_halp_c_of_equal_costs_the_most_important_are_kept() -> None:
-    values, _ = random_chunks(0)
-    kept = kept_chunks(values, [np.full(4, 3)] * 4, budget=3 * 7)
-    assert sum(kept) == 7
-    assert value_of(values, kept) == pytest.approx(np.sort(np.concatenate(values))[-7:].sum())
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_halp_d_exact_selection_is_no_worse_than_the_published_program(seed: int) -> None:
-    values, costs = random_chunks(seed)
-    budget = int(sum(part.sum() for part in costs)) // 2
-    exact = value_of(values, kept_chunks(values, costs, budget=budget))
-    assert exact >= precedence_value(values, costs, budget=budget) - 1e-12
 
 
 # SPRINT

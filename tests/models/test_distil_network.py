@@ -5,10 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from standins.networks import network, random_pixels
+from standins.networks import network, random_pixels, shape
 
+from dilap.core.plan import full_plan
 from dilap.core.sqnr import kl_divergence
 from dilap.models.distil_network import NetworkRecovery, cropped, distil_network
+from dilap.models.inner_states import inputs_seen, states_apart, states_of
 from dilap.models.network import TorchNetwork
 
 
@@ -46,6 +48,22 @@ def test_a_crop_of_the_whole_image_is_itself_or_its_mirror_image() -> None:
     mirrored = [np.allclose(one[:, :, ::-1], image, atol=1e-5) for one, image in zip(found, images, strict=True)]
     assert {True, False} == set(same)
     assert [not one for one in same] == mirrored
+
+
+def test_states_within_are_learned_beside_the_outputs() -> None:
+    dense, images = network("lite"), random_pixels(16)
+    student, states = disturbed(dense), states_of(full_plan(shape("lite"), base=""))
+
+    def apart() -> float:
+        with inputs_seen(student, states) as found, inputs_seen(dense, states) as wanted:
+            TorchNetwork(student).outputs(images)
+            TorchNetwork(dense).outputs(images)
+            return float(torch.stack(states_apart(states, found, wanted)).mean())
+
+    before = apart()
+    options = NetworkRecovery(mode="full", steps=20, batch_images=16, least_area=1.0)
+    distil_network(student, dense, images, options, states=states)
+    assert apart() < 0.7 * before
 
 
 def test_statistics_of_batch_norms_and_the_caller_s_settings_stay() -> None:

@@ -73,6 +73,10 @@ class NetworkLatency:
             self._require_own(precision)
         return amount(self._every_term, self.network.widths_at(widths))
 
+    def layer(self, name: str, widths: Mapping[str, int]) -> float:
+        """Return the seconds of one layer."""
+        return amount(self.terms[name], self.network.widths_at(widths))
+
     def layer_seconds(self, widths: Mapping[str, int]) -> dict[str, float]:
         """Return the seconds of every layer, and under "" of what no layer takes."""
         counts = self.network.widths_at(widths)
