@@ -1,6 +1,7 @@
 """The interface of pruning methods for networks that are no decoders; it mirrors that of `dilap.search.method`.
 
-A method is anything that is called with a `NetworkTask` and returns the plan that it chooses:
+A method is anything that is called with a `NetworkTask` and returns the plan that it chooses, or a `Pruned` where it
+has new values for the tensors, too:
 
     def drop_small_filters(task: NetworkTask) -> Plan[Network]:
         return task.keep_equal_shares({group.name: my_scores(task.model, group) for group in task.network.groups})
@@ -13,12 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dilap.core.costs import Costs
 from dilap.core.errors import InvalidInput
 from dilap.core.graph import Network
 from dilap.core.groups import Group
 from dilap.core.plan import Plan, full_plan
 from dilap.models.network import Examples
 from dilap.search.limit import CostLimit
+from dilap.search.method import Pruned
 
 Scores = Mapping[str, torch.Tensor]  # of the units of groups, by the groups' names
 
@@ -29,7 +32,9 @@ class NetworkTask:
 
     `images` are preprocessed (images x channels x height x width), or texts as tokens (texts x 3 x tokens); their
     classes, `labels`, are None where they are not known. `base` is the model's digest. Numbers of channels that stay
-    are multiples of `multiple`, which is what the runtime's kernels fill, where a group has as many.
+    are multiples of `multiple`, which is what the runtime's kernels fill, where a group has as many. `costs` are those
+    that the limit is about, for methods that choose among widths by their costs, and `validation` are other examples,
+    by which such methods judge their choices. `report` takes a line for the log.
     """
 
     model: nn.Module
@@ -38,8 +43,11 @@ class NetworkTask:
     images: Examples
     cost_limit: CostLimit
     labels: tuple[int, ...] | None = None
+    costs: Costs | None = None
+    validation: Examples | None = None
     multiple: int = 1
     seed: int = 0
+    report: Callable[[str], None] = lambda _: None
 
     def __post_init__(self) -> None:
         if self.labels is not None and len(self.labels) != len(self.images):
@@ -49,9 +57,17 @@ class NetworkTask:
 
     def rounded(self, group: Group, wanted: float) -> int:
         """Return the number of units nearest to `wanted` that fills kernels, at least one and at most all."""
-        channels = math.prod(group.members[0].grid) // group.num_units
-        step = self.multiple // math.gcd(self.multiple, channels)
+        step = self._step(group)
         return min(max(round(wanted / step) * step, step), group.num_units)
+
+    def widths(self, group: Group) -> list[int]:
+        """Return the numbers of units that fill kernels, and all units, ascending."""
+        step = self._step(group)
+        return [*range(step, group.num_units, step), group.num_units]
+
+    def _step(self, group: Group) -> int:
+        channels = math.prod(group.members[0].grid) // group.num_units
+        return self.multiple // math.gcd(self.multiple, channels)
 
     def keep(self, scores: Scores, counts: Mapping[str, float]) -> Plan[Network]:
         """Return the plan that keeps, of every group in `scores`, about `counts` units, those with the best scores."""
@@ -84,4 +100,4 @@ class NetworkTask:
         return self.cost_limit.bisect(keep)
 
 
-NetworkMethod = Callable[[NetworkTask], Plan[Network]]
+NetworkMethod = Callable[[NetworkTask], Plan[Network] | Pruned[Network]]
