@@ -217,6 +217,11 @@ def test_every_method_keeps_the_budget(method: str, place: Place) -> None:
     assert (result.status, result.method) == ("kept", method)
 
 
+def test_dilaps_search_keeps_the_budget(place: Place) -> None:
+    result = place.prune(method="dilap", settings={"evaluations": "2"})
+    assert (result.status, result.method) == ("kept", "dilap")
+
+
 def test_a_share_of_the_weights_can_be_removed_instead(place: Place) -> None:
     result = place.prune(budget=None, ratio=0.3)
     assert result.status == "kept"

@@ -145,7 +145,7 @@ class Passing(TorchFunctionMode):
     no gradients.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], *, with_gradients: bool) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], *, with_gradients: bool = False) -> None:
         super().__init__()
         self._layers = {id(model.get_parameter(one.weight)): one for one in layers.values()}
         self._with_gradients = with_gradients
@@ -154,17 +154,16 @@ class Passing(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
         output = func(*args, **given)
-        names = _ARGUMENTS.get(func)
-        if names is None:
+        if func not in _ARGUMENTS:
             return output
-        arguments = dict(zip(names, args, strict=False)) | given
+        arguments = dict(zip(_ARGUMENTS[func], args, strict=False)) | given
         layer = self._layers.get(id(arguments["weight"]))
         if layer is None:
             return output
         if self._with_gradients and not output.requires_grad:
             output.requires_grad_(True)
         self.passages.append(Passage(layer=layer, arguments=arguments, output=output))
-        # a copy, because what follows may work in place
+        # A copy, because what follows may work in place.
         return output.clone() if self._with_gradients else output
 
 

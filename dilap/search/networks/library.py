@@ -185,7 +185,7 @@ def layer_statistics(
     counts = dict.fromkeys(layers, 0)
     for batch in batches_of(images, _AT_ONCE, model=model):
         for name, inputs, weights in _seen(model, layers, batch, generator):
-            sampled = _sample(inputs, generator).movedim(1, 0).flatten(1)
+            sampled = sample_positions(inputs, generator).movedim(1, 0).flatten(1)
             found = sampled @ sampled.T, sampled.sum(1), weights
             sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)] if name in sums else list(found)
             counts[name] += sampled.shape[1]
@@ -208,7 +208,7 @@ def _has_bias(model: nn.Module, layer: Layer) -> bool:
     return layer.kind != "transposed" and getattr(model.get_submodule(layer.name), "bias", None) is not None
 
 
-def _sample(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def sample_positions(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return some of the positions of what a layer reads (examples x inputs x positions)."""
     if inputs.shape[2] <= _POSITIONS:
         return inputs

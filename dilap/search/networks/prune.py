@@ -14,15 +14,18 @@ from dilap.core.graph import Network
 from dilap.core.plan import Plan
 from dilap.core.space import plan_of
 from dilap.search import dilap
+from dilap.search.allocation import Config
 from dilap.search.levels import search_within
 from dilap.search.method import Pruned
 from dilap.search.network_task import NetworkTask
 from dilap.search.networks.library import LibraryOptions, build_library
+from dilap.search.networks.refit import refit_
 from dilap.search.networks.space import network_space
 from dilap.search.networks.supernet import NetworkSupernet
 from dilap.search.options import SearchOptions
 from dilap.search.task import SearchTask
 
+_REFIT_RIDGE = 0.1  # a pull to the library's weights
 _NUM_MEASURED = 128  # images on which batch norms are measured during the search
 
 
@@ -39,47 +42,47 @@ class Dilap:
     ridge: float = 0.01
 
     def __call__(self, task: NetworkTask) -> Pruned[Network]:
-        net = self.supernet(task)
-        asked = SearchTask(
-            evaluator=net,
-            space=net.space,
-            limit=task.cost_limit.limit,
-            options=SearchOptions(evaluations=self.evaluations, label_samples=self.draws, seed=task.seed),
-            report=task.report,
-        )
-
-        def plan(config: tuple[int, ...]) -> Plan[Network]:
-            return plan_of(net.space, net.units(config), base=task.base)
-
-        found = search_within(asked, dilap.search, task.cost_limit, plan=plan)
-        return Pruned(plan=plan(found.config), parameters=parameters_at(net, found.config))
-
-    def supernet(self, task: NetworkTask) -> NetworkSupernet:
-        """Return the network of a task with the levels that it can be set to. Raises InvalidInput."""
-        if task.costs is None or task.validation is None:
-            raise InvalidInput("DiLAP's search needs the costs of all widths and a validation split")
-        space = network_space(task.network, task.costs, widths=task.widths)
-        library = build_library(
-            task.model, space, task.images, options=LibraryOptions(ridge=self.ridge), seed=task.seed
-        )
-        return NetworkSupernet(
-            task.model, space, library, images=task.images[:_NUM_MEASURED], validation=task.validation
-        )
+        options = SearchOptions(evaluations=self.evaluations, label_samples=self.draws, seed=task.seed)
+        return pruned(task, supernet_of(task, LibraryOptions(ridge=self.ridge)), options)
 
 
-def parameters_at(net: NetworkSupernet, config: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Return the values of all tensors that a config changes, in the dense shape.
+def supernet_of(task: NetworkTask, options: LibraryOptions) -> NetworkSupernet:
+    """Return the network of a task with the levels that it can be set to. Raises InvalidInput."""
+    if task.costs is None or task.validation is None:
+        raise InvalidInput("DiLAP's search needs the costs of all widths and a validation split")
+    space = network_space(task.network, task.costs, widths=task.widths)
+    library = build_library(task.model, space, task.images, options=options, seed=task.seed)
+    images = task.images[:_NUM_MEASURED]
+    return NetworkSupernet(task.model, space, library, images=images, validation=task.validation)
+
+
+def pruned(task: NetworkTask, net: NetworkSupernet, options: SearchOptions) -> Pruned[Network]:
+    """Return what the search finds within the limit of a task, with the refitted weights. Raises Infeasible."""
+    asked = SearchTask(evaluator=net, space=net.space, limit=task.cost_limit.limit, options=options, report=task.report)
+
+    def plan(config: Config) -> Plan[Network]:
+        return plan_of(net.space, net.units(config), base=task.base)
+
+    found = search_within(asked, dilap.search, task.cost_limit, plan=plan)
+    net.set(found.config)
+    library = parameters_of(net, found.config)
+    before, after = refit_(net, found.config, task.model, task.images, ridge=_REFIT_RIDGE, seed=task.seed)
+    task.report(f"refit: distance on the validation split {before:.3f} -> {after:.3f}")
+    refitted = parameters_of(net, found.config)
+    return Pruned(plan=plan(found.config), parameters=refitted if after < before else library)
+
+
+def parameters_of(net: NetworkSupernet, config: Config) -> dict[str, torch.Tensor]:
+    """Return the values that the layers that read units have now, at `config`, in the dense shape.
 
     A removed branch adds the mean of what it added, where its last layer can keep that.
     """
-    net.set(config)
     found = {}
-    for change in net.changes(config):
-        for patch in change.patches:
-            layer = net.library.layers[patch.layer]
-            for name in (layer.weight, f"{layer.name}.bias"):
-                if name in net.own_tensors:
-                    found[name] = net.own_tensors[name].detach().clone()
+    tensors = net.own_tensors
+    for layer in net.library.layers.values():
+        for name in (layer.weight, f"{layer.name}.bias"):
+            if name in tensors:
+                found[name] = tensors[name].detach().clone()
     for choice, level in zip(net.space.choices, config, strict=True):
         if choice.levels[level].is_removed:
             branch = next(one for one in net.space.architecture.branches if one.groups[0] == choice.block.main.name)

@@ -69,10 +69,10 @@ def _blocks(network: Network) -> Iterator[Block]:
 
 
 def _spread(widths: Sequence[int], most: int) -> list[Setting]:
-    """Return at most so many of the widths of a group, evenly spread, the largest first."""
+    """Return at most so many of the widths of a group, evenly spread, and the least, the largest first."""
     shares = (1 - index / most for index in range(most))
     nearest = (min(widths, key=lambda width: (abs(width - share * widths[-1]), width)) for share in shares)
-    return [((width,), "") for width in dict.fromkeys(nearest)]
+    return [((width,), "") for width in dict.fromkeys([*nearest, widths[0]])]
 
 
 def _own_cost(costs: Costs, block: Block, single: Mapping[str, Block], counts: Counts) -> float:

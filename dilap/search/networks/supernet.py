@@ -44,9 +44,13 @@ class NetworkSupernet:
         self.space, self.library = space, library
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self._images, self._validation = images, validation
-        self._dense = {name: self._matrix(name).clone() for name in library.layers}
+        self.dense = {name: self.matrix(name).clone() for name in library.layers}
         biases = {name: getattr(self.model.get_submodule(name), "bias", None) for name in library.layers}
-        self._biases = {name: one.detach().clone() for name, one in biases.items() if one is not None}
+        self._biases = {
+            name: one.detach().clone()
+            for name, one in biases.items()
+            if one is not None and library.layers[name].kind != "transposed"  # whose outputs overlap
+        }
         self._wanted = torch.cat([outputs_of(self.model, few)[0] for few in self._batches(_SCORED_AT_ONCE)])
         self._changes: list[Change] = []
         self._parts = self._list_changes()
@@ -112,19 +116,32 @@ class NetworkSupernet:
         if tuple(config) == self.config:
             return
         for name, matrix in self.matrices(config).items():
-            layer = self.library.layers[name]
-            weight = self.model.get_parameter(layer.weight)
-            weight.copy_(weight_of(matrix, layer, weight.shape))
-            if name in self._biases:
-                lost = (self._dense[name] - matrix) @ self.library.means[name]
-                bias = self._biases[name]
-                self.model.get_parameter(f"{name}.bias").copy_(bias + lost if len(lost) == len(bias) else bias)
+            self.write_(name, matrix, mean=self.library.means[name])
         recalibrate_(self.model, self._images)
         self.config = tuple(config)
 
+    @torch.no_grad()
+    def write_(self, name: str, matrix: torch.Tensor, *, mean: torch.Tensor) -> None:
+        """Give a layer the weights of a matrix; its bias keeps the mean output where inputs have the mean `mean`."""
+        layer = self.library.layers[name]
+        weight = self.model.get_parameter(layer.weight)
+        weight.copy_(weight_of(matrix, layer, weight.shape))
+        if name in self._biases:
+            wanted = self._biases[name] + self.dense[name] @ self.library.means[name]
+            self.model.get_parameter(f"{name}.bias").copy_(wanted - matrix @ mean)
+
+    def stays(self, config: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Return which inputs of all layers that read units are left at `config` (inputs)."""
+        found = {name: torch.ones(matrix.shape[1], dtype=torch.bool) for name, matrix in self.dense.items()}
+        for change in self.changes(config):
+            for patch in change.patches:
+                found[patch.layer][patch.own] = False
+                found[patch.layer][patch.kept] = True
+        return found
+
     def matrices(self, config: Sequence[int]) -> dict[str, torch.Tensor]:
         """Return the matrices of all layers that read units, with zeros at those that are removed at `config`."""
-        found = {name: matrix.clone() for name, matrix in self._dense.items()}
+        found = {name: matrix.clone() for name, matrix in self.dense.items()}
         for change in self.changes(config):
             for patch in change.patches:
                 patch.put_(found[patch.layer])
@@ -149,10 +166,14 @@ class NetworkSupernet:
         key = tuple(config)
         if key not in self._kls:
             self.set(config)
-            few = self._batches(_SCORED_AT_ONCE)
-            found = [outputs_of(self.model, one)[0] for one in few]
-            self._kls[key] = differences(self.model, torch.cat(found), self._wanted).float().to(HOST)
+            self._kls[key] = self.differences()
         return self._kls[key]
+
+    @torch.no_grad()
+    def differences(self) -> torch.Tensor:
+        """Return the distances of the network as it is now from the dense one (examples)."""
+        found = torch.cat([outputs_of(self.model, few)[0] for few in self._batches(_SCORED_AT_ONCE)])
+        return differences(self.model, found, self._wanted).float().to(HOST)
 
     def curvature(self, config: Sequence[int], *, samples: int, seed: int) -> Curvature:
         """Return the quadratic model of the distance around `config`.
@@ -198,9 +219,9 @@ class NetworkSupernet:
         found: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
         for number, change in enumerate(self._changes):
             for patch in change.patches:
-                matrix = self._dense[patch.layer].clone()
+                matrix = self.dense[patch.layer].clone()
                 patch.put_(matrix)
-                found[patch.layer][number] = matrix - self._dense[patch.layer]
+                found[patch.layer][number] = matrix - self.dense[patch.layer]
         return {
             name: _Deltas(numbers=torch.tensor(list(own)), matrices=torch.stack(list(own.values())))
             for name, own in found.items()
@@ -232,7 +253,8 @@ class NetworkSupernet:
                 rows[:, deltas[name].numbers] += of_weights.flatten(1) @ deltas[name].matrices.flatten(1).T
         return found
 
-    def _matrix(self, name: str) -> torch.Tensor:
+    def matrix(self, name: str) -> torch.Tensor:
+        """Return the matrix of a layer as it is now."""
         layer = self.library.layers[name]
         return matrix_of(self.model.get_parameter(layer.weight).detach(), layer)
 
