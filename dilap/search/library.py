@@ -215,7 +215,8 @@ def _removal_costs(weight: torch.Tensor, inverse: torch.Tensor, size: int) -> to
     num_units = weight.shape[1] // size
     own = weight.reshape(-1, num_units, size).movedim(1, 0)
     blocks = inverse.reshape(num_units, size, num_units, size).diagonal(dim1=0, dim2=2).movedim(2, 0)
-    return torch.linalg.solve(blocks, own.mT @ own).diagonal(dim1=1, dim2=2).sum(1)
+    costs: torch.Tensor = torch.linalg.solve(blocks, own.mT @ own).diagonal(dim1=1, dim2=2).sum(1)
+    return costs
 
 
 def _by_channel(

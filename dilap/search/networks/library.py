@@ -181,27 +181,44 @@ def layer_statistics(
     """Return the statistics of what layers read over images, at a random sample of positions of every image."""
     generator = torch.Generator().manual_seed(seed)
     norms = norms_behind(model, layers, lambda: outputs_of(model, next(batches_of(images, 2, model=model))))
-    sums: dict[str, list[torch.Tensor]] = {}
-    counts = dict.fromkeys(layers, 0)
+    sums: dict[str, _Sums] = {}
     for batch in batches_of(images, _AT_ONCE, model=model):
         for name, inputs, weights in _seen(model, layers, batch, generator):
             sampled = sample_positions(inputs, generator).movedim(1, 0).flatten(1)
-            found = sampled @ sampled.T, sampled.sum(1), weights
-            sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)] if name in sums else list(found)
-            counts[name] += sampled.shape[1]
+            if name not in sums:
+                keeps_mean = name in norms or _has_bias(model, layers[name])
+                sums[name] = _Sums(about=sampled.mean(1) if keeps_mean else None)
+            sums[name].add(sampled, weights)
         progress(len(batch))
-    return {
-        name: _statistics(*sums[name], counts[name], keeps_mean=name in norms or _has_bias(model, layers[name]))
-        for name in layers
-    }
+    return {name: sums[name].statistics for name in layers}
 
 
-def _statistics(
-    products: torch.Tensor, total: torch.Tensor, weights: torch.Tensor, count: int, *, keeps_mean: bool
-) -> Statistics:
-    mean = total / count if keeps_mean else torch.zeros_like(total)
-    weights = weights if weights.any() else torch.ones_like(weights)
-    return Statistics(moments=products / count - torch.outer(mean, mean), mean=mean, weights=weights)
+class _Sums:
+    """Sums over what a layer reads, about a first guess of its mean, without which they would lose digits."""
+
+    def __init__(self, *, about: torch.Tensor | None) -> None:
+        self._about = about
+        self._moments: torch.Tensor | float = 0.0
+        self._first: torch.Tensor | float = 0.0
+        self._weights: torch.Tensor | float = 0.0
+        self._count = 0
+
+    def add(self, read: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add what was read at some positions (inputs x positions), and squares of gradients (outputs)."""
+        off = read if self._about is None else read - self._about[:, None]
+        self._moments = self._moments + off @ off.T
+        self._first = self._first + off.sum(1)
+        self._weights = self._weights + weights
+        self._count += read.shape[1]
+
+    @property
+    def statistics(self) -> Statistics:
+        moments, first, weights = (torch.as_tensor(one) for one in (self._moments, self._first, self._weights))
+        weights = weights if weights.any() else torch.ones_like(weights)
+        moments, first = moments / self._count, first / self._count
+        if self._about is None:
+            return Statistics(moments=moments, mean=torch.zeros_like(first), weights=weights)
+        return Statistics(moments=moments - torch.outer(first, first), mean=self._about + first, weights=weights)
 
 
 def _has_bias(model: nn.Module, layer: Layer) -> bool:

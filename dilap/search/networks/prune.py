@@ -13,6 +13,7 @@ from dilap.core.errors import InvalidInput
 from dilap.core.graph import Network
 from dilap.core.plan import Plan
 from dilap.core.space import plan_of
+from dilap.models.convolutional.cut import constant_of
 from dilap.search import dilap
 from dilap.search.allocation import Config
 from dilap.search.levels import search_within
@@ -86,5 +87,5 @@ def parameters_of(net: NetworkSupernet, config: Config) -> dict[str, torch.Tenso
     for choice, level in zip(net.space.choices, config, strict=True):
         if choice.levels[level].is_removed:
             branch = next(one for one in net.space.architecture.branches if one.groups[0] == choice.block.main.name)
-            found[f"{branch.last}.bias"] = net.constant_of(branch)
+            found[f"{branch.last}.bias"] = constant_of(net.model, branch)
     return found

@@ -14,7 +14,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dilap.core.graph import Layer
 from dilap.models.convolutional.readers import Passage, Passing
-from dilap.models.convolutional.recalibration import recalibrate_
 from dilap.models.network import Examples, batches_of, evaluating, outputs_of
 from dilap.search.allocation import Config
 from dilap.search.library import regularised
@@ -62,7 +61,7 @@ def refit_(
         damped = regularised(seen.moments[kept][:, kept], ridge=ridge)
         matrix[:, kept] += torch.linalg.solve(damped, seen.errors[:, kept].T).T
         net.write_(name, matrix, mean=seen.mean)
-    recalibrate_(net.model, images)
+    net.measure_norms_()
     net.config = ()  # it is at none
     return before, float(net.differences().double().mean())
 
@@ -70,6 +69,7 @@ def refit_(
 def _seen(net: NetworkSupernet, dense: nn.Module, layer: Layer, images: Examples, *, seed: int) -> _Seen:
     keeps_mean = bool(net.library.means[layer.name].any())
     own, theirs = net.matrix(layer.name), net.dense[layer.name]
+    about = net.library.means[layer.name][:, None]  # what the dense layer reads in the mean: more digits are right so
     sums: list[torch.Tensor] | None = None
     count = 0
     for batch in batches_of(images, _AT_ONCE, model=dense):
@@ -79,6 +79,7 @@ def _seen(net: NetworkSupernet, dense: nn.Module, layer: Layer, images: Examples
             wanted = _inputs(dense, layer, batch, torch.Generator().manual_seed(seed))
         with _on_batches(net.model):
             read = _inputs(net.model, layer, batch, torch.Generator().manual_seed(seed))
+        wanted, read = wanted - about, read - about
         error = theirs @ wanted - own @ read
         found = [read @ read.T, error @ read.T, read.sum(1), error.sum(1)]
         sums = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
@@ -88,7 +89,7 @@ def _seen(net: NetworkSupernet, dense: nn.Module, layer: Layer, images: Examples
     if not keeps_mean:
         return _Seen(moments=moments, errors=errors, mean=torch.zeros_like(mean))
     centred = moments - torch.outer(mean, mean)
-    return _Seen(moments=centred, errors=errors - torch.outer(mean_error, mean), mean=mean)
+    return _Seen(moments=centred, errors=errors - torch.outer(mean_error, mean), mean=about[:, 0] + mean)
 
 
 def _inputs(model: nn.Module, layer: Layer, batch: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

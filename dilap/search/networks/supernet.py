@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dilap.core.graph import Branch, Network
+from dilap.core.graph import Network
 from dilap.core.groups import Kept
 from dilap.core.space import Space
 from dilap.models.compute_device import HOST
 from dilap.models.convolutional.cut import tensors_of
+from dilap.models.convolutional.norm_statistics import NormStatistics
 from dilap.models.convolutional.readers import Passage, Passing, matrix_of, weight_of
-from dilap.models.convolutional.recalibration import recalibrate_
 from dilap.models.network import Examples, batches_of, differences, outputs_of
 from dilap.search.allocation import Config
 from dilap.search.curvature import Curvature, of_levels
@@ -43,7 +43,7 @@ class NetworkSupernet:
     ) -> None:
         self.space, self.library = space, library
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._images, self._validation = images, validation
+        self._norms, self._validation = NormStatistics.of(self.model, images), validation
         self.dense = {name: self.matrix(name).clone() for name in library.layers}
         biases = {name: getattr(self.model.get_submodule(name), "bias", None) for name in library.layers}
         self._biases = {
@@ -99,7 +99,7 @@ class NetworkSupernet:
 
     def units(self, config: Sequence[int]) -> list[Kept]:
         """Return the units that stay in the groups of every choice at `config`."""
-        found = []
+        found: list[Kept] = []
         for choice, index in zip(self.space.choices, config, strict=True):
             counted = zip(choice.block.groups, choice.levels[index].counts, strict=True)
             found.append({group.name: self._units(group.name, count, group.num_units) for group, count in counted})
@@ -117,7 +117,7 @@ class NetworkSupernet:
             return
         for name, matrix in self.matrices(config).items():
             self.write_(name, matrix, mean=self.library.means[name])
-        recalibrate_(self.model, self._images)
+        self.measure_norms_()
         self.config = tuple(config)
 
     @torch.no_grad()
@@ -147,15 +147,9 @@ class NetworkSupernet:
                 patch.put_(found[patch.layer])
         return found
 
-    @torch.no_grad()
-    def constant_of(self, branch: Branch) -> torch.Tensor:
-        """Return what a removed branch adds at every position."""
-        last = self.model.get_submodule(branch.last)
-        bias = getattr(last, "bias", None)
-        if not branch.norm:
-            return last.weight.new_zeros(len(last.weight)) if bias is None else bias.clone()
-        shift = getattr(self.model.get_submodule(branch.norm), "bias", None)  # a batch norm takes off any constant
-        return last.weight.new_zeros(len(last.weight)) if shift is None else shift.clone()
+    def measure_norms_(self) -> None:
+        """Measure the batch norms of the network as it is now."""
+        self._norms.put_(self.model)
 
     def kl(self, config: Sequence[int]) -> float:
         return float(self.kls(config).double().mean())
