@@ -41,12 +41,11 @@ class NormStatistics:
         """Measure those of the dense network, which is left as it was. Raises InvalidInput for one image."""
         norms = _norms(model)
         own = {name: _read(norm) for name, norm in norms.items()}
-        counts = {name: norm.num_batches_tracked.clone() for name, norm in norms.items()}
+        before = [buffer.clone() for norm in norms.values() for buffer in norm.buffers()]
         recalibrate_(model, images)
         measured = {name: _read(norm) for name, norm in norms.items()}
-        for name, norm in norms.items():
-            _write_(norm, own[name])
-            norm.num_batches_tracked.copy_(counts[name])
+        for buffer, value in zip((one for norm in norms.values() for one in norm.buffers()), before, strict=True):
+            buffer.copy_(value)
         return NormStatistics(images=images, own=own, measured=measured)
 
     @torch.no_grad()
