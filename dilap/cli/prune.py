@@ -76,7 +76,7 @@ def _add_method(made: argparse.ArgumentParser) -> None:
         "--method",
         metavar="NAME",
         help=f"{', '.join(METHODS)}, or your own as module:attribute; see the README (dilap). "
-        f"Of image networks and encoders: {', '.join(NETWORK_METHODS)} (taylor). "
+        f"Of image networks and encoders: {', '.join(NETWORK_METHODS)} (dilap). "
         "With --pattern: magnitude, wanda, sparsegpt (wanda)",
     )
     group.add_argument(

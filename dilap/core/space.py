@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic
 
 from dilap.core.costs import Counts
 from dilap.core.errors import Unsupported
+from dilap.core.graph import Shape
 from dilap.core.groups import Block, Kept
 from dilap.core.plan import Plan
-from dilap.core.shape import PRECISION_BITS, UNMIXED, Architecture, LayerWidths
+from dilap.core.shape import PRECISION_BITS, UNMIXED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +69,14 @@ class Coupling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Space:
+class Space(Generic[Shape]):
     """All choices of a model. `fixed_cost` is the cost of what no plan changes: embedding, launch, and often the head.
 
     A config of the space is one level index for every choice. Without `untied_precisions` the runtime reads the head
     from the embedding, so that both have the same precision.
     """
 
-    architecture: Architecture
+    architecture: Shape
     choices: tuple[Choice, ...]
     fixed_cost: float
     couplings: tuple[Coupling, ...] = ()
@@ -107,11 +109,20 @@ class Space:
 
     @property
     def fastest(self) -> tuple[int, ...]:
-        """The config with the cheapest level of every choice, whatever that does to the quality."""
-        return tuple(min(range(len(c.levels)), key=lambda k: c.levels[k].cost) for c in self.choices)
+        """The config with the cheapest level of every choice, whatever that does to the quality.
 
-    def widths(self, config: Sequence[int]) -> tuple[LayerWidths, ...]:
-        """Return the widths of every layer of the dense model at `config`."""
+        Costs of pairs count as they are beside full neighbours.
+        """
+        costs = [[level.cost for level in choice.levels] for choice in self.choices]
+        for one in self.couplings:
+            for k, row in enumerate(one.costs):
+                costs[one.first][k] += row[0]
+            for k, cost in enumerate(one.costs[0]):
+                costs[one.second][k] += cost
+        return tuple(min(range(len(own)), key=own.__getitem__) for own in costs)
+
+    def widths(self, config: Sequence[int]) -> Any:
+        """Return the widths at `config` as the shape of the dense model tells them, for `Costs.predict`."""
         counts: dict[str, int] = {}
         for choice, index in zip(self.choices, config, strict=True):
             names = (group.name for group in choice.block.groups)
@@ -132,7 +143,9 @@ class Space:
         return {name: level.precision for name, level in levels.items() if level.precision}
 
 
-def plan_of(space: Space, units: Sequence[Kept], *, base: str, precisions: Mapping[str, str] = UNMIXED) -> Plan:
+def plan_of(
+    space: Space[Shape], units: Sequence[Kept], *, base: str, precisions: Mapping[str, str] = UNMIXED
+) -> Plan[Shape]:
     """Return the plan that keeps `units`: for every choice of `space`, the units that stay by group.
 
     `precisions` has those of the parts that are not in the artifact's own.

@@ -9,6 +9,7 @@ from typing import Generic, Self
 
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, encode, read_json, write_json
+from dilap.core.costs import Costs
 from dilap.core.errors import Infeasible, Mismatch
 from dilap.core.graph import Shape
 from dilap.core.measurement import Measurement
@@ -43,8 +44,9 @@ class Goal:
     `cost_limit` is in seconds as they are predicted, or in weights where a ratio is asked. `floor_seconds`, which no
     plan removes, and `fastest_seconds`, which the fastest plan takes, are scaled to the machine's speed of today; both
     are None for a ratio, as is `usual`. `unpruned_share` is the latency of the model that is pruned as a share of the
-    dense one's, of which it lacks the tokens that its vocabulary lost. `caveats` are those of the predictions.
-    `layer_cost` is what one layer of a network that is no decoder takes, None for a ratio.
+    dense one's, of which it lacks the tokens that its vocabulary lost. `caveats` are those of the predictions,
+    and `costs` what makes them, where methods may ask for them. `layer_cost` is what one layer of a network that is no
+    decoder takes, None for a ratio.
     """
 
     cost_limit: CostLimit
@@ -54,6 +56,7 @@ class Goal:
     unpruned_share: float = 1.0
     caveats: tuple[str, ...] = ()
     layer_cost: LayerCost | None = None
+    costs: Costs | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

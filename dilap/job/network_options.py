@@ -17,7 +17,6 @@ from dilap.models.distil_network import NetworkMode, NetworkRecovery
 from dilap.profilers.configuration import thread_counts
 from dilap.profilers.devices.device import Device
 
-METHOD = "taylor"  # the default
 _OF_DECODERS = "self"  # what --calib is by default
 _RECOVERY = NetworkRecovery()
 
@@ -48,7 +47,7 @@ class NetworkOptions(CommonOptions):
     model: str = next(iter(BUILTIN_NETWORKS))
     backend: str = "onnxruntime"
     workload: Workload = field(default_factory=lambda: Workload(phase="forward", precision="f32"))
-    method: str = METHOD
+    method: str = "dilap"
     input: NetworkInput | None = None
     processor: str | None = None
     weights: str | None = None
@@ -69,7 +68,7 @@ def network_options(
     seq_length: int | None = None,
     processor: str | None = None,
     weights: str | None = None,
-    method: str = METHOD,
+    method: str = "dilap",
     settings: Mapping[str, str] | None = None,
     backend: str | None = None,
     batch: int = 1,

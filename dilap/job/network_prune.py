@@ -10,6 +10,7 @@ from dilap import __version__, methods
 from dilap.core.codec import encode, remove, write_json
 from dilap.core.errors import Unsupported
 from dilap.core.graph import Network
+from dilap.core.groups import indices_kept
 from dilap.core.images import ImageInput
 from dilap.core.network_input import NetworkInput, TokenInput
 from dilap.core.plan import Plan
@@ -33,7 +34,7 @@ from dilap.methods import NETWORK_METHODS
 from dilap.models.convolutional.cut import shrink_network_
 from dilap.models.convolutional.load import NetworkSource, load_network, save_network
 from dilap.models.convolutional.network import Traced
-from dilap.models.convolutional.recalibration import recalibrate_
+from dilap.models.convolutional.norm_statistics import NormStatistics
 from dilap.models.network import gives_embeddings
 from dilap.profilers.devices.device import Device
 from dilap.search.method import Pruned
@@ -170,9 +171,10 @@ def _claim(stages: NetworkStages, goal: Goal, pruned: Pruned[Network]) -> PruneR
     with workspace.stage("score the dense model"):
         exam = NetworkExam.of(stages)
     dense = None if stages.options.recovery.mode == "none" else copy.deepcopy(model)
-    shrink_network_(model, plan, parameters=pruned.parameters)
     with workspace.stage("measure batch norms"):
-        recalibrate_(model, shown.trained)
+        norms = NormStatistics.of(model, shown.trained)
+        shrink_network_(model, plan, parameters=pruned.parameters)
+        norms.put_(model, indices_kept(plan.architecture.groups, plan.kept))
     with workspace.stage("score the pruned model"):
         validated = exam.validation_distance(model)
         shrunk = exam.of_torch(stages, model)

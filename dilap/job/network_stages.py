@@ -15,7 +15,6 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import digest
 from dilap.core.graph import Network
 from dilap.core.plan import Plan, full_plan
-from dilap.core.shape import UNMIXED
 from dilap.job.common_stages import AIM, ALREADY_KEPT, CommonStages, Goal
 from dilap.job.examples import Shown
 from dilap.job.measuring import Usual
@@ -27,6 +26,7 @@ from dilap.models.convolutional.load import NetworkSource
 from dilap.models.convolutional.recalibration import recalibrate_
 from dilap.models.tensor_file import computed_once
 from dilap.profilers.configuration import Configuration
+from dilap.profilers.tables.networks.costs import NetworkCosts, counted
 from dilap.profilers.tables.networks.model import NetworkLatency
 from dilap.search.limit import CostLimit
 from dilap.search.method import Pruned
@@ -73,7 +73,7 @@ class NetworkStages(CommonStages[Network]):
         """
         ratio = self.options.budget.ratio
         if ratio is not None:
-            return Goal(cost_limit=CostLimit(limit=(1 - ratio) * self.weights({}), predict=self.weights))
+            return self._weights_goal((1 - ratio) * self._weights.predict({}))
         budget, costs = self.options.budget, self._costs()
         with self.workspace.stage("latency of the dense model"):
             measured = self.dense_measurement(dense)
@@ -102,6 +102,7 @@ class NetworkStages(CommonStages[Network]):
             usual=usual,
             caveats=costs.caveats,
             layer_cost=costs.layer,
+            costs=costs,
         )
 
     def _costs(self) -> NetworkLatency:
@@ -119,14 +120,18 @@ class NetworkStages(CommonStages[Network]):
     def _write_probe(self, counts: Mapping[str, int], folder: Path) -> Path:
         return folder / self._probe(counts)(folder).path
 
-    def weights(self, widths: Mapping[str, int], precisions: Mapping[str, str] = UNMIXED) -> float:  # noqa: ARG002
-        """Return the number of weights of all layers with so many units left in the groups."""
-        return float(sum(self.network.num_weights(layer, widths) for layer in self.network.layers))
+    @property
+    def _weights(self) -> NetworkCosts:
+        """The number of weights of all layers."""
+        return counted(self.network, "weights")
+
+    def _weights_goal(self, limit: float) -> Goal:
+        return Goal(cost_limit=CostLimit(limit=limit, predict=self._weights.predict), costs=self._weights)
 
     @property
     def _narrowest(self) -> Mapping[str, int]:
         """How many units a method leaves at least in every group."""
-        task = self._task(Goal(cost_limit=CostLimit(limit=0.0, predict=self.weights)))
+        task = self._task(self._weights_goal(0.0))
         return {group.name: task.rounded(group, 1) for group in self.network.groups}
 
     def answers(self, name: str, ask: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -154,8 +159,11 @@ class NetworkStages(CommonStages[Network]):
             labels=self.shown.labels,
             cost_limit=goal.cost_limit,
             layer_cost=goal.layer_cost,
+            costs=goal.costs,
+            validation=self.shown.validated,
             multiple=self.bench.capabilities.channel_multiple,
             seed=self.options.seed,
+            report=self.workspace.log.say,
         )
 
     def _share_used(self, dense: Artifact, usual: Usual, pruned: Network, _: Mapping[str, str]) -> float | None:

@@ -38,6 +38,7 @@ METHODS = {
 _PRECISION = {"dilap", "equal_widths", "quantise"}  # the methods that choose the precision of every part of a model
 # For networks that are no decoders: callables of the interface in `dilap.search.network_task`.
 NETWORK_METHODS = {
+    "dilap": "dilap.search.networks.prune:Dilap",
     "uniform": "dilap.methods.networks.magnitude:uniform",
     "magnitude": "dilap.methods.networks.magnitude:magnitude",
     "taylor": "dilap.methods.networks.taylor:Taylor",
@@ -73,6 +74,7 @@ SOURCES = {
     "llm_streamline": "a window of layers replaced by a trained one (arXiv 2403.19135)",
 }
 NETWORK_SOURCES = {
+    "dilap": "levels of measured latency, after a quadratic model of the distance from dense; this project",
     "uniform": "small filters, the same share of every group (arXiv 1608.08710)",
     "magnitude": "small filters by their L1 norms, compared over the network (arXiv 1608.08710)",
     "taylor": "parameters times gradients of batch norms, squared (arXiv 1906.10771)",

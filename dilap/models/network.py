@@ -83,15 +83,21 @@ def _tensors_in(value: Any) -> list[torch.Tensor]:
     return [tensor for part in parts for tensor in _tensors_in(part)]
 
 
-def difference(model: nn.Module, found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Return how far outputs are from the dense network's, in the mean over examples: the loss of a distillation.
+def differences(model: nn.Module, found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return how far the outputs for every example are from the dense network's (examples).
 
     It is KL(dense || model) of the class probabilities, in nats; of embeddings, which have the length 1, half their
     squared distance, which is 1 less the cosine similarity.
     """
     if gives_embeddings(model):
-        return (found - wanted).square().sum(1).mean() / 2
-    return functional.kl_div(found.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True)
+        return (found - wanted).square().sum(1) / 2
+    kl = functional.kl_div(found.log_softmax(1), wanted.log_softmax(1), reduction="none", log_target=True)
+    return kl.flatten(1).sum(1)
+
+
+def difference(model: nn.Module, found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the `differences` of all examples: the loss of a distillation."""
+    return differences(model, found, wanted).mean()
 
 
 def batches_of(examples: Examples, size: int, *, model: nn.Module) -> Iterator[torch.Tensor]:

@@ -7,6 +7,7 @@ pairs; h is the excess of the latency over the limit, divided by the limit.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,26 +77,26 @@ class ExpectedCost:
     choices with the costs W of their own.
     """
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: Space[Any]) -> None:
         most = max(len(choice.levels) for choice in space.choices)
         self._fixed = space.fixed_cost
         self._levels = torch.zeros(len(space.choices), most)
         for row, choice in enumerate(space.choices):
             self._levels[row, : len(choice.levels)] = torch.tensor([level.cost for level in choice.levels])
-        self._pairs = [(one.first, one.second, torch.tensor(one.costs)) for one in space.couplings]
+        pairs = torch.zeros(len(space.choices), most, len(space.choices), most)
+        for one in space.couplings:
+            costs = torch.tensor(one.costs)
+            pairs[one.first, : len(costs), one.second, : costs.shape[1]] += costs
+        self._pairs = pairs.flatten(2).flatten(0, 1)  # one matrix: a loop over 50 pairs takes as long as all the rest
 
     def __call__(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Return the expected cost for probabilities of the shape (... x choices x most levels of a choice)."""
-        found = self._fixed + (probabilities * self._levels).sum((-2, -1))
-        for first, second, costs in self._pairs:
-            rows, columns = costs.shape
-            one, two = probabilities[..., first, :rows], probabilities[..., second, :columns]
-            found = found + (one @ costs * two).sum(-1)
-        return found
+        flat = probabilities.flatten(-2)
+        return self._fixed + flat @ self._levels.flatten() + (flat @ self._pairs * flat).sum(-1)
 
 
 def relax(
-    quadratic: Quadratic, space: Space, *, limit: float, starts: Sequence[Config], options: RelaxationOptions
+    quadratic: Quadratic, space: Space[Any], *, limit: float, starts: Sequence[Config], options: RelaxationOptions
 ) -> list[torch.Tensor]:
     """Return, for every start, level probabilities that minimise the expected loss with the latency under `limit`.
 
@@ -153,24 +154,36 @@ def _geometric(ends: tuple[float, float], progress: float) -> float:
     return float(ends[0] * (ends[1] / ends[0]) ** progress)
 
 
-def project(quadratic: Quadratic, space: Space, *, limit: float, probabilities: torch.Tensor | None = None) -> Config:
+def project(
+    quadratic: Quadratic, space: Space[Any], *, limit: float, probabilities: torch.Tensor | None = None
+) -> Config:
     """Return the config within `limit` that has the least sum of linear costs, found exactly. Raises Infeasible.
 
     The cost of a level is its own loss, b + diag(Q)/2, plus, given `probabilities`, its expected interaction with the
     other choices: Q without the blocks of single choices, times p.
     """
-    costs = quadratic.b + 0.5 * quadratic.Q.diagonal()
-    if probabilities is not None:
-        between = quadratic.Q - _within_blocks(quadratic)
-        costs = costs + between @ probabilities
-    parts = [part.numpy() for part in costs.double().split(list(quadratic.sizes))]
+    parts = linear_losses(quadratic, probabilities)
     if space.couplings:
         return _solve_coupled(parts, space, limit=limit, probabilities=probabilities)
     return solve(parts, space.level_costs(), limit=limit - space.fixed_cost)
 
 
+def linear_losses(quadratic: Quadratic, probabilities: torch.Tensor | None = None) -> list[NDArray[np.float64]]:
+    """Return what every level of every choice loses, with what it loses together with the others at `probabilities`."""
+    losses = quadratic.b + 0.5 * quadratic.Q.diagonal()
+    if probabilities is not None:
+        between = quadratic.Q - _within_blocks(quadratic)
+        losses = losses + between @ probabilities
+    return [part.numpy() for part in losses.double().split(list(quadratic.sizes))]
+
+
+def at_config(quadratic: Quadratic, config: Config) -> torch.Tensor:
+    """Return the probabilities of a config, whose levels are certain."""
+    return _chosen(quadratic.sizes, config).to(quadratic.Q)
+
+
 def _solve_coupled(
-    costs: Sequence[NDArray[np.float64]], space: Space, *, limit: float, probabilities: torch.Tensor | None
+    costs: Sequence[NDArray[np.float64]], space: Space[Any], *, limit: float, probabilities: torch.Tensor | None
 ) -> Config:
     """Return a config within `limit` for costs of pairs, which no knapsack holds. Raises Infeasible.
 
@@ -199,7 +212,7 @@ def _chosen(sizes: Sequence[int], config: Config) -> torch.Tensor:
     return torch.cat([functional.one_hot(torch.tensor(k), n) for k, n in zip(config, sizes, strict=True)]).double()
 
 
-def _cost_terms(space: Space) -> tuple[torch.Tensor, torch.Tensor]:
+def _cost_terms(space: Space[Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the levels' own costs, and the symmetric matrix of what pairs of levels cost together."""
     seconds = torch.tensor([level.cost for choice in space.choices for level in choice.levels], dtype=torch.float64)
     offsets = np.cumsum([0, *(len(choice.levels) for choice in space.choices)])
@@ -260,7 +273,7 @@ def _fill_slack(
         config = (*config[:s], k, *config[s + 1 :])
 
 
-def swap(quadratic: Quadratic, space: Space, config: Config, *, limit: float) -> Config:
+def swap(quadratic: Quadratic, space: Space[Any], config: Config, *, limit: float) -> Config:
     """Change one or two choices at a time within `limit`, the best change first, until none lowers the quadratic."""
     while True:
         gains = move_gains(quadratic, space, config, limit=limit)
@@ -270,7 +283,7 @@ def swap(quadratic: Quadratic, space: Space, config: Config, *, limit: float) ->
         config = move(quadratic, config, best)
 
 
-def move_gains(quadratic: Quadratic, space: Space, config: Config, *, limit: float) -> torch.Tensor:
+def move_gains(quadratic: Quadratic, space: Space[Any], config: Config, *, limit: float) -> torch.Tensor:
     """Return how the quadratic changes when two choices move to levels i and j at once (levels x levels).
 
     It is infinite where the move breaks `limit`, changes nothing or names two levels of one choice. Where one of the

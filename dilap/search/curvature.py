@@ -20,9 +20,9 @@ class Curvature:
 
     c is 1 for the chosen levels and 0 elsewhere. `b` (levels) and `Q` (levels x levels) are over the levels of all
     choices, one after the other; the entries of the current levels are zero. `b_error` is the standard error of `b`
-    over sequences. `num_rows` is the number of rows from which Q was estimated. A level consists of a change of width
-    and one of precision; `of_changes` is Q over those (changes x changes), and `parts` has the indices of every level's
-    two, -1 for none (levels x 2).
+    over sequences. `num_rows` is the number of rows from which Q was estimated. A level consists of several changes,
+    such as one of width and one of precision; `of_changes` is Q over those (changes x changes), and `parts` has the
+    indices of every level's, -1 for none (levels x changes of a level).
     """
 
     value: float
@@ -34,17 +34,17 @@ class Curvature:
 
     @property
     def Q(self) -> torch.Tensor:  # noqa: N802 (the formula's name)
-        return _of_levels(_of_levels(self.of_changes, self.parts).T, self.parts)
+        return of_levels(of_levels(self.of_changes, self.parts).T, self.parts)
 
     @property
     def num_changes(self) -> int:
         return len(self.of_changes)
 
 
-def _of_levels(columns: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+def of_levels(columns: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
     """Return the sum of the columns of every level's parts (... x levels), given those of changes (... x changes)."""
     padded = functional.pad(columns, (0, 1))  # -1 is a column of zeros
-    return padded[:, parts[:, 0]] + padded[:, parts[:, 1]]
+    return padded[:, parts].sum(-1)
 
 
 def linearise(
@@ -93,7 +93,7 @@ def linearise(
                 Q += products.T @ products
             progress(batch.numel())
     total = teacher.tokens.numel()
-    slopes = _of_levels(slopes.to(HOST), changes.parts)
+    slopes = of_levels(slopes.to(HOST), changes.parts)
     return Curvature(
         value=value / total,
         b=slopes.mean(0),

@@ -9,19 +9,32 @@ on the real KL.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from dilap.core.space import Space
-from dilap.search.allocation import Config, Quadratic, move, move_gains, project, relax, swap
+from dilap.search.allocation import (
+    Config,
+    Quadratic,
+    at_config,
+    linear_losses,
+    move,
+    move_gains,
+    project,
+    relax,
+    swap,
+)
 from dilap.search.levels import prune_by_levels
 from dilap.search.method import Pruned, PruneTask
 from dilap.search.options import SearchOptions
+from dilap.search.selection import select
 from dilap.search.shortlist import Shortlist
-from dilap.search.task import Round, SearchResult, SearchTask
+from dilap.search.task import Answers, Round, SearchResult, SearchTask
 
+_SELECTIONS = 3
 _NEAR = 0.01  # a KL in nats a token that is as good as none: eight bits give 0.005
 
 
@@ -30,7 +43,7 @@ def prune(task: PruneTask) -> Pruned:
     return prune_by_levels(task, search)
 
 
-def search(task: SearchTask) -> SearchResult:
+def search(task: SearchTask[Answers]) -> SearchResult:
     """Return the config that the search finds within the limit. Raises Infeasible.
 
     The result is the same every time for one seed on one machine with one number of threads.
@@ -45,7 +58,7 @@ def search(task: SearchTask) -> SearchResult:
     while limits:
         limit = limits.pop(0)
         quadratic = linear_model(task, current, number=len(rounds), scale=scale)
-        config = allocate(quadratic, space, limit=limit, previous=current, options=task.options)
+        config = allocate(quadratic, space, limit=limit, previous=current, options=task.options, report=task.report)
         predicted, real = value + quadratic.value(config), evaluator.kl(config)
         rounds.append(Round(limit=limit, config=config, predicted_kl=predicted, real_kl=real))
         share = limit / space.cost(space.dense)  # of the dense model's seconds, or of its weights
@@ -66,7 +79,7 @@ def search(task: SearchTask) -> SearchResult:
     return polish(task, SearchResult(config=current, kl=value, rounds=tuple(rounds), curvature_scale=scale))
 
 
-def _start(task: SearchTask) -> tuple[Config, float]:
+def _start(task: SearchTask[Answers]) -> tuple[Config, float]:
     """Return the config from which the rounds start, and its KL: the cheapest above the limit that loses nothing.
 
     That is the dense one, or one of those that quantising alone gives, so that no rounds are spent on what eight bits
@@ -74,10 +87,11 @@ def _start(task: SearchTask) -> tuple[Config, float]:
     """
     above = (config for config in unpruned_configs(task.space) if task.space.cost(config) > task.limit)
     near = ((config, kl) for config in above if (kl := task.evaluator.kl(config)) < _NEAR)
-    return min([(task.space.dense, 0.0), *near], key=lambda one: task.space.cost(one[0]))
+    dense = task.space.dense, task.evaluator.kl(task.space.dense)  # not 0 where its batch norms are measured again
+    return min([dense, *near], key=lambda one: task.space.cost(one[0]))
 
 
-def unpruned_configs(space: Space) -> Iterator[Config]:
+def unpruned_configs(space: Space[Any]) -> Iterator[Config]:
     """Yield the configs that keep all widths, and have one precision but the reference wherever it is offered.
 
     They are what quantising alone gives.
@@ -92,14 +106,14 @@ def unpruned_configs(space: Space) -> Iterator[Config]:
             yield config
 
 
-def _revise(task: SearchTask, result: SearchResult) -> SearchResult:
+def _revise(task: SearchTask[Answers], result: SearchResult) -> SearchResult:
     """Move the result of a search to the task's limit by a new allocation around its config and a new polish."""
     quadratic = linear_model(task, result.config, number=len(result.rounds), scale=result.curvature_scale)
     config = allocate(quadratic, task.space, limit=task.limit, previous=result.config, options=task.options)
     return polish(task, replace(result, config=config, kl=task.evaluator.kl(config)))
 
 
-def _limits(task: SearchTask, *, start: float) -> list[float]:
+def _limits(task: SearchTask[Answers], *, start: float) -> list[float]:
     """Return the limits of the rounds, a step apart, from the latency `start` down to the task's.
 
     They do not begin at the task's own, so that tasks with nearby limits share all rounds but the last.
@@ -109,7 +123,7 @@ def _limits(task: SearchTask, *, start: float) -> list[float]:
     return [*(start - step * number for number in range(1, count)), task.limit]
 
 
-def linear_model(task: SearchTask, config: Config, *, number: int, scale: float = 1.0) -> Quadratic:
+def linear_model(task: SearchTask[Answers], config: Config, *, number: int, scale: float = 1.0) -> Quadratic:
     """Return the quadratic model of the KL around `config`, made robust against the noise of its estimate.
 
     `scale` multiplies the curvature, and `number` is added to the seed of the labels that are drawn for it.
@@ -119,7 +133,7 @@ def linear_model(task: SearchTask, config: Config, *, number: int, scale: float 
     # A minimum over hundreds of levels finds slopes that are low by chance, so each is taken at the high end of its
     # error.
     slopes = curvature.b + options.caution * curvature.b_error
-    quadratic = Quadratic(b=slopes, Q=scale * curvature.Q, sizes=task.evaluator.net.sizes)
+    quadratic = Quadratic(b=slopes, Q=scale * curvature.Q, sizes=task.evaluator.sizes)
     if not options.cross_terms:
         return quadratic.diagonal_only()
     return quadratic.shrunk(num_rows=curvature.num_rows, num_changes=curvature.num_changes)
@@ -130,11 +144,20 @@ def _correction(*, predicted: float, real: float) -> float:
     return min(max(real / predicted, 0.5), 3.0) if predicted > 0 else 1.0
 
 
-def allocate(quadratic: Quadratic, space: Space, *, limit: float, previous: Config, options: SearchOptions) -> Config:
+def allocate(
+    quadratic: Quadratic,
+    space: Space[Any],
+    *,
+    limit: float,
+    previous: Config,
+    options: SearchOptions,
+    report: Callable[[str], None] = lambda _: None,
+) -> Config:
     """Return the best config of the quadratic model within `limit` that was found. Raises Infeasible.
 
     The candidates are the exact solution without interactions, and relaxations from several starts, each projected onto
-    the limit. All of them are improved by swaps.
+    the limit. All of them are improved by swaps. Where pairs of choices have costs of their own, the best one is
+    improved by exact selection, and `report` is told how exact that was.
     """
     shortlist = Shortlist.of(quadratic, space, always=previous)
     quadratic, space, previous = shortlist.quadratic, shortlist.space, shortlist.short(previous)
@@ -148,10 +171,42 @@ def allocate(quadratic: Quadratic, space: Space, *, limit: float, previous: Conf
         for p in relax(quadratic, space, limit=limit, starts=starts, options=options.relaxation):
             projected = project(quadratic, space, limit=limit, probabilities=p)
             candidates.append(swap(quadratic, space, projected, limit=limit))
-    return shortlist.full(min(candidates, key=lambda config: (quadratic.value(config), config)))
+    best = min(candidates, key=lambda config: (quadratic.value(config), config))
+    if space.couplings:
+        best = _selected(quadratic, space, best, limit=limit, seconds=options.selection_seconds, report=report)
+    return shortlist.full(best)
 
 
-def polish(task: SearchTask, result: SearchResult) -> SearchResult:
+def _selected(
+    quadratic: Quadratic,
+    space: Space[Any],
+    config: Config,
+    *,
+    limit: float,
+    seconds: float,
+    report: Callable[[str], None],
+) -> Config:
+    """Return a config that is not worse, by exact selection with the interactions as they are beside `config`.
+
+    That is repeated, because better configs have other interactions, as long as it helps.
+    """
+    gaps = []
+    for _ in range(_SELECTIONS):
+        losses = linear_losses(quadratic, at_config(quadratic, config))
+        selection = select(losses, space, limit=limit, seconds=seconds)
+        if selection.config is None or space.cost(selection.config) > limit:
+            break
+        gaps.append(selection.gap)
+        found = swap(quadratic, space, selection.config, limit=limit)
+        if quadratic.value(found) > quadratic.value(config) - 1e-9:
+            break
+        config = found
+    said = f"at most {max(gaps):.2%} above the least loss" if gaps else "nothing was found in time"
+    report(f"exact selection, {len(gaps)} times: {said}")
+    return config
+
+
+def polish(task: SearchTask[Answers], result: SearchResult) -> SearchResult:
     """Try changes of one or two sublayers and keep those that lower the real KL, like EvoPress (arXiv 2410.14649).
 
     Those come first from which a quadratic model around the start expects most. Noise is added to what it expects, so

@@ -29,6 +29,10 @@ class Evaluator:
     teacher: Teacher
     journal: Path | None = None
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.net.sizes
+
     def kl(self, config: Sequence[int]) -> float:
         """Return the mean KL(dense || config) per position of the validation split, in nats."""
         return float(self.kls(config).double().mean())

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 from dilap.core.codec import digest
 from dilap.core.costs import Counts
+from dilap.core.graph import Shape
 from dilap.core.plan import Plan
 from dilap.core.space import Choice, Space, plan_of
 from dilap.models.reference import Teacher
@@ -12,11 +13,12 @@ from dilap.search.allocation import Config
 from dilap.search.journal import Evaluator
 from dilap.search.library import fit_choices, fits_of_levels, width_choices
 from dilap.search.library_file import Fits, Library, kept_library
+from dilap.search.limit import CostLimit
 from dilap.search.method import Pruned, PruneTask
 from dilap.search.options import LibraryOptions
 from dilap.search.refit import best_refit, refit_refusal
 from dilap.search.supernet import HeadLevel, Supernet
-from dilap.search.task import Search, SearchResult, SearchTask
+from dilap.search.task import Asked_co, Search, SearchResult, SearchTask
 
 
 def prune_by_levels(task: PruneTask, search: Search) -> Pruned:
@@ -67,8 +69,7 @@ def head_levels(space: Space) -> tuple[HeadLevel, ...]:
 def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teacher, *, journal: str) -> SearchResult:
     """Return what `search` finds within the task's limit; `net` is dense again afterwards.
 
-    `journal` is the name of the folder in the task's cache where the answers to the search are kept. The search for a
-    corrected limit starts from the result before it, and is not polished again.
+    `journal` is the name of the folder in the task's cache where the answers to the search are kept.
     """
     first = SearchTask(
         evaluator=Evaluator(net=net, teacher=teacher, journal=None if task.cache is None else task.cache / journal),
@@ -77,28 +78,40 @@ def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teach
         options=task.levels.search,
         report=task.report,
     )
+    found = search_within(first, search, task.cost_limit, plan=lambda config: plan_at(task, net, config))
+    net.close()
+    return found
+
+
+def search_within(
+    first: SearchTask[Asked_co],
+    search: Callable[[SearchTask[Asked_co]], SearchResult],
+    cost_limit: CostLimit,
+    *,
+    plan: Callable[[Config], Plan[Shape]],
+) -> SearchResult:
+    """Return what `search` finds within the limit of a task, which is corrected by what the plans found measure.
+
+    The search for a corrected limit starts from the result before it, and is not polished again.
+    """
     results: list[SearchResult] = []
+    space = first.space
 
     def choose(limit: float) -> SearchResult:
         asked = first
         if results:
-            limit = max(limit, task.space.cost(task.space.fastest))
+            limit = max(limit, space.cost(space.fastest))
             options = replace(first.options, evaluations=0)  # of 10 more moves at most one was kept
             asked = replace(first, limit=limit, previous=results[-1], options=options)
         results.append(search(asked))
         return results[-1]
 
-    def plan(result: SearchResult) -> Plan:
-        return plan_at(task, net, result.config)
-
-    found = task.cost_limit.meet(
+    return cost_limit.meet(
         choose,
-        cost=lambda one: task.space.cost(one.config),
-        architecture=lambda one: plan(one).pruned_architecture(),
-        precisions=lambda one: plan(one).pruned_precisions(),
+        cost=lambda one: space.cost(one.config),
+        architecture=lambda one: plan(one.config).pruned_architecture(),
+        precisions=lambda one: plan(one.config).pruned_precisions(),
     )
-    net.close()
-    return found
 
 
 def level_library(task: PruneTask, fit: Callable[[Sequence[Choice]], Fits], *, name: str) -> tuple[Library, str]:

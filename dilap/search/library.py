@@ -174,25 +174,49 @@ def channel_order(weight: torch.Tensor, damped: torch.Tensor, *, order: Order) -
 
 
 def obs_order(weight: torch.Tensor, damped: torch.Tensor, *, step: int) -> torch.Tensor:
-    """Return the channels, the last removed first, by greedy removal as in ZipLM.
+    """Return the channels, the last removed first, by greedy removal as in ZipLM; see `removal_order`."""
+    return removal_order([(weight, damped, 1)], step=step)
 
-    Again and again the `step` channels are removed that cost the output least when the others are refitted.
+
+def removal_order(readers: Sequence[tuple[torch.Tensor, torch.Tensor, int]], *, step: int) -> torch.Tensor:
+    """Return the units that several matrices read, the last removed first.
+
+    Again and again the `step` units are removed that cost the outputs of all matrices least when the other units are
+    refitted. `readers` are matrices (outputs x inputs) with the damped covariance of their inputs, and how many inputs
+    in a row are one unit.
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    weight, alive = weight.clone(), damped.new_ones(damped.shape[0], dtype=torch.bool)
+    left = [
+        (weight.clone(), torch.cholesky_inverse(torch.linalg.cholesky(damped)), size)
+        for weight, damped, size in readers
+    ]
+    num_units = left[0][0].shape[1] // left[0][2]
+    alive = left[0][0].new_ones(num_units, dtype=torch.bool)
     removed: list[torch.Tensor] = []
     while alive.any():
-        scores = weight.square().sum(0) / inverse.diagonal()
+        scores = torch.stack([_removal_costs(*one) for one in left]).sum(0)
         scores[~alive] = torch.inf
         cheapest = scores.argsort(stable=True)[: min(step, int(alive.sum()))]
-        factor = torch.linalg.solve(inverse[cheapest][:, cheapest], inverse[cheapest])
-        # In place: with 8192 channels a step takes 0.02 s, and 0.44 s where the product is stored first.
-        weight.addmm_(weight[:, cheapest], factor, alpha=-1)
-        inverse.addmm_(inverse[:, cheapest], factor, alpha=-1)
-        inverse.diagonal()[cheapest] = 1.0  # they are removed; keeps the division above defined
+        for weight, inverse, size in left:
+            gone = (cheapest[:, None] * size + torch.arange(size, device=cheapest.device)).flatten()
+            factor = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
+            # In place: with 8192 channels a step takes 0.02 s, and 0.44 s where the product is stored first.
+            weight.addmm_(weight[:, gone], factor, alpha=-1)
+            inverse.addmm_(inverse[:, gone], factor, alpha=-1)
+            inverse.diagonal()[gone] = 1.0  # they are removed; keeps the inverses above defined
         alive[cheapest] = False
         removed.append(cheapest)
     return torch.cat(removed).flip(0)
+
+
+def _removal_costs(weight: torch.Tensor, inverse: torch.Tensor, size: int) -> torch.Tensor:
+    """Return the squared output error that removing each unit adds when the others are refitted (units)."""
+    if size == 1:
+        return weight.square().sum(0) / inverse.diagonal()
+    num_units = weight.shape[1] // size
+    own = weight.reshape(-1, num_units, size).movedim(1, 0)
+    blocks = inverse.reshape(num_units, size, num_units, size).diagonal(dim1=0, dim2=2).movedim(2, 0)
+    costs: torch.Tensor = torch.linalg.solve(blocks, own.mT @ own).diagonal(dim1=1, dim2=2).sum(1)
+    return costs
 
 
 def _by_channel(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dilap.core.costs import Costs
 from dilap.core.errors import InvalidInput
 from dilap.core.graph import Layer, Network
 from dilap.core.groups import Group
@@ -31,9 +32,11 @@ class NetworkTask:
     """What a method gets: a network, images to calibrate on, and a limit on its cost.
 
     `images` are preprocessed (images x channels x height x width), or texts as tokens (texts x 3 x tokens); their
-    classes, `labels`, are None where they are not known. `base` is the model's digest. `layer_cost` is what a layer
-    takes of the limit, None where that counts weights. Numbers of channels that stay are multiples of `multiple`, which
-    is what the runtime's kernels fill, where a group has as many.
+    classes, `labels`, are None where they are not known. `base` is the model's digest. Numbers of channels that stay
+    are multiples of `multiple`, which is what the runtime's kernels fill, where a group has as many. `costs` are those
+    that the limit is about, for methods that choose among widths by their costs, `layer_cost` is what one layer takes
+    of it, None where weights are counted, and `validation` are other examples, by which methods judge their choices.
+    `report` takes a line for the log.
     """
 
     model: nn.Module
@@ -43,8 +46,11 @@ class NetworkTask:
     cost_limit: CostLimit
     labels: tuple[int, ...] | None = None
     layer_cost: LayerCost | None = None
+    costs: Costs | None = None
+    validation: Examples | None = None
     multiple: int = 1
     seed: int = 0
+    report: Callable[[str], None] = lambda _: None
 
     def __post_init__(self) -> None:
         if self.labels is not None and len(self.labels) != len(self.images):

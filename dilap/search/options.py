@@ -62,8 +62,8 @@ class SearchOptions:
     The limits of its rounds are `step` of the dense latency apart. `label_samples` is how often labels are drawn for a
     quadratic model. `cross_terms` keeps interactions between sublayers in it; `caution` is the number of standard
     errors by which its slopes are taken to be worse than measured. `restarts` is the number of starts of the
-    relaxation, which is left out without any. `evaluations` is how many configs are scored by the real KL while
-    polishing.
+    relaxation, which is left out without any. `selection_seconds` is how long one exact selection may take, where pairs
+    of choices have costs of their own. `evaluations` is how many configs are scored by the real KL while polishing.
     """
 
     # Validation KL of SmolLM2-135M at 70 %, before the polish: two steps of 15 % 1.18, three of 10 % 0.95, six of 5 %
@@ -76,6 +76,7 @@ class SearchOptions:
     # Validation KL of SmolLM2-135M at 70 %: 1.38 with one standard error, 1.18 with two.
     caution: float = 2.0
     restarts: int = 6
+    selection_seconds: float = 5.0
     # The polish lowers the KL on unseen text from 0.562 to 0.548 at 85 %, from 1.218 to 1.170 at 70 %, from 1.970 to
     # 1.905 at 55 % (tools/bench_search, means of three seeds).
     evaluations: int = 40

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dilap.core.space import Choice, Space
 from dilap.search.allocation import Config, Quadratic
@@ -12,11 +13,11 @@ class Shortlist:
     """A quadratic model and a space with only some of the levels; `kept` are their indices, for every choice."""
 
     quadratic: Quadratic
-    space: Space
+    space: Space[Any]
     kept: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, quadratic: Quadratic, space: Space, *, always: Config) -> "Shortlist":
+    def of(cls, quadratic: Quadratic, space: Space[Any], *, always: Config) -> "Shortlist":
         """Return the shortlist without levels in whose place another precision costs no more and loses no more.
 
         What they lose is counted by themselves. The levels of `always` are on it in any case.
@@ -29,7 +30,7 @@ class Shortlist:
         return cls.at(quadratic, space, list(kept))
 
     @classmethod
-    def at(cls, quadratic: Quadratic, space: Space, kept: Sequence[Sequence[int]]) -> "Shortlist":
+    def at(cls, quadratic: Quadratic, space: Space[Any], kept: Sequence[Sequence[int]]) -> "Shortlist":
         """Return the shortlist of the levels `kept`, ascending indices for every choice."""
         indices = tuple(map(tuple, kept))
         if tuple(map(len, kept)) == quadratic.sizes:

@@ -218,6 +218,11 @@ def test_every_method_keeps_the_budget(method: str, place: Place) -> None:
     assert (result.status, result.method) == ("kept", method)
 
 
+def test_dilaps_search_keeps_the_budget(place: Place) -> None:
+    result = place.prune(method="dilap", settings={"evaluations": "2"})
+    assert (result.status, result.method) == ("kept", "dilap")
+
+
 def test_a_share_of_the_weights_can_be_removed_instead(place: Place) -> None:
     result = place.prune(budget=None, ratio=0.3)
     assert result.status == "kept"
@@ -353,7 +358,7 @@ def test_a_network_that_forbids_cutting_is_refused(place: Place, capsys: pytest.
         (["--calib", "self"], "is pruned with photographs: give a folder of them as --calib"),
         (["--calib", "nowhere"], "images 'nowhere' does not exist"),
         (["--recover", "lora"], "recover is none or full for the image network"),
-        (["--method", "dilap"], "unknown method 'dilap'; known: halp, magnitude"),
+        (["--method", "flap"], "unknown method 'flap'; known: dilap"),
         (["--input", "224"], "write channels, height and width: 3x224x224"),
         (["--input", "1x32x32"], "nobody says how photographs become inputs of 1x32x32: give a folder with"),
     ],

@@ -24,6 +24,7 @@ from dilap.search.allocation import (
 )
 from dilap.search.dilap import allocate
 from dilap.search.options import RelaxationOptions, SearchOptions
+from dilap.search.selection import select
 
 UNIT = 2.0**-30  # seconds; sums of it are exact
 BUCKETS = 20_000
@@ -315,3 +316,25 @@ def test_impossible_limit_is_infeasible_with_costs_of_pairs() -> None:
 def test_a_knapsack_refuses_costs_of_pairs() -> None:
     with pytest.raises(Unsupported, match="costs that add up over blocks"):
         coupled_space(0, random_table(0)).level_costs()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("seed", range(4))
+def test_exact_selection_with_costs_of_pairs_is_the_best_by_brute_force(seed: int, share: float) -> None:
+    table = random_table(seed)
+    space, losses = coupled_space(seed, table), random_costs(seed, table)
+    fastest, slowest = space.cost(space.fastest), space.cost(space.dense)
+    limit = fastest + share * (slowest - fastest)
+    found = select(losses, space, limit=limit, seconds=60, gap=0.0)
+    assert found.config is not None
+    assert space.cost(found.config) <= limit
+    best = min(cost_of(losses, config) for config in feasible(space, table, limit))
+    assert cost_of(losses, found.config) == pytest.approx(best, abs=1e-6)
+    assert found.gap == pytest.approx(0, abs=1e-6)
+
+
+def test_exact_selection_finds_nothing_below_the_fastest() -> None:
+    table = random_table(0)
+    space = coupled_space(0, table)
+    found = select(random_costs(0, table), space, limit=0.9 * space.cost(space.fastest), seconds=60)
+    assert (found.config, found.gap) == (None, np.inf)

@@ -1,0 +1,261 @@
+"""The level library of a network: the units that stay at every level, and the refitted weights of the layers after it.
+
+A layer's output is W x + b, with x what it reads at one position. Without some units, entries of x are gone; the
+weights that are left are refitted in closed form, so that the output stays as near as it can be, over a sample of
+positions of the training images. Where a bias or a batch norm can keep the mean of the output, only what x varies
+around its mean counts. Which units stay follows from the same refits, every output weighed by the mean square of the
+loss's gradient there.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dilap.core.graph import Branch, Layer, Network
+from dilap.core.space import Space
+from dilap.models.convolutional.readers import Passing, Reader, matrix_of, norms_behind, readers_of
+from dilap.models.network import Examples, batches_of, gives_embeddings, outputs_of
+from dilap.search.library import refit, regularised, removal_order
+
+_AT_ONCE = 8  # images in a pass that keeps activations
+_POSITIONS = 64  # of one image, at most: neighbours in an image are alike, so that more of them tell little more
+_STEPS = 32  # in which all units of a group are removed one after another
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibraryOptions:
+    """`ridge` is relative to the mean diagonal of the covariance of what a layer reads."""
+
+    ridge: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """New weights of a layer whose other inputs stay as they are.
+
+    Of the inputs `own`, only `kept` are left, with the weights `weight` (outputs x kept).
+    """
+
+    layer: str
+    own: torch.Tensor
+    kept: torch.Tensor
+    weight: torch.Tensor
+
+    def put_(self, matrix: torch.Tensor) -> None:
+        """Write the weights into the matrix of the layer (outputs x inputs)."""
+        matrix[:, self.own] = 0
+        matrix[:, self.kept] = self.weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What a level of one group, or the removal of a branch, changes: the units that stay, and weights of layers."""
+
+    units: tuple[int, ...]
+    patches: tuple[Patch, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """What a layer reads: the second moments of its inputs (inputs x inputs) around `mean`, and that (inputs).
+
+    Where the layer's mean output cannot be kept, `mean` is zero. `weights` are how much the loss depends on each
+    output: the square of its gradient, summed over positions and images (outputs); all 1 where no output matters.
+    """
+
+    moments: torch.Tensor
+    mean: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkLibrary:
+    """The changes of all groups, by their names and numbers of units, and of all branches, by the first group's name.
+
+    `layers` are those that read units, `means` what each of them reads in the mean, and zero where its mean output
+    cannot be kept.
+    """
+
+    groups: Mapping[str, Mapping[int, Change]]
+    removals: Mapping[str, Change]
+    layers: Mapping[str, Layer]
+    means: Mapping[str, torch.Tensor]
+
+
+def build_library(
+    model: nn.Module,
+    space: Space[Network],
+    images: Examples,
+    *,
+    options: LibraryOptions,
+    seed: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> NetworkLibrary:
+    """Fit all levels of a space on images; the model's weights need no gradients."""
+    network = space.architecture
+    readers = readers_of(network)
+    layers = {one.layer.name: one.layer for found in readers.values() for one in found}
+    counts: dict[str, set[int]] = {group.name: set() for group in network.groups}
+    for choice in space.choices:
+        for level in choice.levels:
+            for group, count in zip(choice.block.groups, level.counts, strict=True):
+                counts[group.name].add(count)
+    statistics = layer_statistics(model, layers, images, seed=seed, progress=progress)
+    matrices = {
+        name: matrix_of(model.get_parameter(layer.weight).detach(), layer).float() for name, layer in layers.items()
+    }
+    groups = {}
+    for group in network.groups:
+        wanted = sorted(counts[group.name] - {0, group.num_units}, reverse=True)
+        changes = fit_group(readers[group.name], wanted, matrices, statistics, options=options)
+        groups[group.name] = dict(zip(wanted, changes, strict=True))
+    removals = {branch.groups[0]: _removal(branch, matrices) for branch in network.branches}
+    means = {name: one.mean for name, one in statistics.items()}
+    return NetworkLibrary(groups=groups, removals=removals, layers=layers, means=means)
+
+
+def _removal(branch: Branch, matrices: Mapping[str, torch.Tensor]) -> Change:
+    """Return the change that removes a branch: its last layer reads nothing."""
+    every, none = torch.arange(matrices[branch.last].shape[1]), torch.arange(0)
+    patch = Patch(layer=branch.last, own=every, kept=none, weight=matrices[branch.last][:, none])
+    return Change(units=(), patches=(patch,))
+
+
+def fit_group(
+    readers: Sequence[Reader],
+    counts: Sequence[int],
+    matrices: Mapping[str, torch.Tensor],
+    statistics: Mapping[str, Statistics],
+    *,
+    options: LibraryOptions,
+) -> list[Change]:
+    """Return the change that keeps each of these numbers of units of a group, the best ones."""
+    if not counts:
+        return []
+    own = [one.columns.flatten() for one in readers]
+    weights = [matrices[one.layer.name][:, columns] for one, columns in zip(readers, own, strict=True)]
+    damped = [
+        regularised(statistics[one.layer.name].moments[columns][:, columns], ridge=options.ridge)
+        for one, columns in zip(readers, own, strict=True)
+    ]
+    scales = [statistics[one.layer.name].weights.sqrt()[:, None] for one in readers]
+    weighed = [
+        (scale * weight, one, reader.columns.shape[1])
+        for scale, weight, one, reader in zip(scales, weights, damped, readers, strict=True)
+    ]
+    order = removal_order(weighed, step=max(1, readers[0].columns.shape[0] // _STEPS))
+    products = [weight @ one for weight, one in zip(weights, damped, strict=True)]
+    return [
+        _change(readers, order[:count].sort().values, own=own, products=products, damped=damped) for count in counts
+    ]
+
+
+def _change(
+    readers: Sequence[Reader],
+    units: torch.Tensor,
+    *,
+    own: Sequence[torch.Tensor],
+    products: Sequence[torch.Tensor],
+    damped: Sequence[torch.Tensor],
+) -> Change:
+    """Return the change that keeps some units, with the weights of all layers that read them refitted."""
+    patches = []
+    for reader, columns, product, one in zip(readers, own, products, damped, strict=True):
+        size = reader.columns.shape[1]
+        among_own = (units[:, None] * size + torch.arange(size)).flatten()
+        weight = refit(product, one, among_own)
+        patches.append(Patch(layer=reader.layer.name, own=columns, kept=columns[among_own], weight=weight))
+    return Change(units=tuple(units.tolist()), patches=tuple(patches))
+
+
+def layer_statistics(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    images: Examples,
+    *,
+    seed: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, Statistics]:
+    """Return the statistics of what layers read over images, at a random sample of positions of every image."""
+    generator = torch.Generator().manual_seed(seed)
+    norms = norms_behind(model, layers, lambda: outputs_of(model, next(batches_of(images, 2, model=model))))
+    sums: dict[str, _Sums] = {}
+    for batch in batches_of(images, _AT_ONCE, model=model):
+        for name, inputs, weights in _seen(model, layers, batch, generator):
+            sampled = sample_positions(inputs, generator).movedim(1, 0).flatten(1)
+            if name not in sums:
+                keeps_mean = name in norms or _has_bias(model, layers[name])
+                sums[name] = _Sums(about=sampled.mean(1) if keeps_mean else None)
+            sums[name].add(sampled, weights)
+        progress(len(batch))
+    return {name: sums[name].statistics for name in layers}
+
+
+class _Sums:
+    """Sums over what a layer reads, about a first guess of its mean, without which they would lose digits."""
+
+    def __init__(self, *, about: torch.Tensor | None) -> None:
+        self._about = about
+        self._moments: torch.Tensor | float = 0.0
+        self._first: torch.Tensor | float = 0.0
+        self._weights: torch.Tensor | float = 0.0
+        self._count = 0
+
+    def add(self, read: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add what was read at some positions (inputs x positions), and squares of gradients (outputs)."""
+        off = read if self._about is None else read - self._about[:, None]
+        self._moments = self._moments + off @ off.T
+        self._first = self._first + off.sum(1)
+        self._weights = self._weights + weights
+        self._count += read.shape[1]
+
+    @property
+    def statistics(self) -> Statistics:
+        moments, first, weights = (torch.as_tensor(one) for one in (self._moments, self._first, self._weights))
+        weights = weights if weights.any() else torch.ones_like(weights)
+        moments, first = moments / self._count, first / self._count
+        if self._about is None:
+            return Statistics(moments=moments, mean=torch.zeros_like(first), weights=weights)
+        return Statistics(moments=moments - torch.outer(first, first), mean=self._about + first, weights=weights)
+
+
+def _has_bias(model: nn.Module, layer: Layer) -> bool:
+    return layer.kind != "transposed" and getattr(model.get_submodule(layer.name), "bias", None) is not None
+
+
+def sample_positions(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return some of the positions of what a layer reads (examples x inputs x positions)."""
+    if inputs.shape[2] <= _POSITIONS:
+        return inputs
+    return inputs[:, :, torch.randperm(inputs.shape[2], generator=generator)[:_POSITIONS]]
+
+
+def _seen(
+    model: nn.Module, layers: Mapping[str, Layer], batch: torch.Tensor, generator: torch.Generator
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield what passes through every layer, and the squares of the gradients at its outputs, summed (outputs)."""
+    with Passing(model, layers, with_gradients=True) as passing:
+        outputs = outputs_of(model, batch)[0]
+    drawn = draw_scores(model, outputs.detach(), generator)
+    behind = [one.output for one in passing.passages]
+    gradients = torch.autograd.grad(outputs, behind, drawn, materialize_grads=True)
+    for passage, gradient in zip(passing.passages, gradients, strict=True):
+        squares = passage.gradients(gradient, len(batch)).square().sum((0, 2))
+        yield passage.layer.name, passage.inputs(len(batch)), squares
+
+
+def draw_scores(model: nn.Module, outputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return random vectors at the outputs whose second moments are the curvature of the distance there.
+
+    That is diag(p) - pp' for the KL of the probabilities p, as of the gradients of log-likelihoods of drawn labels; but
+    where a network is sure of its classes, drawn labels are nearly always the same, and these vectors never are. For
+    the distance of embeddings it is 1.
+    """
+    drawn = torch.randn(outputs.shape, generator=generator).to(outputs)
+    if gives_embeddings(model):
+        return drawn
+    p = outputs.softmax(1)
+    scaled = p.sqrt() * drawn
+    return scaled - p * scaled.sum(1, keepdim=True)

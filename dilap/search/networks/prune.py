@@ -1,0 +1,91 @@
+"""DiLAP's own search for networks that are no decoders: levels of all groups chosen together.
+
+It is the search for decoders (`dilap.search.dilap`) with other levels, whose costs come in pairs: what a convolution
+takes depends on the widths before and after it. The levels are fitted on the images to calibrate on, and the distance
+from the dense network is that on the validation split.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from dilap.core.errors import InvalidInput
+from dilap.core.graph import Network
+from dilap.core.plan import Plan
+from dilap.core.space import plan_of
+from dilap.models.convolutional.cut import constant_of
+from dilap.search import dilap
+from dilap.search.allocation import Config
+from dilap.search.levels import search_within
+from dilap.search.method import Pruned
+from dilap.search.network_task import NetworkTask
+from dilap.search.networks.library import LibraryOptions, build_library
+from dilap.search.networks.refit import refit_
+from dilap.search.networks.space import network_space
+from dilap.search.networks.supernet import NetworkSupernet
+from dilap.search.options import SearchOptions
+from dilap.search.task import SearchTask
+
+_REFIT_RIDGE = 0.1  # a pull to the library's weights
+_NUM_MEASURED = 128  # images on which batch norms are measured during the search
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dilap:
+    """DiLAP's search.
+
+    `evaluations` is how many configs are scored by their real distance at the end, `draws` how many random vectors tell
+    the curvature for every example, and `ridge` is relative to the mean variance of what a layer reads.
+    """
+
+    evaluations: int = 40
+    draws: int = 4
+    ridge: float = 0.01
+
+    def __call__(self, task: NetworkTask) -> Pruned[Network]:
+        options = SearchOptions(evaluations=self.evaluations, label_samples=self.draws, seed=task.seed)
+        return pruned(task, supernet_of(task, LibraryOptions(ridge=self.ridge)), options)
+
+
+def supernet_of(task: NetworkTask, options: LibraryOptions) -> NetworkSupernet:
+    """Return the network of a task with the levels that it can be set to. Raises InvalidInput."""
+    if task.costs is None or task.validation is None:
+        raise InvalidInput("DiLAP's search needs the costs of all widths and a validation split")
+    space = network_space(task.network, task.costs, widths=task.widths)
+    library = build_library(task.model, space, task.images, options=options, seed=task.seed)
+    images = task.images[:_NUM_MEASURED]
+    return NetworkSupernet(task.model, space, library, images=images, validation=task.validation)
+
+
+def pruned(task: NetworkTask, net: NetworkSupernet, options: SearchOptions) -> Pruned[Network]:
+    """Return what the search finds within the limit of a task, with the refitted weights. Raises Infeasible."""
+    asked = SearchTask(evaluator=net, space=net.space, limit=task.cost_limit.limit, options=options, report=task.report)
+
+    def plan(config: Config) -> Plan[Network]:
+        return plan_of(net.space, net.units(config), base=task.base)
+
+    found = search_within(asked, dilap.search, task.cost_limit, plan=plan)
+    net.set(found.config)
+    library = parameters_of(net, found.config)
+    before, after = refit_(net, found.config, task.model, task.images, ridge=_REFIT_RIDGE, seed=task.seed)
+    task.report(f"refit: distance on the validation split {before:.3f} -> {after:.3f}")
+    refitted = parameters_of(net, found.config)
+    return Pruned(plan=plan(found.config), parameters=refitted if after < before else library)
+
+
+def parameters_of(net: NetworkSupernet, config: Config) -> dict[str, torch.Tensor]:
+    """Return the values that the layers that read units have now, at `config`, in the dense shape.
+
+    A removed branch adds the mean of what it added, where its last layer can keep that.
+    """
+    found = {}
+    tensors = net.own_tensors
+    for layer in net.library.layers.values():
+        for name in (layer.weight, f"{layer.name}.bias"):
+            if name in tensors:
+                found[name] = tensors[name].detach().clone()
+    for choice, level in zip(net.space.choices, config, strict=True):
+        if choice.levels[level].is_removed:
+            branch = next(one for one in net.space.architecture.branches if one.groups[0] == choice.block.main.name)
+            found[f"{branch.last}.bias"] = constant_of(net.model, branch)
+    return found
