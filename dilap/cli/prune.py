@@ -186,9 +186,9 @@ def _dry_run(options: "JobOptions | NetworkOptions") -> int:
         raise InvalidInput(f"--dry-run knows decoders alone, and {options.model} is none: leave it away")
     from dilap.job import forecast  # importing torch takes seconds: bad input is refused first
 
-    needs, machine = forecast.of_job(options)
-    console.show(forecast.table(needs, machine))
-    return 1 if forecast.lacking(needs, machine) else 0
+    needs, machine, lacking = forecast.of_job(options)
+    console.show("\n".join([forecast.table(needs, machine), *lacking]))
+    return 1 if lacking else 0
 
 
 def options_of(given: argparse.Namespace, *, device: Device) -> "JobOptions | NetworkOptions":

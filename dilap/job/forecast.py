@@ -7,8 +7,8 @@ part of it. Times are the FLOPs at the speed of one large product here.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -27,7 +27,8 @@ _SEARCHED = ("dilap", "equal_widths", "prune_then_quantise")
 _F32 = 4
 _BATCH = 2048  # tokens that run at once, but for the quadratic model and for recovery
 _QUADRATIC_BATCH = 1024
-_KEPT_BYTES = 2 << 30  # of changes of projections while a quadratic model is made, and of rounded matrices
+_KEPT_BYTES = 2 << 30  # of changes of projections while a quadratic model is made, of cut layers, of rounded matrices
+_PATHS = 3  # configs whose layers' inputs are kept
 _MOST_F32_LIBRARY = 2 << 30  # a larger level library is kept in bf16
 _SAMPLED_AT_ONCE = 32  # sequences of calibration text
 _PIECES = {True: 512, False: 8192}  # tokens that recovery runs at once, on the host and elsewhere
@@ -46,22 +47,21 @@ class Need:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where a job would run: how fast `device` multiplies, its memory and that of the host."""
+    """Where a job would run: the memory of `device` and of the host, and how fast it multiplies, where that matters."""
 
     device: torch.device
-    flops_per_second: float
     device_bytes: int
     host_bytes: int
+    flops_per_second: float = math.inf
 
     @classmethod
-    def here(cls, device: torch.device, *, dtype: torch.dtype) -> "Machine":
-        """Return this machine, with the speed at which `device` makes one product of matrices of `dtype`."""
-        return cls(
-            device=device,
-            flops_per_second=_speed(device, product_type(dtype, device)),
-            device_bytes=memory_of(device),
-            host_bytes=psutil.virtual_memory().total,
-        )
+    def here(cls, device: torch.device) -> "Machine":
+        """Return this machine."""
+        return cls(device=device, device_bytes=memory_of(device), host_bytes=psutil.virtual_memory().total)
+
+    def timed(self, dtype: torch.dtype) -> "Machine":
+        """Return the same machine with the speed at which `device` makes one product of matrices of `dtype`."""
+        return replace(self, flops_per_second=_speed(self.device, product_type(dtype, self.device)))
 
 
 def _speed(device: torch.device, dtype: torch.dtype) -> float:
@@ -135,13 +135,14 @@ class _Shape:
         return tokens * sum(of_layers) * max(2, self.weight_bytes)
 
 
-def of_job(options: JobOptions) -> tuple[list[Need], Machine]:
-    """Return the needs of a job on this machine, from the config of its model: no weights are read."""
+def of_job(options: JobOptions) -> tuple[list[Need], Machine, list[str]]:
+    """Return the needs of a job, this machine, and what it lacks; of its model the config is read, and no weights."""
     architecture, weight_bytes = shape_of(options.model)
     device = compute_device(options.compute)
     dtype = torch.float32 if weight_bytes == _F32 else torch.bfloat16
     needs = needs_of(architecture, options, weight_bytes=weight_bytes, is_host=device == HOST)
-    return needs, Machine.here(device, dtype=dtype)
+    machine = Machine.here(device).timed(dtype)
+    return needs, machine, shortages(architecture, options, weight_bytes=weight_bytes, machine=machine)
 
 
 def needs_of(architecture: Architecture, options: JobOptions, *, weight_bytes: int, is_host: bool) -> list[Need]:
@@ -201,13 +202,13 @@ def _by_levels(shape: _Shape, levels: Mapping[str, Sequence[Sequence[int]]]) -> 
     changed = sum(len(kept[block.name]) * hidden * shape.inputs(block) for block in blocks)
     products = 2.0 * shape.options.calibration.validation_sequences * (1 + samples) * changed
     rounded = _KEPT_BYTES + shape.model_bytes if chooses_precision(shape.options.method) else 0
+    for_models = min(_KEPT_BYTES, changed * shape.weight_bytes) + shape.activations(_QUADRATIC_BATCH)
+    inputs_kept = _PATHS * len(architecture.layers) * shape.validation * hidden * shape.weight_bytes
+    for_scores = min(_KEPT_BYTES, shape.layers * shape.weight_bytes) + inputs_kept
     found.append(
         Need(
             stage="search",
-            device_bytes=shape.model_bytes
-            + min(_KEPT_BYTES, changed * shape.weight_bytes)
-            + shape.activations(_QUADRATIC_BATCH)
-            + rounded,
+            device_bytes=shape.model_bytes + max(for_models, for_scores) + rounded,
             host_bytes=shape.validation * hidden * 2 * _F32,
             file_bytes=library,
             flops=rounds * (pass_ + products)
@@ -312,6 +313,38 @@ def lacking(needs: Sequence[Need], machine: Machine) -> list[str]:
     return found
 
 
+def shortages(architecture: Architecture, options: JobOptions, *, weight_bytes: int, machine: Machine) -> list[str]:
+    """Return in words what will not fit into the memory of a machine, and what would; nothing where all does."""
+
+    def lacks(asked: JobOptions) -> list[str]:
+        is_host = machine.device == HOST
+        return lacking(needs_of(architecture, asked, weight_bytes=weight_bytes, is_host=is_host), machine)
+
+    if not (found := lacks(options)):
+        return []
+    fits = next((words for words, asked in _leaner(options) if not lacks(asked)), "")
+    would = f"it would fit with {fits}" if fits else "no option helps: take a smaller model, or more memory"
+    return [*(f"it does not fit: {one}" for one in found), would]
+
+
+def _leaner(options: JobOptions) -> Iterator[tuple[str, JobOptions]]:
+    """Yield jobs that need less memory, those that give up least first, with the words that ask for it."""
+    recovery, text = options.recovery, options.calibration
+    fewer = replace(text, train_sequences=max(1, text.train_sequences // 4))
+    few = f"--calib-sequences {fewer.train_sequences}"
+    least = replace(options, recovery=replace(recovery, mode="none"))
+    none = "" if recovery.mode == "none" else "--recover none "
+    if none:
+        again = replace(recovery, checkpoint_activations=True)
+        yield "--recover-checkpoint-activations", replace(options, recovery=again)
+        lora = replace(options, recovery=replace(again, mode="lora"))
+        yield "--recover lora --recover-checkpoint-activations", lora
+    yield few, replace(options, calibration=fewer)
+    yield none.strip(), least
+    yield f"{none}{few}", replace(least, calibration=fewer)
+    yield f"{none}{few} --method flap", replace(least, calibration=fewer, method="flap")
+
+
 def table(needs: Sequence[Need], machine: Machine) -> str:
     """Return the needs as text, a line for each stage."""
     lines = [f"{'stage':20}{'on ' + str(machine.device):>12}{'host':>10}{'files':>10}{'time':>10}"]
@@ -320,7 +353,7 @@ def table(needs: Sequence[Need], machine: Machine) -> str:
         lines.append(f"{one.stage:20}{sizes}{_time(one.flops / machine.flops_per_second):>10}")
     speed = f"{machine.flops_per_second / 1e12:.2f} TFLOP/s"
     lines.append(f"at {speed}, measured with one product; exports and measurements come on top")
-    return "\n".join([*lines, *(f"it does not fit: {one}" for one in lacking(needs, machine))])
+    return "\n".join(lines)
 
 
 def _gb(count: int) -> str:

@@ -81,6 +81,21 @@ def test_what_does_not_fit_is_said() -> None:
     assert forecast.lacking([Need(stage="search", device_bytes=10**6)], SMALL) == []
 
 
+def test_what_would_fit_is_said() -> None:
+    options = replace(OPTIONS, method="flap", recovery=RecoveryOptions(mode="full"))
+    architecture = architecture_of(tiny_model("llama"))
+    found = needs(options)
+    enough = max(one.device_bytes + one.host_bytes for one in found.values())
+    lora = needs(replace(options, recovery=RecoveryOptions(mode="lora", checkpoint_activations=True)))["recover"]
+    for room, words in (
+        (enough, []),
+        (lora.device_bytes + lora.host_bytes, ["it would fit with --recover lora --recover-checkpoint-activations"]),
+        (1, ["no option helps: take a smaller model, or more memory"]),
+    ):
+        machine = replace(SMALL, device_bytes=room, host_bytes=room)
+        assert forecast.shortages(architecture, options, weight_bytes=4, machine=machine)[1:] == words
+
+
 def test_dry_run_prints_all_stages_and_does_nothing(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
