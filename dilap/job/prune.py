@@ -7,11 +7,13 @@ from pathlib import Path
 from dilap import __version__, backends, methods
 from dilap.backends import Backend
 from dilap.core.codec import encode
+from dilap.core.errors import InvalidInput
 from dilap.core.progress import Progress
 from dilap.core.shape import Architecture
 from dilap.job import ending
 from dilap.job.bench import Bench
 from dilap.job.card import write_cards
+from dilap.job.forecast import Machine, shortages
 from dilap.job.formats import dense_files
 from dilap.job.inputs import inputs_of
 from dilap.job.options import JobOptions
@@ -24,6 +26,7 @@ from dilap.models.anatomy import architecture_of
 from dilap.models.context import require_context, require_sequences
 from dilap.models.load import Source, load
 from dilap.models.origin import origin_of
+from dilap.models.processes import team
 from dilap.models.text import require_texts, training_text
 from dilap.profilers.devices.device import Device
 from dilap.search.layouts import Layout, default_layout, describe, require_layout
@@ -68,7 +71,8 @@ def prune(
     identity = {"options": asdict(options), "model": source.digest, "dilap": __version__}
     with workspace.opened({**identity, "inputs": named_inputs(options, source)}):
         workspace.log.say(f"{source.name}: {describe(architecture)}, on {source.model.device}")
-        for note in source.notes:
+        machine, weight_bytes = Machine.here(source.model.device), source.model.dtype.itemsize
+        for note in (*source.notes, *shortages(architecture, options, weight_bytes=weight_bytes, machine=machine)):
             workspace.log.say(note)
         stages = Stages(options=options, workspace=workspace, bench=bench, source=source)
         result = _run(stages, method, layout)
@@ -112,9 +116,21 @@ def require_possible(options: JobOptions, source: Source) -> None:
     require_context(config, workload, runtime=options.backend, runtime_tokens=held)
     require_sequences(config, options.calibration.sequence_length)
     require_texts(options.text, options.evaluation_text, source.tokenizer)
+    _require_shares(options)
     if options.training_text is not None:
         training_text(options.training_text, source.tokenizer, length=options.calibration.sequence_length)
     require_recovery(options.recovery, source)
+
+
+def _require_shares(options: JobOptions) -> None:
+    """Raise InvalidInput where some of the job's processes would get no sequence of the calibration text."""
+    count = team().processes.count
+    fewest = min(options.calibration.train_sequences, options.calibration.validation_sequences)
+    if count > fewest:
+        raise InvalidInput(
+            f"{count} processes share the calibration text, and one of its splits has {fewest} sequences: start at "
+            f"most {fewest} processes"
+        )
 
 
 def _run(stages: Stages, method: Method, layout: Layout) -> PruneResult | None:

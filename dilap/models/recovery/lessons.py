@@ -1,6 +1,7 @@
 """What a pruned model learns from: text, and what the dense model says about it."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +41,9 @@ class KeptLessons:
         self._teacher, self._taken = teacher, 0
         self._arguments = {"batch_tokens": batch_tokens, "seed": seed}
         self._rows = shuffled_rows(teacher.tokens, batch_tokens=batch_tokens, seed=seed)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(KeptLessons, **self._arguments), (self._teacher,)  # another process reads it from the start
 
     @property
     def length(self) -> int:
