@@ -285,11 +285,12 @@ def _recovery(shape: _Shape, *, is_host: bool) -> Need:
     again = 1 if options.checkpoint_activations else 0
     passes = (3 if is_full else 2) + again + (1 if options.data else 0)
     heads = 8 if options.data else 4
+    adam = 2 * trained * (1 if options.has_8bit_states else _F32)
     return Need(
         stage="recover",
-        device_bytes=student + 3 * _F32 * trained + activations + teacher,
+        device_bytes=student + _F32 * trained + adam + activations + teacher,  # with gradients
         host_bytes=kept,
-        file_bytes=4 * _F32 * trained,
+        file_bytes=2 * _F32 * trained + adam,
         flops=passes * shape.forward(tokens) + heads * float(tokens) * shape.head,
     )
 
@@ -337,6 +338,8 @@ def _leaner(options: JobOptions) -> Iterator[tuple[str, JobOptions]]:
     if none:
         again = replace(recovery, checkpoint_activations=True)
         yield "--recover-checkpoint-activations", replace(options, recovery=again)
+        states = replace(again, has_8bit_states=True)
+        yield "--recover-checkpoint-activations --recover-8bit-states", replace(options, recovery=states)
         lora = replace(options, recovery=replace(again, mode="lora"))
         yield "--recover lora --recover-checkpoint-activations", lora
     yield few, replace(options, calibration=fewer)

@@ -14,6 +14,7 @@ from dilap.job.stages import Stages
 from dilap.models.load import Source
 from dilap.models.processes import Processes, Team, team
 from dilap.models.recovery.lessons import KeptLessons, Lessons, StreamedLessons
+from dilap.models.recovery.optimizer import require_8bit_states
 from dilap.models.recovery.options import RecoveryOptions
 from dilap.models.recovery.stream import Documents, PackedStream
 from dilap.models.recovery.train import Recovered, Told, recover_, require_tracker
@@ -38,6 +39,8 @@ class Dense:
 def require_recovery(options: RecoveryOptions, source: Source) -> None:
     """Raise InvalidInput or Unavailable for a text or a tracker that cannot work, before hours of work begin."""
     require_tracker(options.tracker)
+    if options.has_8bit_states:
+        require_8bit_states()
     if options.mode != "none" and options.data:
         positions = source.model.config.max_position_embeddings
         if options.sequence_length > positions:

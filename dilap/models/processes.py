@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from transformers import PreTrainedModel
 
 from dilap import __version__
@@ -88,7 +90,7 @@ class Team:
     """
 
     processes: Processes = ALONE
-    store: dist.Store | None = None
+    store: Store | None = None
     models: dict[str, PreTrainedModel] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
     _is_lost: bool = False
@@ -129,7 +131,7 @@ class Team:
             return ""
         assert self.store is not None
         if self.store.check([_FAILED]):
-            return self.store.get(_FAILED).decode()
+            return str(self.store.get(_FAILED), "utf-8")
         if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
             return "another process of this job was killed; the system's log may say why (memory, for one)"
         return ""
@@ -214,23 +216,23 @@ def _joined() -> Iterator[Team]:
                 dist.destroy_process_group()
 
 
-def _connected(processes: Processes) -> dist.Store:
+def _connected(processes: Processes) -> Store:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     backend = "gloo"
     if accelerator is not None:
         backend = f"{HOST.type}:gloo,{accelerator.type}:{dist.get_default_backend_for_device(accelerator.type)}"
     try:
-        store, _, _ = next(dist.rendezvous("env://"))
+        store, _, _ = next(rendezvous("env://"))
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("dilap", store),
+            store=PrefixStore("dilap", store),
             rank=processes.rank,
             world_size=processes.count,
             timeout=_PATIENCE,
         )
     except (RuntimeError, ValueError) as error:
         raise Unavailable(f"the {processes.count} processes cannot reach each other: {reason_of(error)}") from error
-    found: dist.Store = store
+    found: Store = store
     return found
 
 
@@ -243,7 +245,7 @@ def _require_same_versions(processes: Processes) -> None:
             )
 
 
-def _tell_main(store: dist.Store, said: str) -> None:
+def _tell_main(store: Store, said: str) -> None:
     """Tell the main process why this one ends, and let it say so before the launcher ends all."""
     with suppress(RuntimeError):  # it may be gone
         store.set(_FAILED, said)

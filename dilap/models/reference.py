@@ -110,7 +110,7 @@ class Teacher:
         if processes.count == 1:
             return self
         of_sequences = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "dense_head"}
-        shares = {name: processes.share(one) for name, one in of_sequences.items() if one is not None}
+        shares: dict[str, Any] = {name: processes.share(one) for name, one in of_sequences.items() if one is not None}
         return replace(self, **shares)
 
     @classmethod

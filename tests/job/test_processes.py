@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 import torch
 from standins import ROOT
+from standins.fake_job import prune_tiny
 from standins.launcher import Ended
+from standins.models import tiny_model
 from standins.process_scenarios import STEPS, STOPPED
 from torch.testing import assert_close
+
+from dilap.core.errors import InvalidInput, Unsupported
+from dilap.models.processes import Processes, Team, with_helpers
 
 
 class Scenarios:
@@ -63,9 +68,13 @@ def test_statistics_of_uneven_shares_are_those_of_the_whole_text(scenarios: Scen
 
 def test_a_killed_recovery_of_two_processes_goes_on_with_the_very_next_step(scenarios: Scenarios) -> None:
     assert scenarios.ended["killed"][0].code == 9
-    whole, resumed = scenarios.of("whole"), scenarios.of("resumed")
+    whole, resumed = scenarios.of("whole-2"), scenarios.of("resumed")
     assert len(whole) == STEPS > STOPPED
     assert resumed == whole
+
+
+def test_batches_may_have_fewer_sequences_than_there_are_processes(scenarios: Scenarios) -> None:
+    assert_close(scenarios.of("whole-2"), scenarios.of("whole-1"), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("name", ["main fails", "main fails within", "helper fails", "helper dies", "other versions"])
@@ -76,6 +85,28 @@ def test_a_failure_is_one_line_of_the_main_process_and_none_hangs(scenarios: Sce
     assert main.printed.count("\n") == 1
     assert helper.code is not None
     assert helper.printed == ""
+
+
+def test_models_that_are_split_among_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(Unsupported, match="launch them without FSDP"):
+        with_helpers(lambda: None)
+
+
+def test_an_accelerator_of_another_process_is_refused() -> None:
+    with torch.device("meta", 1):
+        model = tiny_model("llama")
+    with pytest.raises(InvalidInput, match="leave --compute at auto"):
+        Team(processes=Processes(count=2)).share_model("dense", model)
+
+
+def test_more_processes_than_sequences_are_refused(
+    checkpoint: Path, corpus: Path, tmp_path: Path, fake_device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dilap.job.prune.team", lambda: Team(processes=Processes(count=17)))
+    with pytest.raises(InvalidInput, match="start at most 16 processes"):
+        prune_tiny(checkpoint, corpus, tmp_path / "out")
 
 
 def test_the_main_process_says_what_failed_in_another_one(scenarios: Scenarios) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from dilap import methods
 from dilap.methods import wanda_sp
+from dilap.methods.units import zero_columns_
 from dilap.models.anatomy import sublayers
 from dilap.models.load import load
 from dilap.search.library import fit_choices
@@ -76,13 +77,13 @@ def test_wanda_sp_prunes_one_layer_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
     model = tiny_model("llama")
     outs = list(sublayers(model))
     dense = {one.name: one.out.weight.data_ptr() for one in outs}
-    zero, pruned = wanda_sp.zero_columns_, list[list[int]]()
+    pruned: list[list[int]] = []
 
     def counting(out: nn.Linear, columns: torch.Tensor) -> None:
-        zero(out, columns)
+        zero_columns_(out, columns)
         pruned.append([one.layer for one in outs if one.out.weight.data_ptr() != dense[one.name]])
 
-    monkeypatch.setattr(wanda_sp, "zero_columns_", counting)
+    monkeypatch.setattr("dilap.methods.wanda_sp.zero_columns_", counting)
     wanda_sp.prune(tiny_task(model))
     assert pruned == [[0], [0, 0], [1], [1, 1], [2], [2, 2]]
     assert all(one.out.weight.data_ptr() == dense[one.name] for one in outs)

@@ -17,7 +17,6 @@ from conftest import use_fake_device, use_single_precision, write_checkpoint, wr
 from dilap.cli import console
 from dilap.core.codec import read_json
 from dilap.core.errors import InvalidInput
-from dilap.models import processes
 from dilap.models.cut import shrink_
 from dilap.models.load import load
 from dilap.models.processes import Team, team, with_helpers
@@ -31,7 +30,7 @@ from standins.launcher import Ended, launched
 from standins.models import plan_for, random_tokens, tiny_model
 
 STEPS, STOPPED = 6, 4  # of a recovery, and behind which of them it is killed
-TOKENS = random_tokens(8, 16)
+TOKENS = random_tokens(8, 16)  # every other batch is one sequence, of which only one process gets something
 
 
 def job(folder: Path, out: Path, **options: Any) -> int:
@@ -63,8 +62,8 @@ def train(ours: Team, folder: Path, *, stop_behind: int = STEPS) -> list[float]:
     dense = tiny_model("llama")
     teacher = Teacher.of(dense, TOKENS)
     model = shrink_(dense, plan_for(dense, {"layers.0.channels": tuple(range(48)), "layers.2.channels": ()}))
-    options = RecoveryOptions(mode="full", steps=STEPS, batch_tokens=64, full_rate=0.03, checkpoint_seconds=0.0)
-    lessons = KeptLessons(teacher, batch_tokens=64, seed=0)
+    options = RecoveryOptions(mode="full", steps=STEPS, batch_tokens=112, full_rate=0.03, checkpoint_seconds=0.0)
+    lessons = KeptLessons(teacher, batch_tokens=112, seed=0)
     return recover_(
         model,
         lessons,
@@ -124,7 +123,7 @@ def fail_within() -> int:
 
 
 def other_versions() -> int:
-    processes.__version__ = f"0.{os.environ['RANK']}"
+    pytest.MonkeyPatch().setattr("dilap.models.processes.__version__", f"0.{os.environ['RANK']}")
     return command(fail_between)
 
 
@@ -150,8 +149,10 @@ def main(folder: Path) -> None:
     for count in (1, 2):
         path = folder / f"statistics-{count}.pt"
         ended[path.stem] = launched(lambda: collecting(path), folder=folder / "printed", count=count)  # noqa: B023
-    whole, resumed = folder / "whole", folder / "resumed"
-    ended["whole"] = launched(lambda: training(whole, "whole"), folder=whole)
+    for count in (1, 2):
+        whole = folder / f"whole-{count}"
+        ended[whole.name] = launched(lambda: training(whole, whole.name), folder=whole, count=count)  # noqa: B023
+    resumed = folder / "resumed"
     ended["killed"] = launched(lambda: training(resumed, "killed", stop_behind=STOPPED), folder=resumed)
     ended["resumed"] = launched(lambda: training(resumed, "resumed"), folder=resumed)
     failures: dict[str, Callable[[], int]] = {

@@ -39,7 +39,7 @@ class KeptLessons:
 
     def __init__(self, teacher: Teacher, *, batch_tokens: int, seed: int) -> None:
         self._teacher, self._taken = teacher, 0
-        self._arguments = {"batch_tokens": batch_tokens, "seed": seed}
+        self._arguments: dict[str, Any] = {"batch_tokens": batch_tokens, "seed": seed}
         self._rows = shuffled_rows(teacher.tokens, batch_tokens=batch_tokens, seed=seed)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -25,6 +25,7 @@ from dilap.models.anatomy import decoder_layers
 from dilap.models.compute_device import HOST
 from dilap.models.processes import ALONE, Processes
 from dilap.models.recovery.lessons import Lessons, Rows
+from dilap.models.recovery.optimizer import adamw, set_rate_, stepping
 from dilap.models.recovery.options import RecoveryOptions
 from dilap.models.recovery.trainable import Trainable
 from dilap.models.reference import AtHead, Teacher, final_hidden, head_of
@@ -131,7 +132,7 @@ class _Run:
         self.accelerator.register_save_state_pre_hook(self._only_trained)
         groups = trainable.groups()
         self.rates = [group["lr"] for group in groups]
-        adam = torch.optim.AdamW(groups, weight_decay=0.0)
+        adam = adamw(groups, has_8bit_states=options.has_8bit_states)
         self.student, self.adam = self.accelerator.prepare(_Student(self.model), adam)
         self.done = Recovered()
 
@@ -167,7 +168,7 @@ class _Run:
         """Run one batch forward and backward, in pieces, change the weights, and return the batch's KL a position."""
         rate = self.options.rate(step - 1)
         for group, own in zip(self.adam.param_groups, self.rates, strict=True):
-            group["lr"] = rate * own
+            set_rate_(group, rate * own)
         self.adam.zero_grad()
         batch = self.lessons.batch()
         num_positions, count = len(batch) * self.lessons.length, self.processes.count
@@ -182,7 +183,8 @@ class _Run:
                 total += weight * self._learn(few, scale=weight * count / num_positions)
         self.processes.sum_(total)
         self.accelerator.clip_grad_norm_(self.trainable.parameters.values(), 1.0)
-        self.adam.step()
+        with stepping(self.model.device, has_8bit_states=self.options.has_8bit_states):
+            self.adam.step()
         return float(total) / num_positions
 
     def _learn(self, few: torch.Tensor, *, scale: float) -> float:
