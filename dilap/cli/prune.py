@@ -185,9 +185,11 @@ def _dry_run(options: "JobOptions | NetworkOptions") -> int:
     if not isinstance(options, JobOptions):
         raise InvalidInput(f"--dry-run knows decoders alone, and {options.model} is none: leave it away")
     from dilap.job import forecast  # importing torch takes seconds: bad input is refused first
+    from dilap.job.shortages import shortages
 
-    needs, machine, lacking = forecast.of_job(options)
-    console.show("\n".join([forecast.table(needs, machine), *lacking]))
+    needs_in, machine = forecast.of_job(options)
+    lacking = shortages(options, needs_in, machine)
+    console.show("\n".join([forecast.table(needs_in(options), machine), *lacking]))
     return 1 if lacking else 0
 
 

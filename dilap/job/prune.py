@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from dilap import __version__, backends, methods
@@ -13,7 +14,7 @@ from dilap.core.shape import Architecture
 from dilap.job import ending
 from dilap.job.bench import Bench
 from dilap.job.card import write_cards
-from dilap.job.forecast import Machine, shortages
+from dilap.job.forecast import Machine, needs_on
 from dilap.job.formats import dense_files
 from dilap.job.inputs import inputs_of
 from dilap.job.options import JobOptions
@@ -21,6 +22,7 @@ from dilap.job.proof import claim
 from dilap.job.recovery import require_recovery
 from dilap.job.result import PruneResult
 from dilap.job.run_folder import Workspace
+from dilap.job.shortages import shortages
 from dilap.job.stages import Stages
 from dilap.models.anatomy import architecture_of
 from dilap.models.context import require_context, require_sequences
@@ -71,8 +73,7 @@ def prune(
     identity = {"options": asdict(options), "model": source.digest, "dilap": __version__}
     with workspace.opened({**identity, "inputs": named_inputs(options, source)}):
         workspace.log.say(f"{source.name}: {describe(architecture)}, on {source.model.device}")
-        machine, weight_bytes = Machine.here(source.model.device), source.model.dtype.itemsize
-        for note in (*source.notes, *shortages(architecture, options, weight_bytes=weight_bytes, machine=machine)):
+        for note in (*source.notes, *_shortages(options, source)):
             workspace.log.say(note)
         stages = Stages(options=options, workspace=workspace, bench=bench, source=source)
         result = _run(stages, method, layout)
@@ -81,6 +82,12 @@ def prune(
             write_cards(workspace.folder, result, origin_of(source.model.config))
         workspace.end(None if result is None else encode(result))
     return result
+
+
+def _shortages(options: JobOptions, source: Source) -> list[str]:
+    model = source.model
+    needs_in = partial(needs_on, model.device, architecture_of(model), weight_bytes=model.dtype.itemsize)
+    return shortages(options, needs_in, Machine.here(model.device))
 
 
 def load_source(options: JobOptions) -> Source:

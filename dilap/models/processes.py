@@ -10,19 +10,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 from transformers import PreTrainedModel
 
 from dilap import __version__
 from dilap.core import launched
 from dilap.core.errors import DilapError, InvalidInput, Mismatch, Unavailable, Unsupported, reason_of
 from dilap.models.compute_device import HOST
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
 _PATIENCE = timedelta(days=30)  # helpers wait while the main process measures, for hours; a death is noticed at once
@@ -90,7 +91,7 @@ class Team:
     """
 
     processes: Processes = ALONE
-    store: Store | None = None
+    store: "Store | None" = None
     models: dict[str, PreTrainedModel] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
     _is_lost: bool = False
@@ -116,8 +117,8 @@ class Team:
             return
         if self._is_lost:
             raise Unavailable("the other processes of this job are lost since an earlier error; run it again")
-        self.processes.of_main((function, given))
         try:
+            self.processes.of_main((function, given))
             yield
         except BaseException as error:
             self._is_lost = True  # in the middle of something that they do not end without this process
@@ -159,7 +160,8 @@ class Team:
     def dismiss(self) -> None:
         """Let the helpers end."""
         if not self._is_lost:
-            self.processes.of_main(None)
+            with suppress(RuntimeError):  # one may have been killed while there was nothing to do
+                self.processes.of_main(None)
 
 
 _alone = Team()
@@ -216,7 +218,12 @@ def _joined() -> Iterator[Team]:
                 dist.destroy_process_group()
 
 
-def _connected(processes: Processes) -> Store:
+def _connected(processes: Processes) -> "Store":
+    if not dist.is_available():
+        raise Unavailable("this build of torch knows no other processes: launch one alone, or install another build")
+    from torch.distributed.distributed_c10d import PrefixStore  # noqa: PLC0415 - missing from such builds
+    from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415
+
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     backend = "gloo"
     if accelerator is not None:
@@ -245,7 +252,7 @@ def _require_same_versions(processes: Processes) -> None:
             )
 
 
-def _tell_main(store: Store, said: str) -> None:
+def _tell_main(store: "Store", said: str) -> None:
     """Tell the main process why this one ends, and let it say so before the launcher ends all."""
     with suppress(RuntimeError):  # it may be gone
         store.set(_FAILED, said)

@@ -142,7 +142,8 @@ def refit_sequentially(
             solved = problem.weight if correction is None else problem.solve()
             if fit.precision:
                 solved = compensated(solved, problem.H, fit.precision)
-            found[net.matrices[i][-1]] = solved.to(HOST)
+            kept = solved if fit.precision else solved.to(net.outs[i].weight.dtype)  # as the cut model has it
+            found[net.matrices[i][-1]] = kept.to(HOST)
             net.write(i, fit.columns, solved)
             if correction is None:
                 results = [one.result for one in map(trace_of, calls, pruned_states)]
