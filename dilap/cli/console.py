@@ -6,8 +6,10 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from dilap.core import launched
 from dilap.core.codec import to_json
 from dilap.core.documents import words_of
 from dilap.core.errors import TRACEBACK_KEPT, DilapError, InvalidInput, reason_of
@@ -62,7 +64,19 @@ def run(command: Callable[[], int]) -> None:
     """Run a command's body and exit: with its own code, or with one of `EXIT_CODES` and one line that says why."""
     for name in ("torchao", "torch.utils._pytree"):  # they warn of missing GPU libraries and of deprecations
         logging.getLogger(name).setLevel(logging.ERROR)
-    sys.exit(_code_of(command))
+    sys.exit(_code_of(command if launched.count() == 1 else partial(_with_helpers, command)))
+
+
+def _with_helpers(command: Callable[[], int]) -> int:
+    """Run a command in the main process; the others help it, and print nothing."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of every process that ends
+    if launched.rank() > 0:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nothing, stream)
+    from dilap.models.processes import with_helpers  # importing torch takes seconds
+
+    return with_helpers(command) or 0
 
 
 def _code_of(command: Callable[[], int]) -> int:

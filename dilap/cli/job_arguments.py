@@ -187,6 +187,9 @@ def add_text_and_recovery(
     group.add_argument(
         "--recover-checkpoint-activations", action="store_true", help="less memory, and a quarter more time"
     )
+    group.add_argument(
+        "--recover-8bit-states", action="store_true", help="AdamW's states in 8 bits: a quarter of their memory"
+    )
     group.add_argument("--tracker", metavar="NAME", help="one of accelerate's: tensorboard, wandb, mlflow and so on")
 
 

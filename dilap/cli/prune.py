@@ -185,10 +185,12 @@ def _dry_run(options: "JobOptions | NetworkOptions") -> int:
     if not isinstance(options, JobOptions):
         raise InvalidInput(f"--dry-run knows decoders alone, and {options.model} is none: leave it away")
     from dilap.job import forecast  # importing torch takes seconds: bad input is refused first
+    from dilap.job.shortages import shortages
 
-    needs, machine = forecast.of_job(options)
-    console.show(forecast.table(needs, machine))
-    return 1 if forecast.lacking(needs, machine) else 0
+    needs_in, machine = forecast.of_job(options)
+    lacking = shortages(options, needs_in, machine)
+    console.show("\n".join([forecast.table(needs_in(options), machine), *lacking]))
+    return 1 if lacking else 0
 
 
 def options_of(given: argparse.Namespace, *, device: Device) -> "JobOptions | NetworkOptions":

@@ -43,6 +43,7 @@ from dilap.job.shards import Shard
 from dilap.methods import METHODS, NETWORK_METHODS, named
 from dilap.models.builtin import DEFAULT_MODEL
 from dilap.models.load import Source, load
+from dilap.models.processes import with_helpers
 from dilap.profilers.devices.device import Device
 from dilap.profilers.devices.locations import known_devices
 
@@ -79,7 +80,8 @@ def prune(
     `dilap.job.network_options.network_options`: `calib`, `eval_images`, `input_`, `batch` and so on, or for an encoder
     of texts `eval_text` and `seq_length`. A model that is
     passed as a `Source` is not changed. Raises DilapError with a one-line message; the same call, made again, goes on
-    with what was done so far.
+    with what was done so far. Of several processes that `torchrun` or `accelerate launch` started, the main one does
+    that, and the others help it and get None.
     """
     source = replace(model, model=copy.deepcopy(model.model)) if isinstance(model, Source) else None
     if isinstance(model, Source):
@@ -95,9 +97,8 @@ def prune(
         model=model.name if isinstance(model, Source) else os.fspath(model),
         given=_known(options, among=set(OPTIONS)),
     )
-    return start(
-        asked, devices=found, out=Path(out), progress=_progress(progress), source=source, tables=_tables(cache)
-    )
+    given: dict[str, Any] = {"devices": found, "out": Path(out), "progress": _progress(progress)}
+    return with_helpers(lambda: start(asked, **given, source=source, tables=_tables(cache)))
 
 
 def compare(

@@ -99,6 +99,8 @@ def _of_recovery(options: Mapping[str, Any], defaults: Any) -> list[str]:
         words += ["--recover-rate", f"{own:g}"]
     if value_at(options, "recovery", "checkpoint_activations"):
         words.append("--recover-checkpoint-activations")
+    if value_at(options, "recovery", "has_8bit_states"):
+        words.append("--recover-8bit-states")
     return words
 
 

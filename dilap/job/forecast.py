@@ -7,8 +7,9 @@ part of it. Times are the FLOPs at the speed of one large product here.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import psutil
 import torch
@@ -20,14 +21,15 @@ from dilap.job.options import JobOptions
 from dilap.methods import chooses_precision
 from dilap.models.compute import product_type
 from dilap.models.compute_device import HOST, compute_device, memory_of
-from dilap.models.load import shape_of
+from dilap.models.load import is_mapped, shape_of
 
 _BY_LEVELS = ("dilap", "equal_widths", "prune_then_quantise", "uniform", "layer_error", "quantise", "ziplm")
 _SEARCHED = ("dilap", "equal_widths", "prune_then_quantise")
 _F32 = 4
 _BATCH = 2048  # tokens that run at once, but for the quadratic model and for recovery
 _QUADRATIC_BATCH = 1024
-_KEPT_BYTES = 2 << 30  # of changes of projections while a quadratic model is made, and of rounded matrices
+_KEPT_BYTES = 2 << 30  # of changes of projections while a quadratic model is made, of cut layers, of rounded matrices
+_PATHS = 3  # configs whose layers' inputs are kept
 _MOST_F32_LIBRARY = 2 << 30  # a larger level library is kept in bf16
 _SAMPLED_AT_ONCE = 32  # sequences of calibration text
 _PIECES = {True: 512, False: 8192}  # tokens that recovery runs at once, on the host and elsewhere
@@ -35,10 +37,14 @@ _PIECES = {True: 512, False: 8192}  # tokens that recovery runs at once, on the 
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What one stage needs: bytes where torch computes, bytes of the host's memory beside, of files, and FLOPs."""
+    """What one stage needs: bytes where torch computes, bytes of the host's memory beside, of files, and FLOPs.
+
+    Of the first, `mapped_bytes` are weights that stay in their files, which the system forgets where memory is short.
+    """
 
     stage: str
     device_bytes: int
+    mapped_bytes: int = 0
     host_bytes: int = 0
     file_bytes: int = 0
     flops: float = 0.0
@@ -46,22 +52,21 @@ class Need:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where a job would run: how fast `device` multiplies, its memory and that of the host."""
+    """Where a job would run: the memory of `device` and of the host, and how fast it multiplies, where that matters."""
 
     device: torch.device
-    flops_per_second: float
     device_bytes: int
     host_bytes: int
+    flops_per_second: float = math.inf
 
     @classmethod
-    def here(cls, device: torch.device, *, dtype: torch.dtype) -> "Machine":
-        """Return this machine, with the speed at which `device` makes one product of matrices of `dtype`."""
-        return cls(
-            device=device,
-            flops_per_second=_speed(device, product_type(dtype, device)),
-            device_bytes=memory_of(device),
-            host_bytes=psutil.virtual_memory().total,
-        )
+    def here(cls, device: torch.device) -> "Machine":
+        """Return this machine."""
+        return cls(device=device, device_bytes=memory_of(device), host_bytes=psutil.virtual_memory().total)
+
+    def timed(self, dtype: torch.dtype) -> "Machine":
+        """Return the same machine with the speed at which `device` makes one product of matrices of `dtype`."""
+        return replace(self, flops_per_second=_speed(self.device, product_type(dtype, self.device)))
 
 
 def _speed(device: torch.device, dtype: torch.dtype) -> float:
@@ -101,6 +106,22 @@ class _Shape:
         return self.architecture.vocab_size * self.architecture.hidden_size
 
     @property
+    def projections(self) -> int:
+        """Weights of all output projections."""
+        return self.architecture.hidden_size * sum(self.inputs(block) for block in self.architecture.blocks)
+
+    def mapped_bytes(self, stage: str) -> int:
+        """Bytes of weights that need no memory of their own in a stage that goes through the layers one by one.
+
+        A search writes into the output projections, which become copies.
+        """
+        if stage not in ("load the model", "prune", "level library", "search", "refit"):
+            return 0
+        at_once = self.head + self.layers // len(self.architecture.layers)
+        written = self.projections if stage in ("search", "refit") else 0
+        return max(0, self.model_bytes - self.weight_bytes * (at_once + written))
+
+    @property
     def train(self) -> int:
         """Tokens of the training split that the search reads."""
         return self.options.calibration.train_sequences * self.options.calibration.sequence_length
@@ -135,13 +156,21 @@ class _Shape:
         return tokens * sum(of_layers) * max(2, self.weight_bytes)
 
 
-def of_job(options: JobOptions) -> tuple[list[Need], Machine]:
-    """Return the needs of a job on this machine, from the config of its model: no weights are read."""
+def of_job(options: JobOptions) -> tuple[Callable[[JobOptions], list[Need]], Machine]:
+    """Return what says the needs of such jobs of this model on this machine, and the machine: no weights are read."""
     architecture, weight_bytes = shape_of(options.model)
     device = compute_device(options.compute)
     dtype = torch.float32 if weight_bytes == _F32 else torch.bfloat16
-    needs = needs_of(architecture, options, weight_bytes=weight_bytes, is_host=device == HOST)
-    return needs, Machine.here(device, dtype=dtype)
+    return partial(needs_on, device, architecture, weight_bytes=weight_bytes), Machine.here(device).timed(dtype)
+
+
+def needs_on(device: torch.device, architecture: Architecture, options: JobOptions, *, weight_bytes: int) -> list[Need]:
+    """Return the needs of a job's stages where it computes on `device`, with the weights that stay in their files."""
+    found = needs_of(architecture, options, weight_bytes=weight_bytes, is_host=device == HOST)
+    if device != HOST or options.merge_adapter is not None or not is_mapped(options.model):
+        return found
+    shape = _Shape(architecture=architecture, weight_bytes=weight_bytes, options=options)
+    return [replace(one, mapped_bytes=shape.mapped_bytes(one.stage)) for one in found]
 
 
 def needs_of(architecture: Architecture, options: JobOptions, *, weight_bytes: int, is_host: bool) -> list[Need]:
@@ -200,14 +229,15 @@ def _by_levels(shape: _Shape, levels: Mapping[str, Sequence[Sequence[int]]]) -> 
     pass_ = (2.0 + samples) * shape.forward(shape.validation) + (4 + 2 * samples) * shape.validation * shape.head
     changed = sum(len(kept[block.name]) * hidden * shape.inputs(block) for block in blocks)
     products = 2.0 * shape.options.calibration.validation_sequences * (1 + samples) * changed
-    rounded = _KEPT_BYTES + shape.model_bytes if chooses_precision(shape.options.method) else 0
+    is_mixed = shape.options.precisions != () and chooses_precision(shape.options.method)
+    rounded = _KEPT_BYTES + shape.model_bytes if is_mixed else 0
+    for_models = min(_KEPT_BYTES, changed * shape.weight_bytes) + shape.activations(_QUADRATIC_BATCH)
+    inputs_kept = _PATHS * len(architecture.layers) * shape.validation * hidden * shape.weight_bytes
+    for_scores = min(_KEPT_BYTES, shape.layers * shape.weight_bytes) + inputs_kept
     found.append(
         Need(
             stage="search",
-            device_bytes=shape.model_bytes
-            + min(_KEPT_BYTES, changed * shape.weight_bytes)
-            + shape.activations(_QUADRATIC_BATCH)
-            + rounded,
+            device_bytes=shape.model_bytes + max(for_models, for_scores) + rounded,
             host_bytes=shape.validation * hidden * 2 * _F32,
             file_bytes=library,
             flops=rounds * (pass_ + products)
@@ -223,7 +253,7 @@ def _by_levels(shape: _Shape, levels: Mapping[str, Sequence[Sequence[int]]]) -> 
         Need(
             stage="refit",
             device_bytes=shape.model_bytes + 2 * states + traces + problems,
-            host_bytes=shape.layers * _F32,
+            host_bytes=shape.layers * _F32 if is_mixed else shape.projections * shape.weight_bytes,
             flops=3 * shape.forward(shape.train) + covariances,
         )
     )
@@ -284,46 +314,33 @@ def _recovery(shape: _Shape, *, is_host: bool) -> Need:
     again = 1 if options.checkpoint_activations else 0
     passes = (3 if is_full else 2) + again + (1 if options.data else 0)
     heads = 8 if options.data else 4
+    adam = 2 * trained * (1 if options.has_8bit_states else _F32)
     return Need(
         stage="recover",
-        device_bytes=student + 3 * _F32 * trained + activations + teacher,
+        device_bytes=student + _F32 * trained + adam + activations + teacher,  # with gradients
         host_bytes=kept,
-        file_bytes=4 * _F32 * trained,
+        file_bytes=2 * _F32 * trained + adam,
         flops=passes * shape.forward(tokens) + heads * float(tokens) * shape.head,
     )
-
-
-def lacking(needs: Sequence[Need], machine: Machine) -> list[str]:
-    """Return in words what does not fit into the memory of a machine, the largest stage for each kind of memory."""
-    on_device = {one.stage: one.device_bytes for one in needs}
-    on_host = {one.stage: one.host_bytes for one in needs}
-    if machine.device.type == HOST.type:
-        memories = [("memory", {stage: on_device[stage] + on_host[stage] for stage in on_device}, machine.host_bytes)]
-    else:
-        memories = [
-            (f"the memory of {machine.device}", on_device, machine.device_bytes),
-            ("the host's memory", on_host, machine.host_bytes),
-        ]
-    found = []
-    for name, asked, there in memories:
-        stage = max(asked, key=asked.__getitem__)
-        if asked[stage] > there:
-            found.append(f"the stage {stage!r} needs {_gb(asked[stage])} of {name}, and there are {_gb(there)}")
-    return found
 
 
 def table(needs: Sequence[Need], machine: Machine) -> str:
     """Return the needs as text, a line for each stage."""
     lines = [f"{'stage':20}{'on ' + str(machine.device):>12}{'host':>10}{'files':>10}{'time':>10}"]
     for one in needs:
-        sizes = f"{_gb(one.device_bytes):>12}{_gb(one.host_bytes):>10}{_gb(one.file_bytes):>10}"
+        sizes = f"{gigabytes(one.device_bytes):>12}{gigabytes(one.host_bytes):>10}{gigabytes(one.file_bytes):>10}"
         lines.append(f"{one.stage:20}{sizes}{_time(one.flops / machine.flops_per_second):>10}")
     speed = f"{machine.flops_per_second / 1e12:.2f} TFLOP/s"
     lines.append(f"at {speed}, measured with one product; exports and measurements come on top")
-    return "\n".join([*lines, *(f"it does not fit: {one}" for one in lacking(needs, machine))])
+    if mapped := max(one.mapped_bytes for one in needs):
+        lines.append(
+            f"up to {gigabytes(mapped)} of it are weights that stay in their files, and are read again if need be"
+        )
+    return "\n".join(lines)
 
 
-def _gb(count: int) -> str:
+def gigabytes(count: int) -> str:
+    """Return a number of bytes in words."""
     return f"{count / 1e9:,.1f} GB"
 
 

@@ -2,16 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from dilap import __version__, backends, methods
 from dilap.backends import Backend
 from dilap.core.codec import encode
+from dilap.core.errors import InvalidInput
 from dilap.core.progress import Progress
 from dilap.core.shape import Architecture
 from dilap.job import ending
 from dilap.job.bench import Bench
 from dilap.job.card import write_cards
+from dilap.job.forecast import Machine, needs_on
 from dilap.job.formats import dense_files
 from dilap.job.inputs import inputs_of
 from dilap.job.options import JobOptions
@@ -19,11 +22,13 @@ from dilap.job.proof import claim
 from dilap.job.recovery import require_recovery
 from dilap.job.result import PruneResult
 from dilap.job.run_folder import Workspace
+from dilap.job.shortages import shortages
 from dilap.job.stages import Stages
 from dilap.models.anatomy import architecture_of
 from dilap.models.context import require_context, require_sequences
 from dilap.models.load import Source, load
 from dilap.models.origin import origin_of
+from dilap.models.processes import team
 from dilap.models.text import require_texts, training_text
 from dilap.profilers.devices.device import Device
 from dilap.search.layouts import Layout, default_layout, describe, require_layout
@@ -68,7 +73,7 @@ def prune(
     identity = {"options": asdict(options), "model": source.digest, "dilap": __version__}
     with workspace.opened({**identity, "inputs": named_inputs(options, source)}):
         workspace.log.say(f"{source.name}: {describe(architecture)}, on {source.model.device}")
-        for note in source.notes:
+        for note in (*source.notes, *_shortages(options, source)):
             workspace.log.say(note)
         stages = Stages(options=options, workspace=workspace, bench=bench, source=source)
         result = _run(stages, method, layout)
@@ -77,6 +82,12 @@ def prune(
             write_cards(workspace.folder, result, origin_of(source.model.config))
         workspace.end(None if result is None else encode(result))
     return result
+
+
+def _shortages(options: JobOptions, source: Source) -> list[str]:
+    model = source.model
+    needs_in = partial(needs_on, model.device, architecture_of(model), weight_bytes=model.dtype.itemsize)
+    return shortages(options, needs_in, Machine.here(model.device))
 
 
 def load_source(options: JobOptions) -> Source:
@@ -112,9 +123,21 @@ def require_possible(options: JobOptions, source: Source) -> None:
     require_context(config, workload, runtime=options.backend, runtime_tokens=held)
     require_sequences(config, options.calibration.sequence_length)
     require_texts(options.text, options.evaluation_text, source.tokenizer)
+    _require_shares(options)
     if options.training_text is not None:
         training_text(options.training_text, source.tokenizer, length=options.calibration.sequence_length)
     require_recovery(options.recovery, source)
+
+
+def _require_shares(options: JobOptions) -> None:
+    """Raise InvalidInput where some of the job's processes would get no sequence of the calibration text."""
+    count = team().processes.count
+    fewest = min(options.calibration.train_sequences, options.calibration.validation_sequences)
+    if count > fewest:
+        raise InvalidInput(
+            f"{count} processes share the calibration text, and one of its splits has {fewest} sequences: start at "
+            f"most {fewest} processes"
+        )
 
 
 def _run(stages: Stages, method: Method, layout: Layout) -> PruneResult | None:

@@ -1,15 +1,20 @@
 """Recovery in a job: what the pruned model learns from, and what became of it."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dilap.core.codec import remove
 from dilap.core.errors import InvalidInput
 from dilap.job.stages import Stages
 from dilap.models.load import Source
+from dilap.models.processes import Processes, Team, team
 from dilap.models.recovery.lessons import KeptLessons, Lessons, StreamedLessons
+from dilap.models.recovery.optimizer import require_8bit_states
 from dilap.models.recovery.options import RecoveryOptions
 from dilap.models.recovery.stream import Documents, PackedStream
 from dilap.models.recovery.train import Recovered, Told, recover_, require_tracker
@@ -34,6 +39,8 @@ class Dense:
 def require_recovery(options: RecoveryOptions, source: Source) -> None:
     """Raise InvalidInput or Unavailable for a text or a tracker that cannot work, before hours of work begin."""
     require_tracker(options.tracker)
+    if options.has_8bit_states:
+        require_8bit_states()
     if options.mode != "none" and options.data:
         positions = source.model.config.max_position_embeddings
         if options.sequence_length > positions:
@@ -53,17 +60,16 @@ def of_dense(stages: Stages, text: Calibration) -> Dense | None:
     if not options.data:
         name = "training-states" if keep_states else "training"
         return Dense(head=head_of(model), kept=stages.teacher(name, text.train, keep_states=keep_states))
-    streamed = StreamedLessons(
-        dense=copy.deepcopy(model),
-        stream=_stream(options, stages.source.tokenizer),
+    streamed = _streamed(copy.deepcopy(model), options, stages.source.tokenizer)
+    return Dense(head=head_of(model), streamed=replace(streamed, keep_states=keep_states))
+
+
+def _streamed(dense: PreTrainedModel, options: RecoveryOptions, words: PreTrainedTokenizerBase) -> StreamedLessons:
+    return StreamedLessons(
+        dense=dense,
+        stream=PackedStream(options.data, words, length=options.sequence_length, seed=options.seed),
         num_sequences=options.tokens_in_step // options.sequence_length,
-        keep_states=keep_states,
     )
-    return Dense(head=head_of(model), streamed=streamed)
-
-
-def _stream(options: RecoveryOptions, tokenizer: PreTrainedTokenizerBase) -> PackedStream:
-    return PackedStream(options.data, tokenizer, length=options.sequence_length, seed=options.seed)
 
 
 def recover(stages: Stages, dense: Dense, validation: Teacher) -> Recovered:
@@ -80,7 +86,10 @@ def recover(stages: Stages, dense: Dense, validation: Teacher) -> Recovered:
             bar.update(told.step - bar.n)
 
         lessons = _lessons(dense, stages)
-        done = recover_(model, lessons, options, validation=validation, folder=folder, progress=show)
+        with _helped(stages, lessons, validation=validation, folder=folder) as processes:
+            done = recover_(
+                model, lessons, options, validation=validation, folder=folder, processes=processes, progress=show
+            )
     remove(folder)
     stages.workspace.log.say(_words(done, options))
     if done.best_step == 0:
@@ -88,7 +97,7 @@ def recover(stages: Stages, dense: Dense, validation: Teacher) -> Recovered:
     return done
 
 
-def _lessons(dense: Dense, stages: Stages) -> Lessons:
+def _lessons(dense: Dense, stages: Stages) -> KeptLessons | StreamedLessons:
     """Return the lessons, for a model whose head may be another than the dense one's where precisions are chosen."""
     options, own = stages.options.recovery, head_of(stages.source.model)
     if dense.streamed is not None:
@@ -96,6 +105,49 @@ def _lessons(dense: Dense, stages: Stages) -> Lessons:
     assert dense.kept is not None
     faced = dense.kept.facing(own, dense_head=dense.head) if stages.chooses_precision else dense.kept
     return KeptLessons(faced, batch_tokens=options.batch_tokens, seed=options.seed)
+
+
+@contextmanager
+def _helped(
+    stages: Stages, lessons: KeptLessons | StreamedLessons, *, validation: Teacher, folder: Path
+) -> Iterator[Processes]:
+    """Let all processes of the job take part in a recovery of the model in `stages`."""
+    options, source, ours = stages.options.recovery, stages.source, team()
+    ours.forget()
+    ours.share_model("pruned", source.model)
+    read: KeptLessons | _Stream
+    if isinstance(lessons, StreamedLessons):
+        ours.share_model("dense", lessons.dense)
+        read = _Stream(words=source.tokenizer, keep_states=lessons.keep_states, has_heads=lessons.heads is not None)
+    else:
+        read = lessons
+    with ours.helped(_take_part, read, options, validation, folder):
+        yield ours.processes
+    ours.forget()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stream:
+    """What a helper needs to know to read the text of `StreamedLessons` itself."""
+
+    words: PreTrainedTokenizerBase
+    keep_states: bool
+    has_heads: bool
+
+
+def _take_part(
+    ours: Team, read: KeptLessons | _Stream, options: RecoveryOptions, validation: Teacher, folder: Path
+) -> None:
+    """Let a helper take part in a recovery."""
+    model = ours.models["pruned"]
+    lessons: Lessons
+    if isinstance(read, _Stream):
+        dense = ours.models["dense"]
+        heads = (head_of(model), head_of(dense)) if read.has_heads else None
+        lessons = replace(_streamed(dense, options, read.words), heads=heads, keep_states=read.keep_states)
+    else:
+        lessons = read
+    recover_(model, lessons, options, validation=validation, folder=folder, processes=ours.processes)
 
 
 def _words(done: Recovered, options: RecoveryOptions) -> str:

@@ -24,6 +24,7 @@ from dilap.job.options import JobOptions
 from dilap.job.tables import require_claimable
 from dilap.models.anatomy import architecture_of
 from dilap.models.load import Source, load
+from dilap.models.processes import team
 from dilap.models.reference import Teacher
 from dilap.models.text import Calibration, training_text
 from dilap.profilers.configuration import Configuration
@@ -203,6 +204,7 @@ class Stages(CommonStages[Architecture]):
             training=self._training(),
             cache=self.method_cache,
             seed=self.options.seed,
+            team=team(),
             bar=self.workspace.log.bar,
             report=self.workspace.log.say,
         )

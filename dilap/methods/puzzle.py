@@ -53,16 +53,16 @@ class Puzzle:
     steps: int = 8
 
     def __call__(self, task: PruneTask) -> Pruned:
-        library, name = level_library(task, partial(self.fit, task), name="puzzle")
+        levels = level_library(task, partial(self.fit, task), name="puzzle")
         costs: list[NDArray[np.float64]] = []
 
         def search(asked: SearchTask) -> SearchResult:
             if not costs:
-                costs.extend(np.array(one) for one in self.scores(task, asked, name=name))
+                costs.extend(np.array(one) for one in self.scores(task, asked, name=levels.name))
             config = solve(costs, asked.space.level_costs(), limit=asked.limit - asked.space.fixed_cost)
             return SearchResult(config=config, kl=asked.evaluator.kl(config))
 
-        return prune_by_library(task, search, library, name=name)
+        return prune_by_library(task, search, levels)
 
     def scores(self, task: PruneTask, asked: SearchTask, *, name: str) -> list[list[float]]:
         """Return the loss of the dense model with one level changed, for every level of every choice.

@@ -42,13 +42,13 @@ class ZipLm:
 
     def __call__(self, task: PruneTask) -> Pruned:
         options = replace(task.levels.library, order="obs", ridge=self.dampening)
-        library, name = compensated_library(task, options)
+        levels = compensated_library(task, options)
 
         def search(asked: SearchTask) -> SearchResult:
             with task.bar("SPDY", total=None, unit="weighting") as bar:
                 return self.search(asked, progress=bar.update)
 
-        return prune_by_library(task, search, library, name=name)
+        return prune_by_library(task, search, levels)
 
     def search(self, task: SearchTask, *, progress: Callable[[int], None] = lambda _: None) -> SearchResult:
         """Return the best config of SPDY's search, scored by the real KL; `progress` gets 1 for every weighting."""

@@ -138,6 +138,15 @@ def shape_of(name: str) -> tuple[Architecture, int]:
     return architecture_of(model), dtype.itemsize
 
 
+def is_mapped(name: str) -> bool:
+    """Return whether the weights of a model stay in its files, where the host computes.
+
+    The system then reads them as they are needed, and forgets them where memory is short. Those of a GGUF file are
+    dequantised, and need memory of their own.
+    """
+    return "gguf_file" not in _place(name)[2]
+
+
 def _place(name: str) -> tuple[Path, Path, dict[str, Any]]:
     """Return the folder of a model, the path of its tokenizer, and how its files are read. Raises InvalidInput."""
     path = builtin_model(name) if name in BUILTIN_MODELS else checkpoint_of(Path(name))

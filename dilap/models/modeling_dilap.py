@@ -237,6 +237,7 @@ class _OwnWidths(PreTrainedModel):  # type: ignore[misc]
 
 
 @functools.cache
+@functools.cache  # another process is sent a model by the name of its class
 def pruned_class(stock: Any) -> Any:
     """Return the class that builds the models of the class `stock` with own widths in every layer."""
     made: Any = type(f"{_PREFIX}{stock.__name__}", (_OwnWidths, stock), {"__module__": __name__})

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from dilap.models.compute import batches, compute_precision, product_type
 from dilap.models.compute_device import HOST
 from dilap.models.families import family_of
+from dilap.models.processes import Processes
 from dilap.models.tensor_file import Tensors, computed_once
 
 ROWS = 128  # positions whose logits are held at once: 128 x 49152 in f32 is 25 MB, which malloc reuses
@@ -103,6 +104,14 @@ class Teacher:
     def perplexity(self) -> float:
         """Perplexity of the dense model."""
         return float(self.losses.double().mean().exp())
+
+    def share(self, processes: Processes) -> "Teacher":
+        """Return the answers on a process's share of the sequences; of one process, this object itself."""
+        if processes.count == 1:
+            return self
+        of_sequences = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "dense_head"}
+        shares: dict[str, Any] = {name: processes.share(one) for name, one in of_sequences.items() if one is not None}
+        return replace(self, **shares)
 
     @classmethod
     @torch.no_grad()

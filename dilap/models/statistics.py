@@ -19,6 +19,7 @@ from dilap.models.compute_device import widest_float
 from dilap.models.families import family_of
 from dilap.models.families.family import Family
 from dilap.models.modeling_dilap import linear_at
+from dilap.models.processes import ALONE, Processes
 
 Propagate = Literal["dense", "pruned"]
 Role = Literal["attention_in", "attention_out", "ffn_in", "ffn_out"]
@@ -66,6 +67,21 @@ class InputStatistics:
                 self.covariance_sum.addmm_(x.T, x)  # f32: after rounding to bf16 it would not be positive definite
         self.num_tokens += count
         self.num_sequences += inputs.shape[0] if inputs.dim() == 3 else 1
+
+    def pool_(self, processes: Processes) -> None:
+        """Make these the sums over the tokens of all processes; inputs that are kept stay those of this one."""
+        if processes.count == 1:
+            return
+        counts = torch.tensor([self.num_tokens, self.num_sequences], device=self.mean.device)
+        mean = self.num_tokens * self.mean
+        processes.sum_(counts, mean)
+        num_tokens, num_sequences = counts.tolist()
+        mean /= num_tokens
+        self.squared_deviations += self.num_tokens * (self.mean - mean).square()
+        processes.sum_(self.squared_deviations, self.sum_squares)
+        if self.covariance_sum is not None:
+            processes.sum_(self.covariance_sum)
+        self.num_tokens, self.num_sequences, self.mean = num_tokens, num_sequences, mean
 
     @property
     def variance(self) -> torch.Tensor:
@@ -126,6 +142,7 @@ def layer_statistics(
     propagate: Propagate = "dense",
     batch_tokens: int = 2048,
     device: torch.device | None = None,
+    processes: Processes = ALONE,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Step]:
     """Yield every layer with the statistics of its inputs on `tokens` (sequences x length).
@@ -133,10 +150,11 @@ def layer_statistics(
     The body of the loop may change `step.layer` in place. With `propagate="pruned"` the layer is then run once more, so
     that the next layer gets what the changed one gives. Padding is not supported: all sequences have the same length.
     `covariance` and `keep_inputs` ask for X'X and for the inputs themselves; `progress` gets the number of tokens that
-    went through a layer.
+    went through a layer. Where several `processes` do this together, each runs its share of the sequences, and all get
+    the same statistics; inputs, outputs and states are those of the share.
     """
     family = family_of(model.config)
-    calls = layer_calls(model, tokens, batch_tokens=batch_tokens)
+    calls = layer_calls(model, processes.share(tokens), batch_tokens=batch_tokens)
     states = [call.hidden for call in calls]
 
     def run(layer: nn.Module, index: int) -> list[State]:
@@ -149,6 +167,8 @@ def layer_statistics(
         statistics: dict[Role, InputStatistics] = {role: InputStatistics() for role in roles}
         with _Hooks(layer, family, statistics, covariance=covariance, keep=keep_inputs):
             outputs = run(layer, index)
+        for one in statistics.values():
+            one.pool_(processes)
         yield Step(index=index, layer=layer, statistics=statistics, inputs=states, outputs=outputs)
         if propagate == "pruned":
             outputs = run(layer, index)

@@ -9,6 +9,7 @@ from torch.nn import functional
 from dilap.models.compute import batches
 from dilap.models.compute_device import HOST
 from dilap.models.head_changes import head_products
+from dilap.models.processes import ALONE, Processes
 from dilap.models.reference import Teacher
 from dilap.search.supernet import Supernet
 from dilap.search.tap import Changes, Tap
@@ -54,6 +55,7 @@ def linearise(
     samples: int,
     seed: int,
     batch_tokens: int = 1024,
+    processes: Processes = ALONE,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Curvature:
     """Return the quadratic model of the KL around the current config, from one pass over the teacher's text.
@@ -66,9 +68,15 @@ def linearise(
     log-likelihood of labels drawn from the current model itself. So Q is an unbiased estimate of the Fisher matrix,
     which at the dense model is the curvature of the KL. Rows are sequences, because rows of single positions would miss
     how the changes at several positions add up.
+
+    Where several `processes` do this together, the teacher of each has its share of the text, and all get the model of
+    the whole text.
     """
     net.forget()
     generator = torch.Generator().manual_seed(seed)
+    lengths = processes.each(len(teacher.tokens))
+    earlier = sum(lengths[: processes.rank]) * teacher.tokens.shape[1]
+    torch.rand(earlier, samples, generator=generator)  # drawn by the processes before, so that labels stay the same
     teacher, current = net.facing(teacher, net.config), net.model.get_output_embeddings().weight
     head = net.head_of(current)
     changes = Changes.of(net)
@@ -92,13 +100,15 @@ def linearise(
                 products = tap.backward(hidden, gradient, at_logits=at_logits)
                 Q += products.T @ products
             progress(batch.numel())
-    total = teacher.tokens.numel()
-    slopes = of_levels(slopes.to(HOST), changes.parts)
+    num_rows, value_sum = sum(lengths), torch.tensor(value, dtype=torch.float64)
+    total = num_rows * teacher.tokens.shape[1]
+    processes.sum_(Q, value_sum)
+    slopes = of_levels(processes.joined(slopes.to(HOST)), changes.parts)
     return Curvature(
-        value=value / total,
+        value=float(value_sum) / total,
         b=slopes.mean(0),
         b_error=slopes.std(0, correction=0) / len(slopes) ** 0.5,
         of_changes=Q.to(HOST) / (total * samples),
         parts=changes.parts,
-        num_rows=len(teacher.tokens) * samples,
+        num_rows=num_rows * samples,
     )

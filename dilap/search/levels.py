@@ -2,23 +2,39 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
 
 from dilap.core.codec import digest
 from dilap.core.costs import Counts
 from dilap.core.graph import Shape
 from dilap.core.plan import Plan
 from dilap.core.space import Choice, Space, plan_of
+from dilap.models.anatomy import ExpertSublayer, all_sublayers
+from dilap.models.processes import Team
 from dilap.models.reference import Teacher
+from dilap.models.statistics import layer_statistics
 from dilap.search.allocation import Config
-from dilap.search.journal import Evaluator
+from dilap.search.journal import Evaluator, Part
 from dilap.search.library import fit_choices, fits_of_levels, width_choices
-from dilap.search.library_file import Fits, Library, kept_library
+from dilap.search.library_file import Fits, Library, kept_library, load_library
 from dilap.search.limit import CostLimit
 from dilap.search.method import Pruned, PruneTask
 from dilap.search.options import LibraryOptions
-from dilap.search.refit import best_refit, refit_refusal
+from dilap.search.refit import refit_refusal
 from dilap.search.supernet import HeadLevel, Supernet
 from dilap.search.task import Asked_co, Search, SearchResult, SearchTask
+
+
+class Levels(NamedTuple):
+    """A level library with its name, and the folder where it is kept, None without a cache."""
+
+    library: Library
+    name: str
+    folder: Path | None
 
 
 def prune_by_levels(task: PruneTask, search: Search) -> Pruned:
@@ -27,9 +43,8 @@ def prune_by_levels(task: PruneTask, search: Search) -> Pruned:
     Where the family's projections cannot be refitted in sequence, the library's stay, and a line says why; they are
     only rounded.
     """
-    library, name = compensated_library(task, task.levels.library)
-    net, teacher = supernet_of(task, library), validation_teacher(task)
-    found = search_levels(task, search, net, teacher, journal=f"journal-{name}")
+    evaluator = evaluator_of(task, compensated_library(task, task.levels.library))
+    net, found = evaluator.net, search_levels(task, search, evaluator)
     plan, options = plan_at(task, net, found.config), task.levels.refit
     if reason := refit_refusal(task.model):
         task.report(f"refit: skipped, the projections of the search stay: {reason}")
@@ -37,21 +52,48 @@ def prune_by_levels(task: PruneTask, search: Search) -> Pruned:
             return Pruned(plan=plan, parameters=net.parameters(found.config))
         options = replace(options, corrections=())
     with task.bar("refit", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
-        refit = best_refit(net, found.config, task.text.train, teacher=teacher, options=options, progress=bar.update)
+        refit = evaluator.refit(found.config, task.text.train, options=options, progress=bar.update)
     task.report(f"refit: KL on the validation split {found.kl:.3f} -> {refit.kl:.3f}")
     return Pruned(plan=plan, parameters=refit.parameters)
 
 
-def prune_by_library(task: PruneTask, search: Search, library: Library, *, name: str) -> Pruned:
-    """Prune to the config that `search` finds, with the library's own projections; `name` is the library's."""
-    net = supernet_of(task, library)
-    config = search_levels(task, search, net, validation_teacher(task), journal=f"journal-{name}").config
+def prune_by_library(task: PruneTask, search: Search, levels: Levels) -> Pruned:
+    """Prune to the config that `search` finds, with the library's own projections."""
+    evaluator = evaluator_of(task, levels)
+    config, net = search_levels(task, search, evaluator).config, evaluator.net
     return Pruned(plan=plan_at(task, net, config), parameters=net.parameters(config))
 
 
-def supernet_of(task: PruneTask, library: Library) -> Supernet:
-    """Return the task's model with the levels of its space; `library` has a fit for every level of its sublayers."""
-    return Supernet(task.model, library, head_levels=head_levels(task.space))
+def evaluator_of(task: PruneTask, levels: Levels) -> Evaluator:
+    """Return what answers a search among the levels of the task's space, of which the library has a fit each.
+
+    The answers are kept in the task's cache. Where the library is there too, the team computes them together.
+    """
+    net = Supernet(task.model, levels.library, head_levels=head_levels(task.space))
+    team = Team() if levels.folder is None else task.team
+    teacher, journal = validation_teacher(task), None if task.cache is None else task.cache / f"journal-{levels.name}"
+    if team.processes.count > 1:
+        team.share_model("dense", task.model, digest=task.base)
+        keep_states = bool(head_levels(task.space))
+        with team.helped(_keep_part, levels.folder, task.space, task.text.validation, keep_states):
+            pass  # this process has all of it
+    return Evaluator(net=net, teacher=teacher, journal=journal, team=team)
+
+
+def _dense_model(team: Team) -> PreTrainedModel:
+    """Return a helper's copy of the dense model, which the part of an earlier search may have left in other levels."""
+    if "part" in team.kept:
+        team.kept.pop("part").net.close()
+    return team.models["dense"]
+
+
+def _keep_part(team: Team, folder: Path, space: Space, validation: torch.Tensor, keep_states: bool) -> None:
+    """Let a helper keep its part of what answers a search."""
+    model = _dense_model(team)
+    teacher = Teacher.of(model, team.processes.share(validation), keep_states=keep_states)
+    library = _of_levels(space, load_library(folder, width_choices(space.choices)))
+    net = Supernet(model, library, head_levels=head_levels(space))
+    team.kept["part"] = Part(net=net, teacher=teacher, processes=team.processes)
 
 
 def head_levels(space: Space) -> tuple[HeadLevel, ...]:
@@ -66,18 +108,16 @@ def head_levels(space: Space) -> tuple[HeadLevel, ...]:
     return HeadLevel(), *changed
 
 
-def search_levels(task: PruneTask, search: Search, net: Supernet, teacher: Teacher, *, journal: str) -> SearchResult:
-    """Return what `search` finds within the task's limit; `net` is dense again afterwards.
-
-    `journal` is the name of the folder in the task's cache where the answers to the search are kept.
-    """
+def search_levels(task: PruneTask, search: Search, evaluator: Evaluator) -> SearchResult:
+    """Return what `search` finds within the task's limit; the evaluator's model is dense again afterwards."""
     first = SearchTask(
-        evaluator=Evaluator(net=net, teacher=teacher, journal=None if task.cache is None else task.cache / journal),
+        evaluator=evaluator,
         space=task.space,
         limit=task.cost_limit.limit,
         options=task.levels.search,
         report=task.report,
     )
+    net = evaluator.net
     found = search_within(first, search, task.cost_limit, plan=lambda config: plan_at(task, net, config))
     net.close()
     return found
@@ -114,22 +154,27 @@ def search_within(
     )
 
 
-def level_library(task: PruneTask, fit: Callable[[Sequence[Choice]], Fits], *, name: str) -> tuple[Library, str]:
-    """Return the library of the levels that `fit` fits, and its name in the task's cache, where it is kept.
+def level_library(task: PruneTask, fit: Callable[[Sequence[Choice]], Fits], *, name: str) -> Levels:
+    """Return the library of the levels that `fit` fits, which is kept in the task's cache.
 
-    The name is `name` with a digest of the levels. `fit` is called only for what is not kept yet, and with one level of
+    Its name is `name` with a digest of the levels. `fit` is called only for what is not kept yet, and with one level of
     each width, because precisions share fits.
     """
-    choices = [choice for choice in task.space.choices if choice.block.groups]
-    wide = width_choices(choices)
-    widths = f"{name}-{_digest([_widths(one) for one in wide])}"
+    wide, folder = width_choices(task.space.choices), None
     if task.cache is not None:
-        fitted = kept_library(task.cache / widths, wide, fit)
+        folder = task.cache / f"{name}-{_digest([_widths(one) for one in wide])}"
+        fitted = kept_library(folder, wide, fit)
     else:
         by_name = dict(fit(wide))
         fitted = [by_name[choice.name] for choice in wide]
-    library = [fits_of_levels(choice, fits) for choice, fits in zip(choices, fitted, strict=True)]
-    return library, f"{name}-{_digest([[one.precisions, _widths(one)] for one in task.space.choices])}"
+    of_levels = _digest([[one.precisions, _widths(one)] for one in task.space.choices])
+    return Levels(library=_of_levels(task.space, fitted), name=f"{name}-{of_levels}", folder=folder)
+
+
+def _of_levels(space: Space, fitted: Library) -> Library:
+    """Return a fit for every level of a space, given one for each width."""
+    choices = [choice for choice in space.choices if choice.block.groups]
+    return [fits_of_levels(choice, fits) for choice, fits in zip(choices, fitted, strict=True)]
 
 
 def _widths(choice: Choice) -> list[Counts]:
@@ -140,17 +185,34 @@ def _digest(described: object) -> str:
     return digest(described)[:8]
 
 
-def compensated_library(task: PruneTask, options: LibraryOptions) -> tuple[Library, str]:
-    """Return the library of these options, built on the training split, and its name in the task's cache.
+def compensated_library(task: PruneTask, options: LibraryOptions) -> Levels:
+    """Return the library of these options, built on the training split.
 
     Methods with equal options share it.
     """
+    # An expert is judged by the tokens that are sent to it, which no process has all of.
+    team = Team() if any(isinstance(one, ExpertSublayer) for one in all_sublayers(task.model)) else task.team
+    tokens, processes = task.text.train, team.processes
 
     def fit(choices: Sequence[Choice]) -> Fits:
-        with task.bar("library", total=task.num_layers * task.text.train.numel(), unit="tok") as bar:
-            yield from fit_choices(task.model, choices, task.text.train, options=options, progress=bar.update)
+        team.share_model("dense", task.model, digest=task.base)
+        with (
+            task.bar("library", total=task.num_layers * tokens.numel(), unit="tok") as bar,
+            team.helped(_add_statistics, tokens, options),
+        ):
+            yield from fit_choices(
+                task.model, choices, tokens, options=options, processes=processes, progress=bar.update
+            )
 
     return level_library(task, fit, name=f"library-{digest(asdict(options))[:8]}")
+
+
+def _add_statistics(team: Team, tokens: torch.Tensor, options: LibraryOptions) -> None:
+    """Let a helper add the statistics of its share of the tokens to those of `fit_choices`."""
+    for _ in layer_statistics(
+        _dense_model(team), tokens, covariance=True, batch_tokens=options.batch_tokens, processes=team.processes
+    ):
+        pass
 
 
 def validation_teacher(task: PruneTask) -> Teacher:

@@ -16,6 +16,7 @@ from dilap.core.groups import Kept
 from dilap.core.space import Choice, Level
 from dilap.models.anatomy import ExpertSublayer, Sublayer, all_sublayers
 from dilap.models.compute_device import HOST
+from dilap.models.processes import ALONE, Processes
 from dilap.models.statistics import OUTPUTS, layer_statistics
 from dilap.search.experts import Batches, importances, inputs_recorded, output_errors
 from dilap.search.options import LibraryOptions, Order
@@ -75,14 +76,23 @@ def fit_choices(
     tokens: torch.Tensor,
     *,
     options: LibraryOptions = _DEFAULTS,
+    processes: Processes = ALONE,
     progress: Progress = lambda _: None,
 ) -> Iterator[tuple[str, list[LevelFit]]]:
-    """Yield the name of every choice with its levels fitted on `tokens` (sequences x length), layer by layer."""
+    """Yield the name of every choice with its levels fitted on `tokens` (sequences x length), layer by layer.
+
+    The `processes` share the tokens; see `layer_statistics`. What is known of experts is of this one's share alone.
+    """
     wanted = {choice.name: choice for choice in choices}
     found = [one for one in all_sublayers(model) if one.name in wanted]
     with inputs_recorded([one for one in found if isinstance(one, ExpertSublayer)]) as inputs:
         for step in layer_statistics(
-            model, tokens, covariance=True, batch_tokens=options.batch_tokens, progress=progress
+            model,
+            tokens,
+            covariance=True,
+            batch_tokens=options.batch_tokens,
+            processes=processes,
+            progress=progress,
         ):
             for one in (one for one in found if one.layer == step.index):
                 levels = wanted[one.name].levels

@@ -31,7 +31,12 @@ def kept_library(folder: Path, choices: Sequence[Choice], fit: Callable[[Sequenc
     if missing:
         for name, fits in fit(missing):
             save_fits(paths[name], fits, dtype=_dtype(fits, len(choices)))
-    return [load_fits(path) for path in paths.values()]
+    return load_library(folder, choices)
+
+
+def load_library(folder: Path, choices: Sequence[Choice]) -> Library:
+    """Return the library of `choices` in `folder`. Raises InvalidInput for a damaged or missing file."""
+    return [load_fits(folder / f"{choice.name}.safetensors") for choice in choices]
 
 
 def _dtype(fits: Sequence[LevelFit], num_choices: int) -> torch.dtype:

@@ -33,6 +33,7 @@ from dilap.core.shape import Architecture
 from dilap.core.space import Space
 from dilap.models.anatomy import blocks_of
 from dilap.models.cut import Parameters
+from dilap.models.processes import Team
 from dilap.models.tensor_file import Tensors, computed_once
 from dilap.models.text import Calibration
 from dilap.search.limit import CostLimit
@@ -61,7 +62,8 @@ class PruneTask:
     that choose among them; `levels` are those methods' settings. `rules` say which plans are allowed. `cache` is a
     folder for what is computed only once, which a killed run reads when it goes on, and so do the other budgets of a
     comparison: what lies there must not depend on the limit. `bar(title, total=, unit=)` is a context manager that
-    gives an object with `update(n)`; `report` takes a line for the log.
+    gives an object with `update(n)`; `report` takes a line for the log. A method runs in one process; the `team` are
+    those that it may ask to help it.
     """
 
     model: PreTrainedModel
@@ -75,6 +77,7 @@ class PruneTask:
     training: torch.Tensor | None = None
     cache: Path | None = None
     seed: int = 0
+    team: Team = field(default_factory=Team)
     bar: Callable[..., Any] = _no_bar
     report: Callable[[str], None] = lambda _: None
 

@@ -19,6 +19,7 @@ from dilap.models.compute_device import HOST
 from dilap.models.cut import Parameters
 from dilap.models.families import family_of
 from dilap.models.matrices import put_, replaced
+from dilap.models.processes import ALONE, Processes
 from dilap.models.reference import Teacher, final_hidden
 from dilap.models.rounding import compensated
 from dilap.models.skipping import Known, layers_replaced
@@ -49,18 +50,26 @@ def best_refit(
     *,
     teacher: Teacher,
     options: RefitOptions = _DEFAULTS,
+    processes: Processes = ALONE,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Refit:
     """Return the first refit on `tokens` (sequences x length) that lowers the KL on the teacher's text.
 
     Where none does, return the library's projections; those of a config with precisions are rounded, compensated if
-    that lowers the KL. `net` is dense again afterwards.
+    that lowers the KL. `net` is dense again afterwards. Where several `processes` do this together, the teacher of each
+    has its share of the validation text, and each takes its share of `tokens`.
     """
-    found = Refit(parameters=net.parameters(config), correction=None, kl=net.kl(teacher, config))
+
+    def kl_with(parameters: Parameters) -> float:
+        return float(processes.joined(net.kls(teacher, config, parameters=parameters)).double().mean())
+
+    found = Refit(parameters=net.parameters(config), correction=None, kl=kl_with({}))
     attempts = (*options.corrections, None) if net.is_rounded(config) else options.corrections
     for correction in attempts:
-        made = refit_sequentially(net, config, tokens, correction=correction, options=options, progress=progress)
-        kl = net.kl(teacher, config, parameters=made)
+        made = refit_sequentially(
+            net, config, tokens, correction=correction, options=options, processes=processes, progress=progress
+        )
+        kl = kl_with(made)
         if kl < found.kl:
             found = Refit(parameters=made, correction=correction, kl=kl)
             break
@@ -85,6 +94,7 @@ def refit_sequentially(
     *,
     correction: float | None,
     options: RefitOptions = _DEFAULTS,
+    processes: Processes = ALONE,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, torch.Tensor]:
     """Return the parameters at `config`, by name, fitted on `tokens` (sequences x length): projections over the columns
@@ -95,10 +105,12 @@ def refit_sequentially(
     |W x - (y + correction (r - r'))|^2 + ridge |W - W_library|^2. So later sublayers make up for the errors of earlier
     ones, which the library cannot do, because it is fitted on inputs of the dense model. In a sublayer with a precision
     the matrices before the projection are rounded first, so that x has their errors, and the projection afterwards.
-    Without a correction projections are the library's, and only rounded. `net` is dense again afterwards. Raises
+    Without a correction projections are the library's, and only rounded. `net` is dense again afterwards. Where several
+    `processes` do this together, each runs its share of the tokens, and all get the same parameters. Raises
     Unsupported for a correction in a family that does more than add its sublayers' outputs to the residual stream.
     """
     net.close()
+    num_tokens, tokens = tokens.numel(), processes.share(tokens)
     scale = 1.0 if correction is None else family_of(net.model.config).residual_scale(net.model.config)
     calls = layer_calls(net.model, tokens, batch_tokens=options.batch_tokens)
     dense_states = [call.hidden for call in calls]
@@ -117,7 +129,7 @@ def refit_sequentially(
             if len(fit.columns) == 0:
                 continue
             if fit.precision:
-                found |= _round_inputs(net, i, fit.precision, traces_until)
+                found |= _round_inputs(net, i, fit.precision, traces_until, processes=processes)
             if i in net.routings:
                 results = [one.result for one in map(trace_of, calls, pruned_states)]
                 continue
@@ -126,10 +138,12 @@ def refit_sequentially(
             for one, dense in zip(here, traces, strict=True):
                 gap = (dense.residuals[i] - one.residuals[i]) / scale
                 problem.add(one.reached, dense.outputs[i].float() + (correction or 0.0) * gap.float())
+            processes.sum_(problem.H, problem.R)
             solved = problem.weight if correction is None else problem.solve()
             if fit.precision:
                 solved = compensated(solved, problem.H, fit.precision)
-            found[net.matrices[i][-1]] = solved.to(HOST)
+            kept = solved if fit.precision else solved.to(net.outs[i].weight.dtype)  # as the cut model has it
+            found[net.matrices[i][-1]] = kept.to(HOST)
             net.write(i, fit.columns, solved)
             if correction is None:
                 results = [one.result for one in map(trace_of, calls, pruned_states)]
@@ -142,8 +156,8 @@ def refit_sequentially(
         pruned_states = results
         for i in indices:
             net.restore(i)
-        progress(tokens.numel())
-    return found | _rounded_head(net, config, tokens, pruned_states, options=options)
+        progress(num_tokens)
+    return found | _rounded_head(net, config, tokens, pruned_states, options=options, processes=processes)
 
 
 def _entering(
@@ -163,7 +177,12 @@ def _entering(
 
 
 def _round_inputs(
-    net: Supernet, index: int, precision: str, traces_until: Callable[[nn.Module], Iterable["_Trace"]]
+    net: Supernet,
+    index: int,
+    precision: str,
+    traces_until: Callable[[nn.Module], Iterable["_Trace"]],
+    *,
+    processes: Processes,
 ) -> dict[str, torch.Tensor]:
     """Round the matrices before a sublayer's projection in the model, and return them by name.
 
@@ -175,24 +194,31 @@ def _round_inputs(
         values = {name: net.matrix(name, precision) for name in names}
     else:
         first = net.model.get_submodule(names[0].removesuffix(".weight"))  # the others read the same
-        gram = _gram(trace.reached for trace in traces_until(first))
+        gram = _gram((trace.reached for trace in traces_until(first)), processes)
         values = {name: compensated(net.dense[name], gram, precision).to(net.dense[name].dtype) for name in names}
     for name, value in values.items():
         put_(net.model, name, value)
     return values
 
 
-def _gram(inputs: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return X'X (inputs x inputs) of the inputs X of a matrix, which come in batches."""
+def _gram(inputs: Iterable[torch.Tensor], processes: Processes) -> torch.Tensor:
+    """Return X'X (inputs x inputs) of the inputs X of a matrix, which come in batches, from all processes."""
     statistics = InputStatistics()
     for batch in inputs:
         statistics.add(batch, covariance=True)
+    statistics.pool_(processes)
     assert statistics.covariance_sum is not None  # a batch has tokens
     return statistics.covariance_sum
 
 
 def _rounded_head(
-    net: Supernet, config: Config, tokens: torch.Tensor, states: list[State], *, options: RefitOptions
+    net: Supernet,
+    config: Config,
+    tokens: torch.Tensor,
+    states: list[State],
+    *,
+    options: RefitOptions,
+    processes: Processes,
 ) -> dict[str, torch.Tensor]:
     """Return the head by its name where it is rounded and no longer the embedding, compensated for its inputs.
 
@@ -205,6 +231,7 @@ def _rounded_head(
     with layers_replaced(net.model, {len(decoder_layers(net.model)) - 1: Known(states)}):
         for batch in batches(tokens, batch_tokens=options.batch_tokens, device=net.model.device):
             statistics.add(final_hidden(net.model, batch), covariance=True)
+    statistics.pool_(processes)
     assert statistics.covariance_sum is not None  # a batch has tokens
     return {net.head_name: compensated(dense, statistics.covariance_sum, level.head).to(dense.dtype)}
 

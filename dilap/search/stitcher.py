@@ -8,8 +8,10 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,6 +24,9 @@ from dilap.models.skipping import Known, layers_replaced
 from dilap.models.statistics import State
 from dilap.search.library import LevelFit
 
+# The cut layers of a model with more bytes than this in its layers are made when they run, again for every batch, and
+# not kept: a second model has no room beside a large one. Cutting a layer takes far less time than running a batch.
+_MOST_CUT_BYTES = 2 << 30
 _PATHS = 3  # configs whose layers' inputs are kept: the one with which others share most, and the latest ones
 Level = tuple[int, ...]  # one level index for every sublayer of a layer, and for what else it depends on
 # A sublayer, its level, and the values of those of its matrices that are not the dense model's, by name.
@@ -51,6 +56,7 @@ class Stitcher:
         self.model, self.build = model, build
         self._paths: list[_Path] = []
         self._text: object = None
+        self._keeps_layers = sum(one.nbytes for one in decoder_layers(model).parameters()) <= _MOST_CUT_BYTES
 
     @contextmanager
     def stitched(self, levels: Sequence[Level], *, text: object) -> Iterator[None]:
@@ -62,7 +68,8 @@ class Stitcher:
             self.forget()
             self._text = text
         path, first = self._known(levels)
-        layers = [self.build(index, levels[index]) for index in range(first, len(levels))]
+        makers = [partial(self.build, index, levels[index]) for index in range(first, len(levels))]
+        layers = [make() if self._keeps_layers else _MadeWhenRun(make) for make in makers]
         with ExitStack() as stack:
             for layer, states in zip(layers[1:], path.entering[first + 1 :], strict=True):
                 stack.callback(layer.register_forward_pre_hook(_keeping(states), with_kwargs=True).remove)
@@ -92,6 +99,18 @@ class Stitcher:
         self._paths, self._text = [], None
 
 
+class _MadeWhenRun(nn.Module):
+    """A layer of which nothing is kept between its runs."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, hidden_states: State, **arguments: Any) -> torch.Tensor:
+        found: torch.Tensor = self.make()(hidden_states, **arguments)
+        return found
+
+
 def _keeping(states: list[State]) -> Callable[[nn.Module, tuple[State, ...], dict[str, Any]], None]:
     def hook(_: nn.Module, arguments: tuple[State, ...], named: dict[str, Any]) -> None:
         states.append(arguments[0] if arguments else named["hidden_states"])
@@ -99,12 +118,12 @@ def _keeping(states: list[State]) -> Callable[[nn.Module, tuple[State, ...], dic
     return hook
 
 
-def cut_layer(model: PreTrainedModel, index: int, cuts: Sequence[Cut]) -> nn.Module:
-    """Return a layer of a dense model with some of its sublayers cut to their levels; the model stays as it is.
+def cut_layer(model: PreTrainedModel, index: int, own: nn.Module, cuts: Sequence[Cut]) -> nn.Module:
+    """Return a dense model's layer `own`, of an index, with some of its sublayers cut to levels; it stays as it is.
 
     Experts are only left out by the router, which computes the same, and as fast.
     """
-    family, own = family_of(model.config), decoder_layers(model)[index]
+    family = family_of(model.config)
     if not cuts:
         return own
     same = {id(one): one for one in (*own.parameters(), *own.buffers(), model.config)}

@@ -75,6 +75,7 @@ class Supernet:
         self.dense = {name: model.get_parameter(name) for name in (*names, self.embedding_name, self.head_name)}
         self._embeddings = ["", *(one.embedding for one in self.head_levels)]
         self._rounded = RoundedMatrices(_ROUNDED_BYTES + sum(one.nbytes for one in model.parameters()))
+        self._layers = list(decoder_layers(model))
         self._stitcher = Stitcher(model, self._layer)
         self._faced: tuple[Teacher | None, dict[str, Teacher]] = (None, {})  # a teacher, for heads in other precisions
         model.requires_grad_(False)
@@ -281,7 +282,7 @@ class Supernet:
             if chosen or any(name in parameters for name in self.matrices[i]):
                 cuts.append((self.sublayers[i], fit, self._values(i, fit, parameters)))
         is_gone = len(cuts) == len(own) and not any(len(fit.columns) for _, fit, _ in cuts)
-        return Skipped() if is_gone else cut_layer(self.model, index, cuts)
+        return Skipped() if is_gone else cut_layer(self.model, index, self._layers[index], cuts)
 
     def forget(self) -> None:
         """Free the inputs of layers that scoring keeps for the last few configs."""

@@ -1,6 +1,7 @@
 """What a job will take is told from the shape of its model, and its parts are what the stages really hold."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from dilap.core.workload import Budget
 from dilap.job import forecast
 from dilap.job.forecast import Machine, Need
 from dilap.job.options import JobOptions
+from dilap.job.shortages import lacking, shortages
 from dilap.models.anatomy import architecture_of
 from dilap.models.compute_device import HOST
 from dilap.models.load import load, shape_of
@@ -77,8 +79,35 @@ def test_stages_of_a_method_without_levels_are_fewer() -> None:
 
 def test_what_does_not_fit_is_said() -> None:
     large = [Need(stage="search", device_bytes=3 * 10**9), Need(stage="refit", device_bytes=2 * 10**9)]
-    assert forecast.lacking(large, SMALL) == ["the stage 'search' needs 3.0 GB of memory, and there are 1.0 GB"]
-    assert forecast.lacking([Need(stage="search", device_bytes=10**6)], SMALL) == []
+    assert lacking(large, SMALL) == ["the stage 'search' needs 3.0 GB of memory, and there are 1.0 GB"]
+    assert lacking([Need(stage="search", device_bytes=10**6)], SMALL) == []
+
+
+def test_weights_that_stay_in_their_files_need_no_memory(checkpoint: Path) -> None:
+    options = replace(
+        OPTIONS, model=str(checkpoint), method="flap", calibration=replace(OPTIONS.calibration, source="a")
+    )
+    needs_in, _ = forecast.of_job(replace(options, compute="cpu"))
+    loading = needs_in(options)[0]
+    assert 0 < loading.mapped_bytes < loading.device_bytes
+    room = loading.device_bytes - loading.mapped_bytes
+    assert lacking([loading], replace(SMALL, device_bytes=room, host_bytes=room)) == []
+    assert lacking([replace(loading, mapped_bytes=0)], replace(SMALL, device_bytes=room, host_bytes=room))
+
+
+def test_what_would_fit_is_said() -> None:
+    options = replace(OPTIONS, method="flap", recovery=RecoveryOptions(mode="full"))
+    needs_in = partial(forecast.needs_on, HOST, architecture_of(tiny_model("llama")), weight_bytes=4)
+    found = needs(options)
+    enough = max(one.device_bytes + one.host_bytes for one in found.values())
+    lora = needs(replace(options, recovery=RecoveryOptions(mode="lora", checkpoint_activations=True)))["recover"]
+    for room, words in (
+        (enough, []),
+        (lora.device_bytes + lora.host_bytes, ["it would fit with --recover lora --recover-checkpoint-activations"]),
+        (1, ["no option helps: take a smaller model, or more memory"]),
+    ):
+        machine = replace(SMALL, device_bytes=room, host_bytes=room)
+        assert shortages(options, needs_in, machine)[1:] == words
 
 
 def test_dry_run_prints_all_stages_and_does_nothing(
@@ -87,7 +116,7 @@ def test_dry_run_prints_all_stages_and_does_nothing(
     asked = ["--target", "host_cpu", "--budget", "70%", "--model", checkpoint, "--out", tmp_path / "out"]
     assert call(prune.main, *asked, *FAST, "--recover", "full", "--dry-run") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:16].strip() for line in lines[1:-1]] == [
+    assert [line[:16].strip() for line in lines[1:-2]] == [
         "load the model", "calibration text", "level library", "search", "refit", "score both model", "recover",
     ]  # fmt: skip
     assert list(tmp_path.glob("*out*")) == []

@@ -196,6 +196,27 @@ def test_activations_that_are_computed_again_change_nothing() -> None:
     assert again == pytest.approx(plain, rel=1e-5)
 
 
+def test_states_of_8_bits_lead_nearly_where_those_of_32_do() -> None:
+    pytest.importorskip("torchao")
+    teacher = Teacher.of(tiny_model("llama"), TOKENS)
+    kls = [
+        distil(pruned("llama"), teacher, replace(options("full", steps=8), has_8bit_states=flag)).kls
+        for flag in (False, True)
+    ]
+    assert kls[0] != kls[1]
+    assert kls[1][-1] == pytest.approx(kls[0][-1], rel=0.1)
+
+
+def test_killed_recovery_with_states_of_8_bits_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    teacher = Teacher.of(tiny_model("llama"), TOKENS)
+    asked = replace(options("full", steps=6), has_8bit_states=True, checkpoint_seconds=0.0)
+    whole = distil(pruned("llama"), teacher, asked).kls
+    with pytest.raises(Killed):
+        distil(pruned("llama"), teacher, asked, folder=tmp_path, progress=killed_after(3))
+    assert distil(pruned("llama"), teacher, asked, folder=tmp_path).kls == whole
+
+
 def test_vectors_are_trained_beside_adapters() -> None:
     model, before = pruned("llama"), dict(pruned("llama").named_parameters())
     asked = replace(options("lora", steps=2), lora_vectors=True)

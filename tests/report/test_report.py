@@ -158,7 +158,7 @@ def test_every_option_of_a_job_is_in_its_command(finished: FinishedJob) -> None:
     text = "--calib c.txt --calib-length 64 --eval-text e.txt --recover lora --recover-steps 9"
     loss = "--recover-rate 0.002 --recover-next-token 0.1 --recover-hidden 0.2 --recover-evaluate 3 --tracker wandb"
     stream = "--recover-data a.txt b.txt --recover-tokens 1M --recover-length 64 --recover-batch 128"
-    where = "--compute cpu --recover-checkpoint-activations"
+    where = "--compute cpu --recover-checkpoint-activations --recover-8bit-states"
     options = options_of(f"{job} {timed} {search} {text} {loss} {stream} {where}".split())
     result = decode(PruneResult, read_json(finished.run / "result.json"), source="result.json")
     result = replace(result, target=options.target, budget=options.budget, options=asdict(options))

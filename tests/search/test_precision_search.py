@@ -153,7 +153,7 @@ def test_methods_that_know_errors_of_widths_refuse_precisions(name: str) -> None
 def test_a_library_has_one_fit_of_each_width_on_disk(tmp_path: Path) -> None:
     model = tiny_model("llama")
     task = replace(tiny_task(model), space=mixed_space(model), cache=tmp_path)
-    library, _ = compensated_library(task, task.levels.library)
+    library = compensated_library(task, task.levels.library).library
     assert [len(levels) for levels in library] == [len(choice.levels) for choice in task.space.choices[:-1]]
     kept = [load_fits(path) for path in tmp_path.rglob("*.safetensors")]
     assert [len(fits) for fits in kept] == [len({fit.counts for fit in fits}) for fits in kept]

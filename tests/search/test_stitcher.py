@@ -1,15 +1,17 @@
 """Cut layers and known prefixes give what masking and running everything gives."""
 
+import weakref
 from collections.abc import Sequence
 
 import pytest
 import torch
 from standins.models import FAMILIES, levels_of, random_tokens, tiny_model, tiny_net
+from torch import nn
 from torch.testing import assert_close
 
 from dilap.models.anatomy import decoder_layers
 from dilap.models.reference import Teacher
-from dilap.search.stitcher import Stitcher
+from dilap.search.stitcher import Level, Stitcher
 from dilap.search.supernet import Supernet
 
 TOKENS = random_tokens(4, 12)
@@ -80,3 +82,25 @@ def test_only_layers_from_the_first_difference_on_run() -> None:
         with stitcher.stitched(levels, text=TOKENS), torch.no_grad():
             model(TOKENS)
     assert built == [0, 1, 2, 2, 1, 2, 2]
+
+
+def test_large_models_are_cut_one_layer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, teacher = scored("llama")
+    config = CONFIGS[1]
+    expected = net.kls(teacher, config)
+    monkeypatch.setattr("dilap.search.stitcher._MOST_CUT_BYTES", 0)
+    alive: set[int] = set()
+    counts: list[int] = []
+
+    def counted(index: int, level: Level) -> nn.Module:
+        layer = net._layer(index, level)
+        alive.add(index)
+        weakref.finalize(layer, alive.discard, index)
+        counts.append(len(alive))
+        return layer
+
+    stitcher = Stitcher(net.model, counted)
+    levels = [(*config[2 * index : 2 * index + 2], 0)[: 3 if index == 0 else 2] for index in range(3)]
+    with stitcher.stitched(levels, text=teacher):
+        assert torch.equal(teacher.kls(net.model), expected)
+    assert counts == [1, 1, 1]

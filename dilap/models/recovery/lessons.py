@@ -1,6 +1,7 @@
 """What a pruned model learns from: text, and what the dense model says about it."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -38,8 +39,11 @@ class KeptLessons:
 
     def __init__(self, teacher: Teacher, *, batch_tokens: int, seed: int) -> None:
         self._teacher, self._taken = teacher, 0
-        self._arguments = {"batch_tokens": batch_tokens, "seed": seed}
+        self._arguments: dict[str, Any] = {"batch_tokens": batch_tokens, "seed": seed}
         self._rows = shuffled_rows(teacher.tokens, batch_tokens=batch_tokens, seed=seed)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(KeptLessons, **self._arguments), (self._teacher,)  # another process reads it from the start
 
     @property
     def length(self) -> int:

@@ -24,8 +24,9 @@ class RecoveryOptions:
     Every `evaluate_every` steps the KL on the validation split is computed, and the best state is kept; 0 stands for
     ten times in a run. No more than `piece_tokens` run at once, with 0 as many as the device suggests;
     `checkpoint_activations` computes the activations of layers again in the backward pass, which takes a quarter more
-    time and far less memory. What a killed run needs to go on is written every `checkpoint_seconds`. `tracker` is one
-    of accelerate's (tensorboard, wandb, mlflow and so on), which is told loss and rate of every step.
+    time and far less memory. With `has_8bit_states` the states of AdamW have 8 bits. What a killed run needs to go on
+    is written every `checkpoint_seconds`. `tracker` is one of accelerate's (tensorboard, wandb, mlflow and so on),
+    which is told loss and rate of every step.
     """
 
     mode: Mode = "none"
@@ -47,6 +48,7 @@ class RecoveryOptions:
     evaluate_every: int = 0
     piece_tokens: int = 0
     checkpoint_activations: bool = False
+    has_8bit_states: bool = False
     checkpoint_seconds: float = 300.0
     tracker: str | None = None
     seed: int = 0

@@ -1,6 +1,6 @@
 """The training loop of a recovery, on accelerate: the best state is kept, and a killed run goes on in its folder.
 
-Nothing here knows how many processes there are but `accelerator`: each takes its share of every batch.
+Where there are several processes, each takes its share of every batch and of the validation text.
 """
 
 import math
@@ -23,7 +23,9 @@ from dilap.core.codec import checked, read_json, remove, write_json, written_asi
 from dilap.core.errors import InvalidInput, Unavailable, reason_of
 from dilap.models.anatomy import decoder_layers
 from dilap.models.compute_device import HOST
+from dilap.models.processes import ALONE, Processes
 from dilap.models.recovery.lessons import Lessons, Rows
+from dilap.models.recovery.optimizer import adamw, set_rate_, stepping
 from dilap.models.recovery.options import RecoveryOptions
 from dilap.models.recovery.trainable import Trainable
 from dilap.models.reference import AtHead, Teacher, final_hidden, head_of
@@ -75,17 +77,19 @@ def recover_(
     *,
     validation: Teacher,
     folder: Path,
+    processes: Processes = ALONE,
     progress: Callable[[Told], None] = lambda _: None,
 ) -> Recovered:
     """Train `model` in place to predict what the dense model does, and return how that went.
 
     It ends in the state that had the least KL on the text of `validation`. `folder` keeps that state and what a killed
-    run needs: the same call goes on in it, and its loss is that of a run that was not killed. Raises InvalidInput for a
-    damaged folder, Unavailable for a tracker whose library is missing.
+    run needs: the same call goes on in it, and its loss is that of a run that was not killed. Several
+    `processes` do this together, with the same arguments. Raises InvalidInput for a damaged folder, Unavailable for a
+    tracker whose library is missing.
     """
     require_tracker(options.tracker)
     trainable = Trainable(model, options)
-    run = _Run(trainable, lessons, options, validation=validation, folder=folder)
+    run = _Run(trainable, lessons, options, validation=validation, folder=folder, processes=processes)
     with _activations_computed_again(model) if options.checkpoint_activations else nullcontext():
         for told in run.steps():
             progress(told)
@@ -112,23 +116,30 @@ class _Run:
         *,
         validation: Teacher,
         folder: Path,
+        processes: Processes,
     ) -> None:
         self.trainable, self.lessons, self.options = trainable, lessons, options
-        self.model, self.validation, self.folder = trainable.model, validation, folder
-        self.head = head_of(self.model)
-        # The model stays where it is: where that is, is decided in one place.
-        self.accelerator = Accelerator(device_placement=False, log_with=options.tracker, project_dir=folder)
+        self.model, self.validation, self.folder = trainable.model, validation.share(processes), folder
+        self.head, self.processes = head_of(self.model), processes
+        # The model stays where it is: where that is, is decided in one place. Only of several processes has accelerate
+        # to be told that they compute on the host.
+        self.accelerator = Accelerator(
+            device_placement=False,
+            cpu=processes.count > 1 and self.model.device == HOST,
+            log_with=options.tracker,
+            project_dir=folder,
+        )
         self.accelerator.register_save_state_pre_hook(self._only_trained)
         groups = trainable.groups()
         self.rates = [group["lr"] for group in groups]
-        adam = torch.optim.AdamW(groups, weight_decay=0.0)
+        adam = adamw(groups, has_8bit_states=options.has_8bit_states)
         self.student, self.adam = self.accelerator.prepare(_Student(self.model), adam)
         self.done = Recovered()
 
     def steps(self) -> Iterator[Told]:
         """Run all steps that are left, and set the model to its best state."""
         if not self._go_on():
-            self.done.validation[0] = self.validation.kl(self.model)
+            self.done.validation[0] = self._validation_kl()
             self._keep_best()
         if self.options.tracker is not None:
             self.accelerator.init_trackers(_TRACKED)
@@ -142,7 +153,7 @@ class _Run:
             if step % self.options.steps_between_evaluations == 0 or step == self.options.num_steps:
                 self._evaluate(step)
             now = time.monotonic()
-            if now - kept >= self.options.checkpoint_seconds:
+            if self.processes.of_main(now - kept >= self.options.checkpoint_seconds):
                 self._checkpoint(step)
                 kept = now
             tokens = (step - first) * self.options.tokens_in_step
@@ -157,21 +168,23 @@ class _Run:
         """Run one batch forward and backward, in pieces, change the weights, and return the batch's KL a position."""
         rate = self.options.rate(step - 1)
         for group, own in zip(self.adam.param_groups, self.rates, strict=True):
-            group["lr"] = rate * own
+            set_rate_(group, rate * own)
         self.adam.zero_grad()
         batch = self.lessons.batch()
-        num_positions, processes = len(batch) * self.lessons.length, self.accelerator.num_processes
-        share = batch[self.accelerator.process_index :: processes]
+        num_positions, count = len(batch) * self.lessons.length, self.processes.count
+        share, weight = batch[self.processes.rank :: count], 1
+        if len(share) == 0:  # it takes part in the exchange of gradients all the same
+            share, weight = batch[:1], 0
         pieces = share.split(max(1, self._piece_tokens // self.lessons.length))
         total = torch.zeros((), dtype=torch.float64)
         for number, few in enumerate(pieces, start=1):
             # Gradients are exchanged once, with those of the last piece; their mean over processes is taken.
             with nullcontext() if number == len(pieces) else self.accelerator.no_sync(self.student):
-                total += self._learn(few, scale=processes / num_positions)
-        if self.accelerator.num_processes > 1:
-            total = self.accelerator.reduce(total.to(self.accelerator.device), "sum").to(HOST)
+                total += weight * self._learn(few, scale=weight * count / num_positions)
+        self.processes.sum_(total)
         self.accelerator.clip_grad_norm_(self.trainable.parameters.values(), 1.0)
-        self.adam.step()
+        with stepping(self.model.device, has_8bit_states=self.options.has_8bit_states):
+            self.adam.step()
         return float(total) / num_positions
 
     def _learn(self, few: torch.Tensor, *, scale: float) -> float:
@@ -191,8 +204,11 @@ class _Run:
         suggested = _PIECE_TOKENS_OF_HOST if self.model.device == HOST else _PIECE_TOKENS
         return self.options.piece_tokens or suggested
 
+    def _validation_kl(self) -> float:
+        return float(self.processes.joined(self.validation.kls(self.model)).double().mean())
+
     def _evaluate(self, step: int) -> None:
-        kl = self.validation.kl(self.model)
+        kl = self._validation_kl()
         if not math.isfinite(kl):
             return
         is_best = kl < self.done.validation[self.done.best_step]
@@ -202,9 +218,9 @@ class _Run:
             self._keep_best()
 
     def _keep_best(self) -> None:
-        if self.accelerator.is_main_process:
+        if self.processes.is_main:
             save_tensors(self._best, {name: one.detach() for name, one in self.trainable.parameters.items()})
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
 
     @torch.no_grad()
     def _take_best(self) -> None:
@@ -215,17 +231,33 @@ class _Run:
     def _only_trained(self, _: object, weights: list[dict[str, torch.Tensor]], __: object) -> None:
         """Leave out of what is saved what is not trained."""
         trained = {f"model.{name}" for name in self.trainable.parameters}
-        weights[:] = [{name: one for name, one in each.items() if name in trained} for each in weights]
+
+        def is_trained(name: str) -> bool:
+            return name.removeprefix("module.") in trained  # torch's data parallel puts that in front
+
+        weights[:] = [{name: one for name, one in each.items() if is_trained(name)} for each in weights]
 
     def _checkpoint(self, step: int) -> None:
         """Keep everything that a killed run needs to go on behind this step."""
         earlier = self._checkpoints()
-        with written_aside(self.folder / f"step-{step}") as folder:
-            folder.mkdir(parents=True)
+        with self._made_by_main(self.folder / f"step-{step}") as folder:
             self.accelerator.save_state(str(folder))
-            write_json(folder / "position.json", {"lessons": self.lessons.state_dict(), "done": vars(self.done)})
-        for one in earlier:
-            remove(one)
+            if self.processes.is_main:
+                write_json(folder / "position.json", {"lessons": self.lessons.state_dict(), "done": vars(self.done)})
+            self.processes.wait()
+        if self.processes.is_main:
+            for one in earlier:
+                remove(one)
+
+    @contextmanager
+    def _made_by_main(self, place: Path) -> Iterator[Path]:
+        """Give all processes a new folder, which the main one moves to its place in the end."""
+        if not self.processes.is_main:
+            yield self.processes.of_main(place)
+            return
+        with written_aside(place) as folder:
+            folder.mkdir(parents=True)
+            yield self.processes.of_main(folder)
 
     def _checkpoints(self) -> list[Path]:
         found = self.folder.glob("step-*")
@@ -233,7 +265,7 @@ class _Run:
 
     def _go_on(self) -> bool:
         """Go on where an earlier start of this run stopped, and return whether there was one."""
-        if not (found := self._checkpoints()):
+        if not (found := self.processes.of_main(self._checkpoints())):
             return False
         folder = found[-1]
         try:
