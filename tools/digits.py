@@ -29,6 +29,7 @@ from dilap import methods
 from dilap.cli.arguments import Several, share
 from dilap.cli.console import run
 from dilap.core.codec import written_aside
+from dilap.core.graph import Network
 from dilap.core.shape import UNMIXED
 from dilap.core.sqnr import kl_divergence
 from dilap.models.convolutional.cut import shrink_network_
@@ -172,7 +173,7 @@ class Bench:
         left = network.flops(pruned.plan.counts) / network.flops()
         return f"| {method} | {recovery.seed} | {left:.1%} | {before} | {self._scores(model)} |"
 
-    def _pruned(self, method: str, share_left: float, seed: int) -> Pruned:
+    def _pruned(self, method: str, share_left: float, seed: int) -> Pruned[Network]:
         network = self.source.traced.network
         layers = {layer.name: layer for layer in network.layers}
 

@@ -48,6 +48,7 @@ _NETWORK_FLAGS: Mapping[str, tuple[str, ...]] = {
     "--model": ("model",),
     "--processor": ("processor",),
     "--weights": ("weights",),
+    "--table": ("table",),
     "--backend": ("backend",),
     "--batch": ("workload", "batch"),
     "--stat": ("budget", "statistic"),

@@ -97,6 +97,18 @@ class NetworkBench(MeasuringBench):
         say_lines(self.progress, describe_errors(table.model()))
         return table
 
+    def read_table(self, path: Path, network: Network) -> NetworkTable:
+        """Read a table that was measured earlier. Raises Mismatch where that was for anything else than this bench."""
+        table = NetworkTable.read(path)
+        table.require_usable(
+            fingerprint=self.profiler.fingerprint(),
+            workload=self.workload,
+            network=network,
+            backend=self.backend.name,
+        )
+        say_lines(self.progress, describe_errors(table.model()))
+        return table
+
     def estimates(self, cases: Sequence[Case]) -> list[Measurement]:
         """Return estimates for model files of the bench's plans."""
         plans = {plan.digest: plan for plan in self.plans}

@@ -40,8 +40,8 @@ class ExampleOptions:
 class NetworkOptions(CommonOptions):
     """Everything that a prune job of such a network is asked for: two jobs with equal options are the same job.
 
-    `input`, `processor` and `weights` are those of `dilap.models.convolutional.load.load_network`. The seed is set in
-    the options of examples and recovery.
+    `input`, `processor` and `weights` are those of `dilap.models.convolutional.load.load_network`, and `table` is the
+    file of a latency table that was measured earlier. The seed is set in the options of examples and recovery.
     """
 
     model: str = next(iter(BUILTIN_NETWORKS))
@@ -51,6 +51,7 @@ class NetworkOptions(CommonOptions):
     input: NetworkInput | None = None
     processor: str | None = None
     weights: str | None = None
+    table: str | None = None
     examples: ExampleOptions
     recovery: NetworkRecovery = field(default_factory=NetworkRecovery)
 
@@ -68,6 +69,7 @@ def network_options(
     seq_length: int | None = None,
     processor: str | None = None,
     weights: str | None = None,
+    table: str | None = None,
     method: str = "dilap",
     settings: Mapping[str, str] | None = None,
     backend: str | None = None,
@@ -110,6 +112,7 @@ def network_options(
         input=_token_input(seq_length) if input_ is None else ImageInput.parse(input_),
         processor=processor,
         weights=weights,
+        table=table,
         target=device.label,
         backend=runtime,
         workload=Workload(

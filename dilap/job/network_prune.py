@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dilap import __version__, methods
-from dilap.core.codec import encode, remove, write_json
+from dilap.core.codec import digest, encode, remove, write_json
 from dilap.core.errors import Unsupported
 from dilap.core.graph import Network
 from dilap.core.groups import indices_kept
@@ -37,6 +37,7 @@ from dilap.models.convolutional.network import Traced
 from dilap.models.convolutional.norm_statistics import NormStatistics
 from dilap.models.network import gives_embeddings
 from dilap.profilers.devices.device import Device
+from dilap.profilers.tables.networks.table import NetworkTable
 from dilap.search.method import Pruned
 from dilap.search.network_task import NetworkMethod
 
@@ -133,6 +134,8 @@ def _inputs_of(options: NetworkOptions, shown: Shown[Any, Any]) -> dict[str, str
     }
     if ":" in options.method:
         found[f"the code of {options.method}"] = code_sha256(options.method)
+    if options.table is not None:
+        found["the latency table"] = digest(asdict(NetworkTable.read(Path(options.table))))
     return found
 
 

@@ -28,6 +28,7 @@ from dilap.models.tensor_file import computed_once
 from dilap.profilers.configuration import Configuration
 from dilap.profilers.tables.networks.costs import NetworkCosts, counted
 from dilap.profilers.tables.networks.model import NetworkLatency
+from dilap.profilers.tables.networks.table import NetworkTable
 from dilap.search.limit import CostLimit
 from dilap.search.method import Pruned
 from dilap.search.network_task import NetworkMethod, NetworkTask
@@ -60,8 +61,12 @@ class NetworkStages(CommonStages[Network]):
         )
 
     def _begun_configuration(self, dense: Path) -> Configuration:
-        """Return the fastest configuration, which all runs of a network share."""
-        threads = self.options.threads_tried
+        """Return that of the table that was given, or else the fastest one, which all runs of a network share."""
+        plain, threads = self.bench.workload, self.options.threads_tried
+        if self.options.table is not None:
+            given = NetworkTable.read(Path(self.options.table)).header.workload
+            count = given.threads if threads else plain.threads
+            return Configuration(workload=replace(plain, switches=given.switches, threads=count), plain=plain)
         kept = self.bench.configuration_path(self.source.name, self.network, threads=threads)
         with self.workspace.stage("find the fastest configuration"):
             return self.bench.kept_configuration(kept, threads=threads, dense=lambda: dense)
@@ -109,9 +114,12 @@ class NetworkStages(CommonStages[Network]):
         """Return what predicts latencies: the costs fitted to a measured table, or an estimate."""
         if self.bench.estimate:
             return self.bench.estimated_costs(self.network)
-        path = self.bench.table_path(self.source.name, self.network)
-        with self.workspace.stage("latency table"):
-            table = self.bench.build_table(self.network, path, write_probe=self._write_probe)
+        if self.options.table is not None:
+            table = self.bench.read_table(Path(self.options.table), self.network)
+        else:
+            path = self.bench.table_path(self.source.name, self.network)
+            with self.workspace.stage("latency table"):
+                table = self.bench.build_table(self.network, path, write_probe=self._write_probe)
         table.write(self.workspace.folder / "table.jsonl")
         model = table.model(self.options.budget.statistic)
         require_claimable(model, advice="the same command on a quiet machine")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from standins.fake_job import FakeNetworkBench, call, last_line, use_fake_network_bench
+from standins.network_tables import measured_table
 from standins.networks import output, resnet, write_photograph
 from standins.quick_methods import QUICK
 from transformers import ViTImageProcessorPil
@@ -25,8 +26,10 @@ from dilap.core.graph import Network
 from dilap.core.groups import indices_kept
 from dilap.core.measurement import Measurement
 from dilap.core.plan import Plan
+from dilap.core.workload import Workload
 from dilap.evaluation.image_subject import open_image_subject
 from dilap.job import api, claims
+from dilap.job.api import Lines
 from dilap.job.command import command_line
 from dilap.job.networks import is_network
 from dilap.job.photographs import GUESSED
@@ -36,6 +39,10 @@ from dilap.models.convolutional.load import load_network, save_network
 from dilap.models.convolutional.proof import masked_, stand_in
 from dilap.profilers.devices import device as devices
 from dilap.profilers.profiler import Case
+from dilap.profilers.protocol import TABLE
+from dilap.profilers.tables.networks.entries import NetworkEntry, named
+from dilap.profilers.tables.networks.probes import list_network_probes
+from dilap.profilers.tables.networks.table import NetworkTable, NetworkTableHeader
 from dilap.report.report import Report
 
 if reason := backends.get("onnxruntime").unavailable():
@@ -227,6 +234,47 @@ def test_a_share_of_the_weights_can_be_removed_instead(place: Place) -> None:
     result = place.prune(budget=None, ratio=0.3)
     assert result.status == "kept"
     assert result.limit_seconds is None
+
+
+def write_table(place: Place) -> Path:
+    """A table of the network on this machine: it is as fast as it has little to compute."""
+    source, path = load_network(str(place.classifier)), place.runs.parent / "table.jsonl"
+    network, workload = source.traced.network, Workload(phase="forward", precision="f32", threads=2)
+    bench = FakeNetworkBench.of([devices.get("host_cpu")], "onnxruntime", workload, Lines(lambda _: None))
+    header = NetworkTableHeader(
+        fingerprint=bench.profiler.fingerprint(),
+        workload=workload,
+        network=network,
+        backend="onnxruntime",
+        protocol=TABLE,
+        created="2026-01-01T00:00:00+00:00",
+    )
+    probes = list_network_probes(network, multiple=8, num_random=8, num_holdout=4, seed=0)
+    samples = [(round(1e6 + network.flops(named(network, one.counts)) / 10),) * 15 for one in probes]
+    entries = [
+        NetworkEntry(role=one.role, counts=one.counts, samples_ns=taken, sentinel_ns=samples[0], status="ok")
+        for one, taken in zip(probes, samples, strict=True)
+    ]
+    NetworkTable(header).with_entries(entries).write(path)
+    return path
+
+
+def test_a_table_that_was_measured_before_is_used_with_its_threads(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeNetworkBench, "build_table", None)  # nothing is measured for a table
+    path = write_table(place)
+    result = place.prune(table=str(path))
+    assert result.workload.threads == 2
+    assert result.predicted_seconds is not None
+    assert (place.runs / "run" / "table.jsonl").read_bytes() == path.read_bytes()
+    assert f"--table {path}" in command_line(result)
+
+
+def test_a_table_of_another_network_is_refused(place: Place, tmp_path: Path) -> None:
+    measured_table().write(tmp_path / "other.jsonl")
+    with pytest.raises(Mismatch, match="network tensors differ"):
+        place.prune(table=str(tmp_path / "other.jsonl"))
 
 
 def test_without_a_device_a_latency_is_estimated(place: Place) -> None:
