@@ -52,10 +52,9 @@ def refit_(
     stays = net.stays(config)
     with Passing(net.model, net.library.layers) as passing:
         outputs_of(net.model, next(batches_of(images, 2, model=net.model)))
-    for name in dict.fromkeys(one.layer.name for one in passing.passages):
+    gone = {name for branch in net.removed(config) for name in branch.modules}
+    for name in dict.fromkeys(one.layer.name for one in passing.passages if one.layer.name not in gone):
         kept = stays[name]
-        if not kept.any():
-            continue  # the last layer of a removed branch
         seen = _seen(net, dense, net.library.layers[name], images, seed=seed)
         matrix = net.matrix(name).clone()
         damped = regularised(seen.moments[kept][:, kept], ridge=ridge)
