@@ -41,7 +41,7 @@ class NetworkSupernet:
     ) -> None:
         self.space, self.library = space, library
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._norms, self._validation = NormStatistics.of(self.model, images), validation
+        self.norms, self._validation = NormStatistics.of(self.model, images), validation
         self.dense = {name: self.matrix(name).clone() for name in library.layers}
         biases = {name: getattr(self.model.get_submodule(name), "bias", None) for name in library.layers}
         self._biases = {
@@ -153,7 +153,7 @@ class NetworkSupernet:
 
     def measure_norms_(self) -> None:
         """Measure the batch norms of the network as it is now."""
-        self._norms.put_(self.model)
+        self.norms.put_(self.model)
 
     def kl(self, config: Sequence[int]) -> float:
         return float(self.kls(config).double().mean())
