@@ -406,7 +406,7 @@ def test_a_network_that_forbids_cutting_is_refused(place: Place, capsys: pytest.
         (["--calib", "self"], "is pruned with photographs: give a folder of them as --calib"),
         (["--calib", "nowhere"], "images 'nowhere' does not exist"),
         (["--recover", "lora"], "recover is none or full for the image network"),
-        (["--method", "flap"], "unknown method 'flap'; known: dilap"),
+        (["--method", "flap"], "unknown method 'flap'; did you mean 'dilap'"),
         (["--input", "224"], "write channels, height and width: 3x224x224"),
         (["--input", "1x32x32"], "nobody says how photographs become inputs of 1x32x32: give a folder with"),
     ],

@@ -7,7 +7,7 @@ around its mean counts. Which units stay follows from the same refits, every out
 loss's gradient there.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from dilap.core.graph import Branch, Layer, Network
 from dilap.core.space import Space
 from dilap.models.convolutional.readers import Passing, Reader, matrix_of, norms_behind, readers_of
-from dilap.models.network import Examples, batches_of, gives_embeddings, outputs_of
+from dilap.models.network import Examples, batches_of, evaluating, gives_embeddings, outputs_of
 from dilap.search.library import refit, regularised, removal_order
 
 _AT_ONCE = 8  # images in a pass that keeps activations
@@ -91,9 +91,8 @@ def build_library(
     *,
     options: LibraryOptions,
     seed: int,
-    progress: Callable[[int], None] = lambda _: None,
 ) -> NetworkLibrary:
-    """Fit all levels of a space on images; the model's weights need no gradients."""
+    """Fit all levels of a space on images."""
     network = space.architecture
     readers = readers_of(network)
     layers = {one.layer.name: one.layer for found in readers.values() for one in found}
@@ -102,7 +101,7 @@ def build_library(
         for level in choice.levels:
             for group, count in zip(choice.block.groups, level.counts, strict=True):
                 counts[group.name].add(count)
-    statistics = layer_statistics(model, layers, images, seed=seed, progress=progress)
+    statistics = layer_statistics(model, layers, images, seed=seed)
     matrices = {
         name: matrix_of(model.get_parameter(layer.weight).detach(), layer).float() for name, layer in layers.items()
     }
@@ -171,25 +170,20 @@ def _change(
 
 
 def layer_statistics(
-    model: nn.Module,
-    layers: Mapping[str, Layer],
-    images: Examples,
-    *,
-    seed: int,
-    progress: Callable[[int], None] = lambda _: None,
+    model: nn.Module, layers: Mapping[str, Layer], images: Examples, *, seed: int
 ) -> dict[str, Statistics]:
     """Return the statistics of what layers read over images, at a random sample of positions of every image."""
     generator = torch.Generator().manual_seed(seed)
-    norms = norms_behind(model, layers, lambda: outputs_of(model, next(batches_of(images, 2, model=model))))
     sums: dict[str, _Sums] = {}
-    for batch in batches_of(images, _AT_ONCE, model=model):
-        for name, inputs, weights in _seen(model, layers, batch, generator):
-            sampled = sample_positions(inputs, generator).movedim(1, 0).flatten(1)
-            if name not in sums:
-                keeps_mean = name in norms or _has_bias(model, layers[name])
-                sums[name] = _Sums(about=sampled.mean(1) if keeps_mean else None)
-            sums[name].add(sampled, weights)
-        progress(len(batch))
+    with evaluating(model):
+        norms = norms_behind(model, layers, lambda: outputs_of(model, next(batches_of(images, 2, model=model))))
+        for batch in batches_of(images, _AT_ONCE, model=model):
+            for name, inputs, weights in _seen(model, layers, batch, generator):
+                sampled = sample_positions(inputs, generator).movedim(1, 0).flatten(1)
+                if name not in sums:
+                    keeps_mean = name in norms or _has_bias(model, layers[name])
+                    sums[name] = _Sums(about=sampled.mean(1) if keeps_mean else None)
+                sums[name].add(sampled, weights)
     return {name: sums[name].statistics for name in layers}
 
 

@@ -14,6 +14,7 @@ from dilap.core.graph import Network
 from dilap.core.plan import Plan
 from dilap.core.space import plan_of
 from dilap.models.convolutional.cut import constant_of
+from dilap.models.network import in_f32
 from dilap.search import dilap
 from dilap.search.allocation import Config
 from dilap.search.levels import search_within
@@ -52,9 +53,9 @@ def supernet_of(task: NetworkTask, options: LibraryOptions) -> NetworkSupernet:
     if task.costs is None or task.validation is None:
         raise InvalidInput("DiLAP's search needs the costs of all widths and a validation split")
     space = network_space(task.network, task.costs, widths=task.widths)
-    library = build_library(task.model, space, task.images, options=options, seed=task.seed)
-    images = task.images[:_NUM_MEASURED]
-    return NetworkSupernet(task.model, space, library, images=images, validation=task.validation)
+    model, images = in_f32(task.model), task.images
+    library = build_library(model, space, images, options=options, seed=task.seed)
+    return NetworkSupernet(model, space, library, images=images[:_NUM_MEASURED], validation=task.validation)
 
 
 def pruned(task: NetworkTask, net: NetworkSupernet, options: SearchOptions) -> Pruned[Network]:
@@ -67,7 +68,7 @@ def pruned(task: NetworkTask, net: NetworkSupernet, options: SearchOptions) -> P
     found = search_within(asked, dilap.search, task.cost_limit, plan=plan)
     net.set(found.config)
     library = parameters_of(net, found.config)
-    before, after = refit_(net, found.config, task.model, task.images, ridge=_REFIT_RIDGE, seed=task.seed)
+    before, after = refit_(net, found.config, in_f32(task.model), task.images, ridge=_REFIT_RIDGE, seed=task.seed)
     task.report(f"refit: distance on the validation split {before:.3f} -> {after:.3f}")
     refitted = parameters_of(net, found.config)
     return Pruned(plan=plan(found.config), parameters=refitted if after < before else library)
@@ -84,8 +85,6 @@ def parameters_of(net: NetworkSupernet, config: Config) -> dict[str, torch.Tenso
         for name in (layer.weight, f"{layer.name}.bias"):
             if name in tensors:
                 found[name] = tensors[name].detach().clone()
-    for choice, level in zip(net.space.choices, config, strict=True):
-        if choice.levels[level].is_removed:
-            branch = next(one for one in net.space.architecture.branches if one.groups[0] == choice.block.main.name)
-            found[f"{branch.last}.bias"] = constant_of(net.model, branch)
+    for branch in net.removed(config):
+        found[f"{branch.last}.bias"] = constant_of(net.model, branch)
     return found

@@ -4,23 +4,21 @@ The library fits every level beside a dense rest of the network. In the pruned n
 weights are fitted again, so that its outputs are as near to the dense layer's as they can be on the training images.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dilap.core.graph import Layer
-from dilap.models.convolutional.readers import Passage, Passing
+from dilap.models.convolutional.norm_statistics import followed, write_norm_
+from dilap.models.convolutional.readers import Passage, Passing, norms_behind
 from dilap.models.network import Examples, batches_of, evaluating, outputs_of
 from dilap.search.allocation import Config
 from dilap.search.library import regularised
 from dilap.search.networks.library import sample_positions
 from dilap.search.networks.supernet import NetworkSupernet
 
-_AT_ONCE = 32  # images, over which batch norms take means and variances
+_AT_ONCE = 32  # images
 
 
 class _Reached(Exception):
@@ -32,11 +30,13 @@ class _Seen:
     """What a layer reads in the pruned network, around its mean (inputs), and how far its outputs are from the dense.
 
     `moments` are inputs x inputs; `errors`, the dense outputs less its own, times its inputs (outputs x inputs).
+    `dense_outputs` are mean and variance of the dense layer's outputs (2 x outputs).
     """
 
     moments: torch.Tensor
     errors: torch.Tensor
     mean: torch.Tensor
+    dense_outputs: torch.Tensor
 
 
 @torch.no_grad()
@@ -45,22 +45,30 @@ def refit_(
 ) -> tuple[float, float]:
     """Refit all layers that read units at `config`, and return the distance on the validation split before and after.
 
-    The weights are drawn to the library's, by `ridge` relative to the mean variance of what a layer reads.
+    The weights are drawn to the library's, by `ridge` relative to the mean variance of what a layer reads. A batch norm
+    behind a layer follows at once, so that those after it read what they will read in the end.
     """
     before = net.kl(config)
     net.set(config)
     stays = net.stays(config)
     with Passing(net.model, net.library.layers) as passing:
-        outputs_of(net.model, next(batches_of(images, 2, model=net.model)))
-    for name in dict.fromkeys(one.layer.name for one in passing.passages):
+        norms = norms_behind(
+            net.model, net.library.layers, lambda: outputs_of(net.model, next(batches_of(images, 2, model=net.model)))
+        )
+    gone = {name for branch in net.removed(config) for name in branch.modules}
+    for name in dict.fromkeys(one.layer.name for one in passing.passages if one.layer.name not in gone):
         kept = stays[name]
-        if not kept.any():
-            continue  # the last layer of a removed branch
         seen = _seen(net, dense, net.library.layers[name], images, seed=seed)
         matrix = net.matrix(name).clone()
         damped = regularised(seen.moments[kept][:, kept], ridge=ridge)
         matrix[:, kept] += torch.linalg.solve(damped, seen.errors[:, kept].T).T
         net.write_(name, matrix, mean=seen.mean)
+        if name in norms:
+            outputs = torch.stack([matrix @ seen.mean, ((matrix @ seen.moments) * matrix).sum(1)])
+            outputs[0] += _bias_of(net.model, name)
+            norm = norms[name]
+            own, eps = net.norms.own[norm], float(getattr(net.model.get_submodule(norm), "eps", 0))
+            write_norm_(net.model, norm, followed(outputs, own=own, seen=seen.dense_outputs, eps=eps))
     net.measure_norms_()
     net.config = ()  # it is at none
     return before, float(net.differences().double().mean())
@@ -73,23 +81,28 @@ def _seen(net: NetworkSupernet, dense: nn.Module, layer: Layer, images: Examples
     sums: list[torch.Tensor] | None = None
     count = 0
     for batch in batches_of(images, _AT_ONCE, model=dense):
-        if len(batch) == 1 and sums is not None:
-            continue  # one vector alone has no variance
         with evaluating(dense):
-            wanted = _inputs(dense, layer, batch, torch.Generator().manual_seed(seed))
-        with _on_batches(net.model):
-            read = _inputs(net.model, layer, batch, torch.Generator().manual_seed(seed))
-        wanted, read = wanted - about, read - about
-        error = theirs @ wanted - own @ read
-        found = [read @ read.T, error @ read.T, read.sum(1), error.sum(1)]
+            wanted = _inputs(dense, layer, batch, torch.Generator().manual_seed(seed)) - about
+        read = _inputs(net.model, layer, batch, torch.Generator().manual_seed(seed)) - about
+        outputs = theirs @ wanted
+        error = outputs - own @ read
+        found = [read @ read.T, error @ read.T, read.sum(1), error.sum(1), outputs.sum(1), outputs.square().sum(1)]
         sums = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
         count += read.shape[1]
     assert sums is not None
-    moments, errors, mean, mean_error = (one / count for one in sums)
-    if not keeps_mean:
-        return _Seen(moments=moments, errors=errors, mean=torch.zeros_like(mean))
-    centred = moments - torch.outer(mean, mean)
-    return _Seen(moments=centred, errors=errors - torch.outer(mean_error, mean), mean=about[:, 0] + mean)
+    moments, errors, mean, mean_error, first, second = (one / count for one in sums)
+    dense_mean = first + theirs @ about[:, 0] + _bias_of(dense, layer.name)
+    dense_outputs = torch.stack([dense_mean, second - first.square()])
+    if keeps_mean:
+        moments, errors = moments - torch.outer(mean, mean), errors - torch.outer(mean_error, mean)
+    else:
+        mean = torch.zeros_like(mean)
+    return _Seen(moments=moments, errors=errors, mean=about[:, 0] + mean, dense_outputs=dense_outputs)
+
+
+def _bias_of(model: nn.Module, name: str) -> torch.Tensor | float:
+    bias: torch.Tensor | None = getattr(model.get_submodule(name), "bias", None)
+    return 0.0 if bias is None else bias
 
 
 def _inputs(model: nn.Module, layer: Layer, batch: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -110,17 +123,3 @@ def _inputs(model: nn.Module, layer: Layer, batch: torch.Tensor, generator: torc
         hook.remove()
     inputs = sample_positions(passages[0].inputs(len(batch)), generator)
     return inputs.movedim(1, 0).flatten(1)
-
-
-@contextmanager
-def _on_batches(model: nn.Module) -> Iterator[None]:
-    """Let batch norms use the statistics of the batch, and remember none of them."""
-    norms = [one for one in model.modules() if isinstance(one, _BatchNorm) and one.track_running_stats]
-    momenta = [one.momentum for one in norms]
-    for one in norms:
-        one.training, one.momentum = True, 0.0
-    try:
-        yield
-    finally:
-        for one, momentum in zip(norms, momenta, strict=True):
-            one.training, one.momentum = False, momentum

@@ -1,14 +1,12 @@
 """A network whose groups can be set to the levels of a library, and the quadratic model of its distance from dense."""
 
 import copy
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from dilap.core.graph import Network
+from dilap.core.graph import Branch, Network
 from dilap.core.groups import Kept
 from dilap.core.space import Space
 from dilap.models.compute_device import HOST
@@ -43,7 +41,7 @@ class NetworkSupernet:
     ) -> None:
         self.space, self.library = space, library
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._norms, self._validation = NormStatistics.of(self.model, images), validation
+        self.norms, self._validation = NormStatistics.of(self.model, images), validation
         self.dense = {name: self.matrix(name).clone() for name in library.layers}
         biases = {name: getattr(self.model.get_submodule(name), "bias", None) for name in library.layers}
         self._biases = {
@@ -110,6 +108,12 @@ class NetworkSupernet:
             return ()
         return tuple(range(num_units)) if count == num_units else self.library.groups[group][count].units
 
+    def removed(self, config: Sequence[int]) -> list[Branch]:
+        """Return the residual branches that are removed at `config`."""
+        chosen = zip(self.space.choices, config, strict=True)
+        gone = {choice.block.main.name for choice, index in chosen if choice.levels[index].is_removed}
+        return [branch for branch in self.space.architecture.branches if branch.groups[0] in gone]
+
     @torch.no_grad()
     def set(self, config: Sequence[int]) -> None:
         """Set the network to a config, and measure its batch norms."""
@@ -149,7 +153,7 @@ class NetworkSupernet:
 
     def measure_norms_(self) -> None:
         """Measure the batch norms of the network as it is now."""
-        self._norms.put_(self.model)
+        self.norms.put_(self.model)
 
     def kl(self, config: Sequence[int]) -> float:
         return float(self.kls(config).double().mean())
@@ -181,7 +185,6 @@ class NetworkSupernet:
         self.set(config)
         generator = torch.Generator().manual_seed(seed)
         current = self.chosen(config)[torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))]
-        deltas = self._deltas()
         slopes, products, value, start = [], torch.zeros(len(self._parts), len(self._parts)), 0.0, 0
         for batch in self._batches(_AT_ONCE):
             with Passing(self.model, self.library.layers, with_gradients=True) as passing:
@@ -192,7 +195,7 @@ class NetworkSupernet:
             value += float(distances.detach().sum())
             vectors = [draw_scores(self.model, outputs.detach(), generator) for _ in range(samples)]
             slope = torch.autograd.grad(distances.sum(), outputs, retain_graph=True)[0]
-            rows = self._products(passing.passages, outputs, [slope, *vectors], deltas)
+            rows = self._products(passing.passages, outputs, [slope, *vectors])
             of_level = [of_levels(one, self._parts) for one in rows]
             own, *drawn = [one - one[:, current] for one in of_level]
             slopes.append(own)
@@ -208,25 +211,11 @@ class NetworkSupernet:
             num_rows=start * samples,
         )
 
-    def _deltas(self) -> dict[str, "_Deltas"]:
-        """Return what the changes change in the matrix of every layer."""
-        found: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
-        for number, change in enumerate(self._changes):
-            for patch in change.patches:
-                matrix = self.dense[patch.layer].clone()
-                patch.put_(matrix)
-                found[patch.layer][number] = matrix - self.dense[patch.layer]
-        return {
-            name: _Deltas(numbers=torch.tensor(list(own)), matrices=torch.stack(list(own.values())))
-            for name, own in found.items()
-        }
-
     def _products(
         self,
         passages: Sequence[Passage],
         outputs: torch.Tensor,
         vectors: Sequence[torch.Tensor],
-        deltas: dict[str, "_Deltas"],
     ) -> list[torch.Tensor]:
         """Return the products of the gradients of every vector with all changes (examples x changes)."""
         behind = [one.output for one in passages]
@@ -237,15 +226,30 @@ class NetworkSupernet:
         found = [torch.zeros(count, len(self._changes)) for _ in vectors]
         for index, passage in enumerate(passages):
             name = passage.layer.name
-            if name not in deltas:
+            numbers, deltas = self._deltas(name)
+            if not numbers:
                 continue
             inputs = passage.inputs(count)
             mean = self.library.means[name]
             for rows, gradient in zip(found, gradients, strict=True):
                 at_outputs = passage.gradients(gradient[index], count)
                 of_weights = at_outputs @ inputs.mT - at_outputs.sum(2)[:, :, None] * mean
-                rows[:, deltas[name].numbers] += of_weights.flatten(1) @ deltas[name].matrices.flatten(1).T
+                rows[:, numbers] += of_weights.flatten(1) @ deltas.T
         return found
+
+    def _deltas(self, name: str) -> tuple[list[int], torch.Tensor]:
+        """Return which changes change a layer, and what in its weights (changes x weights).
+
+        They are made anew each time: those of all layers of a ResNet-50 together take a gigabyte.
+        """
+        found = {}
+        for number, change in enumerate(self._changes):
+            for patch in change.patches:
+                if patch.layer == name:
+                    matrix = self.dense[name].clone()
+                    patch.put_(matrix)
+                    found[number] = (matrix - self.dense[name]).flatten()
+        return list(found), torch.stack(list(found.values())) if found else torch.zeros(0, 0)
 
     def matrix(self, name: str) -> torch.Tensor:
         """Return the matrix of a layer as it is now."""
@@ -254,11 +258,3 @@ class NetworkSupernet:
 
     def _batches(self, size: int) -> Iterator[torch.Tensor]:
         return batches_of(self._validation, size, model=self.model)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Deltas:
-    """What changes change in the matrix of one layer: their numbers, and the matrices (changes x outputs x inputs)."""
-
-    numbers: torch.Tensor
-    matrices: torch.Tensor
