@@ -19,7 +19,7 @@ from dilap.models.convolutional.readers import Passing, Reader, matrix_of, norms
 from dilap.models.network import Examples, batches_of, evaluating, gives_embeddings, outputs_of
 from dilap.search.library import refit, regularised, removal_order
 
-_AT_ONCE = 8  # images in a pass that keeps activations
+_AT_ONCE = 4  # images in a pass that keeps activations
 _POSITIONS = 64  # of one image, at most: neighbours in an image are alike, so that more of them tell little more
 _STEPS = 32  # in which all units of a group are removed one after another
 

@@ -18,7 +18,7 @@ from dilap.search.allocation import Config
 from dilap.search.curvature import Curvature, of_levels
 from dilap.search.networks.library import Change, NetworkLibrary, draw_scores
 
-_AT_ONCE = 8  # images in a pass that keeps activations
+_AT_ONCE = 4  # images in a pass that keeps activations, and gradients of several vectors
 _SCORED_AT_ONCE = 16
 
 
