@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from dilap.methods.networks.halp import Halp
 from dilap.methods.networks.halp_training import HalpTraining
 from dilap.methods.networks.knapsack import Numbers, keep_augmented, keep_exactly
 from dilap.models.convolutional.cut import shrink_network_
+from dilap.models.convolutional.proof import masked_
 from dilap.models.distil_network import cropped
 from dilap.models.network import outputs_of
 from dilap.search.limit import CostLimit
@@ -190,11 +192,30 @@ def test_a_limit_is_kept_and_what_is_cut_computes_what_was_trained() -> None:
     pruned = Halp(rounds=4, steps=2)(given)
     used = given.cost_limit.cost(pruned.plan) / given.cost_limit.limit
     assert 0.8 < used <= 1
-    zeroed = network("lite")
-    zeroed.load_state_dict(dict(pruned.parameters), strict=False)
-    assert not torch.equal(zeroed.get_parameter("head.weight"), given.model.get_parameter("head.weight"))
+    trained = network("lite")
+    trained.load_state_dict(dict(pruned.parameters), strict=False)
+    assert not torch.equal(trained.get_parameter("head.weight"), given.model.get_parameter("head.weight"))
     cut = shrink_network_(network("lite"), pruned.plan, parameters=pruned.parameters)
-    torch.testing.assert_close(output(cut), output(zeroed), rtol=1e-4, atol=1e-4)
+    masked_(trained, pruned.plan.architecture, pruned.plan.kept)
+    torch.testing.assert_close(output(cut), output(trained), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("measured", "times"), [(0.97, 1), (1.01, 1), (0.7, 2)])
+def test_only_a_limit_that_is_larger_by_more_than_a_round_is_trained_for_again(
+    measured: float, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first plan takes so much of the budget as it is measured, and the second one all that is to be used."""
+    given, answers, begun = task(), [measured, 0.98], list[int]()
+    limit = replace(given.cost_limit, measure=lambda *_: answers.pop(0))
+    begin = HalpTraining.__init__
+
+    def counted(training: HalpTraining, asked: NetworkTask, **options: Any) -> None:
+        begun.append(1)
+        begin(training, asked, **options)
+
+    monkeypatch.setattr(HalpTraining, "__init__", counted)
+    Halp(rounds=4, steps=1)(replace(given, cost_limit=limit))
+    assert len(begun) == times
 
 
 def test_units_that_are_removed_stay_so() -> None:

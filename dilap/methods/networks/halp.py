@@ -23,6 +23,7 @@ from dilap.core.groups import Group
 from dilap.core.plan import Plan, full_plan
 from dilap.methods.networks.halp_training import HalpTraining
 from dilap.methods.networks.knapsack import Numbers, keep_augmented, keep_exactly
+from dilap.models.cut import Parameters
 from dilap.models.network import takes_tokens
 from dilap.search.method import Pruned
 from dilap.search.network_task import NetworkTask, Scores
@@ -49,25 +50,39 @@ class Halp:
     def __call__(self, task: NetworkTask) -> Pruned[Network]:
         if takes_tokens(task.model):
             raise Unsupported("HALP prunes networks of images, and this one takes texts: choose another method")
-        return task.cost_limit.meet(
-            lambda limit: self._pruned(task, limit),
-            cost=lambda pruned: task.cost_limit.cost(pruned.plan),
+        limit, trained = task.cost_limit, list[_Trained]()
+
+        def choose(allowed: float) -> Pruned[Network]:
+            # Where the limit is corrected, the last choice is made again, and all rounds only where it has too little
+            # left to choose from.
+            if not trained or allowed > limit.cost(trained[-1].plan):
+                trained.append(self._trained(task, allowed))
+            return self._last_choice(task, trained[-1], allowed)
+
+        return limit.meet(
+            choose,
+            cost=lambda pruned: limit.cost(pruned.plan),
             architecture=lambda pruned: pruned.plan.pruned_architecture(),
         )
 
-    def _pruned(self, task: NetworkTask, limit: float) -> Pruned[Network]:
-        """Return the network after all rounds. Raises Infeasible where it does not keep the limit."""
+    def _trained(self, task: NetworkTask, limit: float) -> "_Trained":
+        """Return the network after the training of the last round."""
         steps = max(1, round(self.scale * self.steps))
         training = HalpTraining(task, batch_size=self.batch_size, rate=self.rate, steps=self.rounds * steps)
         plan = full_plan(task.network, base=task.base)
-        dense = task.cost_limit.cost(plan)
-        for number in range(1, self.rounds + 1):
-            importance = training.run(steps)
+        dense, importance = task.cost_limit.cost(plan), training.run(steps)
+        for number in range(1, self.rounds):
             plan = self.selected(task, plan, importance, budget=dense * (limit / dense) ** (number / self.rounds))
             training.remove(plan)
+            importance = training.run(steps)
+        return _Trained(plan=plan, importance=importance, parameters=training.tensors())
+
+    def _last_choice(self, task: NetworkTask, trained: "_Trained", limit: float) -> Pruned[Network]:
+        """Return the network with what the last round keeps. Raises Infeasible where that does not keep the limit."""
+        plan = self.selected(task, trained.plan, trained.importance, budget=limit)
         if (cost := task.cost_limit.cost(plan)) > limit:
             raise Infeasible(f"the smallest plan takes {cost / limit:.1%} of what is allowed; HALP cannot prune more")
-        return Pruned(plan=plan, parameters=training.tensors())
+        return Pruned(plan=plan, parameters=trained.parameters)
 
     def selected(self, task: NetworkTask, plan: Plan[Network], importance: Scores, *, budget: float) -> Plan[Network]:
         """Return the plan of the most important units of `plan` within a budget, by what chunks take beside them."""
@@ -77,6 +92,15 @@ class Halp:
         numbers = keep([one.values for one in groups], [one.costs for one in groups], budget=max(spare, 0.0))
         kept = {one.group.name: one.kept(number) for one, number in zip(groups, numbers, strict=True)}
         return Plan(base=task.base, architecture=task.network, kept=kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trained:
+    """The plan before the last round's choice, and the importance of units and the tensors after its training."""
+
+    plan: Plan[Network]
+    importance: Scores
+    parameters: Parameters
 
 
 @dataclass(frozen=True, kw_only=True)
