@@ -38,7 +38,7 @@ def greedy(path: Path, tokens: list[int], *, num_tokens: int) -> list[int]:
 def _main() -> int:
     folder = Path(sys.argv[1])
     model = runpy.run_path(str(folder / "modeling_ort.py"))["PrunedModelForCausalLM"].from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     prompt = torch.tensor([tokenizer(PROMPT)["input_ids"]])
     arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": NUM_TOKENS, "min_new_tokens": NUM_TOKENS}
     generated = model.generate(prompt, do_sample=False, eos_token_id=-1, pad_token_id=0, **arguments)[0].tolist()

@@ -67,10 +67,10 @@ def test_hints_are_found() -> None:
 def test_hint_names_what_exists(path: str, text: str) -> None:
     """The options that follow a command are its own; those that stand alone are of some command."""
     assert set(re.findall(r"(?<![\w./{-])dilap-[a-z]+", text)) <= {*PROJECT["scripts"], *PARSERS}
-    text = re.sub(r"pip install[^;,]*", lambda found: re.sub("--[a-z-]+", "", found[0]), text)  # pip's own options
+    text = re.sub(r"pip install[^;,]*", lambda found: re.sub("--[a-z0-9-]+", "", found[0]), text)  # pip's own options
     known = set().union(*map(options_of, PARSERS)) | OF_OTHERS
-    assert set(re.findall(r"(?<![\w-])(--[a-z][a-z-]*)", text)) <= known
+    assert set(re.findall(r"(?<![\w-])(--[a-z][a-z0-9-]*)", text)) <= known
     for command, options in re.findall(r"\b(dilap-[a-z]+)((?: [\w{}:./%-]+)*)", text):
-        assert set(re.findall(r" (--[a-z][a-z-]*)", options)) <= options_of(command)
+        assert set(re.findall(r" (--[a-z][a-z0-9-]*)", options)) <= options_of(command)
     assert set(re.findall(r"dilap\[(\w+)\]", text)) <= set(PROJECT["optional-dependencies"])
     assert all((ROOT / one).exists() for one in re.findall(r"\btools/\w+", text))

@@ -19,6 +19,7 @@ from dilap.core.groups import Member, indices_kept
 from dilap.core.plan import Plan
 from dilap.methods.networks.scores import by_unit, over_axis
 from dilap.methods.networks.taylor import gates_of
+from dilap.models.compute_device import HOST
 from dilap.models.convolutional.cut import tensors_of
 from dilap.models.distil_network import cropped
 from dilap.models.network import evaluating, outputs_of
@@ -81,7 +82,7 @@ class HalpTraining:
         """Return by how much every unit changes the loss through one tensor, to first order."""
         parameter = self._parameters[gate.tensor]
         assert parameter.grad is not None
-        return by_unit(over_axis(parameter.detach() * parameter.grad, gate.axis), gate).cpu()
+        return by_unit(over_axis(parameter.detach() * parameter.grad, gate.axis), gate).to(HOST)
 
     def remove(self, plan: Plan[Network]) -> None:
         """Make zeros of the units that a plan does not keep, and keep them zeros."""
