@@ -31,6 +31,7 @@ from dilap.evaluation.image_subject import open_image_subject
 from dilap.job import api, claims
 from dilap.job.api import Lines
 from dilap.job.command import command_line
+from dilap.job.network_recovery import _Best
 from dilap.job.networks import is_network
 from dilap.job.photographs import GUESSED
 from dilap.job.quality import PhotoQuality
@@ -177,6 +178,19 @@ def test_recovery_that_does_not_help_is_undone(place: Place, monkeypatch: pytest
     result = place.prune(recover="full", recover_steps=2)
     assert result.pruned.in_torch.kl == result.kl_without_recovery
     assert "recovery is undone, because it did not help" in result.all_notes
+
+
+def test_recovery_keeps_its_best_state(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 1)
+    best = _Best(model=model, path=tmp_path / "best.safetensors", distance=1.0)
+    for number, distance in enumerate((0.5, 0.7, float("nan")), start=1):
+        torch.nn.init.constant_(model.weight, number)
+        best.num_steps = number
+        best.judge(distance)
+    best.restore_()
+    assert (best.step, best.distance) == (1, 0.5)
+    assert model.weight.tolist() == [[1.0, 1.0]]
+    assert not best.path.exists()
 
 
 def test_the_table_says_what_it_is_about(done: tuple[Place, Result]) -> None:

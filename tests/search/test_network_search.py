@@ -27,7 +27,6 @@ from dilap.search.method import Pruned
 from dilap.search.network_task import NetworkTask
 from dilap.search.networks.library import LibraryOptions, build_library, draw_scores
 from dilap.search.networks.prune import Dilap, parameters_of, pruned, supernet_of
-from dilap.search.networks.refit import refit_
 from dilap.search.networks.space import network_space
 from dilap.search.networks.supernet import NetworkSupernet
 from dilap.search.options import RelaxationOptions, SearchOptions
@@ -264,17 +263,6 @@ def test_an_encoder_of_texts_is_searched() -> None:
     )
     found = pruned(asked, supernet_of(asked, LibraryOptions()), QUICK)
     assert costs.predict(found.plan.counts) <= asked.cost_limit.limit
-
-
-@pytest.mark.parametrize("name", ["redundant", "lite"])
-def test_a_refit_on_what_layers_really_read_brings_the_network_nearer(name: str) -> None:
-    """On the images that it is fitted to, with every group narrowed to about half."""
-    asked = task_of(Redundant(noise=0.3)) if name == "redundant" else task(name)
-    net = supernet_of(replace(asked, validation=IMAGES), LibraryOptions())
-    config = tuple((len(choice.levels) - 1) // 2 for choice in net.space.choices)
-    before, after = refit_(net, config, asked.model, IMAGES, ridge=0.01, seed=0)
-    assert before == net.kl(config)
-    assert after < 0.9 * before
 
 
 def test_it_needs_costs_of_all_widths() -> None:

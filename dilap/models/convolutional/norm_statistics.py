@@ -64,7 +64,7 @@ class NormStatistics:
             stays = kept.get((f"{name}.running_mean", 0))
             both = (self.own[name], self.seen[number][name])
             own, seen = both if stays is None else (one[:, torch.from_numpy(stays)] for one in both)
-            statistics = followed(now, own=own, seen=seen, eps=norms[name].eps)
+            statistics = _followed(now, own=own, seen=seen, eps=norms[name].eps)
             _write_(norms[name], statistics)  # so that what comes after it sees what it will see
             found[name] += size * statistics
             weights[name] += size
@@ -78,7 +78,7 @@ class NormStatistics:
                 _write_(norm, found[name] / weights[name])
 
 
-def followed(now: torch.Tensor, *, own: torch.Tensor, seen: torch.Tensor, eps: float) -> torch.Tensor:
+def _followed(now: torch.Tensor, *, own: torch.Tensor, seen: torch.Tensor, eps: float) -> torch.Tensor:
     """Return the statistics of a norm (2 x channels) whose inputs have those of `now`.
 
     In the dense network the norm has its `own`, and its inputs those of `seen`.
@@ -88,11 +88,6 @@ def followed(now: torch.Tensor, *, own: torch.Tensor, seen: torch.Tensor, eps: f
     variance = ((own[1] + eps) * growth - eps).clamp_min(0)
     varies = now[1] > _CONSTANT * eps  # what a removed branch adds does not, on any images
     return torch.where(varies, torch.stack([mean, variance]), now)
-
-
-def write_norm_(model: nn.Module, name: str, statistics: torch.Tensor) -> None:
-    """Give one batch norm its statistics (2 x channels)."""
-    _write_(_norms(model)[name], statistics)
 
 
 @contextmanager

@@ -121,7 +121,7 @@ class NetworkSupernet:
             return
         for name, matrix in self.matrices(config).items():
             self.write_(name, matrix, mean=self.library.means[name])
-        self.measure_norms_()
+        self.norms.put_(self.model)
         self.config = tuple(config)
 
     @torch.no_grad()
@@ -134,15 +134,6 @@ class NetworkSupernet:
             wanted = self._biases[name] + self.dense[name] @ self.library.means[name]
             self.model.get_parameter(f"{name}.bias").copy_(wanted - matrix @ mean)
 
-    def stays(self, config: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Return which inputs of all layers that read units are left at `config` (inputs)."""
-        found = {name: torch.ones(matrix.shape[1], dtype=torch.bool) for name, matrix in self.dense.items()}
-        for change in self.changes(config):
-            for patch in change.patches:
-                found[patch.layer][patch.own] = False
-                found[patch.layer][patch.kept] = True
-        return found
-
     def matrices(self, config: Sequence[int]) -> dict[str, torch.Tensor]:
         """Return the matrices of all layers that read units, with zeros at those that are removed at `config`."""
         found = {name: matrix.clone() for name, matrix in self.dense.items()}
@@ -150,10 +141,6 @@ class NetworkSupernet:
             for patch in change.patches:
                 patch.put_(found[patch.layer])
         return found
-
-    def measure_norms_(self) -> None:
-        """Measure the batch norms of the network as it is now."""
-        self.norms.put_(self.model)
 
     def kl(self, config: Sequence[int]) -> float:
         return float(self.kls(config).double().mean())
