@@ -86,6 +86,8 @@ def _variants(given: argparse.Namespace, *, seed: int) -> list[Variant]:
         Variant(name="Puzzle's scores", search=single_changes, options=full),
         Variant(name="hard-concrete gates", search=Gates(), options=full, mixes=False),
         Variant(name=TRAINED, search=TRAINED, options=full, mixes=False),
+        Variant(name="one round, no swaps", search="dilap", options=replace(rounds, step=1.0)),
+        Variant(name="diagonal only, no swaps", search="dilap", options=replace(rounds, cross_terms=False)),
         Variant(name="one round, Fisher diagonal", search="dilap", options=one_round),
         Variant(name="no swaps", search="dilap", options=rounds),
         Variant(name="no interactions", search="dilap", options=replace(full, cross_terms=False)),

@@ -15,7 +15,7 @@ Methods and recovery see pictures of the training half, and accuracies are those
 import argparse
 import copy
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,6 @@ from dilap.cli.arguments import Several, share
 from dilap.cli.console import run
 from dilap.core.codec import written_aside
 from dilap.core.graph import Network
-from dilap.core.shape import UNMIXED
 from dilap.core.sqnr import kl_divergence
 from dilap.models.convolutional.cut import shrink_network_
 from dilap.models.convolutional.load import NetworkSource, load_network, save_network
@@ -39,6 +38,7 @@ from dilap.models.distil_network import NetworkRecovery, distil_network
 from dilap.models.images import pillow, read_images
 from dilap.models.inner_states import states_of
 from dilap.models.network import TorchNetwork
+from dilap.profilers.tables.networks.costs import counted
 from dilap.search.limit import CostLimit
 from dilap.search.method import Pruned
 from dilap.search.network_task import NetworkTask
@@ -175,11 +175,7 @@ class Bench:
 
     def _pruned(self, method: str, share_left: float, seed: int) -> Pruned[Network]:
         network = self.source.traced.network
-        layers = {layer.name: layer for layer in network.layers}
-
-        def flops(widths: Mapping[str, int], _: Mapping[str, str] = UNMIXED, /) -> float:
-            return network.flops(widths)
-
+        costs = counted(network, "operations")
         found = methods.get(method, table=methods.NETWORK_METHODS)(
             NetworkTask(
                 model=self.source.model,
@@ -187,8 +183,8 @@ class Bench:
                 network=network,
                 images=self.train.pixels,
                 labels=self.train.labels,
-                cost_limit=CostLimit(limit=share_left * network.flops(), predict=flops),
-                layer_cost=lambda name, counts: network.layer_flops(layers[name], counts),
+                cost_limit=CostLimit(limit=share_left * costs.predict({}), predict=costs.predict),
+                costs=costs,
                 seed=seed,
             )
         )

@@ -73,8 +73,7 @@ class Gates:
 
     def __call__(self, task: SearchTask) -> SearchResult:
         space, net, teacher = task.space, task.evaluator.net, task.evaluator.teacher
-        if net.head_levels or len(space.choices) != len(net.library):
-            raise AssertionError("gates are written for widths alone")
+        assert not net.head_levels, "gates are written for widths alone"
         logits = [torch.full((size,), 0.0, requires_grad=True) for size in net.sizes]
         adam = torch.optim.Adam(logits, lr=self.learning_rate)
         multipliers = torch.zeros(2, requires_grad=True)

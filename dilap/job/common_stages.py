@@ -9,7 +9,6 @@ from typing import Generic, Self
 
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, encode, read_json, write_json
-from dilap.core.costs import Costs
 from dilap.core.errors import Infeasible, Mismatch
 from dilap.core.graph import Shape
 from dilap.core.measurement import Measurement
@@ -24,7 +23,7 @@ from dilap.profilers.configuration import Configuration
 from dilap.profilers.profiler import budget_share
 from dilap.search.limit import CostLimit
 from dilap.search.method import Pruned
-from dilap.search.network_task import LayerCost
+from dilap.search.network_task import LayerCosts
 from dilap.search.pruned_file import load_pruned, save_pruned
 
 # The search aims at this share of the budget. The rest is for the errors of a latency table (1-2 %), and because the
@@ -45,8 +44,7 @@ class Goal:
     plan removes, and `fastest_seconds`, which the fastest plan takes, are scaled to the machine's speed of today; both
     are None for a ratio, as is `usual`. `unpruned_share` is the latency of the model that is pruned as a share of the
     dense one's, of which it lacks the tokens that its vocabulary lost. `caveats` are those of the predictions,
-    and `costs` what makes them, where methods may ask for them. `layer_cost` is what one layer of a network that is no
-    decoder takes, None for a ratio.
+    and `costs` what makes them, where methods may ask for them.
     """
 
     cost_limit: CostLimit
@@ -55,8 +53,7 @@ class Goal:
     usual: Usual | None = None
     unpruned_share: float = 1.0
     caveats: tuple[str, ...] = ()
-    layer_cost: LayerCost | None = None
-    costs: Costs | None = None
+    costs: LayerCosts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

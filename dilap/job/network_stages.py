@@ -106,7 +106,6 @@ class NetworkStages(CommonStages[Network]):
             fastest_seconds=fastest,
             usual=usual,
             caveats=costs.caveats,
-            layer_cost=costs.layer,
             costs=costs,
         )
 
@@ -166,7 +165,6 @@ class NetworkStages(CommonStages[Network]):
             images=self.shown.trained,
             labels=self.shown.labels,
             cost_limit=goal.cost_limit,
-            layer_cost=goal.layer_cost,
             costs=goal.costs,
             validation=self.shown.validated,
             multiple=self.bench.capabilities.channel_multiple,

@@ -10,21 +10,28 @@ has new values for the tensors, too:
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from dilap.core.costs import Costs
 from dilap.core.errors import InvalidInput
-from dilap.core.graph import Layer, Network
+from dilap.core.graph import Network
 from dilap.core.groups import Group
 from dilap.core.plan import Plan, full_plan
 from dilap.models.network import Examples
 from dilap.search.limit import CostLimit
 from dilap.search.method import Pruned
 
-LayerCost = Callable[[str, Mapping[str, int]], float]  # of a layer by its name, with so many units left in the groups
 Scores = Mapping[str, torch.Tensor]  # of the units of groups, by the groups' names
+
+
+class LayerCosts(Costs, Protocol):
+    """Costs that are also known of every layer."""
+
+    def layer(self, name: str, widths: Mapping[str, int]) -> float:
+        """Return the cost of one layer of a network with so many units left in its groups."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +41,8 @@ class NetworkTask:
     `images` are preprocessed (images x channels x height x width), or texts as tokens (texts x 3 x tokens); their
     classes, `labels`, are None where they are not known. `base` is the model's digest. Numbers of channels that stay
     are multiples of `multiple`, which is what the runtime's kernels fill, where a group has as many. `costs` are those
-    that the limit is about, for methods that choose among widths by their costs, `layer_cost` is what one layer takes
-    of it, None where weights are counted, and `validation` are other examples, by which methods judge their choices.
-    `report` takes a line for the log.
+    that the limit is about, for methods that choose among widths by their costs, and `validation` are other examples,
+    by which methods judge their choices. `report` takes a line for the log.
     """
 
     model: nn.Module
@@ -45,8 +51,7 @@ class NetworkTask:
     images: Examples
     cost_limit: CostLimit
     labels: tuple[int, ...] | None = None
-    layer_cost: LayerCost | None = None
-    costs: Costs | None = None
+    costs: LayerCosts | None = None
     validation: Examples | None = None
     multiple: int = 1
     seed: int = 0
@@ -72,11 +77,11 @@ class NetworkTask:
         channels = math.prod(group.members[0].grid) // group.num_units
         return self.multiple // math.gcd(self.multiple, channels)
 
-    def cost_of(self, layer: Layer, counts: Mapping[str, int]) -> float:
-        """Return what a layer takes of the limit when `counts` units are left in the groups."""
-        if self.layer_cost is None:
-            return float(self.network.num_weights(layer, counts))
-        return self.layer_cost(layer.name, counts)
+    def require_costs(self) -> LayerCosts:
+        """Return the costs that the limit is about. Raises InvalidInput where the task has none."""
+        if self.costs is None:
+            raise InvalidInput("this method needs the costs of all widths")
+        return self.costs
 
     def keep(self, scores: Scores, counts: Mapping[str, float]) -> Plan[Network]:
         """Return the plan that keeps, of every group in `scores`, about `counts` units, those with the best scores."""

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from standins.encoders import encoder, texts
-from standins.networks import NUM_CLASSES, network, output, random_pixels, shape
+from standins.network_task import IMAGES, LABELS, task
+from standins.networks import network, output, shape
 from torch.nn import functional
 
 from dilap.core.errors import Infeasible, Unsupported
 from dilap.core.plan import full_plan
-from dilap.core.shape import UNMIXED
 from dilap.methods.networks.halp import Halp
 from dilap.methods.networks.halp_training import HalpTraining
 from dilap.methods.networks.knapsack import Numbers, keep_augmented, keep_exactly
@@ -22,30 +22,10 @@ from dilap.models.convolutional.cut import shrink_network_
 from dilap.models.convolutional.proof import masked_
 from dilap.models.distil_network import cropped
 from dilap.models.network import outputs_of
-from dilap.search.limit import CostLimit
 from dilap.search.network_task import NetworkTask, Scores
 
 Keep = Callable[..., list[int]]
-IMAGES = random_pixels(8, seed=3)
-LABELS = tuple(number % NUM_CLASSES for number in range(8))
 EXPAND, NORM = "blocks.0.expand", "blocks.0.expand_norm"  # of 32 channels
-
-
-def task(name: str = "lite", *, share: float = 0.5, multiple: int = 1) -> NetworkTask:
-    """A limit on the FLOPs that are left."""
-    layers = {layer.name: layer for layer in shape(name).layers}
-    return NetworkTask(
-        model=network(name),
-        base="",
-        network=shape(name),
-        images=IMAGES,
-        labels=LABELS,
-        cost_limit=CostLimit(
-            limit=share * shape(name).flops(), predict=lambda widths, _=UNMIXED, /: shape(name).flops(widths)
-        ),
-        layer_cost=lambda layer, counts: shape(name).layer_flops(layers[layer], counts),
-        multiple=multiple,
-    )
 
 
 # The knapsack
@@ -174,12 +154,12 @@ def test_what_units_take_is_the_cost_of_the_layers_that_give_them() -> None:
     dense = full_plan(given.network, base="")
     half = {**dense.counts, EXPAND: 16}
     saved = sum(
-        given.network.layer_flops(layer, dense.counts) - given.network.layer_flops(layer, half)
+        given.require_costs().layer(layer.name, dense.counts) - given.require_costs().layer(layer.name, half)
         for layer in given.network.layers
         if layer.name in (EXPAND, "blocks.0.depthwise")
     )
     importance = {name: torch.full_like(one, 1e6) for name, one in scores().items()} | {EXPAND: scores()[EXPAND]}
-    budget = given.network.flops() - saved * 31 / 32  # half a unit more, because costs are rounded up
+    budget = given.cost_limit.cost(dense) - saved * 31 / 32  # half a unit more, because costs are rounded up
     plan = Halp().selected(given, dense, importance, budget=budget)
     assert {name: count for name, count in plan.counts.items() if count != dense.counts[name]} == {EXPAND: 16}
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch_pruning
-from standins.networks import NUM_CLASSES, network, output, random_pixels, shape
+from standins.network_task import IMAGES, LABELS, task
+from standins.networks import network, output
 from standins.quick_methods import network_method
 from torch import nn
 from torch.nn import functional
@@ -14,14 +15,12 @@ from dilap import methods
 from dilap.core.errors import Infeasible, InvalidInput, Unsupported
 from dilap.core.graph import Network
 from dilap.core.plan import Plan
-from dilap.core.shape import UNMIXED
 from dilap.methods.networks.magnitude import norms
 from dilap.methods.networks.taylor import Taylor
 from dilap.methods.networks.torch_pruning import TorchPruning
 from dilap.models.convolutional.cut import shrink_network_
 from dilap.models.convolutional.recalibration import recalibrate_
 from dilap.models.network import outputs_of
-from dilap.search.limit import CostLimit
 from dilap.search.method import Pruned
 from dilap.search.network_task import NetworkTask
 
@@ -29,24 +28,6 @@ INNER = "resnet.encoder.stages.0.layers.1.layer.0.convolution"  # of 16 channels
 
 
 PUBLISHED = [name for name in methods.NETWORK_METHODS if name != "dilap"]  # which has tests of its own
-IMAGES = random_pixels(8, seed=3)
-LABELS = tuple(number % NUM_CLASSES for number in range(8))
-
-
-def task(name: str, *, share: float = 0.5, multiple: int = 1) -> NetworkTask:
-    """A limit on the FLOPs that are left."""
-    limit = CostLimit(limit=share * shape(name).flops(), predict=lambda widths, _=UNMIXED, /: shape(name).flops(widths))
-    layers = {layer.name: layer for layer in shape(name).layers}
-    return NetworkTask(
-        model=network(name),
-        base="",
-        network=shape(name),
-        images=IMAGES,
-        labels=LABELS,
-        cost_limit=limit,
-        layer_cost=lambda layer, counts: shape(name).layer_flops(layers[layer], counts),
-        multiple=multiple,
-    )
 
 
 def plan_of(method: str, given: NetworkTask) -> Plan[Network]:
@@ -69,7 +50,7 @@ def test_a_method_keeps_its_limit_and_leaves_the_model_as_it_was(method: str, na
     if name == "unet":  # no class for every image
         given = replace(given, labels=None)
     plan = plan_of(method, given)
-    used = shape(name).flops(plan.counts) / given.cost_limit.limit
+    used = given.cost_limit.cost(plan) / given.cost_limit.limit
     assert 0.75 <= used <= 1, f"{used:.2f}"
     assert all(torch.equal(value, before[key]) for key, value in given.model.state_dict().items())
     assert all(one.grad is None for one in given.model.parameters())

@@ -8,7 +8,8 @@ import pytest
 import torch
 from standins.encoders import encoder, texts
 from standins.encoders import shape as encoder_shape
-from standins.networks import network, random_pixels, shape, shape_of
+from standins.network_task import IMAGES, VALIDATION, task, task_of
+from standins.networks import network, shape
 from torch import nn
 
 from dilap.core.errors import InvalidInput
@@ -32,26 +33,6 @@ from dilap.search.networks.supernet import NetworkSupernet
 from dilap.search.options import RelaxationOptions, SearchOptions
 
 QUICK = SearchOptions(step=0.25, restarts=3, evaluations=2, relaxation=RelaxationOptions(steps=40))
-IMAGES, VALIDATION = random_pixels(8, seed=3), random_pixels(6, seed=4)
-
-
-def task_of(model: nn.Module, *, share: float = 0.5, multiple: int = 1) -> NetworkTask:
-    """A limit on the multiply-adds that are left."""
-    costs = counted(shape_of(model), "operations")
-    return NetworkTask(
-        model=model,
-        base="",
-        network=costs.network,
-        images=IMAGES,
-        validation=VALIDATION,
-        costs=costs,
-        cost_limit=CostLimit(limit=share * costs.predict({}), predict=costs.predict),
-        multiple=multiple,
-    )
-
-
-def task(name: str, *, share: float = 0.5, multiple: int = 1) -> NetworkTask:
-    return task_of(network(name), share=share, multiple=multiple)
 
 
 def supernet(name: str) -> NetworkSupernet:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from standins.models import random_tokens, tiny_model, tiny_net
+from standins.models import tiny_model, tiny_search_task
 
 from dilap.core import registry
 from dilap.core.errors import Infeasible, InvalidInput
 from dilap.methods import SEARCHES
-from dilap.models.reference import Teacher
 from dilap.search.curvature import Curvature
 from dilap.search.dilap import linear_model, polish, search
 from dilap.search.journal import Evaluator
@@ -25,11 +24,7 @@ OPTIONS = SearchOptions(step=0.15, evaluations=12, restarts=3, relaxation=Relaxa
 
 @cache
 def base_task() -> SearchTask:
-    """A Llama of 3 layers to be pruned to 60 % of its fabricated latency; methods leave nothing behind in it."""
-    model = tiny_model("llama")
-    space, net = tiny_net(model, random_tokens(8, 24))
-    evaluator = Evaluator(net=net, teacher=Teacher.of(model, random_tokens(4, 24, seed=1)))
-    return SearchTask(evaluator=evaluator, space=space, limit=0.6 * space.cost(space.dense), options=OPTIONS)
+    return tiny_search_task(OPTIONS)
 
 
 def task(*, share: float = 0.6) -> SearchTask:

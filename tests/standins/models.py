@@ -17,13 +17,16 @@ from dilap.core.shape import UNMIXED, LayerWidths
 from dilap.core.space import Choice, Level, Space, plan_of
 from dilap.models.anatomy import architecture_of, exported_tensors, sublayers
 from dilap.models.cut import shrink_
+from dilap.models.reference import Teacher
 from dilap.models.text import Calibration
+from dilap.search.journal import Evaluator
 from dilap.search.levels import head_levels
 from dilap.search.library import LevelFit, fit_choices, fits_of_levels, width_choices
 from dilap.search.limit import CostLimit
 from dilap.search.method import PruneTask
-from dilap.search.options import LibraryOptions
+from dilap.search.options import LibraryOptions, SearchOptions
 from dilap.search.supernet import Supernet
+from dilap.search.task import SearchTask
 from dilap.search.weights import WeightCosts
 from tools.tiny_models import CLASSES, VOCAB_SIZE, byte_level_tokenizer, plan_for, pruned_model, tiny_model
 
@@ -166,6 +169,14 @@ def tiny_net(
     """A supernet over `tiny_space`, its library fitted on `tokens`."""
     space = tiny_space(model)
     return space, Supernet(model, library_of(model, space, tokens, options=options))
+
+
+def tiny_search_task(options: SearchOptions) -> SearchTask:
+    """A Llama of 3 layers to be pruned to 60 % of its fabricated latency; methods leave nothing behind in it."""
+    model = tiny_model("llama")
+    space, net = tiny_net(model, random_tokens(8, 24))
+    evaluator = Evaluator(net=net, teacher=Teacher.of(model, random_tokens(4, 24, seed=1)))
+    return SearchTask(evaluator=evaluator, space=space, limit=0.6 * space.cost(space.dense), options=options)
 
 
 def levels_of(net: Supernet, config: Sequence[int]) -> tuple[int, ...]:

@@ -6,11 +6,10 @@ from itertools import product
 
 import pytest
 import torch
-from standins.models import random_tokens, tiny_model, tiny_net
+from standins.models import random_tokens, tiny_search_task
 
 from dilap.models.reference import Teacher
 from dilap.search.dilap import allocate, linear_model
-from dilap.search.journal import Evaluator
 from dilap.search.options import RelaxationOptions, SearchOptions
 from dilap.search.task import Search, SearchResult, SearchTask
 from tools.search_rivals import Gates, TrainingEvaluator, Weightings, single_changes, trained_inner_loop
@@ -20,10 +19,7 @@ OPTIONS = SearchOptions(step=0.2, evaluations=4, restarts=3, relaxation=Relaxati
 
 @cache
 def base_task() -> SearchTask:
-    model = tiny_model("llama")
-    space, net = tiny_net(model, random_tokens(8, 24))
-    evaluator = Evaluator(net=net, teacher=Teacher.of(model, random_tokens(4, 24, seed=1)))
-    return SearchTask(evaluator=evaluator, space=space, limit=0.6 * space.cost(space.dense), options=OPTIONS)
+    return tiny_search_task(OPTIONS)
 
 
 @cache

@@ -121,11 +121,12 @@ class _Chunks:
     def of(task: NetworkTask, plan: Plan[Network], group: Group, importance: torch.Tensor) -> "_Chunks":
         left = torch.tensor(plan.kept[group.name])
         sources = _sources(task.network, group)
+        costs = task.require_costs()
         scores, order = importance[left].double().sort(descending=True, stable=True)
         if task.network.layers[0] in sources:
             scores = torch.full_like(scores, _OF_FIRST_LAYER)
         ends = (*(width for width in task.widths(group) if width < len(left)), len(left))
-        taken = [sum(task.cost_of(one, {**plan.counts, group.name: end}) for one in sources) for end in ends]
+        taken = [sum(costs.layer(one.name, {**plan.counts, group.name: end}) for one in sources) for end in ends]
         return _Chunks(
             group=group,
             units=left[order],

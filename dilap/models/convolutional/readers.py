@@ -20,30 +20,14 @@ from torch.overrides import TorchFunctionMode
 from dilap.core.graph import Layer, Network
 from dilap.core.groups import Member
 
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _ARGUMENTS: Mapping[Any, tuple[str, ...]] = {
     functional.linear: ("input", "weight", "bias"),
-    functional.conv1d: ("input", "weight", "bias", "stride", "padding", "dilation"),
-    functional.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation"),
-    functional.conv_transpose1d: (
-        "input",
-        "weight",
-        "bias",
-        "stride",
-        "padding",
-        "output_padding",
-        "groups",
-        "dilation",
-    ),
-    functional.conv_transpose2d: (
-        "input",
-        "weight",
-        "bias",
-        "stride",
-        "padding",
-        "output_padding",
-        "groups",
-        "dilation",
-    ),
+    functional.conv1d: _CONVOLUTION,
+    functional.conv2d: _CONVOLUTION,
+    functional.conv_transpose1d: _TRANSPOSED,
+    functional.conv_transpose2d: _TRANSPOSED,
 }
 
 

@@ -13,7 +13,7 @@ from dilap.core.errors import InvalidInput
 from dilap.core.graph import Network
 from dilap.core.plan import Plan
 from dilap.core.space import plan_of
-from dilap.models.convolutional.cut import constant_of
+from dilap.models.convolutional.cut import constant_of, tensors_of
 from dilap.models.network import in_f32
 from dilap.search import dilap
 from dilap.search.allocation import Config
@@ -48,9 +48,9 @@ class Dilap:
 
 def supernet_of(task: NetworkTask, options: LibraryOptions) -> NetworkSupernet:
     """Return the network of a task with the levels that it can be set to. Raises InvalidInput."""
-    if task.costs is None or task.validation is None:
-        raise InvalidInput("DiLAP's search needs the costs of all widths and a validation split")
-    space = network_space(task.network, task.costs, widths=task.widths)
+    if task.validation is None:
+        raise InvalidInput("DiLAP's search needs a validation split")
+    space = network_space(task.network, task.require_costs(), widths=task.widths)
     model, images = in_f32(task.model), task.images
     library = build_library(model, space, images, options=options, seed=task.seed)
     return NetworkSupernet(model, space, library, images=images[:_NUM_MEASURED], validation=task.validation)
@@ -79,7 +79,7 @@ def parameters_of(net: NetworkSupernet, config: Config) -> dict[str, torch.Tenso
     A removed branch adds the mean of what it added, where its last layer can keep that.
     """
     found = {}
-    tensors = net.own_tensors
+    tensors = tensors_of(net.model)
     for layer in net.library.layers.values():
         for name in (layer.weight, f"{layer.name}.bias"):
             if name in tensors:

@@ -1,7 +1,7 @@
 """A network whose groups can be set to the levels of a library, and the quadratic model of its distance from dense."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -10,7 +10,6 @@ from dilap.core.graph import Branch, Network
 from dilap.core.groups import Kept
 from dilap.core.space import Space
 from dilap.models.compute_device import HOST
-from dilap.models.convolutional.cut import tensors_of
 from dilap.models.convolutional.norm_statistics import NormStatistics
 from dilap.models.convolutional.readers import Passage, Passing, matrix_of, weight_of
 from dilap.models.network import Examples, batches_of, differences, outputs_of
@@ -54,11 +53,6 @@ class NetworkSupernet:
         self._parts = self._list_changes()
         self._kls: dict[Config, torch.Tensor] = {}
         self.config: Config = ()
-
-    @property
-    def own_tensors(self) -> Mapping[str, torch.Tensor]:
-        """All parameters and buffers of the network as it is set now."""
-        return tensors_of(self.model)
 
     @property
     def sizes(self) -> tuple[int, ...]:

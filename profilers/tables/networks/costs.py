@@ -55,6 +55,10 @@ class NetworkCosts:
         name = block.main.name
         return amount(self._of(name), {name: counts[0]})
 
+    def layer(self, name: str, widths: Mapping[str, int]) -> float:
+        """Return the cost of one layer of a network with so many units left in its groups."""
+        return amount(self.terms[name], self.network.widths_at(widths))
+
     def cheaper(self, block: Block, settings: Sequence[Setting]) -> list[Setting]:
         """Return the settings that cost less beside full neighbours; see `Costs.cheaper`."""
         return undominated(list(dict.fromkeys(settings)), cost=functools.partial(self.beside_full_ones, block))

@@ -57,10 +57,6 @@ class NetworkLatency(NetworkCosts):
     noise_seconds: float
     holdout: tuple[NetworkObservation, ...]
 
-    def layer(self, name: str, widths: Mapping[str, int]) -> float:
-        """Return the seconds of one layer."""
-        return amount(self.terms[name], self.network.widths_at(widths))
-
     def layer_seconds(self, widths: Mapping[str, int]) -> dict[str, float]:
         """Return the seconds of every layer, and under "" of what no layer takes."""
         counts = self.network.widths_at(widths)
