@@ -11,7 +11,7 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, encode, read_json, write_json
 from dilap.core.errors import Infeasible, Mismatch
 from dilap.core.graph import Shape
-from dilap.core.measurement import Measurement
+from dilap.core.measurement import Interval, Measurement
 from dilap.core.plan import Plan
 from dilap.evaluation.subject import require_unchanged
 from dilap.job.inputs import code_sha256
@@ -29,9 +29,6 @@ from dilap.search.pruned_file import load_pruned, save_pruned
 # The search aims at this share of the budget. The rest is for the errors of a latency table (1-2 %), and because the
 # upper end of the measured interval has to keep the budget, which is about 0.8 % above the share itself.
 AIM = 0.975
-# So much of the budget at most is given up for the noise of a plan's measurement. For more noise, which is a fault of
-# the device, no smaller plan is chosen; the result will say that it is noisy.
-_MOST_ALLOWED_FOR = 0.02
 ALREADY_KEPT = "the dense model already keeps this budget: nothing to prune, nothing written"
 _MEASURE = "latency of the plans found"  # the name of a stage that runs inside the pruning stage
 
@@ -146,12 +143,11 @@ class CommonStages(ABC, Generic[Shape]):
         name, folder = self.options.method, self.workspace.methods
         return folder / f"own-{code_sha256(name)[:16]}" if ":" in name else folder
 
-    def share_used(self, dense: Artifact, path: Path, measure: Callable[[], Sequence[Measurement]]) -> float | None:
-        """Return the share of the budget that a plan uses: the upper end of the measured interval.
+    def share_used(self, dense: Artifact, path: Path, measure: Callable[[], Sequence[Measurement]]) -> Interval | None:
+        """Return the share of the budget that a plan uses.
 
         `measure` measures the dense model beside one of the plan's shape as for the proof, and keeps that in `path`.
-        Noise adds at most `_MOST_ALLOWED_FOR` to the share. It is None where the device was disturbed, because a search
-        that trusted such a number went 2 % over its budget.
+        It is None where the device was disturbed, because a search that trusted such a number went 2 % over its budget.
         """
         with self.workspace.stage(_MEASURE):
             both = measure()
@@ -161,7 +157,7 @@ class CommonStages(ABC, Generic[Shape]):
         if any(one.status == "contended" for one in both):
             self.workspace.log.say("the device was disturbed meanwhile, so the prediction stands")
             return None
-        return min(used.high, used.value + _MOST_ALLOWED_FOR)
+        return used
 
 
 def require_measured(measurement: Measurement, artifact: Artifact, *, source: str) -> None:

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from dilap.core.artifact import Artifact
 from dilap.core.codec import digest
 from dilap.core.graph import Network
+from dilap.core.measurement import Interval
 from dilap.core.plan import Plan, full_plan
 from dilap.job.common_stages import AIM, ALREADY_KEPT, CommonStages, Goal
 from dilap.job.examples import Shown
 from dilap.job.measuring import Usual
 from dilap.job.network_bench import NetworkBench
 from dilap.job.network_options import NetworkOptions
-from dilap.job.tables import require_claimable
+from dilap.job.tables import prediction_error, require_claimable
 from dilap.models.convolutional.cut import shrink_network_
 from dilap.models.convolutional.load import NetworkSource
 from dilap.models.convolutional.recalibration import recalibrate_
@@ -99,6 +100,7 @@ class NetworkStages(CommonStages[Network]):
             cost_limit=CostLimit(
                 limit=AIM * limit / scale,
                 predict=costs.predict,
+                error=prediction_error(costs),
                 measure=partial(self._share_used, dense, usual),
                 aim=AIM,
             ),
@@ -172,7 +174,7 @@ class NetworkStages(CommonStages[Network]):
             report=self.workspace.log.say,
         )
 
-    def _share_used(self, dense: Artifact, usual: Usual, pruned: Network, _: Mapping[str, str]) -> float | None:
+    def _share_used(self, dense: Artifact, usual: Usual, pruned: Network, _: Mapping[str, str]) -> Interval | None:
         """Return the share of the budget that a pruned network of some shape uses; see `share_used`."""
         left = {group.name: group.num_units for group in pruned.groups}
         counts = {group.name: left.get(group.name, 0) for group in self.network.groups}

@@ -11,7 +11,7 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import digest
 from dilap.core.costs import Costs
 from dilap.core.errors import Mismatch
-from dilap.core.measurement import Measurement
+from dilap.core.measurement import Interval, Measurement
 from dilap.core.plan import Plan, full_plan
 from dilap.core.rules import WidthRules
 from dilap.core.shape import Architecture
@@ -21,7 +21,7 @@ from dilap.job.calibration import calibration_text
 from dilap.job.common_stages import AIM, ALREADY_KEPT, CommonStages, Goal, require_measured
 from dilap.job.measuring import Usual
 from dilap.job.options import JobOptions
-from dilap.job.tables import require_claimable
+from dilap.job.tables import prediction_error, require_claimable
 from dilap.models.anatomy import architecture_of
 from dilap.models.load import Source, load
 from dilap.models.processes import team
@@ -89,8 +89,9 @@ class Stages(CommonStages[Architecture]):
         capabilities = {one: self.bench.backend.capabilities(architecture, precision=one or own) for one in precisions}
         space = build_space(costs, architecture, capabilities, layout=layout)
         rules = width_rules(layout, self.bench.backend.capabilities(architecture, precision=own))
-        if ratio is None:
+        if isinstance(costs, LatencyModel):
             return self._latency_goal(dense, costs, space, layout, rules)
+        assert ratio is not None
         limit = (1 - ratio) * costs.predict(architecture.layers)
         cost_limit = CostLimit(limit=limit, predict=costs.predict)
         return DecoderGoal(space=space, layout=layout, rules=rules, cost_limit=cost_limit)
@@ -102,7 +103,7 @@ class Stages(CommonStages[Architecture]):
         return several and methods.chooses_precision(self.options.method)
 
     def _latency_goal(
-        self, dense: Artifact, costs: Costs, space: Space, layout: Layout, rules: WidthRules
+        self, dense: Artifact, costs: LatencyModel, space: Space, layout: Layout, rules: WidthRules
     ) -> DecoderGoal | None:
         budget = self.options.budget
         with self.workspace.stage("latency of the dense model"):
@@ -127,6 +128,7 @@ class Stages(CommonStages[Architecture]):
         cost_limit = CostLimit(
             limit=AIM * limit / scale,
             predict=costs.predict,
+            error=prediction_error(costs),
             measure=lambda architecture, precisions: self._share_used(architecture, precisions, dense, usual),
             aim=AIM,
         )
@@ -218,7 +220,7 @@ class Stages(CommonStages[Architecture]):
 
     def _share_used(
         self, architecture: Architecture, precisions: Mapping[str, str], dense: Artifact, usual: Usual
-    ) -> float | None:
+    ) -> Interval | None:
         """Return the share of the budget that a pruned model uses; see `share_used`.
 
         The model that is measured has random weights, because latency does not depend on them.

@@ -1,5 +1,6 @@
 """What a job says of a latency table, and when it trusts one."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,6 +52,12 @@ def require_claimable(model: Fitted, *, advice: str) -> None:
             f"the latency table misses held-out plans by {statistics.median(errors):.0%} (allowed: {_MAX_ERROR:.0%}): "
             "no budget can be claimed on it; measure it again on a quiet machine"
         )
+
+
+def prediction_error(model: Fitted) -> float:
+    """Return the root of the mean square of the relative errors on held-out plans; infinite where there are none."""
+    errors = model.holdout_errors()
+    return math.sqrt(statistics.fmean(one**2 for one in errors)) if errors else math.inf
 
 
 @contextmanager

@@ -202,10 +202,10 @@ def test_a_search_leaves_room_for_the_proof_and_gives_little_away() -> None:
     for _ in range(100):
         factor = (1 + draw.gauss(0, 0.015)) / budget
 
-        def measure(architecture: Architecture, _: Mapping[str, str], factor: float = factor) -> float:
-            return measured_share(factor * architecture.layers[0].num_channels, draw).high
+        def measure(architecture: Architecture, _: Mapping[str, str], factor: float = factor) -> Interval:
+            return measured_share(factor * architecture.layers[0].num_channels, draw)
 
-        target = CostLimit(limit=AIM * budget, predict=lambda *_: 0.0, measure=measure, aim=AIM)
+        target = CostLimit(limit=AIM * budget, predict=lambda *_: 0.0, error=0.015, measure=measure, aim=AIM)
         used = factor * target.meet(int, cost=float, architecture=wide)
         assert 0.93 <= used <= 1.0
         num_kept += verdict(measured_share(used, draw), ["ok"]) == "kept"

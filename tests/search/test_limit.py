@@ -7,6 +7,7 @@ import pytest
 from standins.fabricated import TINY_LAYER, tiny_llama
 
 from dilap.core.errors import Infeasible
+from dilap.core.measurement import Interval
 from dilap.core.plan import Plan, full_plan
 from dilap.core.shape import UNMIXED, Architecture, LayerWidths
 from dilap.search.limit import CostLimit
@@ -39,11 +40,15 @@ def shrinking(made: list[int]) -> Iterator[Plan]:
         yield plan_of(64, layers=layers)
 
 
+def exactly(share: float) -> Interval:
+    return Interval(value=share, low=share, high=share)
+
+
 def share_of(limit: float, *, factor: float) -> CostLimit:
     """A device on which everything takes `factor` of what the table says."""
 
-    def measure(architecture: Architecture, _: Mapping[str, str]) -> float:
-        return factor * cost(architecture.layers) / limit
+    def measure(architecture: Architecture, _: Mapping[str, str]) -> Interval:
+        return exactly(factor * cost(architecture.layers) / limit)
 
     return CostLimit(limit=limit, predict=cost, measure=measure)
 
@@ -91,7 +96,7 @@ def test_too_few_plans_are_infeasible() -> None:
 
 def test_best_attempt_is_kept_where_corrections_run_out() -> None:
     """A device on which every plan misses: the nearest one is returned, not an error."""
-    cost_limit = CostLimit(limit=400.0, predict=cost, measure=lambda one, _: 1.1 + 1e-6 * cost(one.layers))
+    cost_limit = CostLimit(limit=400.0, predict=cost, measure=lambda one, _: exactly(1.1 + 1e-6 * cost(one.layers)))
     assert cost_limit.cost(cost_limit.bisect(at)) < 400
 
 
@@ -104,9 +109,9 @@ def test_a_prediction_stands_where_the_device_was_disturbed() -> None:
 def test_added_biases_are_measured_too() -> None:
     seen: list[Architecture] = []
 
-    def measure(architecture: Architecture, _: Mapping[str, str]) -> float:
+    def measure(architecture: Architecture, _: Mapping[str, str]) -> Interval:
         seen.append(architecture)
-        return 0.99
+        return exactly(0.99)
 
     CostLimit(limit=400.0, predict=cost, measure=measure).bisect(at, output_biases=True)
     assert [(one.out_bias, one.ffn_out_bias) for one in seen] == [(True, True)]
@@ -116,9 +121,9 @@ def test_plans_are_predicted_and_measured_in_their_precisions() -> None:
     """The second layer is deleted, so the third one is the second of the network that is measured."""
     seen: list[Mapping[str, str]] = []
 
-    def measure(_: Architecture, precisions: Mapping[str, str]) -> float:
+    def measure(_: Architecture, precisions: Mapping[str, str]) -> Interval:
         seen.append(precisions)
-        return 0.99
+        return exactly(0.99)
 
     def predict(_: Sequence[LayerWidths], precisions: Mapping[str, str] = UNMIXED) -> float:
         return 100.0 - len(precisions)
@@ -127,3 +132,17 @@ def test_plans_are_predicted_and_measured_in_their_precisions() -> None:
     plan = replace(plan_of(64), kept=kept, precisions={"layers.1.ffn": "f16", "layers.2.ffn": "q4_0", "head": "q8_0"})
     assert CostLimit(limit=97.0, predict=predict, measure=measure).first([plan]) == plan
     assert seen == [{"layers.1.ffn": "q4_0", "head": "q8_0"}]
+
+
+def test_one_noisy_measurement_corrects_a_good_table_by_its_weight() -> None:
+    """A table that is right to 2 % and a share that is known to 2 % (both standard deviations) meet half-way."""
+    chosen: list[float] = []
+
+    def choose(limit: float) -> float:
+        chosen.append(limit)
+        return limit
+
+    shares = iter([Interval(value=0.8, low=0.768, high=0.832), exactly(0.99)])
+    limit = CostLimit(limit=1.0, predict=cost, error=0.02, measure=lambda *_: next(shares))
+    limit.meet(choose, cost=float, architecture=lambda one: one)
+    assert chosen == pytest.approx([1.0, 2 / (1 + 0.82)])
