@@ -9,7 +9,6 @@ import torch
 from dilap import methods
 from dilap.core.artifact import Artifact
 from dilap.core.codec import digest
-from dilap.core.costs import Costs
 from dilap.core.errors import Mismatch
 from dilap.core.measurement import Interval, Measurement
 from dilap.core.plan import Plan, full_plan
