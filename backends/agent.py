@@ -99,15 +99,15 @@ class Agent:
             "peak_memory_bytes": max(0, host.memory_use().peak_bytes - before),
         }
 
-    def op_sample(self, *, handle: int, n: int) -> dict[str, Any]:
-        """Time a model `n` times.
+    def op_sample(self, *, handle: int, n: int, lead_in_seconds: float = 0.0) -> dict[str, Any]:
+        """Time a model `n` times; after another model's turn it is first run untimed for `lead_in_seconds`.
 
         The response has the times (`samples_ns`), the CPU seconds that other processes used in the `seconds` meanwhile
         (`other_seconds`), and where the times are a GPU's, those that the host saw (`host_ns`).
         """
         session = self._session(handle)
         if handle != self._last_sampled:
-            session.sample()  # untimed: the first run after another model's takes up to twice as long
+            _lead_in(session, lead_in_seconds)
             self._last_sampled = handle
         clock = host.BusyClock()
         samples = [session.sample() for _ in range(n)]
@@ -150,6 +150,15 @@ class Agent:
         if handle not in self._sessions:
             raise InvalidInput(f"no model is loaded under handle {handle}")
         return self._sessions[handle]
+
+
+def _lead_in(session: backends.Session, seconds: float) -> None:
+    """Run a model untimed, once at least: the first run after another model's takes up to twice as long."""
+    end = time.perf_counter() + seconds
+    while True:
+        session.sample()
+        if time.perf_counter() >= end:
+            return
 
 
 def _refusal(error: Exception) -> dict[str, Any]:

@@ -150,7 +150,8 @@ class Profiler:
                 instrument.load(case.path, workload=case.workload, **asdict(content))
                 for case, content in zip(cases, contents, strict=True)
             ]
-            bench = InstrumentBench(instrument, [one.handle for one in loaded])
+            handles = [one.handle for one in loaded]
+            bench = InstrumentBench(instrument, handles, lead_in_seconds=protocol.lead_in_seconds)
             traces = collect(bench, len(cases), protocol.of_one_start, first_round=first_round, on_round=on_round)
             return _Start(
                 first_round=first_round,

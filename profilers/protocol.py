@@ -1,6 +1,6 @@
 """How a measurement is taken: a `Protocol` of numbers, and the loop that follows it.
 
-A *case* is one model under one workload. Cases are measured in turns, in *rounds* of a few samples of each, so that all
+A *case* is one model under one workload. Cases are measured in turns, in *rounds* of some samples of each, so that all
 of them meet the same machine. The *sentinel* is the case that tells whether the machine drifts. A *fresh start* is a
 measurement in a new process.
 
@@ -19,21 +19,25 @@ from dilap.core.measurement import Status, median_interval
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """The numbers that a measurement follows: warm-up, rounds of a few samples of every open case, a rule to stop.
+    """The numbers that a measurement follows: warm-up, rounds of some samples of every open case, a rule to stop.
 
     A case is settled when half the width of its median's 95 % interval, relative to the median, is at most
-    `target_half_width`. A round is dropped and repeated when the sentinel left its running median by more than
-    `drift_tolerance` or the device throttled, or when other processes used more than `contention_share` of a core
+    `target_half_width`. In its turn a case is run untimed for `lead_in_seconds`, until the caches hold what they hold
+    in use, and then timed as often as fits into `turn_seconds`, but 3 times at least and `samples_per_turn` times at
+    most. A round is dropped and repeated when the sentinel left its running median by more than `drift_tolerance` or
+    the device throttled, or when other processes used more than `contention_share` of a core
     meanwhile. Drift and throttling are followed by a rest, twice as long every time, and a short warm-up. A machine
     that still drifts after `max_back_offs` rests in a row has changed its speed, and measuring starts over. Cases that
     are measured `together`, to be compared with one another, share all rounds; two cases always do.
     """
 
     target_half_width: float = 0.01
-    min_samples: int = 15
-    max_samples: int = 200
+    min_rounds: int = 5
+    max_rounds: int = 66
     max_seconds: float = 20.0
-    samples_per_round: int = 3
+    lead_in_seconds: float = 0.5
+    turn_seconds: float = 0.25
+    samples_per_turn: int = 10
     warm_up_samples: int = 5
     warm_up_seconds: float = 0.5
     warm_up_cap_seconds: float = 5.0
@@ -59,19 +63,21 @@ class Protocol:
         return replace(
             self,
             target_half_width=self.target_half_width * math.sqrt(self.fresh_starts),
-            max_samples=max(self.min_samples, self.max_samples // self.fresh_starts),
+            max_rounds=max(self.min_rounds, self.max_rounds // self.fresh_starts),
             max_seconds=self.max_seconds / self.fresh_starts,
         )
 
 
+_LEAST_SAMPLES = 3  # of one turn, so that its median is not an outlier
+# Why there is a lead-in: whoever generates a text runs one model on and on. On a processor with 480 MB of cache a file
+# of 107 MB took 10.8 ms a token right after another model's turn, 9 ms after 0.1 s and 7.5 ms after 0.5 s, as alone; a
+# pruned one of 93 MB took 6.5 ms and 3.5 ms. Their ratio over fresh starts was 0.41 to 0.48 after 0.2 s, and 0.453 to
+# 0.456 after 0.5 s.
 TABLE = Protocol()
 # Why 8 starts: the interval is computed from what differs between them (intervals.py). By Student's t, half its width
 # is 2.48 standard deviations of the starts with 3 of them, 0.84 with 8 and 0.72 with 10: 2.3 %, 0.8 % and 0.7 %
-# of a paired ratio on the machine named there. A start has at least 3 rounds, and takes at most 5 s a case: about 33
-# rounds are best where loading takes 6 s, a round 0.13 s, and the paired ratios of rounds differ by 3 %.
-FINAL = Protocol(
-    target_half_width=0.005, min_samples=9, max_samples=800, max_seconds=40.0, fresh_starts=8, together=True
-)
+# of a paired ratio on the machine named there. A start has at least 3 rounds, and takes at most 5 s a case.
+FINAL = Protocol(target_half_width=0.005, min_rounds=3, max_rounds=264, max_seconds=40.0, fresh_starts=8, together=True)
 
 
 class Bench(typing.Protocol):
@@ -142,6 +148,7 @@ class _Run:
         self._bench, self._protocol, self._sentinel = bench, protocol, sentinel
         self._kept: list[list[tuple[int, int]]] = [[] for _ in range(num_cases)]  # (round, nanoseconds)
         self._dropped: list[list[tuple[int, int]]] = [[] for _ in range(num_cases)]
+        self._num_samples = [_LEAST_SAMPLES] * num_cases  # of one turn
         self._unsettled_warm_ups: set[int] = set()
         self._sentinel_medians: list[float] = []
         self._strays: list[float] = []  # the sentinel's medians in the drifting rounds since the last good one
@@ -160,6 +167,8 @@ class _Run:
         while True:
             windows.append(statistics.median(self._bench.sample(case, size)))
             elapsed = self._bench.now() - start
+            fitting = int(protocol.turn_seconds * 1e9 / windows[-1])
+            self._num_samples[case] = max(_LEAST_SAMPLES, min(fitting, protocol.samples_per_turn))
             settled = abs(windows[-1] / windows[-2] - 1) < protocol.warm_up_tolerance
             if settled and elapsed >= protocol.warm_up_seconds:
                 return
@@ -172,10 +181,13 @@ class _Run:
         return [case for case in range(len(self._kept)) if not self._is_settled(case)]
 
     def _is_settled(self, case: int) -> bool:
-        count = len(self._kept[case])
-        if count < self._protocol.min_samples:
+        count = self._num_rounds(case)
+        if count < self._protocol.min_rounds:
             return False
-        return count >= self._protocol.max_samples or self._half_width(case) <= self._protocol.target_half_width
+        return count >= self._protocol.max_rounds or self._half_width(case) <= self._protocol.target_half_width
+
+    def _num_rounds(self, case: int) -> int:
+        return len({number for number, _ in self._kept[case]})
 
     def _half_width(self, case: int) -> float:
         return median_interval([sample for _, sample in self._kept[case]]).half_width
@@ -193,7 +205,7 @@ class _Run:
         return cases
 
     def round_(self, cases: Sequence[int]) -> None:
-        taken = {case: self._bench.sample(case, self._protocol.samples_per_round) for case in cases}
+        taken = {case: self._bench.sample(case, self._num_samples[case]) for case in cases}
         pause = self._pause(statistics.median(taken[self._sentinel]))
         for case, samples in taken.items():
             store = self._kept if pause == 0 else self._dropped
@@ -276,11 +288,11 @@ class _Run:
         """Return the status of a case, and what happened meanwhile that a reader must know."""
         if self._contended:
             return "contended", "other processes kept using the cores; stop them, or use fewer threads, and repeat"
-        protocol, count = self._protocol, len(self._kept[case])
+        protocol, count = self._protocol, self._num_rounds(case)
         complaints = (
             (self._incomplete, "time ran out before every case had a good round; let the device cool and repeat"),
             (self._became_slower, "the device throttled or became slower, and stayed so; let it cool and repeat"),
-            (count < protocol.min_samples, f"time ran out after {count} of at least {protocol.min_samples} samples"),
+            (count < protocol.min_rounds, f"time ran out after {count} of at least {protocol.min_rounds} rounds"),
             (case in self._unsettled_warm_ups, f"not settled after {protocol.warm_up_cap_seconds:g} s of warm-up"),
         )
         for applies, note in complaints:

@@ -54,8 +54,7 @@ _SHARE = 0.7  # of the parameters, left in the pruned shape
 _READ_BYTES = 512 << 20  # about as many as the f32 model has, and far more than any cache holds
 # The threads of a runtime that was just used spin for a while, and would slow those of the next one.
 _PAUSE_SECONDS = 0.1
-# Every change to another runtime costs that pause, so more samples are taken before the next one.
-_PROTOCOL = replace(TABLE, samples_per_round=10, max_seconds=10)
+_PROTOCOL = replace(TABLE, max_seconds=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +272,7 @@ def _measure_once(
                 )
                 cases.append((len(benches), len(handles)))
                 handles.append(loaded.handle)
-            benches.append(InstrumentBench(agent, handles))
+            benches.append(InstrumentBench(agent, handles, lead_in_seconds=_PROTOCOL.lead_in_seconds))
         benches.append(MemoryBench(workloads[0].threads))
         cases.append((len(benches) - 1, 0))
         with console.bar(workloads[0].phase, total=len(cases), unit="case") as bar:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 Step = Callable[[], object]  # does the workload once
 _SAMPLES = 5  # of each model in a round
+_LEAD_IN_SECONDS = 0.5  # before them
 _WARM_UP = 10  # of each model in a process: caches, clocks and lazily packed weights
 _RESAMPLES = 2000
 _CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}  # GGML_TYPE_*
@@ -223,8 +224,16 @@ def times(steps: Sequence[Step], *, rounds: int) -> list[list[list[int]]]:
     for number in range(rounds):
         order = range(len(steps)) if number % 2 else reversed(range(len(steps)))
         for index in order:
+            _lead_in(steps[index])
             found[index].append([_nanoseconds(steps[index]) for _ in range(_SAMPLES)])
     return found
+
+
+def _lead_in(step: Step) -> None:
+    """Run a model untimed for a while, until the caches hold as much of it as when nothing else runs."""
+    end = time.perf_counter() + _LEAD_IN_SECONDS
+    while time.perf_counter() < end:
+        step()
 
 
 def _nanoseconds(step: Step) -> int:

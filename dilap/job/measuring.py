@@ -225,10 +225,11 @@ class MeasuringBench(ABC):
     def kept_path(self, model: str, shape: object, more: list[Any]) -> Path:
         """Return the file, without an ending that says what it holds, of what is kept of a model for later runs.
 
-        Every device, runtime, workload, `shape` of the model (as plain values) and `more` have a file of their own.
+        Every device, runtime, workload, `shape` of the model (as plain values) and `more` have a file of their own, and
+        so has every way of measuring that differs in how warm the caches are.
         """
         fingerprint = replace(self.profiler.fingerprint(), soft={})
-        key = digest([asdict(fingerprint), asdict(self.workload), shape, *more])
+        key = digest([asdict(fingerprint), asdict(self.workload), shape, TABLE.lead_in_seconds, *more])
         stem = f"{name_of(model)}-{self.device.name}-{self.backend.name}"
         folder = self.tables or home_of(model) / "tables"
         return folder / f"{stem}-{self.workload.phase}-{self.workload.precision}-{key[:8]}.jsonl"

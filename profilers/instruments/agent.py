@@ -75,8 +75,8 @@ class Instrument(Protocol):
     ) -> Loaded:
         """Bring a model to the device and open it; `companions` lie beside it (name -> SHA-256)."""
 
-    def sample(self, handle: int, count: int) -> Sampled:
-        """Time a model `count` times."""
+    def sample(self, handle: int, count: int, *, lead_in_seconds: float = 0.0) -> Sampled:
+        """Time a model `count` times; after another model's turn it is first run untimed for `lead_in_seconds`."""
 
     def average_memory(self, handle: int, runs: int) -> int | None:
         """Return the average bytes that a model takes while it runs `runs` times; None where that cannot be seen."""
@@ -178,8 +178,8 @@ class AgentClient:
         answer = self.call("load", timeout=self._load_seconds, workload=codec.encode(workload), **fields)
         return _checked(Loaded, answer)
 
-    def sample(self, handle: int, count: int) -> Sampled:
-        return _checked(Sampled, self.call("sample", handle=handle, n=count))
+    def sample(self, handle: int, count: int, *, lead_in_seconds: float = 0.0) -> Sampled:
+        return _checked(Sampled, self.call("sample", handle=handle, n=count, lead_in_seconds=lead_in_seconds))
 
     def average_memory(self, handle: int, runs: int) -> int | None:
         return _checked(int, self.call("watch_memory", handle=handle, n=runs).get("average_bytes"))
@@ -265,15 +265,15 @@ def _as_error(said: Any) -> DilapError:
 class InstrumentBench:
     """The `Bench` of the measuring loop, made of the models that an instrument holds open."""
 
-    def __init__(self, instrument: Instrument, handles: Sequence[int]) -> None:
-        self._instrument, self._handles = instrument, handles
+    def __init__(self, instrument: Instrument, handles: Sequence[int], *, lead_in_seconds: float = 0.0) -> None:
+        self._instrument, self._handles, self._lead_in_seconds = instrument, handles, lead_in_seconds
         self._seconds = self._other_seconds = 0.0
         self._host_ns: list[list[int]] = [[] for _ in handles]
         state = instrument.state()
         self._throttle_events, self._pinned_khz = state.throttle_events or 0, state.pinned_khz
 
     def sample(self, case: int, count: int) -> Sequence[int]:
-        sampled = self._instrument.sample(self._handles[case], count)
+        sampled = self._instrument.sample(self._handles[case], count, lead_in_seconds=self._lead_in_seconds)
         if len(sampled.samples_ns) != count:
             raise LinkLost(f"the device took {len(sampled.samples_ns)} samples where {count} were asked; try again")
         self._seconds += sampled.seconds

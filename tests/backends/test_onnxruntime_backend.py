@@ -37,7 +37,9 @@ TINY = tiny_llama(
 )
 OPT = replace(TINY, family="opt", ffn_matrices=2, norm_vectors=2, num_positions=130, qkv_bias=True)
 DECODE = Workload(precision="f32", context=16, prompt_tokens=8)
-QUICK = Protocol(warm_up_seconds=0.0, warm_up_cap_seconds=0.0, max_seconds=0.0, back_off_seconds=0.0)
+QUICK = Protocol(
+    lead_in_seconds=0.0, warm_up_seconds=0.0, warm_up_cap_seconds=0.0, max_seconds=0.0, back_off_seconds=0.0
+)
 TOKENS = [5, 17, 80, 3, 3, 41, 0, 95]
 
 

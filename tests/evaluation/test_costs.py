@@ -98,7 +98,9 @@ def gguf(folder: Path, model: PreTrainedModel) -> Subject:
 
 
 def test_a_running_artifact_is_measured_in_both_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    brief = Protocol(min_samples=3, max_samples=3, max_seconds=1, warm_up_seconds=0, warm_up_cap_seconds=0.1)
+    brief = Protocol(
+        min_rounds=1, max_rounds=1, max_seconds=1, lead_in_seconds=0, warm_up_seconds=0, warm_up_cap_seconds=0.1
+    )
     monkeypatch.setattr("dilap.evaluation.costs.FINAL", brief)
     subject = gguf(tmp_path, tiny_model("llama"))
     subject.reader.close()

@@ -1,6 +1,7 @@
 """The on-device agent: its operations with a fake runtime, and the real process over its pipes."""
 
 import io
+import itertools
 import json
 import os
 import sys
@@ -85,6 +86,17 @@ def test_samples_come_from_the_loaded_model(served: agent.Agent, model: Path) ->
     assert served.answer({"seq": 2, "op": "sample", "handle": handle, "n": 3})["samples_ns"] == [7000, 7000, 7000]
 
 
+def test_a_model_runs_untimed_after_another_ones_turn(
+    served: agent.Agent, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle, runs, clock = loaded(served, model)["handle"], [], itertools.count(step=0.1)
+    monkeypatch.setattr(FakeSession, "sample", lambda self: runs.append(1) or self.nanoseconds)  # type: ignore[func-returns-value]
+    monkeypatch.setattr(agent.time, "perf_counter", lambda: next(clock))
+    for _ in range(2):
+        served.answer({"seq": 2, "op": "sample", "handle": handle, "n": 3, "lead_in_seconds": 0.35})
+    assert len(runs) == 4 + 3 + 3
+
+
 def test_a_gpus_samples_come_with_the_hosts_times(served: agent.Agent, model: Path) -> None:
     handle = loaded(served, model)["handle"]
     served._sessions[handle].host_ns = [1, 2, 3, 4]  # type: ignore[attr-defined]
@@ -163,7 +175,7 @@ class ScriptedInstrument:
     ) -> None:
         self.others, self.states, self.host_ns = iter(others), list(states), iter(host_ns)
 
-    def sample(self, handle: int, count: int) -> Sampled:
+    def sample(self, handle: int, count: int, *, lead_in_seconds: float = 0.0) -> Sampled:
         return Sampled(
             samples_ns=(1,) * count, seconds=0.1, other_seconds=next(self.others, None), host_ns=next(self.host_ns, ())
         )

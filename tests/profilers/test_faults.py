@@ -53,7 +53,12 @@ pytestmark = needs_lab
 ARCHITECTURE = tiny_llama(TINY_LAYER, TINY_LAYER)
 WORKLOAD = Workload(precision="f32", context=16)
 ONCE = Protocol(
-    warm_up_samples=1, warm_up_cap_seconds=0.0, max_seconds=0.0, min_samples=3, contention_share=1000.0
+    warm_up_samples=1,
+    warm_up_cap_seconds=0.0,
+    max_seconds=0.0,
+    min_rounds=1,
+    lead_in_seconds=0.0,
+    contention_share=1000.0,
 )  # the seconds are made up
 # bytes of both directions until a link is ready, and of one small command
 HANDSHAKE = {"ssh": 6000, "adb": 300}

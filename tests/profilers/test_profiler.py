@@ -28,7 +28,9 @@ from dilap.profilers.tables.measuring import Progress
 from dilap.profilers.tables.table import LatencyTable
 
 WORKLOAD = Workload(precision="f32", context=16)
-QUICK = Protocol(warm_up_seconds=0.0, warm_up_cap_seconds=0.0, max_seconds=0.0, back_off_seconds=0.0)
+QUICK = Protocol(
+    lead_in_seconds=0.0, warm_up_seconds=0.0, warm_up_cap_seconds=0.0, max_seconds=0.0, back_off_seconds=0.0
+)
 ARCHITECTURE = tiny_llama(*[TINY_LAYER] * 4)
 
 

@@ -14,7 +14,8 @@ from dilap.profilers.profiler import is_shown, speedup
 from dilap.profilers.protocol import Protocol, Trace, collect, judge
 
 MS = 1_000_000
-QUICK = Protocol(warm_up_seconds=0.0)
+QUICK = Protocol(warm_up_seconds=0.0, samples_per_turn=3)
+QUICK_SAMPLES = 3 * QUICK.min_rounds
 
 
 WILD = [1 + (37 * step % 101) / 200 for step in range(101)]  # evenly spread over 1 to 1.5
@@ -76,13 +77,13 @@ def estimated_ratio(first: Sequence[int], second: Sequence[int]) -> float:
 
 
 def test_interleaving_keeps_a_ratio_right_while_the_machine_drifts() -> None:
-    long = replace(QUICK, min_samples=60, drift_tolerance=1.0)
+    long = replace(QUICK, min_rounds=20, drift_tolerance=1.0)
     dense, pruned = collect(ScriptedBench([30.0, 20.0], slowness=ramp), 2, long)
     assert estimated_ratio(dense.samples_ns, pruned.samples_ns) == pytest.approx(1.5, rel=0.01)
 
 
 def test_measuring_one_after_the_other_gets_the_same_ratio_wrong() -> None:
-    long = replace(QUICK, min_samples=60, drift_tolerance=1.0)
+    long = replace(QUICK, min_rounds=20, drift_tolerance=1.0)
     bench = ScriptedBench([30.0, 20.0], slowness=ramp)
     (dense,) = collect(bench, 1, long)
     bench.costs_ms = [20.0]
@@ -96,7 +97,7 @@ MACHINES: dict[str, Callable[[float], float]] = {
     "clock between two states": lambda now: 1.0 if now % 4.2 < 2.1 else 1.25,
     "spell of spikes": lambda now: 4.0 if 0.3 < now < 6.0 else 1.0,
 }
-PATIENT = replace(QUICK, min_samples=60, drift_tolerance=100.0, max_samples=60)  # it takes what comes
+PATIENT = replace(QUICK, min_rounds=20, drift_tolerance=100.0, max_rounds=20)  # it takes what comes
 
 
 def measured(trace: Trace) -> Measurement:
@@ -165,13 +166,13 @@ def test_many_spikes_are_reported_as_noise() -> None:
 
 def test_a_quiet_case_stops_at_the_least_number_of_samples() -> None:
     (trace,) = collect(ScriptedBench([10.0]), 1, QUICK)
-    assert (len(trace.samples_ns), trace.status) == (QUICK.min_samples, "ok")
+    assert (len(trace.samples_ns), trace.status) == (QUICK_SAMPLES, "ok")
 
 
 def test_a_noisy_case_stops_at_the_largest_number_of_samples() -> None:
     states = iter(WILD * 100)
     (trace,) = collect(ScriptedBench([10.0], slowness=lambda _: next(states)), 1, QUICK)
-    assert len(trace.samples_ns) == 201
+    assert len(trace.samples_ns) == 3 * QUICK.max_rounds
 
 
 def test_the_wall_clock_ends_a_measurement_that_cannot_settle() -> None:
@@ -219,7 +220,7 @@ def test_a_device_that_is_slow_after_a_rest_is_warmed_up_again() -> None:
         bench.calls.append(-1)
 
     bench.sample, bench.sleep, bench.load = sample, sleep, lambda _: next(loads)  # type: ignore[method-assign]
-    collect(bench, 1, replace(QUICK, min_samples=30))
+    collect(bench, 1, replace(QUICK, min_rounds=10))
     assert bench.sleeps == [1.0]  # for the other load, and none for drift
 
 
@@ -227,8 +228,8 @@ def test_a_device_that_is_slow_after_a_rest_is_warmed_up_again() -> None:
 def test_a_machine_that_changed_its_speed_is_measured_at_the_new_one(speed: float, status: str) -> None:
     bench = ScriptedBench([10.0, 20.0], slowness=lambda now: 1.0 if now < 0.6 else speed)
     first, second = collect(bench, 2, QUICK)
-    assert first.samples_ns == pytest.approx([10 * speed * MS] * QUICK.min_samples, rel=0.003)
-    assert second.samples_ns == pytest.approx([20 * speed * MS] * QUICK.min_samples, rel=0.003)
+    assert first.samples_ns == pytest.approx([10 * speed * MS] * QUICK_SAMPLES, rel=0.003)
+    assert second.samples_ns == pytest.approx([20 * speed * MS] * QUICK_SAMPLES, rel=0.003)
     assert (first.status, "slower" in first.note) == (status, speed > 1)
 
 
@@ -257,7 +258,7 @@ def test_contention_that_never_clears_is_measured_and_flagged() -> None:
     bench = ScriptedBench([10.0], load=lambda _: 0.9)
     (trace,) = collect(bench, 1, QUICK)
     assert len(bench.sleeps) == QUICK.max_repeats
-    assert len(trace.samples_ns) == QUICK.min_samples
+    assert len(trace.samples_ns) == QUICK_SAMPLES
     assert (trace.status, "fewer threads" in trace.note) == ("contended", True)
 
 
@@ -279,7 +280,7 @@ def test_cases_measured_together_share_all_rounds_in_an_order_turned_round_each_
     traces = collect(bench, 4, replace(QUICK, together=True))
     assert bench.calls[8:16] == [0, 1, 2, 3, 3, 2, 1, 0]
     assert {one.rounds for one in traces} == {traces[2].rounds}
-    assert len(traces[2].samples_ns) > QUICK.min_samples
+    assert len(traces[2].samples_ns) > QUICK_SAMPLES
 
 
 def test_a_median_that_is_not_known_well_enough_is_noisy() -> None:

@@ -24,7 +24,9 @@ from dilap.profilers.tables.table import LatencyTable
 
 pytestmark = needs_lab
 # One round, whatever else this machine does meanwhile: the seconds are made up.
-ONCE = Protocol(warm_up_samples=1, warm_up_cap_seconds=0.0, max_seconds=0.0, contention_share=1000.0)
+ONCE = Protocol(
+    lead_in_seconds=0.0, warm_up_samples=1, warm_up_cap_seconds=0.0, max_seconds=0.0, contention_share=1000.0
+)
 F32 = ["--precision", "f32", "--threads", "1", "--context", "16"]
 # emulation takes what it takes: ONNX Runtime runs the model there, and its size in bytes stands for its nanoseconds
 CLOCK = {
