@@ -34,7 +34,7 @@ class Protocol:
     target_half_width: float = 0.01
     min_rounds: int = 5
     max_rounds: int = 66
-    max_seconds: float = 20.0
+    max_seconds: float = 10.0
     lead_in_seconds: float = 0.5
     turn_seconds: float = 0.25
     samples_per_turn: int = 10

@@ -54,7 +54,7 @@ _SHARE = 0.7  # of the parameters, left in the pruned shape
 _READ_BYTES = 512 << 20  # about as many as the f32 model has, and far more than any cache holds
 # The threads of a runtime that was just used spin for a while, and would slow those of the next one.
 _PAUSE_SECONDS = 0.1
-_PROTOCOL = replace(TABLE, max_seconds=10)
+_PROTOCOL = TABLE
 
 
 @dataclass(frozen=True, kw_only=True)
