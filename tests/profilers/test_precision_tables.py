@@ -47,7 +47,7 @@ CAPABILITIES = Capabilities(ffn_multiple=32)
 LEVELS = default_levels(ARCHITECTURE, CAPABILITIES)
 SPEED = {"f16": 1.5, "": 1.0, "q5_0": 1.1, "iq4_nl": 0.75, "q4_0": 0.65}  # a device on which 5 bits are slower than 8
 HEADS = {**SPEED, "q8_0": 0.9}  # a head of which nothing is said is in more bits than one in the workload's precision
-OLD = Path(__file__).with_name("table-version-1.jsonl")
+ONE_PRECISION = Path(__file__).with_name("table-of-one-precision.jsonl")
 
 
 def attention_cost(layer: LayerWidths, precision: str) -> float:
@@ -184,9 +184,19 @@ def test_layers_of_equal_widths_and_precisions_are_stored_as_one_run() -> None:
     assert run_precisions([DENSE] * 4, {}) == ()
 
 
-def test_a_table_of_version_1_says_what_it_said() -> None:
-    """The numbers are those of the DiLAP that wrote the table."""
-    table = LatencyTable.read(OLD)
+def test_a_table_that_was_measured_without_a_lead_in_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "table.jsonl"
+    header, *entries = ONE_PRECISION.read_text().split("\n")
+    earlier = json.loads(header)
+    del earlier["protocol"]["lead_in_seconds"]
+    path.write_text("\n".join([json.dumps(earlier), *entries]))
+    with pytest.raises(InvalidInput, match="it was measured by an earlier DiLAP"):
+        LatencyTable.read(path)
+
+
+def test_a_table_of_one_precision_says_what_it_said() -> None:
+    """The numbers are those of the DiLAP that first read such a table."""
+    table = LatencyTable.read(ONE_PRECISION)
     model = table.model()
     assert table.header.offered == ("f16",)
     assert model.fixed_seconds == pytest.approx(0.005173778, rel=1e-9)
@@ -293,11 +303,11 @@ def test_errors_are_told_by_the_precision_of_most_sublayers() -> None:
     assert tuple(errors) == by_quality(errors)
     assert sum(map(len, errors.values())) == 12
     assert "mostly in q4_0" in describe_table(measured_table())
-    assert "mostly" not in describe_table(LatencyTable.read(OLD))
+    assert "mostly" not in describe_table(LatencyTable.read(ONE_PRECISION))
 
 
 def test_costs_are_shown_in_every_precision() -> None:
-    model, old = measured_model(), LatencyTable.read(OLD).model()
+    model, old = measured_model(), LatencyTable.read(ONE_PRECISION).model()
     assert [line.split()[0] for line in text(model).splitlines()[2:8]] == ["precision", *HEADER.offered]
     assert set(document(model)["precisions"]) == {*OTHERS}
     assert "precision" not in text(old)
