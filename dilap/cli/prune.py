@@ -36,6 +36,12 @@ image networks (classifiers of transformers, efficientnet-lite0, your own module
 encoders of texts (of the BERT family, all-minilm-l6-v2) are pruned with sentences:
   dilap-prune --target host_cpu --budget 70% --method uniform --model all-minilm-l6-v2 --calib corpus.txt
 A killed run goes on where it stopped when the same command is given again."""
+# Arguments that --pattern alone reads, and those that it reads beside them.
+_OF_SPARSE = ("propagate", "rebuild", "granularity", "threshold", "metric", "retain", "dtype", "tasks", "delete_model")
+_WITH_SPARSE = (
+    *("pattern", "method", "set", "model", "merge_adapter", "vocabulary", "compute", "out", "json", "seed"),
+    *("calib", "calib_length", "calib_sequences", "data_dir", "eval_text"),
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,9 +161,13 @@ def _sparse(given: argparse.Namespace) -> int:
 
 
 def _command() -> int:
-    given = _parser().parse_args()
+    parser = _parser()
+    given = parser.parse_args()
     if given.pattern is not None:
+        others = set(vars(given)) - {*_OF_SPARSE, *_WITH_SPARSE}
+        arguments.refuse_given(parser, given, others, why="does not apply to zeros inside matrices (--pattern)")
         return _sparse(given)
+    arguments.refuse_given(parser, given, _OF_SPARSE, why="is for zeros inside matrices: give --pattern, too")
     if given.target is None:
         raise InvalidInput("name the device with --target; dilap-profile --list-devices lists them")
     budget = _budget(given)

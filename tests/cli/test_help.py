@@ -108,6 +108,24 @@ def test_what_can_never_work_is_refused_before_a_model_is_looked_for(
     assert words in last_line(capsys)
 
 
+IN_VAIN = {
+    "a dry run": (["--pattern", "2:4", "--dry-run"], "--dry-run does not apply to zeros inside matrices (--pattern)"),
+    "recovery": (["--pattern", "2:4", "--recover", "full"], "--recover does not apply to zeros inside matrices"),
+    "a device": (["--pattern", "2:4", "--device", "host_cpu"], "--target does not apply to zeros inside matrices"),
+    "a rebuild": (["--target", "host_cpu", "--ratio", "0.3", "--rebuild", "barber"], "--rebuild is for zeros inside"),
+    "tasks": (["--target", "host_cpu", "--budget", "70%", "--tasks", "piqa"], "--tasks is for zeros inside matrices"),
+}
+
+
+@pytest.mark.parametrize("name", IN_VAIN)
+def test_an_option_that_another_one_makes_useless_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, words = IN_VAIN[name]
+    assert call(prune.main, tmp_path / "no such model", *options) == 2
+    assert words in last_line(capsys)
+
+
 def test_more_than_the_dense_model_takes_may_buy_better_precisions() -> None:
     given = prune._parser().parse_args(["--budget", "150%"])
     assert prune.options_of(given, device=devices.get("host_cpu")).budget.fraction == 1.5
