@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import cached_file
 
-from dilap.core.codec import written_aside
+from dilap.core.codec import read_json, written_aside
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported
 from dilap.core.shape import Architecture
 from dilap.models.adapter import merge_adapter_
@@ -35,11 +35,13 @@ from dilap.models.faithful import (
     read_rest_of_config_,
     read_rest_of_gguf_,
     require_every_tensor,
+    require_generation_config,
     require_no_adapter,
+    stored_tensors,
     take_special_tokens_,
     tie_as_files_do_,
 )
-from dilap.models.families import family_of
+from dilap.models.families import family_of, require_class
 from dilap.models.families.family import has_tied_head
 from dilap.models.gguf_tokenizer import read_gguf_tokenizer
 from dilap.models.modeling_dilap import pruned_class
@@ -188,6 +190,9 @@ def _errors_of(name: str, folder: str) -> Iterator[None]:
 def _config(name: str, folder: str, arguments: Mapping[str, Any]) -> PreTrainedConfig:
     """Load the config. Raises Unsupported, before gigabytes are read, for a family or function that is not known."""
     with _errors_of(name, folder):
+        described = Path(folder) / "config.json"
+        if "gguf_file" not in arguments and described.is_file():
+            require_class(read_json(described), stored_tensors(Path(folder)))
         config = from_pretrained(AutoConfig, folder, gguf_file=arguments.get("gguf_file"))
         family_of(config)
         if "gguf_file" in arguments:
@@ -209,6 +214,8 @@ def _model(name: str, folder: str, config: PreTrainedConfig, arguments: dict[str
     for tensor, found, wanted in sorted(report["mismatched_keys"]):
         raise InvalidInput(f"model {name!r}: {_words_of_sizes(tensor, found, wanted, config)}")
     tie_as_files_do_(model, missing=report["missing_keys"])
+    if "gguf_file" not in arguments:
+        require_generation_config(Path(folder), vocab_size=model.get_input_embeddings().weight.shape[0])
     require_every_tensor(report, is_tied=has_tied_head(model), source=f"model {name!r}")
     if "gguf_file" in arguments:
         read_rest_of_gguf_(model, Path(folder) / arguments["gguf_file"])
