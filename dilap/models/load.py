@@ -49,6 +49,7 @@ from dilap.models.older_names import add_older_names
 from dilap.models.origin import note_origin_
 from dilap.models.pretrained import errors_of_damaged_files, from_pretrained
 from dilap.models.text_samples import SAMPLES
+from dilap.models.unembedded import Embedded, embedded
 from dilap.models.vocabulary import Vocabulary, cut_vocabulary_, require_cuttable
 
 
@@ -57,7 +58,7 @@ class Source:
     """A loaded model. `tokenizer_path` is the folder or GGUF file from which exporters take the tokenizer.
 
     `merge_adapter` is the folder of the adapter that is part of the model, None for most; `vocabulary` what is left of
-    its tokens, None where all are.
+    its tokens, None where all are; `embedded` is the tokenizer where some of its own tokens have no embedding.
     """
 
     name: str
@@ -67,11 +68,13 @@ class Source:
     digest: str
     merge_adapter: str | None = None
     vocabulary: Vocabulary | None = None
+    embedded: Embedded | None = None
 
     @property
     def notes(self) -> Sequence[str]:
         """What a reader must know of the model."""
-        return () if self.vocabulary is None else self.vocabulary.facts.notes
+        of_tokens = () if self.embedded is None else (self.embedded.note,)
+        return (*of_tokens, *(() if self.vocabulary is None else self.vocabulary.facts.notes))
 
 
 def load(
@@ -111,6 +114,10 @@ def load(
         tokenizer_path = tokenizer
     elif not tokenizer_path.exists():  # a hub id: its files are in the hub's local cache by now
         tokenizer_path = Path(cached_file(name, "tokenizer_config.json")).parent
+    with _errors_of(name, str(folder)):
+        fitted = embedded(words, rows=model.get_input_embeddings().weight.shape[0])
+    if fitted is not None:
+        words, tokenizer_path = fitted.tokenizer, fitted.folder.path
     cut = None if vocabulary is None else cut_vocabulary_(model, words, str(vocabulary))
     note_origin_(model.config, name, folder / arguments.get("gguf_file", ""))
     return Source(
@@ -121,6 +128,7 @@ def load(
         digest=model_digest(model),
         merge_adapter=None if merge_adapter is None else str(merge_adapter),
         vocabulary=cut,
+        embedded=fitted,
     )
 
 
