@@ -12,7 +12,7 @@ from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
 from dilap.job import ending, result
 from dilap.job.networks import in_words, is_network
-from dilap.job.options import JobOptions
+from dilap.job.options import CommonOptions, JobOptions
 from dilap.job.outputs import home_of, name_of
 from dilap.methods import METHODS, NETWORK_METHODS
 from dilap.profilers.devices.device import Device
@@ -190,14 +190,13 @@ def _command() -> int:
     return 1 if done.status in ("missed", "uncertain") else 0
 
 
-def _dry_run(options: "JobOptions | NetworkOptions") -> int:
+def _dry_run(options: CommonOptions) -> int:
     """Print what the job would take, and return the exit code: 1 where something does not fit."""
-    if not isinstance(options, JobOptions):
-        raise InvalidInput(f"--dry-run knows decoders alone, and {options.model} is none: leave it away")
     from dilap.job import forecast  # importing torch takes seconds: bad input is refused first
+    from dilap.job.kinds import kind_of
     from dilap.job.shortages import shortages
 
-    needs_in, machine = forecast.of_job(options)
+    needs_in, machine = kind_of(options).forecast(options)
     lacking = shortages(options, needs_in, machine)
     console.show("\n".join([forecast.table(needs_in(options), machine), *lacking]))
     return 1 if lacking else 0
