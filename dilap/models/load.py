@@ -148,6 +148,11 @@ def shape_of(name: str) -> tuple[Architecture, int]:
     return architecture_of(model), dtype.itemsize
 
 
+def require_model(name: str) -> None:
+    """Raise InvalidInput where no model can be of that name, before another one is worked on for hours."""
+    _place(name)
+
+
 def is_mapped(name: str) -> bool:
     """Return whether the weights of a model stay in its files, where the host computes.
 
