@@ -8,9 +8,10 @@ from standins.fake_job import LLAMACPP, FinishedJob, prune_tiny
 from standins.models import tiny_model
 
 from dilap import backends
+from dilap.core.codec import encode
 from dilap.core.errors import InvalidInput, Unsupported
 from dilap.core.printable import milliseconds
-from dilap.job import ending
+from dilap.job import comparison, ending
 from dilap.job.precisions import asked_precisions, offered_precisions
 from dilap.job.result import PruneResult, table
 from dilap.models.anatomy import architecture_of
@@ -79,6 +80,16 @@ def test_formats_stand_with_interval_and_perplexity(chosen: PruneResult) -> None
         assert interval is not None
         ends = "-".join(milliseconds(end) for end in (interval.low, interval.high))
         assert line.split()[4:7] == [ends, f"{one.quality.kl:.3f}", f"{one.quality.perplexity:.2f}"]
+
+
+def test_a_comparison_has_the_dense_model_in_every_precision(chosen: PruneResult) -> None:
+    row = comparison.row_of(chosen)
+    assert comparison.read_row(encode(row), source="row.json") == row
+    lines = comparison.markdown([row]).splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("| format |"))
+    for line, one in zip(lines[at + 2 :], chosen.formats, strict=False):
+        assert line.startswith(f"| {one.precision} | {milliseconds(one.seconds(chosen.dense, 'p50'))} |")
+    assert [one.perplexity for one in row.formats] == [one.quality.perplexity for one in chosen.formats]
 
 
 def test_words_say_that_quantising_alone_is_not_enough(chosen: PruneResult) -> None:
