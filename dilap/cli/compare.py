@@ -169,3 +169,7 @@ def _settings(pairs: Sequence[str], names: Sequence[str], table: Mapping[str, st
 
 def main() -> None:
     console.run(_command)
+
+
+if __name__ == "__main__":
+    main()

@@ -233,3 +233,7 @@ def _number(metrics: dict[str, float], name: str, num_rows: int) -> str:
 
 def main() -> None:
     console.run(_command)
+
+
+if __name__ == "__main__":
+    main()

@@ -228,3 +228,7 @@ def _default_out(given: argparse.Namespace, budget: Budget) -> Path:
 
 def main() -> None:
     console.run(_command)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from standins.fake_job import call, last_line
 
-from dilap import backends
+from dilap import __version__, backends
 from dilap.cli import compare, export, profile, prune, report
 from dilap.cli import eval as evaluation
 from dilap.profilers.devices import device as devices
@@ -35,6 +35,14 @@ def test_help_and_version_of_no_command_import_what_takes_seconds() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_runs_as_a_module(command: str) -> None:
+    """Launchers of several processes start modules, and a module that does nothing would end as if all was done."""
+    asked = [sys.executable, "-m", f"dilap.cli.{command}", "--version"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == (f"dilap {__version__}\n", "", 0)
 
 
 def options() -> list[tuple[str, argparse.Action]]:
