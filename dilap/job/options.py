@@ -192,6 +192,7 @@ def job_options(
         seed=seed,
         threads=threads,
     )
+    _require_rates(recover_rate=recover_rate, recover_next_token=recover_next_token, recover_hidden=recover_hidden)
     if recover == "none":
         _require_recovery(
             recover_tokens=recover_tokens,
@@ -204,7 +205,6 @@ def job_options(
             recover_8bit_states=recover_8bit_states,
             tracker=tracker,
         )
-    _require_rates(recover_rate=recover_rate, recover_next_token=recover_next_token, recover_hidden=recover_hidden)
     _require_compute(compute)
     backend = backend or next(iter(device.backends))
     tried = thread_counts(device.default_threads()) if threads is None else (threads,)
