@@ -16,6 +16,7 @@ from dilap.core.errors import InvalidInput
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_ALIGNMENT = "general.alignment"
 _LENGTH = struct.Struct("<Q")
 _MAX_TEXT = 1 << 26  # bytes; a chat template has thousands
 _MAX_NAME = 1 << 16
@@ -27,13 +28,15 @@ _MIN_BITS = 1.5  # the fewest that a weight takes in any format of llama.cpp
 class GgufHeader:
     """What a header says: `metadata` by key, and the shape and the type of every tensor by its name.
 
-    `kinds` has the type of every value of the metadata, and for an array that of its items, else None.
+    `kinds` has the type of every value of the metadata, and for an array that of its items, else None. `begins` says at
+    which byte of the file a tensor begins.
     """
 
     metadata: dict[str, Any]
     kinds: dict[str, tuple[int, int | None]]
     shapes: dict[str, tuple[int, ...]]
     types: dict[str, int]
+    begins: dict[str, int]
 
     @property
     def num_weights(self) -> int:
@@ -69,10 +72,12 @@ def _read(reader: "_Reader") -> GgufHeader:
         metadata[key], item = reader.value(kind)
         kinds[key] = kind, item
     tensors = [reader.tensor() for _ in range(num_tensors)]
-    shapes, types = {name: shape for name, shape, _ in tensors}, {name: kind for name, _, kind in tensors}
+    shapes, types = {name: shape for name, shape, *_ in tensors}, {name: kind for name, _, kind, _ in tensors}
     if len(shapes) < num_tensors:
         reader.fail("two tensors have one name")
-    header = GgufHeader(metadata=metadata, kinds=kinds, shapes=shapes, types=types)
+    start = reader.aligned(metadata.get(_ALIGNMENT) or 32)
+    begins = {name: start + offset for name, *_, offset in tensors}
+    header = GgufHeader(metadata=metadata, kinds=kinds, shapes=shapes, types=types, begins=begins)
     if header.num_weights * _MIN_BITS / 8 > reader.num_bytes:
         reader.fail(f"its header lists {header.num_weights:,} weights, more than {reader.num_bytes:,} bytes hold")
     return header
@@ -137,12 +142,17 @@ class _Reader:
         self._at = at
         self.require(0, "the end of a text")
 
-    def tensor(self) -> tuple[str, tuple[int, ...], int]:
-        """Return the name, the shape and the type of one tensor."""
+    def aligned(self, multiple: int) -> int:
+        """Return where it stands, rounded up to a multiple."""
+        if type(multiple) is not int or multiple < 1:
+            self.fail(f"{_ALIGNMENT} is {multiple!r:.40}")
+        return -(-self._at // multiple) * multiple
+
+    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Return the name, the shape and the type of one tensor, and where it begins behind the header."""
         name, rank = self.text(longest=_MAX_NAME), self.unpack("I")
         if not 0 < rank <= 4:
             self.fail(f"the tensor {name!r:.80} has {rank} dimensions")
         shape = struct.unpack(f"<{rank}Q", self.take(8 * rank))
-        kind = self.unpack("I")
-        self.take(8)  # where it lies
-        return name, shape, kind
+        kind, offset = self.unpack("I"), self.unpack("Q")
+        return name, shape, kind, offset

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,15 @@ def share(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"a share between 0 and 1, got {text!r:.40}")
     return value
+
+
+def refuse_given(
+    parser: argparse.ArgumentParser, given: argparse.Namespace, names: Collection[str], *, why: str
+) -> None:
+    """Raise InvalidInput where one of these arguments has another value than its default, so that none is in vain."""
+    for action in parser._actions:
+        if action.dest in names and getattr(given, action.dest) != action.default:
+            raise InvalidInput(f"{action.option_strings[0]} {why}")
 
 
 def add_model(to: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
 from dilap.job import comparison
 from dilap.job.networks import is_network
+from dilap.job.options import CommonOptions
 from dilap.job.outputs import home_of, name_of
 from dilap.job.shards import Shard
 from dilap.methods import METHODS, NETWORK_METHODS
@@ -22,6 +23,7 @@ _EXAMPLES = """\
   dilap-compare --target host_cpu --budget 70% --methods flap loraprune --set flap.metric=WIFN --set loraprune.steps=50
   dilap-compare --target host_cpu --budget 70% --model efficientnet-lite0 --calib photos/    # an image network
   dilap-compare --target host_cpu --budget 70% --shard 2/4    # a quarter of it; the command without puts all together
+  dilap-compare --target host_cpu --budget 85% 70% --dry-run        # memory and time of every method
   dilap-compare --list-methods
 A killed comparison goes on where it stopped when the same command is given again; failed methods are tried again."""
 
@@ -69,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         help="only the K-th of N parts, beside --out; without, what parts have done is taken over",
     )
     made.add_argument("--json", action="store_true", help="print compare.json")
+    made.add_argument("--dry-run", action="store_true", help="print memory and time of every method, and do nothing")
     arguments.add_devices(made)
     arguments.add_workload(made)
     add_search(made)
@@ -107,8 +110,11 @@ def _command() -> int:
     default = f"compare-{model}-{given.target}"
     out = arguments.new_path(given.out) if given.out else home_of(given.model) / "runs" / default
     shard = None if given.shard is None else Shard.parse(given.shard)
-    from dilap.job.compare import compare  # importing torch takes seconds: bad input is refused first
+    # Importing torch takes seconds: bad input is refused first.
+    from dilap.job.compare import compare, jobs_of
 
+    if given.dry_run:
+        return _dry_run(jobs_of(base, budgets=budgets, settings=settings, shard=shard))
     rows = compare(
         base,
         budgets=budgets,
@@ -125,6 +131,20 @@ def _command() -> int:
         place = out if shard is None else shard.folder(out)
         console.show(f"{comparison.markdown(rows)}\neverything is in {place}")
     return 0
+
+
+def _dry_run(jobs: Sequence[CommonOptions]) -> int:
+    """Print what the jobs of a comparison would take, and return the exit code: 1 where something does not fit."""
+    from dilap.job import comparison_forecast
+    from dilap.job.kinds import kind_of
+
+    if not jobs:
+        console.show("there are fewer runs than shards, and none for this one")
+        return 0
+    needs_in, machine = kind_of(jobs[0]).forecast(jobs[0])
+    lacking = comparison_forecast.lacking(jobs, needs_in, machine)
+    console.show("\n".join([*comparison_forecast.report(jobs, needs_in, machine), *lacking]))
+    return 1 if lacking else 0
 
 
 def _settings(pairs: Sequence[str], names: Sequence[str], table: Mapping[str, str]) -> dict[str, dict[str, str]]:
@@ -149,3 +169,7 @@ def _settings(pairs: Sequence[str], names: Sequence[str], table: Mapping[str, st
 
 def main() -> None:
     console.run(_command)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,6 @@ from pathlib import Path
 from dilap.cli import arguments, console
 from dilap.core.bounds import MAX_THREADS, MAX_TOKENS
 from dilap.core.codec import encode
-from dilap.core.errors import InvalidInput
 from dilap.core.printable import joined, milliseconds
 from dilap.evaluation.document import TASKS, Costs, Evaluation, ImageEvaluation
 from dilap.job.verdict import percent
@@ -123,14 +122,8 @@ def _command() -> int:
 
 def _show_images(given: argparse.Namespace) -> int:
     """Evaluate an image network, and print that."""
-    apart = {
-        "--tasks": given.tasks,
-        "--costs": given.costs,
-        "--vocabulary": given.vocabulary,
-        "--backend": given.backend,
-    }
-    if odd := [name for name, value in apart.items() if value]:
-        raise InvalidInput(f"{odd[0]} is for decoders, and --images for image networks: leave one of them away")
+    others = set(vars(given)) - {"subject", "images", "reference", "threads", "out", "json"}
+    arguments.refuse_given(_parser(), given, others, why="does not apply to an image network (--images): leave it away")
     from dilap.job.evaluate_images import ImageOptions, evaluate_on_images
 
     out = arguments.new_path(given.out) if given.out else None
@@ -240,3 +233,7 @@ def _number(metrics: dict[str, float], name: str, num_rows: int) -> str:
 
 def main() -> None:
     console.run(_command)
+
+
+if __name__ == "__main__":
+    main()

@@ -140,3 +140,7 @@ def _beside(checkpoint: str, ending: str) -> Path:
 
 def main() -> None:
     console.run(_command)
+
+
+if __name__ == "__main__":
+    main()

@@ -91,3 +91,7 @@ def _show(checks: Iterable[doctor.Check], *, as_json: bool) -> int:
 
 def main() -> None:
     console.run(_command)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
 from dilap.job import ending, result
 from dilap.job.networks import in_words, is_network
-from dilap.job.options import JobOptions
+from dilap.job.options import CommonOptions, JobOptions
 from dilap.job.outputs import home_of, name_of
 from dilap.methods import METHODS, NETWORK_METHODS
 from dilap.profilers.devices.device import Device
@@ -36,6 +36,12 @@ image networks (classifiers of transformers, efficientnet-lite0, your own module
 encoders of texts (of the BERT family, all-minilm-l6-v2) are pruned with sentences:
   dilap-prune --target host_cpu --budget 70% --method uniform --model all-minilm-l6-v2 --calib corpus.txt
 A killed run goes on where it stopped when the same command is given again."""
+# Arguments that --pattern alone reads, and those that it reads beside them.
+_OF_SPARSE = ("propagate", "rebuild", "granularity", "threshold", "metric", "retain", "dtype", "tasks", "delete_model")
+_WITH_SPARSE = (
+    *("pattern", "method", "set", "model", "merge_adapter", "vocabulary", "compute", "out", "json", "seed"),
+    *("calib", "calib_length", "calib_sequences", "data_dir", "eval_text"),
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,9 +161,13 @@ def _sparse(given: argparse.Namespace) -> int:
 
 
 def _command() -> int:
-    given = _parser().parse_args()
+    parser = _parser()
+    given = parser.parse_args()
     if given.pattern is not None:
+        others = set(vars(given)) - {*_OF_SPARSE, *_WITH_SPARSE}
+        arguments.refuse_given(parser, given, others, why="does not apply to zeros inside matrices (--pattern)")
         return _sparse(given)
+    arguments.refuse_given(parser, given, _OF_SPARSE, why="is for zeros inside matrices: give --pattern, too")
     if given.target is None:
         raise InvalidInput("name the device with --target; dilap-profile --list-devices lists them")
     budget = _budget(given)
@@ -180,14 +190,13 @@ def _command() -> int:
     return 1 if done.status in ("missed", "uncertain") else 0
 
 
-def _dry_run(options: "JobOptions | NetworkOptions") -> int:
+def _dry_run(options: CommonOptions) -> int:
     """Print what the job would take, and return the exit code: 1 where something does not fit."""
-    if not isinstance(options, JobOptions):
-        raise InvalidInput(f"--dry-run knows decoders alone, and {options.model} is none: leave it away")
     from dilap.job import forecast  # importing torch takes seconds: bad input is refused first
+    from dilap.job.kinds import kind_of
     from dilap.job.shortages import shortages
 
-    needs_in, machine = forecast.of_job(options)
+    needs_in, machine = kind_of(options).forecast(options)
     lacking = shortages(options, needs_in, machine)
     console.show("\n".join([forecast.table(needs_in(options), machine), *lacking]))
     return 1 if lacking else 0
@@ -219,3 +228,7 @@ def _default_out(given: argparse.Namespace, budget: Budget) -> Path:
 
 def main() -> None:
     console.run(_command)
+
+
+if __name__ == "__main__":
+    main()

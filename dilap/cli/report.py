@@ -73,3 +73,7 @@ def _write(name: str, text: str) -> None:
 
 def main() -> None:
     console.run(_command)
+
+
+if __name__ == "__main__":
+    main()

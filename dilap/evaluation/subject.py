@@ -17,7 +17,7 @@ from dilap.evaluation.tokenizers import GgufTokenizer, HuggingFaceTokenizer, Tex
 from dilap.evaluation.torch_reader import TorchReader
 from dilap.models.anatomy import architecture_of
 from dilap.models.compute_device import AUTO
-from dilap.models.load import load
+from dilap.models.load import checkpoint_of, load
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -67,6 +67,8 @@ def open_subject(
         raise InvalidInput(f"{name} is an artifact, which no adapter can be merged into: score it with --backend torch")
     if vocabulary is not None and is_artifact(name, backend):
         raise InvalidInput(f"{name} is an artifact, whose vocabulary cannot be cut: score it with --backend torch")
+    if precision is not None and is_artifact(name, backend):
+        raise InvalidInput(f"{name} is an artifact, which has its own precisions: score it with --backend torch")
     if is_run and backend == "torch":
         checkpoint = str(path / "checkpoint")
         return replace(_of_model(checkpoint, precision, merge_adapter, vocabulary, compute), name=name)
@@ -170,7 +172,8 @@ def _of_model(
     if precision is not None:
         source.model.to(DTYPES[precision])
     names = {dtype: name for name, dtype in DTYPES.items()}
-    files = [source.tokenizer_path] if source.tokenizer_path.is_file() else source.tokenizer_path.glob("*.safetensors")
+    place = source.tokenizer_path if source.embedded is None else checkpoint_of(Path(name))
+    files = [place] if place.is_file() else place.glob("*.safetensors")
     return Subject(
         name=name,
         backend="torch",

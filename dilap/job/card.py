@@ -72,7 +72,7 @@ def write_export_card(folder: Path, artifact: Artifact, origin: Origin, *, comma
 
 
 def _write(folder: Path, library: str, loading: Sequence[str], result: PruneResult, origin: Origin) -> None:
-    front = _front_matter(origin, library, tags=["dilap", "pruned"])
+    front = _front_matter(origin, library, tags=["dilap", _done(result)])
     _write_document(folder, front, _text(result, origin, loading))
 
 
@@ -97,11 +97,11 @@ def _front_matter(origin: Origin, library: str, *, tags: list[str]) -> str:
 
 
 def _text(result: PruneResult, origin: Origin, loading: Sequence[str]) -> str:
-    name = origin.name or name_of(result.model)
+    name, done = origin.name or name_of(result.model), _done(result)
     parts = [
-        f"# {markdown(name)}, pruned to {result.budget} on {result.target}",
+        f"# {markdown(name)}, {done} to {result.budget} on {result.target}",
         markdown(verdict_sentence(result)),
-        f"Pruned with DiLAP from {markdown(name)}. {_terms(origin)}",
+        f"{done.capitalize()} with DiLAP from {markdown(name)}. {_terms(origin)}",
         "## Measured",
         _table(measured_rows(result)),
         f"On {result.target}, in {result.backend} with {markdown(result.workload.describe())}.",
@@ -114,6 +114,10 @@ def _text(result: PruneResult, origin: Origin, loading: Sequence[str]) -> str:
         *_answers(result),
     ]
     return "\n\n".join(parts)
+
+
+def _done(result: PruneResult) -> str:
+    return "quantised" if result.is_only_quantised else "pruned"
 
 
 def _terms(origin: Origin) -> str:

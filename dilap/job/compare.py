@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dilap import __version__, methods
 from dilap.core.codec import decode, digest, encode, read_json, write_json
@@ -22,6 +22,7 @@ from dilap.job.run_folder import changes, foreign_content, held, remove_leftover
 from dilap.job.shards import Shard, take_over
 from dilap.profilers.devices.device import Device
 
+Options = TypeVar("Options", bound=CommonOptions)
 _LARGE = ("checkpoint", "artifact")  # folders of a run, removed when its numbers are known
 
 
@@ -44,15 +45,9 @@ def compare(
     without, those that shards have finished are taken over. Raises InvalidInput where the folder was begun by a
     comparison with other options, or by anything else.
     """
-    for method, chosen in settings.items():  # before hours are spent on the others
-        methods.get(method, chosen, table=kind_of(base).methods)
-    jobs = [
-        replace(base, budget=budget, method=method, settings=dict(chosen))
-        for budget in budgets
-        for method, chosen in settings.items()
-    ]
+    jobs = jobs_of(base, budgets=budgets, settings=settings, shard=shard)
     if shard is not None:
-        jobs, out = shard.of(jobs), shard.folder(out)
+        out = shard.folder(out)
     runs = _Runs(base=base, devices=devices, out=out, progress=progress, keep_models=keep_models, tables=tables)
     if foreign_content(out, out / "shared"):
         raise InvalidInput(f"{out} exists and is no comparison; move it away or choose another --out")
@@ -61,6 +56,24 @@ def compare(
         if shard is None:
             take_over(out, progress)
         return runs.rows(jobs)
+
+
+def jobs_of(
+    base: Options,
+    *,
+    budgets: Sequence[Budget],
+    settings: Mapping[str, Mapping[str, str]],
+    shard: Shard | None,
+) -> list[Options]:
+    """Return the jobs of a comparison, or of its `shard`. Raises InvalidInput for a setting that a method lacks."""
+    for method, chosen in settings.items():  # before hours are spent on the others
+        methods.get(method, chosen, table=kind_of(base).methods)
+    jobs = [
+        replace(base, budget=budget, method=method, settings=dict(chosen))
+        for budget in budgets
+        for method, chosen in settings.items()
+    ]
+    return jobs if shard is None else shard.of(jobs)
 
 
 def _open(out: Path, base: CommonOptions, settings: Mapping[str, Mapping[str, str]]) -> None:

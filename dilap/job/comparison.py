@@ -11,6 +11,8 @@ from dilap.core.codec import checked, decode, write_json, written_aside
 from dilap.core.measurement import Interval
 from dilap.core.printable import csv_cell
 from dilap.core.printable import markdown as in_markdown
+from dilap.job.format_rows import FormatRow, format_rows
+from dilap.job.format_rows import table as format_table
 from dilap.job.quality import EmbeddingQuality
 from dilap.job.result import PruneResult
 from dilap.job.verdict import Verdict, percent, words
@@ -90,6 +92,7 @@ class Row:
     artifact_same_nearest: float | None = None
     dense_artifact_cosine: float | None = None
     calibration_sentences: int | None = None
+    formats: tuple[FormatRow, ...] = ()  # the dense model in every precision, where the method chose precisions
 
     @property
     def is_of_images(self) -> bool:
@@ -137,6 +140,7 @@ def row_of(result: PruneResult[Any]) -> Row:
         torch_kl_refit=result.kl_refit,
         ffn_multiple=result.ffn_multiple,
         training_text=result.options.get("training_text") or "",
+        formats=format_rows(result),
     )
 
 
@@ -194,7 +198,8 @@ def write(out: Path, rows: Sequence[Row]) -> None:
 
 def _csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
-    table = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    columns = [field.name for field in fields(Row) if field.name != "formats"]  # which are several rows of their own
+    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     for row in rows:
         found = {name: getattr(row, name) for name in ("seconds_ci", "budget_used_ci")}
@@ -208,7 +213,8 @@ def markdown(rows: Sequence[Row]) -> str:
     """Return one table for each budget, what is nearest to the dense model first, then the methods that failed."""
     budgets = list(dict.fromkeys(row.budget for row in rows))
     tables = [_table(budget, [row for row in rows if row.budget == budget]) for budget in budgets]
-    return "\n".join([*tables, *_notes(rows)])
+    formats = format_table(next((row.formats for row in rows if row.formats), ()))
+    return "\n".join([*tables, *formats, *_notes(rows)])
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:

@@ -6,7 +6,7 @@ from dilap.core.printable import joined, milliseconds
 from dilap.job import meaning
 from dilap.job.outputs import name_of
 from dilap.job.quality import Quality, in_words
-from dilap.job.result import DenseFormat, PruneResult, table
+from dilap.job.result import DenseFormat, PruneResult, quantising_alone, table
 
 _SHOWN = 90  # characters of an answer
 
@@ -30,8 +30,9 @@ def _of_budget(result: PruneResult[Any]) -> str:
         keeps = f"{'would keep' if result.budget_used <= 1 else 'would miss'}, by an estimate that no device has seen,"
     work = {"decode": "a token", "prefill": "a prompt", "forward": "a run"}[result.workload.phase]
     dense, pruned = milliseconds(result.dense.seconds), milliseconds(result.pruned.seconds)
+    done = "quantised and not pruned" if result.is_only_quantised else "pruned"
     return (
-        f"{name}, pruned, {keeps} the budget of {budget} on {result.target}: {pruned} ms{_range(result)} {work} "
+        f"{name}, {done}, {keeps} the budget of {budget} on {result.target}: {pruned} ms{_range(result)} {work} "
         f"instead of {dense}, in {result.backend} with {result.workload.configuration}"
     )
 
@@ -53,6 +54,8 @@ def _of_quality(result: PruneResult[Any]) -> str:
         return f"Beside the dense model, on {quality.read}: {in_words(quality.shown)}"
     kl = quality.kl
     said = f"Its KL to the dense model is {kl:.3f} a token: {meaning.of_kl(kl)}"
+    if result.is_only_quantised:
+        return f"{said}; {quantising_alone(result)}" if result.formats else said
     nearest = _nearest_format(result)
     if nearest is None:
         return said

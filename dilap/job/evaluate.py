@@ -17,6 +17,8 @@ from dilap.evaluation.subject import Subject, is_artifact, is_sparse_run, open_s
 from dilap.evaluation.text_quality import compare
 from dilap.job.result import versions
 from dilap.models.compute_device import AUTO
+from dilap.models.load import require_model
+from dilap.models.text_files import read_text
 from dilap.profilers.devices.device import Device
 
 if TYPE_CHECKING:
@@ -75,6 +77,8 @@ def evaluate(options: EvaluationOptions, *, progress: Progress) -> Evaluation:
     if options.costs_on is not None and (reason := options.costs_on.unavailable()):
         raise Unavailable(reason)
     tasks = load_tasks(options)
+    if options.reference is not None:
+        _require_comparable(options.reference, options.eval_text)
     if options.backend is None and is_sparse_run(Path(options.subject)):
         options = replace(options, backend="torch")
         progress.say(f"{options.subject} has zeros inside matrices and no artifact: its checkpoint is scored in torch")
@@ -97,6 +101,13 @@ def evaluate(options: EvaluationOptions, *, progress: Progress) -> Evaluation:
         done = _with_costs(done, subject, options, options.costs_on, progress)
         _keep(done, options)
     return done
+
+
+def _require_comparable(reference: str, text: str) -> None:
+    """Raise InvalidInput where there is no such model or text, before any task is scored."""
+    if not is_artifact(reference, None):
+        require_model(reference)
+    read_text(text)
 
 
 def load_tasks(options: EvaluationOptions) -> "Sequence[LoadedTask]":

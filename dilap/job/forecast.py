@@ -329,9 +329,8 @@ def table(needs: Sequence[Need], machine: Machine) -> str:
     lines = [f"{'stage':20}{'on ' + str(machine.device):>12}{'host':>10}{'files':>10}{'time':>10}"]
     for one in needs:
         sizes = f"{gigabytes(one.device_bytes):>12}{gigabytes(one.host_bytes):>10}{gigabytes(one.file_bytes):>10}"
-        lines.append(f"{one.stage:20}{sizes}{_time(one.flops / machine.flops_per_second):>10}")
-    speed = f"{machine.flops_per_second / 1e12:.2f} TFLOP/s"
-    lines.append(f"at {speed}, measured with one product; exports and measurements come on top")
+        lines.append(f"{one.stage:20}{sizes}{in_words(one.flops / machine.flops_per_second):>10}")
+    lines.append(speed_in_words(machine))
     if mapped := max(one.mapped_bytes for one in needs):
         lines.append(
             f"up to {gigabytes(mapped)} of it are weights that stay in their files, and are read again if need be"
@@ -339,12 +338,19 @@ def table(needs: Sequence[Need], machine: Machine) -> str:
     return "\n".join(lines)
 
 
+def speed_in_words(machine: Machine) -> str:
+    """Say at which speed times are told, and what they leave out."""
+    speed = f"{machine.flops_per_second / 1e12:.2f} TFLOP/s"
+    return f"at {speed}, measured with one product; exports and measurements come on top"
+
+
 def gigabytes(count: int) -> str:
     """Return a number of bytes in words."""
     return f"{count / 1e9:,.1f} GB"
 
 
-def _time(seconds: float) -> str:
+def in_words(seconds: float) -> str:
+    """Return a time in words."""
     if seconds < 120:
         return f"{seconds:,.0f} s"
     return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

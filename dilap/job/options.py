@@ -193,6 +193,18 @@ def job_options(
         threads=threads,
     )
     _require_rates(recover_rate=recover_rate, recover_next_token=recover_next_token, recover_hidden=recover_hidden)
+    if recover == "none":
+        _require_recovery(
+            recover_tokens=recover_tokens,
+            recover_data=recover_data,
+            recover_rate=recover_rate,
+            recover_next_token=recover_next_token,
+            recover_hidden=recover_hidden,
+            recover_evaluate=recover_evaluate,
+            recover_checkpoint_activations=recover_checkpoint_activations,
+            recover_8bit_states=recover_8bit_states,
+            tracker=tracker,
+        )
     _require_compute(compute)
     backend = backend or next(iter(device.backends))
     tried = thread_counts(device.default_threads()) if threads is None else (threads,)
@@ -287,6 +299,14 @@ def require_in_range(**given: int | None) -> None:
         least, most = RANGES[name]
         if value is not None and not (type(value) is int and least <= value <= most):
             raise InvalidInput(f"{name} is a whole number from {least:,} to {most:,}, got {value!r:.80}")
+
+
+def _require_recovery(**given: object) -> None:
+    """Raise InvalidInput for an option of a recovery that nobody asked for."""
+    if vain := [name for name, value in given.items() if value]:
+        raise InvalidInput(
+            f"--{vain[0].replace('_', '-')} is for a recovery: give --recover lora or --recover full, too"
+        )
 
 
 def _require_rates(**given: float | None) -> None:

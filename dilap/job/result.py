@@ -2,6 +2,7 @@
 
 import functools
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -67,6 +68,13 @@ class DenseFormat:
         if self.speedup is None:
             return self.measurement.seconds(statistic)
         return dense.seconds / self.speedup.value
+
+    def interval(self, dense: Side[Quality]) -> Interval | None:
+        """Return its latency on the same scale with the 95 % interval of the speed-up; None in an estimate."""
+        if (found := self.speedup) is None:
+            return None
+        value, low, high = (dense.seconds / one for one in (found.value, found.high, found.low))
+        return Interval(value=value, low=low, high=high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +193,12 @@ class PruneResult(Generic[AnyQuality]):
     def is_of_network(self) -> bool:
         """Whether it is about an image network or an encoder of texts, and not about a decoder."""
         return self.dense.artifact.input is not None
+
+    @property
+    def is_only_quantised(self) -> bool:
+        """Whether the decoder is the dense one in other precisions: nothing of its layers was removed."""
+        both = self.dense.artifact.architecture, self.pruned.artifact.architecture
+        return None not in both and self.dense.artifact.decoder.layers == self.pruned.artifact.decoder.layers
 
     @property
     def is_estimate(self) -> bool:
@@ -376,21 +390,23 @@ def _format_lines(result: PruneResult) -> list[str]:
     """Say what the dense model gives in every precision, and whether quantising it would have been enough."""
     if not result.formats:
         return []
-    rows = [("the dense model alone", "latency", "KL", "file")]
+    rows = [("the dense model alone", "latency", "95 % interval", "KL", "perplexity", "file")]
     for one in result.formats:
-        seconds = one.seconds(result.dense, result.budget.statistic)
+        seconds, found = one.seconds(result.dense, result.budget.statistic), one.interval(result.dense)
         rows.append(
             (
                 f"  in {one.precision}",
                 f"{milliseconds(seconds)} ms{one.measurement.mark}",
+                "" if found is None else _ms_interval(found),
                 f"{one.quality.kl:.3f}",
+                f"{one.quality.perplexity:.2f}",
                 f"{one.artifact.num_bytes / 1e6:.1f} MB",
             )
         )
-    return ["", *_aligned(rows), _quantising_alone(result), ""]
+    return ["", *_aligned(rows), quantising_alone(result), ""]
 
 
-def _quantising_alone(result: PruneResult) -> str:
+def quantising_alone(result: PruneResult) -> str:
     """Say in words whether the dense model in some precision keeps the budget."""
     limit, statistic = result.limit_seconds, result.budget.statistic
     assert limit is not None  # precisions are chosen for latencies only
@@ -404,7 +420,7 @@ def _quantising_alone(result: PruneResult) -> str:
         )
     best = min(kept, key=lambda one: one.quality.kl)
     alone = f"the dense model in {best.precision} keeps this budget with KL {best.quality.kl:.3f}"
-    if result.pruned.flops == result.dense.flops:  # parameters differ where a tied head is stored in two formats
+    if result.is_only_quantised:
         return f"quantising alone is enough: {alone}; nothing was pruned"
     return f"quantising alone: {alone}; the result here has {result.pruned.quality.kl:.3f}"
 
@@ -426,8 +442,8 @@ def _configuration(result: PruneResult[Any]) -> list[str]:
     return [*lines, *(f"as {measured}, {name}: {command}" for name, command in commands.items())]
 
 
-def _aligned(rows: list[tuple[str, str, str, str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for name, *cells in rows:
         right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
@@ -472,6 +488,8 @@ def summary(result: PruneResult[Any]) -> dict[str, Any]:
         "dense_formats": {
             one.precision: {
                 "seconds": one.seconds(dense, result.budget.statistic),
+                "seconds_low": None if (found := one.interval(dense)) is None else found.low,
+                "seconds_high": None if found is None else found.high,
                 **one.quality.numbers,
                 "bytes": one.artifact.num_bytes,
             }

@@ -1,11 +1,14 @@
 """What of a job will not fit into the memory of a machine, and what to ask for instead."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from dilap.job.forecast import Machine, Need, gigabytes
-from dilap.job.options import JobOptions
+from dilap.job.options import CommonOptions, JobOptions
 from dilap.models.compute_device import HOST
+
+Options = TypeVar("Options", bound=CommonOptions)
 
 
 def lacking(needs: Sequence[Need], machine: Machine) -> list[str]:
@@ -30,16 +33,23 @@ def lacking(needs: Sequence[Need], machine: Machine) -> list[str]:
     return found
 
 
-def shortages(options: JobOptions, needs_in: Callable[[JobOptions], list[Need]], machine: Machine) -> list[str]:
+def shortages(options: Options, needs_in: Callable[[Options], list[Need]], machine: Machine) -> list[str]:
     """Return in words what of a job will not fit into the memory of a machine, and what would; nothing where all does.
 
     `needs_in` says what such jobs need.
     """
     if not (found := lacking(needs_in(options), machine)):
         return []
-    fits = next((words for words, asked in _leaner(options) if not lacking(needs_in(asked), machine)), "")
+    leaner: Iterable[tuple[str, Any]] = _leaner(options) if isinstance(options, JobOptions) else _without(options)
+    fits = next((words for words, asked in leaner if not lacking(needs_in(asked), machine)), "")
     would = f"it would fit with {fits}" if fits else "no option helps: take a smaller model, or more memory"
     return [*(f"it does not fit: {one}" for one in found), would]
+
+
+def _without(options: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the job of another network without recovery, with the words that ask for it."""
+    if options.recovery.mode != "none":
+        yield "--recover none", replace(options, recovery=replace(options.recovery, mode="none"))
 
 
 def _leaner(options: JobOptions) -> Iterator[tuple[str, JobOptions]]:

@@ -3,6 +3,7 @@
 transformers loads what its classes have a place for, and passes over the rest with a warning.
 """
 
+import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dilap.core.codec import read_json
 from dilap.core.errors import InvalidInput
 from dilap.models.adapter import CONFIG
 from dilap.models.anatomy import exported_tensors
+from dilap.models.compute_device import HOST
 from dilap.models.families import family_of
 from dilap.models.families.family import has_tied_head, head_dim_of
 from dilap.models.gguf_reader import QuickReader
@@ -33,6 +35,8 @@ _READ = (
     *("attention.head_count_kv", "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base"),
     *("vocab_size", "attention.key_length", "attention.value_length", "rope.scaling.attn_factor"),
 )
+# Of these, what transformers makes up where it is missing, and llama.cpp refuses to.
+_NEEDED = ("context_length", "attention.head_count", "attention.layer_norm_rms_epsilon")
 _NEUTRAL: Mapping[str, Collection[Any]] = {
     "rope.scaling.type": ("none",),
     "rope.scaling.factor": (1.0, 0.0),
@@ -45,7 +49,9 @@ _NEUTRAL: Mapping[str, Collection[Any]] = {
     "pooling_type": (0,),
     "tensor_data_layout": ("Meta AI original pth",),
 }
-_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# The types in which tensors of files are kept, by safetensors' names; nothing here computes in more than f32.
+_TYPES = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES_OF_TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # How Llama 3.1 and 3.2 scale their rotary frequencies.
 _LLAMA3_FACTORS = (8.0, 32.0)
 _LLAMA3 = {
@@ -106,19 +112,44 @@ def require_every_tensor(report: Mapping[str, Any], *, is_tied: bool, source: st
         )
 
 
-def exact_type(folder: Path) -> torch.dtype | str:
-    """Return the type in which all tensors of a folder's safetensors files are exact, or "auto" where they have one.
-
-    Otherwise transformers rounds all tensors to the type of the first. 8-bit floats are exact in every other type.
-    """
-    types: set[str] = set()
+def stored_tensors(folder: Path) -> dict[str, str]:
+    """Return the types of all tensors in the files of a folder by their names; of a hub id, nothing is known."""
+    found: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with errors_of_damaged_files(), safe_open(path, framework="pt") as file:
-            types |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
-    wide = {one for one in types if one in _TYPES}
-    if len(types) < 2 and wide == types:
+            found |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    for path in () if found else sorted(folder.glob("pytorch_model*.bin")):
+        with errors_of_damaged_files():
+            tensors = torch.load(path, map_location=HOST, weights_only=True, mmap=zipfile.is_zipfile(path))
+            found |= {name: _NAMES_OF_TYPES.get(one.dtype, "") for name, one in tensors.items()}
+    return found
+
+
+def exact_type(folder: Path) -> torch.dtype | str:
+    """Return the type in which all tensors of a folder's files are exact, or "auto" where there are no files.
+
+    Otherwise transformers rounds all tensors to the type that the config names, or to that of the first tensor. 8-bit
+    floats are exact in every other type.
+    """
+    types = set(stored_tensors(folder).values())
+    wide = {_TYPES[one] for one in types if one in _TYPES}
+    if not types:
         return "auto"
-    return _TYPES[wide.pop()] if len(wide) == 1 else torch.bfloat16 if not wide else torch.float32
+    return wide.pop() if len(wide) == 1 else torch.float32 if wide else torch.bfloat16
+
+
+def require_generation_config(folder: Path, *, vocab_size: int) -> None:
+    """Raise InvalidInput for a damaged generation_config.json, and for one that ends a text with what is no token.
+
+    transformers passes over the first, and never looks at the second.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    said = read_json(path).get("eos_token_id")
+    for one in said if isinstance(said, list) else [] if said is None else [said]:
+        if type(one) is not int or not 0 <= one < vocab_size:
+            raise InvalidInput(f"{path}: its eos_token_id {one!r:.40} is none of the model's {vocab_size} tokens")
 
 
 def read_rest_of_config_(config: PreTrainedConfig, path: Path) -> None:
@@ -126,6 +157,9 @@ def read_rest_of_config_(config: PreTrainedConfig, path: Path) -> None:
     header, family = read_header(path), family_of(config)
     if _EMBEDDINGS not in header.shapes:
         raise InvalidInput(f"{path}: tensor {_EMBEDDINGS} is missing")
+    for name in _NEEDED:
+        if f"{header.metadata['general.architecture']}.{name}" not in header.metadata:
+            raise InvalidInput(f"{path}: its key {name} is missing, without which the model is not known")
     config.vocab_size = header.shapes[_EMBEDDINGS][-1]  # few files say it in a key
     config.pad_token_id = None  # a class's own may be beyond the vocabulary (Phi-3); the tokenizer's is taken later
     prefix = f"{header.metadata['general.architecture']}."

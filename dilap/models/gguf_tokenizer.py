@@ -207,6 +207,9 @@ def _finished(made: Tokenizer, fields: dict[str, Any], *, adds_bos: bool) -> Pre
     for kind, add in ((_CONTROL, made.add_special_tokens), (_USER_DEFINED, made.add_tokens)):
         add([AddedToken(token, normalized=False, rstrip=token in dropping) for token in kinds[kind]])
     named = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")}
+    for name, index in named.items():
+        if index is not None and not 0 <= index < len(tokens):
+            raise InvalidInput(f"its {name} token {index} is none of its {len(tokens)} tokens")
     bos = named["bos"]
     if adds_bos and bos is not None:
         made.post_processor = processors.TemplateProcessing(

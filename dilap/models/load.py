@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import cached_file
 
-from dilap.core.codec import written_aside
+from dilap.core.codec import read_json, written_aside
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported
 from dilap.core.shape import Architecture
 from dilap.models.adapter import merge_adapter_
@@ -35,11 +35,13 @@ from dilap.models.faithful import (
     read_rest_of_config_,
     read_rest_of_gguf_,
     require_every_tensor,
+    require_generation_config,
     require_no_adapter,
+    stored_tensors,
     take_special_tokens_,
     tie_as_files_do_,
 )
-from dilap.models.families import family_of
+from dilap.models.families import family_of, require_class
 from dilap.models.families.family import has_tied_head
 from dilap.models.gguf_tokenizer import read_gguf_tokenizer
 from dilap.models.modeling_dilap import pruned_class
@@ -47,6 +49,7 @@ from dilap.models.older_names import add_older_names
 from dilap.models.origin import note_origin_
 from dilap.models.pretrained import errors_of_damaged_files, from_pretrained
 from dilap.models.text_samples import SAMPLES
+from dilap.models.unembedded import Embedded, embedded
 from dilap.models.vocabulary import Vocabulary, cut_vocabulary_, require_cuttable
 
 
@@ -55,7 +58,7 @@ class Source:
     """A loaded model. `tokenizer_path` is the folder or GGUF file from which exporters take the tokenizer.
 
     `merge_adapter` is the folder of the adapter that is part of the model, None for most; `vocabulary` what is left of
-    its tokens, None where all are.
+    its tokens, None where all are; `embedded` is the tokenizer where some of its own tokens have no embedding.
     """
 
     name: str
@@ -65,11 +68,13 @@ class Source:
     digest: str
     merge_adapter: str | None = None
     vocabulary: Vocabulary | None = None
+    embedded: Embedded | None = None
 
     @property
     def notes(self) -> Sequence[str]:
         """What a reader must know of the model."""
-        return () if self.vocabulary is None else self.vocabulary.facts.notes
+        of_tokens = () if self.embedded is None else (self.embedded.note,)
+        return (*of_tokens, *(() if self.vocabulary is None else self.vocabulary.facts.notes))
 
 
 def load(
@@ -109,6 +114,10 @@ def load(
         tokenizer_path = tokenizer
     elif not tokenizer_path.exists():  # a hub id: its files are in the hub's local cache by now
         tokenizer_path = Path(cached_file(name, "tokenizer_config.json")).parent
+    with _errors_of(name, str(folder)):
+        fitted = embedded(words, rows=model.get_input_embeddings().weight.shape[0])
+    if fitted is not None:
+        words, tokenizer_path = fitted.tokenizer, fitted.folder.path
     cut = None if vocabulary is None else cut_vocabulary_(model, words, str(vocabulary))
     note_origin_(model.config, name, folder / arguments.get("gguf_file", ""))
     return Source(
@@ -119,6 +128,7 @@ def load(
         digest=model_digest(model),
         merge_adapter=None if merge_adapter is None else str(merge_adapter),
         vocabulary=cut,
+        embedded=fitted,
     )
 
 
@@ -136,6 +146,11 @@ def shape_of(name: str) -> tuple[Architecture, int]:
         is_pruned = getattr(config, "layer_widths", None)
         model = _pruned_class_of(config)(config) if is_pruned else AutoModelForCausalLM.from_config(config)
     return architecture_of(model), dtype.itemsize
+
+
+def require_model(name: str) -> None:
+    """Raise InvalidInput where no model can be of that name, before another one is worked on for hours."""
+    _place(name)
 
 
 def is_mapped(name: str) -> bool:
@@ -188,6 +203,9 @@ def _errors_of(name: str, folder: str) -> Iterator[None]:
 def _config(name: str, folder: str, arguments: Mapping[str, Any]) -> PreTrainedConfig:
     """Load the config. Raises Unsupported, before gigabytes are read, for a family or function that is not known."""
     with _errors_of(name, folder):
+        described = Path(folder) / "config.json"
+        if "gguf_file" not in arguments and described.is_file():
+            require_class(read_json(described), stored_tensors(Path(folder)))
         config = from_pretrained(AutoConfig, folder, gguf_file=arguments.get("gguf_file"))
         family_of(config)
         if "gguf_file" in arguments:
@@ -209,6 +227,8 @@ def _model(name: str, folder: str, config: PreTrainedConfig, arguments: dict[str
     for tensor, found, wanted in sorted(report["mismatched_keys"]):
         raise InvalidInput(f"model {name!r}: {_words_of_sizes(tensor, found, wanted, config)}")
     tie_as_files_do_(model, missing=report["missing_keys"])
+    if "gguf_file" not in arguments:
+        require_generation_config(Path(folder), vocab_size=model.get_input_embeddings().weight.shape[0])
     require_every_tensor(report, is_tied=has_tied_head(model), source=f"model {name!r}")
     if "gguf_file" in arguments:
         read_rest_of_gguf_(model, Path(folder) / arguments["gguf_file"])

@@ -1,5 +1,6 @@
 """What stands between a model of an unknown architecture and the nearest family that is known, in words."""
 
+import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -17,13 +18,26 @@ def nearest_words(config: PreTrainedConfig, known: Collection["Family"]) -> str:
     """Return the family whose modules differ least from those of the config's class, and how; empty where unknown."""
     if text := getattr(config, "text_config", None):
         return f"it is more than a model of text: give its text model alone, with the model_type {text.model_type!r}"
-    parameters = _layer_parameters(config)
+    activation = getattr(config, "hidden_act", None)
+    return _nearest(_layer_parameters(config), config.model_type, known, activation=activation)
+
+
+def nearest_words_of_tensors(names: Collection[str], kind: str, known: Collection["Family"]) -> str:
+    """Return the same for a model of the type `kind`, of which transformers has no class, by its tensors' names."""
+    found = [re.match(r"(.*?\.)?0\.(.+)", name) for name in names]
+    stacks = [one[1] or "" for one in found if one]
+    stack = max(stacks, key=stacks.count, default="")  # that of the decoder layers has most tensors
+    return _nearest({one[2] for one in found if one and (one[1] or "") == stack}, kind, known, activation=None)
+
+
+def _nearest(parameters: set[str], kind: str, known: Collection["Family"], *, activation: str | None) -> str:
+    """Return the words for a model of the type `kind` whose layers have these parameters."""
     if not parameters:
         return ""
     modules = {name.rpartition(".")[0] for name in parameters}
 
     def distance(family: "Family") -> tuple[int, bool, bool]:
-        is_related = family.name[:_ALIKE] == config.model_type[:_ALIKE]
+        is_related = family.name[:_ALIKE] == kind[:_ALIKE]
         return len(modules ^ _modules_of(family, modules)), not is_related, family.name != "llama"
 
     family = min(known, key=distance)
@@ -35,8 +49,8 @@ def nearest_words(config: PreTrainedConfig, known: Collection["Family"]) -> str:
     elif any(name.endswith("norm.bias") for name in parameters):
         difference = "has biases in its norms"
     else:
-        activation = getattr(config, "hidden_act", None)
-        difference = f"may compute something else with modules of the same names (activation {activation})"
+        beside = "" if activation is None else f" (activation {activation})"
+        difference = f"may compute something else with modules of the same names{beside}"
     return f"the nearest is {family.name}, and this one {difference}"
 
 

@@ -1,14 +1,16 @@
 """Safe calls of transformers' loaders: no code of a checkpoint runs, no question is asked, no absurd size is loaded."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import psutil
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from transformers import AutoTokenizer
 
-from dilap.backends.llamacpp.gguf_header import read_header
+from dilap.backends.llamacpp.gguf_header import GgufHeader, read_header
 from dilap.core.bounds import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH
 from dilap.core.codec import read_json
 from dilap.core.errors import DilapError, InvalidInput, reason_of
@@ -30,6 +32,12 @@ _LIMITS = {
     **dict.fromkeys(_WIDTHS, MAX_WIDTH),
     **dict.fromkeys(_POSITIONS, MAX_TOKENS),
 }
+_AT_LEAST_ONE = (
+    *("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads"),
+    *("block_count", "embedding_length", "attention.head_count"),
+)
+_POINTER = b"version https://git-lfs"  # how a file begins that Git has not fetched
+_LONGEST_POINTER = 1024  # bytes
 _MEMORY_FACTOR = 4  # times this machine's memory: a model that takes more is refused
 
 
@@ -41,8 +49,10 @@ def from_pretrained(loader: Any, folder: str | Path, *, gguf_file: str | None = 
     if gguf_file is not None:
         arguments["gguf_file"] = gguf_file
         require_sound_gguf(Path(folder) / gguf_file)
-    elif (config := Path(folder) / "config.json").is_file():
-        require_plausible(read_json(config), source=str(config))
+    else:
+        _require_fetched(Path(folder))
+        if (config := Path(folder) / "config.json").is_file():
+            require_plausible(read_json(config), source=str(config))
     with errors_of_damaged_files(), nullcontext() if loader is AutoTokenizer else quick_reading():
         return loader.from_pretrained(folder, trust_remote_code=False, **arguments)
 
@@ -60,12 +70,23 @@ def errors_of_damaged_files() -> Iterator[None]:
             raise
         if "trust_remote_code" in str(error):
             raise InvalidInput("it needs Python code of its own to be loaded, which DiLAP never runs") from error
-        raise InvalidInput(reason_of(error)) from error
+        reason = reason_of(error)
+        if "GGUF model with architecture" in reason:
+            reason = f"GGUF files like it are not read, give the folder that its maker published ({reason})"
+        raise InvalidInput(reason) from error
+
+
+def _require_fetched(folder: Path) -> None:
+    """Raise InvalidInput for a folder with a file of which Git has only a pointer."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_file() and path.stat().st_size < _LONGEST_POINTER and path.read_bytes().startswith(_POINTER):
+            raise InvalidInput(f"{path} is only Git's pointer to the file: run `git lfs pull` in {folder}")
 
 
 def require_sound_gguf(path: Path) -> None:
     """Raise InvalidInput for a file that is cut off, or whose header has numbers that no model has."""
     header = read_header(path)
+    _require_whole(header, path)
     if (parts := header.metadata.get("split.count") or 1) > 1:
         raise InvalidInput(
             f"{path}: one of the {parts} files of a model; join them first: llama-gguf-split --merge FIRST OUT.gguf"
@@ -76,12 +97,26 @@ def require_sound_gguf(path: Path) -> None:
     _require_memory(4 * header.num_weights, source=str(path))  # transformers converts all weights to f32
 
 
+def _require_whole(header: GgufHeader, path: Path) -> None:
+    """Raise InvalidInput where a file ends before the last of its tensors."""
+    num_bytes = path.stat().st_size
+    for name, shape in header.shapes.items():
+        try:
+            weights, size = GGML_QUANT_SIZES[GGMLQuantizationType(header.types[name])]
+        except ValueError:
+            raise InvalidInput(f"{path}: the tensor {name} is of the unknown type {header.types[name]}") from None
+        if header.begins[name] + math.prod(shape) // weights * size > num_bytes:
+            raise InvalidInput(f"{path}: not a whole GGUF file: it ends before the end of its tensor {name}")
+
+
 def require_plausible(config: Mapping[str, Any], *, source: str) -> None:
     """Raise InvalidInput for numbers that no model has, or for far more weights than this machine can hold."""
     for name, most in _LIMITS.items():
         for value in _numbers(config.get(name), name, source):
             if not 0 <= value <= most:
                 raise InvalidInput(f"{source}: {name} is {value:,}; models have at most {most:,}")
+        if name in _AT_LEAST_ONE and config.get(name) == 0:
+            raise InvalidInput(f"{source}: {name} is 0; models have at least 1")
     for widths in _rows(config.get("layer_widths"), source):
         if not 0 <= min(widths) <= max(widths) <= MAX_WIDTH:
             raise InvalidInput(f"{source}: layer_widths has {list(widths)}; models have at most {MAX_WIDTH:,}")

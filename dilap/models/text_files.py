@@ -188,11 +188,30 @@ def _library(purpose: str) -> Any:
 
 def _texts(records: Any) -> list[str]:
     is_text = {name: _is_text(kind) for name, kind in records.features.items()}
-    answers = [name for name in _ANSWERS if is_text.get(name)]
-    if is_text.get(_QUESTION) and answers and not any(is_text.get(name) for name in COLUMNS):
-        return [_instruction(row, answers[0]) for row in records]
+    if answer := _answer_column(is_text):
+        return [_instruction(row, answer) for row in records if None not in (row[_QUESTION], row[answer])]
     column = text_column(is_text)
     return [text for text in records[column] if text is not None]
+
+
+def text_of(record: Mapping[str, Any]) -> str:
+    """Return the text of one record, whose columns have no types: empty where there is none, or a null.
+
+    Raises InvalidInput, naming all columns, where none can be told to be the text.
+    """
+    nulls = [name for name, value in record.items() if value is None]
+    of_nulls = {name for name in nulls if name.strip().lower() in (*COLUMNS, _QUESTION, *_ANSWERS) or len(record) == 1}
+    is_text = {name: isinstance(value, str) or name in of_nulls for name, value in record.items()}
+    if answer := _answer_column(is_text):
+        return "" if {_QUESTION, answer} & of_nulls else _instruction(record, answer)
+    return record[text_column(is_text)] or ""
+
+
+def _answer_column(is_text: Mapping[str, bool]) -> str:
+    """Return the column of the answers of an instruction set; empty for any other set."""
+    answers = [name for name in _ANSWERS if is_text.get(name)]
+    is_set = is_text.get(_QUESTION) and answers and not any(is_text.get(name) for name in COLUMNS)
+    return answers[0] if is_set else ""
 
 
 def _instruction(row: Mapping[str, str | None], answer: str) -> str:

@@ -120,7 +120,7 @@ def _cut_tokenizer(
 
     Its files are in `folder`. Raises VerificationFailed where it splits the text in another way.
     """
-    _write_files_(tokenizer, folder)
+    write_files_(tokenizer, folder)
     end = texts.break_after(text, round((1 - _HELD_OUT) * len(text)))
     halves = [[(one, texts.ids_of(tokenizer, one)) for one in texts.pieces(half)] for half in (text[:end], text[end:])]
     first, second = (set().union(*(np.unique(ids).tolist() for _, ids in half)) for half in halves)
@@ -146,7 +146,7 @@ def _smaller(bpe: Bpe, tokens: set[int], folder: Path) -> tuple[PreTrainedTokeni
     return from_pretrained(PreTrainedTokenizerFast, folder), kept
 
 
-def _write_files_(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def write_files_(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a tokenizer's files into `folder`, so that tokenizer.json alone says what its tokens are."""
     tokenizer.save_pretrained(folder)
     for name in _OTHER_FILES:

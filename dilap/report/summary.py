@@ -173,7 +173,7 @@ def _format_row(run: Run, one: DenseFormat) -> SummaryRow:
         artifact=one.artifact,
         measurement=one.measurement,
         seconds=one.seconds(result.dense, result.budget.statistic),
-        interval=None,
+        interval=one.interval(result.dense),
         quality=one.quality,
         torch_quality=result.dense.in_torch,
     )

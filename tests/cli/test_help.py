@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from standins.fake_job import call, last_line
 
-from dilap import backends
+from dilap import __version__, backends
 from dilap.cli import compare, export, profile, prune, report
 from dilap.cli import eval as evaluation
 from dilap.profilers.devices import device as devices
@@ -35,6 +35,14 @@ def test_help_and_version_of_no_command_import_what_takes_seconds() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_runs_as_a_module(command: str) -> None:
+    """Launchers of several processes start modules, and a module that does nothing would end as if all was done."""
+    asked = [sys.executable, "-m", f"dilap.cli.{command}", "--version"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == (f"dilap {__version__}\n", "", 0)
 
 
 def options() -> list[tuple[str, argparse.Action]]:
@@ -105,6 +113,24 @@ def test_what_can_never_work_is_refused_before_a_model_is_looked_for(
     options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(prune.main, "--target", "host_cpu", tmp_path / "no such model", *options) == 2
+    assert words in last_line(capsys)
+
+
+IN_VAIN = {
+    "a dry run": (["--pattern", "2:4", "--dry-run"], "--dry-run does not apply to zeros inside matrices (--pattern)"),
+    "recovery": (["--pattern", "2:4", "--recover", "full"], "--recover does not apply to zeros inside matrices"),
+    "a device": (["--pattern", "2:4", "--device", "host_cpu"], "--target does not apply to zeros inside matrices"),
+    "a rebuild": (["--target", "host_cpu", "--ratio", "0.3", "--rebuild", "barber"], "--rebuild is for zeros inside"),
+    "tasks": (["--target", "host_cpu", "--budget", "70%", "--tasks", "piqa"], "--tasks is for zeros inside matrices"),
+}
+
+
+@pytest.mark.parametrize("name", IN_VAIN)
+def test_an_option_that_another_one_makes_useless_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, words = IN_VAIN[name]
+    assert call(prune.main, tmp_path / "no such model", *options) == 2
     assert words in last_line(capsys)
 
 

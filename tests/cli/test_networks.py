@@ -230,7 +230,8 @@ def test_a_damaged_artifact_is_not_scored(
 def test_texts_and_photographs_are_for_different_models(
     exported: Path, photographs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(evaluation.main, exported, "--images", photographs, "--tasks", "piqa") == 2
-    assert "--tasks is for decoders" in last_line(capsys)
+    for name, value in {"--tasks": "piqa", "--costs": "", "--precision": "f16", "--limit": "3"}.items():
+        assert call(evaluation.main, exported, "--images", photographs, name, *filter(None, [value])) == 2
+        assert f"{name} does not apply to an image network" in last_line(capsys)
     assert call(evaluation.main, exported, "--reference", exported) == 2
     assert "is no decoder, and one is needed here" in last_line(capsys)

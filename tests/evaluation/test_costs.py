@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
 from dilap import backends, export
+from dilap.core.errors import InvalidInput
 from dilap.core.workload import Workload
 from dilap.evaluation import costs
 from dilap.evaluation.subject import Subject, open_subject
@@ -86,6 +87,12 @@ def test_an_artifact_moves_about_what_its_file_holds(tmp_path: Path) -> None:
     found = costs.count(subject, Workload(precision="f32", context=1)).decode.bytes_moved
     assert subject.num_bytes is not None
     assert found == pytest.approx(subject.num_bytes, rel=0.1)  # the file has its vocabulary too
+
+
+def test_an_artifact_is_scored_in_its_own_precision_alone(tmp_path: Path) -> None:
+    gguf(tmp_path, tiny_model("llama")).reader.close()
+    with pytest.raises(InvalidInput, match="is an artifact, which has its own precisions"):
+        open_subject(str(tmp_path / "out"), precision="f16")
 
 
 def gguf(folder: Path, model: PreTrainedModel) -> Subject:

@@ -263,6 +263,16 @@ def test_reference_with_another_vocabulary_is_one_line(
     assert "is of another model" in said
 
 
+@pytest.mark.parametrize("option", ["--reference", "--eval-text"])
+def test_what_is_to_be_compared_is_looked_for_before_any_task_is_scored(
+    option: str, checkpoint: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dilap.job.evaluate.open_subject", pytest.fail)
+    given = [checkpoint, "--tasks", "piqa", "--data-dir", data, "--reference", checkpoint, option, "nothing"]
+    words = {"--reference": "no model 'nothing'", "--eval-text": "text 'nothing' does not exist"}
+    assert words[option] in refused(capsys, *given)
+
+
 def test_runs_artifact_is_scored_and_kept_in_the_run(
     checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ from standins.models import library_of, random_tokens, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from dilap import backends
-from dilap.cli import prune
+from dilap.cli import compare, prune
 from dilap.core.space import Choice, Level, Space
 from dilap.core.workload import Budget
 from dilap.job import forecast
@@ -119,4 +119,19 @@ def test_dry_run_prints_all_stages_and_does_nothing(
     assert [line[:16].strip() for line in lines[1:-2]] == [
         "load the model", "calibration text", "level library", "search", "refit", "score both model", "recover",
     ]  # fmt: skip
+    assert list(tmp_path.glob("*out*")) == []
+
+
+def test_dry_run_of_a_comparison_tells_every_method_and_does_nothing(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--target", "host_cpu", "--budget", "70%", "60%", "--model", checkpoint, "--out", tmp_path / "out"]
+    asked += ["--methods", "dilap", "flap", "--context", "64", "--calib-length", "32", "--dry-run"]
+    assert call(compare.main, *asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:4]] == [["dilap", "2"], ["flap", "2"], ["all", "4"]]
+    assert call(compare.main, *asked, "--shard", "2/3") == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:3]] == [["flap", "1"], ["all", "1"]]
+    assert call(compare.main, *asked, "--shard", "5/9") == 0
+    assert "none for this one" in capsys.readouterr().out
     assert list(tmp_path.glob("*out*")) == []

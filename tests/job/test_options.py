@@ -1,5 +1,7 @@
 """The options of a job: one seed, one set of defaults."""
 
+from typing import Any
+
 import pytest
 
 from dilap import methods
@@ -41,3 +43,14 @@ def test_steps_of_training_are_a_default_of_the_methods_that_train() -> None:
 def test_a_step_is_a_share(step: float) -> None:
     with pytest.raises(InvalidInput, match="--step"):
         job_options(device=devices.get("host_cpu"), budget=BUDGET, step=step)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"recover_tokens": 1000}, {"recover_data": ["a.txt"]}, {"recover_hidden": 0.5}, {"tracker": "tensorboard"}],
+)
+def test_an_option_of_a_recovery_asks_for_one(given: dict[str, Any]) -> None:
+    device, name = devices.get("host_cpu"), next(iter(given)).replace("_", "-")
+    with pytest.raises(InvalidInput, match=f"--{name} is for a recovery: give --recover lora or --recover full, too"):
+        job_options(device=device, budget=BUDGET, **given)
+    assert job_options(device=device, budget=BUDGET, recover="lora", **given).recovery.mode == "lora"

@@ -8,7 +8,10 @@ from standins.fake_job import LLAMACPP, FinishedJob, prune_tiny
 from standins.models import tiny_model
 
 from dilap import backends
+from dilap.core.codec import encode
 from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.printable import milliseconds
+from dilap.job import comparison, ending
 from dilap.job.precisions import asked_precisions, offered_precisions
 from dilap.job.result import PruneResult, table
 from dilap.models.anatomy import architecture_of
@@ -68,6 +71,27 @@ def test_the_dense_model_is_shown_in_every_precision(chosen: PruneResult) -> Non
     assert all(one.quality.through == "llamacpp" for one in chosen.formats)
 
 
+def test_formats_stand_with_interval_and_perplexity(chosen: PruneResult) -> None:
+    lines = table(chosen).splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("the dense model alone"))
+    assert lines[at].split()[4:] == ["latency", "95", "%", "interval", "KL", "perplexity", "file"]
+    for line, one in zip(lines[at + 1 :], chosen.formats, strict=False):
+        interval = one.interval(chosen.dense)
+        assert interval is not None
+        ends = "-".join(milliseconds(end) for end in (interval.low, interval.high))
+        assert line.split()[4:7] == [ends, f"{one.quality.kl:.3f}", f"{one.quality.perplexity:.2f}"]
+
+
+def test_a_comparison_has_the_dense_model_in_every_precision(chosen: PruneResult) -> None:
+    row = comparison.row_of(chosen)
+    assert comparison.read_row(encode(row), source="row.json") == row
+    lines = comparison.markdown([row]).splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("| format |"))
+    for line, one in zip(lines[at + 2 :], chosen.formats, strict=False):
+        assert line.startswith(f"| {one.precision} | {milliseconds(one.seconds(chosen.dense, 'p50'))} |")
+    assert [one.perplexity for one in row.formats] == [one.quality.perplexity for one in chosen.formats]
+
+
 def test_words_say_that_quantising_alone_is_not_enough(chosen: PruneResult) -> None:
     assert "quantising alone is not enough: the fastest format of the dense model, q4_0, takes 143%" in table(chosen)
 
@@ -89,6 +113,15 @@ def test_where_quantising_is_enough_nothing_is_pruned(checkpoint: Path, corpus: 
     assert result.pruned.parameters == result.dense.parameters
     assert result.pruned.quality.kl <= min(one.quality.kl for one in result.formats if one.precision != "f16") + 1e-3
     assert "nothing was pruned" in table(result)
+    said = ending.verdict_sentence(result)
+    assert said.startswith("tiny, quantised and not pruned, keeps the budget of 200% on host_cpu: ")
+    assert "quantising alone is enough" in said
+    card = (tmp_path / "out" / "checkpoint" / "README.md").read_text(encoding="utf-8")
+    assert "# tiny, quantised to 200% on host_cpu" in card
+
+
+def test_a_pruned_model_is_called_so(chosen: PruneResult) -> None:
+    assert ending.verdict_sentence(chosen).startswith("tiny, pruned, keeps")
 
 
 def test_methods_that_choose_no_precision_use_the_one_that_ships(

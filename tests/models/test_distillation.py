@@ -162,11 +162,14 @@ def test_killed_recovery_goes_on_as_if_it_had_not_been(mode: Mode, tmp_path: Pat
     assert_close(dict(resumed.named_parameters()), dict(whole.named_parameters()), rtol=0, atol=0)
 
 
-def test_damaged_checkpoint_of_a_recovery_is_refused_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["step-2/position.json", "step-2/model.safetensors", "best.safetensors"])
+@pytest.mark.parametrize("is_there", [True, False], ids=["damaged", "missing"])
+def test_damaged_checkpoint_of_a_recovery_is_refused_in_one_line(file: str, is_there: bool, tmp_path: Path) -> None:
     teacher, asked = Teacher.of(tiny_model("llama"), TOKENS), replace(options("full", steps=3), checkpoint_seconds=0.0)
     with pytest.raises(Killed):
         distil(pruned("llama"), teacher, asked, folder=tmp_path, progress=killed_after(2))
-    (tmp_path / "step-2" / "position.json").write_text("{")
+    (tmp_path / file).write_text("{") if is_there else (tmp_path / file).unlink()
+    (tmp_path / "step-last").mkdir()  # is none of its own
     with pytest.raises(InvalidInput, match=r"step-2: the recovery cannot go on from it .*; remove") as caught:
         distil(pruned("llama"), teacher, asked, folder=tmp_path)
     assert "\n" not in str(caught.value)

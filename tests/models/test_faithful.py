@@ -179,6 +179,40 @@ def test_a_model_of_two_types_gets_the_one_in_which_both_are_exact(tmp_path: Pat
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, wanted.float())
 
 
+@pytest.mark.parametrize("said", ["float16", "bfloat16"])
+def test_weights_keep_the_type_of_their_files_whatever_the_config_says(said: str, tmp_path: Path) -> None:
+    folder = with_config(saved(tiny_model("llama"), tmp_path), dtype=said)
+    assert torch.equal(logits(load(str(folder)).model, TOKENS), logits(tiny_model("llama"), TOKENS))
+
+
+def test_weights_in_64_bits_are_rounded_to_32(tmp_path: Path) -> None:
+    def change(found: Tensors) -> None:
+        found.update({name: one.double() for name, one in found.items()})
+
+    folder = with_tensors(saved(tiny_model("llama"), tmp_path), change)
+    assert torch.equal(logits(load(str(folder)).model, TOKENS), logits(tiny_model("llama"), TOKENS))
+
+
+def test_a_pickle_of_two_types_is_exact_too(tmp_path: Path) -> None:
+    folder = saved(tiny_model("llama"), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.bfloat16)
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    model = load(str(with_config(folder, dtype="bfloat16"))).model
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, tensors["model.layers.0.mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("{", "generation_config"), ('{"eos_token_id": [0, 999]}', "999 is none of")]
+)
+def test_a_damaged_generation_config_is_not_passed_over(text: str, words: str, tmp_path: Path) -> None:
+    folder = saved(tiny_model("llama"), tmp_path)
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(InvalidInput, match=words):
+        load(str(folder))
+
+
 def test_a_whole_number_in_the_place_of_a_fraction_is_one(tmp_path: Path) -> None:
     model = tiny_model("llama", rope_parameters={"rope_theta": 10_000, "rope_type": "default"})
     path = exported(model, tmp_path)

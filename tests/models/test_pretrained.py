@@ -10,12 +10,13 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from standins import ROOT
 from standins.models import byte_level_tokenizer, tiny_model
 from transformers import AutoConfig
 
 from dilap.backends.llamacpp.gguf_header import read_header
-from dilap.core.errors import InvalidInput
+from dilap.core.errors import DilapError, InvalidInput, Unsupported
 from dilap.models.load import load
 from dilap.models.pretrained import from_pretrained, require_sound_gguf
 
@@ -65,7 +66,22 @@ def test_code_of_a_model_is_never_run(name: str, folder: Path, tmp_path: Path) -
     }
     path = changed(folder, tmp_path, name, own[name])
     (path / "own.py").write_text("raise SystemExit('run')", encoding="utf-8")
-    with pytest.raises(InvalidInput, match="Python code of its own"):
+    with pytest.raises(DilapError, match="Python code of its own"):
+        load(str(path))
+
+
+def test_an_architecture_that_transformers_does_not_know_is_compared_by_its_tensors(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = changed(folder, tmp_path, "config.json", {"model_type": "unheard-of"})
+    tensors = load_file(path / "model.safetensors")
+    moved = {
+        name.replace("mlp.up_proj", "mlp.w3").replace("model.", "transformer."): one for name, one in tensors.items()
+    }
+    save_file(moved, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        Unsupported, match=r"'unheard-of' is not known.*nearest is llama.* mlp\.w3 in place of mlp\.up_proj"
+    ):
         load(str(path))
 
 
@@ -73,6 +89,7 @@ COUNTS: dict[str, tuple[Mapping[str, Any], str]] = {
     "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000; models have at most 4,096"),
     "heads": ({"num_attention_heads": 10**9}, "num_attention_heads is 1,000,000,000"),
     "negative": ({"hidden_size": -1}, "hidden_size is -1"),
+    "no heads": ({"num_attention_heads": 0}, "num_attention_heads is 0; models have at least 1"),
     "a text": ({"hidden_size": "64"}, "hidden_size is no whole number but '64'"),
     "yes": ({"num_hidden_layers": True}, "num_hidden_layers is no whole number but True"),
     "an integer of 100 digits": ({"vocab_size": 10**100}, "more than 64 bits"),
@@ -152,7 +169,7 @@ def test_a_gguf_file_with_counts_beyond_reason_is_refused(key: str, tmp_path: Pa
 
 
 def test_a_gguf_file_of_an_architecture_that_cannot_be_read_is_refused_by_its_name(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="architecture granite is not supported"):
+    with pytest.raises(InvalidInput, match=r"give the folder that its maker published .*granite is not supported"):
         load(str(gguf_file(tmp_path / "x.gguf", "granite")))
 
 
@@ -163,6 +180,23 @@ def test_a_gguf_file_is_refused_wherever_it_is_cut_off(tmp_path: Path) -> None:
         (tmp_path / "cut.gguf").write_bytes(whole[:length])
         with pytest.raises(InvalidInput, match="not a whole GGUF file"):
             read_header(tmp_path / "cut.gguf")
+
+
+def test_a_gguf_file_is_refused_where_its_tensors_are_cut_off(tmp_path: Path) -> None:
+    path = gguf_file(tmp_path / "x.gguf")
+    require_sound_gguf(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(
+        InvalidInput, match=r"not a whole GGUF file: it ends before the end of its tensor output\.weight"
+    ):
+        require_sound_gguf(path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_what_git_has_not_fetched_is_told(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    with pytest.raises(InvalidInput, match=f"{name} is only Git's pointer to the file: run `git lfs pull`"):
+        from_pretrained(AutoConfig, tmp_path)
 
 
 @pytest.mark.parametrize("count", [2**62, 2**63, 2**32])

@@ -11,6 +11,7 @@ from standins.models import tiny_tokenizer
 from dilap.core.errors import InvalidInput
 from dilap.models.recovery import stream
 from dilap.models.recovery.stream import Documents, PackedStream
+from dilap.models.text_files import read_documents
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +39,25 @@ def test_packed_files_are_read(tmp_path: Path) -> None:
     path = tmp_path / "[a] *.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "one"}\n'))
     assert next(Documents([str(path)])) == "one"
+
+
+def test_records_without_a_text_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": null, "text": null}\n{"id": null, "text": "one"}\n{"id": 3, "text": null}\n')
+    documents = Documents([str(path)])
+    documents.require_text()
+    assert [next(documents) for _ in range(3)] == ["one"] * 3
+
+
+def test_questions_and_answers_are_read_as_instructions(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Say.", "input": "", "output": None},
+    ]
+    path = tmp_path / "set.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents = Documents([str(path)])
+    assert [next(documents)] == [next(documents)] == read_documents(str(path))
 
 
 def test_every_token_is_seen_once_a_round(tmp_path: Path) -> None:
@@ -72,6 +92,8 @@ def test_text_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path) -> None
     blank = records(tmp_path / "blank.jsonl", ["", " "])
     with pytest.raises(InvalidInput, match=r"numbers\.jsonl: no column can be told to be the text"):
         Documents([str(numbers)]).require_text()
+    with pytest.raises(InvalidInput, match=r"blank\.jsonl: it holds no text"):
+        Documents([str(blank)]).require_text()
     with pytest.raises(InvalidInput, match=r"blank\.jsonl: no text in it"):
         next(Documents([str(blank)]))
     with pytest.raises(InvalidInput, match="is no file: give files or hub data sets"):

@@ -4,6 +4,7 @@ Where a stream stands can be kept, so that another process goes on with the very
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dilap.models import text_files
 from dilap.models.text import beginning
 from dilap.models.vocabulary import TemporaryFolder
 
+_LOOKED_AT = 100  # records of a source, to see whether it has text
 MIXED = 512  # sequences that are held at once, to mix their order
 
 
@@ -30,16 +32,12 @@ class Documents:
         self._begin(0, None)
 
     def require_text(self) -> None:
-        """Raise InvalidInput, or Unavailable for a hub data set, for a source whose first record has no text."""
+        """Raise InvalidInput, or Unavailable for a hub data set, for a source whose first records have no text."""
         for index, name in enumerate(self._names):
-            self._text_of(self._first(index), name)
-
-    def _first(self, index: int) -> Mapping[str, Any]:
-        with _reading(self._names[index]):
-            for record in self._opened(index):
-                found: Mapping[str, Any] = record
-                return found
-        raise InvalidInput(f"{self._names[index]}: it holds no text; {text_files.KNOWN}")
+            with _reading(name):
+                first = list(islice(self._opened(index), _LOOKED_AT))
+            if not any(self._text_of(record, name).strip() for record in first):
+                raise InvalidInput(f"{name}: it holds no text; {text_files.KNOWN}")
 
     def __next__(self) -> str:
         """Return the next document that is not empty. Raises InvalidInput where no source has one."""
@@ -73,10 +71,9 @@ class Documents:
 
     def _text_of(self, record: Mapping[str, Any], name: str) -> str:
         try:
-            column = text_files.text_column({key: isinstance(value, str) for key, value in record.items()})
+            return text_files.text_of(record)
         except InvalidInput as error:
             raise InvalidInput(f"{name}: {error}") from error
-        return str(record[column])
 
     def _opened(self, index: int) -> Any:
         name = self._names[index]

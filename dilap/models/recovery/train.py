@@ -4,6 +4,7 @@ Where there are several processes, each takes its share of every batch and of th
 """
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -29,7 +30,7 @@ from dilap.models.recovery.optimizer import adamw, set_rate_, stepping
 from dilap.models.recovery.options import RecoveryOptions
 from dilap.models.recovery.trainable import Trainable
 from dilap.models.reference import AtHead, Teacher, final_hidden, head_of
-from dilap.models.tensor_file import load_tensors, save_tensors
+from dilap.models.tensor_file import load_tensors, opened_tensors, save_tensors
 
 # Tokens in one forward and backward pass: those of all tokens of a step would hold gigabytes of a small machine.
 _PIECE_TOKENS_OF_HOST, _PIECE_TOKENS = 512, 8192
@@ -222,6 +223,12 @@ class _Run:
             save_tensors(self._best, {name: one.detach() for name, one in self.trainable.parameters.items()})
         self.processes.wait()
 
+    def _require_best(self) -> None:
+        """Raise InvalidInput where the best state is not there, which is asked for only at the very end."""
+        with opened_tensors(self._best, what="best state") as file:
+            if missing := set(self.trainable.parameters) - set(file.keys()):
+                raise ValueError(f"it has no {sorted(missing)[0]}")
+
     @torch.no_grad()
     def _take_best(self) -> None:
         best = load_tensors(self._best)
@@ -260,8 +267,9 @@ class _Run:
             yield self.processes.of_main(folder)
 
     def _checkpoints(self) -> list[Path]:
-        found = self.folder.glob("step-*")
-        return sorted((one for one in found if one.suffix == ""), key=lambda one: int(one.name.partition("-")[2]))
+        found = {re.fullmatch(r"step-(\d+)", one.name): one for one in self.folder.glob("step-*")}
+        numbered = {int(match[1]): one for match, one in found.items() if match is not None}
+        return [one for _, one in sorted(numbered.items())]
 
     def _go_on(self) -> bool:
         """Go on where an earlier start of this run stopped, and return whether there was one."""
@@ -273,6 +281,7 @@ class _Run:
             position = read_json(folder / "position.json")
             self.lessons.load_state_dict(position["lessons"])
             self.done = _done(position["done"], source=str(folder))
+            self._require_best()
         except Exception as error:  # torch, safetensors and accelerate raise many types for damaged files
             raise InvalidInput(
                 f"{folder}: the recovery cannot go on from it ({reason_of(error)}); remove that folder, and run again"
