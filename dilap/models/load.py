@@ -11,6 +11,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -224,7 +225,7 @@ def _model(name: str, folder: str, config: PreTrainedConfig, arguments: dict[str
 def _pruned_class_of(config: PreTrainedConfig) -> Any:
     """Return the class that builds a model with the config's widths."""
     config.module_paths = family_of(config).module_paths()  # checkpoints of earlier versions lack them
-    return pruned_class(AutoModelForCausalLM._model_mapping[type(config)])
+    return pruned_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
 
 def load_tokenizer(folder: str | Path, *, gguf_file: str | None = None, **arguments: Any) -> PreTrainedTokenizerBase:
