@@ -182,8 +182,9 @@ def _errors_of(name: str, folder: str) -> Iterator[None]:
     try:
         yield
     except InvalidInput as error:
-        kind = InvalidInput if Path(folder).is_dir() else Unavailable
-        raise kind(f"model {name!r} cannot be loaded: {error}") from error
+        if Path(folder).is_dir():
+            raise InvalidInput(f"model {name!r} cannot be loaded: {error}") from error
+        raise Unavailable(f"there is no folder {name!r} here, and as a hub id it cannot be loaded: {error}") from error
 
 
 def _config(name: str, folder: str, arguments: Mapping[str, Any]) -> PreTrainedConfig:
