@@ -38,7 +38,7 @@ class Session(Protocol):
     """One loaded artifact, ready to be timed under one workload.
 
     Where `sample` returns a GPU's own time, the session also keeps a list `host_ns` of the times that the host saw,
-    launch and wait included.
+    launch and wait included, and says in `device_bytes` what it takes of the GPU's memory.
     """
 
     def sample(self) -> int:

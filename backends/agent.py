@@ -76,7 +76,8 @@ class Agent:
         """Open a model and run it once. Raises Mismatch where a file's content is not the one that was sent.
 
         `companions` are the other files that the runtime reads, which lie beside the model (name -> SHA-256). In the
-        response, `peak_memory_bytes` is what loading and running the model added to this process at the peak.
+        response, `peak_memory_bytes` is what loading and running the model added to this process at the peak, and what
+        it takes of a GPU's memory beside.
         """
         if self._backend is None:
             raise InvalidInput("load came before hello")
@@ -96,7 +97,7 @@ class Agent:
         return {
             "handle": self._num_loaded,
             "load_seconds": time.perf_counter() - start,
-            "peak_memory_bytes": max(0, host.memory_use().peak_bytes - before),
+            "peak_memory_bytes": max(0, host.memory_use().peak_bytes - before) + _device_bytes(session),
         }
 
     def op_sample(self, *, handle: int, n: int, lead_in_seconds: float = 0.0) -> dict[str, Any]:
@@ -121,7 +122,8 @@ class Agent:
         with host.MemoryWatch() as watch:
             for _ in range(n):
                 session.sample()
-        return {"average_bytes": max(0, round(watch.average_bytes) - self._resident_before[handle])}
+        added = max(0, round(watch.average_bytes) - self._resident_before[handle])
+        return {"average_bytes": added + _device_bytes(session)}
 
     def op_divergence(self, *, handle: int, other: int, tokens: list[int]) -> dict[str, Any]:
         """Compare the next-token distributions of the models `other` and `handle` on the given tokens.
@@ -159,6 +161,11 @@ def _lead_in(session: backends.Session, seconds: float) -> None:
         session.sample()
         if time.perf_counter() >= end:
             return
+
+
+def _device_bytes(session: backends.Session) -> int:
+    """Return the memory of a GPU that a model takes: it is no part of its process's."""
+    return int(getattr(session, "device_bytes", 0))
 
 
 def _refusal(error: Exception) -> dict[str, Any]:

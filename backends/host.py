@@ -116,21 +116,16 @@ class MemoryUse:
     """Resident memory of this process in bytes. Pages of a mapped file count, though the kernel can drop them."""
 
     peak_bytes: int
-    anonymous_bytes: int
-    file_bytes: int
-
-    @property
-    def resident_bytes(self) -> int:
-        return self.anonymous_bytes + self.file_bytes
+    resident_bytes: int
 
 
 def memory_use() -> MemoryUse:
+    if sys.platform == "win32":
+        resident, peak = windows.memory()
+        return MemoryUse(peak_bytes=peak, resident_bytes=resident)
     fields = _fields(Path("/proc/self/status"))
-    return MemoryUse(
-        peak_bytes=fields.get("VmHWM", 0) * 1024,
-        anonymous_bytes=fields.get("RssAnon", 0) * 1024,
-        file_bytes=fields.get("RssFile", 0) * 1024,
-    )
+    resident = fields.get("RssAnon", 0) + fields.get("RssFile", 0)
+    return MemoryUse(peak_bytes=fields.get("VmHWM", 0) * 1024, resident_bytes=resident * 1024)
 
 
 class MemoryWatch:

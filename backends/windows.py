@@ -1,4 +1,4 @@
-"""What only Windows' kernel32 can tell or do, and not Python's standard library: power, emulation, speed, cores."""
+"""What only Windows' kernel32 can tell or do, and Python's standard library not: power, memory, speed, cores."""
 
 import ctypes
 import sysconfig
@@ -14,6 +14,26 @@ class _PowerThrottling(ctypes.Structure):
     """Windows' PROCESS_POWER_THROTTLING_STATE: only those bits of `state` count that are set in `control` too."""
 
     _fields_ = (("version", ctypes.c_ulong), ("control", ctypes.c_ulong), ("state", ctypes.c_ulong))
+
+
+class _MemoryCounters(ctypes.Structure):
+    """Windows' PROCESS_MEMORY_COUNTERS; the last six are of pools and page files."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("faults", ctypes.c_uint32),
+        ("peak", ctypes.c_size_t),
+        ("resident", ctypes.c_size_t),
+        ("others", ctypes.c_size_t * 6),
+    )
+
+
+def memory() -> tuple[int, int]:
+    """Return the bytes of this process's working set, now and at its peak; zeros where Windows does not say."""
+    counters = _MemoryCounters(size=ctypes.sizeof(_MemoryCounters))
+    if not _kernel32().K32GetProcessMemoryInfo(_this_process(), ctypes.byref(counters), counters.size):
+        return 0, 0
+    return counters.resident, counters.peak
 
 
 def power() -> tuple[bool | None, float | None]:

@@ -24,10 +24,10 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryTaken:
-    """Memory that a model takes while it runs; no average where a runtime's own program runs it, as on a phone."""
+    """Memory that a model takes while it runs; None where the device does not show it."""
 
     average_bytes: int | None
-    peak_bytes: int
+    peak_bytes: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,9 @@ class Profiler:
         with closing(self._device.open(self.backend)) as instrument:
             loaded = instrument.load(case.path, workload=case.workload, **asdict(_content(case.path)))
             average = instrument.average_memory(loaded.handle, runs)
-        return MemoryTaken(average_bytes=average, peak_bytes=max(loaded.peak_memory_bytes, average or 0))
+        return MemoryTaken(
+            average_bytes=average or None, peak_bytes=max(loaded.peak_memory_bytes, average or 0) or None
+        )
 
     def try_once(self, case: Case) -> None:
         """Load a model and run it once, untimed. Raises what the runtime refuses, and Crashed where it dies."""

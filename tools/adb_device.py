@@ -15,6 +15,7 @@ import socket
 import stat
 import struct
 import subprocess
+import tempfile
 import threading
 from pathlib import Path
 
@@ -145,7 +146,7 @@ class Stream:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={"PATH": "/usr/bin:/bin", "HOME": "/", "TMPDIR": "/data/local/tmp"},
+            env={"PATH": "/usr/bin:/bin", "HOME": "/", "TMPDIR": self._temporary()},
             start_new_session=True,
         )
         assert self._program.stdin is not None
@@ -165,6 +166,11 @@ class Stream:
         with contextlib.suppress(OSError):
             self._program.stdin.close()  # even where another process reads it still, as adbd does
         self._write(struct.pack("<BIB", EXIT, 1, status if status >= 0 else 128 - status))
+
+    def _temporary(self) -> str:
+        """Return Android's folder for what a shell writes, or that of this machine where it is the device."""
+        is_android = (self._connection.root / "data/local/tmp").is_dir()
+        return "/data/local/tmp" if is_android else tempfile.gettempdir()
 
     def _pass_stdin(self) -> None:
         assert self._program is not None

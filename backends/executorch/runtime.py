@@ -55,7 +55,9 @@ class ExecuTorch:
 
     def build(self) -> str:
         """Return the machine type and the built-in delegates; XNNPACK chooses its kernels at run time."""
-        return ", ".join([platform.machine(), *sorted(bindings()._get_registered_backend_names())])
+        bindings()  # imports what the next line does, without its warnings
+        registry = importlib.import_module("executorch.runtime").Runtime.get().backend_registry
+        return ", ".join([platform.machine(), *sorted(registry.registered_backend_names)])
 
     def precisions(self) -> tuple[str, ...]:
         return ("8da4w", "8da8w", "f32")

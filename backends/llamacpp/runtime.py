@@ -68,7 +68,6 @@ class LlamaCpp:
     def how_to_run(self, file: str, workload: Workload) -> dict[str, str]:
         flash, repack, cache = (setting(workload, _SWITCHES, name) for name in _SWITCHES)
         threads = workload.threads
-        bench = ["llama-bench", "-m", file, *llama_bench_flags(workload)]
         command = [f"llama-cli -m {file} -t {threads}"]
         command += [] if flash == "auto" else ["-fa off"]
         command += [] if repack == "on" else ["--no-repack"]
@@ -78,7 +77,10 @@ class LlamaCpp:
         if cache != "f16":
             command.append(f"-ctk {cache} -ctv {cache}")
             call.append(f"type_k={CACHE_TYPES[cache]}, type_v={CACHE_TYPES[cache]}")
-        return {"llama-bench": " ".join(bench), "llama-cli": " ".join(command), "python": ", ".join(call) + ")"}
+        commands = {"llama-cli": " ".join(command), "python": ", ".join(call) + ")"}
+        if cache == "f32":
+            return commands
+        return {"llama-bench": " ".join(["llama-bench", "-m", file, *llama_bench_flags(workload)]), **commands}
 
     def cache_bits(self, workload: Workload) -> float:
         return PRECISION_BITS[setting(workload, _SWITCHES, "kv_cache")]

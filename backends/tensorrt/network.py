@@ -16,7 +16,7 @@ from dilap.core.errors import Unsupported
 class EngineNetwork:
     """One network with buffers on the GPU; random images are timed, without the copies to the GPU and back."""
 
-    def __init__(self, engine: Any, cuda: Cuda, recipe: NetworkRecipe) -> None:
+    def __init__(self, engine: Any, cuda: Cuda, recipe: NetworkRecipe, *, engine_bytes: int) -> None:
         self._cuda, self.shape = cuda, recipe.shape
         self._context = engine.create_execution_context()
         self._logits = np.zeros((recipe.shape[0], recipe.num_classes), np.float32)
@@ -27,6 +27,7 @@ class EngineNetwork:
         self._context.set_tensor_address("logits", self._output)
         self._launch = Launch(cuda, self._enqueue)
         self.host_ns: list[int] = []
+        self.device_bytes = engine_bytes + images.nbytes + self._logits.nbytes
 
     def sample(self) -> int:
         """Return the GPU's nanoseconds for one batch."""

@@ -149,11 +149,13 @@ class _Job:
         engine_file, sidecar = self._files(device.gpu())
         runtime = api.module.Runtime(api.module.Logger(api.module.Logger.ERROR))
         if sidecar.exists():
-            return self._session(_deserialised(runtime, engine_file.read_bytes(), engine_file), device)
+            plan = engine_file.read_bytes()
+            engine = _deserialised(runtime, plan, engine_file)
+            return self._session(engine, device, len(plan) + api.device_memory_bytes(engine))
         cache = _timing_cache(self.runtime, device.gpu())
         built = tensorrt_build.build(self.path, self.profiles, api=api, timing_cache=cache)
         engine = _deserialised(runtime, built.plan, engine_file)
-        session = self._session(engine, device)
+        session = self._session(engine, device, built.num_bytes + api.device_memory_bytes(engine))
         compared = compare(session, self.path.parent, self.recipe)
         with codec.written_aside(engine_file) as temporary:
             temporary.write_bytes(memoryview(built.plan))
@@ -179,10 +181,11 @@ class _Job:
         folder.mkdir(exist_ok=True)
         return folder / f"{key[:16]}.engine", folder / f"{key[:16]}.json"
 
-    def _session(self, engine: Any, device: cuda.Cuda) -> EngineSession | EngineNetwork:
+    def _session(self, engine: Any, device: cuda.Cuda, num_bytes: int) -> EngineSession | EngineNetwork:
+        """Return a session; the engine takes `num_bytes` of the GPU: those of its file, and what runs need."""
         if isinstance(self.recipe, NetworkRecipe):
-            return EngineNetwork(engine, device, self.recipe)
-        return EngineSession(engine, device, self.recipe, self.profiles, self.workload)
+            return EngineNetwork(engine, device, self.recipe, engine_bytes=num_bytes)
+        return EngineSession(engine, device, self.recipe, self.profiles, self.workload, engine_bytes=num_bytes)
 
     def _bind(
         self, sidecar: Path, gpu: str, *, engine: Any = None, api: Api | None = None, compared: float | None = None

@@ -23,17 +23,30 @@ class EngineSession:
     """
 
     def __init__(
-        self, engine: Any, cuda: Cuda, recipe: Recipe, profiles: Sequence[Profile], workload: Workload
+        self,
+        engine: Any,
+        cuda: Cuda,
+        recipe: Recipe,
+        profiles: Sequence[Profile],
+        workload: Workload,
+        *,
+        engine_bytes: int,
     ) -> None:
         self._cuda, self._recipe, self._workload = cuda, recipe, workload
         self._phases: list[Phase] = [profile.phase for profile in profiles]
         self._context = engine.create_execution_context()
         self._outputs = [name for name in _tensor_names(engine) if name == _LOGITS or name.startswith("present.")]
         self._memory: dict[str, tuple[int, int]] = {}  # buffer -> address, bytes
+        self._engine_bytes = engine_bytes
         self._kept = np.zeros(1, np.int64)  # lives as long as the context, which reads it on the host
         self._launch: Launch | None = None
         self._read, self._write = "a", "b"
         self.host_ns: list[int] = []
+
+    @property
+    def device_bytes(self) -> int:
+        """The GPU's memory that is taken: weights, what runs need, and buffers."""
+        return self._engine_bytes + sum(num_bytes for _, num_bytes in self._memory.values())
 
     def sample(self) -> int:
         """Return the GPU's nanoseconds for one run of the workload, measured by CUDA events."""

@@ -106,6 +106,7 @@ def network_options(
         examples = "sentences: give a text" if is_of_texts else "photographs: give a folder of them"
         raise InvalidInput(f"{in_words(model)} is pruned with {examples} as --calib")
     runtime = backend or _first_backend(device)
+    device.require_runtime(runtime)
     return NetworkOptions(
         budget=budget,
         model=model,

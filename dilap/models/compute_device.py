@@ -42,7 +42,8 @@ def memory_of(device: torch.device) -> int:
 def has_fast_bf16(device: torch.device) -> bool:
     """Return whether a device multiplies bf16 matrices in hardware."""
     if device.type == HOST.type:
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        known = torch.cpu.get_capabilities()
+        return bool(known.get("avx512_bf16") or known.get("amx_tile"))
     supports = getattr(torch.get_device_module(device), "is_bf16_supported", None)
     return supports is not None and bool(supports(including_emulation=False))
 

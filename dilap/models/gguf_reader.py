@@ -1,5 +1,6 @@
 """The gguf package's reader, made fast: it makes an object of every token of a vocabulary, in half a minute."""
 
+import functools
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf import GGUFValueType
+from transformers import modeling_gguf_pytorch_utils
 
 _LONGEST = 4096  # items; lists with a value for every layer are shorter
 _LENGTH = struct.Struct("<Q")
@@ -37,10 +39,13 @@ class QuickReader(gguf.GGUFReader):  # type: ignore[misc]
 
 @contextmanager
 def quick_reading() -> Iterator[None]:
-    """Let transformers, which imports its reader when it reads a file, read with `QuickReader`."""
-    own = gguf.GGUFReader
-    gguf.GGUFReader = QuickReader
+    """Let transformers, which imports its reader when it reads a file, read with `QuickReader`.
+
+    Its progress bar is shown on a terminal alone.
+    """
+    own, bar = gguf.GGUFReader, modeling_gguf_pytorch_utils.tqdm
+    gguf.GGUFReader, modeling_gguf_pytorch_utils.tqdm = QuickReader, functools.partial(bar, disable=None)
     try:
         yield
     finally:
-        gguf.GGUFReader = own
+        gguf.GGUFReader, modeling_gguf_pytorch_utils.tqdm = own, bar

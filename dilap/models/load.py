@@ -11,6 +11,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -196,8 +197,9 @@ def _errors_of(name: str, folder: str) -> Iterator[None]:
     try:
         yield
     except InvalidInput as error:
-        kind = InvalidInput if Path(folder).is_dir() else Unavailable
-        raise kind(f"model {name!r} cannot be loaded: {error}") from error
+        if Path(folder).is_dir():
+            raise InvalidInput(f"model {name!r} cannot be loaded: {error}") from error
+        raise Unavailable(f"there is no folder {name!r} here, and as a hub id it cannot be loaded: {error}") from error
 
 
 def _config(name: str, folder: str, arguments: Mapping[str, Any]) -> PreTrainedConfig:
@@ -244,7 +246,7 @@ def _model(name: str, folder: str, config: PreTrainedConfig, arguments: dict[str
 def _pruned_class_of(config: PreTrainedConfig) -> Any:
     """Return the class that builds a model with the config's widths."""
     config.module_paths = family_of(config).module_paths()  # checkpoints of earlier versions lack them
-    return pruned_class(AutoModelForCausalLM._model_mapping[type(config)])
+    return pruned_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
 
 def load_tokenizer(folder: str | Path, *, gguf_file: str | None = None, **arguments: Any) -> PreTrainedTokenizerBase:

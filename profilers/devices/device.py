@@ -202,8 +202,15 @@ class Device:
         return Store(transport, folder=self.location.folder, programs=programs)
 
     def default_precision(self, backend: str) -> str:
-        """Return the precision that ships here in that runtime; the runtime's default where the device has none."""
-        return self.backends.get(backend) or backends.get(backend).precisions()[0]
+        """Return the precision that ships here in that runtime. Raises InvalidInput where the device has not got it."""
+        self.require_runtime(backend)
+        return self.backends[backend]
+
+    def require_runtime(self, backend: str) -> None:
+        """Raise InvalidInput, listing the device's runtimes, where it has not got that one."""
+        if backend not in self.backends:
+            backends.get(backend)  # one that there is nowhere has an error of its own
+            raise InvalidInput(f"{self.name} has no {backend}; it runs {', '.join(self.backends)}")
 
     def default_threads(self) -> int:
         """Return the preset number of threads, or else all physical cores; the profiler notices other load on them."""

@@ -115,8 +115,8 @@ class Phone:
         samples = self._sessions[handle].sample(count)
         return Sampled(samples_ns=tuple(samples), seconds=sum(samples) / 1e9, other_seconds=None)
 
-    def average_memory(self, handle: int, runs: int) -> int | None:  # noqa: ARG002
-        return None
+    def average_memory(self, handle: int, runs: int) -> int | None:
+        return self._sessions[handle].average_memory(runs)
 
     def divergence(self, handle: int, other: int, tokens: Sequence[int]) -> float | None:  # noqa: ARG002
         return None

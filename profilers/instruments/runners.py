@@ -7,7 +7,7 @@ llama-bench       llama.cpp's
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,13 +19,15 @@ from dilap.core.codec import checked, decode, read_json
 from dilap.core.documents import parse_object, value_at
 from dilap.core.errors import DilapError, InvalidInput, LinkLost, Unsupported
 from dilap.core.workload import Workload
-from dilap.profilers.links.transports import Process, Transport
+from dilap.profilers.instruments import memory
+from dilap.profilers.links.transports import Completed, Process, Transport
 
 _SECONDS = 600.0  # limit of a start, of the loading of a model and of one answer
 _SESSION_SECONDS = 24 * 3600.0
 _MAX_LOG_LINES = 100_000  # before the line that is waited for: a runner logs a dozen lines a run
 _GENERATED = 32  # tokens of one start: many, because llama_main's clock counts milliseconds
 _TOKENS_A_SAMPLE = 8  # llama-bench times so many at once; decoding them moves the context by less than 3 %
+_WATCHED_SAMPLES = 8  # of a start whose memory is watched: together they take longer than its loading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +50,13 @@ class RunnerSession(Protocol):
 
     @property
     def peak_memory_bytes(self) -> int:
-        """The program's peak memory; 0 where it does not run between samples."""
+        """The program's peak memory; 0 where the device does not say it."""
 
     def sample(self, count: int) -> list[int]:
         """Time the workload `count` times and return the nanoseconds."""
+
+    def average_memory(self, runs: int) -> int | None:
+        """Run the workload up to `runs` times, untimed; the program's average memory, None where it cannot be seen."""
 
     def close(self) -> None:
         """End the program."""
@@ -135,8 +140,7 @@ class ExecutorRunnerSession:
     @property
     def peak_memory_bytes(self) -> int:
         status = self._transport.run(["cat", f"/proc/{self._pid}/status"], seconds=60).stdout
-        found = re.search(r"VmHWM:\s*([0-9]{1,12}) kB", status)
-        return int(found[1]) * 1024 if found else 0
+        return memory.peak_bytes(status)
 
     def sample(self, count: int) -> list[int]:
         """Time `count` runs. One more before them is not timed, because it waits for its line and wakes the threads."""
@@ -150,6 +154,15 @@ class ExecutorRunnerSession:
         if min(samples) <= 0:
             raise LinkLost(f"executor_runner's clock went backwards: {samples}; try again")
         return samples
+
+    def average_memory(self, runs: int) -> int | None:
+        watch = self._transport.start(memory.watched_process(self._pid), seconds=_SECONDS)
+        try:
+            self.sample(runs)
+            lines = iter(lambda: watch.read_line(timeout=_SECONDS), memory.END)
+            return memory.average_bytes("".join(lines))
+        finally:
+            watch.close()
 
     def close(self) -> None:
         self._process.close()
@@ -211,19 +224,30 @@ class _Starts:
     """A program that starts, times a model and ends: one start gives one sample or several."""
 
     load_seconds = 0.0
-    peak_memory_bytes = 0
 
     def __init__(self, transport: Transport, argv_of: Callable[[int], list[str]], parse: Callable[[str], list[int]]):
         self._transport, self._argv_of, self._parse = transport, argv_of, parse
-        self.sample(1)
+        self.peak_memory_bytes = memory.peak_bytes(self._watched(1))
 
     def sample(self, count: int) -> list[int]:
         samples: list[int] = []
         while len(samples) < count:
-            done = self._transport.run(self._argv_of(count - len(samples)), seconds=_SECONDS)
-            if not (found := self._parse(done.checked("the runner"))):
-                raise LinkLost("the runner printed no sample; try again")
-            samples += found
+            samples += self._samples(self._transport.run(self._argv_of(count - len(samples)), seconds=_SECONDS))
+        return samples
+
+    def average_memory(self, runs: int) -> int | None:
+        return memory.average_bytes(self._watched(min(runs, _WATCHED_SAMPLES)))
+
+    def _watched(self, count: int) -> str:
+        """Run the program once and return what the kernel said of its memory meanwhile."""
+        done = self._transport.run(memory.watched_start(self._argv_of(count)), seconds=_SECONDS)
+        self._samples(replace(done, stderr=memory.other_words(done.stderr)))
+        return done.stderr
+
+    def _samples(self, done: Completed) -> list[int]:
+        samples = self._parse(done.checked("the runner"))
+        if not samples:
+            raise LinkLost("the runner printed no sample; try again")
         if min(samples) <= 0:
             raise LinkLost(f"the runner's clock went backwards: {samples}; try again")
         return samples

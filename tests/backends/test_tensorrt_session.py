@@ -86,7 +86,8 @@ def session_of(exported: Path, workload: Workload = DECODE) -> tensorrt_session.
     recipe = read_recipe(exported.parent)
     engine = device.open_engine(exported)
     cuda = device.HostCuda()
-    return tensorrt_session.EngineSession(engine, cuda, recipe, recipe.profiles(workload), workload)  # type: ignore[arg-type]
+    profiles = recipe.profiles(workload)
+    return tensorrt_session.EngineSession(engine, cuda, recipe, profiles, workload, engine_bytes=1000)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("incremental", [False, True])
@@ -114,6 +115,12 @@ def test_every_sample_has_its_host_time(exported: Path) -> None:
     session.sample()
     assert len(session.host_ns) == 2
     assert min(session.host_ns) > 0
+
+
+def test_what_is_taken_of_the_gpu_is_the_engine_and_the_buffers(exported: Path) -> None:
+    session = session_of(exported)
+    session.sample()
+    assert session.device_bytes == 1000 + sum(num_bytes for _, num_bytes in session._memory.values()) > 1000
 
 
 def test_samples_run_as_a_graph(exported: Path) -> None:

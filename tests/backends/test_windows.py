@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dilap.backends import windows
+from dilap.backends import host, windows
 
 
 class Kernel32:
@@ -31,6 +31,11 @@ class Kernel32:
 
     def SetProcessAffinityMask(self, process: ctypes.c_void_p, mask: ctypes.c_size_t) -> int:  # noqa: N802
         self.mask = mask.value
+        return 1
+
+    def K32GetProcessMemoryInfo(self, process: ctypes.c_void_p, counters: Any, size: int) -> int:  # noqa: N802
+        assert size == counters._obj.size == 72
+        counters._obj.peak, counters._obj.resident = 9 << 20, 7 << 20
         return 1
 
 
@@ -60,6 +65,12 @@ def test_full_speed_clears_the_throttling_of_execution_speed(kernel32: Kernel32)
     version, control, state = 1, 1, 0
     size = 3 * ctypes.sizeof(ctypes.c_ulong)
     assert kernel32.throttling == (4, version, control, state, size)
+
+
+@pytest.mark.usefixtures("kernel32")
+def test_the_memory_of_a_process_is_its_working_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "win32")
+    assert host.memory_use() == host.MemoryUse(peak_bytes=9 << 20, resident_bytes=7 << 20)
 
 
 def test_cores_are_chosen_by_a_mask(kernel32: Kernel32) -> None:

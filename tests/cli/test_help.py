@@ -137,3 +137,19 @@ def test_an_option_that_another_one_makes_useless_is_refused(
 def test_more_than_the_dense_model_takes_may_buy_better_precisions() -> None:
     given = prune._parser().parse_args(["--budget", "150%"])
     assert prune.options_of(given, device=devices.get("host_cpu")).budget.fraction == 1.5
+
+
+@pytest.mark.parametrize("command", ["prune", "profile"])
+def test_a_runtime_that_the_device_has_not_got_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--target", "jetson_gpu", "--estimate", "--backend", "llamacpp", "no/model"]
+    assert call(COMMANDS[command].main, *asked, *(["--budget", "70%"] if command == "prune" else [])) == 2
+    assert "jetson_gpu has no llamacpp; it runs tensorrt" in last_line(capsys)
+
+
+def test_a_folder_that_is_not_there_is_called_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert call(export.main, "--backend", "llamacpp", "runs/mine") == 2
+    assert "there is no folder 'runs/mine' here" in last_line(capsys)

@@ -79,7 +79,7 @@ def test_the_peak_memory_of_a_stage_has_that_of_the_stages_inside_it(
     peaks = iter([1, 5, 9, 2, 2, 3])  # read where a stage begins or ends
 
     def memory_use() -> host.MemoryUse:
-        return host.MemoryUse(peak_bytes=next(peaks), anonymous_bytes=0, file_bytes=0)
+        return host.MemoryUse(peak_bytes=next(peaks), resident_bytes=0)
 
     monkeypatch.setattr(host, "memory_use", memory_use)
     workspace = space(tmp_path)

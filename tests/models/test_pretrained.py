@@ -15,6 +15,7 @@ from standins import ROOT
 from standins.models import byte_level_tokenizer, tiny_model
 from transformers import AutoConfig
 
+from dilap import backends, export
 from dilap.backends.llamacpp.gguf_header import read_header
 from dilap.core.errors import DilapError, InvalidInput, Unsupported
 from dilap.models.load import load
@@ -216,3 +217,15 @@ def test_a_tensor_that_the_file_cannot_hold_is_refused(tmp_path: Path) -> None:
     path.write_bytes(data[:at] + struct.pack("<Q", 2**40) + data[at + 8 :])
     with pytest.raises(InvalidInput, match=r"more than .* bytes hold"):
         read_header(path)
+
+
+@pytest.mark.skipif(backends.get("llamacpp").unavailable() is not None, reason="llama.cpp is needed to export")
+def test_a_gguf_file_is_read_without_a_progress_bar_where_there_is_no_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = byte_level_tokenizer(tmp_path / "words")
+    exporter, out = export.get("llamacpp"), tmp_path / "m"
+    exporter.export(tiny_model("llama"), tokenizer=words, precision="f32", plan_digest="", out=out)
+    capfd.readouterr()
+    load(str(out / "model.gguf"))
+    assert capfd.readouterr().err == ""

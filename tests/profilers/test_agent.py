@@ -103,6 +103,13 @@ def test_a_gpus_samples_come_with_the_hosts_times(served: agent.Agent, model: Pa
     assert served.answer({"seq": 2, "op": "sample", "handle": handle, "n": 3})["host_ns"] == [2, 3, 4]
 
 
+def test_memory_that_a_model_takes_of_a_gpu_is_counted_beside_its_process(served: agent.Agent, model: Path) -> None:
+    handle = loaded(served, model)["handle"]
+    served._sessions[handle].device_bytes = 1 << 40  # type: ignore[attr-defined]
+    watched = served.answer({"seq": 2, "op": "watch_memory", "handle": handle, "n": 1})
+    assert 1 << 40 <= watched["average_bytes"] < (1 << 40) + (1 << 30)
+
+
 def test_other_content_than_was_sent_is_a_mismatch(served: agent.Agent, model: Path) -> None:
     request = {"seq": 1, "op": "load", "path": str(model), "sha256": "0" * 64, "workload": codec.encode(WORKLOAD)}
     assert served.answer(request)["error"]["type"] == "Mismatch"

@@ -10,6 +10,7 @@ from standins.fabricated import FINGERPRINT
 from standins.fake_job import FAST, call
 
 from dilap import backends
+from dilap.backends.llamacpp.bench_flags import llama_bench_flags
 from dilap.cli import prune
 from dilap.core.codec import read_json
 from dilap.core.errors import InvalidInput, Unsupported
@@ -184,6 +185,13 @@ def test_llama_cpp_says_how_to_leave_flash_attention_off() -> None:
         "llama-cli": "llama-cli -m m.gguf -t 3 -fa off",
         "python": 'llama_cpp.Llama("m.gguf", n_threads=3, n_threads_batch=3, flash_attn=False)',
     }
+
+
+def test_llama_bench_cannot_be_asked_for_a_cache_in_f32() -> None:
+    workload = Workload(switches={"kv_cache": "f32"})
+    assert "llama-bench" not in LLAMACPP.how_to_run("m.gguf", workload)
+    with pytest.raises(Unsupported, match="no KV cache in f32"):
+        llama_bench_flags(workload)
 
 
 def test_onnx_runtime_says_the_environment_variable() -> None:

@@ -17,6 +17,7 @@ from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, read_json
 from dilap.core.measurement import Measurement
 from dilap.models.load import save_checkpoint
+from dilap.profilers.devices import device as devices
 from dilap.profilers.instruments import agent as client
 from dilap.profilers.protocol import Protocol
 from dilap.profilers.tables.probes import build_table
@@ -28,11 +29,15 @@ ONCE = Protocol(
     lead_in_seconds=0.0, warm_up_samples=1, warm_up_cap_seconds=0.0, max_seconds=0.0, contention_share=1000.0
 )
 F32 = ["--precision", "f32", "--threads", "1", "--context", "16"]
-# emulation takes what it takes: ONNX Runtime runs the model there, and its size in bytes stands for its nanoseconds
-CLOCK = {
-    "        self._model = _Model(\n            path,\n": "        self._num_bytes = sum(one.stat().st_size"
-    " for one in path.parent.iterdir())\n        self._model = _Model(\n            path,\n",
-    "return time.perf_counter_ns() - start": "return self._num_bytes",
+# emulation takes what it takes: the runtime runs the model there, and its size in bytes stands for its nanoseconds
+_SIZE = "        self._num_bytes = sum(one.stat().st_size for one in path.parent.iterdir())\n"
+_OPENING = {
+    "onnxruntime": "        self._model = _Model(\n            path,\n",
+    "llamacpp": "        self._workload = workload\n        self._model",
+}
+_CLOCK = {
+    "onnxruntime": {"return time.perf_counter_ns() - start": "return self._num_bytes"},
+    "llamacpp": {"elapsed = time.perf_counter_ns() - start": "elapsed = self._num_bytes"},
 }
 
 
@@ -82,20 +87,22 @@ def measurement(side: str) -> Measurement:
     return decode(Measurement, {**document, "type": "Measurement", "version": 1}, source=side)
 
 
-@pytest.mark.skipif(backends.get("onnxruntime").unavailable() is not None, reason="ONNX Runtime is needed to export")
-def test_the_main_job_runs_on_a_device_over_ssh(here: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = agent_archive(name="dilap/backends/onnxruntime/runtime.py", replaced=CLOCK)
+@pytest.mark.parametrize(("device", "count"), [("jetson_cpu", 2), ("snapdragon_x", 1)])
+def test_the_main_job_runs_on_a_device_over_ssh(
+    device: str, count: int, here: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the device's default runtime: llama.cpp on a Jetson's CPU, ONNX Runtime on a laptop with Linux."""
+    backend = next(iter(devices.get(device).backends))
+    if reason := backends.get(backend).unavailable():
+        pytest.skip(f"it is needed to export: {reason}")
+    changes = {_OPENING[backend]: _SIZE + _OPENING[backend], **_CLOCK[backend]}
+    content = agent_archive(name=f"dilap/backends/{backend}/runtime.py", replaced=changes)
     monkeypatch.setattr(client, "agent_archive", lambda: content)
-    assert (
-        prune_on(
-            "jetson_cpu", checkpoint, "--backend", "onnxruntime", "--configuration", "plain", "--budget", "75%", *F32
-        )
-        == 0
-    )
+    assert prune_on(device, checkpoint, "--configuration", "plain", "--budget", "75%", *F32) == 0
     table = LatencyTable.read(Path("run/table.jsonl"))
-    first, second = (one.header.fingerprint.serial_sha256 for one in (table, *table.partners))
-    assert first != second
-    assert (table.header.fingerprint.device, table.header.fingerprint.machine) == ("jetson_cpu", "aarch64")
+    assert len({one.header.fingerprint.serial_sha256 for one in (table, *table.partners)}) == count
+    found = table.header.fingerprint
+    assert (found.device, found.machine, found.runtime) == (device, "aarch64", backend)
     artifact = decode(Artifact, read_json(Path("run/artifact/artifact.json")), source="artifact.json")
     for side, sha256 in (("dense", None), ("pruned", artifact.sha256)):
         measured = measurement(side)

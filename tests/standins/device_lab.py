@@ -21,6 +21,7 @@ from dilap.profilers.links.transports import Transport, run_client
 from standins import STANDINS
 
 LAB = Path(os.environ.get("DILAP_DEVICE_LAB", "/var/cache/dilap-device-lab"))
+LLAMA_BENCH = LAB / "llamacpp" / "bin" / "llama-bench"
 SSH_PORT, SECOND_SSH_PORT, ADB_PORT = 22023, 22024, 5658
 # words that a shell must not read
 HOSTILE = ["a b", "'", '"', "$(touch owned)", "`id`", "line\nbreak", "; rm -rf x", "-n", "", "*", "ünïcödé ☃", "\\"]
@@ -38,6 +39,8 @@ def unavailable() -> str | None:
             running = b""
         if not running:
             return "the device lab is not up; run tools/device_lab up (Debian, root; it gets qemu and the rest)"
+    if not LLAMA_BENCH.exists():
+        return "the device lab has no llama.cpp yet; run tools/device_lab up"
     return None
 
 
@@ -63,14 +66,23 @@ def adb_transport(port: int = ADB_PORT) -> Transport:
     return AdbTransport(f"127.0.0.1:{port}")
 
 
-def write_devices(path: Path, *, ssh_port: int = SSH_PORT, adb_port: int = ADB_PORT, folder: str = "dilap") -> Registry:
-    """A devices.toml of the lab: two of a kind, and a phone whose cores are this machine's."""
+def write_devices(
+    path: Path,
+    *,
+    ssh_port: int = SSH_PORT,
+    adb_port: int = ADB_PORT,
+    folder: str = "dilap",
+    runner: Path = STANDINS / "llama-bench.standin",
+) -> Registry:
+    """A devices.toml of the lab: two of a kind, a laptop with Linux, and a phone whose cores are this machine's."""
     config = LAB / "ssh_config"
     path.write_text(
         f'[[jetson_cpu]]\nssh = "127.0.0.1"\nport = {ssh_port}\nconfig_file = "{config}"\nfolder = "/root/{folder}"\n'
         f'[[jetson_cpu]]\nssh = "127.0.0.1"\nport = {SECOND_SSH_PORT}\nconfig_file = "{config}"\n'
+        f'[snapdragon_x]\nssh = "127.0.0.1"\nport = {ssh_port}\nconfig_file = "{config}"\nsystem = "linux"\n'
+        f'folder = "/root/{folder}"\n'
         f'[s23]\nadb = "127.0.0.1:{adb_port}"\naffinity = "1"\nfolder = "/data/local/tmp/{folder}"\n'
-        f'runner = "{STANDINS / "llama-bench.standin"}"\n'
+        f'runner = "{runner}"\n'
     )
     return read_registry(path)
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -246,9 +246,10 @@ def _class_of(config: PreTrainedConfig) -> Any:
 def _stock_class_of(config: PreTrainedConfig) -> Any:
     """Return the class of transformers that a config names, or of its type the one that the other tasks start from."""
     named = str(next(iter(config.architectures or ()), "")).removeprefix(PREFIX)
-    kinds = [*_classes(AutoModelForImageClassification, config)]
-    if any(f"{one.__name__.removesuffix('Model')}Layer" in LAYERS for one in _classes(AutoModel, config)) and not kinds:
-        kinds = [*_classes(AutoModel, config), *_classes(AutoModelForSequenceClassification, config)]
+    kinds = [*_classes(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, config)]
+    plain = _classes(MODEL_MAPPING, config)
+    if any(f"{one.__name__.removesuffix('Model')}Layer" in LAYERS for one in plain) and not kinds:
+        kinds = [*plain, *_classes(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, config)]
     if not kinds:
         raise Unsupported(
             f"transformers has no image classifier of the type {config.model_type!r}, and it is no encoder of texts"
@@ -257,9 +258,8 @@ def _stock_class_of(config: PreTrainedConfig) -> Any:
     return next((one for one in kinds if one.__name__ == named), kinds[0])
 
 
-def _classes(loader: Any, config: PreTrainedConfig) -> tuple[Any, ...]:
-    """Return the classes that a loader of transformers has for the type of a config."""
-    known = loader._model_mapping
+def _classes(known: Any, config: PreTrainedConfig) -> tuple[Any, ...]:
+    """Return the classes that a mapping of transformers has for the type of a config."""
     if type(config) not in known:
         return ()
     found = known[type(config)]
