@@ -87,10 +87,21 @@ def prune_network(
 
 
 def load_source(options: NetworkOptions) -> NetworkSource:
-    """Load the network of a job, which takes as many examples at once as the job's workload has.
+    """Load the network of a job; see `load_timed`.
 
-    Where nobody says how photographs become its inputs, they are taken as most networks take them, with a note. Raises
-    Unsupported for a network that takes texts and gives no embeddings.
+    Where nobody says how photographs become its inputs, they are taken as most networks take them, with a note.
+    """
+    found = load_timed(options)
+    if not isinstance(found.input, ImageInput):
+        return found
+    notes = found.notes if found.input.preprocessing is not None else (GUESSED,)
+    return replace(found, input=usual_input(found.input), notes=notes)
+
+
+def load_timed(options: NetworkOptions) -> NetworkSource:
+    """Load a network that is timed, with as many examples at once as the job's workload has.
+
+    Raises Unsupported for a network that takes texts and gives no embeddings.
     """
     found = load_network(
         options.model,
@@ -98,10 +109,7 @@ def load_source(options: NetworkOptions) -> NetworkSource:
         processor=None if options.processor is None else Path(options.processor),
         weights=options.weights,
     )
-    if isinstance(found.input, ImageInput):
-        notes = found.notes if found.input.preprocessing is not None else (GUESSED,)
-        found = replace(found, input=usual_input(found.input), notes=notes)
-    elif not gives_embeddings(found.model):
+    if isinstance(found.input, TokenInput) and not gives_embeddings(found.model):
         raise Unsupported(
             f"{options.model} classifies texts, and encoders of texts are pruned by their embeddings: give the encoder "
             "alone, which transformers' AutoModel saves"
@@ -121,6 +129,7 @@ def named_inputs(options: NetworkOptions, source: NetworkSource) -> dict[str, st
 
 def _shown(options: NetworkOptions, source: NetworkSource) -> Shown[Any, Any]:
     """Return the photographs or sentences of a job. Raises InvalidInput for those that are of no use."""
+    assert options.examples is not None  # nothing is pruned without them
     if isinstance(source.input, ImageInput):
         return shown_photographs(options.examples, model=source.model, input_=source.input)
     assert source.tokenizer is not None

@@ -12,7 +12,7 @@ from transformers import ViTImageProcessorPil
 
 from dilap import backends
 from dilap.cli import eval as evaluation
-from dilap.cli import export, profile
+from dilap.cli import export
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, file_sha256, read_json
 from dilap.core.images import ImageInput
@@ -142,11 +142,6 @@ def test_what_does_not_apply_to_a_network_is_refused(
 ) -> None:
     assert call(export.main, *given, classifier) == 2
     assert words in last_line(capsys)
-
-
-def test_a_latency_table_is_of_a_decoder(classifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(profile.main, "--device", "host_cpu", "--model", classifier) == 2
-    assert "this command knows decoders alone, and not the image network" in last_line(capsys)
 
 
 def test_a_decoder_takes_no_photographs(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
