@@ -16,6 +16,7 @@ from dilap.core.network_input import NetworkInput, TokenInput
 from dilap.core.plan import Plan
 from dilap.core.progress import Progress
 from dilap.job import ending
+from dilap.job.card import write_network_cards
 from dilap.job.claims import Calibrated, Claim, claimed, result_of
 from dilap.job.common_stages import Goal
 from dilap.job.examples import Shown
@@ -82,6 +83,7 @@ def prune_network(
         result = _run(stages, method)
         if result is not None:
             workspace.log.keep(ending.text(result))
+            write_network_cards(workspace.folder, result, source)
         workspace.end(None if result is None else encode(result))
     return result
 
