@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dilap import __version__, methods
+from dilap import __version__, backends, methods
 from dilap.core.codec import digest, encode, remove, write_json
 from dilap.core.errors import Unsupported
 from dilap.core.graph import Network
@@ -103,7 +103,7 @@ def load_source(options: NetworkOptions) -> NetworkSource:
 def load_timed(options: NetworkOptions) -> NetworkSource:
     """Load a network that is timed, with as many examples at once as the job's workload has.
 
-    Raises Unsupported for a network that takes texts and gives no embeddings.
+    Raises Unsupported for a network that takes texts where the runtime holds none, or that gives no embeddings of them.
     """
     found = load_network(
         options.model,
@@ -116,6 +116,8 @@ def load_timed(options: NetworkOptions) -> NetworkSource:
             f"{options.model} classifies texts, and encoders of texts are pruned by their embeddings: give the encoder "
             "alone, which transformers' AutoModel saves"
         )
+    backend, precision = backends.get(options.backend), options.workload.precision
+    backends.require_network_input(backend, found.input, precision=precision)
     return replace(found, input=replace(found.input, batch=options.workload.batch))
 
 

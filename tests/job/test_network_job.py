@@ -15,7 +15,7 @@ import torch
 from standins.cards import head_of, run_code, text_of
 from standins.fake_job import FakeNetworkBench, call, last_line, use_fake_network_bench
 from standins.network_tables import measured_table
-from standins.networks import output, resnet, write_photograph
+from standins.networks import output, write_photograph
 from standins.quick_methods import QUICK
 from transformers import ViTImageProcessorPil
 
@@ -46,6 +46,7 @@ from dilap.profilers.tables.networks.entries import NetworkEntry, named
 from dilap.profilers.tables.networks.probes import list_network_probes
 from dilap.profilers.tables.networks.table import NetworkTable, NetworkTableHeader
 from dilap.report.report import Report
+from tools.tiny_networks import resnet
 
 if reason := backends.get("onnxruntime").unavailable():
     pytest.skip(reason, allow_module_level=True)
