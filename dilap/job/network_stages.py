@@ -160,6 +160,7 @@ class NetworkStages(CommonStages[Network]):
             costs=goal.costs,
             validation=self.shown.validated,
             multiple=self.bench.capabilities.channel_multiple,
+            cache=self.method_cache,
             seed=self.options.seed,
             report=self.workspace.log.say,
         )

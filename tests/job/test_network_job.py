@@ -46,6 +46,7 @@ from dilap.profilers.tables.networks.entries import NetworkEntry, named
 from dilap.profilers.tables.networks.probes import list_network_probes
 from dilap.profilers.tables.networks.table import NetworkTable, NetworkTableHeader
 from dilap.report.report import Report
+from dilap.search.networks.supernet import NetworkSupernet
 from tools.tiny_networks import resnet
 
 if reason := backends.get("onnxruntime").unavailable():
@@ -355,6 +356,31 @@ def test_a_job_goes_on_where_it_was_stopped(place: Place, monkeypatch: pytest.Mo
     assert place.prune(progress=lines.append).status == "kept"
     assert any("going on with the unfinished run" in line for line in lines)
     assert not (place.runs / "run" / "cache").exists()
+
+
+def test_a_killed_search_goes_on_where_it_was_and_says_its_rounds(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, lives = NetworkSupernet._linearised, [2, 10**9]
+
+    def mortal(*given: Any) -> Any:
+        if not lives[0]:
+            raise KeyboardInterrupt
+        lives[0] -= 1
+        return compute(*given)
+
+    monkeypatch.setattr(NetworkSupernet, "_linearised", mortal)
+    lines: list[str] = []
+    asked: dict[str, Any] = {"method": "dilap", "settings": {"evaluations": "2"}, "budget": "60%"}
+    with pytest.raises(KeyboardInterrupt):
+        place.prune(**asked, progress=lines.append)
+    rounds = [line for line in lines if line.startswith("round ")]
+    assert rounds[0].startswith("round 1: limit 90.0% of dense, KL predicted ")
+    lives.pop(0)
+    monkeypatch.setattr("dilap.search.networks.library.layer_statistics", None)  # the levels are there already
+    again: list[str] = []
+    assert place.prune(**asked, progress=again.append).status == "kept"
+    assert [line for line in again if line.startswith("round ")][: len(rounds)] == rounds
 
 
 def test_photographs_that_changed_between_two_starts_are_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,11 @@ takes depends on the widths before and after it. The levels are fitted on the im
 from the dense network is that on the validation split.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
+from dilap.core.codec import digest
 from dilap.core.errors import InvalidInput
 from dilap.core.graph import Network
 from dilap.core.plan import Plan
@@ -47,13 +48,27 @@ class Dilap:
 
 
 def supernet_of(task: NetworkTask, options: LibraryOptions) -> NetworkSupernet:
-    """Return the network of a task with the levels that it can be set to. Raises InvalidInput."""
+    """Return the network of a task with the levels that it can be set to. Raises InvalidInput.
+
+    Levels and answers are kept in the task's cache, where a search that was killed finds them.
+    """
     if task.validation is None:
         raise InvalidInput("DiLAP's search needs a validation split")
     space = network_space(task.network, task.require_costs(), widths=task.widths)
     model, images = in_f32(task.model), task.images
-    library = build_library(model, space, images, options=options, seed=task.seed)
-    return NetworkSupernet(model, space, library, images=images[:_NUM_MEASURED], validation=task.validation)
+    library, journal = None, None
+    if task.cache is not None:
+        levels = [[choice.name, [level.counts for level in choice.levels]] for choice in space.choices]
+        name = digest([asdict(options), task.seed, levels])[:16]
+        library, journal = task.cache / f"library-{name}.safetensors", task.cache / f"journal-{name}"
+    return NetworkSupernet(
+        model,
+        space,
+        build_library(model, space, images, options=options, seed=task.seed, kept=library),
+        images=images[:_NUM_MEASURED],
+        validation=task.validation,
+        journal=journal,
+    )
 
 
 def pruned(task: NetworkTask, net: NetworkSupernet, options: SearchOptions) -> Pruned[Network]:
