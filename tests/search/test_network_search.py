@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -304,8 +305,10 @@ def test_an_encoder_of_texts_is_searched() -> None:
         costs=costs,
         cost_limit=CostLimit(limit=0.7 * costs.predict({}), predict=costs.predict),
     )
-    found = pruned(asked, supernet_of(asked, LibraryOptions()), QUICK)
+    lines: list[str] = []
+    found = pruned(replace(asked, report=lines.append), supernet_of(asked, LibraryOptions()), QUICK)
     assert costs.predict(found.plan.counts) <= asked.cost_limit.limit
+    assert re.fullmatch(r"round 1: limit 70\.0% of dense, cosine distance predicted [\d.]+, real [\d.]+", lines[0])
 
 
 def test_it_needs_costs_of_all_widths() -> None:
