@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dilap.core import registry
 from dilap.core.errors import InvalidInput, Unsupported
+from dilap.core.network_input import NetworkInput, TokenInput
 from dilap.core.precisions import Mix
 from dilap.core.rules import Capabilities, NetworkCapabilities
 from dilap.core.shape import UNMIXED, Architecture
@@ -201,6 +202,15 @@ def require_network_precision(backend: Backend, precision: str) -> None:
     known = backend.network_precisions()
     if precision not in known:
         raise Unsupported(f"{backend.name} runs image networks in {' and '.join(known)}, not in {precision!r}")
+
+
+def require_network_input(backend: Backend, input_: NetworkInput, *, precision: str) -> None:
+    """Raise Unsupported, with the reason, for a runtime that holds no networks with such an input in a precision."""
+    require_network_precision(backend, precision)
+    if isinstance(input_, TokenInput) and (
+        reason := backend.network_capabilities(precision=precision).unsupported_texts
+    ):
+        raise Unsupported(reason)
 
 
 def require_switches(backend: Backend, workload: Workload) -> None:

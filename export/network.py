@@ -25,8 +25,8 @@ SQNR_BOUNDS_DB = {"f32": 60.0, "f16": 20.0, "int8": 0.0}
 
 
 def require_exportable(backend: str, precision: str, input_: NetworkInput, images: Examples | None) -> None:
-    """Raise Unsupported for a precision that the runtime has not, InvalidInput where images are wrong or missing."""
-    backends.require_network_precision(backends.get(backend), precision)
+    """Raise Unsupported for what the runtime does not hold, InvalidInput where images are wrong or missing."""
+    backends.require_network_input(backends.get(backend), input_, precision=precision)
     if images is None and precision not in _FLOATS and not is_scaled_at_run_time(input_):
         raise InvalidInput(f"{precision} needs images, from which the ranges of the activations are taken: --calib")
     if images is not None and (images.shape[1:] != input_.size or not len(images)):

@@ -1,10 +1,11 @@
 """Which model family runs in which runtime and precision: what backends declare, and a trial of every pair.
 
-    tools/support_table              the table of backends/README.md, after every pair was tried
+    tools/support_table              the tables of backends/README.md, after every pair was tried
     tools/support_table --declared   the same from the capabilities alone
 
 A trial exports a tiny random model with as unequal widths as the pair is declared to hold, which compares it with
-torch, and opens the result with the runtime's own loader. Where nothing is declared, the exporter must refuse.
+torch, and opens the result with the runtime's own loader. Where nothing is declared, the exporter must refuse. Image
+networks and encoders of texts have a table of their own.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from dilap.core.codec import read_json
 from dilap.core.errors import DilapError, Unsupported, VerificationFailed
 from dilap.models.anatomy import architecture_of
 from dilap.models.families import families
+from dilap.models.network import random_examples
+from tools import tiny_networks
 from tools.tiny_models import byte_level_tokenizer, pruned_model, tiny_model
 
 RUNTIMES = ("llamacpp", "onnxruntime", "executorch", "tensorrt")
@@ -84,6 +87,54 @@ def declared_pairs() -> list[Pair]:
     ]
 
 
+def declared_network(family: str, backend: str, precision: str) -> Pair:
+    """Return what the backend declares of a family of image networks or of encoders of texts, which have any widths."""
+    reason = None
+    if family in tiny_networks.TEXTS:
+        reason = backends.get(backend).network_capabilities(precision=precision).unsupported_texts
+    plans = "any plan" if reason is None else "no"
+    return Pair(family=family, backend=backend, precision=precision, plans=plans, reason=reason or "")
+
+
+def declared_networks() -> list[Pair]:
+    return [
+        declared_network(family, backend, precision)
+        for backend in RUNTIMES
+        for precision in backends.get(backend).network_precisions()
+        for family in (*tiny_networks.TEXTS, *tiny_networks.IMAGES)
+    ]
+
+
+def try_out_network(pair: Pair, folder: Path) -> None:
+    """Export a tiny network and run it once with its runtime's own loader; see `try_out`."""
+    model, input_ = tiny_networks.narrow_network(pair.family), tiny_networks.input_of(pair.family)
+    examples = random_examples(model, input_.size, 4)
+
+    def exported() -> Artifact:
+        return export.get_network(pair.backend).export(
+            model,
+            input_=input_,
+            precision=pair.precision,
+            images=examples.numpy(),
+            plan_digest="",
+            out=folder / "out",
+        )
+
+    if pair.plans == "no":
+        _require_refused(pair, exported)
+    else:
+        RUN[pair.backend](folder / "out", exported(), examples[:1])
+
+
+def _require_refused(pair: Pair, exported: Callable[[], Artifact]) -> None:
+    """Raise VerificationFailed where what is not declared is exported all the same."""
+    try:
+        exported()
+    except Unsupported:
+        return
+    raise VerificationFailed(f"{pair.backend} {pair.precision} exports {pair.family}, which it says it cannot hold")
+
+
 def try_out(pair: Pair, folder: Path) -> None:
     """Export a tiny model and open it. Raises VerificationFailed where the pair does not do what it declares.
 
@@ -92,13 +143,9 @@ def try_out(pair: Pair, folder: Path) -> None:
     tokenizer = byte_level_tokenizer(folder / "tokenizer")
     exporter, out = export.get(pair.backend), folder / "out"
     if pair.plans == "no":
-        try:
-            exporter.export(
-                tiny_model(pair.family), tokenizer=tokenizer, precision=pair.precision, plan_digest="", out=out
-            )
-        except Unsupported:
-            return
-        raise VerificationFailed(f"{pair.backend} {pair.precision} exports {pair.family}, which it says it cannot hold")
+        given: dict[str, Any] = {"tokenizer": tokenizer, "precision": pair.precision, "plan_digest": "", "out": out}
+        _require_refused(pair, lambda: exporter.export(tiny_model(pair.family), **given))
+        return
     model = _pruned(pair)
     backends.require_loadable(backends.get(pair.backend), architecture_of(model), precision=pair.precision)
     artifact = exporter.export(model, tokenizer=tokenizer, precision=pair.precision, plan_digest="", out=out)
@@ -153,6 +200,35 @@ OPEN: Mapping[str, Callable[[Path, Artifact], None]] = {
 }
 
 
+def _run_onnxruntime(folder: Path, artifact: Artifact, example: torch.Tensor) -> None:
+    session = importlib.import_module("onnxruntime").InferenceSession(str(folder / artifact.path))
+    names = [one.name for one in session.get_inputs()]
+    session.run(None, {name: part.numpy() for name, part in zip(names, _arguments(example), strict=True)})
+
+
+def _run_executorch(folder: Path, artifact: Artifact, example: torch.Tensor) -> None:
+    importlib.import_module("executorch.kernels.quantized")
+    runtime = importlib.import_module("executorch.runtime").Runtime.get()
+    method: Any = runtime.load_program(folder / artifact.path).load_method("forward")
+    method.execute(_arguments(example))
+
+
+def _run_tensorrt(folder: Path, artifact: Artifact, example: torch.Tensor) -> None:  # noqa: ARG001 - without a GPU
+    _open_tensorrt(folder, artifact)
+
+
+def _arguments(example: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return what a file takes: a batch of images, or the arrays of a batch of texts."""
+    return (example,) if example.is_floating_point() else example.unbind(1)
+
+
+RUN: Mapping[str, Callable[[Path, Artifact, torch.Tensor], None]] = {
+    "onnxruntime": _run_onnxruntime,
+    "executorch": _run_executorch,
+    "tensorrt": _run_tensorrt,
+}
+
+
 def table(pairs: Sequence[Pair]) -> str:
     """Return Markdown: a row for families that all runtimes hold alike, a column for a runtime; reasons below.
 
@@ -182,14 +258,17 @@ def _main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--declared", action="store_true", help="without the trials")
     given = parser.parse_args()
-    pairs, failed = declared_pairs(), []
-    for pair in [] if given.declared else tqdm(pairs, unit="pair"):
+    pairs, networks, failed = declared_pairs(), declared_networks(), []
+    trials = [*((try_out, one) for one in pairs), *((try_out_network, one) for one in networks)]
+    for trial, pair in [] if given.declared else tqdm(trials, unit="pair"):
         with tempfile.TemporaryDirectory() as folder:
             try:
-                try_out(pair, Path(folder))
+                trial(pair, Path(folder))
             except (DilapError, ImportError, RuntimeError) as error:
                 failed.append(f"{pair.backend} {pair.precision} {pair.family}: {error}")
     print(table(pairs))
+    print()
+    print(table(networks))
     for line in failed:
         print(f"not as declared: {line}")
     return 1 if failed else 0

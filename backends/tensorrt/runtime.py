@@ -115,7 +115,10 @@ class TensorRT:
 
     def network_capabilities(self, *, precision: str) -> NetworkCapabilities:
         # tensor cores multiply blocks of 16 bytes: 8 channels in f16; in 8 bits, channels lie in vectors of 32
-        return NetworkCapabilities(channel_multiple=32 if precision == "int8" else 8)
+        return NetworkCapabilities(
+            channel_multiple=32 if precision == "int8" else 8,
+            unsupported_texts="DiLAP writes no encoders of texts for TensorRT yet; use onnxruntime or executorch",
+        )
 
     def load(self, path: Path, workload: Workload) -> Session:
         """Open the model's engine for the workload; where there is none yet, build it and compare it with torch first.

@@ -1,5 +1,6 @@
 """What a latency table says, for people and for programs."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dilap.cli import console
@@ -7,23 +8,27 @@ from dilap.core.groups import HEAD
 from dilap.core.printable import joined, milliseconds
 from dilap.core.shape import by_quality
 from dilap.profilers.tables.model import LatencyModel, PrecisionCosts
+from dilap.profilers.tables.networks.model import NetworkLatency
 from dilap.profilers.tables.roofline import METHOD as ESTIMATED
 
 if TYPE_CHECKING:
     from dilap.job.profile import Profile
 
+_MOST_SHOWN = 12  # layers of a network, the slowest ones
 
-def show(done: "Profile", *, as_json: bool) -> None:
+
+def show(done: "Profile[Any]", *, as_json: bool) -> None:
     """Print the fitted costs, and the file of the table that they come from; an estimate has a range in its place."""
     model, table, ends = done.model, done.table, done.range_seconds
     if as_json:
-        found = document(model) | {"table": None if table is None else str(table), "estimated": ends is not None}
+        costs = network_document(model) if isinstance(model, NetworkLatency) else document(model)
+        found = costs | {"table": None if table is None else str(table), "estimated": ends is not None}
         console.show_json(found | ({} if ends is None else {"range_seconds": list(ends)}))
         return
     if ends is not None:
-        likely, best, worst = map(milliseconds, (model.predict(model.architecture.layers), *ends))
+        likely, best, worst = map(milliseconds, (model.dense_seconds, *ends))
         console.show(f"ESTIMATED, measured on no device: dense {likely} ms, and between {best} and {worst}")
-    console.show(text(model))
+    console.show(network_text(model) if isinstance(model, NetworkLatency) else text(model))
     if table is not None:
         console.show(f"\nthe table is in {table}")
 
@@ -49,6 +54,25 @@ def document(model: LatencyModel) -> dict[str, Any]:
     }
 
 
+def network_document(model: NetworkLatency) -> dict[str, Any]:
+    """Return what a network and each of its layers take, in seconds, and the errors on held-out plans.
+
+    The costs are those of the network that keeps all widths.
+    """
+    layers = model.layer_seconds({})
+    return {
+        "method": model.method,
+        "fixed_seconds": layers.pop("", 0.0),
+        "dense_seconds": model.dense_seconds,
+        "layers": layers,
+        "caveats": list(model.caveats),
+        "holdout_errors": model.holdout_errors(),
+        "holdout": [
+            {"predicted_seconds": model.predict(one.counts), "measured_seconds": one.seconds} for one in model.holdout
+        ],
+    }
+
+
 def _costs_in(costs: PrecisionCosts) -> dict[str, Any]:
     attention, ffn = costs.attention, costs.ffn
     return {
@@ -69,16 +93,40 @@ def text(model: LatencyModel) -> str:
         *(f"{int(w):8}  {s * 1e3:10.4f}" for w, s in zip(model.ffn.work, model.ffn.seconds, strict=True)),
         "",
     ]
-    if model.holdout:
-        lines.append("held-out plan  predicted ms  measured ms   error")
-    elif model.method != ESTIMATED:
-        lines.append("no held-out plan counts: no budget can be claimed on this table")
-    for number, one in enumerate(model.holdout, start=1):
-        predicted = model.predict(one.widths, one.precisions)
-        lines.append(
-            f"{number:13}  {predicted * 1e3:12.2f}  {one.seconds * 1e3:11.2f}  {predicted / one.seconds - 1:+6.1%}"
-        )
-    return joined([*lines, *model.caveats])
+    held_out = [(model.predict(one.widths, one.precisions), one.seconds) for one in model.holdout]
+    return joined([*lines, *_held_out(held_out, method=model.method), *model.caveats])
+
+
+def network_text(model: NetworkLatency) -> str:
+    """Return what the slowest layers take, and predicted against measured latency of the held-out plans, as text."""
+    layers = model.layer_seconds({})
+    fixed, dense = layers.pop("", 0.0), model.dense_seconds
+    slowest = sorted(layers.items(), key=lambda one: -one[1])[:_MOST_SHOWN]
+    title = f"slowest of {len(layers)} layers"
+    width = max(map(len, (title, *(name for name, _ in slowest))))
+    lines = [
+        f"dense {dense * 1e3:.3f} ms, of which no layer takes {fixed * 1e3:.3f} (launch, input, output)",
+        "",
+        f"{title:{width}}  ms, dense  of all",
+        *(f"{name:{width}}  {seconds * 1e3:9.4f}  {seconds / dense:6.1%}" for name, seconds in slowest),
+        "",
+    ]
+    held_out = [(model.predict(one.counts), one.seconds) for one in model.holdout]
+    return joined([*lines, *_held_out(held_out, method=model.method), *model.caveats])
+
+
+def _held_out(plans: Sequence[tuple[float, float]], *, method: str) -> list[str]:
+    """Return a line for every held-out plan, given its predicted and its measured seconds, under a heading."""
+    if not plans:
+        claims = "no held-out plan counts: no budget can be claimed on this table"
+        return [] if method == ESTIMATED else [claims]
+    return [
+        "held-out plan  predicted ms  measured ms   error",
+        *(
+            f"{number:13}  {predicted * 1e3:12.2f}  {measured * 1e3:11.2f}  {predicted / measured - 1:+6.1%}"
+            for number, (predicted, measured) in enumerate(plans, start=1)
+        ),
+    ]
 
 
 def _precisions(model: LatencyModel) -> list[str]:

@@ -11,7 +11,8 @@ from dilap.core.errors import InvalidInput
 from dilap.core.network_input import parse_input
 from dilap.job import meaning
 from dilap.job.export import chosen_precision, export
-from dilap.job.networks import is_network, network_precision
+from dilap.job.network_export import network_precision
+from dilap.job.networks import is_network
 from dilap.job.outputs import name_of, name_of_vocabulary
 
 _EXAMPLES = """\

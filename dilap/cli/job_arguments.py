@@ -1,15 +1,12 @@
 """Arguments of the commands that prune, and the job that they ask for."""
 
 import argparse
-import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dilap.cli import arguments
 from dilap.core.bounds import MAX_BATCH, MAX_TOKENS
-from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
-from dilap.job import options as jobs
-from dilap.job.networks import in_words, is_network
 from dilap.job.options import RANGES, JobOptions
 from dilap.models.options import CalibrationOptions
 from dilap.models.recovery.options import RecoveryOptions
@@ -199,7 +196,17 @@ def _range(name: str) -> str:
 
 
 def add_networks(made: argparse.ArgumentParser) -> None:
-    """Add the options about networks that are no decoders, which also take --calib, and --recover full."""
+    """Add the options about pruning networks that are no decoders, which also take --calib, and --recover full."""
+    add_network_inputs(made).add_argument(
+        "--eval-images",
+        metavar="PHOTOS",
+        help="scored, never searched on: a folder, with a folder for each class or a labels.csv for top-1 "
+        "(half of --calib)",
+    )
+
+
+def add_network_inputs(made: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
+    """Add the options about what networks take that are no decoders."""
     group = made.add_argument_group("image networks and encoders of texts")
     group.add_argument("--input", dest="input_", metavar="CxHxW", help="3x224x224: needed for my_module:build")
     group.add_argument(
@@ -215,12 +222,7 @@ def add_networks(made: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens that an encoder of texts takes of each (128)",
     )
-    group.add_argument(
-        "--eval-images",
-        metavar="PHOTOS",
-        help="scored, never searched on: a folder, with a folder for each class or a labels.csv for top-1 "
-        "(half of --calib)",
-    )
+    return group
 
 
 def asked_job(
@@ -232,16 +234,16 @@ def asked_job(
     """
     from dilap.job import asked  # importing torch takes seconds: bad input is refused first
 
-    chosen = {name: value for name, value in vars(given).items() if name in asked.OPTIONS}
-    return asked.asked_job(
-        device=device, budget=budget, model=given.model, given=chosen | {"method": method, "settings": settings}
-    )
+    chosen = _chosen(given, asked.OPTIONS) | {"method": method, "settings": settings}
+    return asked.asked_job(device=device, budget=budget, model=given.model, given=chosen)
 
 
-def decoder_job(given: argparse.Namespace, *, device: Device, budget: Budget) -> JobOptions:
-    """Return the job of a decoder that the arguments ask for. Raises InvalidInput, also for another network."""
-    if is_network(given.model):
-        raise InvalidInput(f"this command knows decoders alone, and not {in_words(given.model)}; see dilap-prune")
-    known = set(inspect.signature(jobs.job_options).parameters) - {"device", "budget"}
-    chosen = {name: value for name, value in vars(given).items() if name in known}
-    return jobs.job_options(device=device, budget=budget, **chosen)
+def timed_job(given: argparse.Namespace, *, device: Device) -> "JobOptions | NetworkOptions":
+    """Return the job whose latency table the arguments ask for. Raises InvalidInput for impossible values."""
+    from dilap.job import asked  # importing torch takes seconds: bad input is refused first
+
+    return asked.timed_job(device=device, model=given.model, given=_chosen(given, asked.OPTIONS))
+
+
+def _chosen(given: argparse.Namespace, options: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in vars(given).items() if name in options}

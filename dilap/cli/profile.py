@@ -5,9 +5,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from dilap.cli import arguments, console, costs
-from dilap.cli.job_arguments import decoder_job
+from dilap.cli.job_arguments import add_network_inputs, timed_job
 from dilap.core.errors import InvalidInput
-from dilap.core.workload import Budget
 from dilap.profilers.devices import doctor
 
 _EXAMPLES = """\
@@ -19,6 +18,7 @@ _EXAMPLES = """\
   dilap-profile --device snapdragon_x --estimate
   dilap-profile --device host_cpu --model ./my-llama --phase prefill --precision q4_0 --out tables/prefill.jsonl
   dilap-profile --device host_cpu --precision q4_0,q8_0,f16
+  dilap-profile --device host_cpu --backend onnxruntime --model efficientnet-lite0 --batch 8    # an image network
   dilap-profile --share tables/mine.jsonl --out mine-to-share.jsonl    # for others: nothing says whose machine it was
 A killed measurement goes on where it stopped when the same command is given again."""
 
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--json", action="store_true", help="print the fitted costs as JSON")
     arguments.add_devices(made)
     arguments.add_workload(made)
+    add_network_inputs(made)
     return made
 
 
@@ -68,8 +69,8 @@ def _command() -> int:
     if given.estimate and given.out:
         raise InvalidInput("--estimate measures nothing, so it writes no table: leave --out away")
     devices = arguments.devices_of(given, given.target)
-    asked = decoder_job(given, device=devices[0], budget=Budget(fraction=1.0))
-    from dilap.job.profile import profile  # importing torch takes seconds: bad input is refused first
+    asked = timed_job(given, device=devices[0])
+    from dilap.job.asked import profile  # importing torch takes seconds: bad input is refused first
 
     out = arguments.new_path(given.out) if given.out else None
     done = profile(asked, devices=devices, out=out, progress=console.Console())

@@ -109,10 +109,12 @@ class NetworkCapabilities:
 
     `channel_multiple` is the step of numbers of channels that fills its kernels: others run no faster than the next
     multiple, so a method is not offered them. `switches` are the names of those of its switches that concern networks.
+    `unsupported_texts` is why it holds no encoders of texts, None where it does.
     """
 
     channel_multiple: int = 1
     switches: frozenset[str] = frozenset()
+    unsupported_texts: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,15 +28,14 @@ from dilap.core.progress import Progress
 from dilap.core.shape import UNMIXED
 from dilap.core.workload import Budget, Statistic
 from dilap.evaluation.document import Evaluation
+from dilap.job import asked as asking
 from dilap.job import compare as comparing
 from dilap.job import evaluate as evaluating
 from dilap.job import export as exporting
-from dilap.job import profile as profiling
 from dilap.job.asked import OPTIONS, asked_job, start
 from dilap.job.comparison import Row
 from dilap.job.lines import LineBar
 from dilap.job.networks import is_network
-from dilap.job.options import job_options
 from dilap.job.profile import Profile
 from dilap.job.result import PruneResult
 from dilap.job.shards import Shard
@@ -50,7 +49,7 @@ from dilap.profilers.devices.locations import known_devices
 __all__ = ["compare", "evaluate", "export", "load", "profile", "prune"]
 _TIMED_OPTIONS = {
     "backend", "phase", "context", "prompt_tokens", "precision", "threads", "configuration", "estimate", "force",
-    "merge_adapter", "vocabulary",
+    "merge_adapter", "vocabulary", "input_", "seq_length", "processor", "weights", "batch",
 }  # fmt: skip
 _EVALUATION_OPTIONS = {one.name for one in fields(evaluating.EvaluationOptions)} - {
     "subject", "tasks", "costs_on", "data_dir", "out",
@@ -166,16 +165,15 @@ def profile(
     cache: Place | None = None,
     progress: Told = None,
     **options: Any,
-) -> Profile:
+) -> Profile[Any]:
     """Measure a model's latency table on `target` and return the fitted cost of every width of every sublayer.
 
-    `options` are those of `prune` about what is timed: `backend`, `phase`, `context`, `precision`, `threads` and so on.
+    `options` are those of `prune` about what is timed: `backend`, `phase`, `context`, `precision`, `threads` and so on;
+    of a network that is no decoder `input_`, `seq_length`, `batch`, `precision` and so on.
     """
     found = _devices(target, devices)
-    asked = job_options(
-        device=found[0], budget=Budget(fraction=1.0), model=os.fspath(model), **_known(options, among=_TIMED_OPTIONS)
-    )
-    return profiling.profile(
+    asked = asking.timed_job(device=found[0], model=os.fspath(model), given=_known(options, among=_TIMED_OPTIONS))
+    return asking.profile(
         asked,
         devices=found,
         out=None if out is None else Path(out),

@@ -8,8 +8,9 @@ from dilap.core.errors import InvalidInput
 from dilap.core.workload import Budget
 from dilap.job.kinds import kind_of
 from dilap.job.network_options import NetworkOptions, network_options
-from dilap.job.networks import in_words, is_network
+from dilap.job.networks import in_words, is_network, reads_texts
 from dilap.job.options import CommonOptions, JobOptions, job_options
+from dilap.job.profile import Profile
 from dilap.job.result import PruneResult
 from dilap.profilers.devices.device import Device
 
@@ -31,6 +32,21 @@ def asked_job(*, device: Device, budget: Budget, model: str, given: Mapping[str,
     A network that is no decoder is every model that is one, or has an `input_`. Options that are None or at their
     defaults need not apply to the model. Raises InvalidInput for unknown ones, and for others that do not apply to it.
     """
+    job = _options_for(device=device, budget=budget, model=model, given=given)
+    if isinstance(job, NetworkOptions) and job.examples is None:
+        examples = "sentences: give a text" if reads_texts(model) else "photographs: give a folder of them"
+        raise InvalidInput(f"{in_words(model)} is pruned with {examples} as --calib")
+    return job
+
+
+def timed_job(*, device: Device, model: str, given: Mapping[str, Any]) -> JobOptions | NetworkOptions:
+    """Return a job whose latency table alone is measured, which the options `given` are about; see `asked_job`."""
+    return _options_for(device=device, budget=Budget(fraction=1.0), model=model, given=given)
+
+
+def _options_for(
+    *, device: Device, budget: Budget, model: str, given: Mapping[str, Any]
+) -> JobOptions | NetworkOptions:
     if odd := sorted(set(given) - set(OPTIONS)):
         raise InvalidInput(f"there is no option {odd[0]!r}; there are: {', '.join(sorted(OPTIONS))}")
     given = {name: value for name, value in given.items() if value is not None}
@@ -50,3 +66,8 @@ def asked_job(*, device: Device, budget: Budget, model: str, given: Mapping[str,
 def start(options: CommonOptions, **given: Any) -> PruneResult[Any] | None:
     """Run a job, whatever its model is; what is `given` beside its options is that of `dilap.job.prune.prune`."""
     return kind_of(options).prune(options, **given)
+
+
+def profile(options: CommonOptions, **given: Any) -> Profile[Any]:
+    """Measure the latency table of a job's model; what is `given` is that of `dilap.job.profile.profile`."""
+    return kind_of(options).profile(options, **given)

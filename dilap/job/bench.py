@@ -7,16 +7,15 @@ from pathlib import Path
 
 from dilap import backends, export
 from dilap.core.artifact import Artifact
-from dilap.core.codec import file_sha256, scratch_folder
+from dilap.core.codec import file_sha256
 from dilap.core.measurement import Measurement
-from dilap.core.plan import Plan, full_plan
+from dilap.core.plan import Plan
 from dilap.core.progress import say_lines
 from dilap.core.shape import UNMIXED, Architecture
 from dilap.core.workload import Workload
 from dilap.job.measuring import MeasuringBench, Usual
 from dilap.job.precisions import offered_precisions
 from dilap.job.tables import describe_errors, shown_probes
-from dilap.models.anatomy import architecture_of
 from dilap.models.load import Source
 from dilap.profilers.configuration import Configuration, MeasuredWorld, find_fastest
 from dilap.profilers.devices.device import Reach
@@ -207,25 +206,6 @@ class Bench(MeasuringBench):
         )
         say_lines(self.progress, describe_table(table))
         return table
-
-
-def kept_configuration(
-    bench: Bench, source: Source, *, threads: Sequence[int], dense: Path | None = None
-) -> Configuration:
-    """Return the fastest configuration for a model, which is looked for once and kept: all runs can share one table.
-
-    `dense` is the model's file; without it, the model is exported only for this.
-    """
-    architecture = architecture_of(source.model)
-    kept = bench.configuration_path(source.name, architecture, threads=threads)
-    if dense is not None:
-        return bench.kept_configuration(kept, threads=threads, dense=lambda: dense)
-    with scratch_folder(kept) as folder:
-        place = folder / "dense"
-        plan = full_plan(architecture, base=source.digest)
-        return bench.kept_configuration(
-            kept, threads=threads, dense=lambda: place / bench.export(source, plan, place).path
-        )
 
 
 def describe_table(table: LatencyTable) -> str:

@@ -13,7 +13,8 @@ from dilap.core.plan import Plan
 from dilap.core.precisions import Mix, for_every_layer
 from dilap.core.progress import Progress
 from dilap.core.shape import UNMIXED
-from dilap.job.networks import export_network, is_network
+from dilap.job.network_export import export_network
+from dilap.job.networks import is_network
 
 
 def chosen_precision(backend: str, precision: str | None) -> str:
@@ -44,7 +45,7 @@ def export(
 ) -> Artifact:
     """Write the folder `out`, whole or not at all, with the model file and its sidecar `artifact.json`.
 
-    A decoder gets a model card, too. `checkpoint` is a run, a folder, a GGUF file, a hub id or a built-in name; or an
+    It gets a model card, too. `checkpoint` is a run, a folder, a GGUF file, a hub id or a built-in name; or an
     image network, which is every model with an `input_`: `processor`, `weights` and `calib` are for these alone (see
     `export_network`). `precisions` has those of the parts of the model that differ: `head`, `embedding`,
     `layers.N.attention`, `layers.N.ffn`, or `attention` and `ffn` for all layers. `plan` is the plan.json of a run,

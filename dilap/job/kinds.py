@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dilap.job import forecast, network_forecast, network_prune, prune
+from dilap.job import forecast, network_forecast, network_profile, network_prune, profile, prune
 from dilap.job.forecast import Machine, Need
 from dilap.job.network_options import NetworkOptions
 from dilap.job.options import CommonOptions
+from dilap.job.profile import Profile
 from dilap.job.result import PruneResult
 from dilap.methods import METHODS, NETWORK_METHODS
 
@@ -17,8 +18,8 @@ class Kind:
     """A kind of model: its methods by name, and functions of a job's options and the loaded model.
 
     `require_possible` raises for what no method could do; `named_inputs` returns the digests of what a job reads beside
-    its model; `prune` is `dilap.job.prune.prune` or its like; `forecast` says what jobs of the model will need, and on
-    which machine, before any runs.
+    its model; `prune` is `dilap.job.prune.prune` or its like, and `profile` is `dilap.job.profile.profile` or its like;
+    `forecast` says what jobs of the model will need, and on which machine, before any runs.
     """
 
     methods: Mapping[str, str]
@@ -26,6 +27,7 @@ class Kind:
     require_possible: Callable[[Any, Any], None]
     named_inputs: Callable[[Any, Any], Mapping[str, str]]
     prune: Callable[..., PruneResult[Any] | None]
+    profile: Callable[..., Profile[Any]]
     forecast: Callable[[Any], tuple[Callable[[Any], list[Need]], Machine]]
 
 
@@ -35,6 +37,7 @@ DECODERS = Kind(
     require_possible=prune.require_possible,
     named_inputs=prune.named_inputs,
     prune=prune.prune,
+    profile=profile.profile,
     forecast=forecast.of_job,
 )
 NETWORKS = Kind(
@@ -43,6 +46,7 @@ NETWORKS = Kind(
     require_possible=network_prune.require_possible,
     named_inputs=network_prune.named_inputs,
     prune=network_prune.prune_network,
+    profile=network_profile.profile_network,
     forecast=network_forecast.of_job,
 )
 

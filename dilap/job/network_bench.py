@@ -1,7 +1,8 @@
 """Exporting networks that are no decoders to one runtime and measuring them on one device."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dilap import backends, export
@@ -14,9 +15,12 @@ from dilap.core.progress import say_lines
 from dilap.core.rules import NetworkCapabilities
 from dilap.job.measuring import MeasuringBench, Usual
 from dilap.job.tables import describe_errors, shown_probes
+from dilap.models.convolutional.cut import shrink_network_
 from dilap.models.convolutional.load import NetworkSource
+from dilap.models.convolutional.recalibration import recalibrate_
 from dilap.models.network import Examples
 from dilap.profilers.configuration import Configuration, MeasuredWorld, find_fastest
+from dilap.profilers.devices.device import Reach
 from dilap.profilers.profiler import Case
 from dilap.profilers.protocol import TABLE
 from dilap.profilers.tables.networks.estimate import network_roofline
@@ -26,6 +30,7 @@ from dilap.profilers.tables.networks.table import NetworkTable
 from dilap.profilers.tables.roofline import estimated, reaches
 
 _NUM_CALIBRATED = 128  # examples, whose activations say the ranges of 8 bits
+_NUM_OF_PROBE = 8  # examples on which the batch norms of a network that is only timed are measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,24 +72,39 @@ class NetworkBench(MeasuringBench):
             tokenizer=tokenizer,
         )
 
-    def estimated_costs(self, network: Network) -> NetworkLatency:
+    def export_probe(
+        self, source: NetworkSource, counts: Mapping[str, int], folder: Path, *, examples: Examples
+    ) -> Artifact:
+        """Export a network with so many units left in its groups, the first ones, to be timed.
+
+        Its batch norms are measured on some of the `examples`, so that what passes through keeps its size.
+        """
+        kept = {name: tuple(range(count)) for name, count in counts.items()}
+        plan = Plan(base=source.digest, architecture=source.traced.network, kept=kept)
+        model = shrink_network_(copy.deepcopy(source.model), plan)
+        recalibrate_(model, examples[:_NUM_OF_PROBE])
+        return self.export(replace(source, model=model), folder, examples=examples)
+
+    def estimated_costs(self, network: Network, *, reach: Reach | None = None) -> NetworkLatency:
         """Return the roofline of the device, which takes the place of a fitted latency table in an estimate."""
-        return network_roofline(network, self.workload, self.device)
+        return network_roofline(network, self.workload, self.device, reach=reach)
 
     def table_path(self, model: str, network: Network) -> Path:
         """Return the default file of a network's latency table."""
         return self.kept_path(model, asdict(network), [])
 
-    def build_table(
-        self, network: Network, path: Path, *, write_probe: Callable[[Mapping[str, int], Path], Path]
-    ) -> NetworkTable:
+    def build_table(self, source: NetworkSource, path: Path, *, examples: Examples) -> NetworkTable:
         """Measure the probes that the table in the file `path` still lacks, and return the table.
 
-        `write_probe` is that of `build_network_table`.
+        `examples` are those of `export_probe`.
         """
+
+        def write_probe(counts: Mapping[str, int], folder: Path) -> Path:
+            return folder / self.export_probe(source, counts, folder, examples=examples).path
+
         with shown_probes(self.progress) as show:
             table = build_network_table(
-                network,
+                source.traced.network,
                 profiler=self.profiler,
                 helpers=self.helping_profilers,
                 write_probe=write_probe,
@@ -138,7 +158,7 @@ class NetworkBench(MeasuringBench):
 
     def _estimate(self, network: Network, counts: Mapping[str, int], *, sha256: str) -> Measurement:
         return estimated(
-            [network_roofline(network, self.workload, self.device, reach=reach) for reach in reaches(self.device)],
+            [self.estimated_costs(network, reach=reach) for reach in reaches(self.device)],
             network.widths_at(counts),
             device=self.device,
             backend=self.backend.name,

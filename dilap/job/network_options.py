@@ -41,7 +41,8 @@ class NetworkOptions(CommonOptions):
     """Everything that a prune job of such a network is asked for: two jobs with equal options are the same job.
 
     `input`, `processor` and `weights` are those of `dilap.models.convolutional.load.load_network`, and `table` is the
-    file of a latency table that was measured earlier. The seed is set in the options of examples and recovery.
+    file of a latency table that was measured earlier. `examples` are None for a network that is only timed. The seed is
+    set in the options of examples and recovery.
     """
 
     model: str = next(iter(BUILTIN_NETWORKS))
@@ -52,11 +53,12 @@ class NetworkOptions(CommonOptions):
     processor: str | None = None
     weights: str | None = None
     table: str | None = None
-    examples: ExampleOptions
+    examples: ExampleOptions | None = None
     recovery: NetworkRecovery = field(default_factory=NetworkRecovery)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "examples", replace(self.examples, seed=self.seed))
+        if self.examples is not None:
+            object.__setattr__(self, "examples", replace(self.examples, seed=self.seed))
         object.__setattr__(self, "recovery", replace(self.recovery, seed=self.seed))
 
 
@@ -89,7 +91,8 @@ def network_options(
     """Return the job that these options of `dilap-prune` ask for; its `--help` says what each of them is.
 
     None stands for the default of `device`: its first runtime that runs such networks, the first precision in which
-    that does, and for `threads` a choice between all physical cores and fewer. Raises InvalidInput for impossible
+    that does, and for `threads` a choice between all physical cores and fewer. Without `calib`, which is `self` for
+    decoders alone, the network can only be timed. Raises InvalidInput for impossible
     values and options that do not apply to the network, and Unsupported for a runtime that runs no such networks.
     """
     require_known(configuration=configuration)
@@ -102,9 +105,9 @@ def network_options(
         raise InvalidInput(f"recover is none or full for {in_words(model)}, got {recover!r:.80}")
     if type(batch) is not int or not 1 <= batch <= MAX_BATCH:
         raise InvalidInput(f"batch is a whole number from 1 to {MAX_BATCH:,}, got {batch!r:.80}")
-    if calib in (None, _OF_DECODERS):
-        examples = "sentences: give a text" if is_of_texts else "photographs: give a folder of them"
-        raise InvalidInput(f"{in_words(model)} is pruned with {examples} as --calib")
+    examples = None
+    if calib is not None and calib != _OF_DECODERS:
+        examples = ExampleOptions(source=calib, evaluation=eval_text if is_of_texts else eval_images)
     runtime = backend or _first_backend(device)
     device.require_runtime(runtime)
     return NetworkOptions(
@@ -128,7 +131,7 @@ def network_options(
         threads_tried=thread_counts(device.default_threads()) if threads is None else (threads,),
         method=method,
         settings=dict(settings or {}),
-        examples=ExampleOptions(source=str(calib), evaluation=eval_text if is_of_texts else eval_images),
+        examples=examples,
         recovery=NetworkRecovery(mode=recover, steps=recover_steps),
         seed=seed,
     )

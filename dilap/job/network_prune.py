@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dilap import __version__, methods
+from dilap import __version__, backends, methods
 from dilap.core.codec import digest, encode, remove, write_json
 from dilap.core.errors import Unsupported
 from dilap.core.graph import Network
@@ -16,6 +16,7 @@ from dilap.core.network_input import NetworkInput, TokenInput
 from dilap.core.plan import Plan
 from dilap.core.progress import Progress
 from dilap.job import ending
+from dilap.job.card import write_network_cards
 from dilap.job.claims import Calibrated, Claim, claimed, result_of
 from dilap.job.common_stages import Goal
 from dilap.job.examples import Shown
@@ -82,15 +83,27 @@ def prune_network(
         result = _run(stages, method)
         if result is not None:
             workspace.log.keep(ending.text(result))
+            write_network_cards(workspace.folder, result, source)
         workspace.end(None if result is None else encode(result))
     return result
 
 
 def load_source(options: NetworkOptions) -> NetworkSource:
-    """Load the network of a job, which takes as many examples at once as the job's workload has.
+    """Load the network of a job; see `load_timed`.
 
-    Where nobody says how photographs become its inputs, they are taken as most networks take them, with a note. Raises
-    Unsupported for a network that takes texts and gives no embeddings.
+    Where nobody says how photographs become its inputs, they are taken as most networks take them, with a note.
+    """
+    found = load_timed(options)
+    if not isinstance(found.input, ImageInput):
+        return found
+    notes = found.notes if found.input.preprocessing is not None else (GUESSED,)
+    return replace(found, input=usual_input(found.input), notes=notes)
+
+
+def load_timed(options: NetworkOptions) -> NetworkSource:
+    """Load a network that is timed, with as many examples at once as the job's workload has.
+
+    Raises Unsupported for a network that takes texts where the runtime holds none, or that gives no embeddings of them.
     """
     found = load_network(
         options.model,
@@ -98,14 +111,13 @@ def load_source(options: NetworkOptions) -> NetworkSource:
         processor=None if options.processor is None else Path(options.processor),
         weights=options.weights,
     )
-    if isinstance(found.input, ImageInput):
-        notes = found.notes if found.input.preprocessing is not None else (GUESSED,)
-        found = replace(found, input=usual_input(found.input), notes=notes)
-    elif not gives_embeddings(found.model):
+    if isinstance(found.input, TokenInput) and not gives_embeddings(found.model):
         raise Unsupported(
             f"{options.model} classifies texts, and encoders of texts are pruned by their embeddings: give the encoder "
             "alone, which transformers' AutoModel saves"
         )
+    backend, precision = backends.get(options.backend), options.workload.precision
+    backends.require_network_input(backend, found.input, precision=precision)
     return replace(found, input=replace(found.input, batch=options.workload.batch))
 
 
@@ -121,6 +133,7 @@ def named_inputs(options: NetworkOptions, source: NetworkSource) -> dict[str, st
 
 def _shown(options: NetworkOptions, source: NetworkSource) -> Shown[Any, Any]:
     """Return the photographs or sentences of a job. Raises InvalidInput for those that are of no use."""
+    assert options.examples is not None  # nothing is pruned without them
     if isinstance(source.input, ImageInput):
         return shown_photographs(options.examples, model=source.model, input_=source.input)
     assert source.tokenizer is not None

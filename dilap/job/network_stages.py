@@ -1,6 +1,5 @@
 """The stages of the prune job of a network that is no decoder, up to the plan; see `dilap.job.common_stages`."""
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,9 +21,7 @@ from dilap.job.measuring import Usual
 from dilap.job.network_bench import NetworkBench
 from dilap.job.network_options import NetworkOptions
 from dilap.job.tables import prediction_error, require_claimable
-from dilap.models.convolutional.cut import shrink_network_
 from dilap.models.convolutional.load import NetworkSource
-from dilap.models.convolutional.recalibration import recalibrate_
 from dilap.models.tensor_file import computed_once
 from dilap.profilers.configuration import Configuration
 from dilap.profilers.tables.networks.costs import NetworkCosts, counted
@@ -33,8 +30,6 @@ from dilap.profilers.tables.networks.table import NetworkTable
 from dilap.search.limit import CostLimit
 from dilap.search.method import Pruned
 from dilap.search.network_task import NetworkMethod, NetworkTask
-
-_NUM_OF_PROBE = 8  # examples on which the batch norms of a network that is only timed are measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +115,11 @@ class NetworkStages(CommonStages[Network]):
         else:
             path = self.bench.table_path(self.source.name, self.network)
             with self.workspace.stage("latency table"):
-                table = self.bench.build_table(self.network, path, write_probe=self._write_probe)
+                table = self.bench.build_table(self.source, path, examples=self.shown.trained)
         table.write(self.workspace.folder / "table.jsonl")
         model = table.model(self.options.budget.statistic)
         require_claimable(model, advice="the same command on a quiet machine")
         return model
-
-    def _write_probe(self, counts: Mapping[str, int], folder: Path) -> Path:
-        return folder / self._probe(counts)(folder).path
 
     @property
     def _weights(self) -> NetworkCosts:
@@ -170,6 +162,7 @@ class NetworkStages(CommonStages[Network]):
             costs=goal.costs,
             validation=self.shown.validated,
             multiple=self.bench.capabilities.channel_multiple,
+            cache=self.method_cache,
             seed=self.options.seed,
             report=self.workspace.log.say,
         )
@@ -185,20 +178,7 @@ class NetworkStages(CommonStages[Network]):
             self.network,
             counts,
             path,
-            probe=self._probe(counts),
+            probe=partial(self.bench.export_probe, self.source, counts, examples=self.shown.trained),
             usual=usual,
         )
         return self.share_used(dense, path, measure)
-
-    def _probe(self, counts: Mapping[str, int]) -> Callable[[Path], Artifact]:
-        """Return what exports a network with so many units left, the first ones, to be timed."""
-
-        def export(folder: Path) -> Artifact:
-            kept = {name: tuple(range(count)) for name, count in counts.items()}
-            plan = Plan(base=self.source.digest, architecture=self.network, kept=kept)
-            model = shrink_network_(copy.deepcopy(self.source.model), plan)
-            examples = self.shown.trained
-            recalibrate_(model, examples[:_NUM_OF_PROBE])  # so that what passes through keeps its size
-            return self.bench.export(replace(self.source, model=model), folder, examples=examples)
-
-        return export

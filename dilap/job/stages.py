@@ -15,7 +15,7 @@ from dilap.core.plan import Plan, full_plan
 from dilap.core.rules import WidthRules
 from dilap.core.shape import Architecture
 from dilap.core.space import Space
-from dilap.job.bench import Bench, kept_configuration
+from dilap.job.bench import Bench
 from dilap.job.calibration import calibration_text
 from dilap.job.common_stages import AIM, ALREADY_KEPT, CommonStages, Goal, require_measured
 from dilap.job.measuring import Usual
@@ -70,8 +70,9 @@ class Stages(CommonStages[Architecture]):
         """Return that of the table that was given, or else the fastest one, which all runs of a model share."""
         plain, threads = self.bench.workload, self.options.threads_tried
         if self.options.table is None:
+            kept = self.bench.configuration_path(self.source.name, architecture_of(self.source.model), threads=threads)
             with self.workspace.stage("find the fastest configuration"):
-                return kept_configuration(self.bench, self.source, threads=threads, dense=dense)
+                return self.bench.kept_configuration(kept, threads=threads, dense=lambda: dense)
         given = LatencyTable.read(Path(self.options.table)).header.workload
         count = given.threads if threads else plain.threads
         return Configuration(workload=replace(plain, switches=given.switches, threads=count), plain=plain)

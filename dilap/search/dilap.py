@@ -62,7 +62,8 @@ def search(task: SearchTask[Answers]) -> SearchResult:
         predicted, real = value + quadratic.value(config), evaluator.kl(config)
         rounds.append(Round(limit=limit, config=config, predicted_kl=predicted, real_kl=real))
         share = limit / space.cost(space.dense)  # of the dense model's seconds, or of its weights
-        task.report(f"round {len(rounds)}: limit {share:.1%} of dense, KL predicted {predicted:.3f}, real {real:.3f}")
+        found = f"{task.distance} predicted {predicted:.3f}, real {real:.3f}"
+        task.report(f"round {len(rounds)}: limit {share:.1%} of dense, {found}")
         scale *= _correction(predicted=predicted - value, real=real - value)
         # A KL that rises more than twice as much as predicted means that the step was too long for the quadratic
         # model: go half of the way first.
@@ -75,7 +76,7 @@ def search(task: SearchTask[Answers]) -> SearchResult:
     for config in unpruned_configs(space):
         if space.cost(config) <= task.limit and (real := evaluator.kl(config)) < value:
             current, value = config, real
-            task.report(f"no pruning: one precision for all parts is nearer, KL {real:.3f}")
+            task.report(f"no pruning: one precision for all parts is nearer, {task.distance} {real:.3f}")
     return polish(task, SearchResult(config=current, kl=value, rounds=tuple(rounds), curvature_scale=scale))
 
 
@@ -229,7 +230,9 @@ def polish(task: SearchTask[Answers], result: SearchResult) -> SearchResult:
             config, values, accepted = candidate, found, accepted + 1
     changed = sum(a != b for a, b in zip(result.config, config, strict=True))
     kl = float(values.double().mean())
-    task.report(f"polish: {accepted} of {len(tried) - 1} moves kept, {changed} sublayers changed, KL {kl:.3f}")
+    task.report(
+        f"polish: {accepted} of {len(tried) - 1} moves kept, {changed} sublayers changed, {task.distance} {kl:.3f}"
+    )
     return replace(result, config=config, kl=kl)
 
 

@@ -2,8 +2,7 @@
 
 Where there are several processes, all of them compute every answer together, each on its share of the text.
 
-With a `journal` folder every answer is kept on disk, and computed only once. A search depends on nothing but these
-answers, so a killed search that is started again reads those it had, and ends with the same plan.
+With a `journal` folder every answer is kept on disk; see `dilap.search.kept_answers`.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,19 +12,14 @@ from pathlib import Path
 
 import torch
 
-from dilap.core.codec import checked, digest, write_json
-from dilap.core.documents import parse_json, read_text
-from dilap.core.errors import InvalidInput
 from dilap.models.processes import Processes, Team
 from dilap.models.reference import Teacher
-from dilap.models.tensor_file import opened_tensors, save_tensors
 from dilap.search.allocation import Config
 from dilap.search.curvature import Curvature, linearise
+from dilap.search.kept_answers import KeptAnswers
 from dilap.search.options import RefitOptions
 from dilap.search.refit import Refit, best_refit
 from dilap.search.supernet import Supernet
-
-_TENSORS = ("b", "b_error", "of_changes", "parts")  # of a quadratic model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,25 +62,15 @@ class Evaluator:
 
     def kls(self, config: Sequence[int]) -> torch.Tensor:
         """Return the mean KL(dense || config) per position of every sequence of the validation split, in nats."""
-        path = self._entry("kl", [list(config)], suffix=".json")
-        if path is not None and path.exists():
-            return _read_kls(path)
-        values = self.team.together(_kls, tuple(config), part=self._part)
-        if path is not None:
-            write_json(path, values.tolist())
-        return values
+        return self._kept.kls(config, lambda: self.team.together(_kls, tuple(config), part=self._part))
 
     def curvature(self, config: Sequence[int], *, samples: int, seed: int) -> Curvature:
         """Return the quadratic model of the KL around `config`, from one pass of `linearise`."""
-        path = self._entry("curvature", [list(config), samples, seed], suffix=".safetensors")
-        if path is not None and path.exists():
-            return _read_curvature(path)
-        curvature = self.team.together(_curvature, tuple(config), samples, seed, part=self._part)
-        if path is not None:
-            metadata = {"value": repr(curvature.value), "num_rows": str(curvature.num_rows)}
-            tensors = {name: getattr(curvature, name) for name in _TENSORS}
-            save_tensors(path, tensors, metadata=metadata)
-        return curvature
+
+        def compute() -> Curvature:
+            return self.team.together(_curvature, tuple(config), samples, seed, part=self._part)
+
+        return self._kept.curvature(config, samples=samples, seed=seed, compute=compute)
 
     def refit(
         self, config: Config, tokens: torch.Tensor, *, options: RefitOptions, progress: Callable[[int], None]
@@ -94,8 +78,9 @@ class Evaluator:
         """Return the best refit of a config on `tokens` (sequences x length); see `best_refit`."""
         return self.team.together(_refit, config, tokens, options, part=self._part, progress=progress)
 
-    def _entry(self, kind: str, key: list[object], *, suffix: str) -> Path | None:
-        return None if self.journal is None else self.journal / f"{kind}-{digest(key)[:16]}{suffix}"
+    @property
+    def _kept(self) -> KeptAnswers:
+        return KeptAnswers(folder=self.journal)
 
 
 def _kls(team: Team, config: Config, *, part: Part | None = None) -> torch.Tensor:
@@ -121,21 +106,3 @@ def _refit(
     own: Part = part or team.kept["part"]
     teacher, processes = own.teacher, own.processes
     return best_refit(own.net, config, tokens, teacher=teacher, options=options, processes=processes, progress=progress)
-
-
-def _read_kls(path: Path) -> torch.Tensor:
-    try:
-        found = parse_json(read_text(path), source=str(path))
-        return torch.tensor(checked(tuple[float, ...], found, source=str(path)))
-    except InvalidInput as error:
-        raise InvalidInput(f"damaged journal entry ({error}); remove the file and run again") from error
-
-
-def _read_curvature(path: Path) -> Curvature:
-    with opened_tensors(path, what="journal entry") as file:
-        metadata = file.metadata()
-        return Curvature(
-            value=float(metadata["value"]),
-            num_rows=int(metadata["num_rows"]),
-            **{name: file.get_tensor(name) for name in _TENSORS},
-        )

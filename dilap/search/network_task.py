@@ -10,6 +10,7 @@ has new values for the tensors, too:
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -42,7 +43,9 @@ class NetworkTask:
     classes, `labels`, are None where they are not known. `base` is the model's digest. Numbers of channels that stay
     are multiples of `multiple`, which is what the runtime's kernels fill, where a group has as many. `costs` are those
     that the limit is about, for methods that choose among widths by their costs, and `validation` are other examples,
-    by which methods judge their choices. `report` takes a line for the log.
+    by which methods judge their choices. `cache` is a folder for what is computed only once, which a killed run reads
+    when it goes on, and so do the other budgets of a comparison: what lies there must not depend on the limit. `report`
+    takes a line for the log.
     """
 
     model: nn.Module
@@ -54,6 +57,7 @@ class NetworkTask:
     costs: LayerCosts | None = None
     validation: Examples | None = None
     multiple: int = 1
+    cache: Path | None = None
     seed: int = 0
     report: Callable[[str], None] = lambda _: None
 

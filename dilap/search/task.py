@@ -46,13 +46,15 @@ def _silent(_: str) -> None:
 class SearchTask(Generic[Asked_co]):
     """The task to choose a config of `space` that costs at most `limit`.
 
-    `report` takes a line for the log. `previous` is a result for a nearby limit, from which a search may start.
+    `distance` is the name, for the log, of how far a model is from the dense one; `report` takes a line for the log.
+    `previous` is a result for a nearby limit, from which a search may start.
     """
 
     evaluator: Asked_co
     space: Space[Any]
     limit: float
     options: SearchOptions = field(default_factory=SearchOptions)
+    distance: str = "KL"
     report: Callable[[str], None] = _silent
     previous: "SearchResult | None" = None
 

@@ -120,9 +120,23 @@ def write_network(path: Path, model: nn.Module, input_: NetworkInput) -> None:
     assert exported is not None
     for node in exported.model.graph:
         node.metadata_props.clear()  # stack traces with the paths of this machine
+        if node.op_type == "AveragePool":
+            _average_everything_(node)
     exported.model.metadata_props.clear()
     exported.save(path)
     require_valid(path)
+
+
+def _average_everything_(node: Any) -> None:
+    """Let an average over more than there is be one over everything, which TensorRT can parse.
+
+    EfficientNet's last pooling has windows of 2,560 x 2,560 pixels, whatever the size of its input.
+    """
+    sides, window = node.inputs[0].shape[2:], node.attributes["kernel_shape"].as_ints()
+    pads = node.attributes["pads"].as_ints() if "pads" in node.attributes else ()
+    if all(have <= wide for have, wide in zip(sides, window, strict=True)) and not any(pads):
+        node.op_type = "GlobalAveragePool"
+        node.attributes.clear()
 
 
 def quantise_weights_(path: Path) -> None:

@@ -13,7 +13,7 @@ from dilap.backends.tensorrt.recipe import RECIPE_FILE, NetworkRecipe
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, encode, file_sha256, write_json, written_aside
 from dilap.core.errors import Crashed, Unavailable, Unsupported
-from dilap.core.network_input import NetworkInput, TokenInput
+from dilap.core.network_input import NetworkInput
 from dilap.export.network import SQNR_BOUNDS_DB, described, require_exportable, verified_examples
 from dilap.export.onnx.network import MODEL, operators, quantise_, round_to_f16_, verify_network, write_network
 from dilap.export.onnx.tensorrt import REFERENCE, REMAINING, REPORT, TESTED
@@ -42,8 +42,6 @@ class TensorRTNetworkExporter:
         What is not in 8 bits is in f16; input and output are in f32.
         """
         require_exportable(self.backend, precision, input_, images)
-        if isinstance(input_, TokenInput):
-            raise Unsupported("DiLAP writes no encoders of texts for TensorRT yet; use onnxruntime or executorch")
         shown = verified_examples(model, input_, images)
         expected = TorchNetwork(in_f32(model)).outputs(shown)
         with written_aside(out) as folder:

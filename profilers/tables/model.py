@@ -141,6 +141,11 @@ class LatencyModel:
             )
         )
 
+    @property
+    def dense_seconds(self) -> float:
+        """Seconds of the model that keeps all widths, in the workload's own precision."""
+        return self.predict(self.architecture.layers)
+
     def holdout_errors(self) -> list[float]:
         """Return the absolute relative errors on the plans that took no part in the fit."""
         return [abs(self.predict(one.widths, one.precisions) / one.seconds - 1) for one in self.holdout]

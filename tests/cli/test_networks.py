@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from standins.cards import head_of, text_of
 from standins.fake_job import call, last_line
 from standins.networks import INPUT, network, random_pixels, write_photograph
 from transformers import ViTImageProcessorPil
 
 from dilap import backends
 from dilap.cli import eval as evaluation
-from dilap.cli import export, profile
+from dilap.cli import export
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, file_sha256, read_json
 from dilap.core.images import ImageInput
@@ -70,6 +71,19 @@ def test_a_classifier_is_exported_with_its_own_preprocessing(classifier: Path) -
     assert artifact.input.preprocessing is not None
     assert (str(artifact.input), artifact.input.preprocessing.resize) == ("3x32x32", (32, 32))
     assert artifact.input.preprocessing.std == pytest.approx((0.25 * 255,) * 3)
+
+
+def test_a_card_says_where_the_exported_classifier_comes_from(classifier: Path, tmp_path: Path) -> None:
+    (classifier / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: people/resnet\n---\n")
+    assert call(export.main, "--backend", "onnxruntime", "--out", tmp_path / "out", classifier) == 0
+    head, text = head_of(tmp_path / "out"), text_of(tmp_path / "out")
+    assert (head.license, head.base_model, head.pipeline_tag) == (
+        "apache-2.0",
+        ["people/resnet"],
+        "image-classification",
+    )
+    assert "command: `dilap-export --backend onnxruntime --precision f32 resnet`" in text
+    assert "onnxruntime.InferenceSession(" in text
 
 
 def test_another_size_is_resized_in_proportion(classifier: Path, tmp_path: Path) -> None:
@@ -142,11 +156,6 @@ def test_what_does_not_apply_to_a_network_is_refused(
 ) -> None:
     assert call(export.main, *given, classifier) == 2
     assert words in last_line(capsys)
-
-
-def test_a_latency_table_is_of_a_decoder(classifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(profile.main, "--device", "host_cpu", "--model", classifier) == 2
-    assert "this command knows decoders alone, and not the image network" in last_line(capsys)
 
 
 def test_a_decoder_takes_no_photographs(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from standins.networks import INPUT, NUM_CLASSES, random_pixels
+from standins.networks import INPUT, random_pixels
 from standins.networks import network as tiny_network
 from torch import nn
 
@@ -20,7 +20,10 @@ from dilap.core.errors import InvalidInput, Unsupported, VerificationFailed
 from dilap.core.images import ImageInput
 from dilap.core.sqnr import sqnr_db
 from dilap.core.workload import Workload
+from dilap.export.graph_of_network import exported_graph
+from dilap.models.convolutional.narrowing import Constant
 from dilap.models.network import TorchNetwork
+from tools.tiny_networks import NUM_CLASSES
 
 if reason := backends.get("onnxruntime").unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -137,6 +140,30 @@ def test_a_file_names_no_folder_of_this_machine(plain: tuple[Path, Artifact]) ->
 def test_a_forward_is_timed(plain: tuple[Path, Artifact]) -> None:
     with opened(*plain, batch=2) as network:
         assert min(cast(Any, network).sample() for _ in range(5)) > 0
+
+
+@pytest.mark.parametrize(("window", "operator"), [(64, "GlobalAveragePool"), (16, "AveragePool")])
+def test_an_average_over_more_than_there_is_is_one_over_everything(window: int, operator: str, tmp_path: Path) -> None:
+    sides = -(-INPUT.height // window)
+    pooling = nn.AvgPool2d(window, ceil_mode=True)
+    artifact = exported(nn.Sequential(pooling, nn.Flatten(), nn.Linear(3 * sides**2, 7)).eval(), tmp_path / "out")
+    assert artifact.details["operators"][operator] == 1
+    assert (artifact.sqnr_db or 0) > 100
+
+
+def test_what_led_to_a_removed_branch_is_not_computed() -> None:
+    class Branched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = Constant(nn.Conv2d(3, 3, 1), (), torch.ones(3))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = (images + self.last(images.sin())).mean((2, 3))
+            return logits
+
+    nodes = {str(node.target): node for node in exported_graph(Branched(), INPUT).graph.nodes}
+    assert nodes["aten.add.Tensor"].users
+    assert not nodes["aten.sin.default"].users  # exporters leave out what nothing uses
 
 
 def test_images_that_do_not_fill_a_batch_are_shown_all_the_same(plain: tuple[Path, Artifact]) -> None:

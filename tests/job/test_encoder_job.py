@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from standins.cards import head_of, run_code, text_of
 from standins.encoders import encoder, write_tokenizer
 from standins.fake_job import call, last_line, use_fake_network_bench
 
@@ -113,6 +115,19 @@ def test_the_checkpoint_gives_the_embeddings_that_were_scored(done: tuple[Place,
     found = cosines(*(TorchNetwork(one).outputs(tokens) for one in both))
     assert len(scored) == quality.num_sentences
     assert quality.cosine == pytest.approx(float(found.mean()), abs=1e-6)
+
+
+def test_the_code_of_its_cards_gives_the_embeddings_of_a_text(
+    done: tuple[Place, Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint by transformers, and the artifact by ONNX Runtime, as a copy and paste of it does."""
+    place, _ = done
+    run = place.runs / "run"
+    assert head_of(run / "checkpoint").pipeline_tag == head_of(run / "artifact").pipeline_tag == "feature-extraction"
+    assert "input: a batch of 1, each a text of 12 tokens" in text_of(run / "artifact")
+    embeddings = run_code(run / "checkpoint", monkeypatch)["embeddings"].numpy()
+    outputs = run_code(run / "artifact", monkeypatch)["outputs"]
+    np.testing.assert_allclose(outputs, embeddings, rtol=1e-4, atol=1e-5)
 
 
 def test_recovery_brings_the_embeddings_nearer(done: tuple[Place, Result]) -> None:

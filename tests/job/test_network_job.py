@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from standins.cards import head_of, run_code, text_of
 from standins.fake_job import FakeNetworkBench, call, last_line, use_fake_network_bench
 from standins.network_tables import measured_table
-from standins.networks import output, resnet, write_photograph
+from standins.networks import output, write_photograph
 from standins.quick_methods import QUICK
 from transformers import ViTImageProcessorPil
 
@@ -45,6 +46,8 @@ from dilap.profilers.tables.networks.entries import NetworkEntry, named
 from dilap.profilers.tables.networks.probes import list_network_probes
 from dilap.profilers.tables.networks.table import NetworkTable, NetworkTableHeader
 from dilap.report.report import Report
+from dilap.search.networks.supernet import NetworkSupernet
+from tools.tiny_networks import resnet
 
 if reason := backends.get("onnxruntime").unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -159,6 +162,45 @@ def test_its_run_is_a_network_for_the_other_commands(done: tuple[Place, Result])
     assert load_network(str(run)).digest == load_network(str(run / "checkpoint")).digest
     with closing(open_image_subject(str(run))) as subject:
         assert (subject.backend, subject.digest) == ("onnxruntime", result.pruned.artifact.sha256)
+
+
+def test_the_hub_reads_the_heads_of_its_cards(done: tuple[Place, Result]) -> None:
+    place, _ = done
+    for folder, library in (("checkpoint", "transformers"), ("artifact", "onnxruntime")):
+        found = head_of(place.runs / "run" / folder)
+        assert (found.library_name, found.pipeline_tag) == (library, "image-classification")
+        assert found.tags == ["dilap", "pruned"]
+
+
+@pytest.mark.parametrize("folder", ["checkpoint", "artifact"])
+def test_a_card_says_how_the_network_was_made(folder: str, done: tuple[Place, Result]) -> None:
+    place, result = done
+    text = text_of(place.runs / "run" / folder)
+    plan: Plan[Network] = decode(Plan, read_json(place.runs / "run" / "plan.json"), source="plan")
+    name, count = next(iter(plan.counts.items()))
+    assert f"units kept in each group: {name} {count} of " in text
+    assert f"plan: {result.plan_digest}" in text
+    assert "command: `dilap-prune --target host_cpu --budget 80% --model resnet " in text
+    assert "a photograph is resized to 32x32 (" in text
+    assert "scored on one set of photographs only" in text
+    assert "| latency p50 | " in text
+    assert str(place.classifier.parent) not in text
+
+
+def test_the_code_of_its_cards_classifies_a_photograph(
+    done: tuple[Place, Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint by transformers, and the artifact by ONNX Runtime, as a copy and paste of it does."""
+    place, result = done
+    run = place.runs / "run"
+    write_photograph(run / "checkpoint" / "photo.jpg", seed=1)
+    logits = run_code(run / "checkpoint", monkeypatch)["logits"]
+    (run / "checkpoint" / "photo.jpg").unlink()
+    assert logits.shape == (1, 7)
+    outputs = run_code(run / "artifact", monkeypatch)["outputs"]
+    assert result.pruned.artifact.input is not None
+    wanted = load_network(str(run / "checkpoint")).model(torch.zeros(result.pruned.artifact.input.shape)).logits
+    torch.testing.assert_close(torch.from_numpy(outputs), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_recovery_is_judged_on_other_photographs(done: tuple[Place, Result]) -> None:
@@ -316,6 +358,31 @@ def test_a_job_goes_on_where_it_was_stopped(place: Place, monkeypatch: pytest.Mo
     assert not (place.runs / "run" / "cache").exists()
 
 
+def test_a_killed_search_goes_on_where_it_was_and_says_its_rounds(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, lives = NetworkSupernet._linearised, [2, 10**9]
+
+    def mortal(*given: Any) -> Any:
+        if not lives[0]:
+            raise KeyboardInterrupt
+        lives[0] -= 1
+        return compute(*given)
+
+    monkeypatch.setattr(NetworkSupernet, "_linearised", mortal)
+    lines: list[str] = []
+    asked: dict[str, Any] = {"method": "dilap", "settings": {"evaluations": "2"}, "budget": "60%"}
+    with pytest.raises(KeyboardInterrupt):
+        place.prune(**asked, progress=lines.append)
+    rounds = [line for line in lines if line.startswith("round ")]
+    assert rounds[0].startswith("round 1: limit 90.0% of dense, KL predicted ")
+    lives.pop(0)
+    monkeypatch.setattr("dilap.search.networks.library.layer_statistics", None)  # the levels are there already
+    again: list[str] = []
+    assert place.prune(**asked, progress=again.append).status == "kept"
+    assert [line for line in again if line.startswith("round ")][: len(rounds)] == rounds
+
+
 def test_photographs_that_changed_between_two_starts_are_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -399,6 +466,9 @@ def test_a_users_own_module_is_pruned_by_the_command(
     assert result.pruned.artifact.input is not None
     assert result.pruned.artifact.input.shape == (2, 3, 32, 32)
     loaded = load_network(own, input_=result.pruned.artifact.input, weights=tmp_path / found["out"] / "checkpoint")
+    assert head_of(tmp_path / found["out"] / "checkpoint").library_name == "pytorch"
+    as_in_card = run_code(tmp_path / found["out"] / "checkpoint", monkeypatch)["model"]
+    torch.testing.assert_close(output(as_in_card), output(loaded.model), rtol=0, atol=0)
     assert sum(one.numel() for one in loaded.model.parameters()) == result.pruned.parameters
 
 

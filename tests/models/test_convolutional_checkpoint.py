@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from standins.networks import INPUT, NUM_CLASSES, InvertedResidual, Lite, network, output, random_pixels
+from standins.networks import INPUT, InvertedResidual, Lite, network, output, random_pixels
 from standins.networks import shape as tiny
 from torch import nn
 from torch.testing import assert_close
@@ -22,6 +22,7 @@ from dilap.core.plan import Plan, full_plan
 from dilap.models.convolutional.cut import shrink_network_
 from dilap.models.convolutional.load import load_network, save_network
 from dilap.models.convolutional.proof import halves, without
+from tools.tiny_networks import NUM_CLASSES
 
 FAMILIES = ("resnet_basic", "resnet_bottleneck", "regnet", "mobilenet_v2", "efficientnet", "convnext")
 ALONE = """

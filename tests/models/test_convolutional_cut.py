@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from standins.networks import INPUT_SIZE, NETWORKS, network, output, resnet, shape_of
+from standins.networks import INPUT_SIZE, NETWORKS, network, output, shape_of
 from standins.networks import shape as tiny
 from torch import nn
 from torch.testing import assert_close
@@ -15,6 +15,7 @@ from dilap.core.graph import Network
 from dilap.core.plan import Plan, full_plan
 from dilap.models.convolutional.cut import shrink_network_
 from dilap.models.convolutional.proof import halves, masked_, without
+from tools.tiny_networks import resnet
 
 HAS_BRANCHES = [name for name in NETWORKS if name not in ("plain", "unet")]
 

@@ -2,7 +2,11 @@
 
 import copy
 import itertools
+import re
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -231,6 +235,65 @@ def test_the_search_keeps_its_limit_and_leaves_the_model_as_it_was(name: str, sh
     assert any(line.startswith("exact selection, ") for line in lines)
 
 
+class Counted:
+    """Counts the answers that supernets compute; after `lives` of them the power goes off."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, lives: int = 10**9) -> None:
+        self.answers, self.lives = 0, lives
+        for name in ("_measured", "_linearised"):
+            monkeypatch.setattr(NetworkSupernet, name, self._counting(getattr(NetworkSupernet, name)))
+
+    def _counting(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*given: Any) -> Any:
+            if self.answers == self.lives:
+                raise KeyboardInterrupt
+            self.answers += 1
+            return compute(*given)
+
+        return counting
+
+
+def searched(asked: NetworkTask) -> Pruned[Network]:
+    return pruned(asked, supernet_of(asked, LibraryOptions()), QUICK)
+
+
+def test_a_killed_search_goes_on_where_it_was_and_ends_with_the_same_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = task("lite", multiple=4)
+    with monkeypatch.context() as patch:
+        counted = Counted(patch)
+        wanted = searched(replace(asked, cache=tmp_path / "whole"))
+    whole = counted.answers
+    with monkeypatch.context() as patch:
+        Counted(patch, lives=whole - 2)
+        with pytest.raises(KeyboardInterrupt):
+            searched(replace(asked, cache=tmp_path / "killed"))
+    with monkeypatch.context() as patch:
+        patch.setattr("dilap.search.networks.library.layer_statistics", None)  # the levels are there already
+        counted = Counted(patch)
+        found = searched(replace(asked, cache=tmp_path / "killed"))
+    assert counted.answers == 2
+    assert found.plan == wanted.plan
+    assert all(torch.equal(value, wanted.parameters[name]) for name, value in found.parameters.items())
+
+
+def test_another_limit_shares_levels_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched(replace(task("lite", multiple=4), cache=tmp_path))
+    monkeypatch.setattr("dilap.search.networks.library.layer_statistics", None)
+    searched(replace(task("lite", multiple=4, share=0.7), cache=tmp_path))
+    assert len(list(tmp_path.glob("journal-*"))) == 1
+
+
+def test_levels_that_are_kept_are_those_that_were_fitted(tmp_path: Path) -> None:
+    asked = task("resnet_bottleneck")
+    fitted, *kept = (supernet_of(replace(asked, cache=cache), LibraryOptions()) for cache in (None, tmp_path, tmp_path))
+    config = tuple(len(choice.levels) // 2 for choice in fitted.space.choices)
+    for one in kept:
+        assert one.units(config) == fitted.units(config)
+        assert all(torch.equal(matrix, fitted.matrices(config)[name]) for name, matrix in one.matrices(config).items())
+
+
 def test_an_encoder_of_texts_is_searched() -> None:
     costs = counted(encoder_shape("bert"), "operations")
     asked = NetworkTask(
@@ -242,8 +305,10 @@ def test_an_encoder_of_texts_is_searched() -> None:
         costs=costs,
         cost_limit=CostLimit(limit=0.7 * costs.predict({}), predict=costs.predict),
     )
-    found = pruned(asked, supernet_of(asked, LibraryOptions()), QUICK)
+    lines: list[str] = []
+    found = pruned(replace(asked, report=lines.append), supernet_of(asked, LibraryOptions()), QUICK)
     assert costs.predict(found.plan.counts) <= asked.cost_limit.limit
+    assert re.fullmatch(r"round 1: limit 70\.0% of dense, cosine distance predicted [\d.]+, real [\d.]+", lines[0])
 
 
 def test_it_needs_costs_of_all_widths() -> None:

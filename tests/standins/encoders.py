@@ -7,32 +7,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    BertTokenizer,
-    RobertaConfig,
-    RobertaModel,
-)
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from dilap.core.graph import Network
 from dilap.core.network_input import TokenInput
 from dilap.models.convolutional.network import traced
 from dilap.models.convolutional.proof import stand_in
 from dilap.models.network import outputs_of, random_examples
+from tools.tiny_networks import TEXT_SIZES, bert, roberta
 
 INPUT = TokenInput(length=12)
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_LETTERS, *(f"##{one}" for one in _LETTERS))
-_SIZES: dict[str, Any] = {
-    "vocab_size": len(VOCABULARY),
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 16,
-}
 SENTENCES = (
     "the cat sat on the mat",
     "a dog ran",
@@ -43,17 +29,8 @@ SENTENCES = (
 )
 
 
-def bert() -> Any:
-    return BertModel(BertConfig(**_SIZES))
-
-
-def roberta() -> Any:
-    """Its position numbers begin behind that of the padding."""
-    return RobertaModel(RobertaConfig(**_SIZES, type_vocab_size=1))
-
-
 def classifier() -> Any:
-    return BertForSequenceClassification(BertConfig(**_SIZES, num_labels=3))
+    return BertForSequenceClassification(BertConfig(**TEXT_SIZES, num_labels=3))
 
 
 ENCODERS: dict[str, Callable[[], Any]] = {"bert": bert, "roberta": roberta, "classifier": classifier}

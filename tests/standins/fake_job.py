@@ -223,11 +223,9 @@ class FakeNetworkBench(NetworkBench):
     def table_path(self, model: str, network: Network) -> Path:
         return (self.tables or Path("tables")) / "table.jsonl"
 
-    def build_table(
-        self, network: Network, path: Path, *, write_probe: Callable[[Mapping[str, int], Path], Path]
-    ) -> Any:
+    def build_table(self, source: NetworkSource, path: Path, *, examples: Examples) -> Any:
         device = replace(self.device, bytes_per_second=1e9, flops_per_second=1e30)
-        return FakeTable(network_roofline(network, self.workload, device))
+        return FakeTable(network_roofline(source.traced.network, self.workload, device))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from torch import nn
 from dilap.profilers.tables.networks.costs import counted
 from dilap.search.limit import CostLimit
 from dilap.search.network_task import NetworkTask
-from standins.networks import NUM_CLASSES, network, random_pixels, shape_of
+from standins.networks import network, random_pixels, shape_of
+from tools.tiny_networks import NUM_CLASSES
 
 IMAGES, VALIDATION = random_pixels(8, seed=3), random_pixels(6, seed=4)
 LABELS = tuple(number % NUM_CLASSES for number in range(len(IMAGES)))

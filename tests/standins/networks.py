@@ -3,39 +3,32 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import (
-    ConvNextConfig,
-    ConvNextForImageClassification,
-    DeiTConfig,
-    DeiTForImageClassificationWithTeacher,
-    EfficientNetConfig,
-    EfficientNetForImageClassification,
-    MobileNetV2Config,
-    MobileNetV2ForImageClassification,
-    RegNetConfig,
-    RegNetForImageClassification,
-    ResNetConfig,
-    ResNetForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
 
 from dilap.core.graph import Network
 from dilap.core.images import ImageInput, Preprocessing
 from dilap.models.convolutional.network import traced
 from dilap.models.convolutional.proof import stand_in
 from dilap.models.network import outputs_of
+from tools.tiny_networks import (
+    NUM_CLASSES,
+    bottleneck,
+    convnext,
+    deit,
+    efficientnet,
+    mobilenet,
+    regnet,
+    resnet,
+    vit,
+)
 
 PREPROCESSING = Preprocessing(resize=(36,), mean=(127.0, 120.0, 100.0), std=(128.0, 64.0, 64.0))
 INPUT = ImageInput(channels=3, height=32, width=32, preprocessing=PREPROCESSING)
 INPUT_SIZE = INPUT.size
-NUM_CLASSES = 7
 
 
 def plain() -> nn.Module:
@@ -51,65 +44,6 @@ def plain() -> nn.Module:
         nn.Flatten(),
         nn.Linear(8, NUM_CLASSES),
     )
-
-
-def resnet(kind: str = "basic", **changes: Any) -> Any:
-    sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 2], "num_labels": NUM_CLASSES}
-    return ResNetForImageClassification(ResNetConfig(layer_type=kind, **sizes | changes))
-
-
-def bottleneck() -> Any:
-    return resnet("bottleneck")
-
-
-def regnet() -> Any:
-    """Two and four groups of 8 channels."""
-    sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 2], "groups_width": 8}
-    return RegNetForImageClassification(RegNetConfig(num_labels=NUM_CLASSES, **sizes))
-
-
-def mobilenet() -> Any:
-    return MobileNetV2ForImageClassification(
-        MobileNetV2Config(depth_multiplier=0.25, image_size=32, num_labels=NUM_CLASSES)
-    )
-
-
-def efficientnet() -> Any:
-    return EfficientNetForImageClassification(
-        EfficientNetConfig(
-            image_size=32,
-            width_coefficient=0.25,
-            depth_coefficient=1.0,
-            depth_divisor=4,
-            hidden_dim=320,
-            in_channels=[32, 16],
-            out_channels=[16, 24],
-            strides=[1, 2],
-            expand_ratios=[1, 6],
-            kernel_sizes=[3, 5],
-            num_block_repeats=[1, 2],
-            depthwise_padding=[],
-            num_labels=NUM_CLASSES,
-        )
-    )
-
-
-def convnext() -> Any:
-    sizes = {"hidden_sizes": [8, 16], "depths": [2, 1], "num_stages": 2, "image_size": 32}
-    return ConvNextForImageClassification(ConvNextConfig(num_labels=NUM_CLASSES, **sizes))
-
-
-_ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-
-
-def vit() -> Any:
-    return ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, num_labels=NUM_CLASSES, **_ENCODER))
-
-
-def deit() -> Any:
-    """With the head of the distillation token."""
-    config = DeiTConfig(image_size=32, patch_size=8, num_labels=NUM_CLASSES, **_ENCODER)
-    return DeiTForImageClassificationWithTeacher(config)
 
 
 class InvertedResidual(nn.Module):

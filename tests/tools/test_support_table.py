@@ -40,6 +40,34 @@ def test_a_pair_does_what_is_declared(family: str, backend: str, precision: str,
     tool.try_out(tool.declared(family, backend, precision), tmp_path)
 
 
+NETWORKS = [
+    ("roberta", "onnxruntime", "f32"),
+    ("xlm-roberta", "onnxruntime", "int8"),
+    ("regnet", "onnxruntime", "f32"),
+    ("efficientnet", "tensorrt", "f16"),
+    ("bert", "tensorrt", "f16"),
+]
+
+
+def test_the_readme_has_the_table_of_networks() -> None:
+    assert tool.table(tool.declared_networks()) in (ROOT / "backends" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("family", "backend", "precision"), NETWORKS)
+def test_a_network_does_what_is_declared(family: str, backend: str, precision: str, tmp_path: Path) -> None:
+    if backend == "tensorrt":  # whose files are compiled here, by TensorRT for RTX, and run by a device
+        pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed")
+    elif reason := backends.get(backend).unavailable():
+        pytest.skip(reason)
+    tool.try_out_network(tool.declared_network(family, backend, precision), tmp_path)
+
+
+def test_a_trial_notices_a_network_that_is_held_against_the_declaration(tmp_path: Path) -> None:
+    pair = tool.Pair(family="convnext", backend="onnxruntime", precision="f32", plans="no", reason="made up")
+    with pytest.raises(tool.VerificationFailed, match="which it says it cannot hold"):
+        tool.try_out_network(pair, tmp_path)
+
+
 def test_a_trial_notices_what_is_held_against_the_declaration(tmp_path: Path) -> None:
     pair = tool.Pair(family="llama", backend="onnxruntime", precision="f32", plans="no", reason="made up")
     with pytest.raises(tool.VerificationFailed, match="which it says it cannot hold"):

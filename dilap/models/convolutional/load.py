@@ -37,6 +37,7 @@ from dilap.models.faithful import exact_type, require_every_tensor
 from dilap.models.image_processor import CONFIG, read_preprocessing
 from dilap.models.load import checkpoint_of
 from dilap.models.network import Pooling, gives_embeddings, takes_tokens
+from dilap.models.origin import Origin, note_origin_, origin_of
 from dilap.models.pretrained import errors_of_damaged_files, from_pretrained
 
 MODELLING_FILE = "modeling_narrowed.py"
@@ -84,6 +85,11 @@ class NetworkSource:
         """The folder of the tokenizer of an encoder of texts."""
         return self.folder if isinstance(self.input, TokenInput) else None
 
+    @property
+    def origin(self) -> Origin:
+        """Where it comes from: what its files say, or only its name."""
+        return origin_of(self.model.config) if isinstance(self.model, PreTrainedModel) else Origin(name=self.name)
+
     @functools.cached_property
     def traced(self) -> Traced:
         """Its shape, found out when it is first asked for; see `dilap.models.convolutional.network.traced`."""
@@ -118,6 +124,8 @@ def load_network(
     if weights is not None:
         _read_weights_(model, Path(weights).expanduser())
     require_finite(model)
+    if isinstance(model, PreTrainedModel):
+        _note_origin_(model, name, folder)
     return NetworkSource(
         name=name,
         model=model,
@@ -126,6 +134,13 @@ def load_network(
         folder=folder if folder.is_dir() else None,
         notes=notes,
     )
+
+
+def _note_origin_(model: PreTrainedModel, name: str, folder: Path) -> None:
+    """Let a model's config say where it comes from; a built-in one has its own name, and not that of its folder."""
+    note_origin_(model.config, name, folder)
+    if name in BUILTIN_NETWORKS:
+        model.config.dilap_origin["name"] = name
 
 
 def _model(name: str, folder: Path) -> tuple[nn.Module, NetworkInput | None, tuple[str, ...]]:

@@ -65,7 +65,8 @@ class Constant(Removed):
         inputs = super().forward(inputs)
         shape = [1] * inputs.ndim
         shape[self.axis] = -1
-        return torch.zeros_like(inputs) + self.bias.view(shape)
+        # of the size of its input alone, so that an exported file does not compute what led to that
+        return torch.zeros(inputs.shape, dtype=inputs.dtype, device=inputs.device) + self.bias.view(shape)
 
 
 def set_tensor_(model: nn.Module, name: str, value: torch.Tensor, *, requires_grad: bool = True) -> None:

@@ -9,6 +9,7 @@ loss's gradient there.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from dilap.core.graph import Branch, Layer, Network
 from dilap.core.space import Space
 from dilap.models.convolutional.readers import Passing, Reader, matrix_of, norms_behind, readers_of
 from dilap.models.network import Examples, batches_of, evaluating, gives_embeddings, outputs_of
+from dilap.models.tensor_file import Tensors, computed_once
 from dilap.search.library import refit, regularised, removal_order
 
 _AT_ONCE = 4  # images in a pass that keeps activations
@@ -91,8 +93,9 @@ def build_library(
     *,
     options: LibraryOptions,
     seed: int,
+    kept: Path | None = None,
 ) -> NetworkLibrary:
-    """Fit all levels of a space on images."""
+    """Fit all levels of a space on images; what is fitted is kept in the file `kept`, and read where it is there."""
     network = space.architecture
     readers = readers_of(network)
     layers = {one.layer.name: one.layer for found in readers.values() for one in found}
@@ -101,18 +104,45 @@ def build_library(
         for level in choice.levels:
             for group, count in zip(choice.block.groups, level.counts, strict=True):
                 counts[group.name].add(count)
-    statistics = layer_statistics(model, layers, images, seed=seed)
+    wanted = {group.name: sorted(counts[group.name] - {0, group.num_units}, reverse=True) for group in network.groups}
     matrices = {
         name: matrix_of(model.get_parameter(layer.weight).detach(), layer).float() for name, layer in layers.items()
     }
-    groups = {}
-    for group in network.groups:
-        wanted = sorted(counts[group.name] - {0, group.num_units}, reverse=True)
-        changes = fit_group(readers[group.name], wanted, matrices, statistics, options=options)
-        groups[group.name] = dict(zip(wanted, changes, strict=True))
-    removals = {branch.groups[0]: _removal(branch, matrices) for branch in network.branches}
-    means = {name: one.mean for name, one in statistics.items()}
-    return NetworkLibrary(groups=groups, removals=removals, layers=layers, means=means)
+
+    def fitted() -> Tensors:
+        statistics = layer_statistics(model, layers, images, seed=seed)
+        found = {f"mean {name}": one.mean for name, one in statistics.items()}
+        for name, numbers in wanted.items():
+            for change in fit_group(readers[name], numbers, matrices, statistics, options=options):
+                found |= _as_tensors(name, change)
+        return found
+
+    tensors = computed_once(kept, fitted)
+    return NetworkLibrary(
+        groups={
+            name: {count: _from_tensors(name, count, readers[name], tensors) for count in numbers}
+            for name, numbers in wanted.items()
+        },
+        removals={branch.groups[0]: _removal(branch, matrices) for branch in network.branches},
+        layers=layers,
+        means={name: tensors[f"mean {name}"] for name in layers},
+    )
+
+
+def _as_tensors(group: str, change: Change) -> dict[str, torch.Tensor]:
+    """Return what was fitted of a change of one group."""
+    count = len(change.units)
+    weights = {f"weight {number} {count} {group}": one.weight for number, one in enumerate(change.patches)}
+    return {f"units {count} {group}": torch.tensor(change.units), **weights}
+
+
+def _from_tensors(group: str, count: int, readers: Sequence[Reader], tensors: Tensors) -> Change:
+    units = tensors[f"units {count} {group}"]
+    patches = [
+        _patch(reader, units, weight=tensors[f"weight {number} {count} {group}"])
+        for number, reader in enumerate(readers)
+    ]
+    return Change(units=tuple(units.tolist()), patches=tuple(patches))
 
 
 def _removal(branch: Branch, matrices: Mapping[str, torch.Tensor]) -> Change:
@@ -146,27 +176,32 @@ def fit_group(
     ]
     order = removal_order(weighed, step=max(1, readers[0].columns.shape[0] // _STEPS))
     products = [weight @ one for weight, one in zip(weights, damped, strict=True)]
-    return [
-        _change(readers, order[:count].sort().values, own=own, products=products, damped=damped) for count in counts
-    ]
+    return [_change(readers, order[:count].sort().values, products=products, damped=damped) for count in counts]
 
 
 def _change(
     readers: Sequence[Reader],
     units: torch.Tensor,
     *,
-    own: Sequence[torch.Tensor],
     products: Sequence[torch.Tensor],
     damped: Sequence[torch.Tensor],
 ) -> Change:
     """Return the change that keeps some units, with the weights of all layers that read them refitted."""
     patches = []
-    for reader, columns, product, one in zip(readers, own, products, damped, strict=True):
-        size = reader.columns.shape[1]
-        among_own = (units[:, None] * size + torch.arange(size)).flatten()
-        weight = refit(product, one, among_own)
-        patches.append(Patch(layer=reader.layer.name, own=columns, kept=columns[among_own], weight=weight))
+    for reader, product, one in zip(readers, products, damped, strict=True):
+        patches.append(_patch(reader, units, weight=refit(product, one, _among_own(reader, units))))
     return Change(units=tuple(units.tolist()), patches=tuple(patches))
+
+
+def _patch(reader: Reader, units: torch.Tensor, *, weight: torch.Tensor) -> Patch:
+    own = reader.columns.flatten()
+    return Patch(layer=reader.layer.name, own=own, kept=own[_among_own(reader, units)], weight=weight)
+
+
+def _among_own(reader: Reader, units: torch.Tensor) -> torch.Tensor:
+    """Return where the inputs of some units are among those that a layer reads of their group."""
+    size = reader.columns.shape[1]
+    return (units[:, None] * size + torch.arange(size)).flatten()
 
 
 def layer_statistics(

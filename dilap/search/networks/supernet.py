@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from dilap.models.convolutional.readers import Passage, Passing, matrix_of, weig
 from dilap.models.network import Examples, batches_of, differences, outputs_of
 from dilap.search.allocation import Config
 from dilap.search.curvature import Curvature, of_levels
+from dilap.search.kept_answers import KeptAnswers
 from dilap.search.networks.library import Change, NetworkLibrary, draw_scores
 
 _AT_ONCE = 4  # images in a pass that keeps activations, and gradients of several vectors
@@ -26,7 +28,7 @@ class NetworkSupernet:
 
     Removed units are still computed, and nothing reads them: the outputs are those of the network that is cut. After
     every change the batch norms are measured again on `images`, as they are after the cut. Distances from the dense
-    network are those on the examples `validation`.
+    network are those on the examples `validation`. With a `journal` folder its answers to a search are kept there.
     """
 
     def __init__(
@@ -37,8 +39,10 @@ class NetworkSupernet:
         *,
         images: Examples,
         validation: Examples,
+        journal: Path | None = None,
     ) -> None:
         self.space, self.library = space, library
+        self._kept = KeptAnswers(folder=journal)
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.norms, self._validation = NormStatistics.of(self.model, images), validation
         self.dense = {name: self.matrix(name).clone() for name in library.layers}
@@ -144,9 +148,12 @@ class NetworkSupernet:
         """Return the distances of the network at `config` from the dense one (examples)."""
         key = tuple(config)
         if key not in self._kls:
-            self.set(config)
-            self._kls[key] = self.differences()
+            self._kls[key] = self._kept.kls(config, lambda: self._measured(config))
         return self._kls[key]
+
+    def _measured(self, config: Sequence[int]) -> torch.Tensor:
+        self.set(config)
+        return self.differences()
 
     @torch.no_grad()
     def differences(self) -> torch.Tensor:
@@ -163,6 +170,11 @@ class NetworkSupernet:
         examples and vectors are the curvature; with the gradient of the distance itself in the place of the vector's,
         the mean is the slope.
         """
+        return self._kept.curvature(
+            config, samples=samples, seed=seed, compute=lambda: self._linearised(config, samples, seed)
+        )
+
+    def _linearised(self, config: Sequence[int], samples: int, seed: int) -> Curvature:
         self.set(config)
         generator = torch.Generator().manual_seed(seed)
         current = self.chosen(config)[torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))]

@@ -62,6 +62,11 @@ class NetworkLatency(NetworkCosts):
         counts = self.network.widths_at(widths)
         return {layer: amount(work, counts) for layer, work in self.terms.items()}
 
+    @property
+    def dense_seconds(self) -> float:
+        """Seconds of the network that keeps all widths."""
+        return self.predict({})
+
     def holdout_errors(self) -> list[float]:
         """Return the absolute relative errors on the plans that took no part in the fit."""
         return [abs(self.predict(one.counts) / one.seconds - 1) for one in self.holdout]
