@@ -28,9 +28,14 @@ def dense_files(stages: CommonStages[Shape], plan: Plan[Shape], *, own: str) -> 
         return {}
     found = {}
     for precision in stages.bench.precisions:
-        folder = stages.workspace.dense if precision == own else stages.workspace.common / f"dense-{precision}"
+        folder = stages.workspace.dense if precision == own else dense_folder(stages, precision)
         found[precision] = folder, stages.artifact(folder, plan, precision=precision)
     return found
+
+
+def dense_folder(stages: CommonStages[Any], precision: str) -> Path:
+    """Return the folder of the dense model's artifact in a precision in which it does not ship."""
+    return stages.workspace.common / f"dense-{precision}"
 
 
 def dense_formats(

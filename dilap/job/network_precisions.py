@@ -13,10 +13,12 @@ from torch import nn
 
 from dilap.core.artifact import Artifact
 from dilap.core.codec import scratch_folder
-from dilap.core.errors import Crashed, Infeasible, Unavailable, Unsupported
+from dilap.core.errors import Crashed, Infeasible, Mismatch, Unavailable, Unsupported, VerificationFailed
 from dilap.core.graph import Network
 from dilap.core.groups import indices_kept
+from dilap.core.shape import by_quality
 from dilap.job.common_stages import AIM, ALREADY_KEPT, Goal
+from dilap.job.formats import dense_folder
 from dilap.job.network_exam import NetworkExam
 from dilap.job.network_stages import NetworkStages
 from dilap.models.convolutional.cut import shrink_network_
@@ -69,13 +71,17 @@ class PrecisionChoice:
         return goal
 
     def _nearest(self, method: NetworkMethod, goal_of: Callable[[str], Goal]) -> Pruned[Network]:
-        """Return the answer in the precision in which its file is nearest to the dense network. Raises Infeasible."""
-        exam, answers, refusals = NetworkExam.of(self.stages), dict[str, Pruned[Network]](), list[Infeasible]()
+        """Return the answer in the precision in which its file is nearest to the dense network.
+
+        Raises Infeasible, or Mismatch for a latency table that cannot be trusted, where there is none in any precision.
+        """
+        exam, answers = NetworkExam.of(self.stages), dict[str, Pruned[Network]]()
+        refusals: list[Infeasible | Mismatch] = []
         distances: dict[str, float] = {}
         for precision in sorted(self.shares, key=self._is_pruned):  # what is known without a search comes first
             try:
                 answer = self._answer(precision, method, goal_of)
-            except Infeasible as error:
+            except (Infeasible, Mismatch) as error:
                 refusals.append(error)
                 self.stages.workspace.log.say(f"in {precision}: {error}")
                 continue
@@ -109,6 +115,30 @@ class PrecisionChoice:
             candidate = replace(stages, source=replace(stages.source, model=model))
             candidate.export(pruned.plan, folder / "file", None)
             return exam.validation_distance_of_artifact(folder / "file", stages.bench.read_artifact(folder / "file"))
+
+
+def without_unheld(stages: NetworkStages) -> NetworkStages:
+    """Return the stages without the precisions in which the runtime cannot hold this network, which a line says.
+
+    Raises Unsupported or VerificationFailed instead where the precisions were named.
+    """
+    if not stages.chooses_precision:
+        return stages
+    held = [precision for precision in stages.bench.others if _is_held(stages, precision)]
+    own = stages.options.workload.precision
+    return replace(stages, bench=replace(stages.bench, precisions=by_quality([own, *held])))
+
+
+def _is_held(stages: NetworkStages, precision: str) -> bool:
+    """Export the dense network in a precision, and return whether the runtime can hold it."""
+    try:
+        stages.artifact(dense_folder(stages, precision), stages.dense_plan, precision=precision)
+    except (Unsupported, VerificationFailed) as error:
+        if stages.options.precisions is not None:
+            raise
+        stages.workspace.log.say(f"{precision} is not tried: {error}")
+        return False
+    return True
 
 
 def why_not_chosen(stages: NetworkStages, dense: Artifact) -> str | None:

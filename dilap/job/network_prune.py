@@ -23,7 +23,7 @@ from dilap.job.inputs import code_sha256
 from dilap.job.network_bench import NetworkBench
 from dilap.job.network_exam import NetworkExam
 from dilap.job.network_options import NetworkOptions
-from dilap.job.network_precisions import PrecisionChoice, cut_, prunes, why_not_chosen
+from dilap.job.network_precisions import PrecisionChoice, cut_, prunes, why_not_chosen, without_unheld
 from dilap.job.network_recovery import Recovered, recover_network_
 from dilap.job.network_stages import NetworkStages
 from dilap.job.photographs import GUESSED, shown_photographs, usual_input
@@ -159,6 +159,7 @@ def _run(stages: NetworkStages, method: NetworkMethod) -> PruneResult[Any] | Non
     if stages.chooses_precision and (reason := why_not_chosen(stages, dense)):
         stages.workspace.log.say(reason)
         stages = replace(stages, bench=replace(stages.bench, precisions=()))
+    stages = without_unheld(stages)
     files = dense_files(stages, stages.dense_plan, own=stages.options.workload.precision)
     if files:
         choice = PrecisionChoice(stages=stages, dense=dense, shares=latency_shares(stages, files))

@@ -8,6 +8,7 @@ from standins.fake_job import QuickNetworkBench, use_fake_network_bench
 from standins.network_jobs import Place, Result, place_in
 
 from dilap import backends
+from dilap.core.artifact import Artifact
 from dilap.core.errors import InvalidInput, Unavailable, Unsupported
 from dilap.job.precisions import offered_network_precisions
 from dilap.job.result import read_result, summary, table
@@ -145,6 +146,33 @@ def test_files_of_every_precision_are_scored_through_their_runtime(
     assert 1e-5 < int8.quality.kl < 0.1
     assert {f32.quality.through, int8.quality.through} == {"onnxruntime"}
     assert int8.artifact.details["operators"]["QuantizeLinear"] > 0
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the runtime hold no network in 8 bits."""
+    export = QuickNetworkBench.export
+
+    def refused(self: QuickNetworkBench, *given: Any, **named: Any) -> Artifact:
+        if named.get("precision") == "int8":
+            raise Unsupported("an operator has no 8 bits")
+        return export(self, *given, **named)
+
+    monkeypatch.setattr(QuickNetworkBench, "export", refused)
+
+
+@pytest.mark.usefixtures("_quick_choice")
+def test_a_precision_that_the_runtime_cannot_hold_is_left_out(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch)
+    lines: list[str] = []
+    result = prune(place, method="uniform", settings={}, progress=lines.append)
+    assert (result.pruned.artifact.precision, result.formats) == ("f32", ())
+    assert any("int8 is not tried: an operator has no 8 bits" in line for line in lines)
+
+
+def test_a_precision_that_is_named_has_to_be_held(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch)
+    with pytest.raises(Unsupported, match="an operator has no 8 bits"):
+        prune(place, precision="f32,int8")
 
 
 @pytest.mark.parametrize(
