@@ -29,13 +29,8 @@ from dilap.profilers.tables.table import LatencyTable
 
 @dataclass(frozen=True, kw_only=True)
 class Bench(MeasuringBench):
-    """A device, a runtime and a workload, for which a job exports, measures and predicts decoders.
+    """A device, a runtime and a workload, for which a job exports, measures and predicts decoders."""
 
-    `precisions` are those that parts of a model may have, the best first; a latency table is measured in all of them.
-    Empty, they are the workload's own one alone.
-    """
-
-    precisions: tuple[str, ...] = ()
     require_precision = staticmethod(backends.require_precision)
 
     def mixing(self, asked: tuple[str, ...] | None, architecture: Architecture) -> "Bench":
@@ -49,11 +44,6 @@ class Bench(MeasuringBench):
             backends.require_loadable(self.backend, architecture, precision=precision)
         found = offered_precisions(asked, self.backend, architecture, own=self.workload.precision)
         return replace(self, precisions=found)
-
-    @property
-    def others(self) -> tuple[str, ...]:
-        """The precisions that parts of a model may have beside the workload's own, which is the artifact's."""
-        return tuple(one for one in self.precisions if one != self.workload.precision)
 
     def estimated_model(self, architecture: Architecture, *, reach: Reach | None = None) -> LatencyModel:
         """Return the roofline of the device, which takes the place of a fitted latency table in an estimate."""

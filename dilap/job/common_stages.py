@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, Self
 
+from dilap import methods
 from dilap.core.artifact import Artifact
 from dilap.core.codec import decode, encode, read_json, write_json
 from dilap.core.errors import Infeasible, Mismatch
@@ -136,6 +137,12 @@ class CommonStages(ABC, Generic[Shape]):
     @property
     def _seconds_measured(self) -> float:
         return self.workspace.stage_seconds.get(_MEASURE, 0.0)
+
+    @property
+    def chooses_precision(self) -> bool:
+        """Whether the method may choose the precision of every part; of a ratio precisions make no difference."""
+        several = len(self.bench.precisions) > 1 and self.options.budget.ratio is None
+        return several and methods.chooses_precision(self.options.method)
 
     @property
     def method_cache(self) -> Path:

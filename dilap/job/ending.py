@@ -30,9 +30,11 @@ def _of_budget(result: PruneResult[Any]) -> str:
         keeps = f"{'would keep' if result.budget_used <= 1 else 'would miss'}, by an estimate that no device has seen,"
     work = {"decode": "a token", "prefill": "a prompt", "forward": "a run"}[result.workload.phase]
     dense, pruned = milliseconds(result.dense.seconds), milliseconds(result.pruned.seconds)
-    done = "quantised and not pruned" if result.is_only_quantised else "pruned"
+    changed = "quantised and not pruned" if result.is_only_quantised else "pruned"
+    if result.is_of_network and result.formats:
+        changed += f", in {result.pruned.artifact.precision}"
     return (
-        f"{name}, {done}, {keeps} the budget of {budget} on {result.target}: {pruned} ms{_range(result)} {work} "
+        f"{name}, {changed}, {keeps} the budget of {budget} on {result.target}: {pruned} ms{_range(result)} {work} "
         f"instead of {dense}, in {result.backend} with {result.workload.configuration}"
     )
 
@@ -50,10 +52,10 @@ def _range(result: PruneResult[Any]) -> str:
 def _of_quality(result: PruneResult[Any]) -> str:
     """Say what the KL means, and which plain format of the dense model comes nearest in latency."""
     quality = result.pruned.quality
-    if not isinstance(quality, Quality):
-        return f"Beside the dense model, on {quality.read}: {in_words(quality.shown)}"
-    kl = quality.kl
-    said = f"Its KL to the dense model is {kl:.3f} a token: {meaning.of_kl(kl)}"
+    if isinstance(quality, Quality):
+        said = f"Its KL to the dense model is {quality.kl:.3f} a token: {meaning.of_kl(quality.kl)}"
+    else:
+        said = f"Beside the dense model, on {quality.read}: {in_words(quality.shown)}"
     if result.is_only_quantised:
         return f"{said}; {quantising_alone(result)}" if result.formats else said
     nearest = _nearest_format(result)
@@ -61,12 +63,12 @@ def _of_quality(result: PruneResult[Any]) -> str:
         return said
     seconds = nearest.seconds(result.dense, result.budget.statistic)
     return (
-        f"{said}; unpruned, the nearest format is {nearest.precision} with {milliseconds(seconds)} ms and a KL of "
-        f"{nearest.quality.kl:.3f}"
+        f"{said}; unpruned, the nearest format is {nearest.precision} with {milliseconds(seconds)} ms and a "
+        f"{quality.DISTANCE} of {nearest.quality.distance:.3f}"
     )
 
 
-def _nearest_format(result: PruneResult[Any]) -> DenseFormat | None:
+def _nearest_format(result: PruneResult[Any]) -> DenseFormat[Any] | None:
     statistic = result.budget.statistic
     return min(
         result.formats,

@@ -58,6 +58,8 @@ class MeasuringBench(ABC):
 
     `helpers` are further devices of the same kind, which measure part of a latency table. With `estimate` nothing is
     measured: latencies come from a roofline of the device's published numbers, and are marked as estimated.
+    `precisions` are those that parts of a model may have, the best first; a latency table is measured in all of them.
+    Empty, they are the workload's own one alone.
     """
 
     device: Device
@@ -68,6 +70,7 @@ class MeasuringBench(ABC):
     force: bool = False
     tables: Path | None = None  # where tables and configurations are kept; `tables/` by default
     estimate: bool = False
+    precisions: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -112,6 +115,11 @@ class MeasuringBench(ABC):
     @abstractmethod
     def estimates(self, cases: Sequence[Case]) -> list[Measurement]:
         """Return estimates for model files, the dense model as the first one."""
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The precisions that parts of a model may have beside the workload's own, which is the artifact's."""
+        return tuple(one for one in self.precisions if one != self.workload.precision)
 
     @property
     def measured(self) -> str:

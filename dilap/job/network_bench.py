@@ -14,6 +14,7 @@ from dilap.core.plan import Plan
 from dilap.core.progress import say_lines
 from dilap.core.rules import NetworkCapabilities
 from dilap.job.measuring import MeasuringBench, Usual
+from dilap.job.precisions import offered_network_precisions
 from dilap.job.tables import describe_errors, shown_probes
 from dilap.models.convolutional.cut import shrink_network_
 from dilap.models.convolutional.load import NetworkSource
@@ -44,6 +45,14 @@ class NetworkBench(MeasuringBench):
     plans: tuple[Plan[Network], ...] = ()
     require_precision = staticmethod(backends.require_network_precision)
 
+    def mixing(self, asked: tuple[str, ...] | None) -> "NetworkBench":
+        """Return the bench where networks may have the precisions `asked` for. Raises Unsupported."""
+        return replace(self, precisions=offered_network_precisions(asked, self.backend, own=self.workload.precision))
+
+    def at(self, precision: str) -> "NetworkBench":
+        """Return the bench on which every network is in that precision."""
+        return replace(self, workload=replace(self.workload, precision=precision))
+
     @property
     def capabilities(self) -> NetworkCapabilities:
         return self.backend.network_capabilities(precision=self.workload.precision)
@@ -56,16 +65,18 @@ class NetworkBench(MeasuringBench):
         examples: Examples,
         plan_digest: str = "",
         tokenizer: Path | None = None,
+        precision: str | None = None,
     ) -> Artifact:
         """Export the source's network as it is now into `folder`, and compare it with torch on examples.
 
-        `tokenizer` is the folder of the one that is put beside the file. Raises the exporter's errors,
+        `tokenizer` is the folder of the one that is put beside the file, and `precision` is by default the workload's.
+        Raises the exporter's errors,
         VerificationFailed among them.
         """
         return export.get_network(self.backend.name).export(
             source.model,
             input_=source.input,
-            precision=self.workload.precision,
+            precision=precision or self.workload.precision,
             images=examples[:_NUM_CALIBRATED],
             plan_digest=plan_digest,
             out=folder,
@@ -132,10 +143,11 @@ class NetworkBench(MeasuringBench):
     def estimates(self, cases: Sequence[Case]) -> list[Measurement]:
         """Return estimates for model files of the bench's plans."""
         plans = {plan.digest: plan for plan in self.plans}
-        found = [plans[self.read_artifact(case.path.parent).plan_digest] for case in cases]
+        artifacts = [self.read_artifact(case.path.parent) for case in cases]
+        found = [plans[one.plan_digest] for one in artifacts]
         return [
-            self._estimate(plan.architecture, plan.counts, sha256=file_sha256(case.path))
-            for plan, case in zip(found, cases, strict=True)
+            self._estimate(plan.architecture, plan.counts, precision=artifact.precision, sha256=file_sha256(case.path))
+            for plan, artifact, case in zip(found, artifacts, cases, strict=True)
         ]
 
     def measure_counts(
@@ -148,22 +160,29 @@ class NetworkBench(MeasuringBench):
         probe: Callable[[Path], Artifact],
         usual: Usual | None,
     ) -> list[Measurement]:
-        """Measure the dense network beside a `probe` with so many units left in its groups; see `measure_beside`."""
+        """Measure the dense network beside a `probe` with so many units left in its groups; see `measure_beside`.
+
+        The probe is in the bench's own precision, the dense network in that of its artifact.
+        """
         if not self.estimate:
             return self.measure_beside(dense, path, probe=probe, usual=usual)
+        precision = self.read_artifact(dense.parent).precision
         return [
-            self._estimate(network, {}, sha256=file_sha256(dense)),
-            self._estimate(network, counts, sha256=""),
+            self._estimate(network, {}, precision=precision, sha256=file_sha256(dense)),
+            self._estimate(network, counts, precision=self.workload.precision, sha256=""),
         ]
 
-    def _estimate(self, network: Network, counts: Mapping[str, int], *, sha256: str) -> Measurement:
-        return estimated(
-            [self.estimated_costs(network, reach=reach) for reach in reaches(self.device)],
+    def _estimate(self, network: Network, counts: Mapping[str, int], *, precision: str, sha256: str) -> Measurement:
+        """Return an estimate for a file in some precision, under the bench's own workload as a measurement is."""
+        there = self.at(precision)
+        found = estimated(
+            [there.estimated_costs(network, reach=reach) for reach in reaches(self.device)],
             network.widths_at(counts),
             device=self.device,
             backend=self.backend.name,
             artifact_sha256=sha256,
         )
+        return replace(found, workload=self.workload)
 
     def find_configuration(self, path: Path, *, threads: Sequence[int]) -> Configuration:
         """Return the fastest configuration for the model file `path`, with one of the given numbers of threads."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from dilap.backends import host
+from dilap.backends import Network, host
 from dilap.backends.readers import open_network
 from dilap.core.artifact import Artifact
 from dilap.core.codec import digest
@@ -62,6 +62,14 @@ class NetworkExam(Generic[AnyQuality]):
         """Return how far a torch model is from the dense one on the validation split."""
         return self.shown.distance(TorchNetwork(model).outputs(self.shown.validated), self.validation)
 
+    def validation_distance_of_artifact(self, folder: Path, artifact: Artifact) -> float:
+        """Return how far an exported file, through its runtime on this machine, is from the dense torch model there.
+
+        Raises Crashed, Unavailable or Unsupported where it cannot run here.
+        """
+        with closing(_opened(folder, artifact)) as network:
+            return self.shown.distance(network.outputs(self.shown.validated), self.validation)
+
     def of_artifact(
         self, stages: NetworkStages, folder: Path, artifact: Artifact, *, in_torch: AnyQuality
     ) -> AnyQuality:
@@ -73,8 +81,7 @@ class NetworkExam(Generic[AnyQuality]):
         require_unchanged(folder, artifact)
 
         def read() -> AnyQuality:
-            path, threads = folder / artifact.path, host.num_physical_cores()
-            with closing(open_network(artifact.backend, path, threads=threads)) as network:
+            with closing(_opened(folder, artifact)) as network:
                 answers = _answers(stages, network, folder.name)
             return self._quality(answers, through=artifact.backend, artifact_sha256=artifact.sha256)
 
@@ -91,6 +98,10 @@ class NetworkExam(Generic[AnyQuality]):
         self, answers: NDArray[np.float32], *, through: str = "torch", artifact_sha256: str = ""
     ) -> AnyQuality:
         return self.shown.quality(answers, self.reference, through=through, artifact_sha256=artifact_sha256)
+
+
+def _opened(folder: Path, artifact: Artifact) -> Network:
+    return open_network(artifact.backend, folder / artifact.path, threads=host.num_physical_cores())
 
 
 def _answers(stages: NetworkStages, network: Answers, name: str) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ import torch
 from dilap import methods
 from dilap.core.graph import Layer, Network
 from dilap.job.forecast import Machine, Need
-from dilap.job.network_options import NetworkOptions
+from dilap.job.network_options import ExampleOptions, NetworkOptions
 from dilap.job.network_prune import load_source
 from dilap.methods import NETWORK_METHODS
 from dilap.methods.networks.halp import Halp
@@ -41,7 +41,7 @@ def of_job(options: NetworkOptions) -> tuple[Callable[[NetworkOptions], list[Nee
 
 def needs_of(network: Network, options: NetworkOptions) -> list[Need]:
     """Return the needs of a job's stages. Raises InvalidInput for a method that is not known."""
-    asked, weights = options.examples, _F32 * network.num_parameters
+    asked, weights = _examples(options), _F32 * network.num_parameters
     searched = asked.most_train + asked.most_validation
     held = weights + searched * _F32 * prod(network.input_size)
     flops = float(network.flops())
@@ -64,9 +64,14 @@ def needs_of(network: Network, options: NetworkOptions) -> list[Need]:
     return found
 
 
+def _examples(options: NetworkOptions) -> ExampleOptions:
+    assert options.examples is not None  # nothing is pruned without them
+    return options.examples
+
+
 def _pruning(network: Network, options: NetworkOptions, *, held: int) -> Need:
     method = methods.get(options.method, options.settings, table=NETWORK_METHODS)
-    train, flops = options.examples.most_train, float(network.flops())
+    train, flops = _examples(options).most_train, float(network.flops())
     if isinstance(method, Dilap):
         return _search(network, options, method, held=held)
     if isinstance(method, Halp):
@@ -83,7 +88,7 @@ def _pruning(network: Network, options: NetworkOptions, *, held: int) -> Need:
 
 def _search(network: Network, options: NetworkOptions, method: Dilap, *, held: int) -> Need:
     """Return the needs of DiLAP's search: its library, its quadratic models, and the configs that it scores."""
-    asked, flops = options.examples, float(network.flops())
+    asked, flops = _examples(options), float(network.flops())
     weights, vectors = _F32 * network.num_parameters, 1 + method.draws
     outputs = _F32 * sum(map(partial(_outputs, network), network.layers))
     widest = _F32 * max(_inputs(network, one) * one.num_positions // len(one.output_sizes) for one in network.layers)

@@ -12,6 +12,7 @@ from dilap.core.network_input import NetworkInput, TokenInput
 from dilap.core.workload import Budget, Workload
 from dilap.job.networks import in_words, reads_texts
 from dilap.job.options import CommonOptions, require_in_range, require_known
+from dilap.job.precisions import asked_precisions, offered_network_precisions
 from dilap.models.builtin import BUILTIN_NETWORKS
 from dilap.models.distil_network import NetworkMode, NetworkRecovery
 from dilap.profilers.configuration import thread_counts
@@ -40,14 +41,17 @@ class ExampleOptions:
 class NetworkOptions(CommonOptions):
     """Everything that a prune job of such a network is asked for: two jobs with equal options are the same job.
 
-    `input`, `processor` and `weights` are those of `dilap.models.convolutional.load.load_network`, and `table` is the
-    file of a latency table that was measured earlier. `examples` are None for a network that is only timed. The seed is
-    set in the options of examples and recovery.
+    `precisions` are those that the network may have beside the workload's own, by which budgets are taken; None stands
+    for all that the runtime has. `input`, `processor` and `weights` are those of
+    `dilap.models.convolutional.load.load_network`, and `table` is the file of a latency table that was measured
+    earlier. `examples` are None for a network that is only timed. The seed is set in the options of examples and
+    recovery.
     """
 
     model: str = next(iter(BUILTIN_NETWORKS))
     backend: str = "onnxruntime"
     workload: Workload = field(default_factory=lambda: Workload(phase="forward", precision="f32"))
+    precisions: tuple[str, ...] | None = ()
     method: str = "dilap"
     input: NetworkInput | None = None
     processor: str | None = None
@@ -90,10 +94,11 @@ def network_options(
 ) -> NetworkOptions:
     """Return the job that these options of `dilap-prune` ask for; its `--help` says what each of them is.
 
-    None stands for the default of `device`: its first runtime that runs such networks, the first precision in which
-    that does, and for `threads` a choice between all physical cores and fewer. Without `calib`, which is `self` for
-    decoders alone, the network can only be timed. Raises InvalidInput for impossible
-    values and options that do not apply to the network, and Unsupported for a runtime that runs no such networks.
+    None stands for the default of `device`: its first runtime that runs such networks, and for `threads` a choice
+    between all physical cores and fewer. `precision` is one, several with commas between them, or `auto` (or None):
+    then the network may have any that the runtime has, and a budget is of its first one. Without `calib`, which is
+    `self` for decoders alone, the network can only be timed. Raises InvalidInput for impossible values and options that
+    do not apply to the network, and Unsupported for a runtime that runs no such networks.
     """
     require_known(configuration=configuration)
     require_in_range(recover_steps=recover_steps, seed=seed, threads=threads)
@@ -110,6 +115,7 @@ def network_options(
         examples = ExampleOptions(source=calib, evaluation=eval_text if is_of_texts else eval_images)
     runtime = backend or _first_backend(device)
     device.require_runtime(runtime)
+    own, precisions = _precisions(runtime, precision, has_table=table is not None)
     return NetworkOptions(
         budget=budget,
         model=model,
@@ -122,9 +128,10 @@ def network_options(
         workload=Workload(
             phase="forward",
             batch=batch,
-            precision=_precision(runtime, precision),
+            precision=own,
             threads=device.default_threads() if threads is None else threads,
         ),
+        precisions=precisions,
         force=force,
         estimate=estimate,
         configuration=configuration,
@@ -158,10 +165,15 @@ def _first_backend(device: Device) -> str:
     return next(able, next(iter(device.backends)))
 
 
-def _precision(backend: str, asked: str | None) -> str:
-    """Return the precision asked for, or the runtime's first one for image networks. Raises Unsupported."""
+def _precisions(backend: str, asked: str | None, *, has_table: bool) -> tuple[str, tuple[str, ...] | None]:
+    """Return what `asked_precisions` returns, for such networks. Raises Unsupported, and InvalidInput with one table.
+
+    A table that is given is of one precision, so that no other one is tried.
+    """
     runtime = backends.get(backend)
     backends.require_networks(runtime)
-    chosen = runtime.network_precisions()[0] if asked in (None, "auto") else str(asked)
-    backends.require_network_precision(runtime, chosen)
-    return chosen
+    own, precisions = asked_precisions(asked, default=runtime.network_precisions()[0])
+    offered_network_precisions(precisions, runtime, own=own)
+    if has_table and precisions:
+        raise InvalidInput(f"the latency table of --table is of one precision, got {', '.join(precisions)}: name one")
+    return own, () if has_table else precisions

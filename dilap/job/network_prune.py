@@ -10,7 +10,6 @@ from dilap import __version__, backends, methods
 from dilap.core.codec import digest, encode, remove, write_json
 from dilap.core.errors import Unsupported
 from dilap.core.graph import Network
-from dilap.core.groups import indices_kept
 from dilap.core.images import ImageInput
 from dilap.core.network_input import NetworkInput, TokenInput
 from dilap.core.plan import Plan
@@ -20,10 +19,12 @@ from dilap.job.card import write_network_cards
 from dilap.job.claims import Calibrated, Claim, claimed, result_of
 from dilap.job.common_stages import Goal
 from dilap.job.examples import Shown
+from dilap.job.formats import Files, dense_files, dense_formats, latency_shares
 from dilap.job.inputs import code_sha256
 from dilap.job.network_bench import NetworkBench
 from dilap.job.network_exam import NetworkExam
 from dilap.job.network_options import NetworkOptions
+from dilap.job.network_precisions import PrecisionChoice, cut_, prunes, why_not_chosen, without_unheld
 from dilap.job.network_recovery import Recovered, recover_network_
 from dilap.job.network_stages import NetworkStages
 from dilap.job.photographs import GUESSED, shown_photographs, usual_input
@@ -32,10 +33,8 @@ from dilap.job.result import PruneResult
 from dilap.job.run_folder import Workspace
 from dilap.job.sentences import shown_sentences
 from dilap.methods import NETWORK_METHODS
-from dilap.models.convolutional.cut import shrink_network_
 from dilap.models.convolutional.load import NetworkSource, load_network, save_network
 from dilap.models.convolutional.network import Traced
-from dilap.models.convolutional.norm_statistics import NormStatistics
 from dilap.models.network import gives_embeddings
 from dilap.profilers.devices.device import Device
 from dilap.profilers.tables.networks.table import NetworkTable
@@ -67,7 +66,7 @@ def prune_network(
         force=options.force,
         tables=tables,
         estimate=options.estimate,
-    )
+    ).mixing(options.precisions)
     with workspace.stage("load the model"):
         source = source or load_source(options)
         traced = source.traced
@@ -170,27 +169,36 @@ def _run(stages: NetworkStages, method: NetworkMethod) -> PruneResult[Any] | Non
     stages = replace(stages, bench=replace(stages.bench, plans=(stages.dense_plan,)))
     dense = stages.artifact(stages.workspace.dense, stages.dense_plan)
     stages = stages.configured(dense)
+    if stages.chooses_precision and (reason := why_not_chosen(stages, dense)):
+        stages.workspace.log.say(reason)
+        stages = replace(stages, bench=replace(stages.bench, precisions=()))
+    stages = without_unheld(stages)
+    files = dense_files(stages, stages.dense_plan, own=stages.options.workload.precision)
+    if files:
+        choice = PrecisionChoice(stages=stages, dense=dense, shares=latency_shares(stages, files))
+        found = choice.pruned(method)
+        return None if found is None else _claim(stages, *found, files)
     goal = stages.goal(dense)
     if goal is None:
         return None
-    return _claim(stages, goal, stages.prune(method, goal))
+    return _claim(stages, goal, stages.answered(lambda: stages.asked(method, goal)), files)
 
 
-def _claim(stages: NetworkStages, goal: Goal, pruned: Pruned[Network]) -> PruneResult[Any]:
+def _claim(stages: NetworkStages, goal: Goal, pruned: Pruned[Network], files: Files) -> PruneResult[Any]:
     """Shrink, recover and export the network, score it on unseen examples, measure it; return the result.
 
-    The network in `stages.source` becomes the pruned one on the way.
+    `files` are those of the dense network in every precision, which are scored beside it. The network in
+    `stages.source` becomes the pruned one on the way, and is recovered where anything was pruned.
     """
     source, workspace, plan = stages.source, stages.workspace, pruned.plan
     model, shown = source.model, stages.shown
     write_json(workspace.folder / "plan.json", encode(plan))
     with workspace.stage("score the dense model"):
         exam = NetworkExam.of(stages)
-    dense = None if stages.options.recovery.mode == "none" else copy.deepcopy(model)
+    is_recovered = stages.options.recovery.mode != "none" and prunes(pruned)
+    dense = copy.deepcopy(model) if is_recovered else None
     with workspace.stage("measure batch norms"):
-        norms = NormStatistics.of(model, shown.trained)
-        shrink_network_(model, plan, parameters=pruned.parameters)
-        norms.put_(model, indices_kept(plan.architecture.groups, plan.kept))
+        cut_(model, pruned, shown.trained)
     with workspace.stage("score the pruned model"):
         validated = exam.validation_distance(model)
         shrunk = exam.of_torch(stages, model)
@@ -216,7 +224,12 @@ def _claim(stages: NetworkStages, goal: Goal, pruned: Pruned[Network]) -> PruneR
         sizes=lambda artifact: sizes[artifact.plan_digest],
     )
     result = _result(stages, goal, pruned, claim, shrunk=shrunk, validated=validated)
-    return replace(result, notes=(*result.notes, *recovery.notes), recovery_kls=recovery.distances)
+    return replace(
+        result,
+        notes=(*result.notes, *recovery.notes),
+        recovery_kls=recovery.distances,
+        formats=dense_formats(stages, files, exam, in_torch=exam.dense),
+    )
 
 
 def _sizes(stages: NetworkStages, plan: Plan[Network]) -> dict[str, tuple[int, int]]:
@@ -246,6 +259,6 @@ def _result(
         calibrated=Calibrated(name=shown.name, sha256=shown.searched_sha256, sequences=shown.num_searched),
         validation_distance=validated,
         without_recovery=shrunk.distance,
-        recovery=stages.options.recovery.mode,
+        recovery=stages.options.recovery.mode if prunes(pruned) else "none",
         notes=stages.source.notes,
     )

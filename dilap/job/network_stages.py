@@ -46,14 +46,28 @@ class NetworkStages(CommonStages[Network]):
     def dense_plan(self) -> Plan[Network]:
         return full_plan(self.network, base=self.source.digest)
 
+    def at(self, precision: str) -> "NetworkStages":
+        """Return the stages of the same job in which every network but the dense one that ships has that precision."""
+        return replace(self, bench=self.bench.at(precision))
+
+    def planned(self, plan: Plan[Network]) -> Plan[Network]:
+        """Return a plan with the precision of these stages, which it does not name where that is the options' own."""
+        own, precision = self.options.workload.precision, self.bench.workload.precision
+        return plan if precision == own else replace(plan, precisions=dict.fromkeys(self.network.parts, precision))
+
+    def precision_of(self, plan: Plan[Network]) -> str:
+        """Return the precision of a plan, which is one for all parts."""
+        return next(iter(plan.precisions.values()), self.options.workload.precision)
+
     def export(self, plan: Plan[Network], folder: Path, precision: str | None) -> None:
-        assert precision is None
+        """Export the model as it is now, cut by `plan`, and verify it; the precision is by default the plan's."""
         self.bench.export(
             self.source,
             folder,
             examples=self.shown.trained,
             plan_digest=plan.digest,
             tokenizer=self.source.tokenizer,
+            precision=precision or self.precision_of(plan),
         )
 
     def _begun_configuration(self, dense: Path) -> Configuration:
@@ -67,29 +81,30 @@ class NetworkStages(CommonStages[Network]):
         with self.workspace.stage("find the fastest configuration"):
             return self.bench.kept_configuration(kept, threads=threads, dense=lambda: dense)
 
-    def goal(self, dense: Artifact) -> Goal | None:
+    def goal(self, dense: Artifact, *, share: float = 1.0) -> Goal | None:
         """Return the budget in numbers, or None where the dense network keeps it already; log the reachable latencies.
 
-        Raises Infeasible where no plan is fast enough.
+        `share` is the latency of the network in the precision of these stages, as a share of that of the artifact
+        `dense`, of which the budget is. Raises Infeasible where no plan is fast enough.
         """
         ratio = self.options.budget.ratio
         if ratio is not None:
             return self._weights_goal((1 - ratio) * self._weights.predict({}))
         budget, costs = self.options.budget, self._costs()
-        with self.workspace.stage("latency of the dense model"):
-            measured = self.dense_measurement(dense)
-        seconds = measured.seconds(budget.statistic)
-        limit = budget.limit_seconds(dense_seconds=seconds)
-        scale = seconds / costs.predict({})
+        seconds, limit = self.dense_seconds_and_limit(dense)
+        scale = share * seconds / costs.predict({})
         floor, fastest = scale * costs.constant, scale * costs.predict(self._narrowest)
+        mark = self.dense_measurement(dense).mark
+        inside = "" if share == 1 else f", in {self.bench.workload.precision} {share * seconds * 1e3:.2f} ms"
         self.workspace.log.say(
-            f"dense {seconds * 1e3:.2f} ms{measured.mark}; floor that no plan removes {floor * 1e3:.2f} ms; fastest "
+            f"dense {seconds * 1e3:.2f} ms{mark}{inside}; floor that no plan removes {floor * 1e3:.2f} ms; fastest "
             f"reachable, as predicted, {fastest * 1e3:.2f} ms; budget {budget} is {limit * 1e3:.2f} ms"
         )
         if limit >= seconds:
             self.workspace.log.say(ALREADY_KEPT)
             return None
-        self.require_reachable(fastest, limit=limit, dense=seconds, advice="a smaller --precision or a smaller model")
+        advice = "a smaller model" if self.chooses_precision else "a smaller --precision or a smaller model"
+        self.require_reachable(fastest, limit=limit, dense=seconds, advice=advice)
         usual = Usual(seconds=seconds, statistic=budget.statistic)
         return Goal(
             cost_limit=CostLimit(
@@ -102,9 +117,16 @@ class NetworkStages(CommonStages[Network]):
             floor_seconds=floor,
             fastest_seconds=fastest,
             usual=usual,
+            unpruned_share=share,
             caveats=costs.caveats,
             costs=costs,
         )
+
+    def dense_seconds_and_limit(self, dense: Artifact) -> tuple[float, float]:
+        """Return what the dense network that ships takes, and what the budget allows, in seconds."""
+        with self.workspace.stage("latency of the dense model"):
+            seconds = self.dense_measurement(dense).seconds(self.options.budget.statistic)
+        return seconds, self.options.budget.limit_seconds(dense_seconds=seconds)
 
     def _costs(self) -> NetworkLatency:
         """Return what predicts latencies: the costs fitted to a measured table, or an estimate."""
@@ -116,7 +138,9 @@ class NetworkStages(CommonStages[Network]):
             path = self.bench.table_path(self.source.name, self.network)
             with self.workspace.stage("latency table"):
                 table = self.bench.build_table(self.source, path, examples=self.shown.trained)
-        table.write(self.workspace.folder / "table.jsonl")
+        precision = self.bench.workload.precision
+        name = "table.jsonl" if precision == self.options.workload.precision else f"table-{precision}.jsonl"
+        table.write(self.workspace.folder / name)
         model = table.model(self.options.budget.statistic)
         require_claimable(model, advice="the same command on a quiet machine")
         return model
@@ -142,14 +166,11 @@ class NetworkStages(CommonStages[Network]):
         answers: NDArray[np.float32] = found["outputs"].numpy()
         return answers
 
-    def prune(self, method: NetworkMethod, goal: Goal) -> Pruned[Network]:
-        """Return what `method` answers; see `answered`."""
-
-        def ask() -> Pruned[Network]:
-            found = method(self._task(goal))
-            return found if isinstance(found, Pruned) else Pruned(plan=found)
-
-        return self.answered(ask)
+    def asked(self, method: NetworkMethod, goal: Goal) -> Pruned[Network]:
+        """Return what `method` answers, in the precision of these stages."""
+        found = method(self._task(goal))
+        pruned = found if isinstance(found, Pruned) else Pruned(plan=found)
+        return replace(pruned, plan=self.planned(pruned.plan))
 
     def _task(self, goal: Goal) -> NetworkTask:
         return NetworkTask(
@@ -171,7 +192,9 @@ class NetworkStages(CommonStages[Network]):
         """Return the share of the budget that a pruned network of some shape uses; see `share_used`."""
         left = {group.name: group.num_units for group in pruned.groups}
         counts = {group.name: left.get(group.name, 0) for group in self.network.groups}
-        path = self.workspace.common / f"measured-{digest(counts)[:16]}.json"
+        precision = self.bench.workload.precision
+        of_plan = counts if precision == self.options.workload.precision else [precision, counts]
+        path = self.workspace.common / f"measured-{digest(of_plan)[:16]}.json"
         measure = partial(
             self.bench.measure_counts,
             self.workspace.dense / dense.path,

@@ -1,6 +1,6 @@
-"""The precisions that the parts of a model may have in a job."""
+"""The precisions that a model, or the parts of a decoder, may have in a job."""
 
-from dilap.backends import Backend
+from dilap.backends import Backend, require_network_precision
 from dilap.core.errors import Unsupported
 from dilap.core.shape import PRECISION_BITS, Architecture, by_quality
 
@@ -41,6 +41,16 @@ def offered_precisions(
         )
     wanted = {own, *(_tried(backend, architecture) if asked is None else asked)}
     return by_quality(wanted)
+
+
+def offered_network_precisions(asked: tuple[str, ...] | None, backend: Backend, *, own: str) -> tuple[str, ...]:
+    """Return the precisions that a network that is no decoder may have as a whole, the best first, `own` among them.
+
+    `asked` is what `asked_precisions` returns. Raises Unsupported for one in which the runtime runs no such networks.
+    """
+    for precision in (own, *(asked or ())):
+        require_network_precision(backend, precision)
+    return by_quality({own, *(backend.network_precisions() if asked is None else asked)})
 
 
 def _tried(backend: Backend, architecture: Architecture) -> tuple[str, ...]:

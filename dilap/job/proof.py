@@ -75,7 +75,7 @@ def claim(stages: Stages, goal: DecoderGoal, pruned: Pruned, text: Calibration, 
         in_torch=(exam.dense, recovered),
         sizes=lambda one: (one.decoder.num_parameters, flops_of(one.decoder, stages.bench.workload)),
     )
-    formats = dense_formats(stages, files, exam)
+    formats = dense_formats(stages, files, exam, in_torch=exam.dense)
     result = _result(stages, goal, pruned, text, claim, shrunk=shrunk, validation_kl=validation_kl)
     if done is not None:
         notes = (*result.notes, *[UNDONE] * (done.best_step == 0))

@@ -9,6 +9,7 @@ from dilap import __version__, backends, methods
 from dilap.backends import Backend
 from dilap.core.codec import encode
 from dilap.core.errors import InvalidInput
+from dilap.core.plan import full_plan
 from dilap.core.progress import Progress
 from dilap.core.shape import Architecture
 from dilap.job import ending
@@ -146,7 +147,9 @@ def _run(stages: Stages, method: Method, layout: Layout) -> PruneResult | None:
     goal = stages.goal(dense, layout)
     if goal is None:
         return None
-    files = dense_files(stages)
+    source = stages.source
+    own = stages.options.workload.precision if source.vocabulary is None else ""  # the dense file has all tokens
+    files = dense_files(stages, full_plan(architecture_of(source.model), base=source.digest), own=own)
     text = stages.calibration()
     return claim(stages, goal, stages.prune(method, goal, text), text, files)
 

@@ -51,7 +51,7 @@ class Side(Generic[AnyQuality]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseFormat:
+class DenseFormat(Generic[AnyQuality]):
     """The dense model in one precision, quantised by the runtime's own tools: what is had without pruning.
 
     `speedup` is against the dense model in the precision that ships; None in an estimate.
@@ -61,15 +61,15 @@ class DenseFormat:
     artifact: Artifact
     measurement: Measurement
     speedup: Interval | None
-    quality: Quality
+    quality: AnyQuality
 
-    def seconds(self, dense: Side[Quality], statistic: Statistic) -> float:
+    def seconds(self, dense: Side[AnyQuality], statistic: Statistic) -> float:
         """Return its latency, on the scale of the measurement of `dense`, the dense model that ships."""
         if self.speedup is None:
             return self.measurement.seconds(statistic)
         return dense.seconds / self.speedup.value
 
-    def interval(self, dense: Side[Quality]) -> Interval | None:
+    def interval(self, dense: Side[AnyQuality]) -> Interval | None:
         """Return its latency on the same scale with the 95 % interval of the speed-up; None in an estimate."""
         if (found := self.speedup) is None:
             return None
@@ -148,7 +148,7 @@ class PruneResult(Generic[AnyQuality]):
     budget_interval: Interval | None = None  # of the share used; None where it was not measured
     stage_peak_bytes: dict[str, int] = field(default_factory=dict)  # of the job's process, without those of runtimes
     vocabulary: VocabularyCut | None = None  # None where the pruned model has all tokens of the dense one
-    formats: tuple[DenseFormat, ...] = ()  # the dense model in every precision, where precisions were chosen
+    formats: tuple[DenseFormat[AnyQuality], ...] = ()  # the dense model in all precisions, where those were chosen
     precisions: dict[str, str] = field(default_factory=dict)  # of the pruned model's parts, beside the artifact's own
     answers: tuple[Answer, ...] = ()
     kl_cut: float | None = None  # of the plan's units with the dense model's values, in torch; None where not asked for
@@ -196,9 +196,10 @@ class PruneResult(Generic[AnyQuality]):
 
     @property
     def is_only_quantised(self) -> bool:
-        """Whether the decoder is the dense one in other precisions: nothing of its layers was removed."""
-        both = self.dense.artifact.architecture, self.pruned.artifact.architecture
-        return None not in both and self.dense.artifact.decoder.layers == self.pruned.artifact.decoder.layers
+        """Whether the result is the dense model in other precisions: nothing of its layers was removed."""
+        if self.is_of_network:
+            return bool(self.formats) and self.pruned.flops == self.dense.flops
+        return self.dense.artifact.decoder.layers == self.pruned.artifact.decoder.layers
 
     @property
     def is_estimate(self) -> bool:
@@ -386,11 +387,12 @@ def _verdict(result: PruneResult[Any]) -> str:
     )
 
 
-def _format_lines(result: PruneResult) -> list[str]:
+def _format_lines(result: PruneResult[Any]) -> list[str]:
     """Say what the dense model gives in every precision, and whether quantising it would have been enough."""
     if not result.formats:
         return []
-    rows = [("the dense model alone", "latency", "95 % interval", "KL", "perplexity", "file")]
+    more = ["perplexity"] if isinstance(result.dense.quality, Quality) else []
+    rows = [("the dense model alone", "latency", "95 % interval", result.dense.quality.DISTANCE, *more, "file")]
     for one in result.formats:
         seconds, found = one.seconds(result.dense, result.budget.statistic), one.interval(result.dense)
         rows.append(
@@ -398,17 +400,17 @@ def _format_lines(result: PruneResult) -> list[str]:
                 f"  in {one.precision}",
                 f"{milliseconds(seconds)} ms{one.measurement.mark}",
                 "" if found is None else _ms_interval(found),
-                f"{one.quality.kl:.3f}",
-                f"{one.quality.perplexity:.2f}",
+                f"{one.quality.distance:.3f}",
+                *([f"{one.quality.perplexity:.2f}"] if isinstance(one.quality, Quality) else []),
                 f"{one.artifact.num_bytes / 1e6:.1f} MB",
             )
         )
     return ["", *_aligned(rows), quantising_alone(result), ""]
 
 
-def quantising_alone(result: PruneResult) -> str:
+def quantising_alone(result: PruneResult[Any]) -> str:
     """Say in words whether the dense model in some precision keeps the budget."""
-    limit, statistic = result.limit_seconds, result.budget.statistic
+    limit, statistic, measure = result.limit_seconds, result.budget.statistic, result.dense.quality.DISTANCE
     assert limit is not None  # precisions are chosen for latencies only
     timed = [(one.seconds(result.dense, statistic), one) for one in result.formats]
     kept = [one for seconds, one in timed if seconds <= limit]
@@ -418,11 +420,11 @@ def quantising_alone(result: PruneResult) -> str:
             f"quantising alone is not enough: the fastest format of the dense model, {fastest.precision}, takes "
             f"{seconds / limit:.0%} of this budget"
         )
-    best = min(kept, key=lambda one: one.quality.kl)
-    alone = f"the dense model in {best.precision} keeps this budget with KL {best.quality.kl:.3f}"
+    best = min(kept, key=lambda one: one.quality.distance)
+    alone = f"the dense model in {best.precision} keeps this budget with {measure} {best.quality.distance:.3f}"
     if result.is_only_quantised:
         return f"quantising alone is enough: {alone}; nothing was pruned"
-    return f"quantising alone: {alone}; the result here has {result.pruned.quality.kl:.3f}"
+    return f"quantising alone: {alone}; the result here has {result.pruned.quality.distance:.3f}"
 
 
 def _configuration(result: PruneResult[Any]) -> list[str]:

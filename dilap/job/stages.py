@@ -96,12 +96,6 @@ class Stages(CommonStages[Architecture]):
         cost_limit = CostLimit(limit=limit, predict=costs.predict)
         return DecoderGoal(space=space, layout=layout, rules=rules, cost_limit=cost_limit)
 
-    @property
-    def chooses_precision(self) -> bool:
-        """Whether the method may choose the precision of every part; of a ratio precisions make no difference."""
-        several = len(self.bench.precisions) > 1 and self.options.budget.ratio is None
-        return several and methods.chooses_precision(self.options.method)
-
     def _latency_goal(
         self, dense: Artifact, costs: LatencyModel, space: Space, layout: Layout, rules: WidthRules
     ) -> DecoderGoal | None:

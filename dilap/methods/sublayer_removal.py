@@ -23,6 +23,7 @@ from dilap.models.reference import perplexity
 from dilap.models.skipping import sublayer_skipped
 from dilap.models.statistics import LayerCall, State, layer_calls, run_layer
 from dilap.models.tensor_file import Tensors
+from dilap.search.limit import upper_end
 from dilap.search.method import PruneTask
 
 States = list[State]
@@ -108,7 +109,7 @@ class Removal:
         if self.sprint.latency == "device" and limit.measure is not None:
             used = limit.measure(plan.pruned_architecture(), plan.pruned_precisions())
             if used is not None:
-                return used * limit.limit / limit.aim
+                return upper_end(used) * limit.limit / limit.aim
         return limit.cost(plan)
 
     def after(self, number: int) -> Plan:

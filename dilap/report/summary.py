@@ -165,7 +165,7 @@ def _of_network(workload: Workload, side: Side[Any]) -> dict[str, Any]:
     }
 
 
-def _format_row(run: Run, one: DenseFormat) -> SummaryRow:
+def _format_row(run: Run, one: DenseFormat[Any]) -> SummaryRow:
     """Return the row of the dense model in one precision, on the scale of the dense model that ships."""
     result = run.result
     side = replace(

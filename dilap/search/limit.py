@@ -32,6 +32,11 @@ def uses_well(share: float) -> bool:
     return _ENOUGH <= share <= _MOST
 
 
+def upper_end(share: Interval) -> float:
+    """Return what a plan uses of the budget at most, as far as its measurement can tell."""
+    return min(share.high, share.value + _MOST_ALLOWED_FOR)
+
+
 class Predict(Protocol):
     """Predicts what a network costs; see `Costs.predict`."""
 
@@ -95,7 +100,7 @@ class CostLimit:
             if measured is None:
                 used = predicted * self._likely_gap(gaps)
             else:
-                used = min(measured.high, measured.value + _MOST_ALLOWED_FOR)
+                used = upper_end(measured)
                 gaps.append((used / predicted, max(_REPEATS, measured.half_width / 2)))
             attempts.append((used, found))
             corrected = self.limit / self._likely_gap(gaps)
@@ -115,7 +120,7 @@ class CostLimit:
             return 1.0
         weights = [self.error**-2, *(deviation**-2 for _, deviation in measured)]
         ratios = [1.0, *(ratio for ratio, _ in measured)]
-        return sum(map(operator.mul, weights, ratios)) / sum(weights)
+        return float(sum(map(operator.mul, weights, ratios)) / sum(weights))
 
     def bisect(
         self,

@@ -47,6 +47,7 @@ def test_a_backward_pass_keeps_about_what_is_told(name: str) -> None:
 def test_every_method_needs_the_network_and_its_examples(method: str) -> None:
     found, resnet = needs(method=method), shape("resnet_basic")
     assert list(found) == ["load the model", "prune", "score both models"]
+    assert OPTIONS.examples is not None
     examples = 4 * prod(INPUT.size) * (OPTIONS.examples.most_train + OPTIONS.examples.most_validation)
     assert found["prune"].device_bytes >= 4 * resnet.num_parameters + examples
 

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ import pytest
 import torch
 from standins.cards import head_of, run_code, text_of
 from standins.fake_job import FakeNetworkBench, call, last_line, use_fake_network_bench
+from standins.network_jobs import Place, Result, place_in, write_photographs
 from standins.network_tables import measured_table
 from standins.networks import output, write_photograph
 from standins.quick_methods import QUICK
-from transformers import ViTImageProcessorPil
 
 from dilap import backends
 from dilap.cli import prune
@@ -36,9 +36,9 @@ from dilap.job.network_recovery import _Best
 from dilap.job.networks import is_network
 from dilap.job.photographs import GUESSED
 from dilap.job.quality import PhotoQuality
-from dilap.job.result import PruneResult, read_result, summary, table
-from dilap.models.convolutional.load import load_network, save_network
-from dilap.models.convolutional.proof import masked_, stand_in
+from dilap.job.result import read_result, summary, table
+from dilap.models.convolutional.load import load_network
+from dilap.models.convolutional.proof import masked_
 from dilap.profilers.devices import device as devices
 from dilap.profilers.profiler import Case
 from dilap.profilers.protocol import TABLE
@@ -47,45 +47,11 @@ from dilap.profilers.tables.networks.probes import list_network_probes
 from dilap.profilers.tables.networks.table import NetworkTable, NetworkTableHeader
 from dilap.report.report import Report
 from dilap.search.networks.supernet import NetworkSupernet
-from tools.tiny_networks import resnet
 
 if reason := backends.get("onnxruntime").unavailable():
     pytest.skip(reason, allow_module_level=True)
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 pytest.importorskip("PIL", reason="Pillow is not installed")
-Result = PruneResult[PhotoQuality]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """A classifier of 7 classes, photographs of them, and a folder for runs."""
-
-    classifier: Path
-    photographs: Path
-    runs: Path
-
-    def prune(self, name: str = "run", **options: Any) -> Result:
-        given: dict[str, Any] = {"method": "uniform", "budget": "80%", "backend": "onnxruntime"}
-        given["calib"] = str(self.photographs)
-        out: dict[str, Any] = {"out": self.runs / name, "cache": self.runs / "cache", "progress": lambda _: None}
-        found = api.prune(str(self.classifier), **out | given | options)
-        assert found is not None
-        return found
-
-
-def place_in(folder: Path) -> Place:
-    classifier = folder / "resnet"
-    wide = resnet(embedding_size=16, hidden_sizes=[32, 64])  # so that there are several multiples of 8 channels
-    save_network(stand_in(wide).float(), classifier)
-    processor = ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.25] * 3)
-    processor.save_pretrained(classifier)
-    return Place(classifier=classifier, photographs=write_photographs(folder / "photos"), runs=folder / "runs")
-
-
-def write_photographs(folder: Path, *, count: int = 16, first: int = 0) -> Path:
-    for number in range(first, first + count):
-        write_photograph(folder / str(number % 7) / f"{number}.png", seed=number)
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -282,7 +248,7 @@ def test_every_method_keeps_the_budget(method: str, place: Place) -> None:
 
 
 def test_dilaps_search_keeps_the_budget(place: Place) -> None:
-    result = place.prune(method="dilap", settings={"evaluations": "2"})
+    result = place.prune(method="dilap", precision="f32", settings={"evaluations": "2"})
     assert (result.status, result.method) == ("kept", "dilap")
 
 

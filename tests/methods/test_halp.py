@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from standins.encoders import encoder, texts
+from standins.fabricated import exactly
 from standins.network_task import IMAGES, LABELS, task
 from standins.networks import network, output, shape
 from torch.nn import functional
@@ -186,7 +187,7 @@ def test_only_a_limit_that_is_larger_by_more_than_a_round_is_trained_for_again(
 ) -> None:
     """The first plan takes so much of the budget as it is measured, and the second one all that is to be used."""
     given, answers, begun = task(), [measured, 0.98], list[int]()
-    limit = replace(given.cost_limit, measure=lambda *_: answers.pop(0))
+    limit = replace(given.cost_limit, measure=lambda *_: exactly(answers.pop(0)))
     begin = HalpTraining.__init__
 
     def counted(training: HalpTraining, asked: NetworkTask, **options: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from standins.fabricated import exactly
 from standins.models import exported_llama, logits, random_tokens, tiny_model, tiny_task
 from torch.testing import assert_close
 from transformers import PreTrainedModel
@@ -74,7 +75,7 @@ def test_spdy_starts_a_corrected_limit_from_the_best_weightings_before_it() -> N
     lines: list[str] = []
     task = tiny_task(deep_model(), report=lines.append)
     measured = iter([1.05, 0.99])
-    cost_limit = replace(task.cost_limit, measure=lambda *_: next(measured))
+    cost_limit = replace(task.cost_limit, measure=lambda *_: exactly(next(measured)))
     ZipLm(starts=12, failures=0)(replace(task, cost_limit=cost_limit))
     first, corrected = (line.split(", ")[:2] for line in lines if line.startswith("SPDY"))
     assert first[0] == "SPDY: 12 weightings"

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from standins.fabricated import exactly
 from standins.models import tiny_model, tiny_task
 from transformers import PreTrainedModel
 
 from dilap.core.errors import Infeasible, InvalidInput
+from dilap.core.measurement import Interval
 from dilap.methods.sprint import Sprint
 from dilap.methods.sublayer_damage import Metric, distance, ranked, tuned_projection
 from dilap.methods.sublayer_removal import Removal
@@ -137,9 +139,9 @@ def test_latencies_are_measured_when_asked() -> None:
     predict = task.cost_limit.predict
     dense = predict(task.architecture.layers)
 
-    def measure(architecture: Any, _: object) -> float:
+    def measure(architecture: Any, _: object) -> Interval:
         gone = sum(one.num_heads == 0 for one in architecture.layers)
-        return float((predict(architecture.layers) - 2e-3 * gone) / task.cost_limit.limit)
+        return exactly(float((predict(architecture.layers) - 2e-3 * gone) / task.cost_limit.limit))
 
     measured = replace(task, cost_limit=replace(task.cost_limit, measure=measure))
     outs = list(sublayers(model))

@@ -91,7 +91,7 @@ def test_a_model_runs_untimed_after_another_ones_turn(
 ) -> None:
     handle, runs, clock = loaded(served, model)["handle"], [], itertools.count(step=0.1)
     monkeypatch.setattr(FakeSession, "sample", lambda self: runs.append(1) or self.nanoseconds)  # type: ignore[func-returns-value]
-    monkeypatch.setattr(agent.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr("dilap.backends.agent.time.perf_counter", lambda: next(clock))
     for _ in range(2):
         served.answer({"seq": 2, "op": "sample", "handle": handle, "n": 3, "lead_in_seconds": 0.35})
     assert len(runs) == 4 + 3 + 3

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
-from standins.fabricated import TINY_LAYER, tiny_llama
+from standins.fabricated import TINY_LAYER, exactly, tiny_llama
 
 from dilap.core.errors import Infeasible
 from dilap.core.measurement import Interval
@@ -38,10 +38,6 @@ def shrinking(made: list[int]) -> Iterator[Plan]:
     for layers in range(10, 0, -1):
         made.append(layers)
         yield plan_of(64, layers=layers)
-
-
-def exactly(share: float) -> Interval:
-    return Interval(value=share, low=share, high=share)
 
 
 def share_of(limit: float, *, factor: float) -> CostLimit:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from dilap.core.measurement import Fingerprint, Measurement
+from dilap.core.measurement import Fingerprint, Interval, Measurement
 from dilap.core.shape import Architecture, LayerWidths
 from dilap.core.workload import Workload
 from dilap.evaluation.document import Costs, Evaluation, PhaseCosts, TaskFacts, TextQuality
@@ -87,3 +87,8 @@ def costs() -> Costs:
         workload=Workload(phase="prefill", precision="f32"), flops=3_000_000_000, bytes_moved=50_000_000
     )
     return Costs(parameters=12_000_000, file_bytes=25_000_000, decode=decode, prefill=prefill)
+
+
+def exactly(share: float) -> Interval:
+    """A share of a budget that is known without any error."""
+    return Interval(value=share, low=share, high=share)

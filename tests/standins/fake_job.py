@@ -1,10 +1,11 @@
 """A prune job on a made-up device: real exports, fabricated seconds."""
 
+import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -245,7 +246,12 @@ class FakeTable:
 
 
 class QuickNetworkBench(FakeNetworkBench):
-    """Keeps networks as files of torch, which takes no time, instead of exporting them."""
+    """Keeps networks as files of torch, which takes no time, instead of exporting them.
+
+    In `int8` their numbers have 16 bits, and those of the last layer are wrong where 8 bits are to be `bad`.
+    """
+
+    bad: ClassVar[bool] = False
 
     def export(
         self,
@@ -255,16 +261,21 @@ class QuickNetworkBench(FakeNetworkBench):
         examples: Examples,
         plan_digest: str = "",
         tokenizer: Path | None = None,
+        precision: str | None = None,
     ) -> Artifact:
+        chosen = precision or self.workload.precision
+        model = source.model if chosen != "int8" else copy.deepcopy(source.model).half()
+        if chosen == "int8" and self.bad:
+            list(model.parameters())[-2].data *= -10
         with written_aside(folder) as part:
             part.mkdir()
-            torch.save(source.model, part / "model.onnx")
+            torch.save(model, part / "model.onnx")
             artifact = described(
                 part / "model.onnx",
                 source.model,
                 source.input,
                 backend=self.backend.name,
-                precision=self.workload.precision,
+                precision=chosen,
                 plan_digest=plan_digest,
                 sqnr_db=None,
                 details={},
@@ -277,7 +288,7 @@ class QuickNetwork(TorchNetwork):
     """What `QuickNetworkBench` kept, opened as an artifact is."""
 
     def __init__(self, _: str, path: Path, *, threads: int) -> None:
-        super().__init__(torch.load(path, weights_only=False))
+        super().__init__(torch.load(path, weights_only=False).float())
 
     def close(self) -> None:
         """Nothing is open."""
