@@ -118,7 +118,7 @@ class CostLimit:
         """
         if not measured:
             return 1.0
-        weights = [self.error**-2, *(deviation**-2 for _, deviation in measured)]
+        weights = [max(_REPEATS, self.error) ** -2, *(deviation**-2 for _, deviation in measured)]
         ratios = [1.0, *(ratio for ratio, _ in measured)]
         return float(sum(map(operator.mul, weights, ratios)) / sum(weights))
 

@@ -337,7 +337,7 @@ def test_a_killed_search_goes_on_where_it_was_and_says_its_rounds(
 
     monkeypatch.setattr(NetworkSupernet, "_linearised", mortal)
     lines: list[str] = []
-    asked: dict[str, Any] = {"method": "dilap", "settings": {"evaluations": "2"}, "budget": "60%"}
+    asked: dict[str, Any] = {"method": "dilap", "settings": {"evaluations": "2"}, "budget": "60%", "precision": "f32"}
     with pytest.raises(KeyboardInterrupt):
         place.prune(**asked, progress=lines.append)
     rounds = [line for line in lines if line.startswith("round ")]
