@@ -25,10 +25,10 @@ class Protocol:
     `target_half_width`. In its turn a case is run untimed for `lead_in_seconds`, until the caches hold what they hold
     in use, and then timed as often as fits into `turn_seconds`, but 3 times at least and `samples_per_turn` times at
     most. A round is dropped and repeated when the sentinel left its running median by more than `drift_tolerance` or
-    the device throttled, or when other processes used more than `contention_share` of a core
-    meanwhile. Drift and throttling are followed by a rest, twice as long every time, and a short warm-up. A machine
-    that still drifts after `max_back_offs` rests in a row has changed its speed, and measuring starts over. Cases that
-    are measured `together`, to be compared with one another, share all rounds; two cases always do.
+    the device throttled, or when other processes used more than `contention_share` of a core meanwhile. Drift and
+    throttling are followed by a rest, twice as long every time, and a short warm-up. A machine that still drifts after
+    `max_back_offs` rests in a row has changed its speed, and measuring starts over. Cases that are measured `together`,
+    to be compared with one another, share all rounds; two cases always do.
     """
 
     target_half_width: float = 0.01

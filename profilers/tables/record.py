@@ -111,7 +111,8 @@ class RecordedTable(abc.ABC, Generic[AnyHeader, AnyEntry]):
         documents = [parse_object(line, source=f"{path}: line {number}") for number, line in enumerate(lines, start=1)]
         if not documents or documents[0].get("type") != cls.__name__:
             raise InvalidInput(f"{path}: line 1 is not the header of a latency table")
-        if "lead_in_seconds" not in (documents[0].get("protocol") or {}):
+        protocol = documents[0].get("protocol")
+        if isinstance(protocol, dict) and "lead_in_seconds" not in protocol:
             raise InvalidInput(
                 f"{path}: it was measured by an earlier DiLAP, which timed models right after others, when the caches "
                 "held less of them than in use: measure a new one with dilap-profile"

@@ -194,6 +194,14 @@ def test_a_table_that_was_measured_without_a_lead_in_is_refused(tmp_path: Path) 
         LatencyTable.read(path)
 
 
+def test_a_header_whose_protocol_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "table.jsonl"
+    header, *entries = ONE_PRECISION.read_text().split("\n")
+    path.write_text("\n".join([json.dumps({**json.loads(header), "protocol": 5}), *entries]))
+    with pytest.raises(InvalidInput, match="line 1: damaged TableHeader"):
+        LatencyTable.read(path)
+
+
 def test_a_table_of_one_precision_says_what_it_said() -> None:
     """The numbers are those of the DiLAP that first read such a table."""
     table = LatencyTable.read(ONE_PRECISION)
